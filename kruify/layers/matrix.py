@@ -1,0 +1,238 @@
+"""`KroneckerMatrix`: the module that stands where a recurrent layer kept a dense weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kruify import kronecker
+from kruify.errors import UsageError
+from kruify.factors import Structure, Term
+
+
+class KroneckerTerm(nn.Module):
+    """`rank` Kronecker products of equal factor shapes, for one or more gates.
+
+    Attributes:
+        gates: the gates of the matrix that this term belongs to, ascending.
+        factors: one parameter per factor, each (len(gates), rank, P_f, Q_f).
+        scale: a parameter (len(gates), rank), or None where the scale is folded into the factors.
+    """
+
+    def __init__(
+        self,
+        term: Term,
+        gates: tuple[int, ...],
+        scaled: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.term, self.gates = term, gates
+        shape = (len(gates), term.rank)
+        self.factors = nn.ParameterList(
+            nn.Parameter(torch.empty(*shape, p, q, device=device, dtype=dtype)) for p, q in term.factors
+        )
+        self.scale: nn.Parameter | None
+        if scaled:
+            self.scale = nn.Parameter(torch.ones(shape, device=device, dtype=dtype))
+        else:
+            self.register_parameter("scale", None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Each factor orthogonal (semi-orthogonal if rectangular), so that one product has singular values 1; a sum
+        of `rank` products is shrunk by sqrt(rank)."""
+        for factor in self.factors:
+            for gate in factor:
+                for matrix in gate:
+                    nn.init.orthogonal_(matrix)
+        if self.term.rank > 1:
+            if self.scale is not None:
+                self.scale.fill_(self.term.rank**-0.5)
+            else:
+                self.factors[0].mul_(self.term.rank**-0.5)
+
+    def to_dense(self) -> Tensor:  # (len(gates), rows, cols)
+        return kronecker.to_dense(list(self.factors), self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., cols) -> (..., len(gates), rows)
+        return kronecker.matmul(x, list(self.factors), self.scale)
+
+    def extra_repr(self) -> str:
+        return f"{self.term}, gates={self.gates}"
+
+
+class Overlay(nn.Module):
+    """A block-sparse matrix: `values[b]` stands in column `index[b, 1]`, in `block` rows from `index[b, 0]` on.
+
+    A block is several rows of one column, so that `y[i:i+block] += values[b] * x[j]` is one SIMD multiply-add.
+
+    Attributes:
+        values: parameter (blocks, block).
+        index: int32 buffer (blocks, 2), rows counted over all gates, ascending by (row, column).
+    """
+
+    index: Tensor
+
+    def __init__(
+        self,
+        blocks: int,
+        block: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(blocks, block, device=device, dtype=dtype))
+        self.register_buffer("index", torch.zeros(blocks, 2, device=device, dtype=torch.int32))
+
+    def coordinates(self) -> tuple[Tensor, Tensor]:  # rows (blocks * block,), columns (blocks * block,)
+        block = self.values.shape[1]
+        index = self.index.long()
+        rows = index[:, :1] + torch.arange(block, device=index.device)
+        return rows.reshape(-1), index[:, 1].repeat_interleave(block)
+
+    def add_to(self, dense: Tensor) -> Tensor:  # (rows, cols) -> (rows, cols)
+        return dense.index_put(self.coordinates(), self.values.reshape(-1).to(dense.dtype), accumulate=True)
+
+    def forward(self, x: Tensor, rows: int) -> Tensor:  # (..., cols) -> (..., rows)
+        row, col = self.coordinates()
+        products = x[..., col] * self.values.reshape(-1)
+        return x.new_zeros(*x.shape[:-1], rows).index_add(-1, row, products)
+
+    def extra_repr(self) -> str:
+        return f"blocks={self.values.shape[0]}, block={self.values.shape[1]}x1"
+
+
+class KroneckerMatrix(nn.Module):
+    """A (gates * rows, cols) weight held as sums of Kronecker products, one `Structure` a gate.
+
+    Terms that several gates have in common are stacked into one `KroneckerTerm`, so that one kernel call serves all gates.
+
+    Args:
+        structures: one a gate, in the gate order of the layer; all of the same (rows, cols).
+
+    Raises:
+        UsageError: the structures differ in size, or their overlays in block height.
+    """
+
+    def __init__(
+        self,
+        structures: Sequence[Structure],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {(s.rows, s.cols) for s in structures}
+        if len(sizes) != 1:
+            raise UsageError(f"the gates of one matrix must have one size, got {sorted(sizes)}")
+        heights = {s.block for s in structures if s.sparse_blocks}
+        if len(heights) > 1:
+            raise UsageError(f"the overlays of one matrix must have one block height, got {sorted(heights)}")
+        self.structures = tuple(structures)
+        self.rows, self.cols = sizes.pop()
+        self.terms = nn.ModuleList(
+            KroneckerTerm(term, gates, scaled, device, dtype)
+            for (term, scaled, _), gates in group_terms(structures).items()
+        )
+        self.diagonal_gates = tuple(g for g, s in enumerate(structures) if s.diagonal)
+        self.diagonal: nn.Parameter | None
+        self.overlay: Overlay | None
+        if self.diagonal_gates:
+            shape = (len(self.diagonal_gates), min(self.rows, self.cols))
+            self.diagonal = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+        else:
+            self.register_parameter("diagonal", None)
+        blocks = sum(s.sparse_blocks for s in structures)
+        self.overlay = Overlay(blocks, heights.pop(), device, dtype) if blocks else None
+        if self.overlay is not None:
+            self._spread_overlay(self.overlay)
+
+    @torch.no_grad()
+    def _spread_overlay(self, overlay: Overlay) -> None:
+        """From scratch the overlay's places are drawn at random (seeded by their number alone): there is no matrix to
+        take the largest entries of."""
+        generator = torch.Generator().manual_seed(overlay.values.shape[0])
+        block, picked = overlay.values.shape[1], []
+        for gate, s in enumerate(self.structures):
+            cells = torch.randperm(s.rows // block * s.cols, generator=generator)[: s.sparse_blocks].sort().values
+            rows = gate * s.rows + cells // s.cols * block
+            picked.append(torch.stack([rows, cells % s.cols], dim=1))
+        overlay.index.copy_(torch.cat(picked))
+
+    @property
+    def gates(self) -> int:
+        return len(self.structures)
+
+    def term_list(self) -> list[KroneckerTerm]:
+        """`terms`, with the type that a ModuleList forgets."""
+        return [term for term in self.terms if isinstance(term, KroneckerTerm)]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the dense weight that this module stands for."""
+        return self.gates * self.rows, self.cols
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def to_dense(self) -> Tensor:  # (gates * rows, cols)
+        """The dense weight, differentiable in every parameter."""
+        dense = self._sum_terms()
+        if self.diagonal is not None:
+            eye = torch.diag_embed(self.diagonal)
+            eye = nn.functional.pad(eye, (0, self.cols - eye.shape[-1], 0, self.rows - eye.shape[-2]))
+            dense = dense.index_add(0, self._gate_index(self.diagonal_gates), eye)
+        flat = dense.reshape(self.shape)
+        return flat if self.overlay is None else self.overlay.add_to(flat)
+
+    def _sum_terms(self) -> Tensor:  # (gates, rows, cols)
+        dense: Tensor | None = None
+        for term in self.term_list():
+            part = term.to_dense()
+            if len(term.gates) < self.gates:
+                zeros = part.new_zeros(self.gates, self.rows, self.cols)
+                part = zeros.index_add(0, self._gate_index(term.gates), part)
+            dense = part if dense is None else dense + part
+        if dense is None:
+            dense = torch.zeros(self.gates, self.rows, self.cols, dtype=self.dtype, device=self.device)
+        return dense
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., cols) -> (..., gates * rows)
+        """The product with every gate, `x @ W.T`, without forming W."""
+        y = x.new_zeros(*x.shape[:-1], self.gates, self.rows)
+        for term in self.term_list():
+            y = y.index_add(-2, self._gate_index(term.gates), term(x))
+        if self.diagonal is not None:
+            n = self.diagonal.shape[-1]
+            part = nn.functional.pad(x[..., None, :n] * self.diagonal, (0, self.rows - n))
+            y = y.index_add(-2, self._gate_index(self.diagonal_gates), part)
+        flat = y.reshape(*x.shape[:-1], self.gates * self.rows)
+        return flat if self.overlay is None else flat + self.overlay(x, self.gates * self.rows)
+
+    def _gate_index(self, gates: tuple[int, ...]) -> Tensor:
+        return torch.tensor(gates, device=self.device)
+
+    def extra_repr(self) -> str:
+        return f"gates={self.gates}, rows={self.rows}, cols={self.cols}"
+
+
+def group_terms(structures: Sequence[Structure]) -> dict[tuple[Term, bool, int], tuple[int, ...]]:
+    """Which gates share a term: (term, scaled, number of equal terms before it in its gate) -> gates."""
+    groups: dict[tuple[Term, bool, int], tuple[int, ...]] = {}
+    for gate, structure in enumerate(structures):
+        seen: dict[Term, int] = {}
+        for term in structure.terms:
+            key = (term, structure.scaled, seen.get(term, 0))
+            seen[term] = key[2] + 1
+            groups[key] = (*groups.get(key, ()), gate)
+    return groups
+
