@@ -294,8 +294,7 @@ def suggestions(factors: Sequence[Shape], rows: int, cols: int, limit: int = 3) 
     def distance(candidate: Sequence[Shape]) -> float:
         wanted = list(factors) + [factors[-1]] * max(0, len(candidate) - len(factors))
         gap = sum(
-            abs(math.log(p / a)) + abs(math.log(q / b))
-            for (p, q), (a, b) in zip(candidate, wanted, strict=False)
+            abs(math.log(p / a)) + abs(math.log(q / b)) for (p, q), (a, b) in zip(candidate, wanted, strict=False)
         )
         return gap / len(candidate) + 0.25 * abs(len(candidate) - max(len(factors), 2))
 

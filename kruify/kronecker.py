@@ -62,4 +62,3 @@ def matmul(
     y = y.reshape(y.shape[0], gates, rank, math.prod(sizes))
     y = y.sum(dim=2) if scale is None else torch.einsum("bgrn,gr->bgn", y, scale)
     return y.reshape(*batch, gates, y.shape[-1])
-

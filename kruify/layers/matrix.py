@@ -110,7 +110,7 @@ class Overlay(nn.Module):
 class KroneckerMatrix(nn.Module):
     """A (gates * rows, cols) weight held as sums of Kronecker products, one `Structure` a gate.
 
-    Terms that several gates have in common are stacked into one `KroneckerTerm`, so that one kernel call serves all gates.
+    Terms that several gates have in common are stacked into one `KroneckerTerm`, so that one kernel call serves all.
 
     Args:
         structures: one a gate, in the gate order of the layer; all of the same (rows, cols).
@@ -235,4 +235,3 @@ def group_terms(structures: Sequence[Structure]) -> dict[tuple[Term, bool, int],
             seen[term] = key[2] + 1
             groups[key] = (*groups.get(key, ()), gate)
     return groups
-
