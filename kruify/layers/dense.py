@@ -1,0 +1,49 @@
+"""The dense path: W is formed once a call, then torch's own kernel runs the sequence. Differentiable in the factors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import _VF, Tensor
+
+from kruify.layers.matrix import KroneckerMatrix
+from kruify.layers.steps import State
+
+if TYPE_CHECKING:
+    from kruify.layers.base import KRUBase
+
+
+def run_padded(layer: KRUBase, x: Tensor, state: State) -> tuple[Tensor, State]:
+    """(time, batch, features) through torch.lstm, torch.gru, torch.rnn_tanh or torch.rnn_relu."""
+    flat = flat_weights(layer)
+    hx = list(state) if layer.kind == "lstm" else state[0]
+    result = _function(layer)(
+        x, hx, flat, layer.bias, layer.num_layers, layer.dropout, layer.training, layer.bidirectional, False
+    )
+    return result[0], tuple(result[1:])
+
+
+def run_packed(layer: KRUBase, data: Tensor, batch_sizes: Tensor, state: State) -> tuple[Tensor, State]:
+    """Packed data (sum of batch_sizes, features) through the same functions."""
+    flat = flat_weights(layer)
+    hx = list(state) if layer.kind == "lstm" else state[0]
+    result = _function(layer)(
+        data, batch_sizes, hx, flat, layer.bias, layer.num_layers, layer.dropout, layer.training, layer.bidirectional
+    )
+    return result[0], tuple(result[1:])
+
+
+def flat_weights(layer: KRUBase) -> list[Tensor]:
+    """Dense weights in the order that torch's functions expect."""
+    flat: list[Tensor] = []
+    for k, d in layer.directions():
+        for weight in layer.weights(k, d).values():
+            if weight is not None:
+                flat.append(weight.to_dense() if isinstance(weight, KroneckerMatrix) else weight)
+    return flat
+
+
+def _function(layer: KRUBase):  # type: ignore[no-untyped-def]  # torch does not type these
+    if layer.kind == "rnn":
+        return _VF.rnn_relu if layer.nonlinearity == "relu" else _VF.rnn_tanh
+    return {"lstm": _VF.lstm, "gru": _VF.gru}[layer.kind]
