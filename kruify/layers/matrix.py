@@ -47,9 +47,10 @@ class KroneckerTerm(nn.Module):
         """Each factor orthogonal (semi-orthogonal if rectangular), so that one product has singular values 1; a sum
         of `rank` products is shrunk by sqrt(rank)."""
         for factor in self.factors:
-            for gate in factor:
-                for matrix in gate:
-                    nn.init.orthogonal_(matrix)
+            tall = torch.randn(*factor.shape[:2], max(factor.shape[2:]), min(factor.shape[2:]), dtype=torch.float64)
+            q, r = torch.linalg.qr(tall)
+            q = q * r.diagonal(dim1=-2, dim2=-1).sgn()[..., None, :]  # Haar distributed (Mezzadri 2007)
+            factor.copy_(q if factor.shape[2] >= factor.shape[3] else q.mT)
         if self.term.rank > 1:
             if self.scale is not None:
                 self.scale.fill_(self.term.rank**-0.5)

@@ -1,0 +1,151 @@
+"""The Python interface: what `kruify.inspect`, `kruify.convert`, `kruify.save`, `kruify.load` do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from torch import nn
+
+from kruify.checkpoint import Checkpoint, metadata_for, read, write_safetensors
+from kruify.convert import Conversion, Progress, convert_module, load_tensors, plan_of, swap
+from kruify.errors import PlanError, UsageError
+from kruify.locate import Located, RecurrentLayer, locate
+from kruify.plan import Plan, make_plan
+
+Path_ = str | PathLike[str]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is inside a model: the recurrent layers, what was passed over and why, the size."""
+
+    layers: list[RecurrentLayer]
+    skipped: list[tuple[str, str]]
+    parameters: int
+    format: str
+    plan: Plan | None = None  # of a file that kruify converted
+
+
+def inspect(source: nn.Module | Path_, key: str | None = None) -> Inspection:
+    """Looks into a module or a checkpoint without changing or running it.
+
+    Args:
+        key: the nested entry that holds the state dict, where a file has several.
+
+    Raises:
+        UsageError, UnsafeError, CorruptError, UnsupportedError: the file cannot be read; the text says why.
+    """
+    if isinstance(source, nn.Module):
+        located = locate(source)
+        plan = plan_of(source)
+        parameters = sum(p.numel() for p in source.parameters())
+        return Inspection(located.layers, located.skipped, parameters, "module", plan if plan.layers else None)
+    return inspect_checkpoint(read(source, key=key))
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
+    """`inspect` for a checkpoint that is open already."""
+    located = locate(checkpoint.tensors.lazy)
+    parameters = sum(
+        t.numel
+        for name, t in checkpoint.tensors.lazy.items()
+        if t.dtype.is_floating_point and name not in checkpoint.ties
+    )
+    plan = stored_plan(checkpoint) if checkpoint.is_kruify else None
+    return Inspection(located.layers, located.skipped, parameters, checkpoint.format, plan)
+
+
+def stored_plan(checkpoint: Checkpoint) -> Plan:
+    """The plan that a converted file carries.
+
+    Raises:
+        PlanError: the file was not written by kruify.
+    """
+    text = checkpoint.metadata.get("kruify.plan")
+    if text is None:
+        raise PlanError("the file carries no plan: kruify did not write it", checkpoint.path, "Convert it first")
+    return Plan.from_json(text, f"plan in {checkpoint.path}")
+
+
+def convert(
+    model: nn.Module,
+    factors: str = "auto",
+    *,
+    input_factors: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    overrides: Mapping[str, str] | None = None,
+    plan: Plan | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[nn.Module, Conversion]:
+    """A copy of `model` with its recurrent matrices decomposed, and the account of what that kept; `model` is untouched.
+
+    Args:
+        factors: spec of the recurrent matrices (kruify.factors); `plan` overrules all specs and patterns.
+        input_factors: spec of the input matrices W_ih; None leaves them dense.
+        only, skip, overrides: patterns, see `kruify.plan.make_plan`.
+
+    Raises:
+        UsageError: the model has no recurrent layer, or a spec or pattern does not fit.
+    """
+    if plan is None:
+        plan = make_plan(found(locate(model), type(model).__name__), factors, input_factors, only, skip, overrides)
+    return convert_module(model, plan, seed=seed, progress=progress)
+
+
+def found(located: Located, where: object) -> list[RecurrentLayer]:
+    """The layers, or a `UsageError` that says that there are none and what was passed over."""
+    if located.layers:
+        return located.layers
+    passed = "; ".join(f"{name}: {reason}" for name, reason in located.skipped[:3])
+    raise UsageError(
+        "there is no RNN, LSTM or GRU layer to convert" + (f" ({passed})" if passed else ""),
+        where,
+        "Look inside with 'kruify inspect'",
+    )
+
+
+def save(model: nn.Module, path: Path_, *, source_sha256: str = "", seed: int = 0) -> None:
+    """Writes a module with KRU layers as a `.kru.safetensors` file, all or nothing.
+
+    Raises:
+        UsageError: the module has no KRU layer.
+    """
+    plan = plan_of(model)
+    if not plan.layers:
+        raise UsageError("the model has no KRU layer", type(model).__name__, "Convert it first with kruify.convert")
+    metadata = metadata_for(plan.to_json(), source_sha256=source_sha256, seed=seed)
+    write_safetensors(path, model.state_dict(), metadata)
+
+
+def load(path: Path_, into: nn.Module, key: str | None = None) -> nn.Module:
+    """Loads a dense or a converted checkpoint into the user's own model.
+
+    Args:
+        into: the dense model (its recurrent layers are swapped in place) or one that was converted the same way.
+
+    Returns:
+        `into`; or a new KRU layer where `into` is itself a bare nn.LSTM, GRU or RNN.
+
+    Raises:
+        PlanError, CorruptError: the file does not fit the model.
+    """
+    return load_checkpoint(read(path, key=key), into)
+
+
+def load_checkpoint(checkpoint: Checkpoint, into: nn.Module) -> nn.Module:
+    """`load` for a checkpoint that is open already."""
+    if checkpoint.is_kruify:
+        into = swap(into, stored_plan(checkpoint))
+    load_tensors(into, checkpoint.tensors, checkpoint.path)
+    return into
+
+
+def default_output(path: Path_) -> Path:
+    """Where `convert` writes if it is not told: `model.pt` -> `model.kru.safetensors` beside it."""
+    path = Path(path)
+    return path.with_name(f"{path.name.partition('.')[0] or path.name}.kru.safetensors")

@@ -1,0 +1,354 @@
+"""Swaps dense recurrent matrices for Kronecker sums, in state dicts and in modules. Nothing else swaps layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kruify.checkpoint import LazyTensor
+from kruify.decompose import Fit, fit
+from kruify.errors import CorruptError, PlanError
+from kruify.layers import KRUGRU, KRULSTM, KRURNN, KroneckerMatrix, KRUGRUCell, KRULSTMCell, KRURNNCell
+from kruify.layers.assign import assign
+from kruify.layers.base import KRUBase
+from kruify.layers.cells import KRUCellBase
+from kruify.locate import MODULES, AnyTensor, Located, RecurrentLayer, describe
+from kruify.plan import LayerPlan, Plan, Structures
+
+KRU_CLASSES: dict[tuple[str, bool], type[KRUBase] | type[KRUCellBase]] = {
+    ("rnn", False): KRURNN,
+    ("lstm", False): KRULSTM,
+    ("gru", False): KRUGRU,
+    ("rnn", True): KRURNNCell,
+    ("lstm", True): KRULSTMCell,
+    ("gru", True): KRUGRUCell,
+}
+Progress = Callable[[int, int, str], None]  # matrices done, matrices in all, name of the one just done
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What became of one gate of one matrix; the keys of `kruify convert --json`."""
+
+    name: str
+    layer: str
+    gate: str
+    shape: tuple[int, int]
+    factors: str
+    terms: int
+    parameters_before: int
+    parameters_after: int
+    energy: float
+    energy_null: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted set of tensors, with the account of it."""
+
+    plan: Plan
+    tensors: dict[str, AnyTensor]
+    matrices: list[GateResult]
+    parameters: dict[str, float]
+
+
+def convert_tensors(
+    tensors: Mapping[str, AnyTensor],
+    plan: Plan,
+    located: Located,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Decomposes every matrix that the plan names; all other tensors are handed on untouched.
+
+    Raises:
+        PlanError: a layer or a matrix of the plan is not in the tensors, or has another size.
+    """
+    check_plan(plan, located)
+    converted = dict(tensors)
+    results: list[GateResult] = []
+    todo = list(plan.matrices())
+    for done, (layer, weight, structures) in enumerate(todo, 1):
+        name = layer.full_name(weight)
+        dense = _load(converted.pop(name))
+        matrix, fits = decompose_matrix(dense, structures, name, seed)
+        for entry, value in matrix.state_dict().items():
+            converted[f"{name}.{entry}"] = value
+        results += _results(layer, name, structures, fits)
+        if progress:
+            progress(done, len(todo), name)
+    converted = {name: converted[name] for name in _in_order(tensors, converted)}
+    return Conversion(plan, converted, results, count_parameters(tensors, converted, located))
+
+
+def decompose_matrix(
+    dense: Tensor, structures: Structures, name: str, seed: int = 0
+) -> tuple[KroneckerMatrix, list[Fit]]:
+    """One stacked weight (gates * rows, cols) -> its `KroneckerMatrix` in the dtype of the weight, one `Fit` a gate."""
+    rows = structures[0].rows
+    if tuple(dense.shape) != (rows * len(structures), structures[0].cols):
+        raise PlanError(
+            f"the plan is made for {rows}x{structures[0].cols} gates, the tensor is {tuple(dense.shape)}", name
+        )
+    fits = [fit(gate, s, seed=seed) for gate, s in zip(dense.split(rows), structures, strict=True)]
+    matrix = KroneckerMatrix(structures, dtype=dense.dtype)
+    assign(matrix, fits)
+    return matrix, fits
+
+
+def check_plan(plan: Plan, located: Located) -> None:
+    """Raises `PlanError` unless every layer of the plan is there and has the sizes that the plan was made for."""
+    found = {layer.name: layer for layer in located.layers}
+    for layer, weight, structures in plan.matrices():
+        actual = found.get(layer.name)
+        if actual is None:
+            raise PlanError(f"the plan names layer '{layer.name}', which the model does not have: {sorted(found)}")
+        suffix = weight.removeprefix("weight_ih").removeprefix("weight_hh")
+        if (actual.kind, actual.cell) != (layer.kind, layer.cell) or suffix not in actual.suffixes:
+            raise PlanError(f"the plan's '{layer.full_name(weight)}' does not fit the {actual.kind} in the model")
+        if (structures[0].rows, structures[0].cols) != actual.shape(weight):
+            have = "x".join(map(str, actual.shape(weight)))
+            raise PlanError(
+                f"the plan is made for {structures[0].rows}x{structures[0].cols} gates, the model has {have}",
+                layer.full_name(weight),
+            )
+
+
+def count_parameters(
+    before: Mapping[str, AnyTensor], after: Mapping[str, AnyTensor], located: Located
+) -> dict[str, float]:
+    """Floating-point numbers before and after: in recurrent matrices, and in all tensors."""
+    recurrent = [layer.full_name("weight_hh" + suffix) for layer in located.layers for suffix in layer.suffixes]
+    counts = {
+        "recurrent_before": sum(_numel(before[name]) for name in recurrent),
+        "recurrent_after": sum(
+            _numel(t) for name, t in after.items() if any(name == r or name.startswith(f"{r}.") for r in recurrent)
+        ),
+        "total_before": sum(map(_numel, before.values())),
+        "total_after": sum(map(_numel, after.values())),
+    }
+    ratios = {
+        f"{part}_ratio": counts[f"{part}_before"] / max(1, counts[f"{part}_after"]) for part in ("recurrent", "total")
+    }
+    return {key: {**counts, **ratios}[key] for part in ("recurrent", "total") for key in _keys(part)}
+
+
+def build_layer(
+    item: LayerPlan, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> KRUBase | KRUCellBase:
+    """The KRU layer of one entry of a plan, its numbers still random."""
+    layer = item.layer
+    options: dict[str, Any] = {"bias": layer.bias, "factors": item.matrices, "device": device}
+    options["dtype"] = dtype or getattr(torch, layer.dtype)
+    if layer.kind == "rnn":
+        options["nonlinearity"] = layer.nonlinearity or "tanh"
+    if not layer.cell:
+        options |= {
+            "num_layers": layer.num_layers,
+            "bidirectional": layer.bidirectional,
+            "batch_first": bool(layer.batch_first),
+            "dropout": (layer.dropout or 0.0) if layer.num_layers > 1 else 0.0,
+        }
+        if layer.kind == "lstm":
+            options["proj_size"] = layer.proj_size
+    return KRU_CLASSES[layer.kind, layer.cell](layer.input_size, layer.hidden_size, **options)
+
+
+def swap(model: nn.Module, plan: Plan) -> nn.Module:
+    """Puts the plan's KRU layers into `model`, in place, dense weights copied and factors random; returns the model.
+
+    A bare nn.LSTM cannot be changed into another class: then the new layer itself is returned. What the plan does not
+    know (batch_first, dropout, the nonlinearity: a state dict does not tell) is taken from the dense layer.
+
+    Raises:
+        PlanError: a layer of the plan is not in the model or differs from it.
+    """
+    for item in plan.layers:
+        try:
+            dense = model.get_submodule(item.layer.name)
+        except AttributeError:
+            raise PlanError(f"the model has no layer '{item.layer.name}'", type(model).__name__) from None
+        if isinstance(dense, KRUBase | KRUCellBase):
+            if matrices_of(dense) != item.matrices:
+                raise PlanError(f"layer '{item.layer.name}' holds other factors than the plan", type(model).__name__)
+            continue
+        if not isinstance(dense, tuple(MODULES)):
+            raise PlanError(f"layer '{item.layer.name}' is a {type(dense).__name__}, not a recurrent layer of torch.nn")
+        actual = describe(item.layer.name, dense)
+        check_plan(Plan([item]), Located([actual], []))
+        weight = next(dense.parameters())
+        layer = build_layer(LayerPlan(actual, item.matrices), weight.device, weight.dtype)
+        with torch.no_grad():
+            for name, parameter in dense.named_parameters():
+                target = getattr(layer, name, None)
+                if isinstance(target, nn.Parameter):
+                    target.copy_(parameter)
+                    target.requires_grad_(parameter.requires_grad)
+        layer.train(dense.training)
+        model = _set_submodule(model, item.layer.name, layer)
+    return model
+
+
+def convert_module(
+    model: nn.Module, plan: Plan, *, seed: int = 0, progress: Progress | None = None
+) -> tuple[nn.Module, Conversion]:
+    """A copy of `model` with the plan's layers decomposed and swapped; the original is untouched."""
+    located = Located([item.layer for item in plan.layers], [])
+    with torch.no_grad():
+        conversion = convert_tensors(model.state_dict(), plan, located, seed=seed, progress=progress)
+        converted = swap(copy.deepcopy(model), plan)
+        load_tensors(converted, conversion.tensors)
+    return converted, conversion
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, AnyTensor], where: object = None) -> None:
+    """`model.load_state_dict`, strict, with one clear sentence where the names or shapes differ.
+
+    Raises:
+        CorruptError: names are missing or too many, or a shape differs.
+    """
+    try:
+        model.load_state_dict({name: _load(tensor) for name, tensor in tensors.items()})
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise CorruptError(
+            f"the tensors do not fit {type(model).__name__}: {' '.join(lines[1:3])[:300]}",
+            where,
+            "Use the model that the checkpoint was made for",
+        ) from None
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that the KRU layers of a module embody."""
+    plans = []
+    for name, module in model.named_modules():
+        if isinstance(module, KRUBase | KRUCellBase):
+            plans.append(LayerPlan(describe_kru(name, module), matrices_of(module)))
+    return Plan(plans)
+
+
+def matrices_of(module: KRUBase | KRUCellBase) -> dict[str, Structures]:
+    return {n: child.structures for n, child in module.named_children() if isinstance(child, KroneckerMatrix)}
+
+
+def describe_kru(name: str, module: KRUBase | KRUCellBase) -> RecurrentLayer:
+    """The description of a KRU layer, that of the dense layer it stands for."""
+    cell = isinstance(module, KRUCellBase)
+    nonlinearity = module.nonlinearity if module.kind == "rnn" else None
+    dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
+    layer = RecurrentLayer(
+        name, module.kind, cell, module.input_size, module.hidden_size, bias=module.bias,
+        nonlinearity=nonlinearity, dtype=dtype,
+    )  # fmt: skip
+    if isinstance(module, KRUBase):
+        fields = ("num_layers", "bidirectional", "proj_size", "batch_first", "dropout")
+        layer = RecurrentLayer(**{**layer.__dict__, **{f: getattr(module, f) for f in fields}})
+    return layer
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """A copy of `model` with every KRU layer turned into torch.nn's dense one of the same function."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, KRUBase | KRUCellBase):
+            model = _set_submodule(model, name, _dense_layer(name, module))
+    return model
+
+
+def densify_tensors(tensors: Mapping[str, AnyTensor], plan: Plan) -> dict[str, Tensor]:
+    """The state dict of the dense model that a converted state dict stands for.
+
+    Raises:
+        CorruptError: an entry of the plan is missing from the tensors, or has another shape.
+    """
+    dense = {name: _load(tensor) for name, tensor in tensors.items()}
+    order = list(dense)
+    for layer, weight, structures in plan.matrices():
+        name = layer.full_name(weight)
+        entries = {n: dense.pop(n) for n in list(dense) if n.startswith(f"{name}.")}
+        dtype = next((t.dtype for t in entries.values() if t.is_floating_point()), torch.float32)
+        matrix = KroneckerMatrix(structures, dtype=dtype)
+        load_tensors(matrix, {n.removeprefix(f"{name}."): t for n, t in entries.items()}, name)
+        order[min(order.index(n) for n in entries)] = name
+        with torch.no_grad():
+            dense[name] = matrix.to(torch.float64).to_dense().to(dtype)
+    return {name: dense[name] for name in order if name in dense}
+
+
+def _dense_layer(name: str, module: KRUBase | KRUCellBase) -> nn.Module:
+    layer = describe_kru(name, module)
+    dense_class = next(cls for cls, key in MODULES.items() if key == (layer.kind, layer.cell))
+    weight = next(module.parameters())
+    options: dict[str, Any] = {"bias": layer.bias, "device": weight.device, "dtype": weight.dtype}
+    if layer.kind == "rnn":
+        options["nonlinearity"] = layer.nonlinearity
+    if not layer.cell:
+        options |= {f: getattr(layer, f) for f in ("num_layers", "bidirectional", "batch_first", "dropout")}
+        if layer.kind == "lstm":
+            options["proj_size"] = layer.proj_size
+    dense: nn.Module = dense_class(layer.input_size, layer.hidden_size, **options)
+    with torch.no_grad():
+        for parameter_name, parameter in dense.named_parameters():
+            value = getattr(module, parameter_name)
+            parameter.copy_(value.to_dense() if isinstance(value, KroneckerMatrix) else value)
+    return dense.train(module.training)
+
+
+def _results(layer: RecurrentLayer, name: str, structures: Structures, fits: list[Fit]) -> list[GateResult]:
+    return [
+        GateResult(
+            name=name,
+            layer=layer.name,
+            gate=gate,
+            shape=(s.rows, s.cols),
+            factors=str(s),
+            terms=sum(term.rank for term in s.terms),
+            parameters_before=s.dense_parameters,
+            parameters_after=s.parameters,
+            energy=f.energy,
+            energy_null=f.energy_null,
+            relative_error=f.relative_error,
+        )
+        for gate, s, f in zip(layer.gates, structures, fits, strict=True)
+    ]
+
+
+def _set_submodule(model: nn.Module, name: str, child: nn.Module) -> nn.Module:
+    if not name:
+        return child
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, child)
+    return model
+
+
+def _in_order(before: Mapping[str, AnyTensor], after: Mapping[str, AnyTensor]) -> list[str]:
+    """Names of `after`, the new ones standing where the matrix they replace stood."""
+    position = {name: i for i, name in enumerate(before)}
+
+    def place(name: str) -> int:
+        while name not in position:
+            name = name.rpartition(".")[0]
+        return position[name]
+
+    return sorted(after, key=place)
+
+
+def _keys(part: str) -> tuple[str, str, str]:
+    return f"{part}_before", f"{part}_after", f"{part}_ratio"
+
+
+def _numel(tensor: AnyTensor) -> int:
+    if not tensor.dtype.is_floating_point:
+        return 0
+    return tensor.numel if isinstance(tensor, LazyTensor) else tensor.numel()
+
+
+def _load(tensor: AnyTensor) -> Tensor:
+    return tensor.load() if isinstance(tensor, LazyTensor) else tensor

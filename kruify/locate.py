@@ -1,0 +1,221 @@
+"""Finds the recurrent layers in a state dict or a module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from kruify.checkpoint import LazyTensor
+from kruify.layers.steps import GATES
+
+AnyTensor = Tensor | LazyTensor  # shape and dtype are all that is asked of it
+_KIND_OF_GATES = {len(names): kind for kind, names in GATES.items()}
+MODULES: dict[type[nn.Module], tuple[str, bool]] = {
+    nn.RNN: ("rnn", False),
+    nn.LSTM: ("lstm", False),
+    nn.GRU: ("gru", False),
+    nn.RNNCell: ("rnn", True),
+    nn.LSTMCell: ("lstm", True),
+    nn.GRUCell: ("gru", True),
+}
+
+
+@dataclass(frozen=True)
+class RecurrentLayer:
+    """One nn.RNN, LSTM or GRU, or a cell; None marks what the source cannot tell (a state dict has no batch_first)."""
+
+    name: str  # module path, "" for a bare layer
+    kind: str  # "rnn", "lstm" or "gru"
+    cell: bool
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    bidirectional: bool = False
+    bias: bool = True
+    proj_size: int = 0
+    batch_first: bool | None = None
+    dropout: float | None = None
+    nonlinearity: str | None = None
+    dtype: str = "float32"
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        return GATES[self.kind]
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Ends of the weight names, in torch's order: "" for a cell, else `_l0`, `_l0_reverse`, `_l1`, ..."""
+        if self.cell:
+            return ("",)
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        return tuple(f"_l{k}{d}" for k in range(self.num_layers) for d in directions)
+
+    @property
+    def output_size(self) -> int:
+        return self.proj_size or self.hidden_size
+
+    def shape(self, weight: str) -> tuple[int, int]:
+        """(rows, cols) of one gate of `weight_ih...` or `weight_hh...`."""
+        if weight.startswith("weight_hh"):
+            return self.hidden_size, self.output_size
+        first = self.cell or weight.startswith("weight_ih_l0")
+        inputs = self.input_size if first else self.output_size * (2 if self.bidirectional else 1)
+        return self.hidden_size, inputs
+
+    def full_name(self, weight: str) -> str:
+        return f"{self.name}.{weight}" if self.name else weight
+
+    @property
+    def recurrent_parameters(self) -> int:
+        return self._count("weight_hh")
+
+    @property
+    def input_parameters(self) -> int:
+        return self._count("weight_ih")
+
+    def _count(self, stem: str) -> int:
+        sizes = [self.shape(stem + suffix) for suffix in self.suffixes]
+        return len(self.gates) * sum(rows * cols for rows, cols in sizes)
+
+
+@dataclass(frozen=True)
+class Located:
+    """What was found, and what looks recurrent but cannot be converted, with the reason."""
+
+    layers: list[RecurrentLayer]
+    skipped: list[tuple[str, str]]  # (name, reason)
+
+
+def locate(
+    source: Mapping[str, AnyTensor] | nn.Module, hints: Mapping[str, Mapping[str, Any]] | None = None
+) -> Located:
+    """The recurrent layers of a state dict (names and shapes decide) or of a module (its classes decide).
+
+    Args:
+        hints: for a state dict: layer name -> known `batch_first`, `dropout`, `nonlinearity`, read from elsewhere.
+    """
+    if isinstance(source, nn.Module):
+        return _locate_modules(source)
+    return _locate_tensors(source, hints or {})
+
+
+_WEIGHT_HH = re.compile(r"(?:(?P<prefix>.*)\.)?weight_hh(?P<suffix>_l0)?")
+
+
+def _locate_tensors(tensors: Mapping[str, AnyTensor], hints: Hints) -> Located:
+    found = Located([], [])
+    for name in tensors:
+        match = _WEIGHT_HH.fullmatch(name)
+        if not match:
+            continue
+        prefix, cell = match["prefix"] or "", match["suffix"] is None
+        layer = _read_layer(tensors, prefix, cell, hints.get(prefix, {}))
+        if isinstance(layer, str):
+            found.skipped.append((prefix or name, layer))
+        else:
+            found.layers.append(layer)
+    return found
+
+
+def _read_layer(
+    tensors: Mapping[str, AnyTensor], prefix: str, cell: bool, hints: dict[str, Any]
+) -> RecurrentLayer | str:
+    """The layer, or the reason why it is not one."""
+    dot = f"{prefix}." if prefix else ""
+    first = "" if cell else "_l0"
+    weight_hh, weight_ih = tensors[f"{dot}weight_hh{first}"], tensors.get(f"{dot}weight_ih{first}")
+    if weight_ih is None:
+        return f"weight_hh{first} has no weight_ih{first} beside it"
+    if len(weight_hh.shape) != 2 or len(weight_ih.shape) != 2:
+        return f"weight_hh{first} is no matrix but has shape {tuple(weight_hh.shape)}"
+    if not weight_hh.dtype.is_floating_point:
+        return f"weights are {_dtype_name(weight_hh)}, not floating point"
+    w_hr = None if cell else tensors.get(f"{dot}weight_hr{first}")
+    hidden = weight_hh.shape[1] if w_hr is None else w_hr.shape[-1]
+    gates, rest = divmod(weight_hh.shape[0], hidden) if hidden else (0, 1)
+    if rest or gates not in _KIND_OF_GATES:
+        return f"weight_hh{first} has {weight_hh.shape[0]} rows for hidden size {hidden}: not 1, 3 or 4 gates"
+    count = 1
+    while not cell and f"{dot}weight_hh_l{count}" in tensors:
+        count += 1
+    layer = RecurrentLayer(
+        name=prefix,
+        kind=_KIND_OF_GATES[gates],
+        cell=cell,
+        input_size=weight_ih.shape[1],
+        hidden_size=hidden,
+        num_layers=count,
+        bidirectional=not cell and f"{dot}weight_hh_l0_reverse" in tensors,
+        bias=f"{dot}bias_hh{first}" in tensors,
+        proj_size=0 if w_hr is None else w_hr.shape[0],
+        batch_first=hints.get("batch_first"),
+        dropout=hints.get("dropout"),
+        nonlinearity=hints.get("nonlinearity"),
+        dtype=_dtype_name(weight_hh),
+    )
+    return _mismatch(tensors, layer) or layer
+
+
+def _mismatch(tensors: Mapping[str, AnyTensor], layer: RecurrentLayer) -> str | None:
+    """The first weight that is missing or does not have the shape that the layer implies."""
+    rows = len(layer.gates) * layer.hidden_size
+    for suffix in layer.suffixes:
+        expected: dict[str, tuple[int, ...]] = {
+            f"weight_{part}{suffix}": (rows, layer.shape(f"weight_{part}{suffix}")[1]) for part in ("ih", "hh")
+        }
+        if layer.bias:
+            expected |= {f"bias_{part}{suffix}": (rows,) for part in ("ih", "hh")}
+        if layer.proj_size:
+            expected[f"weight_hr{suffix}"] = (layer.proj_size, layer.hidden_size)
+        for weight, shape in expected.items():
+            tensor = tensors.get(layer.full_name(weight))
+            if tensor is None:
+                return f"{weight} is missing"
+            if tuple(tensor.shape) != shape:
+                return f"{weight} has shape {tuple(tensor.shape)}, expected {shape}"
+    return None
+
+
+def _locate_modules(module: nn.Module) -> Located:
+    found = Located([], [])
+    for name, child in module.named_modules():
+        if type(child) in MODULES:
+            found.layers.append(describe(name, child))
+        elif isinstance(child, tuple(MODULES)):
+            base = next(b.__name__ for b in MODULES if isinstance(child, b))
+            reason = f"{type(child).__name__} is a subclass of torch.nn.{base}: it may compute something else"
+            found.skipped.append((name, reason))
+    return found
+
+
+def describe(name: str, module: nn.Module) -> RecurrentLayer:
+    """The description of a torch.nn recurrent module."""
+    kind, cell = next(value for base, value in MODULES.items() if isinstance(module, base))
+    get = module.__dict__.get
+    weight = next(module.parameters())
+    nonlinearity = None
+    if kind == "rnn":
+        nonlinearity = get("nonlinearity") or ("relu" if get("mode") == "RNN_RELU" else "tanh")
+    return RecurrentLayer(
+        name=name,
+        kind=kind,
+        cell=cell,
+        input_size=get("input_size", 0),
+        hidden_size=get("hidden_size", 0),
+        num_layers=get("num_layers", 1),
+        bidirectional=get("bidirectional", False),
+        bias=bool(get("bias", True)),
+        proj_size=get("proj_size", 0),
+        batch_first=None if cell else get("batch_first", False),
+        dropout=None if cell else get("dropout", 0.0),
+        nonlinearity=nonlinearity,
+        dtype=_dtype_name(weight),
+    )
+
+
+def _dtype_name(tensor: AnyTensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

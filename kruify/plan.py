@@ -1,0 +1,223 @@
+"""The plan: pure data that says for every matrix which factors it becomes.
+
+A dry run prints it, a person can edit its JSON, the converted file carries it, and loading rebuilds the layers from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+
+from kruify.errors import FactorSpecError, PlanError, UnsupportedError
+from kruify.factors import Structure, parse
+from kruify.locate import RecurrentLayer
+
+SCHEMA = 1
+Structures = tuple[Structure, ...]  # one a gate
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer and the matrices of it that become Kronecker sums; matrices that are not named stay dense."""
+
+    layer: RecurrentLayer
+    matrices: dict[str, Structures]  # weight name within the layer, such as "weight_hh_l0"
+
+
+@dataclass(frozen=True)
+class Plan:
+    layers: list[LayerPlan] = field(default_factory=list)
+
+    def matrices(self) -> Iterator[tuple[RecurrentLayer, str, Structures]]:
+        """(layer, weight name within it, one structure a gate), in order."""
+        for item in self.layers:
+            for weight, structures in item.matrices.items():
+                yield item.layer, weight, structures
+
+    def to_json(self, indent: int | None = None) -> str:
+        layers = [
+            {
+                **asdict(item.layer),
+                "matrices": {
+                    weight: {
+                        "scale": structures[0].scaled,
+                        "gates": {gate: str(s) for gate, s in zip(item.layer.gates, structures, strict=True)},
+                    }
+                    for weight, structures in item.matrices.items()
+                },
+            }
+            for item in self.layers
+        ]
+        return json.dumps({"schema": SCHEMA, "layers": layers}, indent=indent)
+
+    @staticmethod
+    def from_json(text: str, where: str = "plan") -> Plan:
+        """Reads what `to_json` wrote, or a person edited.
+
+        Raises:
+            PlanError: not JSON, a key missing or unknown, a spec that does not fit.
+            UnsupportedError: a schema newer than this kruify.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"not valid JSON ({error})", where, "Write one with 'kruify convert --plan-out'") from None
+        if not isinstance(data, dict) or not isinstance(data.get("layers"), list):
+            raise PlanError("a plan is an object with 'schema' and 'layers'", where)
+        schema = data.get("schema")
+        if not isinstance(schema, int) or schema < 1:
+            raise PlanError("'schema' must be a whole number from 1 on", where)
+        if schema > SCHEMA:
+            raise UnsupportedError(f"plan schema {schema} is newer than this kruify ({SCHEMA})", where, "Update kruify")
+        return Plan([_read_layer(item, where) for item in data["layers"]])
+
+
+def _read_layer(data: object, where: str) -> LayerPlan:
+    if not isinstance(data, dict) or not isinstance(data.get("matrices"), dict):
+        raise PlanError("each layer is an object with 'name', its sizes and 'matrices'", where)
+    values = {key: value for key, value in data.items() if key != "matrices"}
+    known = {f.name: f for f in fields(RecurrentLayer)}
+    if unknown := set(values) - set(known):
+        raise PlanError(f"unknown key '{min(unknown)}' in layer '{values.get('name')}'", where)
+    for key, value in values.items():
+        wanted = str(known[key].type)
+        if not _is_of(value, wanted):
+            raise PlanError(f"'{key}' of layer '{values.get('name')}' must be {wanted}, got {value!r}", where)
+    try:
+        layer = RecurrentLayer(**values)
+        gates = layer.gates
+    except (TypeError, KeyError) as error:
+        raise PlanError(f"layer '{values.get('name')}' is incomplete ({error})", where) from None
+    matrices = {}
+    for weight, entry in data["matrices"].items():
+        if weight not in _weight_names(layer):
+            raise PlanError(
+                f"layer '{layer.name}' has no matrix '{weight}'{_nearest(weight, _weight_names(layer))}", where
+            )
+        specs = entry.get("gates") if isinstance(entry, dict) else None
+        if (
+            not isinstance(specs, dict)
+            or set(specs) != set(gates)
+            or not all(isinstance(s, str) for s in specs.values())
+        ):
+            raise PlanError(f"'{layer.full_name(weight)}' needs one spec for each gate: {', '.join(gates)}", where)
+        scaled = bool(entry.get("scale", False))
+        matrices[weight] = tuple(_resolve(specs[g], layer, weight, g, scaled) for g in gates)
+    return LayerPlan(layer, matrices)
+
+
+def _is_of(value: object, annotation: str) -> bool:
+    """Whether a JSON value fits the annotation of a `RecurrentLayer` field, such as "int" or "float | None"."""
+    if value is None:
+        return annotation.endswith("None")
+    kind = annotation.removesuffix(" | None")
+    if kind == "float":
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value).__name__ == kind
+
+
+def make_plan(
+    layers: Sequence[RecurrentLayer],
+    factors: str = "auto",
+    input_factors: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    overrides: Mapping[str, str] | None = None,
+) -> Plan:
+    """A plan from specs and patterns.
+
+    A matrix is named `layer.weight_hh_l0`, one gate of it `layer.weight_hh_l0.r`; a pattern may also name the layer.
+    The most exact name wins: gate or matrix or layer written out, then glob, then the default.
+
+    Args:
+        factors: spec of every recurrent matrix.
+        input_factors: spec of every input matrix; None leaves them dense.
+        only: globs; other layers and matrices stay dense.
+        skip: globs; these stay dense.
+        overrides: pattern -> spec; the spec "dense" leaves a matrix as it is.
+
+    Raises:
+        PlanError: a pattern matches nothing.
+        FactorSpecError: a spec does not fit; the matrix is named.
+    """
+    overrides = dict(overrides or {})
+    _check_patterns(layers, [*only, *skip, *overrides])
+    plans = []
+    for layer in layers:
+        matrices: dict[str, Structures] = {}
+        for weight in _weight_names(layer):
+            names = _names(layer, weight)
+            default = factors if weight.startswith("weight_hh") else input_factors
+            if (only and not _any_match(names, only)) or _any_match(names, skip):
+                default = None
+            specs = [_override(names, gate, overrides) or default for gate in layer.gates]
+            if all(spec in (None, "dense") for spec in specs):
+                continue
+            matrices[weight] = tuple(
+                _resolve(_gate_spec(spec, layer, weight), layer, weight, gate, layer.kind == "rnn")
+                for gate, spec in zip(layer.gates, specs, strict=True)
+            )
+        if matrices:
+            plans.append(LayerPlan(layer, matrices))
+    return Plan(plans)
+
+
+def _gate_spec(spec: str | None, layer: RecurrentLayer, weight: str) -> str:
+    if spec is None or spec == "dense":  # one dense gate among Kronecker ones is a single full-size factor
+        rows, cols = layer.shape(weight)
+        return f"{rows}x{cols}"
+    return spec
+
+
+def _resolve(spec: str, layer: RecurrentLayer, weight: str, gate: str, scaled: bool) -> Structure:
+    rows, cols = layer.shape(weight)
+    try:
+        structure = parse(spec).resolve(rows, cols)
+    except FactorSpecError as error:
+        raise FactorSpecError(
+            error.what, f"{layer.full_name(weight)} gate {gate} ({rows}x{cols})", error.hint
+        ) from None
+    return replace(structure, scaled=scaled)
+
+
+def _weight_names(layer: RecurrentLayer) -> list[str]:
+    return [f"weight_{part}{suffix}" for suffix in layer.suffixes for part in ("ih", "hh")]
+
+
+def _names(layer: RecurrentLayer, weight: str) -> list[str]:
+    """What a pattern may match to mean this matrix, most exact first."""
+    return [layer.full_name(weight), weight, layer.name]
+
+
+def _any_match(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _override(names: Sequence[str], gate: str, overrides: Mapping[str, str]) -> str | None:
+    candidates = [*(f"{name}.{gate}" for name in names), *names]
+    for name in candidates:
+        if name in overrides:
+            return overrides[name]
+    for name in candidates:
+        for pattern, spec in overrides.items():
+            if fnmatchcase(name, pattern):
+                return spec
+    return None
+
+
+def _check_patterns(layers: Sequence[RecurrentLayer], patterns: Sequence[str]) -> None:
+    names: list[str] = []
+    for layer in layers:
+        for weight in _weight_names(layer):
+            names += [n for name in _names(layer, weight) for n in (name, *(f"{name}.{g}" for g in layer.gates))]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise PlanError(f"the pattern '{pattern}' matches no layer, matrix or gate{_nearest(pattern, names)}")
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    return f"; the nearest name is '{close[0]}'" if close else ""
