@@ -1,0 +1,142 @@
+"""Builds the kernels ahead of time into kruify/_C.abi3.so. All other configuration is in pyproject.toml.
+
+The library uses torch's stable ABI and no Python API, so one build serves every Python and every torch >= 2.10.
+Without a C++ compiler kruify installs all the same and runs on the torch reference. Environment:
+
+    CXX                  the C++ compiler (default: c++, g++ or clang++, whichever is found first)
+    KRUIFY_CUDA=0|1      never / always build csrc/cuda with nvcc (default: where torch has CUDA and nvcc is found)
+    KRUIFY_CXXFLAGS      flags added to every compile and link, for example -fsanitize=address
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "kruify" / "csrc"
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+COMMON += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+# One translation unit of kernels per instruction set; the machine picks at run time.
+INSTRUCTION_SETS = {
+    "isa_portable.cpp": [],
+    "isa_avx2.cpp": ["-mavx2", "-mfma"],
+    "isa_avx512.cpp": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"],
+}
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+
+
+class BuildKernels(build_ext):
+    """Compiles csrc/ with the system's compilers; a build that cannot be had is said loudly and skipped."""
+
+    def run(self) -> None:
+        target = Path(self.get_ext_fullpath("kruify._C")).parent / "_C.abi3.so"
+        if self.inplace:
+            target = ROOT / "kruify" / "_C.abi3.so"
+        try:
+            build_library(target, Path(self.build_temp))
+        except (BuildError, OSError) as error:
+            if os.environ.get("KRUIFY_REQUIRE_KERNELS"):
+                raise
+            banner = "*" * 100
+            print(
+                f"{banner}\nkruify installs WITHOUT compiled kernels and will be slow: {error}\n{banner}",
+                file=sys.stderr,
+            )
+
+    def get_outputs(self) -> list[str]:
+        target = Path(self.get_ext_fullpath("kruify._C")).parent / "_C.abi3.so"
+        return [str(target)] if target.exists() else []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class BuildError(Exception):
+    """The kernels cannot be built here."""
+
+
+def build_library(target: Path, temporary: Path) -> None:
+    import torch
+
+    compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    if compiler is None or shutil.which(compiler.split()[0]) is None:
+        raise BuildError("no C++ compiler was found")
+    extra = os.environ.get("KRUIFY_CXXFLAGS", "").split()
+    torch_root = Path(torch.__file__).parent
+    flags = [*COMMON, *STABLE_ABI, f"-I{CSRC}", f"-isystem{torch_root / 'include'}", *extra]
+    temporary.mkdir(parents=True, exist_ok=True)
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    jobs = []
+    for source in sorted(CSRC.glob("*.cpp")):
+        if source.name in INSTRUCTION_SETS and not x86 and source.name != "isa_portable.cpp":
+            continue
+        output = temporary / f"{source.stem}.o"
+        isa = INSTRUCTION_SETS.get(source.name, []) if x86 else []
+        jobs.append((output, [*compiler.split(), *flags, *isa, "-c", str(source), "-o", str(output)]))
+    link = [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"]
+    nvcc = find_nvcc(torch.version.cuda)
+    if nvcc:
+        for source in sorted((CSRC / "cuda").glob("*.cu")):
+            output = temporary / f"{source.stem}.cu.o"
+            jobs.append((output, nvcc_command(nvcc, source, output, torch_root)))
+        if any(o.name.endswith(".cu.o") for o, _ in jobs):
+            link += [f"-L{Path(nvcc).parent.parent / 'lib64'}", "-lcudart"]
+            link += ["-ltorch_cuda"] if (torch_root / "lib" / "libtorch_cuda.so").exists() else []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(lambda job: compile_if_stale(*job), jobs))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    run([*compiler.split(), "-shared", *extra, *(str(o) for o, _ in jobs), *link, "-o", str(target) + ".tmp"])
+    os.replace(str(target) + ".tmp", target)  # a running process keeps the old file
+
+
+def find_nvcc(torch_cuda: str | None) -> str | None:
+    wish = os.environ.get("KRUIFY_CUDA")
+    if wish == "0" or (wish != "1" and torch_cuda is None):
+        return None
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc") or shutil.which(str(Path(home) / "bin" / "nvcc"))
+    if nvcc is None and wish == "1":
+        raise BuildError("KRUIFY_CUDA=1, but nvcc was not found; put it on PATH or set CUDA_HOME")
+    return nvcc
+
+
+def nvcc_command(nvcc: str, source: Path, output: Path, torch_root: Path) -> list[str]:
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    codes.append(f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")
+    return [nvcc, "-std=c++20", "-O3", "-DUSE_CUDA", *STABLE_ABI, "--expt-relaxed-constexpr", "-Xcompiler",
+            "-fPIC", *codes, f"-I{CSRC}", f"-isystem={torch_root / 'include'}", "-c", str(source), "-o", str(output)]  # fmt: skip
+
+
+def compile_if_stale(output: Path, command: list[str]) -> None:
+    newest = max(p.stat().st_mtime for p in [*CSRC.rglob("*"), Path(__file__)])
+    stamp = output.with_suffix(".command")
+    if output.exists() and output.stat().st_mtime > newest and stamp.exists() and stamp.read_text() == repr(command):
+        return
+    run(command)
+    stamp.write_text(repr(command))
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
+    if done.stderr:
+        print(done.stderr, file=sys.stderr)
+
+
+setup(
+    ext_modules=[Extension("kruify._C", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildKernels},
+    # No Python API inside: one wheel for every Python from 3.11 on.
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
