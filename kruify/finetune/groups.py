@@ -1,0 +1,43 @@
+"""Which parameters are trained, and with which learning rate and weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+from kruify.finetune.recipe import Recipe
+from kruify.layers.matrix import KroneckerMatrix
+
+
+def factor_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that belong to Kronecker matrices: factors, scales, diagonals, overlays."""
+    names = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, KroneckerMatrix):
+            names |= {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()}
+    return names
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe, only: Collection[str] | None = None) -> list[dict[str, Any]]:
+    """Groups for an optimiser: dense matrices, dense vectors, factors, vectors of Kronecker matrices.
+
+    Each group has the key "share": its peak learning rate as a multiple of `recipe.lr`. Empty groups are left out.
+
+    Args:
+        only: names of the parameters to train; None for all that require a gradient.
+    """
+    factors = factor_names(model)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or (only is not None and name not in only):
+            continue
+        inside = name in factors
+        vector = parameter.ndim < 2 or name.endswith((".scale", ".diagonal"))
+        decay = 0.0 if vector else recipe.factor_weight_decay if inside else recipe.weight_decay
+        groups.setdefault((recipe.factor_lr if inside else 1.0, decay), []).append(parameter)
+    return [
+        {"params": p, "share": share, "weight_decay": decay}
+        for (share, decay), p in sorted(groups.items(), key=lambda g: g[0])
+    ]

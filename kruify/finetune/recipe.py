@@ -1,0 +1,96 @@
+"""The options of a fine-tuning run, as one value that can be stored, compared and printed."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar
+
+from kruify.errors import UsageError
+from kruify.finetune.schedule import SCHEDULES
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to fine-tune. The defaults are the recipe of benchmarks/recovery.
+
+    Attributes:
+        epochs: passes over the train split, end to end; fractions are allowed.
+        lr: peak learning rate of AdamW.
+        schedule: "onecycle", "cosine", "linear" or "constant".
+        warmup: share of the run in which the learning rate rises.
+        weight_decay: of dense matrices; biases, diagonals and scales are never decayed.
+        factor_lr: learning rate of Kronecker factors and overlays, as a multiple of `lr`.
+        factor_weight_decay: weight decay of Kronecker factors and overlays.
+        clip: gradients are scaled down to this norm; 0 for never.
+        unitary_penalty: lambda of the soft unitary penalty; None for on where a plain RNN carries the state, off
+            elsewhere.
+        accumulate: batches added up in one optimiser step, on each process.
+        ema: decay of a running average of the weights that is validated and kept in their place; 0 for none.
+        patience: epochs without a better validation metric after which training stops; 0 for never.
+        mixed_precision: "no" or "bf16".
+        seed: of the order of batches, of dropout, of everything random.
+        evaluate_first: validate before the first step, so that a run never ends worse than it began.
+        save_seconds: how often the state is written to the `resume` folder, apart from every end of an epoch.
+        save_steps: the same in optimiser steps; 0 for by the clock alone.
+    """
+
+    epochs: float = 5.0
+    lr: float = 2e-3
+    schedule: str = "onecycle"
+    warmup: float = 0.2
+    weight_decay: float = 0.01
+    factor_lr: float = 1.0
+    factor_weight_decay: float = 0.0
+    clip: float = 1.0
+    unitary_penalty: float | None = None
+    accumulate: int = 1
+    ema: float = 0.0
+    patience: int = 0
+    mixed_precision: str = "no"
+    seed: int = 0
+    evaluate_first: bool = True
+    save_seconds: float = 60.0
+    save_steps: int = 0
+
+    # What may differ between a run and its continuation without changing a bit of the result.
+    FREE: ClassVar[tuple[str, ...]] = ("save_seconds", "save_steps")
+
+    def changed(self, **changes: Any) -> Recipe:
+        """A copy with other values.
+
+        Raises:
+            UsageError: there is no such option, or its value makes no sense.
+        """
+        names = [f.name for f in fields(self)]
+        for name in changes:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                hint = f"Did you mean {close[0]}" if close else f"There are {', '.join(names)}"
+                raise UsageError(f"fine-tuning has no option '{name}'", hint=hint)
+        recipe = replace(self, **changes)
+        recipe.check()
+        return recipe
+
+    def check(self) -> None:
+        """Raises UsageError for a value that makes no sense."""
+        for name, wrong, expected in (
+            ("epochs", self.epochs < 0, "0 or more"),
+            ("lr", self.lr <= 0, "above 0"),
+            ("schedule", self.schedule not in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            ("warmup", not 0 <= self.warmup <= 1, "between 0 and 1"),
+            ("weight_decay", self.weight_decay < 0, "0 or more"),
+            ("factor_lr", self.factor_lr < 0, "0 or more"),
+            ("factor_weight_decay", self.factor_weight_decay < 0, "0 or more"),
+            ("clip", self.clip < 0, "0 or more"),
+            ("unitary_penalty", self.unitary_penalty is not None and self.unitary_penalty < 0, "0 or more"),
+            ("accumulate", self.accumulate < 1, "1 or more"),
+            ("ema", not 0 <= self.ema < 1, "from 0 to below 1"),
+            ("patience", self.patience < 0, "0 or more"),
+            ("mixed_precision", self.mixed_precision not in ("no", "bf16"), "no or bf16"),
+        ):
+            if wrong:
+                raise UsageError(f"{name} must be {expected}, got {getattr(self, name)}", "fine-tuning")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

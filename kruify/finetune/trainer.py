@@ -1,0 +1,375 @@
+"""The training loop: a list of phases, each a loss over the train split; validation after every epoch; the best
+weights kept.
+
+The run's position is (phase, step). Everything that the next step depends on is a function of the position or stands
+in the saved state, so that a run killed at any moment and resumed gives the same bits as one that was left alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kruify.errors import TaskError, UsageError
+from kruify.finetune.ema import Average
+from kruify.finetune.feed import Batch, count_batches, groups
+from kruify.finetune.groups import parameter_groups
+from kruify.finetune.penalty import default_penalty, unitary_penalty
+from kruify.finetune.processes import Processes
+from kruify.finetune.randomness import isolated, seed_all
+from kruify.finetune.recipe import Recipe
+from kruify.finetune.result import FinetuneResult, OnProgress, Progress
+from kruify.finetune.schedule import lr_factor
+from kruify.finetune.state import check_same_run, load_state, save_state
+from kruify.task import Task, to_device
+
+MAX_SKIPPED = 20  # steps in a row whose gradient is not finite, after which a run counts as diverged
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stage of a run.
+
+    Attributes:
+        objective: batch (on the device) -> scalar loss.
+        only: names of the parameters that it trains; None for all.
+    """
+
+    name: str
+    epochs: float
+    lr: float
+    objective: Callable[[Any], Tensor]
+    only: Collection[str] | None = None
+
+
+class Trainer:
+    """Runs phases over a task's train split. `finetune` is the way in; this class holds the state between steps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        phases: Sequence[Phase],
+        recipe: Recipe,
+        processes: Processes,
+        *,
+        folder: Path | None = None,
+        on_progress: OnProgress | None = None,
+        on_best: Callable[[nn.Module, dict[str, float]], None] | None = None,
+    ) -> None:
+        self.model, self.task, self.recipe, self.processes = model, task, recipe, processes
+        self.phases = [phase for phase in phases if phase.epochs > 0]
+        self.folder, self.on_progress, self.on_best = folder, on_progress, on_best
+        weight = recipe.unitary_penalty
+        self.penalty_weight = default_penalty(model) if weight is None else weight
+        self.batches = count_batches(task, recipe.seed)
+        self.group = processes.count * recipe.accumulate
+        self.steps_per_epoch = math.ceil(self.batches / self.group)
+        self.average = Average(model, recipe.ema) if recipe.ema else None
+        # What a saved state holds, beside the tensors:
+        self.phase, self.step = 0, 0
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None
+        self.stale = 0  # validations since the best one
+        self.loss_sum, self.weight_sum = 0.0, 0.0
+        self.seconds_before = 0.0
+        self.finished, self.stopped_early = False, False
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._skipped = 0
+
+    # ------------------------------------------------------------------ the run
+
+    def run(self) -> FinetuneResult:
+        self._started = self._saved_at = time.monotonic()
+        with isolated():
+            saved = self._restore()
+            if saved is None:
+                if self.recipe.evaluate_first:
+                    self._validate("start", lr=0.0)
+                self._save()  # the weights that the run began with: a resumed run needs no others
+            while not self.finished:
+                if self.phase >= len(self.phases):
+                    self.finished = True
+                    break
+                self._run_phase(self.phases[self.phase], saved)
+                saved = None
+            self._save()
+        if self.best is not None:
+            self.model.load_state_dict(self.best["state"])
+        return FinetuneResult(
+            model=self.model,
+            history=self.history,
+            metrics=dict(self.best["metrics"]) if self.best else {},
+            best_epoch=self.best["epoch"] if self.best else 0,
+            steps=self._steps_before() + self.step,
+            seconds=self._seconds(),
+            stopped_early=self.stopped_early,
+        )
+
+    def _run_phase(self, phase: Phase, saved: dict[str, Any] | None) -> None:
+        steps = self._phase_steps(phase)
+        param_groups = parameter_groups(self.model, self.recipe, phase.only)
+        if not param_groups:
+            raise UsageError(f"the network has no parameters to train in phase '{phase.name}'", "fine-tuning")
+        trained = [p for g in param_groups for p in g["params"]]
+        trained_ids = {id(p) for p in trained}
+        frozen = [p for p in self.model.parameters() if p.requires_grad and id(p) not in trained_ids]
+        self.optimizer = torch.optim.AdamW(param_groups, lr=phase.lr, fused=all(p.is_floating_point() for p in trained))
+        if saved is not None and saved["optimizer"] is not None:
+            self.optimizer.load_state_dict(saved["optimizer"])
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            while self.step < steps and not self.finished:
+                self._run_epoch(phase, steps, trained)
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+        if not self.finished:
+            self.phase, self.step = self.phase + 1, 0
+        self.optimizer = None
+
+    def _run_epoch(self, phase: Phase, steps: int, trained: list[nn.Parameter]) -> None:
+        """From the current position to the end of its epoch, or of the phase."""
+        assert self.optimizer is not None
+        in_phase = self.step // self.steps_per_epoch
+        end = min((in_phase + 1) * self.steps_per_epoch, steps)
+        feed = groups(
+            self.task,
+            self.recipe.seed,
+            self._epoch(),
+            limit=self.batches,
+            size=self.group,
+            skip=self.step % self.steps_per_epoch,
+            rank=self.processes.rank,
+            processes=self.processes.count,
+        )
+        self.model.train()
+        for batches in feed:
+            share = lr_factor(self.recipe.schedule, self.step / steps, self.recipe.warmup)
+            for group in self.optimizer.param_groups:
+                group["lr"] = phase.lr * group["share"] * share
+            self._one_step(phase, batches, trained)
+            self.step += 1
+            self._report(phase, phase.lr * share)
+            if self.step == end:
+                break
+            self._save_if_due()
+        self.step = end  # an epoch that came out shorter than counted ends all the same
+        lr = phase.lr * lr_factor(self.recipe.schedule, self.step / steps, self.recipe.warmup)
+        self._validate(phase.name, lr)
+        self._report(phase, lr)
+        if self.recipe.patience and self.stale >= self.recipe.patience:
+            self.finished = self.stopped_early = True
+        self._save()
+
+    def _one_step(self, phase: Phase, batches: list[Batch], trained: list[nn.Parameter]) -> None:
+        assert self.optimizer is not None
+        for parameter in trained:
+            parameter.grad = None
+        weight_sum = loss_sum = 0.0
+        for number, batch in batches:
+            seed_all(self.recipe.seed, "step", self.phase, self.step // self.steps_per_epoch, number)
+            weight = batch_weight(self.task, batch)
+            with self.processes.autocast():
+                loss = phase.objective(to_device(batch, self.processes.device))
+            (loss if weight == 1.0 else loss * weight).backward()  # type: ignore[no-untyped-call]
+            weight_sum, loss_sum = weight_sum + weight, loss_sum + weight * float(loss.detach())
+        weight_sum, loss_sum = self.processes.sum_gradients(trained, [weight_sum, loss_sum])
+        if weight_sum != 1.0:
+            torch._foreach_div_([p.grad for p in trained if p.grad is not None], weight_sum)
+        if self.penalty_weight:
+            # After the sum: the penalty is a property of the weights, not of the batches.
+            penalty = self.penalty_weight * unitary_penalty(self.model)
+            if penalty.requires_grad:
+                penalty.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.recipe.clip or math.inf)
+        if not math.isfinite(loss_sum) or not math.isfinite(float(norm)):
+            self._skipped += 1
+            if self._skipped >= MAX_SKIPPED:
+                hint = f"Lower lr (it is {phase.lr:g}) or the clipping norm"
+                raise UsageError(
+                    f"training diverged: {MAX_SKIPPED} steps in a row have no finite gradient", "fine-tuning", hint
+                )
+            return
+        self._skipped = 0
+        self.loss_sum, self.weight_sum = self.loss_sum + loss_sum, self.weight_sum + weight_sum
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.model)
+
+    # ------------------------------------------------------------------ validation
+
+    def _validate(self, phase: str, lr: float) -> None:
+        """Evaluate on "valid", write the history entry, keep the weights if they are the best so far."""
+        if self.average is not None and self.history:
+            with self.average.applied(self.model):
+                self._judge(phase, lr)
+        else:
+            self._judge(phase, lr)
+        self.loss_sum = self.weight_sum = 0.0
+
+    def _judge(self, phase: str, lr: float) -> None:
+        metrics: dict[str, float] = {}
+        if self.processes.is_main:
+            metrics = {name: float(value) for name, value in self.task.evaluate(self.model, "valid").items()}
+        metrics = self.processes.from_main(metrics)
+        if self.task.metric not in metrics:
+            names = ", ".join(metrics) or "nothing"
+            raise TaskError(
+                f"evaluate() gave {names}, but not the metric '{self.task.metric}'", type(self.task).__name__
+            )
+        with torch.no_grad():
+            penalty = float(unitary_penalty(self.model))
+        self.history.append(
+            {
+                "phase": phase,
+                "epoch": self._epochs_done(),
+                "step": self._steps_before() + self.step,
+                "loss": self.loss_sum / self.weight_sum if self.weight_sum else None,
+                "penalty": penalty,
+                "lr": lr,
+                "metrics": metrics,
+            }
+        )
+        value = metrics[self.task.metric]
+        if self.best is None or better(value, self.best["metrics"][self.task.metric], self.task.higher_is_better):
+            state = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+            self.best = {"metrics": metrics, "epoch": self._epochs_done(), "state": state}
+            self.stale = 0
+            if self.on_best is not None and self.processes.is_main:
+                self.on_best(self.model, metrics)
+        else:
+            self.stale += 1
+
+    # ------------------------------------------------------------------ the saved state
+
+    def _shapes(self) -> dict[str, list[int]]:
+        return {name: list(p.shape) for name, p in self.model.named_parameters()}
+
+    def _save_if_due(self) -> None:
+        by_steps = self.recipe.save_steps and self.step % self.recipe.save_steps == 0
+        if by_steps or time.monotonic() - self._saved_at > self.recipe.save_seconds:
+            self._save()
+
+    def _save(self) -> None:
+        self._saved_at = time.monotonic()
+        if self.folder is None or not self.processes.is_main:
+            return
+        average = self.average
+        save_state(
+            self.folder,
+            {
+                "recipe": self.recipe.to_json(),
+                "shapes": self._shapes(),
+                "batches": [self.batches, self.group],
+                "phase": self.phase,
+                "step": self.step,
+                "history": self.history,
+                "best": self.best,
+                "stale": self.stale,
+                "loss_sum": self.loss_sum,
+                "weight_sum": self.weight_sum,
+                "skipped": self._skipped,
+                "seconds": self._seconds(),
+                "finished": self.finished,
+                "stopped_early": self.stopped_early,
+                "model": self.model.state_dict(),
+                "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+                "average": None if average is None else {"updates": average.updates, "shadow": average.shadow},
+            },
+        )
+
+    def _restore(self) -> dict[str, Any] | None:
+        if self.folder is None:
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        saved = load_state(self.folder)
+        if saved is None:
+            return None
+        check_same_run(self.folder, saved, self.recipe, self._shapes())
+        if saved["batches"] != [self.batches, self.group]:
+            raise UsageError("the task's batches or the number of processes changed since this run began", self.folder)
+        for name in (
+            "phase",
+            "step",
+            "history",
+            "best",
+            "stale",
+            "loss_sum",
+            "weight_sum",
+            "finished",
+            "stopped_early",
+        ):
+            setattr(self, name, saved[name])
+        self._skipped, self.seconds_before = saved["skipped"], saved["seconds"]
+        self.model.load_state_dict(saved["model"])
+        if self.average is not None:
+            self.average.updates = saved["average"]["updates"]
+            self.average.shadow = {n: t.to(self.processes.device) for n, t in saved["average"]["shadow"].items()}
+        return saved
+
+    # ------------------------------------------------------------------ where the run stands
+
+    def _phase_steps(self, phase: Phase) -> int:
+        return max(1, round(phase.epochs * self.steps_per_epoch))
+
+    def _phase_epochs(self, phase: Phase) -> int:
+        return math.ceil(self._phase_steps(phase) / self.steps_per_epoch)
+
+    def _steps_before(self) -> int:
+        return sum(self._phase_steps(p) for p in self.phases[: self.phase])
+
+    def _epoch(self) -> int:
+        """Number of the current epoch, from 0, over all phases."""
+        return sum(self._phase_epochs(p) for p in self.phases[: self.phase]) + self.step // self.steps_per_epoch
+
+    def _epochs_done(self) -> int:
+        done = sum(self._phase_epochs(p) for p in self.phases[: self.phase])
+        return done + math.ceil(self.step / self.steps_per_epoch)
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self._started
+
+    def _report(self, phase: Phase, lr: float) -> None:
+        if self.on_progress is None or not self.processes.is_main:
+            return
+        done, total = self._steps_before() + self.step, sum(self._phase_steps(p) for p in self.phases)
+        seconds = self._seconds()
+        last = self.history[-1] if self.history else None
+        mean = self.loss_sum / self.weight_sum if self.weight_sum else (last or {}).get("loss")
+        self.on_progress(
+            Progress(
+                phase=phase.name,
+                epoch=max(1, self._epochs_done()),
+                epochs=sum(self._phase_epochs(p) for p in self.phases),
+                step=done,
+                steps=total,
+                loss=math.nan if mean is None else mean,
+                lr=lr,
+                seconds=seconds,
+                remaining=seconds / done * (total - done) if done else None,
+                metrics=dict(last["metrics"]) if last else {},
+            )
+        )
+
+
+def better(value: float, than: float, higher_is_better: bool) -> bool:
+    """Whether `value` is the better metric; nan is worse than everything."""
+    if math.isnan(value):
+        return False
+    return math.isnan(than) or (value > than if higher_is_better else value < than)
+
+
+def batch_weight(task: Task, batch: Any) -> float:
+    """How much a batch counts beside others: what the task's `weight(batch)` says (the number of examples or tokens
+    that its mean loss is over), 1 where the task does not say."""
+    weight = getattr(task, "weight", None)
+    return 1.0 if weight is None else float(weight(batch))

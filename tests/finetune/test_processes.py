@@ -1,0 +1,88 @@
+"""Real processes: kill -9 and resume, torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import Delay, same
+
+from kruify.finetune import finetune
+
+HERE = Path(__file__).parent
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {here!r})
+import torch
+torch.set_num_threads(1)
+from tiny import Delay
+from kruify.finetune import finetune
+slow = lambda p: time.sleep(float(sys.argv[2])) or print(p.step, flush=True)
+task = Delay(count=7, dropout=0.3)
+model = task.kronecker()
+options = dict(epochs=3, lr=2e-2, save_steps=1, device="cpu", accumulate=int(sys.argv[3]))
+result = finetune(model, task, resume=sys.argv[1], on_progress=slow, **options)
+from kruify.finetune.processes import Processes
+if Processes("cpu").is_main:
+    torch.save({{"model": result.model.state_dict(), "history": result.history}}, sys.argv[1] + "/out.pt")
+"""
+
+
+def script(folder: Path) -> str:
+    path = folder / "train.py"
+    path.write_text(SCRIPT.format(here=str(HERE)))
+    return str(path)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def here(accumulate: int) -> dict[str, Any]:
+    task = Delay(count=7, dropout=0.3)
+    result = finetune(task.kronecker(), task, epochs=3, lr=2e-2, device="cpu", accumulate=accumulate)
+    return {"model": result.model.state_dict(), "history": result.history}
+
+
+def test_kill_9_and_resume(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole = here(1)
+    finally:
+        torch.set_num_threads(threads)
+    command = [sys.executable, script(tmp_path), str(tmp_path)]
+    process = subprocess.Popen([*command, "0.1", "1"], stdout=subprocess.PIPE, text=True, env=environment())
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) == 10:  # in the middle of the second epoch
+            break
+    time.sleep(0.03)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out.pt").exists()
+    done = subprocess.run([*command, "0", "1"], env=environment(), capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[0]) > 8  # it did not start over
+    resumed = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert same(resumed["model"], whole["model"])
+    assert resumed["history"] == whole["history"]
+
+
+def test_torchrun_with_two_processes_is_one_with_the_double_batch(tmp_path: Path) -> None:
+    # 7 batches: the last step has a batch for the first process only.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script(tmp_path)]
+    subprocess.run([*command, str(tmp_path), "0", "1"], env=environment(), capture_output=True, text=True, check=True)
+    two = torch.load(tmp_path / "out.pt", weights_only=True)
+    one = here(2)
+    assert len(two["history"]) == 4
+    for name, tensor in one["model"].items():
+        torch.testing.assert_close(two["model"][name], tensor, rtol=1e-9, atol=1e-10)
+    for a, b in zip(two["history"], one["history"], strict=True):
+        assert (a["epoch"], a["step"]) == (b["epoch"], b["step"])
+        torch.testing.assert_close(a["metrics"]["loss"], b["metrics"]["loss"], rtol=1e-9, atol=1e-10)
