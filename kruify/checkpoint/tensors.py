@@ -1,0 +1,85 @@
+"""Tensors of a file that are loaded one at a time, when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor whose shape and dtype are known and whose numbers are read by `load()`.
+
+    identity: equal for two names of one and the same tensor: (storage, offset, shape, stride). None where the file
+        cannot share storage. Equal storage alone is no tie: CUDA LSTMs keep all their weights in one.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+    identity: Hashable = None
+
+    @staticmethod
+    def of(tensor: Tensor) -> LazyTensor:
+        """Wrap a tensor that is already in memory."""
+        tensor = tensor.detach()
+        identity = (
+            tensor.untyped_storage().data_ptr(),
+            tensor.storage_offset(),
+            tuple(tensor.shape),
+            tensor.stride(),
+        )
+        # A storage without bytes has no address: empty tensors are never ties.
+        return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor, identity if tensor.numel() else None)
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class Tensors(Mapping[str, Tensor]):
+    """A read-only mapping name -> tensor that loads on access and keeps nothing.
+
+    `lazy` holds the same names with shapes and dtypes but without the numbers. `{**checkpoint.tensors.lazy, "w": new}`
+    is what the writers take to copy a large file one tensor at a time.
+    """
+
+    def __init__(self, lazy: Mapping[str, LazyTensor]) -> None:
+        self.lazy = dict(lazy)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.lazy[name].load()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.lazy
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.lazy)
+
+    def __len__(self) -> int:
+        return len(self.lazy)
+
+    def __repr__(self) -> str:
+        return f"Tensors({len(self)} tensors, {sum(t.nbytes for t in self.lazy.values())} bytes)"
+
+
+def ties(tensors: Mapping[str, LazyTensor]) -> dict[str, str]:
+    """Names that are second names of an earlier tensor: later name -> first name."""
+    first: dict[Hashable, str] = {}
+    found: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.identity is None:
+            continue
+        if tensor.identity in first:
+            found[name] = first[tensor.identity]
+        else:
+            first[tensor.identity] = name
+    return found

@@ -1,0 +1,168 @@
+"""Find the state dict inside what a training script saved, and strip what its wrappers put before the names.
+
+Training scripts nest the state dict ("model_state_dict") beside an epoch and an optimizer, and DataParallel,
+torch.compile and FSDP put a prefix before its names. Both are taken off here and remembered, so that they can be
+put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kruify.checkpoint.tensors import LazyTensor
+from kruify.errors import CorruptError, UnsupportedError, UsageError
+
+KEYS = ("state_dict", "model_state_dict", "model", "net", "ema")
+"""Entries that usually hold the state dict; any other entry that holds tensors is considered after them."""
+
+LEADING = ("module.", "model.")
+"""Stripped where every name starts with them."""
+
+ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""Stripped wherever they stand: torch.compile, FSDP and activation checkpointing also wrap inner modules."""
+
+OPTIMIZER = ("optim", "scheduler", "scaler", "opt_state")
+DEPTH = 4
+"""How deep a state dict may be nested."""
+
+Node = Any  # a LazyTensor, a mapping, a sequence or a plain value, as it came out of the file
+
+
+@dataclass(frozen=True)
+class Found:
+    """A state dict inside a file, and what stood beside it."""
+
+    key: str | None
+    tensors: dict[str, LazyTensor]
+    extras: dict[str, Any]
+    dropped: tuple[str, ...]
+
+
+def find_state_dict(root: Node, key: str | None, where: object) -> Found:
+    """The state dict in `root`, the one under `key` if given.
+
+    Raises:
+        UsageError: `key` is not there, or several entries could be meant.
+        CorruptError: there is none.
+    """
+    if not isinstance(root, Mapping):
+        raise CorruptError("it holds no state dict", where, "Save model.state_dict() instead")
+    candidates = dict(_candidates(root, ""))
+    if key is not None:
+        chosen = key
+        if key not in candidates:
+            names = ", ".join(name for name in candidates if name)[:400] or "no nested ones"
+            raise UsageError(f"it has no state dict under --key {key}", where, f"It has: {names}")
+    elif "" in candidates:
+        chosen = ""
+    else:
+        usual = [name for name in candidates if name.rpartition(".")[2] in KEYS]
+        choices = usual or list(candidates)
+        if not choices:
+            raise CorruptError("it holds no tensors", where, "Give a file with the weights of a model")
+        if len(choices) > 1:
+            raise UsageError(
+                f"it holds {len(choices)} state dicts ({', '.join(choices)[:400]})", where, "Choose one with --key NAME"
+            )
+        chosen = choices[0]
+    tensors, dropped = _flat(candidates[chosen], where)
+    extras: dict[str, Any] = {}
+    if chosen:
+        top = chosen if chosen in root else _top(root, chosen)
+        extras, beside = _extras(root, top)
+        dropped += beside
+    return Found(chosen or None, tensors, extras, tuple(dropped))
+
+
+def strip(names: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """Names without wrapper prefixes.
+
+    Returns: (the prefix that stood before every name, {name as in the file: stripped name}). Names that would collide
+    are left as they are.
+    """
+    stripped = {name: _strip_anywhere(name) for name in names}
+    if len(set(stripped.values())) < len(stripped):
+        stripped = {name: name for name in names}
+    while lead := next((p for p in LEADING if stripped and all(_has(n, p) for n in stripped.values())), None):
+        stripped = {name: short.removeprefix(lead) for name, short in stripped.items()}
+    prefixes = {name[: -len(short)] if name.endswith(short) else "" for name, short in stripped.items()}
+    return (prefixes.pop() if len(prefixes) == 1 else ""), stripped
+
+
+def _has(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) and len(name) > len(prefix)
+
+
+def _strip_anywhere(name: str) -> str:
+    for part in ANYWHERE:
+        name = name.replace(part, "") or name
+    return name
+
+
+def _candidates(node: Node, path: str, depth: int = 0) -> Iterator[tuple[str, Mapping[Any, Node]]]:
+    """Mappings that hold tensors directly, by dotted path; none inside another, none in optimizer state."""
+    if not isinstance(node, Mapping) or depth > DEPTH:
+        return
+    if any(isinstance(value, LazyTensor) for value in node.values()) and _is_state_dict(node, depth):
+        yield path, node
+        return
+    for name, value in node.items():
+        if isinstance(name, str) and not _is_optimizer(name):
+            yield from _candidates(value, f"{path}.{name}" if path else name, depth + 1)
+
+
+def _is_state_dict(node: Mapping[Any, Node], depth: int) -> bool:
+    # {"model": {...}, "best": tensor} is a training script's dict, not a state dict.
+    nested = any(
+        isinstance(value, Mapping) and any(isinstance(v, LazyTensor) for v in value.values()) for value in node.values()
+    )
+    return depth > 0 or not nested or any("." in str(name) for name in node)
+
+
+def _is_optimizer(name: str) -> bool:
+    return any(part in name.lower() for part in OPTIMIZER)
+
+
+def _flat(node: Mapping[Any, Node], where: object) -> tuple[dict[str, LazyTensor], list[str]]:
+    tensors: dict[str, LazyTensor] = {}
+    dropped: list[str] = []
+    for name, value in node.items():
+        if not isinstance(value, LazyTensor):
+            dropped.append(f"the entry {str(name)[:80]} of the state dict is no tensor and is left out")
+        elif not isinstance(name, str):
+            raise UnsupportedError("its state dict has a tensor whose name is no text", where, "Rename its entries")
+        else:
+            tensors[name] = value
+    return tensors, dropped
+
+
+def _top(root: Mapping[Any, Node], chosen: str) -> str:
+    parts = chosen.split(".")
+    return next(p for i in range(1, len(parts) + 1) if (p := ".".join(parts[:i])) in root)
+
+
+def _extras(root: Mapping[Any, Node], chosen: str) -> tuple[dict[str, Any], list[str]]:
+    extras: dict[str, Any] = {}
+    dropped: list[str] = []
+    for name, value in root.items():
+        if name == chosen or not isinstance(name, str):
+            continue
+        if _is_optimizer(name):
+            dropped.append(f"the entry {name[:80]} (optimizer state) is left out")
+        elif _is_plain(value):
+            extras[name] = value
+        else:
+            dropped.append(f"the entry {name[:80]} is left out")
+    return extras, dropped
+
+
+def _is_plain(value: Node, depth: int = 0) -> bool:
+    if depth > DEPTH:
+        return False
+    if isinstance(value, Mapping):
+        return all(isinstance(k, str | int) and _is_plain(v, depth + 1) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(v, depth + 1) for v in value)
+    return value is None or isinstance(value, bool | int | float | str)

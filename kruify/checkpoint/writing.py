@@ -1,0 +1,217 @@
+"""Write checkpoints all or nothing: a temporary file beside the target, flushed to disk, then renamed over it.
+
+A reader sees the old file whole or the new one whole, also after a crash or a full disk. The input is never opened for
+writing, so it may be the output too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from kruify.checkpoint.tensors import LazyTensor, Tensors
+from kruify.errors import UnsupportedError, UsageError
+
+DTYPES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+}
+"""The dtypes of the safetensors format."""
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes just written."""
+
+CHECKSUM = "kruify.checksum"
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A binary file that replaces `path` when the block ends without an error, and leaves no trace when it does not.
+
+    A symbolic link stays a link: the file that it points to is replaced.
+
+    Raises:
+        UsageError: the folder is missing or read-only, the disk is full, or `path` is a folder.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir() or (target.exists() and not target.is_file()):
+        raise UsageError("it is not a regular file", path, "Name a file to write to")
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".tmp", dir=target.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        with os.fdopen(handle, "w+b") as file:
+            yield file
+            file.flush()
+            os.fchmod(file.fileno(), _mode(target))
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+    _sync_folder(target.parent)
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor | LazyTensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Write a .safetensors file, one tensor in memory at a time; same input, same bytes.
+
+    Args:
+        tensors: name -> tensor, or -> LazyTensor, or the `tensors` of a Checkpoint.
+        metadata: strings; a file whose metadata has `kruify.schema` gets a checksum over all its bytes, too.
+
+    Raises:
+        UnsupportedError: a dtype that the format does not know.
+        UsageError: the file cannot be written.
+    """
+    lazy = as_lazy(tensors)
+    strings = dict(metadata or {})
+    if "kruify.schema" in strings:
+        strings[CHECKSUM] = "0" * 64
+    header, order = _header(lazy, strings, path)
+    with atomic_file(path) as file:
+        digest = hashlib.sha256(header)
+        file.write(header)
+        for name in order:
+            data = tensor_bytes(_loaded(lazy[name], name, path))
+            file.write(data)
+            digest.update(data)
+            if progress:
+                progress(len(data))
+        if CHECKSUM in strings:
+            # The checksum stands in the header, before the data that it covers: hashed as zeros, then filled in.
+            start = header.index(b'"%s":"%s"' % (CHECKSUM.encode(), b"0" * 64)) + len(CHECKSUM) + 4
+            file.seek(start)
+            file.write(digest.hexdigest().encode())
+
+
+def write_torch(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor | LazyTensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    key: str | None = None,
+    extras: Mapping[str, Any] | None = None,
+    ties: Mapping[str, str] | None = None,
+) -> None:
+    """Write a .pt file that torch.load(weights_only=True) reads; same input, same bytes.
+
+    Without key and metadata the file is the plain state dict. With a key it is nested under it, beside `extras`; with
+    metadata it is nested under "state_dict", beside "kruify". Every tensor gets a storage of its own, except
+    for `ties`.
+    """
+    lazy = as_lazy(tensors)
+    ties = ties or {}
+    state: OrderedDict[str, Tensor] = OrderedDict()
+    for name, tensor in lazy.items():
+        if name not in ties or ties[name] not in lazy:
+            state[name] = _loaded(tensor, name, path).detach().cpu().clone(memory_format=torch.contiguous_format)
+    tree: Any = OrderedDict((name, state[ties.get(name, name)] if name not in state else state[name]) for name in lazy)
+    if metadata:
+        key = key or "state_dict"
+    if key:
+        for part in reversed([key] if "." not in key else key.split(".")):
+            tree = {part: tree}
+        tree = {**(extras or {}), **tree, **({"kruify": dict(metadata)} if metadata else {})}
+    with atomic_file(path) as file:
+        torch.save(tree, file)
+
+
+def as_lazy(tensors: Mapping[str, Tensor | LazyTensor]) -> dict[str, LazyTensor]:
+    """The same names, nothing loaded that is not loaded already."""
+    if isinstance(tensors, Tensors):
+        return dict(tensors.lazy)
+    return {name: t if isinstance(t, LazyTensor) else LazyTensor.of(t) for name, t in tensors.items()}
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The numbers of a tensor in row-major, little-endian order."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
+
+
+def _loaded(lazy: LazyTensor, name: str, path: object) -> Tensor:
+    tensor = lazy.load()
+    if tuple(tensor.shape) != lazy.shape or tensor.dtype != lazy.dtype:
+        raise RuntimeError(
+            f"{path}: {name} was announced as {lazy.shape} {lazy.dtype}, loaded {tensor.shape} {tensor.dtype}"
+        )
+    return tensor
+
+
+def _header(lazy: Mapping[str, LazyTensor], metadata: Mapping[str, str], path: object) -> tuple[bytes, list[str]]:
+    """Header bytes with their length, and the order of the data: wide dtypes first, so that all are aligned."""
+    for name, tensor in lazy.items():
+        if tensor.dtype not in DTYPES:
+            raise UnsupportedError(
+                f"safetensors cannot hold {name} of {tensor.dtype}", path, "Write a .pt file instead"
+            )
+    order = sorted(lazy, key=lambda name: (-lazy[name].dtype.itemsize, name))
+    offsets: dict[str, tuple[int, int]] = {}
+    end = 0
+    for name in order:
+        offsets[name] = (end, end := end + lazy[name].nbytes)
+    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    for name, tensor in lazy.items():
+        table[name] = {"dtype": DTYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": offsets[name]}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, order
+
+
+def _mode(target: Path) -> int:
+    """Permissions of the file that is replaced, or what open() would give a new one."""
+    with suppress(OSError):
+        return target.stat().st_mode & 0o777
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable; file systems that cannot do it are left as they are."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _cannot_write(path: object, error: OSError) -> UsageError:
+    reason = error.strerror or type(error).__name__
+    return UsageError(
+        f"it cannot be written ({reason}); nothing was changed", path, "Check the folder and the free space"
+    )
