@@ -82,7 +82,7 @@ def convert(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, Conversion]:
-    """A copy of `model` with its recurrent matrices decomposed, and the account of what that kept; `model` is untouched.
+    """A copy of `model` with its recurrent matrices decomposed, and the account of it; `model` is untouched.
 
     Args:
         factors: spec of the recurrent matrices (kruify.factors); `plan` overrules all specs and patterns.

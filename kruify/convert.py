@@ -92,12 +92,11 @@ def decompose_matrix(
     dense: Tensor, structures: Structures, name: str, seed: int = 0
 ) -> tuple[KroneckerMatrix, list[Fit]]:
     """One stacked weight (gates * rows, cols) -> its `KroneckerMatrix` in the dtype of the weight, one `Fit` a gate."""
-    rows = structures[0].rows
-    if tuple(dense.shape) != (rows * len(structures), structures[0].cols):
-        raise PlanError(
-            f"the plan is made for {rows}x{structures[0].cols} gates, the tensor is {tuple(dense.shape)}", name
-        )
-    fits = [fit(gate, s, seed=seed) for gate, s in zip(dense.split(rows), structures, strict=True)]
+    rows, cols = structures[0].rows, structures[0].cols
+    if tuple(dense.shape) != (rows * len(structures), cols):
+        raise PlanError(f"the plan is made for {rows}x{cols} gates, the tensor is {tuple(dense.shape)}", name)
+    gates = dense.reshape(len(structures), rows, cols)
+    fits = [fit(gate, s, seed=seed) for gate, s in zip(gates, structures, strict=True)]
     matrix = KroneckerMatrix(structures, dtype=dense.dtype)
     assign(matrix, fits)
     return matrix, fits

@@ -106,7 +106,7 @@ class Structure:
     def _sparse_percent(self) -> str:
         """The shortest percentage that resolves to the same number of blocks again."""
         possible = self.rows * self.cols / self.block
-        for digits in range(2, 18):
+        for digits in range(3, 18):  # from 3 on: "100", never "1e+02"
             text = f"{100 * self.sparse_blocks / possible:.{digits}g}"
             if round(float(text) / 100 * possible) == self.sparse_blocks:
                 return text

@@ -90,9 +90,10 @@ class Located:
     skipped: list[tuple[str, str]]  # (name, reason)
 
 
-def locate(
-    source: Mapping[str, AnyTensor] | nn.Module, hints: Mapping[str, Mapping[str, Any]] | None = None
-) -> Located:
+Hints = Mapping[str, Mapping[str, Any]]  # layer name -> what its tensors cannot tell
+
+
+def locate(source: Mapping[str, AnyTensor] | nn.Module, hints: Hints | None = None) -> Located:
     """The recurrent layers of a state dict (names and shapes decide) or of a module (its classes decide).
 
     Args:
@@ -122,7 +123,7 @@ def _locate_tensors(tensors: Mapping[str, AnyTensor], hints: Hints) -> Located:
 
 
 def _read_layer(
-    tensors: Mapping[str, AnyTensor], prefix: str, cell: bool, hints: dict[str, Any]
+    tensors: Mapping[str, AnyTensor], prefix: str, cell: bool, hints: Mapping[str, Any]
 ) -> RecurrentLayer | str:
     """The layer, or the reason why it is not one."""
     dot = f"{prefix}." if prefix else ""
