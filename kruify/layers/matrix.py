@@ -186,7 +186,11 @@ class KroneckerMatrix(nn.Module):
         return next(self.parameters()).device
 
     def to_dense(self) -> Tensor:  # (gates * rows, cols)
-        """The dense weight, differentiable in every parameter."""
+        """The dense weight, differentiable in every parameter; in their precision under autocast, too."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self._to_dense()
+
+    def _to_dense(self) -> Tensor:
         dense = self._sum_terms()
         if self.diagonal is not None:
             eye = torch.diag_embed(self.diagonal)
@@ -211,7 +215,8 @@ class KroneckerMatrix(nn.Module):
         """The product with every gate, `x @ W.T`, without forming W."""
         y = x.new_zeros(*x.shape[:-1], self.gates, self.rows)
         for term in self.term_list():
-            y = y.index_add(-2, self._gate_index(term.gates), term(x))
+            # Under autocast the products are of a lower precision than x: they are added up in that of x.
+            y = y.index_add(-2, self._gate_index(term.gates), term(x).to(y.dtype))
         if self.diagonal is not None:
             n = self.diagonal.shape[-1]
             part = nn.functional.pad(x[..., None, :n] * self.diagonal, (0, self.rows - n))
