@@ -137,7 +137,8 @@ def make_plan(
         input_factors: spec of every input matrix; None leaves them dense.
         only: globs; other layers and matrices stay dense.
         skip: globs; these stay dense.
-        overrides: pattern -> spec; the spec "dense" leaves a matrix as it is.
+        overrides: pattern -> spec; the spec "dense" leaves a matrix as it is. Input matrices are touched only by
+            patterns that say weight_ih.
 
     Raises:
         PlanError: a pattern matches nothing.
@@ -153,7 +154,9 @@ def make_plan(
             default = factors if weight.startswith("weight_hh") else input_factors
             if (only and not _any_match(names, only)) or _any_match(names, skip):
                 default = None
-            specs = [_override(names, gate, overrides) or default for gate in layer.gates]
+            # A pattern for a layer means its recurrent matrices; input matrices must be named, as in '*weight_ih*'.
+            meant = {p: s for p, s in overrides.items() if weight.startswith("weight_hh") or "weight_ih" in p}
+            specs = [_override(names, gate, meant) or default for gate in layer.gates]
             if all(spec in (None, "dense") for spec in specs):
                 continue
             matrices[weight] = tuple(

@@ -1,0 +1,185 @@
+"""Conversion of state dicts and modules: exact with all terms, right counts, nothing else touched."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import kruify
+from kruify.convert import convert_tensors, densify_tensors, plan_of
+from kruify.errors import CorruptError, PlanError, UsageError
+from kruify.layers import KRULSTM, KRURNNCell
+from kruify.locate import locate
+from kruify.plan import make_plan
+
+F64 = torch.float64
+CLASSES = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
+ALL_TERMS = "16*(4x4,2x2)"  # an 8x8 matrix rearranged is 16x4: 4 terms are enough, 16 more than enough
+
+
+class Net(nn.Module):
+    """An embedding, a recurrent layer, an output: the usual."""
+
+    def __init__(self, layer: nn.Module, features: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 5, dtype=F64)
+        self.rnn = layer
+        self.out = nn.Linear(features, 3, dtype=F64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "bidirectional", "bias", "proj"),
+    [
+        case
+        for case in itertools.product(CLASSES, (1, 2), (False, True), (False, True), (0, 4))
+        if case[0] == "lstm" or not case[4]
+    ],
+)
+def test_all_terms_kept_equals_the_dense_layer(
+    kind: str, layers: int, bidirectional: bool, bias: bool, proj: int
+) -> None:
+    options = {"proj_size": proj} if proj else {}
+    spec = "8*(4x2,2x2)" if proj else ALL_TERMS
+    sizes = (proj or 8, 8) if kind == "lstm" else (8,)
+    for batch_first in (False, True):
+        dense = CLASSES[kind](
+            5, 8, layers, bias=bias, bidirectional=bidirectional, batch_first=batch_first, dtype=F64, **options
+        )
+        converted, _ = kruify.convert(dense, spec)
+        assert converted.batch_first == batch_first
+        state = tuple(torch.randn(layers * (1 + bidirectional), 3, size, dtype=F64) for size in sizes)
+        x = torch.randn((3, 6, 5) if batch_first else (6, 3, 5), dtype=F64)
+        packed = pack_padded_sequence(x, torch.tensor([6, 2, 4]), batch_first, enforce_sorted=False)
+        for hx in (None, state if kind == "lstm" else state[0]):
+            for backend in ("auto", "reference", "dense"):
+                converted.backend = backend
+                torch.testing.assert_close(converted(x, hx), dense(x, hx), rtol=0, atol=1e-12)
+                ours, theirs = converted(packed, hx), dense(packed, hx)
+                torch.testing.assert_close(ours[0].data, theirs[0].data, rtol=0, atol=1e-12)
+                torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", [nn.RNNCell, nn.LSTMCell, nn.GRUCell])
+def test_all_terms_kept_equals_the_dense_cell(cell: type[nn.Module]) -> None:
+    dense = cell(5, 8, dtype=F64)
+    converted, _ = kruify.convert(dense, ALL_TERMS, input_factors="8x5")
+    x = torch.randn(3, 5, dtype=F64)
+    torch.testing.assert_close(converted(x, converted(x)), dense(x, dense(x)), rtol=0, atol=1e-12)
+
+
+def test_module_conversion_leaves_the_original_and_the_rest_alone() -> None:
+    net = Net(nn.LSTM(5, 8, 2, dropout=0.3, batch_first=True, dtype=F64).eval(), 8)
+    before = copy.deepcopy(net.state_dict())
+    converted, account = kruify.convert(net, "4x4,2x2")
+    assert isinstance(net.rnn, nn.LSTM)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert isinstance(converted.rnn, KRULSTM)
+    assert (converted.rnn.dropout, converted.rnn.batch_first, converted.rnn.training) == (0.3, True, False)
+    for name in ("embedding.weight", "out.bias", "rnn.weight_ih_l1", "rnn.bias_hh_l0"):
+        assert torch.equal(converted.state_dict()[name], before[name])
+    assert account.parameters["recurrent_before"] == 2 * 4 * 64
+    assert account.parameters["recurrent_after"] == 2 * 4 * (16 + 4)
+    total = sum(p.numel() for p in net.parameters())
+    assert account.parameters["total_before"] == total
+    assert account.parameters["total_after"] == sum(p.numel() for p in converted.parameters())
+
+
+def test_state_dict_and_module_conversion_agree() -> None:
+    net = Net(nn.GRU(5, 8, bidirectional=True, dtype=F64), 16)
+    converted, account = kruify.convert(net, "2*(4x4,2x2)+diag", seed=3)
+    located = locate(net.state_dict())
+    plan = make_plan(located.layers, "2*(4x4,2x2)+diag")
+    from_tensors = convert_tensors(net.state_dict(), plan, located, seed=3)
+    assert list(from_tensors.tensors)[:3] == ["embedding.weight", "rnn.weight_ih_l0", "rnn.weight_hh_l0.diagonal"]
+    torch.testing.assert_close(dict(from_tensors.tensors), dict(converted.state_dict()), rtol=0, atol=0)
+    assert from_tensors.matrices == account.matrices
+    assert [(m.name, m.gate, m.shape, m.terms) for m in account.matrices][:3] == [
+        ("rnn.weight_hh_l0", gate, (8, 8), 2) for gate in "rzn"
+    ]
+
+
+def test_the_account_is_exact() -> None:
+    net = nn.LSTM(5, 8, dtype=F64)
+    converted, account = kruify.convert(net, "4x4,2x2")
+    dense = converted.weight_hh_l0.to_dense()
+    for i, gate in enumerate(account.matrices):
+        w, k = net.weight_hh_l0.detach()[8 * i : 8 * i + 8], dense.detach()[8 * i : 8 * i + 8]
+        kept = 1 - float((w - k).square().sum() / w.square().sum())
+        assert gate.energy == pytest.approx(kept, abs=1e-12)
+        assert gate.relative_error == pytest.approx((1 - kept) ** 0.5, abs=1e-12)
+        assert 0 < gate.energy_null < 1
+        assert (gate.parameters_before, gate.parameters_after) == (64, 20)
+
+
+def test_a_trained_rnn_keeps_its_norm_in_a_separate_scale() -> None:
+    net = nn.RNN(5, 8, dtype=F64)
+    converted, _ = kruify.convert(net, "4x4,2x2")
+    term = converted.weight_hh_l0.terms[0]
+    assert term.scale is not None
+    for factor in term.factors:
+        assert factor.square().sum().item() == pytest.approx(factor.shape[-1])
+
+
+def test_save_load_and_densify(tmp_path: Path) -> None:
+    net = Net(nn.LSTM(5, 8, 2, dtype=F64), 8)
+    converted, _ = kruify.convert(net, "2*(4x4,2x2)+sparse:10%")
+    kruify.save(converted, tmp_path / "net.kru.safetensors")
+    into = Net(nn.LSTM(5, 8, 2, dtype=F64), 8)
+    loaded = kruify.load(tmp_path / "net.kru.safetensors", into=into)
+    assert loaded is into
+    x = torch.randn(4, 3, 5, dtype=F64)
+    torch.testing.assert_close(loaded.rnn(x), converted.rnn(x), rtol=0, atol=0)
+    again = kruify.load(tmp_path / "net.kru.safetensors", into=converted)  # swapped already
+    assert again is converted
+    bare = kruify.densify(converted)
+    assert type(bare.rnn) is nn.LSTM
+    torch.testing.assert_close(bare.rnn(x), converted.rnn(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        densify_tensors(converted.state_dict(), plan_of(converted)), dict(bare.state_dict()), rtol=0, atol=1e-12
+    )
+    inspection = kruify.inspect(tmp_path / "net.kru.safetensors")
+    assert inspection.plan is not None
+    # The file speaks of what it holds, the module of what it is.
+    assert inspection.plan == plan_of(converted)
+
+
+def test_bare_layers() -> None:
+    converted, _ = kruify.convert(nn.RNNCell(3, 4), "2x2")
+    assert isinstance(converted, KRURNNCell)
+
+
+@pytest.mark.parametrize(
+    ("action", "error", "words"),
+    [
+        (lambda: kruify.convert(nn.Linear(2, 2)), UsageError, "no RNN, LSTM or GRU layer"),
+        (
+            lambda: kruify.convert(nn.LSTM(4, 8), plan=plan_of(kruify.convert(nn.LSTM(4, 4), "2x2")[0])),
+            PlanError,
+            "weight_hh_l0: the plan is made for 4x4 gates",
+        ),
+        (lambda: kruify.save(nn.LSTM(2, 2), "never-written"), UsageError, "no KRU layer"),
+    ],
+)
+def test_refused(action: object, error: type[Exception], words: str) -> None:
+    with pytest.raises(error) as caught:
+        action()  # type: ignore[operator]
+    assert words in str(caught.value)
+
+
+def test_loading_into_the_wrong_model(tmp_path: Path) -> None:
+    path = tmp_path / "m.kru.safetensors"
+    kruify.save(kruify.convert(Net(nn.LSTM(5, 8, dtype=F64), 8), "2x2")[0], path)
+    with pytest.raises(PlanError, match="has 16x16"):
+        kruify.load(path, into=Net(nn.LSTM(5, 16, dtype=F64), 16))
+    with pytest.raises(PlanError, match="does not fit the gru"):
+        kruify.load(path, into=Net(nn.GRU(5, 8, dtype=F64), 8))
+    with pytest.raises(PlanError, match="no layer 'rnn'"):
+        kruify.load(path, into=nn.Linear(2, 2))
+    with pytest.raises(CorruptError, match="do not fit Net"):
+        kruify.load(path, into=Net(nn.LSTM(5, 8, dtype=F64), 9))
