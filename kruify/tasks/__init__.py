@@ -1,0 +1,1 @@
+"""Built-in tasks, one file or folder each. `kruify.task.load_task` imports the one that is named, and no other."""

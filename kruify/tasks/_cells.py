@@ -1,0 +1,27 @@
+"""Recurrent layers by name, so that a task's network can be built with any cell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from kruify.errors import TaskError
+
+CELLS = ("rnn", "lstm", "gru", "kru-rnn", "kru-lstm", "kru-gru")
+
+
+def recurrent(cell: str, input_size: int, hidden_size: int, *, factors: str = "auto", **options: Any) -> nn.Module:
+    """Return a recurrent layer with nn.LSTM's interface: nn.RNN, nn.LSTM, nn.GRU, or a kru layer with `factors`.
+
+    `options` go to the constructor (num_layers, batch_first, dropout ...). TaskError for an unknown cell.
+    """
+    dense: dict[str, type[nn.Module]] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
+    if cell in dense:
+        return dense[cell](input_size, hidden_size, **options)
+    if cell not in CELLS:
+        raise TaskError(f'there is no cell "{cell}"', hint=f"Cells are {', '.join(CELLS)}")
+    from kruify import layers  # dense networks do not need it
+
+    kru: type[nn.Module] = getattr(layers, "KRU" + cell.removeprefix("kru-").upper())
+    return kru(input_size, hidden_size, factors=factors, **options)

@@ -1,0 +1,17 @@
+"""Where the files of an installed package lie."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from kruify.errors import TaskError
+
+
+def package_file(module: str, path: str, *, hint: str) -> Path:
+    """Return the file `path` of the installed package `module`, which is not imported; TaskError if it is missing."""
+    spec = importlib.util.find_spec(module)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (file := Path(folder) / path).is_file():
+            return file
+    raise TaskError(f"the Python package {module} with {path} is not installed", hint=hint)
