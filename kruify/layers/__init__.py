@@ -2,11 +2,13 @@
 
 from kruify.layers.cells import KRUGRUCell, KRULSTMCell, KRURNNCell
 from kruify.layers.gru import KRUGRU
+from kruify.layers.kru import KRU
 from kruify.layers.lstm import KRULSTM
 from kruify.layers.matrix import KroneckerMatrix, KroneckerTerm, Overlay
 from kruify.layers.rnn import KRURNN
 
 __all__ = [
+    "KRU",
     "KRUGRU",
     "KRULSTM",
     "KRURNN",

@@ -47,7 +47,8 @@ class KroneckerTerm(nn.Module):
         """Each factor orthogonal (semi-orthogonal if rectangular), so that one product has singular values 1; a sum
         of `rank` products is shrunk by sqrt(rank)."""
         for factor in self.factors:
-            tall = torch.randn(*factor.shape[:2], max(factor.shape[2:]), min(factor.shape[2:]), dtype=torch.float64)
+            exact = torch.complex128 if factor.is_complex() else torch.float64
+            tall = torch.randn(*factor.shape[:2], max(factor.shape[2:]), min(factor.shape[2:]), dtype=exact)
             q, r = torch.linalg.qr(tall)
             q = q * r.diagonal(dim1=-2, dim2=-1).sgn()[..., None, :]  # Haar distributed (Mezzadri 2007)
             factor.copy_(q if factor.shape[2] >= factor.shape[3] else q.mT)
