@@ -10,6 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kruify.errors import UsageError
+from kruify.finetune.anneal import OverlayAnnealing
+from kruify.finetune.distill import Distillation
+from kruify.finetune.groups import factor_names
+from kruify.finetune.logs import Logs
 from kruify.finetune.processes import Processes
 from kruify.finetune.recipe import Recipe
 from kruify.finetune.result import FinetuneResult, OnProgress
@@ -21,11 +26,14 @@ def finetune(
     model: nn.Module,
     task: Task,
     *,
+    teacher: nn.Module | None = None,
     recipe: Recipe | None = None,
     resume: str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
     on_progress: OnProgress | None = None,
     on_best: Callable[[nn.Module, dict[str, float]], None] | None = None,
+    log_dir: str | os.PathLike[str] | None = None,
+    tensorboard: bool = False,
     **changes: Any,
 ) -> FinetuneResult:
     """Train `model` on `task`, keep the weights that validate best.
@@ -36,12 +44,16 @@ def finetune(
     times as large.
 
     Args:
+        teacher: the dense network to learn from; it is left alone. The options of the recipe that compare with a
+            teacher have no effect without one.
         recipe: all options; None for the default recipe.
         resume: a folder that holds the state of the run. If it is empty or missing the run begins, else it continues
             and gives the same bits as if it had never been interrupted.
         device: None for what accelerate picks (a GPU if there is one).
         on_progress: called after every optimiser step, on the main process.
         on_best: called with (model, metrics) whenever the weights validate better than all before, on the main process.
+        log_dir: a folder for `history.csv`, one line a validation.
+        tensorboard: write TensorBoard events to `log_dir`, too.
         changes: options of the recipe by name: `finetune(model, task, epochs=3, lr=1e-3)`.
 
     Raises:
@@ -49,20 +61,54 @@ def finetune(
         TaskError: the task has no batches or does not give its metric.
     """
     recipe = (recipe or Recipe()).changed(**changes)
+    if teacher is None and recipe.distill_only:
+        raise UsageError(
+            "learning without labels needs a teacher", "fine-tuning", "Name the dense network with --teacher"
+        )
+    if tensorboard and log_dir is None:
+        raise UsageError("TensorBoard needs a folder to write to", "fine-tuning", "Name one with --log-dir")
     processes = Processes(device, recipe.mixed_precision)
     model.to(processes.device)
-
-    def supervised(batch: Any) -> Tensor:
-        return task.loss(task.forward(model, batch), batch)
-
     trainer = Trainer(
         model,
         task,
-        [Phase("train", recipe.epochs, recipe.lr, supervised)],
+        phases_of(model, task, teacher, recipe),
         recipe,
         processes,
+        annealing=annealing_of(model, teacher, recipe),
+        logs=Logs(log_dir, tensorboard) if log_dir is not None and processes.is_main else None,
         folder=None if resume is None else Path(resume),
         on_progress=on_progress,
         on_best=on_best,
     )
     return trainer.run()
+
+
+def phases_of(model: nn.Module, task: Task, teacher: nn.Module | None, recipe: Recipe) -> list[Phase]:
+    """The stages of a run: healing (with a teacher), the Kronecker matrices alone, everything."""
+
+    def supervised(batch: Any) -> Tensor:
+        return task.loss(task.forward(model, batch), batch)
+
+    phases = []
+    objective = supervised
+    if teacher is not None:
+        distillation = Distillation(model, teacher, task, recipe)
+        if distillation.converted():
+            lr = recipe.heal_lr or recipe.lr
+            healed = distillation.healed_parameters()
+            phases.append(Phase("heal", recipe.heal_epochs, lr, distillation.healing, healed))
+        if recipe.distill_only or recipe.distill_logits or recipe.distill_hidden:
+            objective = distillation.loss
+    if factors := factor_names(model):
+        phases.append(Phase("warm", recipe.warm_epochs, recipe.lr, objective, factors))
+    phases.append(Phase("train", recipe.epochs, recipe.lr, objective, anneals=True))
+    return phases
+
+
+def annealing_of(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> OverlayAnnealing | None:
+    """None where there is nothing to anneal: no overlay, or no dense matrix to begin from."""
+    if teacher is None or not recipe.overlay_start:
+        return None
+    annealing = OverlayAnnealing(model, teacher.state_dict(), recipe.overlay_start, recipe.overlay_until)
+    return annealing if annealing.items else None

@@ -31,6 +31,18 @@ class Recipe:
         mixed_precision: "no" or "bf16".
         seed: of the order of batches, of dropout, of everything random.
         evaluate_first: validate before the first step, so that a run never ends worse than it began.
+        distill_logits: share of the loss that compares the outputs with the teacher's; the rest compares with the
+            labels.
+        distill_hidden: weight of the distance to the teacher's hidden states, 0 for none.
+        temperature: of the outputs that are compared.
+        distill_only: no labels at all: outputs and hidden states of the teacher alone.
+        heal_epochs: before all else every converted layer learns by itself to answer the teacher's inputs with the
+            teacher's outputs.
+        heal_lr: peak learning rate of that phase, None for `lr`.
+        warm_epochs: then the Kronecker matrices are trained end to end while everything else is frozen.
+        overlay_start: share of a matrix that its sparse overlay begins with, where the dense matrix is known from the
+            teacher; it is pruned to its own size while training. 0 leaves overlays as they are.
+        overlay_until: share of the last phase after which overlays have their size.
         save_seconds: how often the state is written to the `resume` folder, apart from every end of an epoch.
         save_steps: the same in optimiser steps; 0 for by the clock alone.
     """
@@ -50,6 +62,15 @@ class Recipe:
     mixed_precision: str = "no"
     seed: int = 0
     evaluate_first: bool = True
+    distill_logits: float = 0.5
+    distill_hidden: float = 1.0
+    temperature: float = 1.0
+    distill_only: bool = False
+    heal_epochs: float = 0.0
+    heal_lr: float | None = None
+    warm_epochs: float = 0.0
+    overlay_start: float = 0.0
+    overlay_until: float = 0.6
     save_seconds: float = 60.0
     save_steps: int = 0
 
@@ -86,6 +107,14 @@ class Recipe:
             ("unitary_penalty", self.unitary_penalty is not None and self.unitary_penalty < 0, "0 or more"),
             ("accumulate", self.accumulate < 1, "1 or more"),
             ("ema", not 0 <= self.ema < 1, "from 0 to below 1"),
+            ("distill_logits", not 0 <= self.distill_logits <= 1, "between 0 and 1"),
+            ("distill_hidden", self.distill_hidden < 0, "0 or more"),
+            ("temperature", self.temperature <= 0, "above 0"),
+            ("heal_epochs", self.heal_epochs < 0, "0 or more"),
+            ("heal_lr", self.heal_lr is not None and self.heal_lr <= 0, "above 0"),
+            ("warm_epochs", self.warm_epochs < 0, "0 or more"),
+            ("overlay_start", not 0 <= self.overlay_start <= 1, "between 0 and 1"),
+            ("overlay_until", not 0 <= self.overlay_until <= 1, "between 0 and 1"),
             ("patience", self.patience < 0, "0 or more"),
             ("mixed_precision", self.mixed_precision not in ("no", "bf16"), "no or bf16"),
         ):

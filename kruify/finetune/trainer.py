@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from kruify.errors import TaskError, UsageError
+from kruify.finetune.anneal import OverlayAnnealing
 from kruify.finetune.ema import Average
 from kruify.finetune.feed import Batch, count_batches, groups
 from kruify.finetune.groups import parameter_groups
+from kruify.finetune.logs import Logs
 from kruify.finetune.penalty import default_penalty, unitary_penalty
 from kruify.finetune.processes import Processes
 from kruify.finetune.randomness import isolated, seed_all
@@ -40,6 +42,7 @@ class Phase:
     Attributes:
         objective: batch (on the device) -> scalar loss.
         only: names of the parameters that it trains; None for all.
+        anneals: whether overlays are pruned in it.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Phase:
     lr: float
     objective: Callable[[Any], Tensor]
     only: Collection[str] | None = None
+    anneals: bool = False
 
 
 class Trainer:
@@ -60,19 +64,22 @@ class Trainer:
         recipe: Recipe,
         processes: Processes,
         *,
+        annealing: OverlayAnnealing | None = None,
+        logs: Logs | None = None,
         folder: Path | None = None,
         on_progress: OnProgress | None = None,
         on_best: Callable[[nn.Module, dict[str, float]], None] | None = None,
     ) -> None:
         self.model, self.task, self.recipe, self.processes = model, task, recipe, processes
         self.phases = [phase for phase in phases if phase.epochs > 0]
+        self.annealing, self.logs = annealing, logs
         self.folder, self.on_progress, self.on_best = folder, on_progress, on_best
         weight = recipe.unitary_penalty
         self.penalty_weight = default_penalty(model) if weight is None else weight
         self.batches = count_batches(task, recipe.seed)
         self.group = processes.count * recipe.accumulate
         self.steps_per_epoch = math.ceil(self.batches / self.group)
-        self.average = Average(model, recipe.ema) if recipe.ema else None
+        self.average: Average | None = None
         # What a saved state holds, beside the tensors:
         self.phase, self.step = 0, 0
         self.history: list[dict[str, Any]] = []
@@ -91,6 +98,10 @@ class Trainer:
         with isolated():
             saved = self._restore()
             if saved is None:
+                if self.annealing is not None:
+                    self.annealing.grow()
+                if self.recipe.ema:
+                    self.average = Average(self.model, self.recipe.ema)
                 if self.recipe.evaluate_first:
                     self._validate("start", lr=0.0)
                 self._save()  # the weights that the run began with: a resumed run needs no others
@@ -102,6 +113,8 @@ class Trainer:
                 saved = None
             self._save()
         if self.best is not None:
+            if self.annealing is not None:
+                self.annealing.fit_shapes(self.best["state"])
             self.model.load_state_dict(self.best["state"])
         return FinetuneResult(
             model=self.model,
@@ -118,17 +131,17 @@ class Trainer:
         param_groups = parameter_groups(self.model, self.recipe, phase.only)
         if not param_groups:
             raise UsageError(f"the network has no parameters to train in phase '{phase.name}'", "fine-tuning")
-        trained = [p for g in param_groups for p in g["params"]]
-        trained_ids = {id(p) for p in trained}
-        frozen = [p for p in self.model.parameters() if p.requires_grad and id(p) not in trained_ids]
-        self.optimizer = torch.optim.AdamW(param_groups, lr=phase.lr, fused=all(p.is_floating_point() for p in trained))
+        trained = {id(p) for g in param_groups for p in g["params"]}
+        frozen = [p for p in self.model.parameters() if p.requires_grad and id(p) not in trained]
+        fused = all(p.is_floating_point() for g in param_groups for p in g["params"])
+        self.optimizer = torch.optim.AdamW(param_groups, lr=phase.lr, fused=fused)
         if saved is not None and saved["optimizer"] is not None:
             self.optimizer.load_state_dict(saved["optimizer"])
         try:
             for parameter in frozen:
                 parameter.requires_grad_(False)
             while self.step < steps and not self.finished:
-                self._run_epoch(phase, steps, trained)
+                self._run_epoch(phase, steps)
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
@@ -136,7 +149,7 @@ class Trainer:
             self.phase, self.step = self.phase + 1, 0
         self.optimizer = None
 
-    def _run_epoch(self, phase: Phase, steps: int, trained: list[nn.Parameter]) -> None:
+    def _run_epoch(self, phase: Phase, steps: int) -> None:
         """From the current position to the end of its epoch, or of the phase."""
         assert self.optimizer is not None
         in_phase = self.step // self.steps_per_epoch
@@ -156,7 +169,9 @@ class Trainer:
             share = lr_factor(self.recipe.schedule, self.step / steps, self.recipe.warmup)
             for group in self.optimizer.param_groups:
                 group["lr"] = phase.lr * group["share"] * share
-            self._one_step(phase, batches, trained)
+            if phase.anneals and self.annealing is not None:
+                self.annealing.prune(self.step / steps, self.optimizer, self.average)
+            self._one_step(phase, batches)
             self.step += 1
             self._report(phase, phase.lr * share)
             if self.step == end:
@@ -170,8 +185,9 @@ class Trainer:
             self.finished = self.stopped_early = True
         self._save()
 
-    def _one_step(self, phase: Phase, batches: list[Batch], trained: list[nn.Parameter]) -> None:
+    def _one_step(self, phase: Phase, batches: list[Batch]) -> None:
         assert self.optimizer is not None
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         for parameter in trained:
             parameter.grad = None
         weight_sum = loss_sum = 0.0
@@ -239,6 +255,10 @@ class Trainer:
                 "metrics": metrics,
             }
         )
+        if self.logs is not None and self.processes.is_main:
+            self.logs.write(self.history)
+        if self.annealing is not None and not self.annealing.done:
+            return  # a network whose overlays are still too large is nobody's best
         value = metrics[self.task.metric]
         if self.best is None or better(value, self.best["metrics"][self.task.metric], self.task.higher_is_better):
             state = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
@@ -252,7 +272,9 @@ class Trainer:
     # ------------------------------------------------------------------ the saved state
 
     def _shapes(self) -> dict[str, list[int]]:
-        return {name: list(p.shape) for name, p in self.model.named_parameters()}
+        """Of every parameter; of an overlay only the block, since the number of blocks falls while it is annealed."""
+        shapes = {name: list(p.shape) for name, p in self.model.named_parameters()}
+        return {n: s[1:] if n.endswith("overlay.values") else s for n, s in shapes.items()}
 
     def _save_if_due(self) -> None:
         by_steps = self.recipe.save_steps and self.step % self.recipe.save_steps == 0
@@ -310,8 +332,11 @@ class Trainer:
         ):
             setattr(self, name, saved[name])
         self._skipped, self.seconds_before = saved["skipped"], saved["seconds"]
+        if self.annealing is not None:
+            self.annealing.fit_shapes(saved["model"])
         self.model.load_state_dict(saved["model"])
-        if self.average is not None:
+        if self.recipe.ema:
+            self.average = Average(self.model, self.recipe.ema)
             self.average.updates = saved["average"]["updates"]
             self.average.shadow = {n: t.to(self.processes.device) for n, t in saved["average"]["shadow"].items()}
         return saved

@@ -98,3 +98,30 @@ class Delay(Task):
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Layered(nn.Module):
+    """A recurrent layer of torch.nn, two deep, and a head."""
+
+    def __init__(self, kind: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.rnn = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}[kind](3, 8, num_layers=2, batch_first=True)
+        self.head = nn.Linear(8, 4)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, time, inputs) -> (batch, outputs)
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+class LayeredDelay(Delay):
+    """Delay on torch.nn's own layers, so that it can be converted."""
+
+    outputs = "softmax"
+
+    def __init__(self, kind: str = "gru", **options: Any) -> None:
+        super().__init__(**options)
+        self.kind = kind
+
+    def model(self, seed: int = 0) -> nn.Module:
+        torch.manual_seed(seed)
+        return Layered(self.kind, self.dtype)

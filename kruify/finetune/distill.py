@@ -1,0 +1,146 @@
+"""Learning from the dense network: its outputs, its hidden states, and one layer at a time.
+
+Conversion keeps every size, so the student's hidden states are compared with the teacher's as they are, without a
+projection (KroneckerBERT, Tahaei et al. 2021, and KnGPT2, Edalati et al. 2022, found the intermediate states to
+matter more than the logits).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kruify.errors import UsageError
+from kruify.finetune.recipe import Recipe
+from kruify.finetune.recurrent import Call, recorded, recurrent_layers
+from kruify.layers.matrix import KroneckerMatrix
+from kruify.task import Task, evaluating
+
+OUTPUTS = ("softmax", "sigmoid", "values")
+
+
+class Distillation:
+    """The losses between a student and its teacher.
+
+    Args:
+        model: the student. The teacher's recurrent layers are looked up in it by name.
+        teacher: the dense network; a copy without gradients is used.
+
+    Raises:
+        UsageError: the two have no recurrent layer in common, by name and size.
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module, task: Task, recipe: Recipe) -> None:
+        self.model, self.task, self.recipe = model, task, recipe
+        device = next(model.parameters()).device
+        self.teacher = copy.deepcopy(teacher).to(device).requires_grad_(False).eval()
+        students, teachers = recurrent_layers(model), recurrent_layers(self.teacher)
+        self.layers = [n for n, module in students.items() if n in teachers and _size(module) == _size(teachers[n])]
+        if not self.layers and (recipe.distill_hidden or recipe.heal_epochs):
+            raise UsageError(
+                f"the teacher has no recurrent layer of the network's: {_named(teachers)} against {_named(students)}",
+                "fine-tuning",
+                "Give the dense network that was converted, or distill_hidden=0 for a teacher of another shape",
+            )
+
+    def loss(self, batch: Any) -> Tensor:
+        """(1 - a) * task loss + a * distance of the outputs + b * distance of the hidden states; the task loss falls
+        away with `distill_only`."""
+        recipe = self.recipe
+        wanted = self.layers if recipe.distill_hidden else []
+        with evaluating(self.teacher), recorded(self.teacher, wanted) as theirs:
+            targets = self.task.forward(self.teacher, batch)
+        with recorded(self.model, wanted) as ours:
+            outputs = self.task.forward(self.model, batch)
+        share = 1.0 if recipe.distill_only else recipe.distill_logits
+        loss = outputs.new_zeros(())
+        if share < 1:
+            loss = loss + (1 - share) * self.task.loss(outputs, batch)
+        if share > 0:
+            loss = loss + share * output_distance(outputs, targets, output_kind(self.task), recipe.temperature)
+        if wanted:
+            loss = loss + recipe.distill_hidden * hidden_distance(ours, theirs)
+        return loss
+
+    def healing(self, batch: Any) -> Tensor:
+        """Every converted layer by itself: the teacher's inputs go in, the teacher's outputs should come out.
+
+        No error of one layer reaches another, and no labels are needed.
+        """
+        layers = self.converted()
+        with evaluating(self.teacher), recorded(self.teacher, layers) as theirs:
+            self.task.forward(self.teacher, batch)
+        ours: dict[str, list[Call]] = {}
+        for name in layers:
+            module = self.model.get_submodule(name)
+            with recorded(self.model, [name]) as calls:
+                for call in theirs[name]:
+                    module(*call.args, **call.kwargs)
+            ours[name] = calls[name]
+        return hidden_distance(ours, theirs)
+
+    def converted(self) -> list[str]:
+        """The layers that hold a Kronecker matrix and that the teacher has, too."""
+        modules = {name: self.model.get_submodule(name) for name in self.layers}
+        return [n for n, layer in modules.items() if any(isinstance(m, KroneckerMatrix) for m in layer.modules())]
+
+    def healed_parameters(self) -> set[str]:
+        """Names of the parameters of the converted layers."""
+        prefixes = tuple(f"{name}." if name else "" for name in self.converted())
+        return {name for name, _ in self.model.named_parameters() if name.startswith(prefixes)}
+
+
+def output_kind(task: Task) -> str:
+    """What `forward` gives: "softmax" or "sigmoid" logits, or "values" (the default: they are compared as numbers)."""
+    kind = str(getattr(task, "outputs", "values"))
+    if kind not in OUTPUTS:
+        raise UsageError(f"outputs must be one of {', '.join(OUTPUTS)}, got {kind!r}", type(task).__name__)
+    return kind
+
+
+def output_distance(outputs: Tensor, targets: Tensor, kind: str, temperature: float = 1.0) -> Tensor:
+    """How far the outputs are from the teacher's, a scalar.
+
+    "softmax": T^2 KL(teacher || student) of the last dimension (Hinton et al. 2015), the mean over the others.
+    "sigmoid": the same, each number by itself. "values": squared distance as a share of the teacher's variance (Ba &
+    Caruana 2014).
+    """
+    if kind == "values":
+        variance = targets.var(correction=0).clamp_min(torch.finfo(targets.dtype).tiny)
+        return functional.mse_loss(outputs, targets) / variance
+    if kind == "sigmoid":
+        soft = torch.sigmoid(targets / temperature)
+        entropy = functional.binary_cross_entropy(soft, soft)
+        cross = functional.binary_cross_entropy_with_logits(outputs / temperature, soft)
+        return temperature**2 * (cross - entropy)
+    student = functional.log_softmax(outputs / temperature, dim=-1).flatten(0, -2)
+    teacher = functional.log_softmax(targets / temperature, dim=-1).flatten(0, -2)
+    return temperature**2 * functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def hidden_distance(ours: Mapping[str, list[Call]], theirs: Mapping[str, list[Call]]) -> Tensor:
+    """||ours - theirs||^2 / ||theirs||^2, the mean over layers and calls, and over sequence and final states alike."""
+    distances = []
+    for name, calls in theirs.items():
+        if len(calls) != len(ours[name]):
+            raise UsageError(
+                f"the teacher runs it {len(calls)} times a batch, the network {len(ours[name])} times", name
+            )
+        for mine, other in zip(ours[name], calls, strict=True):
+            for a, b in zip(mine.outputs, other.outputs, strict=True):
+                distances.append((a - b).square().sum() / b.square().sum().clamp_min(1e-12))
+    return torch.stack(distances).mean()
+
+
+def _size(module: nn.Module) -> tuple[Any, ...]:
+    fields = ("hidden_size", "num_layers", "bidirectional", "proj_size")
+    return tuple(getattr(module, name, None) or 0 for name in fields)
+
+
+def _named(layers: Mapping[str, nn.Module]) -> str:
+    return ", ".join(f"{name or '(itself)'} of {_size(module)[0]} units" for name, module in layers.items()) or "none"
