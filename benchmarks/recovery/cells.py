@@ -1,0 +1,163 @@
+"""Runs one cell: builds the network, trains it, measures it, returns the entry of the ledger."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from grid import METHODS, TASKS, Cell
+from torch import nn
+
+import kruify
+from kruify.api import convert
+from kruify.convert import swap
+from kruify.finetune import Progress, finetune
+from kruify.finetune.recurrent import recurrent_layers
+from kruify.layers.matrix import KroneckerMatrix
+from kruify.locate import locate
+from kruify.plan import make_plan
+from kruify.task import Task, load_task
+
+
+def run(cell: Cell, cache: Path, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
+    """Train and measure one cell; an interrupted one continues where it stood.
+
+    Args:
+        cache: folder for weights and states of runs; not for git, everything in it can be made again.
+    """
+    setup, method = TASKS[cell.task], METHODS[cell.method]
+    task = load_task(setup.name)
+    teacher = None
+    if method.start not in ("scratch", "smaller"):
+        teacher = task.model()
+        teacher.load_state_dict(
+            torch.load(weights_file(Cell(cell.task, "dense", 1, cell.seed), cache), weights_only=True)
+        )
+    model, task = build(cell, task, teacher)
+    started = time.monotonic()
+    entry: dict[str, Any] = {}
+    if method.start == "int8":
+        entry["valid"] = task.evaluate(model, "valid")
+    else:
+        result = finetune(
+            model,
+            task,
+            teacher=teacher if method.teacher else None,
+            resume=cache / cell.key,
+            device="cpu",
+            evaluate_first=False,
+            on_progress=on_progress,
+            **cell.options,
+        )
+        entry |= {"valid": result.metrics, "history": result.history, "train_seconds": round(result.seconds, 1)}
+        torch.save(model.state_dict(), weights_file(cell, cache))
+        (cache / cell.key / "state.pt").unlink(missing_ok=True)
+    entry["test"] = task.evaluate(model, "test")
+    return {
+        "cell": cell.key,
+        "task": cell.task,
+        "method": cell.method,
+        "times": cell.times,
+        "seed": cell.seed,
+        "spec": None if method.spec is None else method.spec(setup.hidden, cell.times),
+        "options": cell.options,
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
+        **entry,
+        **counts(model),
+        "seconds": round(time.monotonic() - started, 1),
+        **where_and_when(),
+    }
+
+
+def build(cell: Cell, task: Task, teacher: nn.Module | None) -> tuple[nn.Module, Task]:
+    """The network of a cell before training, and the task that it is trained on."""
+    setup, method = TASKS[cell.task], METHODS[cell.method]
+    torch.manual_seed(cell.seed)
+    if method.start == "scratch":
+        return task.model(), task
+    if method.start == "smaller":
+        task = load_task(setup.smaller(round(setup.hidden / cell.times**0.5)))
+        return task.model(), task
+    assert teacher is not None
+    if method.start == "int8":
+        return torch.ao.quantization.quantize_dynamic(teacher, {nn.GRU, nn.LSTM, nn.RNN, nn.Linear}), task
+    if method.start == "dense":
+        model = task.model()
+        model.load_state_dict(teacher.state_dict())
+        return model, task
+    assert method.spec is not None
+    spec = method.spec(setup.hidden, cell.times)
+    if method.start == "random":
+        model = task.model()
+        return swap(model, make_plan(locate(model).layers, spec, None, (), (), None)), task
+    return convert(teacher, spec, seed=cell.seed)[0], task
+
+
+def weights_file(cell: Cell, cache: Path) -> Path:
+    return cache / f"{cell.key}.pt"
+
+
+def counts(model: nn.Module) -> dict[str, int]:
+    """Parameters, recurrent and in all, and multiply-adds of the recurrent matrices a step."""
+    recurrent = multiply_adds = 0
+    for layer in recurrent_layers(model).values():
+        for name, parameter in layer.named_parameters():
+            if "weight_hh" in name:
+                recurrent += parameter.numel()
+        for matrix in layer.modules():
+            if isinstance(matrix, KroneckerMatrix):
+                multiply_adds += sum(s.multiply_adds for s in matrix.structures)
+        multiply_adds += sum(p.numel() for n, p in layer.named_parameters(recurse=False) if n.startswith("weight_hh"))
+    return {
+        "recurrent_parameters": recurrent,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "recurrent_multiply_adds": multiply_adds,
+    }
+
+
+@torch.no_grad()
+def latency(model: nn.Module, batch: int, steps: int = 32, repeats: int = 15) -> float:
+    """Median milliseconds a time step of all recurrent layers together, one thread, `steps` steps a call."""
+    total = 0.0
+    for layer in recurrent_layers(model).values():
+        x = torch.randn(steps, batch, layer.input_size)
+        if layer.batch_first:
+            x = x.transpose(0, 1).contiguous()
+        layer.eval()
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            layer(x)
+            times.append(time.perf_counter() - start)
+        total += statistics.median(times) / steps * 1000
+    return total
+
+
+def where_and_when() -> dict[str, Any]:
+    def git(*args: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *args], capture_output=True, text=True, cwd=here, check=False).stdout.strip()
+
+    return {
+        "machine": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "kruify": kruify.__version__,
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,221 @@
+"""What is compared: tasks, methods, budgets. One `Cell` is one network trained once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TaskSetup:
+    """A task as it stands in the comparison.
+
+    Attributes:
+        name: of kruify's built-in task.
+        hidden: units of the dense network's recurrent layers.
+        teacher: options of the run that trains the dense network from scratch.
+        student: options of every other run.
+        smaller: name of the task whose dense network has `hidden` units, for the smaller dense control.
+    """
+
+    name: str
+    hidden: int
+    teacher: dict[str, Any]
+    student: dict[str, Any]
+    smaller: Callable[[int], str]
+
+
+TASKS: dict[str, TaskSetup] = {
+    "g2p": TaskSetup(
+        "g2p-en", 256, {"epochs": 12, "lr": 3e-3}, {"epochs": 12, "lr": 2e-3}, lambda h: f"g2p-en:hidden={h}"
+    ),
+    "jsb": TaskSetup(
+        "jsb-chorales",
+        256,
+        {"epochs": 75, "lr": 4e-3},
+        {"epochs": 40, "lr": 2e-3},
+        lambda h: f"jsb-chorales:hidden={h}",
+    ),
+    "fashion": TaskSetup(
+        "fashion-mnist",
+        128,
+        {"epochs": 8, "lr": 3e-3},
+        {"epochs": 8, "lr": 2e-3},
+        lambda h: f"fashion-mnist:hidden={h}",
+    ),
+    "kjv": TaskSetup(
+        "kjv-chars", 512, {"epochs": 4, "lr": 3e-3}, {"epochs": 4, "lr": 2e-3}, lambda h: f"kjv-chars:hidden={h}"
+    ),
+}
+
+Spec = Callable[[int, float], str]  # (hidden units, how many times smaller) -> factor spec of a gate
+
+
+def low_rank(h: int, times: float) -> str:
+    return f"{max(1, round(h / (2 * times)))}*({h}x1,1x{h})"
+
+
+def kronecker(h: int, times: float) -> str:
+    """Balanced factors, as many products as the budget holds."""
+    a, b = balanced(h)
+    return f"{max(1, round(h * h / times / (a * a + b * b)))}*({a}x{a},{b}x{b})"
+
+
+def kronecker_low_rank(h: int, times: float) -> str:
+    """Half of the budget each."""
+    return f"{kronecker(h, 2 * times)}+{low_rank(h, 2 * times)}"
+
+
+def sparse(block: int, share: float = 1.0) -> Spec:
+    return lambda h, times: f"sparse:{100 * share / times:.6g}%:{block}"
+
+
+def low_rank_sparse(block: int) -> Spec:
+    return lambda h, times: f"{low_rank(h, 2 * times)}+{sparse(block, 0.5)(h, times)}"
+
+
+def kronecker_sparse(block: int) -> Spec:
+    return lambda h, times: f"{kronecker(h, 2 * times)}+{sparse(block, 0.5)(h, times)}"
+
+
+def balanced(h: int) -> tuple[int, int]:
+    a = max(d for d in range(1, h + 1) if h % d == 0 and d * d <= h)
+    return h // a, a
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to a small network.
+
+    Attributes:
+        spec: structure of the recurrent matrices; None where they stay dense.
+        start: "convert" from the dense network, "random", "dense" (it stays dense), "smaller" (dense with fewer
+            units) or "int8".
+        teacher: whether the dense network teaches.
+        options: of the recipe, beside those of the task.
+        title: in tables and pictures.
+    """
+
+    title: str
+    spec: Spec | None = None
+    start: str = "convert"
+    teacher: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CE = {"distill_logits": 0.0, "distill_hidden": 0.0}  # overlays may be annealed without anything else being taught
+ANNEAL = {"overlay_start": 1.0, "overlay_until": 0.6}
+
+METHODS: dict[str, Method] = {
+    # controls
+    "dense": Method("dense, from scratch", start="scratch"),
+    "dense-longer": Method("dense, trained on as long", start="dense"),
+    "smaller": Method("smaller dense, from scratch", start="smaller"),
+    "int8": Method("int8 dynamic, as it is", start="int8"),
+    "low-rank": Method("low rank", low_rank),
+    "pruned": Method("magnitude pruning, at once", sparse(1)),
+    "pruned-gradual": Method("magnitude pruning, gradual", sparse(1), teacher=True, options={**CE, **ANNEAL}),
+    # structures, plain fine-tuning
+    "kron": Method("Kronecker", kronecker),
+    "kron-low-rank": Method("Kronecker + low rank", kronecker_low_rank),
+    "low-rank-sparse": Method("low rank + sparse", low_rank_sparse(1)),
+    "low-rank-blocks": Method("low rank + blocks of 8", low_rank_sparse(8)),
+    "kron-sparse": Method("Kronecker + sparse", kronecker_sparse(1)),
+    # annealed overlays
+    "low-rank-sparse-anneal": Method("low rank + sparse, annealed", low_rank_sparse(1), "convert", True, {**CE,
+    **ANNEAL}), "kron-sparse-anneal": Method("Kronecker + sparse, annealed", kronecker_sparse(1), "convert", True,
+    {**CE, **ANNEAL}), "low-rank-blocks-anneal": Method("low rank + blocks, annealed", low_rank_sparse(8), "convert",
+    True, {**CE, **ANNEAL}),
+    # distillation, on the plain structure and on the annealed one
+    "low-rank-sparse-hidden": Method(
+        "low rank + sparse, hidden states taught", low_rank_sparse(1), "convert", True,
+        {"distill_logits": 0.0, "distill_hidden": 1.0},
+    ),
+    "low-rank-sparse-logits": Method(
+        "low rank + sparse, outputs taught", low_rank_sparse(1), "convert", True,
+        {"distill_logits": 0.5, "distill_hidden": 0.0},
+    ),
+    "low-rank-sparse-heal": Method(
+        "low rank + sparse, healed first", low_rank_sparse(1), "convert", True, {**CE, "heal_epochs": 1.0},
+    ),
+    "low-rank-sparse-anneal-taught": Method(
+        "low rank + sparse, annealed, all taught", low_rank_sparse(1), "convert", True,
+        {"distill_logits": 0.5, "distill_hidden": 1.0, **ANNEAL},
+    ),
+    "low-rank-sparse-anneal-logits": Method(
+        "low rank + sparse, annealed, outputs taught", low_rank_sparse(1), "convert", True,
+        {"distill_logits": 0.5, "distill_hidden": 0.0, **ANNEAL},
+    ),
+    "random": Method("low rank + sparse, random start", low_rank_sparse(1), "random"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One network, trained once.
+
+    Attributes:
+        times: how many times smaller the recurrent matrices are (1 for methods that stay dense).
+        epochs: 0 for the task's own number.
+        changes: further options of the recipe, "name=value,name=value".
+    """
+
+    task: str
+    method: str
+    times: float = 1
+    seed: int = 0
+    epochs: float = 0
+    changes: str = ""
+
+    @property
+    def key(self) -> str:
+        epochs = f"-{self.epochs:g}ep" if self.epochs else ""
+        changes = f"-{self.changes.replace('=', '').replace(',', '-')}" if self.changes else ""
+        return f"{self.task}/{self.times:g}x/{self.method}{epochs}{changes}-s{self.seed}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the recipe: the task's, the method's, the cell's own."""
+        setup, method = TASKS[self.task], METHODS[self.method]
+        base = setup.teacher if method.start in ("scratch", "smaller") else setup.student
+        epochs = {"epochs": self.epochs} if self.epochs else {}
+        own = dict(item.split("=") for item in self.changes.split(",")) if self.changes else {}
+        return {**base, **method.options, **epochs, **{k: number(v) for k, v in own.items()}, "seed": self.seed}
+
+    @staticmethod
+    def parse(text: str) -> Cell:
+        """task:method[:times[:seed[:epochs[:changes]]]], as in g2p:low-rank:16:0:5:lr=4e-3."""
+        task, method, *rest = text.split(":")
+        if task not in TASKS or method not in METHODS:
+            raise SystemExit(f"{text}: tasks are {', '.join(TASKS)}; methods are {', '.join(METHODS)}")
+        rest += ["1", "0", "0", ""][len(rest) :]
+        return Cell(task, method, float(rest[0]), int(rest[1]), float(rest[2]), rest[3])
+
+
+def number(text: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+RECIPE = "low-rank-sparse-anneal"  # the method that the default recipe is
+CONTROLS = ("dense-longer", "low-rank", "pruned", "pruned-gradual", "random", "smaller")
+
+
+def grid() -> list[Cell]:
+    """Every cell of the comparison, the most informative first."""
+    cells = []
+    for task in TASKS:
+        seeds = 3 if task in ("g2p", "jsb") else 1
+        for seed in range(seeds):
+            cells += [Cell(task, "dense", 1, seed), Cell(task, RECIPE, 16, seed)]
+            cells += [Cell(task, m, 1 if m == "dense-longer" else 16, seed) for m in CONTROLS]
+        cells.append(Cell(task, "int8", 1))
+        cells += [Cell(task, m, times) for times in (4, 64) for m in (RECIPE, "low-rank", "pruned-gradual")]
+    ablations = [m for m in METHODS if m.startswith(("low-rank-sparse", "kron", "low-rank-blocks"))]
+    cells += [Cell("g2p", m, 16) for m in ablations if m != RECIPE]
+    return sorted(cells, key=lambda c: (c.seed, c.times not in (1, 16), list(TASKS).index(c.task)))
