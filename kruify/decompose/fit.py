@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kruify import kronecker
 from kruify.decompose.nearest import nearest
-from kruify.decompose.overlay import add_overlay, best_overlay
-from kruify.decompose.rearrange import rearrange, restore
+from kruify.decompose.null import gaussian_energy
+from kruify.decompose.overlay import add_overlay
+from kruify.decompose.plain import Plain
+from kruify.decompose.rearrange import restore
+from kruify.decompose.unitary import Unitary
 from kruify.decompose.vectors import VectorSum
+from kruify.decompose.weighted import Weighted
 from kruify.errors import UnsupportedError, UsageError
 from kruify.factors import Structure, Term
 
+LARGE = 1 << 21  # entries from which the null level of a pair of factors comes from theory
+BACKFIT_TOLERANCE = 1e-4  # of the remaining error, a round
 Products = tuple[Tensor, list[Tensor]]  # scale (rank,), one factor tensor (rank, P_f, Q_f) per factor
 
 
@@ -34,6 +41,7 @@ class Fit:
         energy_null: the energy that the same structure keeps of a matrix of this size without any structure
             (independent Gaussian entries); energy at this level means that the shapes have found nothing in W.
         relative_error: ||W - K|| / ||W||; 0 for a zero matrix.
+        energy_weighted: 1 - E||(W - K) h||^2 / E||W h||^2 of a weighted fit, NaN of others.
     """
 
     structure: Structure
@@ -43,12 +51,14 @@ class Fit:
     energy: float
     energy_null: float
     relative_error: float
+    energy_weighted: float = float("nan")
 
     def to_dense(self) -> Tensor:  # (rows, cols) float64
         s = self.structure
-        dense = torch.zeros(s.rows, s.cols, dtype=torch.float64)
+        dtype = self.terms[0][1][0].dtype if self.terms else torch.float64
+        dense = torch.zeros(s.rows, s.cols, dtype=dtype)
         for scale, factors in self.terms:
-            dense += kronecker.to_dense([f[None] for f in factors], scale[None])[0]
+            dense += kronecker.to_dense([f[None] for f in factors], scale[None].to(dtype))[0]
         if self.diagonal is not None:
             dense.diagonal().add_(self.diagonal)
         if self.overlay is not None:
@@ -61,65 +71,131 @@ def fit(
     structure: Structure,
     *,
     covariance: Tensor | None = None,
+    unitary: bool = False,
     seed: int = 0,
     null: bool = True,
+    sweeps: int = 30,
 ) -> Fit:
     """The structure's best approximation of one matrix, computed in float64.
 
     One term of two factors: exactly optimal (Van Loan & Pitsianis 1993). More factors, sums of different shapes,
-    diagonal and overlay: greedy, then every part is fitted again to what the others leave, until that stops helping.
+    diagonal and overlay: greedy (the part that alone keeps most comes first), then every part is fitted again to what
+    the others leave until that stops helping (hKoPA: Cai, Chen & Xiao, JMLR 2022).
 
     Args:
-        matrix: (rows, cols), one gate, of any floating dtype.
+        matrix: (rows, cols), one gate, of any floating dtype; complex only with `unitary`.
         structure: what to fit; structure.rows, .cols must be the matrix's.
         covariance: (cols, cols), C = E[h h^T] of what the matrix is applied to: minimise E||(W - K) h||^2 instead.
+        unitary: factors with orthonormal columns (rows, where they are wide), each product with its own scale.
         seed: of the random starts for three factors and more.
         null: also find `energy_null` (cached per structure); False leaves it NaN.
+        sweeps: at most so many rounds over the parts of a sum.
 
     Raises:
-        UsageError: not a 2-d floating tensor, empty, or of another size than the structure or the covariance.
+        UsageError: not a 2-d floating tensor, empty, or of another size than the structure; a covariance that is not
+            symmetric positive semi-definite of the right size; `unitary` together with a covariance.
         UnsupportedError: NaN or infinite entries.
     """
-    w = checked(matrix, structure, covariance)
-    state = _backfit(w, structure, seed)
-    terms = [_products(state.sums[i], term, seed) for i, term in enumerate(structure.terms)]
-    result = Fit(structure, terms, state.diagonal, state.overlay, 1.0, float("nan"), 0.0)
-    total = float(w.square().sum())
+    check(matrix, structure, complex_too=unitary)
+    if unitary:
+        if covariance is not None:
+            raise UsageError("a unitary fit cannot be weighted by a covariance", hint="Give one of the two")
+        metric: Metric = Unitary()
+    elif covariance is None:
+        metric = Plain()
+    else:
+        covariance = checked_covariance(covariance, structure.cols)
+        metric = Weighted(covariance)
+    if covariance is None and not unitary and _is_one_product_pair(structure):
+        result = _fit_pair(matrix, structure, seed)
+    else:
+        w = _wide(matrix)
+        state = _backfit(w, structure, metric, seed, sweeps)
+        terms = [_products(state.sums[i], term, seed) for i, term in enumerate(structure.terms)]
+        result = _measured(w, Fit(structure, terms, state.diagonal, state.overlay, 1.0, float("nan"), 0.0), covariance)
+    return replace(result, energy_null=null_energy(structure, unitary)) if null else result
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix.detach().to("cpu", torch.complex128 if matrix.is_complex() else torch.float64)
+
+
+def _measured(w: Tensor, result: Fit, covariance: Tensor | None) -> Fit:
+    rest = result.to_dense().sub_(w)
+    total, lost = float(w.abs().square().sum()), float(rest.abs().square().sum())
     if total > 0:
-        lost = float((w - result.to_dense()).square().sum()) / total
-        result = replace(result, energy=1 - lost, relative_error=lost**0.5)
-    return replace(result, energy_null=null_energy(structure)) if null else result
+        result = replace(result, energy=1 - lost / total, relative_error=(lost / total) ** 0.5)
+    if covariance is not None:
+        lost, total = float(((rest @ covariance) * rest).sum()), float(((w @ covariance) * w).sum())
+        result = replace(result, energy_weighted=1 - lost / total if total > 0 else 1.0)
+    return result
+
+
+def _is_one_product_pair(structure: Structure) -> bool:
+    lone = len(structure.terms) == 1 and not structure.diagonal and not structure.sparse_blocks
+    return lone and len(structure.terms[0].factors) == 2
+
+
+def _fit_pair(matrix: Tensor, structure: Structure, seed: int) -> Fit:
+    """One term of two factors. The rearranged copy is the only array of the matrix's size: it is where the SVD works
+    and where the residual, whose norm the rearrangement keeps, is formed."""
+    term = structure.terms[0]
+    source = matrix.detach()
+    (p0, q0), (p1, q1) = term.factors
+    rearranged = torch.empty(p0, q0, p1, q1, dtype=torch.float64)
+    rearranged.copy_(source.reshape(p0, p1, q0, q1).permute(0, 2, 1, 3))
+    rest = rearranged.reshape(p0 * q0, p1 * q1)
+    found = nearest(rest, term.rank, seed=seed)
+    total = float(rest.norm()) ** 2
+    rest.addmm_(found.vectors[0] * found.weight, found.vectors[1].T, alpha=-1)
+    lost = float(rest.norm()) ** 2 / total if total > 0 else 0.0
+    return Fit(structure, [_products(found, term, seed)], None, None, 1 - lost, float("nan"), lost**0.5)
 
 
 @lru_cache(maxsize=512)
-def null_energy(structure: Structure, seed: int = 0) -> float:
-    """The energy that `structure` keeps of one seeded matrix of independent standard normal entries."""
+def null_energy(structure: Structure, unitary: bool = False, seed: int = 0) -> float:
+    """The energy that `structure` keeps of a matrix of independent standard normal entries.
+
+    Measured on one seeded matrix; for one term of two factors on a large matrix, the Marchenko-Pastur law.
+    """
+    if _is_one_product_pair(structure) and not unitary and structure.dense_parameters > LARGE:
+        term = structure.terms[0]
+        (p0, q0), (p1, q1) = term.factors
+        return gaussian_energy(p0 * q0, p1 * q1, term.rank)
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(structure.rows, structure.cols, generator=generator, dtype=torch.float64)
-    return fit(w, replace(structure, scaled=False), null=False).energy
+    return fit(w, replace(structure, scaled=False), unitary=unitary, null=False).energy
 
 
-def checked(matrix: Tensor, structure: Structure, covariance: Tensor | None = None) -> Tensor:
-    """The matrix in float64 on the CPU, or an error that says what is wrong with it."""
+def check(matrix: Tensor, structure: Structure, *, complex_too: bool = False) -> None:
+    """Raises the error that says what is wrong with a matrix, if anything is."""
     if matrix.ndim != 2 or matrix.numel() == 0:
         raise UsageError(f"a matrix to decompose has two dimensions and is not empty, got shape {tuple(matrix.shape)}")
-    if not matrix.is_floating_point():
+    if not matrix.is_floating_point() and not (complex_too and matrix.is_complex()):
         raise UsageError(f"a matrix to decompose holds floating-point numbers, got {matrix.dtype}")
     if tuple(matrix.shape) != (structure.rows, structure.cols):
         raise UsageError(
             f"the matrix is {matrix.shape[0]}x{matrix.shape[1]}, the structure {structure.rows}x{structure.cols}",
             hint="Resolve the spec with the size of the matrix",
         )
-    w = matrix.detach().to("cpu", torch.float64)
-    _finite(w, "the matrix")
-    if covariance is not None:
-        if tuple(covariance.shape) != (structure.cols, structure.cols):
-            raise UsageError(
-                f"the covariance of a matrix with {structure.cols} columns is {structure.cols}x{structure.cols}, "
-                f"got shape {tuple(covariance.shape)}"
-            )
-        _finite(covariance, "the covariance")
-    return w
+    _finite(matrix, "the matrix")
+
+
+def checked_covariance(covariance: Tensor, cols: int) -> Tensor:
+    """The covariance in float64, exactly symmetric, or an error."""
+    if tuple(covariance.shape) != (cols, cols):
+        raise UsageError(
+            f"the covariance of a matrix with {cols} columns is {cols}x{cols}, got shape {tuple(covariance.shape)}"
+        )
+    _finite(covariance, "the covariance")
+    c = covariance.detach().to("cpu", torch.float64)
+    largest = float(c.abs().max())
+    if float((c - c.T).abs().max()) > 1e-6 * largest:
+        raise UsageError("the covariance is not symmetric")
+    c = (c + c.T) / 2
+    if float(torch.linalg.eigvalsh(c)[0]) < -1e-6 * largest:
+        raise UsageError("the covariance is not positive semi-definite")
+    return c
 
 
 def _finite(tensor: Tensor, name: str) -> None:
@@ -137,37 +213,110 @@ class _State:
     overlay: tuple[Tensor, Tensor] | None = None
 
 
-def _backfit(w: Tensor, structure: Structure, seed: int, sweeps: int = 30, tolerance: float = 1e-4) -> _State:
-    """Fits every part of the structure to what the others leave: first in order, then around again."""
+class Metric(Protocol):
+    """How each part of a structure is fitted to what the other parts leave, and how that is measured."""
+
+    def error(self, rest: Tensor) -> float: ...
+    def term(self, rest: Tensor, term: Term, old: VectorSum | None, seed: int) -> VectorSum: ...
+    def diagonal(self, rest: Tensor) -> Tensor: ...
+    def overlay(self, rest: Tensor, blocks: int, block: int, old: Tensor | None) -> tuple[Tensor, Tensor]: ...
+
+
+def _backfit(w: Tensor, structure: Structure, metric: Metric, seed: int, sweeps: int) -> _State:
     state = _State([None] * len(structure.terms))
-    parts = len(structure.terms) + int(structure.diagonal) + int(structure.sparse_blocks > 0)
-    lone = parts == 1 and bool(structure.terms)  # needs no residual of its own: saves a copy of the matrix
-    rest = w if lone else w.clone()
-    total = error = float(w.square().sum())
-    for _ in range(1 if lone else sweeps):
-        for i, term in enumerate(structure.terms):
-            old = state.sums[i]
-            if old is not None:
-                rest += restore(old.dense(), term.factors)
-            tensor = rearrange(rest, term.factors)
-            state.sums[i] = new = nearest(tensor, term.rank, seed=seed, start=old, sweeps=200 if old is None else 10)
-            if not lone:
-                rest -= restore(new.dense(), term.factors)
-        if structure.diagonal:
-            if state.diagonal is not None:
-                rest.diagonal().add_(state.diagonal)
-            state.diagonal = rest.diagonal().clone()
-            rest.diagonal().zero_()
-        if structure.sparse_blocks:
-            if state.overlay is not None:
-                add_overlay(rest, *state.overlay)
-            values, index = best_overlay(rest, structure.sparse_blocks, structure.block)
-            state.overlay = values, index
-            add_overlay(rest, -values, index)
-        before, error = error, float(rest.square().sum())
-        if before - error <= tolerance * error or error <= 1e-28 * total:
+    parts: list[_Part] = [_TermPart(state, i, term, metric, seed) for i, term in enumerate(structure.terms)]
+    if structure.diagonal:
+        parts.append(_DiagonalPart(state, metric))
+    if structure.sparse_blocks:
+        parts.append(_OverlayPart(state, metric, structure.sparse_blocks, structure.block))
+    if len(parts) == 1:
+        parts[0].update(w)
+        return state
+    rest = w.clone()
+    total = error = metric.error(rest)
+    waiting = list(parts)
+    while waiting:  # greedy: next comes the part that alone takes the most off what is left
+        errors = []
+        for part in waiting:
+            part.update(rest)
+            part.add(rest, -1)
+            errors.append(metric.error(rest))
+            part.add(rest, 1)
+            if len(waiting) > 1:
+                part.forget()
+        part = waiting.pop(errors.index(min(errors)))
+        part.update(rest)
+        part.add(rest, -1)
+    for _ in range(sweeps):
+        before, error = error, metric.error(rest)
+        if before - error <= BACKFIT_TOLERANCE * error or error <= 1e-28 * total:
             break
+        for part in parts:
+            part.add(rest, 1)
+            part.update(rest)
+            part.add(rest, -1)
     return state
+
+
+class _Part(Protocol):
+    def update(self, rest: Tensor) -> None: ...
+    def add(self, rest: Tensor, sign: int) -> None: ...
+    def forget(self) -> None: ...
+
+
+@dataclass
+class _TermPart:
+    state: _State
+    place: int
+    term: Term
+    metric: Metric
+    seed: int
+
+    def update(self, rest: Tensor) -> None:
+        self.state.sums[self.place] = self.metric.term(rest, self.term, self.state.sums[self.place], self.seed)
+
+    def add(self, rest: Tensor, sign: int) -> None:
+        found = self.state.sums[self.place]
+        assert found is not None
+        rest.add_(restore(found.dense(), self.term.factors), alpha=sign)
+
+    def forget(self) -> None:
+        self.state.sums[self.place] = None
+
+
+@dataclass
+class _DiagonalPart:
+    state: _State
+    metric: Metric
+
+    def update(self, rest: Tensor) -> None:
+        self.state.diagonal = self.metric.diagonal(rest)
+
+    def add(self, rest: Tensor, sign: int) -> None:
+        assert self.state.diagonal is not None
+        rest.diagonal().add_(self.state.diagonal, alpha=sign)
+
+    def forget(self) -> None:
+        self.state.diagonal = None
+
+
+@dataclass
+class _OverlayPart:
+    state: _State
+    metric: Metric
+    blocks: int
+    block: int
+
+    def update(self, rest: Tensor) -> None:
+        old = None if self.state.overlay is None else self.state.overlay[1]
+        self.state.overlay = self.metric.overlay(rest, self.blocks, self.block, old)
+
+    def add(self, rest: Tensor, sign: int) -> None:
+        assert self.state.overlay is not None
+        add_overlay(rest, sign * self.state.overlay[0], self.state.overlay[1])
+
+    def forget(self) -> None:
+        self.state.overlay = None
 
 
 def _products(found: VectorSum | None, term: Term, seed: int) -> Products:
@@ -181,7 +330,7 @@ def _products(found: VectorSum | None, term: Term, seed: int) -> Products:
     factors = []
     for (p, q), vectors in zip(term.factors, found.vectors, strict=True):
         norm = min(p, q) ** 0.5
-        factor = torch.empty(term.rank, p, q, dtype=torch.float64)
+        factor = torch.empty(term.rank, p, q, dtype=vectors.dtype)
         factor[:count] = vectors[:, live].T.reshape(count, p, q) * norm
         for r in range(count, term.rank):
             torch.nn.init.orthogonal_(factor[r], generator=generator)

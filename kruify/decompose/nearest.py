@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kruify.decompose.als import refine
 from kruify.decompose.successive import higher_order_svd, successive_svd
-from kruify.decompose.vectors import NUMERICALLY_ZERO, VectorSum
+from kruify.decompose.svd import truncated_svd
+from kruify.decompose.vectors import VectorSum
 
 RESTARTS = 2  # random starts beside the successive SVDs and the HOSVD, for three factors and more
 RESTART_LIMIT = 1 << 20  # entries above which only the two informed starts are run
@@ -60,13 +61,6 @@ def nearest(
         if (other := _distance(tensor, refined)) < error:
             best, error = refined, other
     return best
-
-
-def truncated_svd(matrix: Tensor, rank: int) -> VectorSum:
-    """The `rank` heaviest singular triplets of a (m, n) matrix."""
-    left, weight, right = torch.linalg.svd(matrix, full_matrices=False)
-    keep = min(rank, int((weight > NUMERICALLY_ZERO * weight[0]).sum()))
-    return VectorSum(weight[:keep], [left[:, :keep], right[:keep].T])
 
 
 def _random_start(tensor: Tensor, rank: int, generator: torch.Generator) -> VectorSum:

@@ -6,6 +6,16 @@ import torch
 from torch import Tensor
 
 
+def heaviest(weight: Tensor, blocks: int) -> Tensor:
+    """The places of the `blocks` largest entries of (rows / block, cols), as (blocks, 2) ascending.
+
+    Ties go to the earlier place, so that the result is the same everywhere.
+    """
+    flat = weight.reshape(-1)
+    places = flat.argsort(descending=True, stable=True)[:blocks].sort().values
+    return torch.stack([places // weight.shape[1], places % weight.shape[1]], dim=1)
+
+
 def best_overlay(rest: Tensor, blocks: int, block: int) -> tuple[Tensor, Tensor]:
     """The `blocks` blocks of `block` rows x 1 column of (rows, cols) that hold the most energy.
 
@@ -13,19 +23,15 @@ def best_overlay(rest: Tensor, blocks: int, block: int) -> tuple[Tensor, Tensor]
         values (blocks, block), index (blocks, 2) int64 = (first row, column), ascending.
     """
     rows, cols = rest.shape
-    cube = rest.reshape(rows // block, block, cols)
-    weight = cube.square().sum(dim=1).reshape(-1)
-    places = weight.topk(blocks).indices.sort().values
-    return gather(rest, torch.stack([places // cols * block, places % cols], dim=1), block)
-
-
-def gather(matrix: Tensor, index: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """The values that `matrix` has in the blocks `index`, and the index itself."""
-    rows = index[:, :1] + torch.arange(block)
-    return matrix[rows, index[:, 1:]], index
+    weight = rest.reshape(rows // block, block, cols).square().sum(dim=1)
+    index = heaviest(weight, blocks) * torch.tensor([block, 1])
+    return rest[_rows(index, block), index[:, 1:]], index
 
 
 def add_overlay(dense: Tensor, values: Tensor, index: Tensor) -> None:
-    """Adds the blocks to (rows, cols) in place; every block stands for itself, none overlap."""
-    rows = index[:, :1] + torch.arange(values.shape[1])
-    dense[rows, index[:, 1:]] += values
+    """Adds the blocks to (rows, cols) in place; no two blocks overlap."""
+    dense[_rows(index, values.shape[1]), index[:, 1:]] += values
+
+
+def _rows(index: Tensor, block: int) -> Tensor:
+    return index[:, :1] + torch.arange(block)

@@ -1,0 +1,100 @@
+"""The heaviest singular triplets of a matrix: LAPACK for small ones, Lanczos for large ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kruify.decompose.vectors import NUMERICALLY_ZERO, VectorSum
+
+LANCZOS_FROM = 768  # shorter side from which Lanczos wins over LAPACK, if few triplets are asked for
+LANCZOS_SHARE = 16  # ... that is, at most 1/16 of all
+LANCZOS_LIMIT = 1200  # steps; beyond, the basis costs more than LAPACK
+PANEL = 16  # rows that stay in the cache between the two products with them
+ACCURACY = 1e-9  # distance of the subspace found from the true one
+BACKWARD = 1e-13  # or: a residual at rounding level, where singular values lie too close to be told apart
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> VectorSum:
+    """The `rank` heaviest singular triplets of a float64 (m, n) matrix; fewer where its rank is lower."""
+    shorter = min(matrix.shape)
+    if shorter >= LANCZOS_FROM and rank * LANCZOS_SHARE <= shorter:
+        found = _lanczos(matrix, rank)
+        if found is not None:
+            return found
+    left, weight, right = torch.linalg.svd(matrix, full_matrices=False)
+    keep = min(rank, int((weight > NUMERICALLY_ZERO * weight[0]).sum()))
+    return VectorSum(weight[:keep], [left[:, :keep], right[:keep].T])
+
+
+def _gram(matrix: Tensor, x: Tensor) -> Tensor:
+    """M^T M x in one pass over the memory of M: a panel of rows is still cached when its transpose is applied."""
+    if not matrix.is_contiguous():
+        return matrix.T @ (matrix @ x)
+    y = torch.zeros_like(x)
+    for panel in torch.split(matrix, PANEL):
+        y.addmv_(panel.T, panel @ x)
+    return y
+
+
+def _lanczos(matrix: Tensor, rank: int) -> VectorSum | None:
+    """Lanczos on M^T M with full reorthogonalisation; None where it does not converge or misses a multiple value.
+
+    Golub & Van Loan, "Matrix Computations", section 10.1. Working with the Gram matrix squares the condition, which
+    harms only triplets lighter than 1e-7 of the heaviest; those are left to LAPACK.
+    """
+    work = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    n = work.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(n, dtype=matrix.dtype, generator=generator)
+    limit = min(LANCZOS_LIMIT, n - 1)
+    basis = torch.empty(limit + 1, n, dtype=matrix.dtype)
+    basis[0] = start / start.norm()
+    alpha: list[float] = []
+    beta: list[float] = []
+    values = vectors = torch.empty(0)
+    for step in range(limit):
+        image = _gram(work, basis[step])
+        alpha.append(float(image @ basis[step]))
+        for _ in range(2):  # twice is enough (Parlett)
+            image -= basis[: step + 1].T @ (basis[: step + 1] @ image)
+        beta.append(float(image.norm()))
+        largest = max(alpha)
+        if largest == 0:
+            return None
+        broke_down = beta[-1] <= 1e-14 * largest
+        if broke_down or (step > 2 * rank and step % 5 == 4):
+            off = torch.tensor(beta[:-1], dtype=matrix.dtype)
+            small = torch.diag(torch.tensor(alpha, dtype=matrix.dtype)) + torch.diag(off, 1) + torch.diag(off, -1)
+            values, vectors = (t.flip(-1) for t in torch.linalg.eigh(small))
+            if broke_down:
+                break
+            residual = float((beta[-1] * vectors[-1, :rank]).norm())
+            gap = float(values[rank - 1] - values[rank])
+            if residual <= max(ACCURACY * gap, BACKWARD * float(values[0])):
+                break
+        basis[step + 1] = image / beta[-1]
+    else:
+        return None
+    if len(values) < rank or float(values[rank - 1]) <= 1e-14 * float(values[0]):
+        return None
+    right = basis[: len(values)].T @ vectors[:, :rank]
+    if _misses_one(work, right, float(values[rank - 1]), generator):
+        return None
+    # A small SVD turns the images into exact triplets of the projection M V V^T.
+    left, weight, turn = torch.linalg.svd(work @ right, full_matrices=False)
+    right = right @ turn.T
+    return VectorSum(weight, [left, right] if work is matrix else [right, left])
+
+
+def _misses_one(work: Tensor, right: Tensor, smallest: float, generator: torch.Generator) -> bool:
+    """One start vector sees only one direction of a multiple singular value; a second one finds the others."""
+    x = torch.randn(work.shape[1], dtype=work.dtype, generator=generator)
+    estimate = 0.0
+    for _ in range(4):
+        x -= right @ (right.T @ x)
+        x /= x.norm()
+        image = _gram(work, x)
+        estimate = float(image @ x)
+        x = image
+    return estimate > smallest * (1 + 1e-9)
