@@ -102,11 +102,6 @@ def _grads_of(stages: Sequence[Tensor], *rest: Tensor | None) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in _wanted(*stages, *rest)]
 
 
-@_fallback("instruction_set")
-def _instruction_set() -> int:
-    return 0
-
-
 # merge
 
 

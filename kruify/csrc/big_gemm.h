@@ -1,0 +1,68 @@
+// GEMM over all steps at once (input projection and its gradients). On AMD machines torch's float32 GEMM stays at half
+// of what AVX-512 offers, and it would be most of a layer's time.
+#pragma once
+
+#include "gemm.h"
+#include "matrix.h"
+
+namespace kruify::KRUIFY_ISA {
+
+constexpr int64_t kBlockM = 96, kBlockK = 128;  // a block of A: kBigGemmScratch elements
+
+inline int64_t packed_b_size(int64_t K, int64_t N) { return (N + kPanel - 1) / kPanel * kPanel * K; }
+
+// Columns [n0, n1) of B into panels of kPanel columns, each (K, kPanel); n0 is a multiple of kPanel.
+template <class T>
+inline void pack_b(int64_t K, int64_t N, const T* b, int64_t rs, int64_t cs, T* packed, int64_t n0, int64_t n1) {
+  for (int64_t n = n0; n < n1; n += kPanel) {
+    T* panel = packed + n * K;
+    const int64_t columns = min64(kPanel, N - n);
+    if (rs == 1 && cs != 1) {
+      transpose(columns, K, b + n * cs, cs, panel, kPanel);
+    } else {
+      for (int64_t k = 0; k < K; ++k)
+        for (int64_t j = 0; j < columns; ++j) panel[k * kPanel + j] = b[k * rs + (n + j) * cs];
+    }
+    for (int64_t k = 0; columns < kPanel && k < K; ++k)
+      for (int64_t j = columns; j < kPanel; ++j) panel[k * kPanel + j] = 0;
+  }
+}
+
+template <class T, int MR>
+KRUIFY_INLINE void packed_rows(int64_t M, int64_t K, int64_t columns, const T* a, int64_t as, const T* panel, T* c,
+                               int64_t ldc) {
+  int64_t m = 0;
+  for (; m + MR <= M; m += MR) gemm<T, false>(MR, columns, K, a + m, as, panel, kPanel, c + m * ldc, ldc, true);
+  if (m < M) gemm<T, false>(M - m, columns, K, a + m, as, panel, kPanel, c + m * ldc, ldc, true);
+}
+
+// C[m0:m1] = A[m0:m1] B + bias.
+template <class T>
+inline void big_gemm(int64_t m0, int64_t m1, int64_t N, int64_t K, const T* a, int64_t rs, int64_t cs, const T* packed,
+                     const T* bias, T* c, int64_t ldc, T* scratch) {
+  for (int64_t m = m0; m < m1; m += kBlockM) {
+    const int64_t rows = min64(kBlockM, m1 - m);
+    for (int64_t k = 0; k < K || k == 0; k += kBlockK) {
+      const int64_t depth = min64(kBlockK, K - k);
+      // A's block as (depth, rows): element (i, k) at scratch[k * rows + i].
+      if (cs == 1) {
+        transpose(rows, depth, a + m * rs + k, rs, scratch, rows);
+      } else {
+        for (int64_t j = 0; j < depth; ++j)
+          for (int64_t i = 0; i < rows; ++i) scratch[j * rows + i] = a[(m + i) * rs + (k + j) * cs];
+      }
+      for (int64_t n = 0; n < N; n += kPanel) {
+        const int64_t columns = min64(kPanel, N - n);
+        T* out = c + m * ldc + n;
+        if (k == 0)
+          for (int64_t i = 0; i < rows; ++i)
+            for_vectors<T>(columns, [&](int64_t j, auto get, auto put) {
+              put(out + i * ldc + j, bias ? get(bias + n + j) : Vec<T>{});
+            });
+        packed_rows<T, kTall>(rows, depth, columns, scratch, rows, packed + n * K + k * kPanel, out, ldc);
+      }
+    }
+  }
+}
+
+}  // namespace kruify::KRUIFY_ISA

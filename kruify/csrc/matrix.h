@@ -1,0 +1,113 @@
+// A Kronecker matrix as the kernels see it: plain data, the same for every instruction set.
+#pragma once
+
+#include <stdint.h>
+
+namespace kruify {
+
+constexpr int kMaxStages = 3;
+constexpr int kMaxGates = 8;
+
+enum class TermKind : int {
+  kDense,    // one stage: a plain matrix
+  kLowRank,  // (P x 1) (x) (1 x Q): two thin products
+  kPair,     // two stages
+  kChain,    // three stages
+};
+
+// W[gate] += sum_r stage0[g, r] (x) stage1[g, r] (x) ...; `w` (gates, rank, p, q) as given, `packed` as the forward pass
+// reads it: the trailing stage as (q, gates, rank, p), the others as (gates, rank, q, p).
+template <class T>
+struct Term {
+  TermKind kind;
+  int stages, gates, rank;
+  int gate[kMaxGates];
+  int64_t p[kMaxStages], q[kMaxStages];
+  const T* w[kMaxStages];
+  T* packed[kMaxStages];
+  int64_t grad[kMaxStages];  // offset of the gradient's sum in a thread's arena, same layouts as `packed` or `w`
+
+  int64_t products() const { return int64_t(gates) * rank; }
+  int64_t size(int f) const { return products() * p[f] * q[f]; }
+};
+
+template <class T>
+struct Matrix {
+  int gates;
+  int64_t rows, cols;
+  int terms;
+  Term<T>* term;
+  int diagonal_gates;
+  int diagonal_gate[kMaxGates];
+  int64_t diagonal_size;
+  const T* diagonal;      // null where there is none
+  const T* overlay;       // null where there is none
+  const int32_t* index;   // (blocks, 2)
+  int64_t blocks, block;
+  const T* bias;          // null where there is none
+  int64_t grad_diagonal, grad_overlay, grad_bias, grad_size;  // offsets in a thread's arena, and its size
+  int64_t scratch;        // elements of scratch that one sample's product needs, forward or backward
+};
+
+enum class Kind : int { kLstm, kGru, kRnnTanh, kRnnRelu };
+
+// One layer in one direction. Row of (t, b) in every (S, ...) array: starts[t] + b, less `first_row` in `gates`.
+template <class T>
+struct Sequence {
+  Kind kind;
+  bool reverse, training;
+  int64_t steps, batch, hidden;
+  const int64_t* sizes;
+  const int64_t* starts;
+  Matrix<T> matrix;
+  // forward
+  T* gates;           // the input's share, overwritten by the activated gates
+  int64_t gates_ld, first_row;
+  T* h;               // (B, H) running state, in the end hT
+  T* c;               // (B, H)
+  T* out;             // (S, H)
+  // backward
+  const T* grad_out;  // (S, H) or null
+  const T* workspace;
+  const T* h0;
+  const T* c0;
+  const T* out_in;
+  T* grad_gates;      // (S, gates * H)
+  T* grad_h;          // (B, H) running gradient, in the end grad_h0
+  T* grad_c;
+};
+
+// What one instruction set offers.
+template <class T>
+struct Kernels {
+  // Fills the packed copies of a matrix.
+  void (*pack)(const Matrix<T>&);
+  // y[g] (nb rows, stride ys) += W[g] x
+  void (*product)(const Matrix<T>&, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys, T* scratch);
+  // dx += W^T dy, and the gradients' sums in `arena`
+  void (*product_backward)(const Matrix<T>&, const T* x, T* const* dy, T* dx, T* arena, T* scratch);
+  // Writes an arena's sums out in the layout of the parameters; grads[i] in the operators' order.
+  void (*unpack)(const Matrix<T>&, const T* arena, T* const* grads);
+  // Steps [t0, t1) in time, samples [b0, b1).
+  void (*forward)(const Sequence<T>&, int64_t t0, int64_t t1, int64_t b0, int64_t b1, T* scratch);
+  // All steps of one sample.
+  void (*backward)(const Sequence<T>&, int64_t b, T* arena, T* scratch);
+  // C[m0:m1] = A B + bias with B packed by pack_b.
+  int64_t (*packed_b_size)(int64_t K, int64_t N);
+  void (*pack_b)(int64_t K, int64_t N, const T* b, int64_t rs, int64_t cs, T* packed, int64_t n0, int64_t n1);
+  void (*big_gemm)(int64_t m0, int64_t m1, int64_t N, int64_t K, const T* a, int64_t rs, int64_t cs, const T* packed,
+                   const T* bias, T* c, int64_t ldc, T* scratch);
+  // out = x w^T + bias for few rows, w (N, K) as it is.
+  void (*thin_gemm)(int64_t rows, int64_t N, int64_t K, const T* x, const T* w, const T* bias, T* out, int64_t ldo);
+  void (*axpy)(int64_t n, const T* x, T* y);  // y += x
+};
+
+constexpr int64_t kBigGemmScratch = 96 * 128;  // elements
+constexpr int64_t kPanel = 64;                 // columns of a packed panel of B
+
+enum class InstructionSet : int { kPortable, kAvx2, kAvx512 };
+InstructionSet instruction_set();
+template <class T>
+const Kernels<T>& kernels();
+
+}  // namespace kruify

@@ -1,0 +1,161 @@
+// Vectors of one instruction set. Included by the isa_*.cpp files only, each of which compiles everything below
+// namespace KRUIFY_ISA once more with its own flags. Nothing here may come from the standard library: the linker
+// would merge inline functions of several files, and the one compiled for AVX-512 could end up serving all.
+#pragma once
+
+#include <stdint.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define KRUIFY_ISA avx512
+#define KRUIFY_VECTOR_BYTES 64
+#define KRUIFY_REGISTERS 32
+#elif defined(__AVX2__)
+#define KRUIFY_ISA avx2
+#define KRUIFY_VECTOR_BYTES 32
+#define KRUIFY_REGISTERS 16
+#else
+#define KRUIFY_ISA portable
+#define KRUIFY_VECTOR_BYTES 16
+#if defined(__aarch64__)
+#define KRUIFY_REGISTERS 32
+#else
+#define KRUIFY_REGISTERS 16
+#endif
+#endif
+#define KRUIFY_INLINE inline __attribute__((always_inline))
+
+namespace kruify::KRUIFY_ISA {
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  typedef float V __attribute__((vector_size(KRUIFY_VECTOR_BYTES)));
+  typedef float Loose __attribute__((vector_size(KRUIFY_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t I __attribute__((vector_size(KRUIFY_VECTOR_BYTES)));
+};
+
+template <>
+struct Simd<double> {
+  typedef double V __attribute__((vector_size(KRUIFY_VECTOR_BYTES)));
+  typedef double Loose __attribute__((vector_size(KRUIFY_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t I __attribute__((vector_size(KRUIFY_VECTOR_BYTES)));
+};
+
+template <class T>
+using Vec = typename Simd<T>::V;
+template <class T>
+constexpr int kWidth = KRUIFY_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+KRUIFY_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename Simd<T>::Loose*>(p);
+}
+
+template <class T>
+KRUIFY_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename Simd<T>::Loose*>(p) = v;
+}
+
+template <class T>
+KRUIFY_INLINE Vec<T> splat(T s) {
+  return s - Vec<T>{};
+}
+
+// The first n lanes only; the others read as zero and are not written.
+template <class T>
+KRUIFY_INLINE Vec<T> load_n(const T* p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+  else return (Vec<T>)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return (Vec<T>)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane));
+  } else {
+    const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+    return (Vec<T>)_mm256_maskload_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), lane));
+  }
+#else
+  Vec<T> v{};
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+template <class T>
+KRUIFY_INLINE void store_n(T* p, Vec<T> v, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+  else _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane), (__m256)v);
+  } else {
+    const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+    _mm256_maskstore_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), lane), (__m256d)v);
+  }
+#else
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
+
+// Calls f(offset, lanes) over n elements; lanes is a compile-time kWidth except for the tail.
+template <class T, class F>
+KRUIFY_INLINE void for_vectors(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kWidth<T> <= n; i += kWidth<T>) f(i, [](const T* p) { return load(p); }, [](T* p, Vec<T> v) { store(p, v); });
+  if (const int rest = int(n - i); rest > 0)
+    f(i, [rest](const T* p) { return load_n(p, rest); }, [rest](T* p, Vec<T> v) { store_n(p, v, rest); });
+}
+
+template <class T>
+KRUIFY_INLINE T sum(Vec<T> v) {
+  T total = 0;
+  for (int i = 0; i < kWidth<T>; ++i) total += v[i];
+  return total;
+}
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// dst (cols, rows) = transpose of src (rows, cols).
+template <class T>
+inline void transpose(int64_t rows, int64_t cols, const T* src, int64_t lds, T* dst, int64_t ldd) {
+  int64_t r = 0;
+#if defined(__AVX512F__) || defined(__AVX2__)
+  constexpr int W = kWidth<T>;
+  for (; r + W <= rows; r += W) {
+    int64_t c = 0;
+    for (; c + W <= cols; c += W) {
+      Vec<T> v[W];
+      for (int i = 0; i < W; ++i) v[i] = load(src + (r + i) * lds + c);
+      // log2(W) rounds of perfect shuffles between row i and row i + W/2.
+      for (int round = 1; round < W; round *= 2) {
+        Vec<T> u[W];
+        for (int i = 0; i < W / 2; ++i) {
+          typename Simd<T>::I low, high;
+          for (int l = 0; l < W; ++l) {
+            low[l] = (l & 1) * W + l / 2;
+            high[l] = (l & 1) * W + l / 2 + W / 2;
+          }
+          u[2 * i] = __builtin_shuffle(v[i], v[i + W / 2], low);
+          u[2 * i + 1] = __builtin_shuffle(v[i], v[i + W / 2], high);
+        }
+        for (int i = 0; i < W; ++i) v[i] = u[i];
+      }
+      for (int i = 0; i < W; ++i) store(dst + (c + i) * ldd + r, v[i]);
+    }
+    for (; c < cols; ++c)
+      for (int i = 0; i < W; ++i) dst[c * ldd + r + i] = src[(r + i) * lds + c];
+  }
+#endif
+  for (; r < rows; ++r)
+    for (int64_t c = 0; c < cols; ++c) dst[c * ldd + r] = src[r * lds + c];
+}
+
+}  // namespace kruify::KRUIFY_ISA
