@@ -15,7 +15,6 @@ import torch
 from grid import METHODS, TASKS, Cell
 from torch import nn
 
-import kruify
 from kruify.api import convert
 from kruify.convert import swap
 from kruify.finetune import Progress, finetune
@@ -150,7 +149,6 @@ def where_and_when() -> dict[str, Any]:
         "machine": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "kruify": kruify.__version__,
         "commit": git("rev-parse", "--short", "HEAD"),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }

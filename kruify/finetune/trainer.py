@@ -90,6 +90,7 @@ class Trainer:
         self.finished, self.stopped_early = False, False
         self.optimizer: torch.optim.Optimizer | None = None
         self._skipped = 0
+        self._paced: tuple[int, float] | None = None  # (steps done, seconds) after this process's first step
 
     # ------------------------------------------------------------------ the run
 
@@ -368,6 +369,9 @@ class Trainer:
             return
         done, total = self._steps_before() + self.step, sum(self._phase_steps(p) for p in self.phases)
         seconds = self._seconds()
+        if self._paced is None:  # what came before it, the first validation for one, says nothing about the pace
+            self._paced = (done, seconds)
+        paced, since = self._paced
         last = self.history[-1] if self.history else None
         mean = self.loss_sum / self.weight_sum if self.weight_sum else (last or {}).get("loss")
         self.on_progress(
@@ -380,7 +384,7 @@ class Trainer:
                 loss=math.nan if mean is None else mean,
                 lr=lr,
                 seconds=seconds,
-                remaining=seconds / done * (total - done) if done else None,
+                remaining=(seconds - since) / (done - paced) * (total - done) if done > paced else None,
                 metrics=dict(last["metrics"]) if last else {},
             )
         )

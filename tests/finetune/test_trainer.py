@@ -141,7 +141,8 @@ def test_progress_counts_up_to_the_end() -> None:
     assert [p.step for p in seen] == sorted(p.step for p in seen)
     assert seen[-1].epochs == 2 and seen[-1].epoch == 2
     assert "accuracy" in seen[-1].metrics
-    assert all(math.isfinite(p.loss) and p.remaining is not None for p in seen)
+    assert all(math.isfinite(p.loss) for p in seen)
+    assert seen[0].remaining is None and seen[1].remaining > 0 and seen[-1].remaining == 0
 
 
 def test_best_callback() -> None:
