@@ -46,6 +46,13 @@ SPLITS = ("train", "valid", "test")
 # Built-in name -> "module:Class". A table of names, so that nothing is imported before it is asked for.
 BUILTIN: dict[str, str] = {
     "g2p-en": "kruify.tasks.g2p_en:G2PEn",
+    "copy-memory": "kruify.tasks.copy_memory:CopyMemory",
+    "adding": "kruify.tasks.adding:Adding",
+    "fashion-mnist-rows": "kruify.tasks.fashion_mnist:FashionMnistRows",
+    "fashion-mnist-pixels": "kruify.tasks.fashion_mnist:FashionMnistPixels",
+    "fashion-mnist-permuted": "kruify.tasks.fashion_mnist:FashionMnistPermuted",
+    "king-james": "kruify.tasks.king_james:KingJames",
+    "jsb": "kruify.tasks.jsb:Jsb",
 }
 
 
@@ -147,19 +154,19 @@ def check_split(split: str) -> Literal["train", "valid", "test"]:
     return cast(Literal["train", "valid", "test"], split)
 
 
-def load_task(name: str | Task) -> Task:
+def load_task(name: str | Task, **options: object) -> Task:
     """Return the task that the user named: a built-in name, or `path/to/file.py:Name`.
 
     Either may be followed by options for the constructor, `:key=value,key=value`: `copy-memory:T=500,cell=lstm`,
-    `digits.py:Digits:data=/srv/digits`. A Task passes through unchanged.
+    `digits.py:Digits:data=/srv/digits`. `options` are added to those, and win. A Task passes through unchanged.
 
     Raises:
         TaskError: no such name, file or class, not a Task, unknown option, or the user's file failed.
     """
     if isinstance(name, Task):
         return name
-    cls, options = _resolve(name)
-    return _construct(cls, options, where=name)
+    cls, written = _resolve(name)
+    return _construct(cls, written | {key: str(value) for key, value in options.items()}, where=name)
 
 
 def task_class(name: str) -> type[Task]:
