@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kruify.checkpoint.modules import ModuleHint
 from kruify.checkpoint.tensors import Tensors
 
 CHUNK = 1 << 22
@@ -20,16 +21,26 @@ class Checkpoint:
 
     Attributes:
         path: the file, as it was named.
-        format: "torch", "safetensors", ... ; a file that kruify wrote has `is_kruify`.
-        tensors: name -> tensor, loaded on access, names without wrapper prefixes.
+        format: "torch", "torch-legacy", "torch-module", "torchscript", "safetensors", "safetensors-sharded",
+            "torch-sharded", "npz", "onnx" or "keras"; a file that kruify wrote has `is_kruify`, too.
+        tensors: name -> tensor, loaded on access, without wrapper prefixes, parametrised weights computed, torch's gate
+            order and layout.
         metadata: the strings that the file carries beside its tensors.
-        size: bytes of the file.
+        size: bytes of the file, with its shards.
         key: the nested entry that held the state dict ("state_dict", "a.b"), None if the file is the state dict itself.
         prefix: what was stripped from the front of every name ("module._orig_mod."), "" if nothing.
         names: stripped name -> name in the file, for every name that differs.
+        computed: name -> how the weight was computed from what the file holds ("weight_norm", "spectral_norm",
+            "pruning", "weight_drop"); see `parametrised.py`.
         extras: the plain values found beside the state dict ("epoch": 3), written back with it.
         dropped: one sentence for each thing in the file that kruify does not carry on (optimizer state).
+        skipped: recurrent layers that were recognised and cannot be read: name -> reason (a GRU that resets before the
+            matmul).
         ties: second name -> first name of one and the same tensor.
+        module_hints: recurrent module -> its class and what a state dict does not say (batch_first, dropout,
+            nonlinearity); from whole modules, TorchScript, ONNX and Keras.
+        globals: the classes and functions that the file's pickle names; none was looked up.
+        shards: the files beside `path` that hold the tensors, in order.
     """
 
     path: Path
@@ -40,20 +51,40 @@ class Checkpoint:
     key: str | None = None
     prefix: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
+    computed: Mapping[str, str] = field(default_factory=dict)
     extras: Mapping[str, Any] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
     ties: Mapping[str, str] = field(default_factory=dict)
+    module_hints: Mapping[str, ModuleHint] = field(default_factory=dict)
+    globals: tuple[str, ...] = ()
+    shards: tuple[Path, ...] = ()
 
     @cached_property
     def sha256(self) -> str:
-        """Hexadecimal SHA-256 of the file's bytes."""
+        """Hexadecimal SHA-256 of the file's bytes, followed by those of its shards."""
         digest = hashlib.sha256()
-        with self.path.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
+        for path in (self.path, *self.shards):
+            with path.open("rb") as file:
+                while chunk := file.read(CHUNK):
+                    digest.update(chunk)
         return digest.hexdigest()
 
     @property
     def is_kruify(self) -> bool:
         """Whether kruify wrote this file."""
         return "kruify.schema" in self.metadata
+
+    def nonfinite(self, names: Iterable[str] | None = None) -> dict[str, int]:
+        """Tensors with NaN or infinity -> how many; reads one tensor at a time.
+
+        Args: names: the tensors to look at, all by default.
+        """
+        found: dict[str, int] = {}
+        for name in self.tensors if names is None else names:
+            if self.tensors.lazy[name].dtype.is_floating_point:
+                tensor = self.tensors[name]
+                tensor = tensor.float() if tensor.itemsize == 1 else tensor
+                if count := int((~tensor.isfinite()).sum()):
+                    found[name] = count
+        return found

@@ -19,11 +19,24 @@ DIRECTORY = 64 * MIB
 NAME = 4096
 """Characters of a name."""
 
-PICKLE = 256 * MIB
+PICKLE = 64 * MIB
 """Bytes of a pickle, without the tensors' storages."""
+
+NODES = 5_000_000
+"""Values in a pickled object, counted once for each place that they are in."""
+
+JSON = 64 * MIB
+"""Bytes of a JSON file."""
 
 DEPTH = 100
 """Nesting of JSON and of pickled objects."""
 
+SHARDS = 10_000
+"""Files of a sharded checkpoint."""
+
 EXPANDED = MIB
 """Bytes that a tensor may take beyond its storage: an expanded buffer of a few numbers is ordinary, 16 TB an attack."""
+
+RATIO = 100
+SLACK = 64 * MIB
+"""All tensors of a file together, and each entry unpacked, may take RATIO times the file's bytes plus SLACK."""

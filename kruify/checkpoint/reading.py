@@ -4,16 +4,38 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from kruify.checkpoint import limits, torch_file
+from kruify.checkpoint.archive import Archive
 from kruify.checkpoint.checkpoint import Checkpoint
 from kruify.checkpoint.file_format import check_schema
+from kruify.checkpoint.inert_pickle import check_tree
+from kruify.checkpoint.modules import ModuleHint, ModuleTree, resolve
 from kruify.checkpoint.safetensors_file import read_safetensors
 from kruify.checkpoint.tensors import LazyTensor, Tensors, ties
-from kruify.checkpoint.torch_file import read_torch
 from kruify.checkpoint.wrapper import find_state_dict, strip
-from kruify.errors import CorruptError, UsageError
+from kruify.errors import CorruptError, KruifyError, UnsafeError, UsageError
+
+
+@dataclass
+class Contents:
+    """What a reader found, names as they are in the file."""
+
+    format: str
+    tensors: dict[str, LazyTensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+    key: str | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    hints: Mapping[str, ModuleHint] = field(default_factory=dict)
+    globals: tuple[str, ...] = ()
+    shards: tuple[Path, ...] = ()
+    size: int = 0
 
 
 def read(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
@@ -30,16 +52,37 @@ def read(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
         UnsupportedError: a kind, dtype or file schema that kruify does not handle.
     """
     path = Path(path)
+    try:
+        contents = read_contents(path, key)
+        return _finish(path, contents)
+    except KruifyError:
+        raise
+    except (MemoryError, RecursionError) as error:
+        raise UnsafeError(f"opening it asks for too much ({type(error).__name__})", path) from error
+    except Exception as error:
+        # Whatever a reader did not foresee is the file's doing: one sentence, no traceback.
+        raise CorruptError(f"it is damaged ({type(error).__name__})", path, "Copy or download it again") from error
+
+
+def read_contents(path: Path, key: str | None) -> Contents:
+    """The contents of a file by its kind."""
     file, size = _open(path)
-    file.seek(0)
     head = file.read(64)
-    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
-        return _from_tree(path, "torch", read_torch(path), size, key)
-    if head[8:9] == b"{":
+    if head[:4] == b"PK\x03\x04":
+        contents = _from_zip(path, file, size, key)
+    elif torch_file.is_legacy(head):
+        contents = _from_torch(path, "torch-legacy", torch_file.read_legacy(path, file, size), key)
+    elif head[8:9] == b"{":
         tensors, metadata = read_safetensors(path, file, size)
-        _no_key(path, key)
-        return _finish(path, "safetensors", tensors, metadata, size)
-    raise CorruptError("it is not a checkpoint that kruify knows", path, "Give a .pt, .pth or .safetensors file")
+        contents = Contents("safetensors", tensors, metadata)
+    elif head[:1] == b"\x80":
+        torch_file.refuse_plain_pickle(path, file, size)
+    else:
+        raise CorruptError("it is not a checkpoint that kruify knows", path, "Give a .pt, .pth or .safetensors file")
+    if key is not None and contents.key is None:
+        raise UsageError(f"it is not nested, so there is no --key {key}", path, "Leave --key out")
+    contents.size = contents.size or size
+    return contents
 
 
 def _open(path: Path) -> tuple[BinaryIO, int]:
@@ -60,41 +103,68 @@ def _open(path: Path) -> tuple[BinaryIO, int]:
     return file, size
 
 
-def _no_key(path: Path, key: str | None) -> None:
-    if key is not None:
-        raise UsageError(f"this kind of file is not nested, so there is no --key {key}", path, "Leave --key out")
+def _from_zip(path: Path, file: BinaryIO, size: int, key: str | None) -> Contents:
+    archive = Archive(path, file, size, compressed=True)
+    script = torch_file.is_torchscript(archive)
+    found = torch_file.read_zip(path, archive)
+    return _from_torch(path, "torchscript" if script else "torch", found, key)
 
 
-def _from_tree(path: Path, kind: str, root: Any, size: int, key: str | None) -> Checkpoint:
-    found = find_state_dict(root, key, path)
+def _from_torch(path: Path, kind: str, found: torch_file.TorchFile, key: str | None) -> Contents:
+    check_tree(found.root, path)
+    root = resolve(found.root, path, found.code if kind == "torchscript" else None)
+    names = tuple(sorted(found.globals))
+    chosen = find_state_dict(root, key, path)
     metadata: dict[str, str] = {}
-    extras = dict(found.extras)
+    extras = dict(chosen.extras)
     if isinstance(own := extras.get("kruify"), dict):
         metadata = {str(name): str(text) for name, text in own.items()}
         del extras["kruify"]
-    return _finish(path, kind, found.tensors, metadata, size, key=found.key, extras=extras, dropped=found.dropped)
+    hints: Mapping[str, ModuleHint] = {}
+    if isinstance(chosen.node, ModuleTree):
+        hints = chosen.node.hints
+        kind = kind if kind == "torchscript" else "torch-module"
+    return Contents(kind, chosen.tensors, metadata, chosen.key, extras, chosen.dropped, {}, hints, names)
 
 
-def _finish(
-    path: Path, kind: str, tensors: dict[str, LazyTensor], metadata: dict[str, str], size: int, **rest: Any
-) -> Checkpoint:
-    schema = check_schema(metadata, path)
+def _finish(path: Path, contents: Contents) -> Checkpoint:
+    _check_total(path, contents)
+    schema = check_schema(contents.metadata, path)
+    tensors = contents.tensors
     if schema is not None:
-        _check_plan(path, metadata)
+        _check_plan(path, contents.metadata)
         prefix, stripped = "", {name: name for name in tensors}  # a converted file says its names itself
     else:
         prefix, stripped = strip(list(tensors))
     return Checkpoint(
         path=path,
-        format=kind,
+        format=contents.format,
         tensors=Tensors({stripped[name]: tensor for name, tensor in tensors.items()}),
-        metadata=metadata,
-        size=size,
+        metadata=contents.metadata,
+        size=contents.size,
+        key=contents.key,
         prefix=prefix,
         names={short: name for name, short in stripped.items() if short != name},
+        extras=contents.extras,
+        dropped=contents.dropped,
+        skipped=contents.skipped,
         ties={stripped[a]: stripped[b] for a, b in ties(tensors).items()},
-        **rest,
+        module_hints=_strip_hints(contents.hints, prefix),
+        globals=contents.globals,
+        shards=contents.shards,
     )
+
+
+def _strip_hints(hints: Mapping[str, ModuleHint], prefix: str) -> dict[str, ModuleHint]:
+    return {name.removeprefix(prefix) if name + "." != prefix else "": hint for name, hint in hints.items()}
+
+
+def _check_total(path: Path, contents: Contents) -> None:
+    total = sum(tensor.nbytes for tensor in contents.tensors.values())
+    if len(contents.tensors) > limits.ENTRIES or total > limits.RATIO * contents.size + limits.SLACK:
+        raise UnsafeError(f"its {len(contents.tensors)} tensors ask for {total} bytes, far more than it holds", path)
+    if sum(len(name) + len(text) for name, text in contents.metadata.items()) > limits.METADATA:
+        raise UnsafeError(f"its metadata take more than {limits.METADATA} bytes", path)
 
 
 def _check_plan(path: Path, metadata: dict[str, str]) -> None:

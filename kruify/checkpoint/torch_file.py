@@ -1,80 +1,169 @@
-"""Read .pt and .pth: torch.load with weights_only=True, after the checks that it leaves out."""
+"""Read what torch.save and torch.jit.save write, without running it: zip archives and the older plain files.
+
+torch.load is not used here, not even with weights_only=True: the inert unpickler does less than that, it reads one
+tensor at a time, and it opens the full modules and TorchScript archives that weights_only refuses. The tests hold it
+against torch.load(weights_only=True).
+
+Layout of a zip: NAME/data.pkl, NAME/data/KEY per storage, NAME/byteorder; TorchScript adds NAME/code/ and
+NAME/constants.pkl. Layout of an older file (before torch 1.6): five pickles (magic number, protocol, system, object,
+storage keys), then each storage as an eight-byte count and its numbers.
+"""
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import Any, BinaryIO
 
 from kruify.checkpoint import limits
-from kruify.checkpoint.tensors import LazyTensor
+from kruify.checkpoint.archive import AGAIN, Archive
+from kruify.checkpoint.inert_pickle import unpickle
+from kruify.checkpoint.storage import Read, Storage, rebuilders, storage_dtype
 from kruify.errors import CorruptError, UnsafeError, UnsupportedError
 
-_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+MAGIC = 0x1950A86A20F9469CFC6C
+PROTOCOL = 1001
 
 
-def read_torch(path: Path) -> Any:
-    """The saved object with every tensor as a LazyTensor.
+@dataclass
+class TorchFile:
+    """What a torch file holds: the object with tensors as LazyTensors, classes as Records."""
 
-    Raises:
-        UnsafeError: opening it would run something; the sentence names it.
-        CorruptError: it is damaged.
-        UnsupportedError: quantised or meta tensors.
+    root: Any
+    globals: set[str] = field(default_factory=set)
+    code: dict[str, str] = field(default_factory=dict)  # TorchScript: path below code/ -> source
+
+
+def read_zip(path: Path, archive: Archive) -> TorchFile:
+    """The object in a torch zip archive.
+
+    Raises: UnsafeError, CorruptError, UnsupportedError as `read` says.
     """
-    if zipfile.is_zipfile(path):
-        _check_entries(path)
-    try:
-        root = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if found := sorted(set(_GLOBAL.findall(str(error)))):
-            raise UnsafeError(
-                f"opening it would load {', '.join(found)[:300]}", path, "Save model.state_dict() instead of the model"
-            ) from error
-        raise CorruptError("its pickle is damaged", path, "Copy or download it again") from error
-    except Exception as error:  # torch raises nine types here for a damaged file
-        raise CorruptError(f"it is damaged ({type(error).__name__})", path, "Copy or download it again") from error
-    return _lazy(root, path, 0)
+    pickles = [name for name in archive.entries if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(pickles) != 1:
+        raise CorruptError("its archive is not one that torch writes", path, "Give a checkpoint")
+    top = pickles[0].removesuffix("data.pkl")
+    order = archive.read(f"{top}byteorder", 16) if f"{top}byteorder" in archive else b"little"
+    storages: dict[str, Storage] = {}
+
+    def persistent(identifier: Any) -> Storage:
+        kind, cls, key, _location, count = identifier
+        if kind != "storage" or not isinstance(key, str) or type(count) is not int:
+            raise CorruptError("its pickle refers to something that is no storage", path)
+        entry = archive.entries.get(f"{top}data/{key}")
+        if entry is None:
+            raise CorruptError(f"its archive lacks the storage {key[:80]}", path, AGAIN)
+        dtype = storage_dtype(cls, path)
+        if entry.file_size != count * dtype.itemsize:
+            raise CorruptError(f"its storage {key[:80]} has {entry.file_size} bytes, not {count} numbers", path, AGAIN)
+        if key in storages and storages[key].dtype != dtype:
+            raise CorruptError(f"its storage {key[:80]} has two dtypes", path, AGAIN)
+        read = reader(path, archive.file, archive.start(entry.filename))
+        storages[key] = Storage(key, dtype, entry.file_size, read, order == b"big")
+        return storages[key]
+
+    found = TorchFile(None)
+    found.root, _ = unpickle(
+        archive.read(pickles[0], limits.PICKLE),
+        where=path,
+        persistent=persistent,
+        rebuild=rebuilders(path),
+        globals_found=found.globals,
+    )
+    for name in archive.entries:
+        if name.startswith(f"{top}code/") and name.endswith(".py"):
+            found.code[name.removeprefix(f"{top}code/")] = archive.read(name, limits.PICKLE).decode("utf-8", "replace")
+    return found
 
 
-def _check_entries(path: Path) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if len(names) != len(set(names)):
-                raise CorruptError("its archive has an entry twice", path)
-            bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, RuntimeError) as error:
-        raise CorruptError(f"its archive is damaged ({error})", path, "Copy or download it again") from error
-    if bad:
-        raise CorruptError(f"its entry {bad} does not match its checksum", path, "Copy or download it again")
+def is_torchscript(archive: Archive) -> bool:
+    """Whether torch.jit.save wrote the archive."""
+    return any(re.fullmatch(r"[^/]+/constants\.pkl", name) for name in archive.entries)
 
 
-def _lazy(node: Any, path: Path, depth: int) -> Any:
-    if depth > limits.DEPTH:
-        raise UnsafeError("it is nested too deeply", path)
-    if isinstance(node, Tensor):
-        _check_tensor(node, path)
-        return LazyTensor.of(node)
-    if isinstance(node, Mapping):
-        return {name: _lazy(value, path, depth + 1) for name, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [_lazy(value, path, depth + 1) for value in node]
-    return node
+def is_legacy(head: bytes) -> bool:
+    """Whether a file starts with torch's magic number, pickled."""
+    return head[:1] == b"\x80" and MAGIC.to_bytes(10, "little") in head
 
 
-def _check_tensor(tensor: Tensor, path: Path) -> None:
-    if tensor.is_meta:
-        raise UnsupportedError("it holds meta tensors, which have no numbers", path, "Save the model with its weights")
-    if tensor.is_quantized:
-        raise UnsupportedError("it holds quantised tensors", path, "Give the checkpoint from before quantisation")
-    if tensor.layout != torch.strided:
-        raise UnsupportedError(f"it holds tensors of layout {tensor.layout}", path, "Save them dense")
-    size = tensor.numel() * tensor.itemsize
-    if size > tensor.untyped_storage().nbytes() + limits.EXPANDED:
-        raise UnsafeError(f"a tensor in it asks for {size} bytes and stores {tensor.untyped_storage().nbytes()}", path)
+def read_legacy(path: Path, file: BinaryIO, size: int) -> TorchFile:
+    """The object in a file of before torch 1.6 (or _use_new_zipfile_serialization=False). It has no checksums.
+
+    Raises: UnsafeError, CorruptError, UnsupportedError as `read` says.
+    """
+    file.seek(0)
+    data = file.read(limits.PICKLE)  # the pickles come first; the storages may be larger than the memory
+    at = 0
+    header: list[Any] = []
+    for _ in range(3):
+        value, used = unpickle(data[at : at + 4096], where=path)
+        header.append(value)
+        at += used
+    if header[:2] != [MAGIC, PROTOCOL] or not isinstance(header[2], dict):
+        raise CorruptError("its header is damaged", path, AGAIN)
+    places: dict[str, int] = {}
+    storages: dict[str, Storage] = {}
+    swap = not header[2].get("little_endian", True)
+
+    def persistent(identifier: Any) -> Any:
+        if identifier[0] == "module":  # (class, its file, its source): the class is all that counts
+            return identifier[1]
+        kind, cls, key, _location, count, *views = identifier
+        if kind != "storage" or not isinstance(key, str) or type(count) is not int or count < 0:
+            raise CorruptError("its pickle refers to something that is no storage", path)
+        if views and views[0] is not None:
+            raise UnsupportedError("it holds views of storages, as torch before 0.4 wrote them", path, "Save it again")
+        dtype = storage_dtype(cls, path)
+        if count * dtype.itemsize > size:
+            raise CorruptError(f"its storage {key[:80]} claims {count} numbers", path, AGAIN)
+        if key in storages and (storages[key].dtype, storages[key].nbytes) != (dtype, count * dtype.itemsize):
+            raise CorruptError(f"its storage {key[:80]} has two sizes", path, AGAIN)
+
+        def read(start: int, length: int) -> bytearray:
+            return reader(path, file, places[key])(start, length)
+
+        storages[key] = Storage(key, dtype, count * dtype.itemsize, read, swap)
+        return storages[key]
+
+    found = TorchFile(None)
+    found.root, used = unpickle(
+        data[at:], where=path, persistent=persistent, rebuild=rebuilders(path), globals_found=found.globals
+    )
+    at += used
+    keys, used = unpickle(data[at:], where=path)
+    at += used
+    if not isinstance(keys, list) or len(keys) > limits.ENTRIES or set(map(str, keys)) != set(storages):
+        raise CorruptError("its list of storages does not match its tensors", path, AGAIN)
+    for key in keys:
+        file.seek(at)
+        count = int.from_bytes(file.read(8), "little")
+        if key in places or count * storages[key].dtype.itemsize != storages[key].nbytes:
+            raise CorruptError(f"its storage {str(key)[:80]} has two sizes", path, AGAIN)
+        places[key] = at + 8
+        at += 8 + storages[key].nbytes
+    if at != size:
+        raise CorruptError("it is cut short" if at > size else "it has something after its end", path, AGAIN)
+    return found
+
+
+def reader(path: Path, file: BinaryIO, base: int) -> Read:
+    """Reads a storage that starts at byte `base` of an open file."""
+
+    def read(start: int, length: int) -> bytearray:
+        data = bytearray(length)
+        file.seek(base + start)
+        if file.readinto(data) != length:  # type: ignore[attr-defined]
+            raise CorruptError("it became shorter while it was read", path, "Do not write to it meanwhile")
+        return data
+
+    return read
+
+
+def refuse_plain_pickle(path: Path, file: BinaryIO, size: int) -> None:
+    """Say what a pickle is that torch did not write: unsafe, damaged, or not supported."""
+    if size > limits.PICKLE:
+        raise UnsafeError(f"it is a plain pickle of {size} bytes", path, "Save it with torch.save")
+    file.seek(0)
+    unpickle(file.read(), where=path, rebuild=rebuilders(path))
+    raise UnsupportedError("it is a plain pickle, not written by torch.save", path, "Save it with torch.save")

@@ -38,6 +38,7 @@ class Found:
     tensors: dict[str, LazyTensor]
     extras: dict[str, Any]
     dropped: tuple[str, ...]
+    node: Node = None  # the mapping itself, as it came out of the file
 
 
 def find_state_dict(root: Node, key: str | None, where: object) -> Found:
@@ -73,7 +74,7 @@ def find_state_dict(root: Node, key: str | None, where: object) -> Found:
         top = chosen if chosen in root else _top(root, chosen)
         extras, beside = _extras(root, top)
         dropped += beside
-    return Found(chosen or None, tensors, extras, tuple(dropped))
+    return Found(chosen or None, tensors, extras, tuple(dropped), candidates[chosen])
 
 
 def strip(names: Sequence[str]) -> tuple[str, dict[str, str]]:
