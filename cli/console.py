@@ -1,0 +1,108 @@
+"""Where output goes: results on stdout, one JSON object alone with --json, all else on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+WIDTH = 110  # columns where no terminal tells: files, pipes
+
+Advance = Callable[[float, float, str], None]
+"""Called with (done, total, description)."""
+
+
+class Output:
+    """What a command prints on.
+
+    With `json_only`, `show` prints nothing, and stray prints (a user's task file may print) go to stderr.
+    """
+
+    def __init__(self, json_only: bool) -> None:
+        self.json_only = json_only
+        self._stdout = sys.stdout
+
+    def show(self, *renderables: RenderableType) -> None:
+        """Prints text (rich markup) or tables on stdout."""
+        if not self.json_only:
+            console = _console(self._stdout)
+            for renderable in renderables:
+                console.print(renderable, highlight=False)
+
+    def note(self, text: str) -> None:
+        """Prints one line on stderr."""
+        _console(sys.stderr).print(text, highlight=False, soft_wrap=True, markup=False)
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """A spinner with the seconds gone, for work that cannot tell how far it is."""
+        with progress(text):
+            yield
+
+    def result(self, value: dict[str, Any]) -> None:
+        """Prints the JSON object, where it was asked for."""
+        if self.json_only:
+            print(json.dumps(finite(value), indent=2, allow_nan=False), file=self._stdout)
+
+
+@contextmanager
+def output(json_only: bool) -> Iterator[Output]:
+    """The output of one command."""
+    out = Output(json_only)
+    if not json_only:
+        yield out
+        return
+    with redirect_stdout(sys.stderr):
+        yield out
+
+
+json_option = click.option("--json", "json_only", is_flag=True, help="Print one JSON object on stdout, nothing else.")
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for every number that JSON does not know."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+@contextmanager
+def progress(description: str) -> Iterator[Advance]:
+    """A bar with the time left on stderr; nothing where stderr is no terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = _console(sys.stderr)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=None)
+
+        def advance(done: float, total: float, text: str) -> None:
+            bar.update(task, completed=done, total=total, description=text)
+
+        yield advance
+
+
+def _console(file: Any) -> Console:
+    from rich.console import Console
+
+    console = Console(file=file)
+    return console if console.is_terminal else Console(file=file, width=WIDTH)

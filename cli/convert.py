@@ -1,0 +1,219 @@
+"""`kruify convert MODEL --factors SPEC`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .console import Output, json_option, output, progress
+from .options import key_option, model_argument, seed_option
+
+if TYPE_CHECKING:
+    from kruify.checkpoint import Checkpoint
+    from kruify.convert import Conversion
+    from kruify.locate import Located
+    from kruify.plan import Plan
+
+
+@click.command()
+@model_argument
+@click.option("--factors", metavar="SPEC", help="Factors of every recurrent matrix, such as 4*(16x16,16x16), or auto.")
+@click.option(
+    "-o", "--output", "target", metavar="OUT", help="File to write. Default: MODEL.kru.safetensors beside it."
+)
+@click.option(
+    "--input-factors", metavar="SPEC", help="Factors of the input matrices W_ih too; they stay dense without."
+)
+@click.option("--only", metavar="GLOB", multiple=True, help="Convert only layers or matrices that match.")
+@click.option("--skip", metavar="GLOB", multiple=True, help="Leave layers or matrices that match dense.")
+@click.option("--set", "overrides", metavar="GLOB=SPEC", multiple=True, help="Other factors for what matches.")
+@click.option("--plan", "plan_file", metavar="FILE", help="Take the plan from this JSON file.")
+@click.option("--plan-out", metavar="FILE", help="Write the plan as JSON, to be edited and given to --plan.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done; decompose and write nothing.")
+@seed_option
+@key_option
+@json_option
+def convert(
+    model: str,
+    factors: str | None,
+    target: str | None,
+    input_factors: str | None,
+    only: tuple[str, ...],
+    skip: tuple[str, ...],
+    overrides: tuple[str, ...],
+    plan_file: str | None,
+    plan_out: str | None,
+    dry_run: bool,
+    seed: int,
+    key: str | None,
+    json_only: bool,
+) -> None:
+    """Put sums of Kronecker products where MODEL's dense recurrent matrices are, and write the result.
+
+    SPEC is a factor spec: 2x2 | 32x32,16x16 | 4*(32x32,16x16)+8*(512x1,1x512) | ...+diag | ...+sparse:2% |
+    auto | auto:3. A GLOB is matched with layer names (encoder), matrix names (encoder.weight_hh_l0) and gate names
+    (encoder.weight_hh_l0.r).
+
+    Conversion alone destroys a trained network's accuracy; `kruify finetune` brings it back.
+    """
+    if plan_file and (factors or input_factors or only or skip or overrides):
+        raise click.UsageError("--plan says everything; leave --factors, --input-factors, --only, --skip, --set out")
+    if not plan_file and not factors:
+        raise click.UsageError("say how to factor: --factors SPEC (for example --factors auto) or --plan FILE")
+    pairs = [_pair(item) for item in overrides]
+    with output(json_only) as out:
+        from kruify.api import default_output, found
+        from kruify.checkpoint import read
+        from kruify.convert import check_plan
+        from kruify.errors import UsageError
+        from kruify.locate import locate
+        from kruify.plan import make_plan
+
+        checkpoint = read(model, key=key)
+        if checkpoint.is_kruify:
+            raise UsageError("it is converted already", model, "Convert the dense checkpoint that it was made from")
+        for sentence in checkpoint.dropped:
+            out.note(f"note: {sentence}")
+        located = locate(checkpoint.tensors.lazy)
+        layers = found(located, model)
+        if plan_file:
+            plan = _read_plan(plan_file)
+            check_plan(plan, located)
+        else:
+            plan = make_plan(layers, factors or "auto", input_factors, only, skip, dict(pairs))
+        if not plan.layers:
+            raise UsageError("nothing is left to convert", model, "Give --only, --skip and --set other patterns")
+        if plan_out:
+            _write_plan(plan_out, plan)
+        result: dict[str, Any]
+        if dry_run:
+            matrices, parameters = _expected(checkpoint, plan, located)
+            result = {"output": None, "matrices": matrices, "parameters": parameters}
+            _show(out, model, result)
+            out.show("Dry run: nothing was decomposed or written.")
+        else:
+            path = Path(target) if target else default_output(model)
+            conversion = _convert(checkpoint, plan, located, seed)
+            _write(path, conversion, checkpoint, seed)
+            matrices = [asdict(matrix) for matrix in conversion.matrices]
+            result = {"output": str(path), "matrices": matrices, "parameters": conversion.parameters}
+            _show(out, model, result)
+            _warn(out, path)
+        out.result(result)
+
+
+def _pair(item: str) -> tuple[str, str]:
+    pattern, equals, spec = item.partition("=")
+    if not equals or not pattern or not spec:
+        raise click.UsageError(f"--set takes GLOB=SPEC, got '{item}'")
+    return pattern, spec
+
+
+def _read_plan(file: str) -> Plan:
+    from kruify.errors import UsageError
+    from kruify.plan import Plan
+
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the plan cannot be read ({error})", file) from None
+    return Plan.from_json(text, file)
+
+
+def _write_plan(file: str, plan: Plan) -> None:
+    from kruify.checkpoint import atomic_file
+
+    with atomic_file(file) as handle:
+        handle.write((plan.to_json(indent=2) + "\n").encode())
+
+
+def _convert(checkpoint: Checkpoint, plan: Plan, located: Located, seed: int) -> Conversion:
+    from kruify.convert import convert_tensors
+
+    with progress("decomposing") as advance:
+        return convert_tensors(checkpoint.tensors.lazy, plan, located, seed=seed, progress=advance)
+
+
+def _write(path: Path, conversion: Conversion, checkpoint: Checkpoint, seed: int) -> None:
+    from kruify.checkpoint import metadata_for, write_safetensors, write_torch
+
+    metadata = metadata_for(conversion.plan.to_json(), source_sha256=checkpoint.sha256, seed=seed)
+    if path.suffix in (".pt", ".pth"):
+        write_torch(path, conversion.tensors, metadata)
+    else:
+        write_safetensors(path, conversion.tensors, metadata)
+
+
+def _expected(checkpoint: Checkpoint, plan: Plan, located: Located) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The table of a dry run: what the plan implies, energies unknown."""
+    matrices: list[dict[str, Any]] = []
+    saved = {"recurrent": 0, "total": 0}
+    for layer, weight, structures in plan.matrices():
+        for gate, structure in zip(layer.gates, structures, strict=True):
+            matrices.append(
+                {
+                    "name": layer.full_name(weight),
+                    "layer": layer.name,
+                    "gate": gate,
+                    "shape": (structure.rows, structure.cols),
+                    "factors": str(structure),
+                    "terms": sum(term.rank for term in structure.terms),
+                    "parameters_before": structure.dense_parameters,
+                    "parameters_after": structure.parameters,
+                    "energy": None,
+                    "energy_null": None,
+                    "relative_error": None,
+                }
+            )
+            gain = structure.dense_parameters - structure.parameters
+            saved["total"] += gain
+            saved["recurrent"] += gain if weight.startswith("weight_hh") else 0
+    tensors = checkpoint.tensors.lazy.values()
+    before = {
+        "recurrent": sum(layer.recurrent_parameters for layer in located.layers),
+        "total": sum(t.numel for t in tensors if t.dtype.is_floating_point),
+    }
+    parameters: dict[str, float] = {}
+    for part, count in before.items():
+        after = count - saved[part]
+        parameters |= {f"{part}_before": count, f"{part}_after": after, f"{part}_ratio": count / max(1, after)}
+    return matrices, parameters
+
+
+def _show(out: Output, model: str, result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    specs = {m["factors"] for m in result["matrices"]}
+    title = f"{model}: {specs.pop()} in every gate" if len(specs) == 1 else model
+    caption = "null: the energy that an unstructured matrix of this size keeps; error: ||W - K|| / ||W||"
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for heading in ("matrix", "gate", "size", *(["factors"] if specs else [])):
+        table.add_column(heading, overflow="fold")
+    for heading in ("parameters", "energy kept", "null", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for m in result["matrices"]:
+        table.add_row(
+            m["name"],
+            m["gate"],
+            "x".join(map(str, m["shape"])),
+            *([m["factors"]] if specs else []),
+            f"{m['parameters_before']:,} -> {m['parameters_after']:,}",
+            *("" if m[key] is None else f"{m[key]:.3f}" for key in ("energy", "energy_null", "relative_error")),
+        )
+    p = result["parameters"]
+    out.show(table)
+    for part, words in (("recurrent", "recurrent matrices"), ("total", "whole model")):
+        before, after, ratio = (p[f"{part}_{key}"] for key in ("before", "after", "ratio"))
+        out.show(f"{words:18}  {before:>12,.0f} -> {after:>12,.0f} parameters, {ratio:.1f}x smaller")
+
+
+def _warn(out: Output, path: Path) -> None:
+    out.show(
+        f"wrote {path}",
+        "[bold]Not ready to use:[/bold] trained recurrent matrices have little Kronecker structure: conversion alone\n"
+        "destroys accuracy, and fine-tuning brings it back:\n"
+        f"  kruify finetune {path} --task TASK -o OUT",
+    )

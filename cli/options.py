@@ -1,0 +1,30 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from kruify.checkpoint import Checkpoint
+    from kruify.task import Task
+
+model_argument = click.argument("model", metavar="MODEL")
+key_option = click.option("--key", metavar="NAME", help="The entry of the file that holds the state dict, if several.")
+task_option = click.option(
+    "--task", "task_name", metavar="TASK", required=True, help="Built-in name or path/to/file.py:Name."
+)
+split_option = click.option(
+    "--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True, help="Data to look at."
+)
+seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+
+
+def network(checkpoint: Checkpoint, task: Task) -> nn.Module:
+    """The task's network with the numbers of the checkpoint in it."""
+    from kruify.api import load_checkpoint
+
+    return load_checkpoint(checkpoint, task.model())

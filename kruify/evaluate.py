@@ -1,0 +1,250 @@
+"""What a checkpoint costs: parameters, bytes, multiply-adds, latency; and how its recurrent matrices behave."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kruify.checkpoint import Checkpoint
+from kruify.convert import build_layer, load_tensors
+from kruify.layers.matrix import KroneckerMatrix
+from kruify.locate import MODULES, RecurrentLayer, locate
+from kruify.plan import LayerPlan, Plan, Structures
+
+BATCHES = (1, 32)
+STEPS = 64
+SECONDS = 2.0  # spent on each model and batch size
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The recurrent layers of a checkpoint, whichever of their matrices are factored.
+
+    Attributes:
+        items: layer -> structures of its factored matrices by weight name, empty for a dense layer.
+    """
+
+    checkpoint: Checkpoint
+    items: list[tuple[RecurrentLayer, dict[str, Structures]]]
+
+    def modules(self) -> list[nn.Module]:
+        """The layers as modules with the numbers of the checkpoint in them, in evaluation mode."""
+        return [self._module(layer, matrices).eval() for layer, matrices in self.items]
+
+    def _module(self, layer: RecurrentLayer, matrices: dict[str, Structures]) -> nn.Module:
+        if matrices:
+            module: nn.Module = build_layer(LayerPlan(layer, matrices))
+        else:
+            module = dense_layer(layer)
+        prefix = f"{layer.name}." if layer.name else ""
+        wanted = module.state_dict()
+        tensors = self.checkpoint.tensors
+        load_tensors(module, {n: tensors[prefix + n] for n in wanted if prefix + n in tensors}, self.checkpoint.path)
+        return module
+
+
+def layers_of(checkpoint: Checkpoint) -> Layers:
+    """The recurrent layers of a dense or a converted checkpoint."""
+    dense = locate(checkpoint.tensors.lazy).layers
+    text = checkpoint.metadata.get("kruify.plan")
+    plan = Plan.from_json(text, f"plan in {checkpoint.path}") if text else Plan()
+    planned = {item.layer.name for item in plan.layers}
+    items: list[tuple[RecurrentLayer, dict[str, Structures]]] = [(item.layer, item.matrices) for item in plan.layers]
+    items += [(layer, {}) for layer in dense if layer.name not in planned]
+    order = {name: i for i, name in enumerate(checkpoint.tensors)}
+    return Layers(checkpoint, sorted(items, key=lambda item: _first(item[0], order)))
+
+
+def _first(layer: RecurrentLayer, order: dict[str, int]) -> int:
+    prefix = f"{layer.name}." if layer.name else ""
+    return min((i for name, i in order.items() if name.startswith(prefix)), default=0)
+
+
+def dense_layer(layer: RecurrentLayer) -> nn.Module:
+    """The torch.nn layer of this description, its numbers random."""
+    cls = next(cls for cls, key in MODULES.items() if key == (layer.kind, layer.cell))
+    options: dict[str, Any] = {"bias": layer.bias, "dtype": getattr(torch, layer.dtype)}
+    if layer.kind == "rnn":
+        options["nonlinearity"] = layer.nonlinearity or "tanh"
+    if not layer.cell:
+        options |= {"num_layers": layer.num_layers, "bidirectional": layer.bidirectional}
+        options["batch_first"] = bool(layer.batch_first)
+        if layer.kind == "lstm":
+            options["proj_size"] = layer.proj_size
+    return cls(layer.input_size, layer.hidden_size, **options)
+
+
+def count_parameters(layers: Layers) -> dict[str, int]:
+    """Trainable numbers in the file: recurrent matrices, input matrices, all other tensors, total.
+
+    A tensor that stands in the file under two names counts once.
+    """
+    checkpoint = layers.checkpoint
+    counts = {"recurrent": 0, "input": 0, "other": 0}
+    for name, tensor in checkpoint.tensors.lazy.items():
+        if tensor.dtype.is_floating_point and name not in checkpoint.ties:
+            counts[_part(name, layers)] += tensor.numel
+    return {**counts, "total": sum(counts.values())}
+
+
+def _part(name: str, layers: Layers) -> str:
+    for layer, _ in layers.items:
+        for suffix in layer.suffixes:
+            for stem, part in (("weight_hh", "recurrent"), ("weight_ih", "input")):
+                weight = layer.full_name(stem + suffix)
+                if name == weight or name.startswith(f"{weight}."):
+                    return part
+    return "other"
+
+
+def multiply_adds(layers: Layers) -> int:
+    """Multiply-adds of one step in time of every recurrent layer for one sequence: W_ih, W_hh and projections."""
+    total = 0
+    for layer, matrices in layers.items:
+        for suffix in layer.suffixes:
+            for stem in ("weight_ih", "weight_hh"):
+                rows, cols = layer.shape(stem + suffix)
+                structures = matrices.get(stem + suffix)
+                total += sum(s.multiply_adds for s in structures) if structures else len(layer.gates) * rows * cols
+            total += layer.proj_size * layer.hidden_size
+    return total
+
+
+@dataclass(frozen=True)
+class MatrixHealth:
+    """How one gate's recurrent matrix treats the state that it is multiplied with at every step.
+
+    Attributes:
+        condition_number: largest over smallest singular value (infinite for a singular matrix).
+        spectral_norm: largest singular value.
+        unitarity_defect: ||W^T W - I||_F / sqrt(N), 0 for an orthogonal matrix.
+    """
+
+    name: str
+    gate: str
+    condition_number: float
+    spectral_norm: float
+    unitarity_defect: float
+
+
+def matrix_health(layers: Layers, progress: Callable[[str], None] | None = None) -> list[MatrixHealth]:
+    """The health of every gate of every recurrent matrix, in float64."""
+    results = []
+    for (layer, _), module in zip(layers.items, layers.modules(), strict=True):
+        for suffix in layer.suffixes:
+            name = layer.full_name(f"weight_hh{suffix}")
+            if progress:
+                progress(name)
+            weight = getattr(module, f"weight_hh{suffix}")
+            with torch.no_grad():
+                dense = weight.double().to_dense() if isinstance(weight, KroneckerMatrix) else weight.double()
+            for gate, matrix in zip(layer.gates, dense.split(layer.hidden_size), strict=True):
+                results.append(_health(name, gate, matrix))
+    return results
+
+
+def _health(name: str, gate: str, matrix: Tensor) -> MatrixHealth:
+    singular = torch.linalg.svdvals(matrix.detach())
+    largest, smallest = float(singular[0]), float(singular[-1])
+    # A product of many roundings cannot tell a smaller singular value from 0.
+    negligible = largest * max(matrix.shape) * torch.finfo(torch.float64).eps
+    return MatrixHealth(
+        name=name,
+        gate=gate,
+        condition_number=largest / smallest if smallest > negligible else float("inf"),
+        spectral_norm=largest,
+        unitarity_defect=float((singular.square() - 1).square().sum().sqrt()) / len(singular) ** 0.5,
+    )
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median milliseconds of the recurrent layers over sequences of `steps`.
+
+    Attributes:
+        median: one entry a model: batch size -> milliseconds.
+    """
+
+    median: list[dict[int, float]]
+    steps: int
+    threads: int
+
+
+def measure_latency(
+    models: Sequence[Layers],
+    *,
+    batches: Sequence[int] = BATCHES,
+    steps: int = STEPS,
+    threads: int = 1,
+    seconds: float = SECONDS,
+    progress: Callable[[float, float, str], None] | None = None,
+) -> Latency:
+    """Times the recurrent layers of several models against each other, on the CPU, on random inputs.
+
+    Models take turns, so that a busy moment of the machine falls on all of them.
+
+    Args:
+        seconds: spent on each batch size and model.
+    """
+    modules = [layers.modules() for layers in models]
+    medians: list[dict[int, float]] = [{} for _ in models]
+    with _threads(threads), torch.inference_mode():
+        for done, batch in enumerate(batches):
+            runs = [_runner(layers, module, batch, steps) for layers, module in zip(models, modules, strict=True)]
+            samples = _interleaved(runs, seconds * len(runs))
+            for median, sample in zip(medians, samples, strict=True):
+                median[batch] = 1e3 * statistics.median(sample)
+            if progress:
+                progress(done + 1, len(batches), "measuring latency")
+    return Latency(medians, steps, threads)
+
+
+def _runner(layers: Layers, modules: Sequence[nn.Module], batch: int, steps: int) -> Callable[[], None]:
+    generator = torch.Generator().manual_seed(0)
+    work: list[tuple[nn.Module, Tensor, bool]] = []
+    for (layer, _), module in zip(layers.items, modules, strict=True):
+        leading = (batch, steps) if layer.batch_first and not layer.cell else (steps, batch)
+        x = torch.randn(*leading, layer.input_size, generator=generator)
+        work.append((module, x.to(next(module.parameters()).dtype), layer.cell))
+
+    def run() -> None:
+        for module, x, cell in work:
+            if not cell:
+                module(x)
+                continue
+            state = None
+            for step in x:
+                state = module(step, state)
+
+    return run
+
+
+def _interleaved(runs: Sequence[Callable[[], None]], seconds: float) -> list[list[float]]:
+    """Seconds of each run, over at least 5 rounds; the first, which warms up, is thrown away."""
+    samples: list[list[float]] = [[] for _ in runs]
+    start = time.perf_counter()
+    rounds = 0
+    while rounds < 6 or (time.perf_counter() - start < seconds and rounds < 200):
+        for run, sample in zip(runs, samples, strict=True):
+            begin = time.perf_counter()
+            run()
+            sample.append(time.perf_counter() - begin)
+        rounds += 1
+    return [sample[1:] for sample in samples]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

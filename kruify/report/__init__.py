@@ -1,0 +1,7 @@
+"""One `Report` of a dense network and what was made of it -> terminal tables, JSON."""
+
+from kruify.report.build import build_report
+from kruify.report.report import ModelReport, Report
+from kruify.report.terminal import tables
+
+__all__ = ["ModelReport", "Report", "build_report", "tables"]
