@@ -100,10 +100,12 @@ def _evaluate(checkpoint: Checkpoint, task: Task, split: str) -> dict[str, float
 
 
 def _names(files: Sequence[str | PathLike[str]]) -> list[str]:
-    """Short unique names: the file's stem, with a number where it came before."""
+    """Short unique names: the file's name without its endings, with a number where it came before."""
     names: list[str] = []
     for file in files:
-        stem = Path(file).name.removesuffix(".safetensors").removesuffix(".pth").removesuffix(".pt")
+        stem = Path(file).name
+        for ending in (".safetensors", ".pth", ".pt", ".kru"):
+            stem = stem.removesuffix(ending)
         names.append(stem if stem not in names else f"{stem} ({len(names) + 1})")
     return names
 

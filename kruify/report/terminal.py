@@ -10,8 +10,8 @@ from kruify.report.report import Report
 
 
 def tables(report: Report) -> list[Table]:
-    """The comparison (a column a model), then the recurrent matrices (a row a gate)."""
-    return [_comparison(report), _matrices(report)]
+    """The recurrent matrices (a row a gate), then the comparison (a column a model), which is what stays in sight."""
+    return [_matrices(report), _comparison(report)]
 
 
 def _comparison(report: Report) -> Table:

@@ -1,0 +1,48 @@
+# make demo   a published network made 16x smaller in its recurrent matrices: converted, fine-tuned, reported
+# make test   lint, types, tests
+# Both make .venv when it is missing, with Python 3.11 or newer, gcc and pip; a second run starts at once.
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+EXTRAS := dev,finetune,report,examples,onnx
+CSRC := $(shell find kruify/csrc -type f)
+# Several threads on several processes would wait for each other.
+TEST_ENV := OMP_NUM_THREADS=1
+
+.PHONY: demo test lint types clean
+
+demo: $(VENV)/.built
+	PATH="$(BIN):$$PATH" bash examples/demo.sh
+
+test: lint types
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.built
+	$(BIN)/mypy
+
+# The packages, and kruify itself so that changes in the tree are seen at once.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: kruify needs Python 3.11 or newer; name one with PYTHON=..." >&2; exit 1; }
+	@echo "making $(VENV) with $(PYTHON): torch and friends, some minutes the first time"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "setuptools>=77" wheel torch
+	$(PIP) --no-build-isolation -e ".[$(EXTRAS)]"
+	$(PIP) --no-deps g2p-en
+	@touch $@
+
+# The compiled kernels, again when their source is newer.
+$(VENV)/.built: setup.py $(CSRC) | $(VENV)/.installed
+	@if [ ! -f kruify/_C.abi3.so ] || [ -n "$$(find kruify/csrc setup.py -newer kruify/_C.abi3.so -type f)" ]; then \
+		echo "compiling the kernels"; $(BIN)/python setup.py -q build_ext --inplace; fi
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build demo-out kruify/_C.abi3.so kruify.egg-info
