@@ -67,6 +67,8 @@ class Task(ABC):
     """One sentence: what the task measures."""
     chance: str = ""
     """One sentence: what a network that learnt nothing gets."""
+    output_kind: str = "values"
+    """What `forward` gives: "softmax" or "sigmoid" logits in the last dimension, or "values". Distillation compares outputs so."""
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -102,6 +104,11 @@ class Task(ABC):
         if not losses:
             raise TaskError(f'split "{split}" has no batches', where=type(self).__name__)
         return {"loss": sum(losses) / len(losses)}
+
+    def weight(self, batch: Any) -> float:
+        """Return how much `batch` counts beside others in one optimiser step: how many examples (tokens, frames) its mean
+        loss is over. With 1, the default, all batches count alike."""
+        return 1.0
 
     def examples(self, split: str) -> int | None:
         """Return how many examples `evaluate` looks at in `split`, None where that is unknown."""

@@ -97,9 +97,9 @@ class Distillation:
 
 def output_kind(task: Task) -> str:
     """What `forward` gives: "softmax" or "sigmoid" logits, or "values" (the default: they are compared as numbers)."""
-    kind = str(getattr(task, "outputs", "values"))
+    kind = task.output_kind
     if kind not in OUTPUTS:
-        raise UsageError(f"outputs must be one of {', '.join(OUTPUTS)}, got {kind!r}", type(task).__name__)
+        raise UsageError(f"output_kind must be one of {', '.join(OUTPUTS)}, got {kind!r}", type(task).__name__)
     return kind
 
 
@@ -115,9 +115,10 @@ def output_distance(outputs: Tensor, targets: Tensor, kind: str, temperature: fl
         return functional.mse_loss(outputs, targets) / variance
     if kind == "sigmoid":
         soft = torch.sigmoid(targets / temperature)
-        entropy = functional.binary_cross_entropy(soft, soft)
-        cross = functional.binary_cross_entropy_with_logits(outputs / temperature, soft)
-        return temperature**2 * (cross - entropy)
+        entropy = functional.binary_cross_entropy(soft, soft, reduction="none")
+        cross = functional.binary_cross_entropy_with_logits(outputs / temperature, soft, reduction="none")
+        divergence = temperature**2 * (cross - entropy)
+        return (divergence.sum(-1) if divergence.ndim > 1 else divergence).mean()
     student = functional.log_softmax(outputs / temperature, dim=-1).flatten(0, -2)
     teacher = functional.log_softmax(targets / temperature, dim=-1).flatten(0, -2)
     return temperature**2 * functional.kl_div(student, teacher, reduction="batchmean", log_target=True)

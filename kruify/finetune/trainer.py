@@ -194,7 +194,7 @@ class Trainer:
         weight_sum = loss_sum = 0.0
         for number, batch in batches:
             seed_all(self.recipe.seed, "step", self.phase, self.step // self.steps_per_epoch, number)
-            weight = batch_weight(self.task, batch)
+            weight = float(self.task.weight(batch))
             with self.processes.autocast():
                 loss = phase.objective(to_device(batch, self.processes.device))
             (loss if weight == 1.0 else loss * weight).backward()  # type: ignore[no-untyped-call]
@@ -395,10 +395,3 @@ def better(value: float, than: float, higher_is_better: bool) -> bool:
     if math.isnan(value):
         return False
     return math.isnan(than) or (value > than if higher_is_better else value < than)
-
-
-def batch_weight(task: Task, batch: Any) -> float:
-    """How much a batch counts beside others: what the task's `weight(batch)` says (the number of examples or tokens
-    that its mean loss is over), 1 where the task does not say."""
-    weight = getattr(task, "weight", None)
-    return 1.0 if weight is None else float(weight(batch))

@@ -37,6 +37,7 @@ class CopyMemory(SequenceTask):
     cell: str = "rnn"
 
     metric = "bits"
+    output_kind = "softmax"
     measures = (
         "Whether ten symbols are remembered over T blank steps: cross entropy in bits a step, and symbols recalled."
     )

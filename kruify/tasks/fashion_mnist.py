@@ -46,6 +46,7 @@ class FashionMnistRows(SequenceTask):
     batch_size: int = 128
 
     metric = "accuracy"
+    output_kind = "softmax"
     higher_is_better = True
     measures = "Share of clothes recognised in pictures that are read row by row (28 steps)."
     chance = "accuracy 0.1"

@@ -45,6 +45,7 @@ class Jsb(SequenceTask):
     batch_size: int = 16
 
     metric = "nll"
+    output_kind = "sigmoid"
     measures = (
         "How well the next chord of a Bach chorale is foreseen: negative log-likelihood of a frame of 88 keys, in nats."
     )
@@ -76,6 +77,11 @@ class Jsb(SequenceTask):
         """Return the mean over all frames of the negative log-likelihood of their 88 keys in nats."""
         keys = functional.binary_cross_entropy_with_logits(outputs, batch.y, reduction="none")
         return keys.sum(-1)[batch.mask].mean()
+
+    def weight(self, batch: Batch) -> float:
+        """Return the number of frames that the loss is over."""
+        assert batch.mask is not None  # batches() makes one
+        return float(batch.mask.sum())
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """Return {"nll"} of a frame."""

@@ -47,6 +47,7 @@ class KingJames(SequenceTask):
     hidden: int = 256
 
     metric = "bits_per_character"
+    output_kind = "softmax"
     measures = "How well the next character of the King James Bible is foreseen: bits per character."
     chance = "4.36 bits per character by letter frequency alone, 5.98 by nothing"
 

@@ -83,9 +83,9 @@ def test_output_distance_is_zero_at_the_teacher_and_grows(kind: str) -> None:
 
 
 def test_sigmoid_distance_is_the_kl_of_bernoullis() -> None:
-    a, b = torch.randn(2, 6, dtype=torch.float64)
+    a, b = torch.randn(2, 5, 6, dtype=torch.float64)
     p, q = torch.sigmoid(b), torch.sigmoid(a)
-    kl = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+    kl = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(-1).mean()
     assert output_distance(a, b, "sigmoid").item() == pytest.approx(kl.item(), rel=1e-9)
 
 
@@ -171,3 +171,10 @@ def test_all_phases_resume_to_the_same_bits(tmp_path: Path) -> None:
         resumed = finetune(copy.deepcopy(student), task, teacher=teacher, resume=folder, **options)
         assert same(resumed.model.state_dict(), whole.model.state_dict())
         assert resumed.history == whole.history
+
+
+def test_unknown_output_kind() -> None:
+    task, teacher, student = pair()
+    task.output_kind = "logits"
+    with pytest.raises(UsageError, match="output_kind must be one of softmax"):
+        finetune(student, task, teacher=teacher, **QUICK)

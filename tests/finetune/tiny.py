@@ -116,7 +116,7 @@ class Layered(nn.Module):
 class LayeredDelay(Delay):
     """Delay on torch.nn's own layers, so that it can be converted."""
 
-    outputs = "softmax"
+    output_kind = "softmax"
 
     def __init__(self, kind: str = "gru", **options: Any) -> None:
         super().__init__(**options)

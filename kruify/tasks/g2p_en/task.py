@@ -63,6 +63,7 @@ class G2PEn(Task):
     """
 
     metric = "wer"
+    output_kind = "softmax"
     measures = "Share of unseen English words whose pronunciation is not exactly right (wer), and phoneme errors (per)."
     chance = "wer 1.0"
 
@@ -117,6 +118,10 @@ class G2PEn(Task):
     def loss(self, outputs: Tensor, batch: G2PBatch) -> Tensor:
         """Return the mean cross entropy of the next phoneme in nats; padding does not count."""
         return functional.cross_entropy(outputs.flatten(0, 1), batch.targets.flatten(), ignore_index=PAD)
+
+    def weight(self, batch: G2PBatch) -> float:
+        """Return the number of phonemes that the loss is over."""
+        return float((batch.targets != PAD).sum())
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """Return {"wer", "per"} of greedy decoding; see metrics.error_rates."""
