@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
 from kruify.task import Task, check_split, evaluating
 from kruify.tasks._data import package_file
@@ -175,4 +174,5 @@ def _chunks(items: list[T], size: int) -> list[list[T]]:
 
 
 def _padded(rows: list[list[int]]) -> Tensor:
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PAD)
+    width = max(map(len, rows))
+    return torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
