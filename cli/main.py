@@ -13,6 +13,7 @@ from kruify.errors import KruifyError, TaskError
 
 from .convert import convert
 from .evaluate import evaluate
+from .export import export
 from .finetune import finetune
 from .inspect import inspect
 from .report import report
@@ -84,7 +85,7 @@ def cli() -> None:
     """
 
 
-for _command in (inspect, convert, finetune, evaluate, report, tasks):
+for _command in (inspect, convert, finetune, evaluate, report, export, tasks):
     cli.add_command(_command)
 
 

@@ -1,0 +1,98 @@
+"""`kruify export MODEL --to dense|onnx|torch -o OUT`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from .console import json_option, output
+from .options import key_option, model_argument, network
+
+if TYPE_CHECKING:
+    from kruify.export import Exported
+
+
+@click.command()
+@model_argument
+@click.option("--to", type=click.Choice(["dense", "onnx", "torch"]), required=True, help="What to write.")
+@click.option("-o", "--output", "target", metavar="OUT", required=True, help="File to write.")
+@click.option("--task", "task_name", metavar="TASK", help="Export the task's whole network, not layer by layer.")
+@click.option("--dense", is_flag=True, help="Write dense matrices instead of factors (ONNX's own LSTM, GRU, RNN).")
+@click.option("--batch-first/--time-first", default=None, help="Layout of the layers' input.  [default: the layer's]")
+@click.option("--tolerance", type=float, metavar="X", help="Largest difference allowed.  [default: 1e-5]")
+@key_option
+@json_option
+def export(
+    model: str,
+    to: str,
+    target: str,
+    task_name: str | None,
+    dense: bool,
+    batch_first: bool | None,
+    tolerance: float | None,
+    key: str | None,
+    json_only: bool,
+) -> None:
+    """Write MODEL in a form that runs without kruify; then run what was written and compare it with the layers.
+
+    \b
+    dense  a state dict for nn.LSTM, nn.GRU, nn.RNN (.pt, .pth, .safetensors)
+    onnx   each recurrent layer as an ONNX model: inputs input, h_0 (, c_0); outputs output, h_n (, c_n)
+    torch  the same as torch.export programs (.pt2)
+
+    Factors stay factors, batch and time are dynamic. Several layers give several files: OUT with the layer's name
+    before its ending. A file that differs by more than the tolerance is deleted, and the exit code is 6.
+    """
+    if to == "dense" and (dense or task_name or batch_first is not None):
+        raise click.UsageError("--to dense writes the dense state dict; leave --dense, --task and --batch-first out")
+    if task_name and batch_first is not None:
+        raise click.UsageError("with --task the layout is the network's; leave --batch-first out")
+    with output(json_only) as out:
+        from kruify.checkpoint import read
+        from kruify.export import TOLERANCE, export_dense, export_layers, export_network
+
+        limit = TOLERANCE if tolerance is None else tolerance
+        path = Path(target)
+        checkpoint = read(model, key=key)
+        with out.waiting("exporting and comparing"):
+            if to == "dense":
+                files = [export_dense(checkpoint, path, tolerance=limit)]
+            elif task_name:
+                from kruify.task import load_task
+
+                task = load_task(task_name)
+                net = network(checkpoint, task)
+                files = [export_network(net, task, _format(to), path, dense=dense, tolerance=limit)]
+            else:
+                files = export_layers(
+                    checkpoint, _format(to), path, dense=dense, batch_first=batch_first, tolerance=limit
+                )
+        for file in files:
+            out.show(_sentence(file))
+        out.result({"outputs": [_entry(file) for file in files]})
+
+
+def _format(to: str) -> Literal["onnx", "torch"]:
+    return "onnx" if to == "onnx" else "torch"
+
+
+def _sentence(file: Exported) -> str:
+    names = f": ({', '.join(file.inputs)}) -> ({', '.join(file.outputs)})" if file.inputs else ""
+    return (
+        f"wrote {file.path}, {file.bytes:,} bytes{names}; run and compared on {file.cases} inputs: "
+        f"largest difference {file.difference:.1g}"
+    )
+
+
+def _entry(file: Exported) -> dict[str, object]:
+    return {
+        "output": str(file.path),
+        "layer": file.layer,
+        "inputs": list(file.inputs),
+        "outputs": list(file.outputs),
+        "difference": file.difference,
+        "cases": file.cases,
+        "bytes": file.bytes,
+    }

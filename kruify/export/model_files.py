@@ -1,0 +1,228 @@
+"""Writes what a checkpoint holds: its recurrent layers one by one, its dense state dict, or a task's whole network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from kruify.checkpoint import Checkpoint, read, write_safetensors, write_torch
+from kruify.convert import densify, densify_tensors
+from kruify.errors import UnsupportedError, UsageError
+from kruify.evaluate import layers_of
+from kruify.export.check import TOLERANCE, Exported, compare, difference, layer_cases, require, staged
+from kruify.export.layer_files import (
+    call_layer,
+    export_onnx,
+    export_torch,
+    quiet,
+    require_package,
+    run_onnx,
+    run_torch,
+)
+from kruify.export.scan_layer import traceable
+from kruify.export.shapes import interface_of
+from kruify.layers.base import KRUBase
+from kruify.plan import Plan
+from kruify.task import Task, to_device
+
+Format = Literal["onnx", "torch"]
+ONE_BY_ONE = "Leave --task out: the recurrent layers are then exported one by one"
+
+
+def export_layers(
+    checkpoint: Checkpoint,
+    to: Format,
+    path: Path,
+    *,
+    dense: bool = False,
+    batch_first: bool | None = None,
+    tolerance: float = TOLERANCE,
+) -> list[Exported]:
+    """Each recurrent layer of a checkpoint by itself; with several, the layer's name goes before the ending of `path`.
+
+    Args:
+        batch_first: layout of input and output; None takes the layer's, (time, batch, features) where the file does
+            not tell.
+
+    Raises:
+        UsageError: the file has no recurrent layer.
+        TargetMissedError: an exported file differs from its layer; it is deleted.
+    """
+    layers = layers_of(checkpoint)
+    if not layers.items:
+        raise UsageError("there is no RNN, LSTM or GRU layer in it", checkpoint.path, "See 'kruify inspect'")
+    write = export_onnx if to == "onnx" else export_torch
+    exported = []
+    for (layer, _), module in zip(layers.items, layers.modules(), strict=True):
+        if batch_first is not None and not layer.cell:
+            cast(Any, module).batch_first = batch_first
+        file = path if len(layers.items) == 1 else path.with_name(f"{path.stem}.{layer.name}{path.suffix}")
+        exported.append(write(module, file, dense=dense, name=layer.name, tolerance=tolerance))
+    return exported
+
+
+def export_dense(checkpoint: Checkpoint, path: Path, *, tolerance: float = TOLERANCE) -> Exported:
+    """The state dict of the dense model, for nn.LSTM and friends: .pt, .pth or .safetensors.
+
+    Raises:
+        UsageError: kruify did not convert the file, or the ending is unknown.
+        TargetMissedError: a dense layer differs from the Kronecker layer; the file is deleted.
+    """
+    text = checkpoint.metadata.get("kruify.plan")
+    if text is None:
+        raise UsageError("it is dense already: it carries no plan", checkpoint.path, "Export a converted file")
+    if path.suffix not in (".pt", ".pth", ".safetensors"):
+        raise UsageError(f"the ending '{path.suffix}' is unknown", path, "Write .pt, .pth or .safetensors")
+    dense = densify_tensors(checkpoint.tensors, Plan.from_json(text, f"plan in {checkpoint.path}"))
+    names = {name: checkpoint.names.get(name, name) for name in dense}
+    tensors = {names[name]: tensor for name, tensor in dense.items()}
+    with staged(path) as file:
+        (write_safetensors if path.suffix == ".safetensors" else write_torch)(file, tensors)
+        worst, count = 0.0, 0
+        converted, written = layers_of(checkpoint), layers_of(read(file))
+        modules = {layer.name: module for (layer, _), module in zip(written.items, written.modules(), strict=True)}
+        for (layer, matrices), module in zip(converted.items, converted.modules(), strict=True):
+            if not matrices:
+                continue
+            other = modules.get(layer.name)
+            if other is None:
+                raise UnsupportedError(f"the dense layer '{layer.name}' was not found again", path, "Report this")
+            found, cases = _compare_layers(module, other, layer.nonlinearity)
+            worst, count = max(worst, found), count + cases
+        require(worst, tolerance, path)
+        size = file.stat().st_size
+    return Exported(path, "", (), (), worst, count, size)
+
+
+def _compare_layers(kru: nn.Module, dense: nn.Module, nonlinearity: str | None) -> tuple[float, int]:
+    """In float32 at least: torch's kernels and the factors' order of summation differ more in half precision."""
+    if nonlinearity == "relu" and isinstance(dense, nn.RNN):
+        dense.mode, dense.nonlinearity = "RNN_RELU", "relu"
+    for module in (kru, dense):
+        if next(module.parameters()).dtype in (torch.float16, torch.bfloat16):
+            module.float()
+    if isinstance(kru, KRUBase):
+        kru.backend = "reference"
+        cast(Any, dense).batch_first = kru.batch_first
+    interface = interface_of(kru)
+    cases = layer_cases(interface, getattr(torch, interface.layer.dtype))
+    return compare(
+        lambda case: call_layer(dense, case, interface.cell), lambda case: call_layer(kru, case, interface.cell), cases
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments that a task gives its network, flattened, with the way back."""
+
+    tensors: list[Tensor]
+    spec: Any
+
+
+def export_network(
+    model: nn.Module,
+    task: Task,
+    to: Format,
+    path: Path,
+    *,
+    dense: bool = False,
+    split: str = "test",
+    tolerance: float = TOLERANCE,
+) -> Exported:
+    """A task's whole network, as `Task.forward` calls it.
+
+    The example is the first batch of `split`; every size that torch's tracing does not fix is dynamic. The inputs are
+    the tensors that `Task.forward` gives to the network, in order.
+
+    Raises:
+        UnsupportedError: the network does something that torch.export cannot trace (a loop or a branch that depends on
+            data, packed sequences), or onnxscript is missing.
+        TargetMissedError: the file differs from the network on one of the first batches; it is deleted.
+    """
+    if to == "onnx":
+        require_package("onnx", "onnxruntime", "onnxscript")
+    model = (densify(model) if dense else copy.deepcopy(model)).cpu().eval()
+    for module in model.modules():
+        if isinstance(module, KRUBase):
+            module.backend = "reference"
+    calls = list(_calls(model, task, split))
+    traced = _Network(traceable(copy.deepcopy(model)), calls[0].spec).eval()
+    original = _Network(model, calls[0].spec).eval()
+    with staged(path) as file:
+        _trace(traced, calls[0].tensors, to, file, type(model).__name__)
+        load = run_onnx if to == "onnx" else run_torch
+        run, worst = load(file), 0.0
+        with torch.no_grad():
+            for call in calls:
+                worst = max(worst, difference(run(call.tensors), original(*call.tensors)))
+        require(worst, tolerance, path)
+        size = file.stat().st_size
+    inputs = tuple(f"input_{i}" for i in range(len(calls[0].tensors)))
+    return Exported(path, "", inputs, ("output",), worst, len(calls), size)
+
+
+class _Network(nn.Module):
+    """The network as a function from tensors to tensors."""
+
+    def __init__(self, model: nn.Module, spec: Any) -> None:
+        super().__init__()
+        self.model, self.spec = model, spec
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        args, kwargs = torch.utils._pytree.tree_unflatten(list(tensors), self.spec)
+        leaves = torch.utils._pytree.tree_leaves(self.model(*args, **kwargs))
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def _calls(model: nn.Module, task: Task, split: str, count: int = 3) -> Iterator[_Call]:
+    """What the task's forward gives to the network for the first batches, and for parts of the first one.
+
+    Raises:
+        UnsupportedError: the network takes something other than tensors, or the task does not call it.
+    """
+    for number, batch in enumerate(task.batches(split)):
+        if number == count:
+            return
+        caught: list[tuple[Any, Any]] = []
+        handle = model.register_forward_pre_hook(
+            lambda module, args, kwargs, caught=caught: caught.append((args, kwargs)), with_kwargs=True
+        )
+        try:
+            with torch.no_grad():
+                task.forward(model, to_device(batch, torch.device("cpu")))
+        finally:
+            handle.remove()
+        if not caught:
+            raise UnsupportedError("the task does not call its network as a whole", type(task).__name__, ONE_BY_ONE)
+        leaves, spec = torch.utils._pytree.tree_flatten(caught[0])
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            raise UnsupportedError("its forward takes something other than tensors", type(model).__name__, ONE_BY_ONE)
+        yield _Call(leaves, spec)
+
+
+def _trace(network: nn.Module, example: Sequence[Tensor], to: Format, file: Path, name: str) -> None:
+    dynamic = tuple({axis: torch.export.Dim.AUTO for axis in range(tensor.dim())} for tensor in example)
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.export.export(network, tuple(example), dynamic_shapes=(dynamic,), strict=False)
+            if to == "torch":
+                torch.export.save(program, file)
+                return
+            onnx_program = torch.onnx.export(program, dynamo=True, verbose=False)
+            assert onnx_program is not None
+            onnx_program.save(str(file))
+    except UnsupportedError:
+        raise
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UnsupportedError(
+            f"torch cannot trace the whole network ({type(error).__name__}: {reason[:200]})",
+            name,
+            ONE_BY_ONE,
+        ) from error

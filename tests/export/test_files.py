@@ -1,0 +1,130 @@
+"""Exports of whole checkpoints: dense state dicts, layers by themselves, a task's network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from kruify.cli.main import cli
+from torch import Tensor, nn
+
+import kruify
+from kruify.checkpoint import read, write_torch
+from kruify.convert import densify
+from kruify.errors import UnsupportedError, UsageError
+from kruify.export import export_dense, export_layers, export_network
+from kruify.task import Task
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 6)
+        self.encoder = nn.GRU(6, 8, batch_first=True)
+        self.decoder = nn.LSTM(8, 8, batch_first=True)
+        self.out = nn.Linear(8, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(self.decoder(self.encoder(self.embedding(x))[0])[0])
+        return y
+
+
+class Letters(Task):
+    def model(self) -> nn.Module:
+        return Network()
+
+    def batches(self, split: str, *, seed: int = 0) -> Iterator[Tensor]:
+        for shape in ((3, 5), (2, 9), (1, 2)):
+            yield torch.arange(shape[0] * shape[1]).reshape(shape) % 7
+
+    def forward(self, model: nn.Module, batch: Tensor) -> Tensor:
+        y: Tensor = model(batch)
+        return y
+
+    def loss(self, outputs: Tensor, batch: Tensor) -> Tensor:
+        return outputs.square().mean()
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return kruify.convert(Network(), "2*(4x2,2x4)")[0]
+
+
+@pytest.fixture
+def file(tmp_path: Path, model: nn.Module) -> Path:
+    kruify.save(model, tmp_path / "small.kru.safetensors")
+    return tmp_path / "small.kru.safetensors"
+
+
+@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
+def test_dense_state_dict(tmp_path: Path, model: nn.Module, file: Path, ending: str) -> None:
+    exported = export_dense(read(file), tmp_path / f"dense{ending}")
+    network = Network()
+    network.load_state_dict(dict(read(exported.path).tensors))
+    x = torch.arange(10).reshape(2, 5) % 7
+    torch.testing.assert_close(network(x), densify(model)(x))
+    assert exported.cases == 30 and exported.difference < 1e-6
+
+
+def test_dense_refuses_what_is_dense_and_unknown_endings(tmp_path: Path, file: Path) -> None:
+    write_torch(tmp_path / "plain.pt", nn.LSTM(3, 4).state_dict())
+    with pytest.raises(UsageError, match="dense already"):
+        export_dense(read(tmp_path / "plain.pt"), tmp_path / "out.pt")
+    with pytest.raises(UsageError, match="ending"):
+        export_dense(read(file), tmp_path / "out.bin")
+
+
+def test_each_layer_of_a_state_dict_gets_its_own_file(tmp_path: Path, file: Path) -> None:
+    exported = export_layers(read(file), "onnx", tmp_path / "net.onnx")
+    assert [item.path.name for item in exported] == ["net.encoder.onnx", "net.decoder.onnx"]
+    assert exported[0].inputs == ("input", "h_0") and exported[1].inputs == ("input", "h_0", "c_0")
+    assert max(item.difference for item in exported) < 1e-5
+
+
+def test_layers_of_a_dense_file_can_be_exported_too(tmp_path: Path) -> None:
+    write_torch(tmp_path / "plain.pt", nn.LSTM(3, 4).state_dict())
+    (exported,) = export_layers(read(tmp_path / "plain.pt"), "onnx", tmp_path / "out.onnx", batch_first=True)
+    assert exported.path == tmp_path / "out.onnx"
+
+
+def test_whole_network_with_dynamic_batch_and_time(tmp_path: Path, model: nn.Module) -> None:
+    model.decoder = Passing()  # one loop is enough: tracing takes seconds for each
+    exported = export_network(model, Letters(), "torch", tmp_path / "net.pt2")
+    assert exported.cases == 3 and exported.difference < 1e-5
+    program = torch.export.load(exported.path).module()
+    x = torch.arange(44).reshape(4, 11) % 7
+    torch.testing.assert_close(program(x)[0], densify(model)(x), atol=1e-5, rtol=0)
+
+
+class Passing(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return x, None
+
+
+class Branching(Letters):
+    def forward(self, model: nn.Module, batch: Tensor) -> Tensor:
+        y: Tensor = model.out(torch.zeros(1, 8))  # type: ignore[operator]
+        return y
+
+
+def test_a_network_that_is_not_called_as_a_whole_is_unsupported(tmp_path: Path, model: nn.Module) -> None:
+    with pytest.raises(UnsupportedError, match="as a whole"):
+        export_network(model, Branching(), "torch", tmp_path / "net.pt2")
+    assert not (tmp_path / "net.pt2").exists()
+
+
+def test_command_line(tmp_path: Path, file: Path) -> None:
+    run = CliRunner().invoke
+    arguments = ["export", str(file), "--to", "onnx", "-o", str(tmp_path / "net.onnx"), "--json"]
+    result = run(cli, arguments)
+    assert result.exit_code == 0, result.output
+    outputs = json.loads(result.stdout)["outputs"]
+    assert [Path(o["output"]).exists() for o in outputs] == [True, True]
+    missed = run(cli, [*arguments[:-3], "-o", str(tmp_path / "never.onnx"), "--tolerance", "0"])
+    assert missed.exit_code == 6 and not list(tmp_path.glob("never*")), missed.output
+    assert run(cli, ["export", str(file), "--to", "dense", "--dense", "-o", "x.pt"]).exit_code == 2
