@@ -21,15 +21,12 @@ _LOCAL_HEADER = 30
 class Archive:
     """The entries of a zip file whose names, places, sizes and checksums have all been checked.
 
-    Args:
-        compressed: whether deflated entries are expected. torch stores its entries as they are.
-
     Raises:
         CorruptError: damaged, cut short, a checksum that does not match, entries that overlap or are there twice.
         UnsafeError: beyond the limits, or entry names that leave the archive.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, size: int, *, compressed: bool = False) -> None:
+    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self.file, self.size = path, file, size
         _check_directory(path, file, size)
         try:
@@ -38,7 +35,7 @@ class Archive:
             raise CorruptError(f"its archive is damaged ({error})", path, AGAIN) from error
         self.entries: dict[str, zipfile.ZipInfo] = {}
         for entry in self._zip.infolist():
-            self._check_entry(entry, compressed)
+            self._check_entry(entry)
             self.entries[entry.filename] = entry
         self._starts = self._check_places()
         self._check_sums()
@@ -49,6 +46,12 @@ class Archive:
     def start(self, name: str) -> int:
         """Offset in the file of the bytes of a stored entry."""
         return self._starts[name]
+
+    def refuse_compressed(self) -> None:
+        """Raise UnsafeError if an entry is compressed that torch stores as it is: all but TorchScript's sources."""
+        for name, entry in self.entries.items():
+            if entry.compress_type != zipfile.ZIP_STORED and "/code/" not in name:
+                raise UnsafeError(f"its entry {name[:80]} is compressed, which torch never does", self.path)
 
     def read(self, name: str, limit: int) -> bytes:
         """All bytes of an entry of at most `limit` bytes."""
@@ -81,7 +84,7 @@ class Archive:
                 raise CorruptError(f"its entry {name[:80]} is damaged", self.path, AGAIN)
             yield out
 
-    def _check_entry(self, entry: zipfile.ZipInfo, compressed: bool) -> None:
+    def _check_entry(self, entry: zipfile.ZipInfo) -> None:
         name = entry.filename
         if name in self.entries:
             raise CorruptError(f"its archive has the entry {name[:80]} twice", self.path, AGAIN)
@@ -92,8 +95,8 @@ class Archive:
         if entry.flag_bits & _ENCRYPTED:
             raise CorruptError(f"its entry {name[:80]} is encrypted", self.path)
         stored = entry.compress_type == zipfile.ZIP_STORED
-        if not stored and not (compressed and entry.compress_type == zipfile.ZIP_DEFLATED):
-            raise UnsafeError(f"its entry {name[:80]} is compressed, which this kind of file never is", self.path)
+        if not stored and entry.compress_type != zipfile.ZIP_DEFLATED:
+            raise UnsafeError(f"its entry {name[:80]} is compressed in an unusual way", self.path)
         if stored and entry.file_size != entry.compress_size:
             raise CorruptError(f"its entry {name[:80]} has two sizes", self.path, AGAIN)
         if entry.file_size > limits.RATIO * self.size + limits.SLACK:

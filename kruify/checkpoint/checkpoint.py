@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kruify.checkpoint.modules import ModuleHint
+from kruify.checkpoint.parametrised import Computed
 from kruify.checkpoint.tensors import Tensors
 
 CHUNK = 1 << 22
@@ -30,8 +31,8 @@ class Checkpoint:
         key: the nested entry that held the state dict ("state_dict", "a.b"), None if the file is the state dict itself.
         prefix: what was stripped from the front of every name ("module._orig_mod."), "" if nothing.
         names: stripped name -> name in the file, for every name that differs.
-        computed: name -> how the weight was computed from what the file holds ("weight_norm", "spectral_norm",
-            "pruning", "weight_drop"); see `parametrised.py`.
+        computed: name -> how the weight was computed from what the file holds (weight norm, spectral norm, pruning,
+            weight drop).
         extras: the plain values found beside the state dict ("epoch": 3), written back with it.
         dropped: one sentence for each thing in the file that kruify does not carry on (optimizer state).
         skipped: recurrent layers that were recognised and cannot be read: name -> reason (a GRU that resets before the
@@ -51,7 +52,7 @@ class Checkpoint:
     key: str | None = None
     prefix: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
-    computed: Mapping[str, str] = field(default_factory=dict)
+    computed: Mapping[str, Computed] = field(default_factory=dict)
     extras: Mapping[str, Any] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)

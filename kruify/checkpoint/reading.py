@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kruify.checkpoint import limits, torch_file
+from kruify.checkpoint import keras_file, limits, onnx_file, torch_file
 from kruify.checkpoint.archive import Archive
 from kruify.checkpoint.checkpoint import Checkpoint
 from kruify.checkpoint.file_format import check_schema
 from kruify.checkpoint.inert_pickle import check_tree
 from kruify.checkpoint.modules import ModuleHint, ModuleTree, resolve
+from kruify.checkpoint.npz_file import read_npz
+from kruify.checkpoint.parametrised import compute_weights
 from kruify.checkpoint.safetensors_file import read_safetensors
+from kruify.checkpoint.sharded import read_index
 from kruify.checkpoint.tensors import LazyTensor, Tensors, ties
 from kruify.checkpoint.wrapper import find_state_dict, strip
 from kruify.errors import CorruptError, KruifyError, UnsafeError, UsageError
@@ -73,12 +76,20 @@ def read_contents(path: Path, key: str | None) -> Contents:
     elif torch_file.is_legacy(head):
         contents = _from_torch(path, "torch-legacy", torch_file.read_legacy(path, file, size), key)
     elif head[8:9] == b"{":
-        tensors, metadata = read_safetensors(path, file, size)
-        contents = Contents("safetensors", tensors, metadata)
+        contents = Contents("safetensors", *read_safetensors(path, file, size))
+    elif head[:8] == keras_file.SIGNATURE:
+        contents = _from_keras(keras_file.read_h5(path))
+    elif head.lstrip()[:1] == b"{":
+        contents = _from_index(path, size)
     elif head[:1] == b"\x80":
         torch_file.refuse_plain_pickle(path, file, size)
+    elif head[:1] == b"\x08":  # an ONNX model starts with its ir_version
+        onnx = onnx_file.read_onnx(path)
+        contents = Contents("onnx", onnx.tensors, skipped=onnx.skipped, hints=onnx.hints)
     else:
-        raise CorruptError("it is not a checkpoint that kruify knows", path, "Give a .pt, .pth or .safetensors file")
+        raise CorruptError(
+            "it is not a checkpoint that kruify knows", path, "Give a PyTorch, safetensors, ONNX, Keras or .npz file"
+        )
     if key is not None and contents.key is None:
         raise UsageError(f"it is not nested, so there is no --key {key}", path, "Leave --key out")
     contents.size = contents.size or size
@@ -104,10 +115,31 @@ def _open(path: Path) -> tuple[BinaryIO, int]:
 
 
 def _from_zip(path: Path, file: BinaryIO, size: int, key: str | None) -> Contents:
-    archive = Archive(path, file, size, compressed=True)
+    archive = Archive(path, file, size)
+    if archive.entries and all(name.endswith(".npy") for name in archive.entries):
+        return Contents("npz", read_npz(path, archive))
+    if "model.weights.h5" in archive and "config.json" in archive:
+        return _from_keras(keras_file.read_archive(path, archive))
+    archive.refuse_compressed()
     script = torch_file.is_torchscript(archive)
-    found = torch_file.read_zip(path, archive)
-    return _from_torch(path, "torchscript" if script else "torch", found, key)
+    return _from_torch(path, "torchscript" if script else "torch", torch_file.read_zip(path, archive), key)
+
+
+def _from_keras(found: keras_file.KerasFile) -> Contents:
+    return Contents("keras", found.tensors, skipped=found.skipped, hints=found.hints)
+
+
+def _from_index(path: Path, size: int) -> Contents:
+    def shard(file: Path) -> tuple[str, dict[str, LazyTensor]]:
+        contents = read_contents(file, None)
+        if contents.format not in ("safetensors", "torch", "torch-legacy"):
+            raise CorruptError("it is no shard of a checkpoint", file)
+        return contents.format, contents.tensors
+
+    found = read_index(path, size, shard)
+    kind = "safetensors-sharded" if found.formats == {"safetensors"} else "torch-sharded"
+    total = size + sum(file.stat().st_size for file in found.shards)
+    return Contents(kind, found.tensors, found.metadata, shards=found.shards, size=total)
 
 
 def _from_torch(path: Path, kind: str, found: torch_file.TorchFile, key: str | None) -> Contents:
@@ -130,25 +162,27 @@ def _from_torch(path: Path, kind: str, found: torch_file.TorchFile, key: str | N
 def _finish(path: Path, contents: Contents) -> Checkpoint:
     _check_total(path, contents)
     schema = check_schema(contents.metadata, path)
-    tensors = contents.tensors
     if schema is not None:
         _check_plan(path, contents.metadata)
-        prefix, stripped = "", {name: name for name in tensors}  # a converted file says its names itself
+        prefix, stripped = "", {name: name for name in contents.tensors}  # a converted file says its names itself
     else:
-        prefix, stripped = strip(list(tensors))
+        prefix, stripped = strip(list(contents.tensors))
+    stored = {stripped[name]: tensor for name, tensor in contents.tensors.items()}
+    tensors, computed, unknown = compute_weights(stored) if schema is None else (stored, {}, {})
     return Checkpoint(
         path=path,
         format=contents.format,
-        tensors=Tensors({stripped[name]: tensor for name, tensor in tensors.items()}),
+        tensors=Tensors(tensors),
         metadata=contents.metadata,
         size=contents.size,
         key=contents.key,
         prefix=prefix,
         names={short: name for name, short in stripped.items() if short != name},
+        computed=computed,
         extras=contents.extras,
         dropped=contents.dropped,
-        skipped=contents.skipped,
-        ties={stripped[a]: stripped[b] for a, b in ties(tensors).items()},
+        skipped={**contents.skipped, **unknown},
+        ties=ties(tensors),
         module_hints=_strip_hints(contents.hints, prefix),
         globals=contents.globals,
         shards=contents.shards,

@@ -6,7 +6,6 @@ import collections
 import io
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -65,7 +64,7 @@ def odd_state() -> dict:
 )
 def test_state_dicts_equal_torch_load(tmp_path: Path, options: dict) -> None:
     state = odd_state()
-    if "_use_new_zipfile_serialization" in options:  # torch cannot read these from an old file itself
+    if "_use_new_zipfile_serialization" in options:  # torch itself cannot read these from an old file
         del state["unsigned"], state["float8"]
     torch.save(collections.OrderedDict(state), tmp_path / "a.pt", **options)
     expected = torch.load(tmp_path / "a.pt", weights_only="pickle_protocol" not in options)
@@ -75,27 +74,37 @@ def test_state_dicts_equal_torch_load(tmp_path: Path, options: dict) -> None:
     assert any("list" in notice for notice in checkpoint.dropped)
 
 
+GONE = """
+import torch
+class Gone(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = torch.nn.GRU(3, 4, batch_first=True)
+        self.vocabulary = {"a": 1}
+model = torch.nn.DataParallel(Gone())
+for zipped in (True, False):
+    torch.save(model, f"plain-{zipped}.pt", _use_new_zipfile_serialization=zipped)
+    torch.save({"model": model, "epoch": 2}, f"nested-{zipped}.pt", _use_new_zipfile_serialization=zipped)
+torch.save(model.module.state_dict(), "state.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def gone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of whole modules whose class exists in another process only."""
+    folder = tmp_path_factory.mktemp("gone")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", GONE], cwd=folder, check=True)
+    return folder
+
+
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("nested", [True, False])
-def test_full_modules_are_read_without_their_class(tmp_path: Path, zipped: bool, nested: bool) -> None:
-    script = f"""
-    import torch
-    class Gone(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rnn = torch.nn.GRU(3, 4, batch_first=True)
-            self.vocabulary = {{"a": 1}}
-    torch.manual_seed(0)
-    model = torch.nn.DataParallel(Gone())
-    torch.save({{"model": model, "epoch": 2}} if {nested} else model, "model.pt", _use_new_zipfile_serialization={zipped})
-    torch.save(model.module.state_dict(), "state.pt")
-    """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)], cwd=tmp_path, check=True)
-    checkpoint = read(tmp_path / "model.pt")
+@pytest.mark.parametrize("how", ["plain", "nested"])
+def test_full_modules_are_read_without_their_class(gone: Path, zipped: bool, how: str) -> None:
+    checkpoint = read(gone / f"{how}-{zipped}.pt")
     assert checkpoint.format == "torch-module"
     assert checkpoint.prefix == "module."
-    assert checkpoint.key == ("model" if nested else None)
-    assert_same(checkpoint.tensors, torch.load(tmp_path / "state.pt", weights_only=True))
+    assert checkpoint.key == ("model" if how == "nested" else None)
+    assert_same(checkpoint.tensors, torch.load(gone / "state.pt", weights_only=True))
     assert "__main__.Gone" in checkpoint.globals
     hint = checkpoint.module_hints["rnn"]
     assert not hint.is_subclass

@@ -1,0 +1,198 @@
+"""npz, sharded, ONNX and Keras files, made by the real libraries; their layers against torch's."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from kruify.checkpoint import read
+from kruify.checkpoint.gates import ORDER, from_torch, to_torch
+from kruify.errors import CorruptError, UnsafeError, UnsupportedError, UsageError
+
+
+def assert_same(found, expected) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz(tmp_path: Path, save) -> None:
+    state = {f"module.{name}": tensor for name, tensor in nn.GRU(3, 4).state_dict().items()}
+    arrays = {name: tensor.numpy() for name, tensor in state.items()}
+    save(tmp_path / "a.npz", **arrays, **{"module.fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3))})
+    checkpoint = read(tmp_path / "a.npz")
+    expected = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    assert checkpoint.format == "npz" and checkpoint.prefix == "module."
+    assert_same(checkpoint.tensors, {**expected, "fortran": torch.arange(6.0, dtype=torch.float64).reshape(2, 3)})
+
+
+def test_npz_big_endian_and_half(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", a=np.array([1.5, 2], ">f4"), b=np.array([1, 2], np.float16), c=np.array(True))
+    found = read(tmp_path / "a.npz").tensors
+    assert found["a"].tolist() == [1.5, 2] and found["b"].dtype == torch.float16 and found["c"].item() is True
+
+
+def test_npz_refusals(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", a=np.array([{}], object))
+    with pytest.raises(UnsafeError, match="is a pickle"):
+        read(tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", a=np.array(["text"]))
+    with pytest.raises(UnsupportedError, match="dtype"):
+        read(tmp_path / "a.npz")
+
+
+def shards(folder: Path, kind: str) -> tuple[Path, dict[str, torch.Tensor]]:
+    state = {f"model.{name}": tensor for name, tensor in nn.LSTM(3, 4, 2).state_dict().items()}
+    names, suffix = list(state), "safetensors" if kind == "safetensors" else "bin"
+    table = {}
+    for part, chosen in enumerate((names[:3], names[3:])):
+        file = f"model-{part:05}-of-00002.{suffix}"
+        content = {name: state[name] for name in chosen}
+        (safetensors.torch.save_file if suffix == "safetensors" else torch.save)(content, folder / file)
+        table |= dict.fromkeys(chosen, file)
+    index = folder / f"model.{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": table}, indent=2))
+    return index, {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch"])
+def test_sharded(tmp_path: Path, kind: str) -> None:
+    index, state = shards(tmp_path, kind)
+    checkpoint = read(index)
+    assert checkpoint.format == f"{kind}-sharded" and checkpoint.prefix == "model."
+    assert len(checkpoint.shards) == 2
+    assert checkpoint.size == sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert_same(checkpoint.tensors, state)
+
+
+def test_sharded_refusals(tmp_path: Path) -> None:
+    index, _ = shards(tmp_path, "safetensors")
+    good = json.loads(index.read_text())
+    for name in ("../a", "/etc/passwd", "a/b", "..", "", "a\\b"):
+        index.write_text(json.dumps({"weight_map": {"w": name}}))
+        with pytest.raises(UnsafeError, match="outside"):
+            read(index)
+    for broken, words in (
+        ({}, "no index"),
+        ({"weight_map": {"w": "gone"}}, "missing"),
+        ({"weight_map": {"w": 1}}, "no index"),
+    ):
+        index.write_text(json.dumps(broken))
+        with pytest.raises(CorruptError, match=words):
+            read(index)
+    good["weight_map"]["extra"] = "model-00000-of-00002.safetensors"
+    index.write_text(json.dumps(good))
+    with pytest.raises(CorruptError, match="extra is not in the shard"):
+        read(index)
+
+
+def test_key_for_a_flat_file_is_an_error(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", a=np.ones(1))
+    with pytest.raises(UsageError, match="--key"):
+        read(tmp_path / "a.npz", key="model")
+
+
+@pytest.mark.parametrize(("framework", "kind"), list(ORDER))
+def test_gate_orders_are_permutations_and_invert(framework: str, kind: str) -> None:
+    tensor = torch.randn(len(ORDER[framework, kind]) * 5, 3)
+    assert torch.equal(from_torch(to_torch(tensor, framework, kind), framework, kind), tensor)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_onnx_exported_by_torch(tmp_path: Path, kind: str, bidirectional: bool, bias: bool) -> None:
+    pytest.importorskip("onnx")
+    torch.manual_seed(0)
+    layer = getattr(nn, kind)(3, 4, 2, bidirectional=bidirectional, bias=bias)
+    torch.onnx.export(nn.Sequential(layer).eval(), (torch.randn(5, 2, 3),), tmp_path / "a.onnx", dynamo=False)
+    checkpoint = read(tmp_path / "a.onnx")
+    assert checkpoint.format == "onnx" and not checkpoint.skipped
+    assert len(checkpoint.module_hints) == 2  # ONNX has one node for each layer
+    for index, name in enumerate(checkpoint.module_hints):
+        for suffix in ("", "_reverse") if bidirectional else ("",):
+            for part in ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if bias else ())):
+                expected = getattr(layer, f"{part}_l{index}{suffix}")
+                assert torch.equal(checkpoint.tensors[f"{name}.{part}_l0{suffix}"], expected), (name, part)
+        assert checkpoint.module_hints[name].options["bidirectional"] is bidirectional
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_gru_that_resets_before_the_matmul_is_skipped_by_name(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    torch.onnx.export(nn.GRU(3, 4).eval(), (torch.randn(5, 2, 3),), tmp_path / "a.onnx", dynamo=False)
+    model = onnx.load(tmp_path / "a.onnx")
+    node = next(node for node in model.graph.node if node.op_type == "GRU")
+    next(a for a in node.attribute if a.name == "linear_before_reset").i = 0
+    onnx.save(model, tmp_path / "a.onnx")
+    checkpoint = read(tmp_path / "a.onnx")
+    assert "resets before the matmul" in next(iter(checkpoint.skipped.values()))
+    assert not checkpoint.module_hints
+
+
+def keras_model():
+    os.environ["KERAS_BACKEND"] = "torch"
+    keras = pytest.importorskip("keras")
+    keras.utils.set_random_seed(0)
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            layers.Input((5, 3)),
+            layers.LSTM(4, return_sequences=True, dropout=0.25),
+            layers.Bidirectional(layers.GRU(4, return_sequences=True)),
+            layers.SimpleRNN(3, activation="relu", use_bias=False, return_sequences=True),
+            layers.GRU(2, reset_after=False, return_sequences=True),
+        ]
+    )
+    for weight in model.weights:
+        weight.assign(torch.randn(*weight.shape))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["a.keras", "a.weights.h5", "a.h5"])
+def test_keras_layers_compute_the_same_in_torch(tmp_path: Path, name: str) -> None:
+    model = keras_model()
+    (model.save_weights if "weights" in name else model.save)(str(tmp_path / name))
+    checkpoint = read(tmp_path / name)
+    assert checkpoint.format == "keras"
+    assert len(checkpoint.skipped) == 1 and "resets before the matmul" in next(iter(checkpoint.skipped.values()))
+    x = torch.randn(2, 5, 3)
+    layers = [nn.LSTM(3, 4, batch_first=True), nn.GRU(4, 4, batch_first=True, bidirectional=True)]
+    layers.append(nn.RNN(8, 3, batch_first=True, bias=False, nonlinearity="relu"))
+    order = {"LSTM": 0, "GRU": 1, "RNN": 2}
+    names = sorted(checkpoint.module_hints, key=lambda n: order[checkpoint.module_hints[n].options["mode"]])
+    for at, (layer, module) in enumerate(zip(layers, names, strict=True)):
+        before = f"{module}."
+        state = {n.removeprefix(before): t for n, t in checkpoint.tensors.items() if n.startswith(before)}
+        layer.load_state_dict(state)
+        with torch.no_grad():
+            expected, x = model.layers[at](x), layer(x)[0]
+        torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+    if name != "a.weights.h5":  # which has no configuration
+        assert checkpoint.module_hints[names[0]].options["dropout"] == 0.25
+        assert checkpoint.module_hints[names[2]].options["nonlinearity"] == "relu"
+
+
+def test_h5_links_and_outside_numbers_are_refused(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    for index, make in enumerate(
+        (
+            lambda f: f.__setitem__("a", h5py.ExternalLink("/etc/passwd", "x")),
+            lambda f: f.__setitem__("a", h5py.SoftLink("/b")),
+            lambda f: f.create_dataset("a", (100,), "f4", external=[("/etc/passwd", 0, 400)]),
+        )
+    ):
+        with h5py.File(tmp_path / f"{index}.h5", "w") as file:
+            make(file)
+        with pytest.raises(UnsafeError):
+            read(tmp_path / f"{index}.h5")
