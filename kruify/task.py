@@ -68,7 +68,7 @@ class Task(ABC):
     chance: str = ""
     """One sentence: what a network that learnt nothing gets."""
     output_kind: str = "values"
-    """What `forward` gives: "softmax" or "sigmoid" logits in the last dimension, or "values". Distillation compares outputs so."""
+    """What `forward` gives: "softmax" or "sigmoid" logits in the last dimension, or "values". Distillation asks."""
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -106,8 +106,10 @@ class Task(ABC):
         return {"loss": sum(losses) / len(losses)}
 
     def weight(self, batch: Any) -> float:
-        """Return how much `batch` counts beside others in one optimiser step: how many examples (tokens, frames) its mean
-        loss is over. With 1, the default, all batches count alike."""
+        """Return how much `batch` counts beside others: how many examples (tokens, frames) its mean loss is over.
+
+        With 1, the default, all batches of an optimiser step count alike.
+        """
         return 1.0
 
     def examples(self, split: str) -> int | None:

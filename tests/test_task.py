@@ -58,6 +58,7 @@ def test_load_from_file_and_default_evaluate(file: Path) -> None:
     # batches of 1s and 2s against 0: (3^2 + 6^2) / 2
     assert task.evaluate(model, "valid") == {"loss": pytest.approx(22.5)}
     assert task.examples("valid") is None
+    assert task.weight(next(iter(task.batches("train")))) == 1
     with pytest.raises(TaskError, match="no published network"):
         task.published()
 
@@ -172,6 +173,7 @@ def test_every_builtin_says_what_it_measures(name: str) -> None:
     assert not getattr(cls, "__abstractmethods__", ())
     assert cls.measures.endswith(".")
     assert cls.chance
+    assert cls.output_kind in ("softmax", "sigmoid", "values")
 
 
 def test_evaluating_restores_the_modes_it_found() -> None:

@@ -89,6 +89,10 @@ class SequenceTask(Task):
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         return cast(Tensor, model(batch.x))
 
+    def weight(self, batch: Batch) -> float:
+        """Return the number of sequences in the batch; they are equally long, unless a subclass says otherwise."""
+        return float(len(batch.x))
+
 
 def shuffled(count: int, size: int, seed: int) -> Iterator[Tensor]:
     """Yield the numbers below `count` in an order that follows from `seed`, `size` at a time."""

@@ -195,9 +195,10 @@ def test_split_of_is_the_documented_hash() -> None:
     assert split_of("test") == ("test" if part < 5 else "valid" if part < 10 else "train")
 
 
-def test_padding_changes_nothing() -> None:
+@pytest.mark.parametrize("cell", ["gru", "lstm", "kru-gru", "kru-lstm", "kru-rnn"])
+def test_padding_changes_nothing(cell: str) -> None:
     torch.manual_seed(0)
-    model = G2PNetwork(hidden=10).double()
+    model = G2PNetwork(hidden=16, cell=cell, factors="2*(4x4,4x4)").double()
     pairs = [(spell(word), tuple(range(4, 4 + n))) for word, n in [("a", 1), ("abcdefgh", 9), ("abc", 4), ("zz", 12)]]
     task = G2PEn()
     together = _collate(pairs)
@@ -210,6 +211,9 @@ def test_padding_changes_nothing() -> None:
         total += task.loss(expected, alone) * expected.shape[1]
     count = sum(len(phonemes) + 1 for _, phonemes in pairs)
     torch.testing.assert_close(task.loss(logits, together), total / count, rtol=0, atol=1e-12)
+    assert task.weight(together) == count
+    words = ["a", "abcdefgh", "abc", "zz"]
+    assert predict(model, words) == [answer for word in words for answer in predict(model, [word])]
 
 
 def test_a_few_steps_learn() -> None:
