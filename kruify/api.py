@@ -9,11 +9,13 @@ from pathlib import Path
 
 from torch import nn
 
+from kruify.calibrate import calibrate
 from kruify.checkpoint import Checkpoint, metadata_for, read, write_safetensors
 from kruify.convert import Conversion, Progress, convert_module, load_tensors, plan_of, swap
 from kruify.errors import PlanError, UsageError
 from kruify.locate import Located, RecurrentLayer, locate
 from kruify.plan import Plan, make_plan
+from kruify.task import Task
 
 Path_ = str | PathLike[str]
 
@@ -79,6 +81,7 @@ def convert(
     skip: Sequence[str] = (),
     overrides: Mapping[str, str] | None = None,
     plan: Plan | None = None,
+    task: Task | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, Conversion]:
@@ -88,13 +91,15 @@ def convert(
         factors: spec of the recurrent matrices (kruify.factors); `plan` overrules all specs and patterns.
         input_factors: spec of the input matrices W_ih; None leaves them dense.
         only, skip, overrides: patterns, see `kruify.plan.make_plan`.
+        task: run the dense model on its calibration batches first, and fit what its activations make of the error.
 
     Raises:
         UsageError: the model has no recurrent layer, or a spec or pattern does not fit.
     """
     if plan is None:
         plan = make_plan(found(locate(model), type(model).__name__), factors, input_factors, only, skip, overrides)
-    return convert_module(model, plan, seed=seed, progress=progress)
+    moments = None if task is None else calibrate(model, task, seed=seed)
+    return convert_module(model, plan, moments=moments, seed=seed, progress=progress)
 
 
 def found(located: Located, where: object) -> list[RecurrentLayer]:

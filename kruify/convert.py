@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kruify.calibrate import Moments, bias_correction
 from kruify.checkpoint import LazyTensor
 from kruify.decompose import Fit, fit
 from kruify.errors import CorruptError, PlanError
@@ -46,6 +48,7 @@ class GateResult:
     energy: float
     energy_null: float
     relative_error: float
+    energy_weighted: float | None = None  # 1 - E||(W - K) h||^2 / E||W h||^2, of a calibrated fit
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,16 @@ def convert_tensors(
     plan: Plan,
     located: Located,
     *,
+    moments: Mapping[str, Moments] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Conversion:
     """Decomposes every matrix that the plan names; all other tensors are handed on untouched.
+
+    Args:
+        moments: full weight name -> moments of what the matrix is applied to (kruify.calibrate). With them the fit
+            minimises the error of the output, E||(W - K) h||^2, and the bias beside the matrix takes up (W - K) E[h];
+            a layer without bias gets none. Matrices that are not named are fitted unweighted.
 
     Raises:
         PlanError: a layer or a matrix of the plan is not in the tensors, or has another size.
@@ -78,7 +87,14 @@ def convert_tensors(
     for done, (layer, weight, structures) in enumerate(todo, 1):
         name = layer.full_name(weight)
         dense = _load(converted.pop(name))
-        matrix, fits = decompose_matrix(dense, structures, name, seed)
+        known = (moments or {}).get(name)
+        covariance = None if known is None else known.covariance if layer.bias else known.second
+        matrix, fits = decompose_matrix(dense, structures, name, covariance=covariance, seed=seed)
+        if known is not None and layer.bias:
+            bias_name = layer.full_name(weight.replace("weight", "bias"))
+            bias = _load(converted[bias_name])
+            correction = bias_correction(dense, matrix.to_dense(), known.mean)
+            converted[bias_name] = (bias.double() + correction.to(bias.device)).to(bias.dtype)
         for entry, value in matrix.state_dict().items():
             converted[f"{name}.{entry}"] = value
         results += _results(layer, name, structures, fits)
@@ -89,14 +105,14 @@ def convert_tensors(
 
 
 def decompose_matrix(
-    dense: Tensor, structures: Structures, name: str, seed: int = 0
+    dense: Tensor, structures: Structures, name: str, *, covariance: Tensor | None = None, seed: int = 0
 ) -> tuple[KroneckerMatrix, list[Fit]]:
     """One stacked weight (gates * rows, cols) -> its `KroneckerMatrix` in the dtype of the weight, one `Fit` a gate."""
     rows, cols = structures[0].rows, structures[0].cols
     if tuple(dense.shape) != (rows * len(structures), cols):
         raise PlanError(f"the plan is made for {rows}x{cols} gates, the tensor is {tuple(dense.shape)}", name)
     gates = dense.reshape(len(structures), rows, cols)
-    fits = [fit(gate, s, seed=seed) for gate, s in zip(gates, structures, strict=True)]
+    fits = [fit(gate, s, covariance=covariance, seed=seed) for gate, s in zip(gates, structures, strict=True)]
     matrix = KroneckerMatrix(structures, dtype=dense.dtype)
     assign(matrix, fits)
     return matrix, fits
@@ -196,12 +212,18 @@ def swap(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def convert_module(
-    model: nn.Module, plan: Plan, *, seed: int = 0, progress: Progress | None = None
+    model: nn.Module,
+    plan: Plan,
+    *,
+    moments: Mapping[str, Moments] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> tuple[nn.Module, Conversion]:
     """A copy of `model` with the plan's layers decomposed and swapped; the original is untouched."""
     located = Located([item.layer for item in plan.layers], [])
     with torch.no_grad():
-        conversion = convert_tensors(model.state_dict(), plan, located, seed=seed, progress=progress)
+        tensors = model.state_dict()
+        conversion = convert_tensors(tensors, plan, located, moments=moments, seed=seed, progress=progress)
         converted = swap(copy.deepcopy(model), plan)
         load_tensors(converted, conversion.tensors)
     return converted, conversion
@@ -314,6 +336,7 @@ def _results(layer: RecurrentLayer, name: str, structures: Structures, fits: lis
             energy=f.energy,
             energy_null=f.energy_null,
             relative_error=f.relative_error,
+            energy_weighted=None if math.isnan(f.energy_weighted) else f.energy_weighted,
         )
         for gate, s, f in zip(layer.gates, structures, fits, strict=True)
     ]

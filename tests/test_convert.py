@@ -17,6 +17,7 @@ from kruify.errors import CorruptError, PlanError, UsageError
 from kruify.layers import KRULSTM, KRURNNCell
 from kruify.locate import locate
 from kruify.plan import make_plan
+from kruify.task import Task
 
 F64 = torch.float64
 CLASSES = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
@@ -115,6 +116,47 @@ def test_the_account_is_exact() -> None:
         assert gate.relative_error == pytest.approx((1 - kept) ** 0.5, abs=1e-12)
         assert 0 < gate.energy_null < 1
         assert (gate.parameters_before, gate.parameters_after) == (64, 20)
+
+
+class States(Task):
+    """Random inputs to a bare layer: something to calibrate on."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def model(self) -> nn.Module:
+        return self.layer
+
+    def batches(self, split: str, *, seed: int = 0) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [2 * torch.randn(12, 16, 5, dtype=F64, generator=generator) + 1 for _ in range(4)]
+
+    def forward(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return model(batch)[0]
+
+    def loss(self, outputs: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        return outputs.square().mean()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_calibrated_conversion_errs_less_where_it_matters(kind: str, bias: bool) -> None:
+    """E||(W - K) h + b - b'||^2 over the states that the dense layer really takes is lower than without weights."""
+    dense = CLASSES[kind](5, 8, bias=bias, dtype=F64)
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.mul_(3)  # states far from isotropic
+    task = States(dense)
+    h = torch.cat([dense(x)[0][:-1].reshape(-1, 8) for x in task.batches("train")]).detach()
+
+    def output_error(**options: Task) -> float:
+        converted, _ = kruify.convert(dense, "4x4,2x2", **options)
+        error = h @ (dense.weight_hh_l0 - converted.weight_hh_l0.to_dense()).T
+        if bias:
+            error = error + dense.bias_hh_l0 - converted.bias_hh_l0
+        return error.square().sum().item()
+
+    assert output_error(task=task) < 0.97 * output_error()
 
 
 def test_a_trained_rnn_keeps_its_norm_in_a_separate_scale() -> None:
