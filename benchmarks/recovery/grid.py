@@ -31,21 +31,25 @@ TASKS: dict[str, TaskSetup] = {
         "g2p-en", 256, {"epochs": 12, "lr": 3e-3}, {"epochs": 12, "lr": 2e-3}, lambda h: f"g2p-en:hidden={h}"
     ),
     "jsb": TaskSetup(
-        "jsb-chorales",
+        "jsb:hidden=256,cell=gru,dropout=0.4",
         256,
         {"epochs": 75, "lr": 4e-3},
         {"epochs": 40, "lr": 2e-3},
-        lambda h: f"jsb-chorales:hidden={h}",
+        lambda h: f"jsb:hidden={h},cell=gru,dropout=0.4",
     ),
     "fashion": TaskSetup(
-        "fashion-mnist",
+        "fashion-mnist-rows:hidden=128,cell=lstm",
         128,
         {"epochs": 8, "lr": 3e-3},
         {"epochs": 8, "lr": 2e-3},
-        lambda h: f"fashion-mnist:hidden={h}",
+        lambda h: f"fashion-mnist-rows:hidden={h},cell=lstm",
     ),
     "kjv": TaskSetup(
-        "kjv-chars", 512, {"epochs": 4, "lr": 3e-3}, {"epochs": 4, "lr": 2e-3}, lambda h: f"kjv-chars:hidden={h}"
+        "king-james:hidden=512,cell=lstm",
+        512,
+        {"epochs": 4, "lr": 3e-3},
+        {"epochs": 4, "lr": 2e-3},
+        lambda h: f"king-james:hidden={h},cell=lstm",
     ),
 }
 
@@ -53,13 +57,13 @@ Spec = Callable[[int, float], str]  # (hidden units, how many times smaller) -> 
 
 
 def low_rank(h: int, times: float) -> str:
-    return f"{max(1, round(h / (2 * times)))}*({h}x1,1x{h})"
+    return f"{max(1, int(h / (2 * times)))}*({h}x1,1x{h})"
 
 
 def kronecker(h: int, times: float) -> str:
-    """Balanced factors, as many products as the budget holds."""
+    """Balanced factors, as many products as the budget holds, never more."""
     a, b = balanced(h)
-    return f"{max(1, round(h * h / times / (a * a + b * b)))}*({a}x{a},{b}x{b})"
+    return f"{max(1, int(h * h / times / (a * a + b * b)))}*({a}x{a},{b}x{b})"
 
 
 def kronecker_low_rank(h: int, times: float) -> str:

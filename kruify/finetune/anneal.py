@@ -9,7 +9,7 @@ has to give up.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,12 @@ class _Item:
         """Blocks of one gate if it were dense."""
         return self.matrix.rows // self.overlay.values.shape[1] * self.matrix.cols
 
+    def gate(self) -> Tensor:  # (blocks,) int64
+        return (self.overlay.index[:, 0] // self.matrix.rows).long()
+
     def counts(self) -> list[int]:
-        gate = self.overlay.index[:, 0] // self.matrix.rows
-        return torch.bincount(gate.long(), minlength=self.matrix.gates).tolist()
+        counts: list[int] = torch.bincount(self.gate(), minlength=self.matrix.gates).tolist()
+        return counts
 
 
 class OverlayAnnealing:
@@ -48,10 +51,14 @@ class OverlayAnnealing:
         dense: the dense network's state dict; matrices that it does not hold are left alone.
         start: share of a gate's entries that its overlay begins with, 1 for all.
         until: progress in [0, 1] at which the final size is reached.
+        pooled: all gates of all matrices compete for the same blocks, instead of each keeping the number that its
+            structure says; the structures say in the end what became of it. The total is the same.
     """
 
-    def __init__(self, model: nn.Module, dense: Mapping[str, Tensor], start: float, until: float) -> None:
-        self.start, self.until, self.dense = start, until, dense
+    def __init__(
+        self, model: nn.Module, dense: Mapping[str, Tensor], start: float, until: float, pooled: bool = False
+    ) -> None:
+        self.start, self.until, self.dense, self.pooled = start, until, dense, pooled
         self.items = [
             _Item(name, module, module.overlay, tuple(s.sparse_blocks for s in module.structures))
             for name, module in model.named_modules()
@@ -61,6 +68,8 @@ class OverlayAnnealing:
     @property
     def done(self) -> bool:
         """Whether every overlay has its final size."""
+        if self.pooled:
+            return sum(sum(item.counts()) for item in self.items) == sum(sum(item.final) for item in self.items)
         return all(item.counts() == list(item.final) for item in self.items)
 
     @torch.no_grad()
@@ -94,18 +103,61 @@ class OverlayAnnealing:
 
     @torch.no_grad()
     def prune(self, progress: float, optimizer: torch.optim.Optimizer, average: Average | None) -> None:
-        """Drop the weakest blocks of every gate that has more than `progress` allows, from the optimiser too."""
-        for item in self.items:
-            wanted, overlay = self.wanted(item, progress), item.overlay
-            if all(have <= want for have, want in zip(item.counts(), wanted, strict=True)):
+        """Drop the weakest blocks beyond what `progress` allows, from the optimiser too."""
+        have = [item.counts() for item in self.items]
+        wanted = [self.wanted(item, progress) for item in self.items]
+        if self.pooled:
+            if sum(map(sum, have)) <= sum(map(sum, wanted)):
+                return
+            wanted = self._pool(sum(map(sum, wanted)))
+        for item, now, then in zip(self.items, have, wanted, strict=True):
+            if all(a <= b for a, b in zip(now, then, strict=True)):
                 continue
-            keep = strongest(overlay.values, overlay.index[:, 0] // item.matrix.rows, wanted)
+            overlay = item.overlay
+            keep = strongest(overlay.values, item.gate(), then)
             old = overlay.values
             overlay.values = nn.Parameter(old.detach()[keep].clone())
             overlay.index = overlay.index[keep].contiguous()
             _replace(optimizer, old, overlay.values, keep)
             if average is not None:
                 average.shadow[item.parameter] = average.shadow[item.parameter][keep].clone()
+        self.settle()
+
+    def _pool(self, total: int) -> list[list[int]]:
+        """How many of the `total` strongest blocks of all overlays each gate holds, at least one."""
+        # Norms a number, so that blocks of different heights compare.
+        norms = [item.overlay.values.square().mean(1) for item in self.items]
+        order = torch.cat(norms).sort(descending=True, stable=True).indices
+        # The first of every gate is safe: a structure that is an overlay alone must not end up empty.
+        offset, gates, first = 0, [], []
+        for item, norm in zip(self.items, norms, strict=True):
+            gate = item.gate()
+            for g in range(item.matrix.gates):
+                mine = (gate == g).nonzero().squeeze(1)
+                if not len(mine):
+                    continue
+                first.append(int(mine[norm[mine].argmax()]) + offset)
+            gates.append(gate)
+            offset += len(norm)
+        safe = torch.zeros(offset, dtype=torch.bool, device=order.device)
+        safe[first] = True
+        kept = torch.zeros_like(safe)
+        kept[torch.cat([order[safe[order]], order[~safe[order]]])[:total]] = True
+        counts, offset = [], 0
+        for item, gate in zip(self.items, gates, strict=True):
+            mine = kept[offset : offset + len(gate)]
+            counts.append(torch.bincount(gate[mine], minlength=item.matrix.gates).tolist())
+            offset += len(gate)
+        return counts
+
+    def settle(self) -> None:
+        """Let the structures say how many blocks each gate has, once pooled overlays have their final size."""
+        if not (self.pooled and self.done):
+            return
+        for item in self.items:
+            item.matrix.structures = tuple(
+                replace(s, sparse_blocks=n) for s, n in zip(item.matrix.structures, item.counts(), strict=True)
+            )
 
 
 def strongest(

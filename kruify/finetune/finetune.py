@@ -110,5 +110,6 @@ def annealing_of(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) ->
     """None where there is nothing to anneal: no overlay, or no dense matrix to begin from."""
     if teacher is None or not recipe.overlay_start:
         return None
-    annealing = OverlayAnnealing(model, teacher.state_dict(), recipe.overlay_start, recipe.overlay_until)
+    dense = teacher.state_dict()
+    annealing = OverlayAnnealing(model, dense, recipe.overlay_start, recipe.overlay_until, recipe.overlay_pooled)
     return annealing if annealing.items else None

@@ -43,6 +43,8 @@ class Recipe:
         overlay_start: share of a matrix that its sparse overlay begins with, where the dense matrix is known from the
             teacher; it is pruned to its own size while training. 0 leaves overlays as they are.
         overlay_until: share of the last phase after which overlays have their size.
+        overlay_pooled: the blocks of all annealed overlays compete with each other, so that gates and layers that
+            need more of them get more, instead of equally many a gate.
         save_seconds: how often the state is written to the `resume` folder, apart from every end of an epoch.
         save_steps: the same in optimiser steps; 0 for by the clock alone.
     """
@@ -71,6 +73,7 @@ class Recipe:
     warm_epochs: float = 0.0
     overlay_start: float = 0.0
     overlay_until: float = 0.6
+    overlay_pooled: bool = False
     save_seconds: float = 60.0
     save_steps: int = 0
 

@@ -114,9 +114,7 @@ class Trainer:
                 saved = None
             self._save()
         if self.best is not None:
-            if self.annealing is not None:
-                self.annealing.fit_shapes(self.best["state"])
-            self.model.load_state_dict(self.best["state"])
+            self._load(self.best["state"])
         return FinetuneResult(
             model=self.model,
             history=self.history,
@@ -134,8 +132,9 @@ class Trainer:
             raise UsageError(f"the network has no parameters to train in phase '{phase.name}'", "fine-tuning")
         trained = {id(p) for g in param_groups for p in g["params"]}
         frozen = [p for p in self.model.parameters() if p.requires_grad and id(p) not in trained]
-        fused = all(p.is_floating_point() for g in param_groups for p in g["params"])
-        self.optimizer = torch.optim.AdamW(param_groups, lr=phase.lr, fused=fused)
+        # Not fused: torch's fused step changes parameters without counting a version, on which caches of merged
+        # weights rely.
+        self.optimizer = torch.optim.AdamW(param_groups, lr=phase.lr, foreach=True)
         if saved is not None and saved["optimizer"] is not None:
             self.optimizer.load_state_dict(saved["optimizer"])
         try:
@@ -333,14 +332,19 @@ class Trainer:
         ):
             setattr(self, name, saved[name])
         self._skipped, self.seconds_before = saved["skipped"], saved["seconds"]
-        if self.annealing is not None:
-            self.annealing.fit_shapes(saved["model"])
-        self.model.load_state_dict(saved["model"])
+        self._load(saved["model"])
         if self.recipe.ema:
             self.average = Average(self.model, self.recipe.ema)
             self.average.updates = saved["average"]["updates"]
             self.average.shadow = {n: t.to(self.processes.device) for n, t in saved["average"]["shadow"].items()}
         return saved
+
+    def _load(self, state: dict[str, Tensor]) -> None:
+        if self.annealing is not None:
+            self.annealing.fit_shapes(state)
+        self.model.load_state_dict(state)
+        if self.annealing is not None:
+            self.annealing.settle()
 
     # ------------------------------------------------------------------ where the run stands
 

@@ -8,6 +8,7 @@ from tiny import LayeredDelay
 from torch import nn
 
 from kruify.api import convert
+from kruify.convert import plan_of, swap
 from kruify.finetune import finetune
 from kruify.finetune.anneal import OverlayAnnealing, strongest
 from kruify.finetune.ema import Average
@@ -101,3 +102,25 @@ def test_without_a_teacher_overlays_are_left_alone() -> None:
     index = copy.deepcopy(student.rnn.weight_hh_l0.overlay.index)
     finetune(student, task, epochs=1, lr=1e-2, overlay_start=1.0, device="cpu")
     assert torch.equal(student.rnn.weight_hh_l0.overlay.index, index)
+
+
+def test_pooled_overlays_share_their_blocks() -> None:
+    task, teacher, _ = converted()
+    with torch.no_grad():
+        teacher.rnn.weight_hh_l1[8:16].mul_(5)  # one gate has far larger entries
+    student = convert(teacher, "sparse:12.5%:2")[0]
+    total, before = sum(blocks(student)), copy.deepcopy(student)
+    result = finetune(
+        student, task, teacher=teacher, epochs=3, lr=1e-3, overlay_start=1.0, overlay_pooled=True, device="cpu"
+    )
+    assert sum(blocks(result.model)) == total
+    matrix = result.model.rnn.weight_hh_l1
+    counts = [s.sparse_blocks for s in matrix.structures]
+    gate = matrix.overlay.index[:, 0] // matrix.rows
+    assert counts == torch.bincount(gate, minlength=3).tolist()
+    assert counts[1] > 2 * max(counts[0], counts[2]) and min(counts) >= 1
+    # A file holds what the structures say: a network built from them takes the weights.
+    rebuilt = swap(task.model(), plan_of(result.model))
+    rebuilt.load_state_dict(result.model.state_dict())
+    assert task.evaluate(rebuilt, "valid") == result.metrics
+    assert [s.sparse_blocks for s in before.rnn.weight_hh_l1.structures] == [4, 4, 4]

@@ -147,9 +147,17 @@ def test_teacher_of_another_size() -> None:
     assert result.steps == 12
 
 
-def test_all_phases_resume_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pooled", [False, True])
+def test_all_phases_resume_to_the_same_bits(tmp_path: Path, pooled: bool) -> None:
     task, teacher, student = pair(spec="2*(4x4,2x2)+sparse:10%")
-    options: dict[str, Any] = {**QUICK, "heal_epochs": 0.5, "warm_epochs": 1, "overlay_start": 1.0, "ema": 0.9}
+    options: dict[str, Any] = {
+        **QUICK,
+        "overlay_pooled": pooled,
+        "heal_epochs": 0.5,
+        "warm_epochs": 1,
+        "overlay_start": 1.0,
+        "ema": 0.9,
+    }
 
     class Stop(Exception):
         pass
