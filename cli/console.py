@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -105,4 +106,6 @@ def _console(file: Any) -> Console:
     from rich.console import Console
 
     console = Console(file=file)
-    return console if console.is_terminal else Console(file=file, width=WIDTH)
+    if console.is_terminal or "COLUMNS" in os.environ:
+        return console
+    return Console(file=file, width=WIDTH)

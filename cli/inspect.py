@@ -68,10 +68,15 @@ def _show(out: Output, model: str, inspection: Inspection) -> None:
     from rich.table import Table
 
     layers = _layers(inspection)
-    table = Table(title=f"{model}: {inspection.format}, {inspection.parameters:,} parameters", title_justify="left")
+    table = Table(
+        title=f"{model}: {inspection.format}, {inspection.parameters:,} parameters",
+        title_justify="left",
+        caption="parameters in recurrent matrices (W_hh) and input matrices (W_ih); share of W_hh in the whole model",
+        caption_justify="left",
+    )
     for heading in ("layer", "kind", "sizes"):
         table.add_column(heading)
-    for heading in ("W_hh parameters", "W_ih parameters", "W_hh of all"):
+    for heading in ("recurrent", "input", "of all"):
         table.add_column(heading, justify="right")
     for layer in layers:
         share = layer["recurrent_parameters"] / max(1, inspection.parameters)

@@ -1,0 +1,152 @@
+"""Every failure: one sentence on stderr, the documented exit code, nothing written."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import kruify.api
+
+
+class Payload:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("executed",)
+
+
+def one_sentence(result, exit_code: int) -> str:
+    assert result.exit_code == exit_code, (result.exit_code, result.stderr)
+    assert result.stdout == ""
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("kruify: ")
+    return line
+
+
+def test_wrong_files(folder, run):
+    torch.save({"x": Payload()}, "unsafe.pt")
+    Path("text.pt").write_text("not a checkpoint")
+    Path("empty.pt").touch()
+    Path("cut.pt").write_bytes(Path("model.pt").read_bytes()[:-200])
+    Path("old.pkl").write_bytes(pickle.dumps([1, 2]))
+    torch.save({"w": torch.zeros(3)}, "plain.pt")
+    before = sorted(folder.iterdir())
+    for name, code in {
+        "missing.pt": 2, ".": 2, "plain.pt": 2, "unsafe.pt": 3, "text.pt": 4, "empty.pt": 4, "cut.pt": 4,
+    }.items():  # fmt: skip
+        line = one_sentence(run("convert", name, "--factors", "2x2"), code)
+        assert name in line
+    assert sorted(folder.iterdir()) == before
+
+
+def test_newer_schema_is_refused(folder, run):
+    from kruify.checkpoint import write_safetensors
+
+    write_safetensors("new.safetensors", {"w": torch.zeros(2)}, {"kruify.schema": "999", "kruify.plan": "{}"})
+    assert "999" in one_sentence(run("inspect", "new.safetensors"), 5)
+
+
+def test_missing_key(folder, run):
+    state = torch.load("model.pt")
+    torch.save({"generator": state, "discriminator": state}, "two.pt")
+    line = one_sentence(run("inspect", "two.pt"), 2)
+    assert "--key" in line
+    assert run("inspect", "two.pt", "--key", "generator").exit_code == 0
+    assert "nobody" in one_sentence(run("inspect", "two.pt", "--key", "nobody"), 2)
+
+
+def test_shape_mismatch_with_the_task(folder, run):
+    state = torch.load("model.pt")
+    torch.save({**state, "out.weight": torch.zeros(2, 9)}, "other.pt")
+    result = run("evaluate", "other.pt", "--task", "task.py:Echo", "--json")
+    assert "out.weight" in result.stderr
+    assert result.exit_code == 4
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        ("task.py:Nobody", 'there is no class "Nobody"'),
+        ("task.py:NotATask", "is not a Task"),
+        ("task.py", "the class is missing"),
+        ("missing.py:Echo", "there is no such task file"),
+        ("g2p-fr", "there is no such task"),
+        ("task.py:Broken", "the task failed: RuntimeError: no data today"),
+    ],
+)
+def test_task_that_cannot_be_had(task, sentence, folder, run):
+    result = run("evaluate", "model.pt", "--task", task)
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+
+
+def test_report_of_a_file_without_recurrent_layers(folder, run):
+    torch.save({"w": torch.zeros(3)}, "plain.pt")
+    assert "plain.pt" in one_sentence(run("report", "model.pt", "plain.pt"), 2)
+
+
+def test_a_bug_is_called_a_bug(folder, run, monkeypatch):
+    def explode(checkpoint: object) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(kruify.api, "inspect_checkpoint", explode)
+    line = one_sentence(run("inspect", "model.pt"), 1)
+    assert "this is a bug in kruify: ZeroDivisionError: by zero" in line
+    monkeypatch.setenv("KRUIFY_DEBUG", "1")
+    assert "Traceback" in run("inspect", "model.pt").stderr
+
+
+def test_usage_of_click(run):
+    assert run("inspect").exit_code == 2
+    assert run("bananas").exit_code == 2
+    assert run("evaluate", "model.pt").exit_code == 2
+
+
+def test_subprocess_end_to_end(folder):
+    def kruify(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "kruify", *arguments], capture_output=True, text=True, check=False)
+
+    done = kruify("convert", "model.pt", "--factors", "2x2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == "model.kru.safetensors"
+    assert done.stderr == ""  # no progress where stderr is no terminal
+    wrong = kruify("convert", "model.pt", "--factors", "3x3")
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr
+
+
+def test_interrupt_leaves_nothing_behind(folder):
+    Path("slow.py").write_text(
+        Path("task.py").read_text() + "\n\nclass Slow(Echo):\n    def loss(self, outputs, batch):\n"
+        "        import pathlib, time\n        pathlib.Path('started').touch()\n        time.sleep(60)\n"
+    )
+    command = [sys.executable, "-m", "kruify", "finetune", "model.pt", "--task", "slow.py:Slow", "-o", "o.safetensors"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not Path("started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130, stderr
+    assert "interrupted" in stderr
+    assert {p.name for p in folder.iterdir()} - {"__pycache__"} == {"model.pt", "task.py", "slow.py", "started"}
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from kruify.cli.main import cli; cli(['--help'], standalone_mode=False); "
+    code += "sys.exit('torch' in sys.modules or 'rich' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Exit codes" in done.stdout
+
+
+def test_the_function_convert_is_not_hidden_by_the_module_convert():
+    code = "import kruify.convert, kruify; assert callable(kruify.convert); assert not hasattr(kruify, 'nonsense')"
+    subprocess.run([sys.executable, "-c", code], check=True)
