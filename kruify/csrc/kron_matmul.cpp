@@ -96,5 +96,6 @@ Gradients kron_matmul_backward(const Tensor& grad, const Tensor& x, const std::v
 
 STABLE_TORCH_LIBRARY_IMPL(kruify, CPU, m) {
   m.impl("kron_matmul", TORCH_BOX(&kruify::kron_matmul));
+  m.impl("kron_matmul_forward", TORCH_BOX(&kruify::kron_matmul));
   m.impl("kron_matmul_backward", TORCH_BOX(&kruify::kron_matmul_backward));
 }

@@ -219,5 +219,6 @@ Gradients recurrence_backward(const Optional& grad_out, const Optional& grad_h, 
 
 STABLE_TORCH_LIBRARY_IMPL(kruify, CPU, m) {
   m.impl("recurrence", TORCH_BOX(&kruify::recurrence));
+  m.impl("recurrence_forward", TORCH_BOX(&kruify::recurrence));
   m.impl("recurrence_backward", TORCH_BOX(&kruify::recurrence_backward));
 }

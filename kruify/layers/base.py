@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from kruify.errors import UsageError
 from kruify.factors import Structure, parse
-from kruify.layers import dense, dispatch, reference
+from kruify.layers import dense, dispatch, kernel, reference
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.layers.steps import GATES, State, make_step
 
@@ -44,7 +44,9 @@ def build_weight(
             + ", ".join(f"{s.rows}x{s.cols}" for s in structures),
             name,
         )
-    return KroneckerMatrix(structures, device, dtype)
+    matrix = KroneckerMatrix(structures, device, dtype)
+    kernel.form_of(matrix)  # planned once, here: torch.compile could not trace it
+    return matrix
 
 
 def apply_weight(weight: KroneckerMatrix | Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -206,8 +208,11 @@ class KRUBase(nn.Module):
         if hx is not None and sorted_indices is not None:
             state = tuple(s.index_select(1, sorted_indices) for s in state)
         steps = batch_sizes.tolist()
-        if self._pick(len(steps), steps[0], data) == "dense":
+        path = self._pick(len(steps), steps[0], data)
+        if path == "dense":
             output, state = dense.run_packed(self, data, batch_sizes, state)
+        elif path == "kernel":
+            output, state = self._run_layers(data, batch_sizes, state)
         else:
             output, state = self._run_layers(data, steps, state)
         if unsorted_indices is not None:
@@ -218,18 +223,34 @@ class KRUBase(nn.Module):
         steps, batch = x.shape[:2]
         if steps == 0 or batch == 0:
             return x.new_zeros(steps, batch, self.output_size * self.num_directions), state
-        if self._pick(steps, batch, x) == "dense":
+        path = self._pick(steps, batch, x)
+        if path == "dense":
             return dense.run_padded(self, x, state)
-        output, state = self._run_layers(x.reshape(steps * batch, -1), [batch] * steps, state)
+        batch_sizes = torch.full((steps,), batch) if path == "kernel" else [batch] * steps
+        output, state = self._run_layers(x.reshape(steps * batch, -1), batch_sizes, state)
         return output.reshape(steps, batch, -1), state
 
+    @property
+    def kernel_kind(self) -> str:
+        """The kind as the operators name it."""
+        return f"rnn_{self.nonlinearity}" if self.kind == "rnn" else self.kind
+
     def _pick(self, steps: int, batch: int, x: Tensor) -> str:
-        return self.backend if self.backend != "auto" else dispatch.pick(self, steps, batch, x)
+        if self.backend == "auto":
+            return dispatch.pick(self, steps, batch, x)
+        if self.backend == "kernel" and not dispatch.kernel_serves(self, x):
+            raise UsageError(
+                "the compiled kernels need Kronecker recurrent matrices, no projection, and float32 or float64 on a"
+                f" device they were built for, got {x.dtype} on {x.device.type}",
+                type(self).__name__,
+                "backend='auto' picks a path that works",
+            )
+        return self.backend
 
     def _run_layers(
         self,
         data: Tensor,  # (sum of batch_sizes, features), packed
-        batch_sizes: list[int],
+        batch_sizes: list[int] | Tensor,  # a tensor asks for the compiled kernels
         state: State,  # each (layers * directions, batch, size)
     ) -> tuple[Tensor, State]:
         finals: list[State] = []
@@ -246,9 +267,11 @@ class KRUBase(nn.Module):
         return data, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
 
     def _run_direction(
-        self, data: Tensor, batch_sizes: list[int], state: State, layer: int, direction: int
+        self, data: Tensor, batch_sizes: list[int] | Tensor, state: State, layer: int, direction: int
     ) -> tuple[Tensor, State]:
         w = self.weights(layer, direction)
+        if isinstance(batch_sizes, Tensor):
+            return kernel.run_direction(w, self.kernel_kind, data, batch_sizes, state, reverse=direction == 1)
         weight_hh = w["weight_hh"]
         gates_x = apply_weight(w["weight_ih"], data, w["bias_ih"])  # type: ignore[arg-type]
         matrix = weight_hh if isinstance(weight_hh, KroneckerMatrix) else lambda h: F.linear(h, weight_hh)  # type: ignore[arg-type]

@@ -22,6 +22,9 @@ def load() -> str | None:
     else:
         try:
             torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
+            for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+                if torch._C._dispatch_has_kernel_for_dispatch_key("kruify::recurrence", key):
+                    _devices.add(device)
             return None
         except (OSError, RuntimeError) as error:
             reason = f"{LIBRARY.name} does not load: {error}"
@@ -34,10 +37,12 @@ def load() -> str | None:
     return reason
 
 
+_devices: set[str] = set()  # kinds of device that the loaded library has kernels for
+
+
 def has_kernel(device_type: str) -> bool:
     """Whether a compiled kernel serves tensors on this kind of device."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("kruify::recurrence", key)
+    return device_type in _devices
 
 
 def backend_info() -> dict[str, object]:

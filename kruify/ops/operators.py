@@ -35,6 +35,9 @@ SCHEMAS = {
 }
 
 _torch: Any = torch  # torch.library and torch._check carry no types
+# The same without derivatives: registering any for an operator costs every call of it a round trip through Python.
+SCHEMAS |= {f"{name}_forward": SCHEMAS[name] for name in ("merge", "kron_matmul", "recurrence")}
+
 _definitions = _torch.library.Library("kruify", "DEF")
 for _name, _schema in SCHEMAS.items():
     _definitions.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -42,7 +45,13 @@ library.load()
 
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return _torch.library.register_fake(name)  # type: ignore[no-any-return]
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _torch.library.register_fake(name)(function)
+        if f"{name}_forward".removeprefix("kruify::") in SCHEMAS:
+            _torch.library.register_fake(f"{name}_forward")(function)
+        return function
+
+    return register
 
 
 def _fallback(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -50,6 +59,8 @@ def _fallback(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _definitions.impl(name, function, "CompositeExplicitAutograd")
+        if f"{name}_forward" in SCHEMAS:
+            _definitions.impl(f"{name}_forward", function, "CompositeExplicitAutograd")
         return function
 
     return register

@@ -1,0 +1,122 @@
+"""The compiled path: a `KroneckerMatrix` and one layer and direction, turned into one operator call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kruify.layers.matrix import KroneckerMatrix
+from kruify.layers.steps import State
+from kruify.ops import Layout, TermLayout, has_kernel
+from kruify.ops.stages import TermPlan, plan
+
+Weights = dict[str, KroneckerMatrix | Tensor | None]
+_CACHE = "_kernel_form"  # attribute of a KroneckerMatrix
+
+
+@dataclass
+class Form:
+    """What the operators need to know of a matrix, and the merged stages of its last use without derivatives."""
+
+    layout: list[int]
+    plans: list[TermPlan]
+    cost: float  # vector multiply-adds of one product with one vector
+    key: tuple[int, ...] = ()
+    stages: list[Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"key": (), "stages": None}  # copies and pickles merge anew
+
+
+def form_of(matrix: KroneckerMatrix) -> Form:
+    form: Form | None = matrix.__dict__.get(_CACHE)
+    if form is None:
+        plans, terms = [], []
+        for module in matrix.term_list():
+            plans.append(plan(module.term.factors, len(module.gates) * module.term.rank))
+            terms.append(TermLayout(len(plans[-1].groups), module.gates))
+        layout = Layout(matrix.gates, matrix.rows, matrix.cols, matrix.diagonal_gates, tuple(terms))
+        overlay = 0 if matrix.overlay is None else matrix.overlay.values.shape[0]
+        cost = sum(p.cost for p in plans) + overlay + len(matrix.diagonal_gates) * matrix.rows / 16
+        form = matrix.__dict__[_CACHE] = Form(layout.encode(), plans, cost)
+    return form
+
+
+def stages_of(matrix: KroneckerMatrix) -> list[Tensor]:
+    """The merged factors of all terms. Without derivatives they are kept until a factor changes."""
+    form = form_of(matrix)
+    modules = matrix.term_list()
+    if not any(p.merges or m.scale is not None for p, m in zip(form.plans, modules, strict=True)):
+        return [m.factors[i] for p, m in zip(form.plans, modules, strict=True) for i in p.order]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # torch's fused optimisers change parameters without counting a version: what was kept before a step of training
+        # is not to be trusted after it.
+        form.stages = None
+        return _merge(form, matrix)
+    key = tuple(n for p in matrix.terms.parameters() for n in (p.data_ptr(), p._version))
+    if form.stages is None or form.key != key:
+        form.key, form.stages = key, _merge(form, matrix)
+    return form.stages
+
+
+def _merge(form: Form, matrix: KroneckerMatrix) -> list[Tensor]:
+    stages: list[Tensor] = []
+    for p, module in zip(form.plans, matrix.term_list(), strict=True):
+        factors = [module.factors[i] for i in p.order]
+        if p.merges or module.scale is not None:
+            factors = torch.ops.kruify.merge(factors, module.scale, p.groups)
+        stages += factors
+    return stages
+
+
+def serves(weight_hh: object, x: Tensor, projected: bool) -> bool:
+    """Whether the compiled kernels can run a layer with this recurrent matrix on this input."""
+    return (
+        isinstance(weight_hh, KroneckerMatrix)
+        and not projected
+        and x.dtype in (torch.float32, torch.float64)
+        and x.dtype == weight_hh.dtype
+        and not torch.is_autocast_enabled(x.device.type)
+        and has_kernel(x.device.type)
+    )
+
+
+def matmul(matrix: KroneckerMatrix, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ W.T + bias through the compiled product: (..., cols) -> (..., gates * rows)."""
+    operator = torch.ops.kruify.kron_matmul if torch.is_grad_enabled() else torch.ops.kruify.kron_matmul_forward
+    result: Tensor = operator(x, *_arguments(matrix, bias))
+    return result
+
+
+def run_direction(
+    weights: Weights,
+    kind: str,  # lstm | gru | rnn_tanh | rnn_relu
+    data: Tensor,  # (sum of batch_sizes, features), packed
+    batch_sizes: Tensor,  # (steps,) int64 on the CPU, descending
+    state: State,  # each (batch_sizes[0], size)
+    reverse: bool,
+) -> tuple[Tensor, State]:  # outputs (sum of batch_sizes, size), final state
+    """Runs one layer in one direction over packed sequences, sorted by descending length."""
+    weight_ih, matrix = weights["weight_ih"], weights["weight_hh"]
+    bias_ih, bias_hh = weights["bias_ih"], weights["bias_hh"]
+    assert isinstance(matrix, KroneckerMatrix) and not isinstance(bias_hh, nn.Module)
+    if isinstance(weight_ih, KroneckerMatrix):
+        assert not isinstance(bias_ih, nn.Module)
+        data, weight_ih, bias_ih = matmul(weight_ih, data, bias_ih), None, None
+    training = torch.is_grad_enabled()
+    operator = torch.ops.kruify.recurrence if training else torch.ops.kruify.recurrence_forward
+    h0, c0 = state[0], state[1] if kind == "lstm" else None
+    out, h, c, _ = operator(
+        data, weight_ih, bias_ih, batch_sizes, h0, c0, *_arguments(matrix, bias_hh), kind, reverse, training
+    )
+    return out, (h, c) if kind == "lstm" else (h,)
+
+
+def _arguments(
+    matrix: KroneckerMatrix, bias: Tensor | None
+) -> tuple[list[Tensor], Tensor | None, Tensor | None, Tensor | None, Tensor | None, list[int]]:
+    overlay = matrix.overlay
+    values, index = (None, None) if overlay is None else (overlay.values, overlay.index)
+    return stages_of(matrix), matrix.diagonal, values, index, bias, form_of(matrix).layout

@@ -1,0 +1,78 @@
+"""How the factors of one term are merged into the one to three stages that a kernel runs.
+
+A chain of ten 2x2 factors has a third of the multiply-adds of a 32x32 pair and is slower all the same: a stage pays off
+once its rows fill SIMD registers. The counts below are those of csrc/stage.h.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from kruify.factors import Shape
+
+LANES = 16  # float32 in a 512-bit register
+CALL = 24  # what one small GEMM costs before it starts, in vector multiply-adds
+MAX_STAGES = 3
+
+
+@dataclass(frozen=True)
+class TermPlan:
+    """`order`: the factors as the kernel takes them; `groups`: how many consecutive ones make one stage."""
+
+    order: tuple[int, ...]
+    groups: tuple[int, ...]
+    shapes: tuple[Shape, ...]  # of the stages
+    cost: float  # vector multiply-adds of one product with one vector
+
+    @property
+    def merges(self) -> bool:
+        return len(self.groups) < len(self.order)
+
+
+@lru_cache(maxsize=1024)
+def plan(shapes: tuple[Shape, ...], products: int) -> TermPlan:
+    """The cheapest stages for `products` (gates x rank) Kronecker products of these factor shapes."""
+    order = tuple(range(len(shapes)))
+    if len(shapes) == 2 and shapes[0][0] == shapes[1][1] == 1:
+        order = (1, 0)  # a row times a column: the factors commute, and the column comes first
+    ordered = [shapes[i] for i in order]
+    candidates = []
+    for groups in _compositions(len(ordered)):
+        merged, start = [], 0
+        for size in groups:
+            part = ordered[start : start + size]
+            merged.append((math.prod(p for p, _ in part), math.prod(q for _, q in part)))
+            start += size
+        candidates.append(TermPlan(order, groups, tuple(merged), _cost(tuple(merged), products)))
+    return min(candidates, key=lambda c: (c.cost, len(c.groups)))
+
+
+def _compositions(count: int) -> Iterator[tuple[int, ...]]:
+    yield (count,)
+    for first in range(1, count):
+        yield first, count - first
+        for second in range(1, count - first):
+            yield first, second, count - first - second
+
+
+def _vectors(n: int) -> int:
+    return -(-n // LANES)
+
+
+def _cost(stages: tuple[Shape, ...], products: int) -> float:
+    """Vector multiply-adds and calls of one product; a plain matrix counts double, it is read from the cache."""
+    (p0, q0), (p_last, q_last) = stages[0], stages[-1]
+    if len(stages) == 1:
+        return 2.0 * products * _vectors(p0) * q0 + CALL * products
+    if len(stages) == 2 and q0 == 1 and p_last == 1:
+        return 2.0 * (_vectors(products) * q_last + products * _vectors(p0)) + CALL * products
+    cost = float(q0 * _vectors(products * p_last) * q_last)
+    if len(stages) == 2:
+        return cost + products * (p0 * q0 * _vectors(p_last) + CALL) + CALL
+    p1, q1 = stages[1]
+    cost = q0 * q1 * _vectors(products * p_last) * q_last
+    cost += products * q0 * (p1 * q1 * _vectors(p_last) + CALL)
+    return cost + products * (p0 * q0 * _vectors(p1 * p_last) + CALL)
