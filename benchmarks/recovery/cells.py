@@ -65,12 +65,13 @@ def run(cell: Cell, cache: Path, on_progress: Callable[[Progress], None] | None 
         "method": cell.method,
         "times": cell.times,
         "seed": cell.seed,
-        "spec": None if method.spec is None else method.spec(setup.hidden, cell.times),
+        "whole": cell.whole,
+        "specs": sorted({str(s) for m in model.modules() if isinstance(m, KroneckerMatrix) for s in m.structures}),
         "options": cell.options,
         "metric": task.metric,
         "higher_is_better": task.higher_is_better,
         **entry,
-        **counts(model),
+        **counts(teacher if teacher is not None and method.start == "int8" else model),
         "seconds": round(time.monotonic() - started, 1),
         **where_and_when(),
     }
@@ -93,11 +94,33 @@ def build(cell: Cell, task: Task, teacher: nn.Module | None) -> tuple[nn.Module,
         model.load_state_dict(teacher.state_dict())
         return model, task
     assert method.spec is not None
-    spec = method.spec(setup.hidden, cell.times)
+    layers, times = locate(teacher).layers, matrix_times(cell, teacher)
+    weights = [("weight_hh", True), ("weight_ih", cell.whole)]
+    specs = {
+        layer.full_name(weight + suffix): method.spec(*layer.shape(weight + suffix), times)
+        for layer in layers
+        for suffix in layer.suffixes
+        for weight, wanted in weights
+        if wanted
+    }
+    plan = make_plan(layers, "auto", None, (), (), specs)
     if method.start == "random":
-        model = task.model()
-        return swap(model, make_plan(locate(model).layers, spec, None, (), (), None)), task
-    return convert(teacher, spec, seed=cell.seed)[0], task
+        return swap(task.model(), plan), task
+    return convert(teacher, plan=plan, seed=cell.seed)[0], task
+
+
+def matrix_times(cell: Cell, dense: nn.Module) -> float:
+    """How many times smaller each factored matrix becomes, so that the cell keeps its word."""
+    if not cell.whole:
+        return cell.times
+    total = sum(p.numel() for p in dense.parameters())
+    factored = sum(
+        p.numel()
+        for layer in recurrent_layers(dense).values()
+        for name, p in layer.named_parameters()
+        if "weight_hh" in name or "weight_ih" in name
+    )
+    return factored / max(1.0, total / cell.times - (total - factored))
 
 
 def weights_file(cell: Cell, cache: Path) -> Path:
@@ -111,8 +134,8 @@ def counts(model: nn.Module) -> dict[str, int]:
         for name, parameter in layer.named_parameters():
             if "weight_hh" in name:
                 recurrent += parameter.numel()
-        for matrix in layer.modules():
-            if isinstance(matrix, KroneckerMatrix):
+        for name, matrix in layer.named_modules():
+            if isinstance(matrix, KroneckerMatrix) and name.startswith("weight_hh"):
                 multiply_adds += sum(s.multiply_adds for s in matrix.structures)
         multiply_adds += sum(p.numel() for n, p in layer.named_parameters(recurse=False) if n.startswith("weight_hh"))
     return {

@@ -39,7 +39,9 @@ def grouped(entries: list[Entry]) -> dict[tuple[str, float, float, str], list[En
         base = setup.teacher if method.start in ("scratch", "smaller") else setup.student
         usual = {**base, **method.options}
         further = ", ".join(f"{k} {v:g}" for k, v in e["options"].items() if k not in named and usual.get(k) != v)
-        groups[e["method"], e["times"], e["options"]["epochs"], further].append(e)
+        whole = "whole model" if e.get("whole") else ""
+        notes = ", ".join(part for part in (whole, further) if part)
+        groups[e["method"], e["times"], e["options"]["epochs"], notes].append(e)
     return groups
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from kruify.factors import balanced_split
+
 
 @dataclass(frozen=True)
 class TaskSetup:
@@ -53,39 +55,34 @@ TASKS: dict[str, TaskSetup] = {
     ),
 }
 
-Spec = Callable[[int, float], str]  # (hidden units, how many times smaller) -> factor spec of a gate
+Spec = Callable[[int, int, float], str]  # rows and columns of a gate, how many times smaller -> factor spec
 
 
-def low_rank(h: int, times: float) -> str:
-    return f"{max(1, int(h / (2 * times)))}*({h}x1,1x{h})"
+def low_rank(rows: int, cols: int, times: float) -> str:
+    return f"{max(1, int(rows * cols / times / (rows + cols)))}*({rows}x1,1x{cols})"
 
 
-def kronecker(h: int, times: float) -> str:
+def kronecker(rows: int, cols: int, times: float) -> str:
     """Balanced factors, as many products as the budget holds, never more."""
-    a, b = balanced(h)
-    return f"{max(1, int(h * h / times / (a * a + b * b)))}*({a}x{a},{b}x{b})"
+    (a, b), (c, d) = balanced_split(rows, 2), balanced_split(cols, 2)
+    return f"{max(1, int(rows * cols / times / (a * c + b * d)))}*({a}x{c},{b}x{d})"
 
 
-def kronecker_low_rank(h: int, times: float) -> str:
+def kronecker_low_rank(rows: int, cols: int, times: float) -> str:
     """Half of the budget each."""
-    return f"{kronecker(h, 2 * times)}+{low_rank(h, 2 * times)}"
+    return f"{kronecker(rows, cols, 2 * times)}+{low_rank(rows, cols, 2 * times)}"
 
 
 def sparse(block: int, share: float = 1.0) -> Spec:
-    return lambda h, times: f"sparse:{100 * share / times:.6g}%:{block}"
+    return lambda rows, cols, times: f"sparse:{100 * share / times:.6g}%:{block}"
 
 
 def low_rank_sparse(block: int) -> Spec:
-    return lambda h, times: f"{low_rank(h, 2 * times)}+{sparse(block, 0.5)(h, times)}"
+    return lambda rows, cols, times: f"{low_rank(rows, cols, 2 * times)}+{sparse(block, 0.5)(rows, cols, times)}"
 
 
 def kronecker_sparse(block: int) -> Spec:
-    return lambda h, times: f"{kronecker(h, 2 * times)}+{sparse(block, 0.5)(h, times)}"
-
-
-def balanced(h: int) -> tuple[int, int]:
-    a = max(d for d in range(1, h + 1) if h % d == 0 and d * d <= h)
-    return h // a, a
+    return lambda rows, cols, times: f"{kronecker(rows, cols, 2 * times)}+{sparse(block, 0.5)(rows, cols, times)}"
 
 
 @dataclass(frozen=True)
@@ -151,6 +148,14 @@ METHODS: dict[str, Method] = {
         "low rank + sparse, annealed, outputs taught", low_rank_sparse(1), "convert", True,
         {"distill_logits": 0.5, "distill_hidden": 0.0, **ANNEAL},
     ),
+    "low-rank-sparse-pooled": Method(
+        "low rank + sparse, annealed, blocks shared", low_rank_sparse(1), "convert", True,
+        {**CE, **ANNEAL, "overlay_pooled": True},
+    ),
+    "low-rank-sparse-pooled-taught": Method(
+        "low rank + sparse, annealed, blocks shared, all taught", low_rank_sparse(1), "convert", True,
+        {"distill_logits": 0.5, "distill_hidden": 1.0, **ANNEAL, "overlay_pooled": True},
+    ),
     "random": Method("low rank + sparse, random start", low_rank_sparse(1), "random"),
 }  # fmt: skip
 
@@ -163,6 +168,7 @@ class Cell:
         times: how many times smaller the recurrent matrices are (1 for methods that stay dense).
         epochs: 0 for the task's own number.
         changes: further options of the recipe, "name=value,name=value".
+        whole: `times` is of the whole model, W_ih factored as W_hh.
     """
 
     task: str
@@ -171,12 +177,14 @@ class Cell:
     seed: int = 0
     epochs: float = 0
     changes: str = ""
+    whole: bool = False
 
     @property
     def key(self) -> str:
+        whole = "-whole" if self.whole else ""
         epochs = f"-{self.epochs:g}ep" if self.epochs else ""
         changes = f"-{self.changes.replace('=', '').replace(',', '-')}" if self.changes else ""
-        return f"{self.task}/{self.times:g}x/{self.method}{epochs}{changes}-s{self.seed}"
+        return f"{self.task}/{self.times:g}x{whole}/{self.method}{epochs}{changes}-s{self.seed}"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -189,12 +197,14 @@ class Cell:
 
     @staticmethod
     def parse(text: str) -> Cell:
-        """task:method[:times[:seed[:epochs[:changes]]]], as in g2p:low-rank:16:0:5:lr=4e-3."""
+        """task:method[:times[:seed[:epochs[:changes]]]], as in g2p:low-rank:16:0:5:lr=4e-3; times may be 4w (whole
+        model)."""
         task, method, *rest = text.split(":")
         if task not in TASKS or method not in METHODS:
             raise SystemExit(f"{text}: tasks are {', '.join(TASKS)}; methods are {', '.join(METHODS)}")
         rest += ["1", "0", "0", ""][len(rest) :]
-        return Cell(task, method, float(rest[0]), int(rest[1]), float(rest[2]), rest[3])
+        whole = rest[0].endswith("w")
+        return Cell(task, method, float(rest[0].rstrip("w")), int(rest[1]), float(rest[2]), rest[3], whole)
 
 
 def number(text: str) -> float | int | str:
@@ -219,7 +229,9 @@ def grid() -> list[Cell]:
             cells += [Cell(task, "dense", 1, seed), Cell(task, RECIPE, 16, seed)]
             cells += [Cell(task, m, 1 if m == "dense-longer" else 16, seed) for m in CONTROLS]
         cells.append(Cell(task, "int8", 1))
-        cells += [Cell(task, m, times) for times in (4, 64) for m in (RECIPE, "low-rank", "pruned-gradual")]
+        few = (RECIPE, "low-rank", "pruned-gradual")
+        cells += [Cell(task, m, times) for times in (4, 64) for m in few]
+        cells += [Cell(task, m, 4, whole=True) for m in few]
     ablations = [m for m in METHODS if m.startswith(("low-rank-sparse", "kron", "low-rank-blocks"))]
     cells += [Cell("g2p", m, 16) for m in ablations if m != RECIPE]
     return sorted(cells, key=lambda c: (c.seed, c.times not in (1, 16), list(TASKS).index(c.task)))

@@ -95,7 +95,7 @@ def measure(cache: Path) -> None:
         entry = json.loads(path.read_text())
         if entry["method"] == "int8":
             continue
-        cell = Cell(entry["task"], entry["method"], entry["times"], entry["seed"])
+        cell = Cell(entry["task"], entry["method"], entry["times"], entry["seed"], whole=entry.get("whole", False))
         task = load_task(TASKS[cell.task].name)
         model, _ = build(cell, task, task.model())
         entry["latency_ms_per_step"] = {str(b): round(latency(model, b), 4) for b in (1, 32)}
