@@ -2,18 +2,25 @@
 
 from kruify.checkpoint.checkpoint import Checkpoint
 from kruify.checkpoint.file_format import SCHEMA, metadata_for
+from kruify.checkpoint.modules import ModuleHint
+from kruify.checkpoint.original import NEEDS_SOURCE, ORIGIN, origin, write_original
 from kruify.checkpoint.reading import read
 from kruify.checkpoint.tensors import LazyTensor, Tensors
 from kruify.checkpoint.writing import atomic_file, write_safetensors, write_torch
 
 __all__ = [
+    "NEEDS_SOURCE",
+    "ORIGIN",
     "SCHEMA",
     "Checkpoint",
     "LazyTensor",
+    "ModuleHint",
     "Tensors",
     "atomic_file",
     "metadata_for",
+    "origin",
     "read",
+    "write_original",
     "write_safetensors",
     "write_torch",
 ]

@@ -37,6 +37,7 @@ class Archive:
         for entry in self._zip.infolist():
             self._check_entry(entry)
             self.entries[entry.filename] = entry
+        self.directory, self.listed = self._zip.start_dir, self._zip.infolist()
         self._starts = self._check_places()
         self._check_sums()
 

@@ -28,6 +28,7 @@ from kruify.errors import CorruptError, UnsafeError, UnsupportedError
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 CLASSES = {"LSTM": "lstm", "GRU": "gru", "SimpleRNN": "rnn"}
 CELLS = {"lstm_cell": "lstm", "gru_cell": "gru", "simple_rnn_cell": "rnn"}
+PARTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 FILTERS = (1, 2, 3)
 """deflate, shuffle, fletcher32: others would be loaded as plug-ins."""
 

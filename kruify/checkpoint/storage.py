@@ -51,11 +51,12 @@ Read = Callable[[int, int], bytearray]
 """Reads (start, count) bytes of a storage."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Storage:
     """A run of numbers in a file.
 
-    key: equal for equal storages; dtype: of the class that the file names; nbytes: its length; swap: stored big-endian.
+    key: equal for equal storages; dtype: of the class that the file names; nbytes: its length; swap: stored big-endian;
+    start: its first byte in the file, once that is known.
     """
 
     key: str
@@ -63,6 +64,7 @@ class Storage:
     nbytes: int
     read: Read
     swap: bool = False
+    start: int = -1
 
 
 def storage_dtype(cls: Any, where: object) -> torch.dtype:
@@ -115,7 +117,9 @@ def view(
         tensor = torch.frombuffer(data, dtype=dtype).as_strided(shape, stride)
         return tensor if tensor.is_contiguous() else tensor.contiguous()
 
-    return LazyTensor(shape, dtype, load, (storage.key, offset, shape, stride) if numel else None)
+    return LazyTensor(
+        shape, dtype, load, (storage.key, offset, shape, stride) if numel else None, (storage, offset * item, stride)
+    )
 
 
 def _is_size(number: Any) -> bool:

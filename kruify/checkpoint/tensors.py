@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,14 @@ class LazyTensor:
 
     identity: equal for two names of one and the same tensor: (storage, offset, shape, stride). None where the file
         cannot share storage. Equal storage alone is no tie: CUDA LSTMs keep all their weights in one.
+    place: where the file keeps the numbers, in a form that its reader knows; for writing them in place.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
     identity: Hashable = None
+    place: Any = None
 
     @staticmethod
     def of(tensor: Tensor) -> LazyTensor:

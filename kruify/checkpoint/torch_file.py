@@ -59,8 +59,10 @@ def read_zip(path: Path, archive: Archive) -> TorchFile:
             raise CorruptError(f"its storage {key[:80]} has {entry.file_size} bytes, not {count} numbers", path, AGAIN)
         if key in storages and storages[key].dtype != dtype:
             raise CorruptError(f"its storage {key[:80]} has two dtypes", path, AGAIN)
-        read = reader(path, archive.file, archive.start(entry.filename))
-        storages[key] = Storage(key, dtype, entry.file_size, read, order == b"big")
+        if key not in storages:
+            start = archive.start(entry.filename)
+            read = reader(path, archive.file, start)
+            storages[key] = Storage(key, dtype, entry.file_size, read, order == b"big", start)
         return storages[key]
 
     found = TorchFile(None)
@@ -102,7 +104,6 @@ def read_legacy(path: Path, file: BinaryIO, size: int) -> TorchFile:
         at += used
     if header[:2] != [MAGIC, PROTOCOL] or not isinstance(header[2], dict):
         raise CorruptError("its header is damaged", path, AGAIN)
-    places: dict[str, int] = {}
     storages: dict[str, Storage] = {}
     swap = not header[2].get("little_endian", True)
 
@@ -121,10 +122,9 @@ def read_legacy(path: Path, file: BinaryIO, size: int) -> TorchFile:
             raise CorruptError(f"its storage {key[:80]} has two sizes", path, AGAIN)
 
         def read(start: int, length: int) -> bytearray:
-            return reader(path, file, places[key])(start, length)
+            return reader(path, file, storages[key].start)(start, length)
 
-        storages[key] = Storage(key, dtype, count * dtype.itemsize, read, swap)
-        return storages[key]
+        return storages.setdefault(key, Storage(key, dtype, count * dtype.itemsize, read, swap))
 
     found = TorchFile(None)
     found.root, used = unpickle(
@@ -138,9 +138,9 @@ def read_legacy(path: Path, file: BinaryIO, size: int) -> TorchFile:
     for key in keys:
         file.seek(at)
         count = int.from_bytes(file.read(8), "little")
-        if key in places or count * storages[key].dtype.itemsize != storages[key].nbytes:
+        if storages[key].start >= 0 or count * storages[key].dtype.itemsize != storages[key].nbytes:
             raise CorruptError(f"its storage {str(key)[:80]} has two sizes", path, AGAIN)
-        places[key] = at + 8
+        storages[key].start = at + 8
         at += 8 + storages[key].nbytes
     if at != size:
         raise CorruptError("it is cut short" if at > size else "it has something after its end", path, AGAIN)

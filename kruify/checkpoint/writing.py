@@ -125,12 +125,13 @@ def write_torch(
     key: str | None = None,
     extras: Mapping[str, Any] | None = None,
     ties: Mapping[str, str] | None = None,
+    legacy: bool = False,
 ) -> None:
     """Write a .pt file that torch.load(weights_only=True) reads; same input, same bytes.
 
     Without key and metadata the file is the plain state dict. With a key it is nested under it, beside `extras`; with
-    metadata it is nested under "state_dict", beside "kruify". Every tensor gets a storage of its own, except
-    for `ties`.
+    metadata it is nested under "state_dict", beside "kruify". Every tensor gets a storage of its own, except `ties`.
+    legacy: the format of before torch 1.6; its bytes are not the same each time, as torch puts addresses in it.
     """
     lazy = as_lazy(tensors)
     ties = ties or {}
@@ -146,7 +147,7 @@ def write_torch(
             tree = {part: tree}
         tree = {**(extras or {}), **tree, **({"kruify": dict(metadata)} if metadata else {})}
     with atomic_file(path) as file:
-        torch.save(tree, file)
+        torch.save(tree, file, _use_new_zipfile_serialization=not legacy)
 
 
 def as_lazy(tensors: Mapping[str, Tensor | LazyTensor]) -> dict[str, LazyTensor]:
