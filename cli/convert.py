@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import Output, json_option, output, progress
-from .options import key_option, model_argument, seed_option
+from .options import key_option, model_argument, network, seed_option
 
 if TYPE_CHECKING:
+    from kruify.calibrate import Moments
     from kruify.checkpoint import Checkpoint
     from kruify.convert import Conversion
     from kruify.locate import Located
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 @click.option("--only", metavar="GLOB", multiple=True, help="Convert only layers or matrices that match.")
 @click.option("--skip", metavar="GLOB", multiple=True, help="Leave layers or matrices that match dense.")
 @click.option("--set", "overrides", metavar="GLOB=SPEC", multiple=True, help="Other factors for what matches.")
+@click.option(
+    "--task", "task_name", metavar="TASK", help="Run MODEL on this task's data first: fit what its activations feel."
+)
 @click.option("--plan", "plan_file", metavar="FILE", help="Take the plan from this JSON file.")
 @click.option("--plan-out", metavar="FILE", help="Write the plan as JSON, to be edited and given to --plan.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done; decompose and write nothing.")
@@ -44,6 +48,7 @@ def convert(
     only: tuple[str, ...],
     skip: tuple[str, ...],
     overrides: tuple[str, ...],
+    task_name: str | None,
     plan_file: str | None,
     plan_out: str | None,
     dry_run: bool,
@@ -96,7 +101,8 @@ def convert(
             out.show("Dry run: nothing was decomposed or written.")
         else:
             path = Path(target) if target else default_output(model)
-            conversion = _convert(checkpoint, plan, located, seed)
+            moments = _calibrate(checkpoint, task_name, seed) if task_name else None
+            conversion = _convert(checkpoint, plan, located, moments, seed)
             _write(path, conversion, checkpoint, seed)
             matrices = [asdict(matrix) for matrix in conversion.matrices]
             result = {"output": str(path), "matrices": matrices, "parameters": conversion.parameters}
@@ -130,11 +136,26 @@ def _write_plan(file: str, plan: Plan) -> None:
         handle.write((plan.to_json(indent=2) + "\n").encode())
 
 
-def _convert(checkpoint: Checkpoint, plan: Plan, located: Located, seed: int) -> Conversion:
+def _calibrate(checkpoint: Checkpoint, task_name: str, seed: int) -> dict[str, Moments]:
+    from kruify.calibrate import calibrate
+    from kruify.task import load_task
+
+    task = load_task(task_name)
+    model = network(checkpoint, task)
+    batches = 16
+    with progress("calibrating") as advance:
+        return calibrate(
+            model, task, batches=batches, seed=seed, progress=lambda done: advance(done, batches, "calibrating")
+        )
+
+
+def _convert(
+    checkpoint: Checkpoint, plan: Plan, located: Located, moments: dict[str, Moments] | None, seed: int
+) -> Conversion:
     from kruify.convert import convert_tensors
 
     with progress("decomposing") as advance:
-        return convert_tensors(checkpoint.tensors.lazy, plan, located, seed=seed, progress=advance)
+        return convert_tensors(checkpoint.tensors.lazy, plan, located, moments=moments, seed=seed, progress=advance)
 
 
 def _write(path: Path, conversion: Conversion, checkpoint: Checkpoint, seed: int) -> None:
@@ -166,6 +187,7 @@ def _expected(checkpoint: Checkpoint, plan: Plan, located: Located) -> tuple[lis
                     "energy": None,
                     "energy_null": None,
                     "relative_error": None,
+                    "energy_weighted": None,
                 }
             )
             gain = structure.dense_parameters - structure.parameters
@@ -192,7 +214,10 @@ def _show(out: Output, model: str, result: dict[str, Any]) -> None:
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for heading in ("matrix", "gate", "size", *(["factors"] if specs else [])):
         table.add_column(heading, overflow="fold")
-    for heading in ("parameters", "energy kept", "null", "error"):
+    columns = {"energy kept": "energy", "null": "energy_null", "error": "relative_error"}
+    if any(m["energy_weighted"] is not None for m in result["matrices"]):
+        columns["kept of W h"] = "energy_weighted"
+    for heading in ("parameters", *columns):
         table.add_column(heading, justify="right", no_wrap=True)
     for m in result["matrices"]:
         table.add_row(
@@ -201,7 +226,7 @@ def _show(out: Output, model: str, result: dict[str, Any]) -> None:
             "x".join(map(str, m["shape"])),
             *([m["factors"]] if specs else []),
             f"{m['parameters_before']:,} -> {m['parameters_after']:,}",
-            *("" if m[key] is None else f"{m[key]:.3f}" for key in ("energy", "energy_null", "relative_error")),
+            *("" if m[key] is None else f"{m[key]:.3f}" for key in columns.values()),
         )
     p = result["parameters"]
     out.show(table)

@@ -12,10 +12,8 @@ from .console import Output, json_option, output, progress
 from .options import key_option, model_argument, network, seed_option, task_option
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from kruify.checkpoint import Checkpoint
-    from kruify.finetune import FinetuneResult, Progress
+    from kruify.finetune import FinetuneResult, Progress, Recipe
     from kruify.task import Task
 
 
@@ -90,7 +88,7 @@ def finetune(
                 on_progress=lambda now: advance(now.step, now.steps, _describe(now, task)),
                 log_dir=log_dir,
             )
-        _write(Path(target), outcome.model, checkpoint, seed)
+        _write(Path(target), outcome, recipe, checkpoint)
         _show(out, target, outcome, task)
         out.result(
             {
@@ -143,22 +141,23 @@ def _describe(now: Progress, task: Task) -> str:
     return text
 
 
-def _write(path: Path, model: nn.Module, checkpoint: Checkpoint, seed: int) -> None:
-    """Writes the model with its plan and the hashes of every file on the way, from the dense source on."""
+def _write(path: Path, outcome: FinetuneResult, recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Writes the model with its plan, how it was trained, and the hashes of every file on the way, from the dense
+    source on."""
     from kruify.checkpoint import metadata_for, write_safetensors
     from kruify.convert import plan_of
 
-    plan = plan_of(model)
-    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    plan = plan_of(outcome.model)
+    state = {name: tensor.cpu() for name, tensor in outcome.model.state_dict().items()}
+    told = {"kruify.history": json.dumps(outcome.history), "kruify.recipe": json.dumps(recipe.to_json())}
     if not plan.layers:
-        write_safetensors(path, state)
+        write_safetensors(path, state, told)
         return
     earlier = json.loads(checkpoint.metadata.get("kruify.parents", "[]"))
     source = checkpoint.metadata.get("kruify.source_sha256", "")
     parents = [*(earlier or [source]), checkpoint.sha256]
-    metadata = metadata_for(
-        plan.to_json(), source_sha256=source, seed=seed, extra={"kruify.parents": json.dumps(parents)}
-    )
+    extra = {"kruify.parents": json.dumps(parents), **told}
+    metadata = metadata_for(plan.to_json(), source_sha256=source, seed=recipe.seed, extra=extra)
     write_safetensors(path, state, metadata)
 
 

@@ -15,7 +15,7 @@ from kruify.checkpoint import read
 
 KEYS = {
     "name", "layer", "gate", "shape", "factors", "terms", "parameters_before", "parameters_after", "energy",
-    "energy_null", "relative_error",
+    "energy_null", "relative_error", "energy_weighted",
 }  # fmt: skip
 
 
@@ -142,6 +142,17 @@ def test_patterns(folder, run, run_json):
     nothing = run("convert", "model.pt", "--factors", "2x2", "--skip", "rnn")
     assert nothing.exit_code == 2
     assert "nothing is left to convert" in nothing.stderr
+
+
+def test_calibrated_by_a_task(folder, run, run_json):
+    plain = run_json("convert", "model.pt", "--factors", "4x4,2x2", "-o", "plain.kru.safetensors")
+    fitted = run_json(
+        "convert", "model.pt", "--factors", "4x4,2x2", "--task", "task.py:Echo", "-o", "fit.kru.safetensors"
+    )
+    assert all(m["energy_weighted"] is None for m in plain["matrices"])
+    assert all(f["energy"] <= p["energy"] + 1e-9 for f, p in zip(fitted["matrices"], plain["matrices"], strict=True))
+    assert all(0 < m["energy_weighted"] <= 1 for m in fitted["matrices"])
+    assert "kept of W h" in run("convert", "model.pt", "--factors", "2x2", "--task", "task.py:Echo").stdout
 
 
 def test_converting_twice_is_refused(folder, run):
