@@ -45,6 +45,7 @@ class Recipe:
         overlay_until: share of the last phase after which overlays have their size.
         overlay_pooled: the blocks of all annealed overlays compete with each other, so that gates and layers that
             need more of them get more, instead of equally many a gate.
+        overlay_dropout: probability with which rows of K and rows of the overlay are dropped in training.
         save_seconds: how often the state is written to the `resume` folder, apart from every end of an epoch.
         save_steps: the same in optimiser steps; 0 for by the clock alone.
     """
@@ -74,6 +75,7 @@ class Recipe:
     overlay_start: float = 0.0
     overlay_until: float = 0.6
     overlay_pooled: bool = False
+    overlay_dropout: float = 0.0
     save_seconds: float = 60.0
     save_steps: int = 0
 
@@ -118,6 +120,7 @@ class Recipe:
             ("warm_epochs", self.warm_epochs < 0, "0 or more"),
             ("overlay_start", not 0 <= self.overlay_start <= 1, "between 0 and 1"),
             ("overlay_until", not 0 <= self.overlay_until <= 1, "between 0 and 1"),
+            ("overlay_dropout", not 0 <= self.overlay_dropout < 1, "from 0 to below 1"),
             ("patience", self.patience < 0, "0 or more"),
             ("mixed_precision", self.mixed_precision not in ("no", "bf16"), "no or bf16"),
         ):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from kruify.errors import TaskError, UsageError
 from kruify.finetune.anneal import OverlayAnnealing
+from kruify.finetune.codropout import CoMatrixDropout
 from kruify.finetune.ema import Average
 from kruify.finetune.feed import Batch, count_batches, groups
 from kruify.finetune.groups import parameter_groups
@@ -80,6 +82,7 @@ class Trainer:
         self.group = processes.count * recipe.accumulate
         self.steps_per_epoch = math.ceil(self.batches / self.group)
         self.average: Average | None = None
+        self.dropout = CoMatrixDropout(model, recipe.overlay_dropout) if recipe.overlay_dropout else None
         # What a saved state holds, beside the tensors:
         self.phase, self.step = 0, 0
         self.history: list[dict[str, Any]] = []
@@ -191,13 +194,14 @@ class Trainer:
         for parameter in trained:
             parameter.grad = None
         weight_sum = loss_sum = 0.0
-        for number, batch in batches:
-            seed_all(self.recipe.seed, "step", self.phase, self.step // self.steps_per_epoch, number)
-            weight = float(self.task.weight(batch))
-            with self.processes.autocast():
-                loss = phase.objective(to_device(batch, self.processes.device))
-            (loss if weight == 1.0 else loss * weight).backward()  # type: ignore[no-untyped-call]
-            weight_sum, loss_sum = weight_sum + weight, loss_sum + weight * float(loss.detach())
+        with self.dropout.applied(self.recipe.seed, self.phase, self.step) if self.dropout else nullcontext():
+            for number, batch in batches:
+                seed_all(self.recipe.seed, "step", self.phase, self.step // self.steps_per_epoch, number)
+                weight = float(self.task.weight(batch))
+                with self.processes.autocast():
+                    loss = phase.objective(to_device(batch, self.processes.device))
+                (loss if weight == 1.0 else loss * weight).backward()  # type: ignore[no-untyped-call]
+                weight_sum, loss_sum = weight_sum + weight, loss_sum + weight * float(loss.detach())
         weight_sum, loss_sum = self.processes.sum_gradients(trained, [weight_sum, loss_sum])
         if weight_sum != 1.0:
             torch._foreach_div_([p.grad for p in trained if p.grad is not None], weight_sum)
