@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kruify.checkpoint import Checkpoint
 from kruify.convert import build_layer, load_tensors
+from kruify.factors import Structure
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.locate import MODULES, RecurrentLayer, locate
 from kruify.plan import LayerPlan, Plan, Structures
@@ -125,6 +126,13 @@ class MatrixHealth:
         condition_number: largest over smallest singular value (infinite for a singular matrix).
         spectral_norm: largest singular value.
         unitarity_defect: ||W^T W - I||_F / sqrt(N), 0 for an orthogonal matrix.
+        factors: the structure as a spec, "dense" for a dense matrix.
+        parameters: trainable numbers of this gate.
+        dense_parameters: rows times columns.
+        singular_values: descending; at most 64 of them, evenly spread over all.
+        energy: 1 - ||W - K||^2 / ||W||^2 against the same gate of the first model of a report, as both stand in their
+            files: after fine-tuning it tells how far the network has moved. None for the first model.
+        energy_null: what the same structure keeps of a matrix without any structure. None for a dense matrix.
     """
 
     name: str
@@ -132,25 +140,37 @@ class MatrixHealth:
     condition_number: float
     spectral_norm: float
     unitarity_defect: float
+    factors: str = "dense"
+    parameters: int = 0
+    dense_parameters: int = 0
+    singular_values: tuple[float, ...] = ()
+    energy: float | None = None
+    energy_null: float | None = None
 
 
 def matrix_health(layers: Layers, progress: Callable[[str], None] | None = None) -> list[MatrixHealth]:
     """The health of every gate of every recurrent matrix, in float64."""
     results = []
-    for (layer, _), module in zip(layers.items, layers.modules(), strict=True):
-        for suffix in layer.suffixes:
-            name = layer.full_name(f"weight_hh{suffix}")
-            if progress:
-                progress(name)
-            weight = getattr(module, f"weight_hh{suffix}")
-            with torch.no_grad():
-                dense = weight.double().to_dense() if isinstance(weight, KroneckerMatrix) else weight.double()
-            for gate, matrix in zip(layer.gates, dense.split(layer.hidden_size), strict=True):
-                results.append(_health(name, gate, matrix))
+    for name, gate, matrix, structure in gate_matrices(layers):
+        if progress:
+            progress(f"{name} {gate}")
+        results.append(_health(name, gate, matrix, structure))
     return results
 
 
-def _health(name: str, gate: str, matrix: Tensor) -> MatrixHealth:
+def gate_matrices(layers: Layers) -> Iterator[tuple[str, str, Tensor, Structure | None]]:
+    """(name of the recurrent matrix, gate, the dense (rows, cols) float64 it stands for, its structure if factored)."""
+    for (layer, matrices), module in zip(layers.items, layers.modules(), strict=True):
+        for suffix in layer.suffixes:
+            weight = getattr(module, f"weight_hh{suffix}")
+            with torch.no_grad():
+                dense = weight.double().to_dense() if isinstance(weight, KroneckerMatrix) else weight.double()
+            structures = matrices.get(f"weight_hh{suffix}") or (None,) * len(layer.gates)
+            for gate, matrix, structure in zip(layer.gates, dense.split(layer.hidden_size), structures, strict=True):
+                yield layer.full_name(f"weight_hh{suffix}"), gate, matrix.detach(), structure
+
+
+def _health(name: str, gate: str, matrix: Tensor, structure: Structure | None) -> MatrixHealth:
     singular = torch.linalg.svdvals(matrix.detach())
     largest, smallest = float(singular[0]), float(singular[-1])
     # A product of many roundings cannot tell a smaller singular value from 0.
@@ -161,7 +181,18 @@ def _health(name: str, gate: str, matrix: Tensor) -> MatrixHealth:
         condition_number=largest / smallest if smallest > negligible else float("inf"),
         spectral_norm=largest,
         unitarity_defect=float((singular.square() - 1).square().sum().sqrt()) / len(singular) ** 0.5,
+        factors="dense" if structure is None else str(structure),
+        parameters=matrix.numel() if structure is None else structure.parameters,
+        dense_parameters=matrix.numel(),
+        singular_values=_sample(singular.tolist()),
     )
+
+
+def _sample(values: Sequence[float], most: int = 64) -> tuple[float, ...]:
+    """At most `most` of the values, the first and the last among them."""
+    if len(values) <= most:
+        return tuple(values)
+    return tuple(values[round(i * (len(values) - 1) / (most - 1))] for i in range(most))
 
 
 @dataclass(frozen=True)
@@ -170,9 +201,11 @@ class Latency:
 
     Attributes:
         median: one entry a model: batch size -> milliseconds.
+        p95: the same for the 95th percentile.
     """
 
     median: list[dict[int, float]]
+    p95: list[dict[int, float]]
     steps: int
     threads: int
 
@@ -195,18 +228,21 @@ def measure_latency(
     """
     modules = [layers.modules() for layers in models]
     medians: list[dict[int, float]] = [{} for _ in models]
+    p95s: list[dict[int, float]] = [{} for _ in models]
     with _threads(threads), torch.inference_mode():
         for done, batch in enumerate(batches):
-            runs = [_runner(layers, module, batch, steps) for layers, module in zip(models, modules, strict=True)]
+            runs = [runner(layers, module, batch, steps) for layers, module in zip(models, modules, strict=True)]
             samples = _interleaved(runs, seconds * len(runs))
-            for median, sample in zip(medians, samples, strict=True):
+            for median, p95, sample in zip(medians, p95s, samples, strict=True):
                 median[batch] = 1e3 * statistics.median(sample)
+                p95[batch] = 1e3 * sorted(sample)[int(0.95 * (len(sample) - 1) + 0.5)]
             if progress:
                 progress(done + 1, len(batches), "measuring latency")
-    return Latency(medians, steps, threads)
+    return Latency(medians, p95s, steps, threads)
 
 
-def _runner(layers: Layers, modules: Sequence[nn.Module], batch: int, steps: int) -> Callable[[], None]:
+def runner(layers: Layers, modules: Sequence[nn.Module], batch: int, steps: int) -> Callable[[], None]:
+    """One run of all layers over random sequences, as a function to be timed."""
     generator = torch.Generator().manual_seed(0)
     work: list[tuple[nn.Module, Tensor, bool]] = []
     for (layer, _), module in zip(layers.items, modules, strict=True):

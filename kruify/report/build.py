@@ -20,6 +20,7 @@ from kruify.evaluate import (
     multiply_adds,
 )
 from kruify.plan import Plan
+from kruify.report.details import history, made, peak_memory, with_energies
 from kruify.report.report import ModelReport, Report
 from kruify.task import Task
 
@@ -69,9 +70,14 @@ def build_report(
                 multiply_adds_per_step=multiply_adds(layers[index]),
                 latency_ms=latency.median[index],
                 metrics=metrics[index],
-                recurrent_matrices=matrix_health(layers[index]),
+                recurrent_matrices=with_energies(matrix_health(layers[index]), layers[index], layers[0]),
                 sha256=checkpoint.sha256,
                 sources=_sources(checkpoint),
+                latency_p95_ms=latency.p95[index],
+                memory_bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.lazy.values()),
+                peak_memory_bytes=peak_memory(layers[index], latency.steps),
+                history=history(checkpoint),
+                made=made(checkpoint),
             )
         )
     return Report(
@@ -81,6 +87,7 @@ def build_report(
         split=None if task is None else split,
         examples=None if task is None else task.examples(split),
         metric=None if task is None else task.metric,
+        higher_is_better=task is not None and task.higher_is_better,
     )
 
 

@@ -23,6 +23,11 @@ class ModelReport:
         recurrent_matrices: one entry a gate.
         sha256: of the file.
         sources: sha256 of the files that it was made from, the first one first.
+        latency_p95_ms: batch size -> 95th percentile of the same measurement.
+        memory_bytes: of all tensors of the file, loaded.
+        peak_memory_bytes: batch size -> the most that one run of the recurrent layers allocates beside them.
+        history: one entry a validation of the fine-tuning that made it (epoch, step, loss, metrics); empty if unknown.
+        made: how it was made: versions, seed, recipe, as the file tells.
     """
 
     name: str
@@ -35,6 +40,11 @@ class ModelReport:
     recurrent_matrices: list[MatrixHealth]
     sha256: str
     sources: list[str] = field(default_factory=list)
+    latency_p95_ms: dict[int, float] = field(default_factory=dict)
+    memory_bytes: int = 0
+    peak_memory_bytes: dict[int, int] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    made: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ class Report:
         latency: steps and threads of the measurement, and the machine.
         task, split, examples: what the metrics were measured on; None without a task.
         metric: key of the metric that decides; None without a task.
+        higher_is_better: of that metric.
     """
 
     models: list[ModelReport]
@@ -53,6 +64,7 @@ class Report:
     split: str | None = None
     examples: int | None = None
     metric: str | None = None
+    higher_is_better: bool = False
 
     @property
     def ratios(self) -> list[dict[str, Any]]:
