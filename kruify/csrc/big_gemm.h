@@ -19,6 +19,9 @@ inline void pack_b(int64_t K, int64_t N, const T* b, int64_t rs, int64_t cs, T* 
     const int64_t columns = min64(kPanel, N - n);
     if (rs == 1 && cs != 1) {
       transpose(columns, K, b + n * cs, cs, panel, kPanel);
+    } else if (cs == 1) {
+      for (int64_t k = 0; k < K; ++k)
+        for_vectors<T>(columns, [&](int64_t j, auto get, auto put) { put(panel + k * kPanel + j, get(b + k * rs + n + j)); });
     } else {
       for (int64_t k = 0; k < K; ++k)
         for (int64_t j = 0; j < columns; ++j) panel[k * kPanel + j] = b[k * rs + (n + j) * cs];
@@ -47,6 +50,11 @@ inline void big_gemm(int64_t m0, int64_t m1, int64_t N, int64_t K, const T* a, i
       // A's block as (depth, rows): element (i, k) at scratch[k * rows + i].
       if (cs == 1) {
         transpose(rows, depth, a + m * rs + k, rs, scratch, rows);
+      } else if (rs == 1) {
+        for (int64_t j = 0; j < depth; ++j)
+          for_vectors<T>(rows, [&](int64_t i, auto get, auto put) {
+            put(scratch + j * rows + i, get(a + (k + j) * cs + m + i));
+          });
       } else {
         for (int64_t j = 0; j < depth; ++j)
           for (int64_t i = 0; i < rows; ++i) scratch[j * rows + i] = a[(m + i) * rs + (k + j) * cs];

@@ -27,6 +27,7 @@ SCHEMAS = {
     "merge_backward": "(Tensor[] grads, Tensor[] factors, Tensor? scale, int[] groups) -> Tensor[]",
     "kron_matmul": f"(Tensor x, {_MATRIX}) -> Tensor",
     "kron_matmul_backward": f"(Tensor grad, Tensor x, {_MATRIX}) -> (Tensor, Tensor[])",
+    "linear_backward": "(Tensor grad, Tensor x, Tensor weight, bool needs_x, bool needs_weight) -> (Tensor, Tensor)",
     "recurrence": f"(Tensor x, Tensor? w_ih, Tensor? bias_ih, {_STATE}, {_MATRIX}, str kind,"
     " bool reverse, bool training) -> (Tensor out, Tensor hT, Tensor cT, Tensor workspace)",
     "recurrence_backward": "(Tensor? grad_out, Tensor? grad_hT, Tensor? grad_cT, Tensor out, Tensor workspace,"
@@ -255,6 +256,27 @@ def _kron_derivative(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd("kruify::kron_matmul", _kron_derivative, setup_context=_kron_context)
 
 
+# linear_backward
+
+
+@_fallback("linear_backward")
+def _linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    grad_x = grad @ weight if needs_x else x.new_empty(0, x.shape[1])
+    return grad_x, grad.T @ x if needs_weight else weight.new_empty(0, weight.shape[1])
+
+
+@_fake("kruify::linear_backward")
+def _linear_backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape[0] if needs_x else 0, x.shape[1]),
+        weight.new_empty(weight.shape[0] if needs_weight else 0, weight.shape[1]),
+    )
+
+
 # recurrence
 
 
@@ -396,9 +418,13 @@ def _recurrence_derivative(
             stages, diagonal, overlay, index, bias, ctx.layout, ctx.kind, ctx.reverse,
         )  # fmt: skip
         needs_x, needs_w, needs_b = ctx.needs_input_grad[:3]
-        grad_x = grad_gates if w_ih is None else grad_gates @ w_ih if needs_x else None
-        grad_w = grad_gates.T @ x if w_ih is not None and needs_w else None
-        grad_b = grad_gates.sum(0) if bias_ih is not None and needs_b else None
+        grad_x, grad_w, grad_b = grad_gates, None, None
+        if w_ih is not None:
+            found_x, found_w = torch.ops.kruify.linear_backward(grad_gates, x, w_ih, needs_x, needs_w)
+            grad_x, grad_w = found_x if needs_x else None, found_w if needs_w else None
+        if bias_ih is not None and needs_b:
+            # Both biases enter the gates alike, except for the GRU's last gate.
+            grad_b = grad_gates.sum(0) if bias is None or ctx.kind == "gru" else grads[-1].clone()
     grad_c0 = None if c0 is None else grad_c0
     return grad_x, grad_w, grad_b, None, grad_h0, grad_c0, *_matrix_grads(grads, weights), None, None, None
 

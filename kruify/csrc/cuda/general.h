@@ -1,0 +1,270 @@
+// The recurrence for any sum of Kronecker products: any number of terms and stages, ranks, diagonal, overlay; float32
+// and float64. One block a row of the batch; its vectors lie in shared memory where they fit, else in global scratch.
+// Plain loops, one output an item: right for every structure, and fast for none.
+#pragma once
+
+#include "gates.h"
+#include "rows.h"
+
+namespace kruify::cuda {
+
+constexpr int kMaxTerms = 16, kMaxOps = 48;  // of one launch; the host forms the dense matrix beyond them
+
+// One stage on its way through a term: (a, Q, b) -> (a, P, b) for every gate and rank.
+template <class T>
+struct Op {
+  const T* data;  // (gates, rank, P, Q)
+  int P, Q, a, b;
+  int stage;  // which of the term's stages it is
+  KRUIFY_HD int in() const { return a * Q * b; }
+  KRUIFY_HD int out() const { return a * P * b; }
+  KRUIFY_HD T apply(int pair, const T* x, int item) const {
+    const T* m = data + (static_cast<int64_t>(pair) * P + item / b % P) * Q;
+    const T* from = x + static_cast<int64_t>(item / (b * P)) * Q * b + item % b;
+    T sum = 0;
+    for (int q = 0; q < Q; ++q) sum += m[q] * from[static_cast<int64_t>(q) * b];
+    return sum;
+  }
+  KRUIFY_HD T apply_transposed(int pair, const T* y, int item) const {
+    const T* m = data + static_cast<int64_t>(pair) * P * Q + item / b % Q;
+    const T* from = y + static_cast<int64_t>(item / (b * Q)) * P * b + item % b;
+    T sum = 0;
+    for (int p = 0; p < P; ++p) sum += m[static_cast<int64_t>(p) * Q] * from[static_cast<int64_t>(p) * b];
+    return sum;
+  }
+};
+
+struct Term {
+  int first, count;  // its ops, in the order they are applied
+  int gates, rank;
+  int gate[4];
+};
+
+template <class T>
+struct Overlay {
+  const T* values;         // (blocks, block), or null
+  const int* index;        // (blocks, 2): first row, column; ascending
+  const int* row_start;    // (rows + 1,) first block that starts at or below a row
+  const int* by_column;    // the columns in ascending order
+  const int64_t* blocks_by_column;
+  int blocks, block;
+
+  // Row `row` of the overlay times x.
+  KRUIFY_HD T row_product(int row, const T* x) const {
+    T sum = 0;
+    const int above = row - block + 1;
+    for (int k = row_start[above > 0 ? above : 0]; k < row_start[row + 1]; ++k)
+      sum += values[static_cast<int64_t>(k) * block + row - index[2 * k]] * x[index[2 * k + 1]];
+    return sum;
+  }
+  // Column `column` of the overlay times y: its blocks lie together in blocks_by_column.
+  KRUIFY_HD T column_product(int column, const T* y) const {
+    int low = 0, high = blocks;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (by_column[middle] < column) low = middle + 1;
+      else high = middle;
+    }
+    T sum = 0;
+    for (; low < blocks && by_column[low] == column; ++low) {
+      const int64_t k = blocks_by_column[low];
+      for (int i = 0; i < block; ++i) sum += values[k * block + i] * y[index[2 * k] + i];
+    }
+    return sum;
+  }
+};
+
+template <class T>
+struct Program {
+  int hidden, gates, terms, width;  // width: elements of the widest intermediate
+  Term term[kMaxTerms];
+  Op<T> op[kMaxOps];
+  const T* diagonal;
+  int diagonal_row[4];
+  Overlay<T> overlay;
+  const T* bias;
+};
+
+template <class T>
+struct GeneralForward {
+  const T *x, *h0, *c0;
+  T *out, *h_last, *c_last, *workspace;
+  Rows rows;
+  bool relu;
+};
+
+template <class T>
+struct GeneralBackward {
+  const T *grad_out, *grad_h, *grad_c, *out, *workspace, *h0, *c0;
+  T *grad_gates, *grad_product, *grad_h0, *grad_c0;
+  Rows rows;
+  bool relu;
+};
+
+// Elements of the scratch that a block needs.
+template <class T>
+KRUIFY_HD int64_t general_scratch(const Program<T>& m) {
+  return static_cast<int64_t>(m.hidden) * (m.gates + 3) + 2 * static_cast<int64_t>(m.width);
+}
+
+template <int G, class T>
+struct GeneralPhases {
+  const Program<T>& m;
+
+  KRUIFY_HD T* h(const Thread& t) const { return reinterpret_cast<T*>(t.memory); }  // backward: dh
+  KRUIFY_HD T* c(const Thread& t) const { return h(t) + m.hidden; }                 // backward: dc
+  KRUIFY_HD T* carry(const Thread& t) const { return h(t) + 2 * m.hidden; }
+  KRUIFY_HD T* y(const Thread& t) const { return h(t) + 3 * m.hidden; }
+  KRUIFY_HD T* buffer(const Thread& t, int which) const { return y(t) + G * m.hidden + (which & 1) * static_cast<int64_t>(m.width); }
+
+  KRUIFY_HD void start(const Thread& t) const {
+    for (int e = t.id; e < G * m.hidden; e += t.count) {
+      const int g = e / m.hidden, i = e % m.hidden;
+      T sum = m.bias ? m.bias[e] : T(0);
+      if (m.diagonal && m.diagonal_row[g] >= 0) sum += m.diagonal[static_cast<int64_t>(m.diagonal_row[g]) * m.hidden + i] * h(t)[i];
+      if (m.overlay.values) sum += m.overlay.row_product(e, h(t));
+      y(t)[e] = sum;
+    }
+  }
+  KRUIFY_HD void step(const Thread& t, const Term& term, int k) const {
+    const Op<T>& op = m.op[term.first + k];
+    const int pairs = term.gates * term.rank;
+    const T* from = k ? buffer(t, k) : h(t);
+    const int64_t stride = k ? op.in() : 0;
+    if (k + 1 < term.count) {
+      T* to = buffer(t, k + 1);
+      for (int e = t.id; e < pairs * op.out(); e += t.count) to[e] = op.apply(e / op.out(), from + e / op.out() * stride, e % op.out());
+    } else {
+      for (int e = t.id; e < term.gates * m.hidden; e += t.count) {
+        const int gate = e / m.hidden, i = e % m.hidden;
+        T sum = 0;
+        for (int pair = gate * term.rank; pair < (gate + 1) * term.rank; ++pair) sum += op.apply(pair, from + pair * stride, i);
+        y(t)[term.gate[gate] * m.hidden + i] += sum;
+      }
+    }
+  }
+  KRUIFY_HD void start_transposed(const Thread& t) const {
+    for (int i = t.id; i < m.hidden; i += t.count) {
+      T sum = carry(t)[i];
+      for (int g = 0; g < G; ++g)
+        if (m.diagonal && m.diagonal_row[g] >= 0)
+          sum += m.diagonal[static_cast<int64_t>(m.diagonal_row[g]) * m.hidden + i] * y(t)[g * m.hidden + i];
+      if (m.overlay.values) sum += m.overlay.column_product(i, y(t));
+      h(t)[i] = sum;
+    }
+  }
+  KRUIFY_HD void step_transposed(const Thread& t, const Term& term, int k) const {
+    const Op<T>& op = m.op[term.first + k];
+    const int pairs = term.gates * term.rank;
+    const bool first = k + 1 == term.count;
+    const T* from = first ? y(t) : buffer(t, k + 1);
+    auto part = [&](int pair) { return from + (first ? static_cast<int64_t>(term.gate[pair / term.rank]) * m.hidden : static_cast<int64_t>(pair) * op.out()); };
+    if (k) {
+      T* to = buffer(t, k);
+      for (int e = t.id; e < pairs * op.in(); e += t.count) to[e] = op.apply_transposed(e / op.in(), part(e / op.in()), e % op.in());
+    } else {
+      for (int i = t.id; i < m.hidden; i += t.count) {
+        T sum = 0;
+        for (int pair = 0; pair < pairs; ++pair) sum += op.apply_transposed(pair, part(pair), i);
+        h(t)[i] += sum;
+      }
+    }
+  }
+};
+
+template <int G, class T, class Block>
+KRUIFY_HD void general_forward(Block& block, const Program<T>& m, const GeneralForward<T>& args, int sample) {
+  const GeneralPhases<G, T> phases{m};
+  const int length = args.rows.length(sample);
+  const int64_t own = static_cast<int64_t>(sample) * m.hidden;
+  constexpr int kept = saved_of_gates(G);
+  block.each([&](const Thread& t) {
+    for (int i = t.id; i < m.hidden; i += t.count) {
+      phases.h(t)[i] = args.h0[own + i];
+      if (G == 4) phases.c(t)[i] = args.c0[own + i];
+    }
+  });
+  for (int n = 0; n < length; ++n) {
+    block.barrier();
+    block.each([&](const Thread& t) { phases.start(t); });
+    block.barrier();
+    for (int k = 0; k < m.terms; ++k)
+      for (int o = 0; o < m.term[k].count; ++o) {
+        block.each([&](const Thread& t) { phases.step(t, m.term[k], o); });
+        block.barrier();
+      }
+    const int64_t row = args.rows.row(n, sample, length);
+    block.each([&](const Thread& t) {
+      for (int i = t.id; i < m.hidden; i += t.count) {
+        T gates[G], product[G], saved[5], c = G == 4 ? phases.c(t)[i] : T(0);
+        for (int g = 0; g < G; ++g) {
+          gates[g] = args.x[(row * G + g) * m.hidden + i];
+          product[g] = phases.y(t)[g * m.hidden + i];
+        }
+        const T now = cell_forward<G>(gates, product, phases.h(t)[i], c, args.relu, saved);
+        phases.h(t)[i] = args.out[row * m.hidden + i] = now;
+        if (G == 4) phases.c(t)[i] = c;
+        if (G > 1 && args.workspace)
+          for (int k = 0; k < kept; ++k) args.workspace[(row * kept + k) * m.hidden + i] = saved[k];
+      }
+    });
+  }
+  block.each([&](const Thread& t) {
+    for (int i = t.id; i < m.hidden; i += t.count) {
+      args.h_last[own + i] = phases.h(t)[i];
+      if (G == 4) args.c_last[own + i] = phases.c(t)[i];
+    }
+  });
+}
+
+template <int G, class T, class Block>
+KRUIFY_HD void general_backward(Block& block, const Program<T>& m, const GeneralBackward<T>& args, int sample) {
+  const GeneralPhases<G, T> phases{m};
+  const int length = args.rows.length(sample);
+  const int64_t own = static_cast<int64_t>(sample) * m.hidden;
+  constexpr int kept = saved_of_gates(G);
+  block.each([&](const Thread& t) {
+    for (int i = t.id; i < m.hidden; i += t.count) {
+      phases.h(t)[i] = args.grad_h ? args.grad_h[own + i] : T(0);
+      if (G == 4) phases.c(t)[i] = args.grad_c ? args.grad_c[own + i] : T(0);
+    }
+  });
+  for (int n = length - 1; n >= 0; --n) {
+    const int64_t row = args.rows.row(n, sample, length), before = n ? args.rows.row(n - 1, sample, length) : 0;
+    block.barrier();
+    block.each([&](const Thread& t) {
+      for (int i = t.id; i < m.hidden; i += t.count) {
+        T saved[5], gates[G], product[G], h_before = 0, c_before = 0, c = 0, dh = phases.h(t)[i];
+        if (args.grad_out) dh += args.grad_out[row * m.hidden + i];
+        for (int k = 0; k < kept; ++k) saved[k] = args.workspace[(row * kept + k) * m.hidden + i];
+        if (G == 3) h_before = n ? args.out[before * m.hidden + i] : args.h0[own + i];
+        if (G == 4) c_before = n ? args.workspace[(before * kept + 4) * m.hidden + i] : args.c0[own + i], c = phases.c(t)[i];
+        phases.carry(t)[i] =
+            cell_backward<G>(dh, saved, args.out[row * m.hidden + i], h_before, c_before, args.relu, c, gates, product);
+        if (G == 4) phases.c(t)[i] = c;
+        for (int g = 0; g < G; ++g) {
+          args.grad_gates[(row * G + g) * m.hidden + i] = gates[g];
+          if (G == 3) args.grad_product[(row * G + g) * m.hidden + i] = product[g];
+          phases.y(t)[g * m.hidden + i] = product[g];
+        }
+      }
+    });
+    block.barrier();
+    block.each([&](const Thread& t) { phases.start_transposed(t); });
+    block.barrier();
+    for (int k = 0; k < m.terms; ++k)
+      for (int o = m.term[k].count - 1; o >= 0; --o) {
+        block.each([&](const Thread& t) { phases.step_transposed(t, m.term[k], o); });
+        block.barrier();
+      }
+  }
+  block.barrier();
+  block.each([&](const Thread& t) {
+    for (int i = t.id; i < m.hidden; i += t.count) {
+      args.grad_h0[own + i] = phases.h(t)[i];
+      if (G == 4) args.grad_c0[own + i] = phases.c(t)[i];
+    }
+  });
+}
+
+}  // namespace kruify::cuda

@@ -1,0 +1,79 @@
+// What lets one source be a CUDA kernel and a plain C++ function: every header of this folder compiles with g++ alone.
+//
+// A kernel is written as a sequence of phases: `block.each(f)` runs f(thread) for every thread of a block, and
+// `block.barrier()` stands between phases. On the GPU `each` calls f once, in each thread; in tests/cuda a block is a
+// loop over all threads, in any order, so that index arithmetic, phase order and races inside a phase show on a CPU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define KRUIFY_HD __host__ __device__ __forceinline__
+#define KRUIFY_UNROLL _Pragma("unroll")
+#define KRUIFY_UNROLL_BY(n) _Pragma("unroll 4")
+#else
+#define KRUIFY_HD inline
+#define KRUIFY_UNROLL
+#define KRUIFY_UNROLL_BY(n)
+#endif
+
+namespace kruify::cuda {
+
+// One thread of a block: what a phase may know about where it runs.
+struct Thread {
+  int id, count;    // within the block
+  int rank, ranks;  // of the block within its cluster
+  char* memory;     // the block's shared memory (or its scratch in global memory)
+};
+
+struct alignas(16) Quad {
+  float v[4];
+};
+
+KRUIFY_HD Quad load_quad(const float* p) {
+#if defined(__CUDA_ARCH__)
+  const float4 q = *reinterpret_cast<const float4*>(p);
+  return {{q.x, q.y, q.z, q.w}};
+#else
+  return {{p[0], p[1], p[2], p[3]}};
+#endif
+}
+
+// 16 bytes from global to shared memory without waiting for them; both addresses are multiples of 16.
+KRUIFY_HD void fetch_quad(float* shared, const float* global) {
+#if defined(__CUDA_ARCH__)
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+#else
+  for (int i = 0; i < 4; ++i) shared[i] = global[i];
+#endif
+}
+
+KRUIFY_HD void fetch_commit() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most `pending` of this thread's latest groups are still on their way.
+template <int pending>
+KRUIFY_HD void fetch_wait() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+KRUIFY_HD void prefetch(const void* global) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+#else
+  (void)global;
+#endif
+}
+
+constexpr KRUIFY_HD int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr KRUIFY_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr KRUIFY_HD int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
+
+}  // namespace kruify::cuda

@@ -1,0 +1,182 @@
+// The whole backward sequence of one row of the batch for two stages, from its last step to its first.
+//
+//   d[g][p2, p1]    = gradient of the gates' W h, by the cell's derivative        phase 1
+//   U[g, r][q1, p2] = sum_p1 A[g, r][p1, q1] d[g][p2, p1]                         phase 2
+//   V[q1, q2]       = sum_{g, r, p2} U[g, r][q1, p2] B[g, r][p2, q2]              phase 3
+//
+// A block knows d for its own p2 alone, so V is a partial sum over the cluster (and over groups of gates, to occupy all
+// threads): each partial sum is written to the block that owns the unit, and added there in one fixed order.
+#pragma once
+
+#include "pair_forward.h"
+
+namespace kruify::cuda {
+
+struct PairBackward {
+  const float *a, *b;
+  Diagonal diagonal;
+  const float *grad_out, *grad_h, *grad_c;  // each may be null
+  const float *out, *workspace, *h0, *c0;
+  float* grad_gates;            // (S, G * H)
+  float* grad_product;          // (S, G * H) for the GRU, else null: the same as grad_gates
+  float *grad_h0, *grad_c0;     // (B, H)
+  Rows rows;
+  bool relu;
+};
+
+// A (pairs, rows, cols) array transposed into padded rows: to[pair][col][row], rows first.. alone.
+KRUIFY_HD void load_columns(const Thread& t, float* to, const float* from, int pairs, int rows, int cols, int first, int count) {
+  for (int e = t.id; e < pairs * count * cols; e += t.count) {
+    const int k = e % cols, row = e / cols % count, pair = e / (cols * count);
+    to[(pair * cols + k) * (count + kPad) + row] = from[(static_cast<int64_t>(pair) * rows + first + row) * cols + k];
+  }
+}
+
+template <int G, int NT, class Shape>
+struct PairBackwardPhases {
+  Shape s;
+  const PairPlan& p;
+  const PairBackward& args;
+  int sample, length;
+
+  KRUIFY_HD float* at(const Thread& t, int offset) const { return reinterpret_cast<float*>(t.memory) + offset; }
+  KRUIFY_HD int hidden() const { return s.P1 * s.P2; }
+  KRUIFY_HD int units() const { return s.P1 * p.share; }
+
+  KRUIFY_HD void load(const Thread& t) const {
+    load_columns(t, at(t, p.a), args.a, G * p.rank, s.P1, s.Q1, 0, s.P1);
+    load_columns(t, at(t, p.b), args.b, G * p.rank, s.P2, s.Q2, t.rank * p.share, p.share);
+    const int64_t row = static_cast<int64_t>(sample) * hidden();
+    for (int u = t.id; u < units(); u += t.count) {
+      const Split e = split<Shape>(u, p.share, p.shift);
+      const int64_t i = row + e.quotient * s.P2 + t.rank * p.share + e.remainder;
+      at(t, p.carry)[u] = args.grad_h ? args.grad_h[i] : 0.0f;
+      if constexpr (G == 4) at(t, p.c)[u] = args.grad_c ? args.grad_c[i] : 0.0f;
+    }
+    for (int e = t.id; e < p.groups * hidden(); e += t.count) at(t, p.v)[e] = 0.0f;
+  }
+
+  // The gradient of a unit's h: what came by W, in fixed order, and what passed by it.
+  KRUIFY_HD float gradient(const Thread& t, int unit) const {
+    float sum = at(t, p.carry)[unit];
+    for (int part = 0; part < t.ranks * p.groups; ++part) sum += at(t, p.v)[part * units() + unit];
+    return sum;
+  }
+
+  KRUIFY_HD void cell(const Thread& t, int step) const {
+    const int64_t row = args.rows.row(step, sample, length);
+    const int64_t before = step ? args.rows.row(step - 1, sample, length) : 0;
+    constexpr int kept = saved_of_gates(G);
+    for (int u = t.id; u < units(); u += t.count) {
+      const Split e = split<Shape>(u, p.share, p.shift);
+      const int i = e.quotient * s.P2 + t.rank * p.share + e.remainder;
+      float dh = gradient(t, u);
+      if (args.grad_out) dh += args.grad_out[row * hidden() + i];
+      float saved[5], gates[G], product[G], h_before = 0, c_before = 0, c = 0;
+      KRUIFY_UNROLL
+      for (int k = 0; k < kept; ++k) saved[k] = args.workspace[(row * kept + k) * hidden() + i];
+      const int64_t first = static_cast<int64_t>(sample) * hidden() + i;
+      if constexpr (G == 3) h_before = step ? args.out[before * hidden() + i] : args.h0[first];
+      if constexpr (G == 4) {
+        c_before = step ? args.workspace[(before * kept + 4) * hidden() + i] : args.c0[first];
+        c = at(t, p.c)[u];
+      }
+      const float h = G == 1 ? args.out[row * hidden() + i] : 0.0f;
+      float carry = cell_backward<G>(dh, saved, h, h_before, c_before, args.relu, c, gates, product);
+      KRUIFY_UNROLL
+      for (int g = 0; g < G; ++g) {
+        args.grad_gates[(row * G + g) * hidden() + i] = gates[g];
+        if (G == 3) args.grad_product[(row * G + g) * hidden() + i] = product[g];
+        at(t, p.d)[(g * p.share + e.remainder) * (s.P1 + kPad) + e.quotient] = product[g];
+        if (const float* d = args.diagonal.of(g, hidden())) carry += d[i] * product[g];
+      }
+      at(t, p.carry)[u] = carry;
+      if constexpr (G == 4) at(t, p.c)[u] = c;
+    }
+  }
+
+  // Asks for what the next step (the one before in time) will read, while the products run.
+  KRUIFY_HD void ask(const Thread& t, int step) const {
+    if (step < 1) return;
+    const int64_t row = args.rows.row(step - 1, sample, length);
+    constexpr int kept = saved_of_gates(G);
+    for (int u = t.id * 4; u < units(); u += t.count * 4) {
+      const Split e = split<Shape>(u, p.share, p.shift);
+      if (e.remainder % 8 && p.share > 4) continue;  // one request a sector
+      const int64_t i = e.quotient * s.P2 + t.rank * p.share + e.remainder;
+      KRUIFY_UNROLL
+      for (int k = 0; k < kept; ++k) prefetch(args.workspace + (row * kept + k) * hidden() + i);
+      if (args.grad_out) prefetch(args.grad_out + row * hidden() + i);
+      if (G < 4) prefetch(args.out + row * hidden() + i);
+    }
+  }
+
+  KRUIFY_HD void first_factor(const Thread& t) const {
+    const int columns = p.share / NT, rows = s.Q1 / kTileRows, shift = p.shift - (NT == 4 ? 2 : 1);
+    for (int e = t.id; e < G * p.rank * rows * columns; e += t.count) {
+      const Split left = split<Shape>(e, columns, shift);
+      const int column = left.remainder, row = left.quotient % rows, pair = left.quotient / rows;
+      float sum[kTileRows][NT] = {};
+      tile_fma<NT>(at(t, p.a) + (pair * s.Q1 + row) * (s.P1 + kPad), rows * (s.P1 + kPad),
+                   at(t, p.d) + (pair / p.rank * p.share + column) * (s.P1 + kPad), columns * (s.P1 + kPad), s.P1, sum);
+      float* to = at(t, p.u) + (pair * s.Q1 + row) * (p.share + kPad) + column;
+      KRUIFY_UNROLL
+      for (int i = 0; i < kTileRows; ++i) {
+        KRUIFY_UNROLL
+        for (int j = 0; j < NT; ++j) to[i * rows * (p.share + kPad) + j * columns] = sum[i][j];
+      }
+    }
+  }
+
+  template <class Block>
+  KRUIFY_HD void second_factor(const Block& block, const Thread& t) const {
+    const int columns = s.Q2 / NT, rows = s.Q1 / kTileRows, width = p.share + kPad;
+    for (int e = t.id; e < p.groups * rows * columns; e += t.count) {
+      const int column = e % columns, row = e / columns % rows, group = e / (columns * rows);
+      float sum[kTileRows][NT] = {};
+      for (int pair = group; pair < G * p.rank; pair += p.groups)
+        tile_fma<NT>(at(t, p.u) + (pair * s.Q1 + row) * width, rows * width, at(t, p.b) + (pair * s.Q2 + column) * width,
+                     columns * width, p.share, sum);
+      KRUIFY_UNROLL
+      for (int j = 0; j < NT; ++j) {
+        const Split owner = split<Shape>(column + j * columns, p.share, p.shift);
+        float* to = block.remote(t, owner.quotient, at(t, p.v)) + (t.rank * p.groups + group) * units() + owner.remainder;
+        KRUIFY_UNROLL
+        for (int i = 0; i < kTileRows; ++i) to[(row + i * rows) * p.share] = sum[i][j];
+      }
+    }
+  }
+
+  KRUIFY_HD void finish(const Thread& t) const {
+    for (int u = t.id; u < units(); u += t.count) {
+      const Split e = split<Shape>(u, p.share, p.shift);
+      const int64_t to = static_cast<int64_t>(sample) * hidden() + e.quotient * s.P2 + t.rank * p.share + e.remainder;
+      args.grad_h0[to] = gradient(t, u);
+      if constexpr (G == 4) args.grad_c0[to] = at(t, p.c)[u];
+    }
+  }
+};
+
+template <int G, int NT, class Shape, class Block>
+KRUIFY_HD void pair_backward(Block& block, Shape s, const PairPlan& p, const PairBackward& args, int sample) {
+  const int length = args.rows.length(sample);
+  const PairBackwardPhases<G, NT, Shape> phases{s, p, args, sample, length};
+  block.each([&](const Thread& t) { phases.load(t); });
+  block.cluster_barrier();
+  for (int n = length - 1; n >= 0; --n) {
+    block.each([&](const Thread& t) { phases.cell(t, n); });
+    block.cluster_arrive();  // this block has read its partial sums: the others may write new ones
+    block.barrier();
+    block.each([&](const Thread& t) {
+      phases.ask(t, n);
+      phases.first_factor(t);
+    });
+    block.barrier();
+    block.cluster_wait();
+    block.each([&](const Thread& t) { phases.second_factor(block, t); });
+    block.cluster_barrier();
+  }
+  block.each([&](const Thread& t) { phases.finish(t); });
+}
+
+}  // namespace kruify::cuda

@@ -1,0 +1,165 @@
+// Gradients of two stages over many rows, for one pair (gate, r), from d (rows, P1 * P2) and x (rows, Q1 * Q2):
+//
+//   dA[p1, q1] = sum_{row, p2} d[p1, p2] T[q1, p2],   T[q1, p2] = sum_q2 x[q1, q2] B[p2, q2]
+//   dB[p2, q2] = sum_{row, q1} U[p2, q1] x[q1, q2],   U[p2, q1] = sum_p1 d[p1, p2] A[p1, q1]
+//
+// A block takes one piece of the rows, keeps both sums in registers, and writes them as one part; the parts are added
+// afterwards in one order. No atomics.
+#pragma once
+
+#include "pair_product.h"
+
+namespace kruify::cuda {
+
+struct PairGradientPlan {
+  int batch, threads;
+  int groups_a, groups_b;            // threads' groups; each takes every n-th row of a batch and writes a part of its own
+  int a, b, d, dt, x, xt, t, u;      // offsets in floats
+  int bytes;
+};
+
+inline PairGradientPlan pair_gradient_plan(AnyShape s, Chip chip) {
+  const int tiles_a = (s.P1 / 4) * (s.Q1 / 4), tiles_b = (s.P2 / 4) * (s.Q2 / 4);
+  if (tiles_a > 256 || tiles_b > 256) return {};
+  for (int batch : {8, 4, 2, 1}) {
+    PairGradientPlan p{};
+    p.batch = batch, p.threads = 256;
+    p.groups_a = static_cast<int>(least(batch, 256 / tiles_a)), p.groups_b = static_cast<int>(least(batch, 256 / tiles_b));
+    if (batch > 1 && batch / 2 * (s.Q1 / 4) * (s.P2 / 4) >= p.threads) continue;
+    int used = 0;
+    auto take = [&](int floats) {
+      const int at = used;
+      used += floats;
+      return at;
+    };
+    p.a = take(s.Q1 * (s.P1 + kPad)), p.b = take(s.P2 * (s.Q2 + kPad));
+    p.d = take(batch * s.P1 * (s.P2 + kPad)), p.dt = take(batch * s.P2 * (s.P1 + kPad));
+    p.x = take(batch * s.Q1 * (s.Q2 + kPad)), p.xt = take(batch * s.Q2 * (s.Q1 + kPad));
+    p.t = take(batch * s.Q1 * (s.P2 + kPad)), p.u = take(batch * s.P2 * (s.Q1 + kPad));
+    p.bytes = used * 4;
+    if (p.bytes <= chip.shared_memory) return p;
+  }
+  return {};
+}
+
+struct PairGradient {
+  const float *a, *b;       // of this pair
+  const float *d, *x;       // of its gate; rows d_stride and x_stride apart
+  float *part_a, *part_b;   // (groups, P1 * Q1), (groups, P2 * Q2) of this piece
+  int64_t d_stride, x_stride, first, last;
+};
+
+// What the block of one piece and one r works on.
+KRUIFY_HD PairGradient piece_of(PairGradient args, AnyShape s, const PairGradientPlan& p, int piece, int pieces, int r) {
+  const int64_t size_a = static_cast<int64_t>(s.P1) * s.Q1, size_b = static_cast<int64_t>(s.P2) * s.Q2, rows = args.last;
+  const int64_t part = static_cast<int64_t>(r) * pieces + piece;
+  args.a += r * size_a, args.b += r * size_b;
+  args.part_a += part * p.groups_a * size_a, args.part_b += part * p.groups_b * size_b;
+  args.first = rows * piece / pieces, args.last = rows * (piece + 1) / pieces;
+  return args;
+}
+
+struct PairGradientPhases {
+  AnyShape s;
+  const PairGradientPlan& p;
+  const PairGradient& args;
+
+  struct Sums {
+    float a[kTileRows][4], b[kTileRows][4];
+  };
+
+  KRUIFY_HD float* at(const Thread& t, int offset) const { return reinterpret_cast<float*>(t.memory) + offset; }
+
+  // Rows into shared memory, as they are and transposed; zeros behind the last one.
+  KRUIFY_HD void take(const Thread& t, int64_t first) const {
+    const int size_d = s.P1 * s.P2, size_x = s.Q1 * s.Q2;
+    for (int e = t.id; e < p.batch * size_d; e += t.count) {
+      const int n = e / size_d, k = e % size_d, p1 = k / s.P2, p2 = k % s.P2;
+      const float value = first + n < args.last ? args.d[(first + n) * args.d_stride + k] : 0.0f;
+      at(t, p.d)[(n * s.P1 + p1) * (s.P2 + kPad) + p2] = at(t, p.dt)[(n * s.P2 + p2) * (s.P1 + kPad) + p1] = value;
+    }
+    for (int e = t.id; e < p.batch * size_x; e += t.count) {
+      const int n = e / size_x, k = e % size_x, q1 = k / s.Q2, q2 = k % s.Q2;
+      const float value = first + n < args.last ? args.x[(first + n) * args.x_stride + k] : 0.0f;
+      at(t, p.x)[(n * s.Q1 + q1) * (s.Q2 + kPad) + q2] = at(t, p.xt)[(n * s.Q2 + q2) * (s.Q1 + kPad) + q1] = value;
+    }
+  }
+  KRUIFY_HD void inner(const Thread& t) const {
+    const int columns = s.P2 / 4, rows = s.Q1 / 4;
+    for (int e = t.id; e < p.batch * rows * columns; e += t.count) {
+      const int column = e % columns, row = e / columns % rows, n = e / (columns * rows);
+      float sum[kTileRows][4] = {};
+      tile_fma<4>(at(t, p.x) + (n * s.Q1 + row) * (s.Q2 + kPad), rows * (s.Q2 + kPad),
+                  at(t, p.b) + column * (s.Q2 + kPad), columns * (s.Q2 + kPad), s.Q2, sum);
+      float* to = at(t, p.t) + (n * s.Q1 + row) * (s.P2 + kPad) + column;
+      KRUIFY_UNROLL
+      for (int i = 0; i < kTileRows; ++i) {
+        KRUIFY_UNROLL
+        for (int j = 0; j < 4; ++j) to[i * rows * (s.P2 + kPad) + j * columns] = sum[i][j], sum[i][j] = 0.0f;
+      }
+      tile_fma<4>(at(t, p.a) + row * (s.P1 + kPad), rows * (s.P1 + kPad),
+                  at(t, p.dt) + (n * s.P2 + column) * (s.P1 + kPad), columns * (s.P1 + kPad), s.P1, sum);
+      to = at(t, p.u) + (n * s.P2 + column) * (s.Q1 + kPad) + row;
+      KRUIFY_UNROLL
+      for (int i = 0; i < kTileRows; ++i) {
+        KRUIFY_UNROLL
+        for (int j = 0; j < 4; ++j) to[j * columns * (s.Q1 + kPad) + i * rows] = sum[i][j];
+      }
+    }
+  }
+  KRUIFY_HD void outer(const Thread& t, Sums& sums) const {
+    {
+      const int columns = s.Q1 / 4, rows = s.P1 / 4, tile = t.id % (rows * columns), width = s.P2 + kPad;
+      const int column = tile % columns, row = tile / columns;
+      const int group = t.id / (rows * columns);
+      if (group < p.groups_a)
+        for (int n = group; n < p.batch; n += p.groups_a)
+          tile_fma<4>(at(t, p.d) + (n * s.P1 + row) * width, rows * width, at(t, p.t) + (n * s.Q1 + column) * width,
+                      columns * width, s.P2, sums.a);
+    }
+    {
+      const int columns = s.Q2 / 4, rows = s.P2 / 4, tile = t.id % (rows * columns), width = s.Q1 + kPad;
+      const int column = tile % columns, row = tile / columns;
+      const int group = t.id / (rows * columns);
+      if (group < p.groups_b)
+        for (int n = group; n < p.batch; n += p.groups_b)
+          tile_fma<4>(at(t, p.u) + (n * s.P2 + row) * width, rows * width, at(t, p.xt) + (n * s.Q2 + column) * width,
+                      columns * width, s.Q1, sums.b);
+    }
+  }
+  KRUIFY_HD void write(const Thread& t, const float (&sum)[kTileRows][4], float* part, int rows, int columns, int groups) const {
+    const int tile = t.id % (rows * columns), group = t.id / (rows * columns);
+    if (group >= groups) return;
+    KRUIFY_UNROLL
+    for (int i = 0; i < kTileRows; ++i) {
+      KRUIFY_UNROLL
+      for (int j = 0; j < 4; ++j)
+        part[(group * rows * 4 + tile / columns + i * rows) * columns * 4 + tile % columns + j * columns] = sum[i][j];
+    }
+  }
+};
+
+template <class Block>
+KRUIFY_HD void pair_gradient(Block& block, AnyShape s, const PairGradientPlan& p, const PairGradient& args) {
+  const PairGradientPhases phases{s, p, args};
+  typename Block::template PerThread<PairGradientPhases::Sums> sums;
+  block.each([&](const Thread& t) {
+    sums.of(t) = {};
+    load_columns(t, phases.at(t, p.a), args.a, 1, s.P1, s.Q1, 0, s.P1);
+    load_rows(t, phases.at(t, p.b), args.b, 1, s.P2, s.Q2, 0, s.P2);
+  });
+  for (int64_t first = args.first; first < args.last; first += p.batch) {
+    block.barrier();
+    block.each([&](const Thread& t) { phases.take(t, first); });
+    block.barrier();
+    block.each([&](const Thread& t) { phases.inner(t); });
+    block.barrier();
+    block.each([&](const Thread& t) { phases.outer(t, sums.of(t)); });
+  }
+  block.each([&](const Thread& t) {
+    phases.write(t, sums.of(t).a, args.part_a, s.P1 / 4, s.Q1 / 4, p.groups_a);
+    phases.write(t, sums.of(t).b, args.part_b, s.P2 / 4, s.Q2 / 4, p.groups_b);
+  });
+}
+
+}  // namespace kruify::cuda

@@ -1,0 +1,98 @@
+// Where the two-stage kernels keep what in shared memory, how many threads and blocks a row takes, and what fits.
+//
+// A cluster of C blocks works on one row of the batch and splits p2, the second stage's output index: each block then
+// owns rows / C hidden units with all their gates, needs all of h and of A but only its share of B, and the only thing
+// that blocks exchange is h (forward) or partial sums of its gradient (backward).
+#pragma once
+
+#include "gates.h"
+#include "tile.h"
+
+namespace kruify::cuda {
+
+struct Chip {
+  int processors;     // streaming multiprocessors
+  int shared_memory;  // bytes a block may have
+  bool clusters;      // compute capability 9.0 and above
+};
+
+struct PairPlan {
+  int rank, cluster, threads, tile;  // tile: columns of a thread's tile, 2 or 4
+  int share, shift;                  // P2 / cluster, and its logarithm (-1: no power of two)
+  int depth;                         // steps of input gates on their way or in use
+  int groups;                        // backward: in how many parts the sum over gates and ranks runs
+  // offsets in floats
+  int a, b, h, t, x, y, c;  // forward: factors, h (two buffers), after the second factor, gates, W_hn h, c
+  int d, u, v, carry;       // backward: gate gradients, after the first factor, partial sums, what passes by W
+  int bytes;
+};
+
+inline int logarithm(int n) {
+  int shift = 0;
+  while ((1 << shift) < n) ++shift;
+  return (1 << shift) == n ? shift : -1;
+}
+
+// The layout for one cluster size; `bytes` says whether it fits.
+template <class Shape>
+PairPlan pair_layout(Shape s, int gates, int rank, int cluster, bool backward) {
+  PairPlan p{};
+  p.rank = rank, p.cluster = cluster, p.share = s.P2 / cluster, p.shift = logarithm(p.share);
+  const int units = s.P1 * p.share;
+  p.tile = gates * (s.P1 / kTileRows) * (p.share / 4) >= 256 ? 4 : 2;
+  const int tiles = gates * (s.P1 / kTileRows) * (p.share / p.tile);
+  p.threads = static_cast<int>(least(512, greatest(128, round_up(tiles, 32))));
+  const int pairs = gates * rank;
+  int used = 0;
+  auto take = [&](int floats) {
+    const int at = used;
+    used += static_cast<int>(round_up(floats, 4));
+    return at;
+  };
+  if (!backward) {
+    p.depth = gates * units <= 2048 ? 4 : gates * units <= 4096 ? 2 : 1;
+    p.a = take(pairs * s.P1 * (s.Q1 + kPad));
+    p.b = take(pairs * p.share * (s.Q2 + kPad));
+    p.h = take(2 * s.Q1 * (s.Q2 + kPad));
+    p.t = take(pairs * p.share * (s.Q1 + kPad));
+    p.x = take(p.depth * gates * units);
+    p.y = take(gates == 3 ? units : 0);
+    p.c = take(gates == 4 ? units : 0);
+  } else {
+    const int groups = p.threads * kTileRows * p.tile / (s.Q1 * s.Q2);
+    p.groups = static_cast<int>(greatest(1, least(groups, pairs)));
+    p.a = take(pairs * s.Q1 * (s.P1 + kPad));
+    p.b = take(pairs * s.Q2 * (p.share + kPad));
+    p.d = take(gates * p.share * (s.P1 + kPad));
+    p.u = take(pairs * s.Q1 * (p.share + kPad));
+    p.v = take(p.groups * s.Q1 * s.Q2);
+    p.c = take(gates == 4 ? units : 0);
+    p.carry = take(units);
+  }
+  p.bytes = used * 4;
+  return p;
+}
+
+// Whether the two-stage kernels take such a matrix at all.
+inline bool pair_takes(AnyShape s) {
+  for (int n : {s.P1, s.Q1, s.P2, s.Q2})
+    if (n < 4 || n % 4) return false;
+  return s.P1 == s.Q1 && s.P2 == s.Q2;
+}
+
+// The cluster for this batch: the smallest that fits, and larger while every row still has multiprocessors of its own.
+// cluster == 0 says that no size fits: the general kernel has to serve.
+template <class Shape>
+PairPlan pair_plan(Shape s, int gates, int rank, int batch, Chip chip, bool backward) {
+  PairPlan best{};
+  const int largest = chip.clusters ? 8 : 1;
+  for (int cluster = 1; cluster <= largest && s.P2 % (4 * cluster) == 0; cluster *= 2) {
+    const PairPlan p = pair_layout(s, gates, rank, cluster, backward);
+    if (p.bytes > chip.shared_memory) continue;
+    const bool worth = static_cast<int64_t>(batch) * cluster <= chip.processors && s.P1 * p.share >= 128;
+    if (best.cluster == 0 || worth) best = p;
+  }
+  return best;
+}
+
+}  // namespace kruify::cuda

@@ -1,0 +1,254 @@
+// Work on all rows of a matrix at once, one item a thread, for what the templates do not take: a stage of the bare
+// product and its gradients, diagonal, overlay, previous states. An item is an index; the launch runs over all of them.
+#pragma once
+
+#include "general.h"
+
+namespace kruify::cuda {
+
+constexpr int kMaxGates = 64;  // of one launch; the host launches again for more
+
+// Where the vectors of a (row, pair) start: pair = gate index * rank + r.
+template <class T>
+struct View {
+  T* data;
+  int64_t row, pair, gate;  // strides; gate: of the layout's gate number
+  KRUIFY_HD T* at(int64_t r, int p, int g) const { return data + r * row + p * pair + g * gate; }
+};
+
+enum Sum : int { kEach = 0, kRank = 1, kAll = 2 };
+
+// out (+)= stage(in), for each pair, or summed over ranks, or over all pairs.
+template <class T>
+struct ApplyStage {
+  Op<T> op;
+  bool transposed, accumulate;
+  Sum sum;
+  int gates, rank;
+  int gate[kMaxGates];
+  View<const T> in;
+  View<T> out;
+  int64_t rows;
+
+  KRUIFY_HD int size() const { return transposed ? op.in() : op.out(); }
+  KRUIFY_HD int groups() const { return sum == kEach ? gates * rank : sum == kRank ? gates : 1; }
+  KRUIFY_HD int64_t items() const { return rows * groups() * size(); }
+  KRUIFY_HD void run(int64_t item) const {
+    const int i = static_cast<int>(item % size()), group = static_cast<int>(item / size() % groups());
+    const int64_t row = item / size() / groups();
+    const int count = gates * rank / groups();
+    T total = 0;
+    for (int pair = group * count; pair < (group + 1) * count; ++pair) {
+      const T* from = in.at(row, pair, gate[pair / rank]);
+      total += transposed ? op.apply_transposed(pair, from, i) : op.apply(pair, from, i);
+    }
+    const int first = group * count;
+    T& to = out.at(row, first, gate[first / rank])[i];
+    to = accumulate ? to + total : total;
+  }
+};
+
+// Parts of a stage's gradient: part[piece, pair, p, q] = sum over the piece's rows, a, b of d[a, p, b] x[a, q, b].
+template <class T>
+struct StageGradient {
+  Op<T> op;
+  int gates, rank;
+  int gate[kMaxGates];
+  View<const T> d, x;
+  T* part;
+  int64_t rows, pieces;
+
+  KRUIFY_HD int64_t items() const { return pieces * gates * rank * op.P * op.Q; }
+  KRUIFY_HD void run(int64_t item) const {
+    const int q = static_cast<int>(item % op.Q), p = static_cast<int>(item / op.Q % op.P);
+    const int pair = static_cast<int>(item / op.Q / op.P % (gates * rank));
+    const int64_t piece = item / op.Q / op.P / (gates * rank);
+    T total = 0;
+    for (int64_t row = rows * piece / pieces; row < rows * (piece + 1) / pieces; ++row) {
+      const T *left = d.at(row, pair, gate[pair / rank]), *right = x.at(row, pair, gate[pair / rank]);
+      for (int a = 0; a < op.a; ++a)
+        for (int b = 0; b < op.b; ++b)
+          total += left[(static_cast<int64_t>(a) * op.P + p) * op.b + b] * right[(static_cast<int64_t>(a) * op.Q + q) * op.b + b];
+    }
+    part[item] = total;
+  }
+};
+
+// y[row, e] (+)= bias[e] + diagonal + overlay: where a product starts.
+template <class T>
+struct StartProduct {
+  const T *bias, *diagonal, *x;
+  Overlay<T> overlay;
+  const int* diagonal_row;  // (gates,) row of the diagonal or -1; on the device, or null
+  T* y;
+  int64_t rows;
+  int gates, height, width, diagonal_size;
+
+  KRUIFY_HD int64_t items() const { return rows * gates * height; }
+  KRUIFY_HD void run(int64_t item) const {
+    const int e = static_cast<int>(item % (static_cast<int64_t>(gates) * height)), g = e / height, i = e % height;
+    const T* from = x + item / (static_cast<int64_t>(gates) * height) * width;
+    T sum = bias ? bias[e] : T(0);
+    if (diagonal && i < diagonal_size && diagonal_row[g] >= 0)
+      sum += diagonal[static_cast<int64_t>(diagonal_row[g]) * diagonal_size + i] * from[i];
+    if (overlay.values) sum += overlay.row_product(e, from);
+    y[item] = sum;
+  }
+};
+
+// grad_x[row, i] = what reaches it by diagonal and overlay.
+template <class T>
+struct StartGradient {
+  const T *diagonal, *grad;
+  Overlay<T> overlay;
+  const int* diagonal_row;
+  T* grad_x;
+  int64_t rows;
+  int gates, height, width, diagonal_size;
+
+  KRUIFY_HD int64_t items() const { return rows * width; }
+  KRUIFY_HD void run(int64_t item) const {
+    const int i = static_cast<int>(item % width);
+    const T* from = grad + item / width * gates * height;
+    T sum = 0;
+    for (int g = 0; diagonal && i < diagonal_size && g < gates; ++g)
+      if (diagonal_row[g] >= 0) sum += diagonal[static_cast<int64_t>(diagonal_row[g]) * diagonal_size + i] * from[static_cast<int64_t>(g) * height + i];
+    if (overlay.values) sum += overlay.column_product(i, from);
+    grad_x[item] = sum;
+  }
+};
+
+// Parts of the gradients of the diagonal and the overlay's values.
+template <class T>
+struct DiagonalGradient {
+  const T *grad, *x;
+  const int* gate;  // (diagonal gates,) on the device
+  T* part;          // (pieces, diagonal gates, diagonal_size)
+  int64_t rows, pieces;
+  int diagonal_gates, gates, height, width, diagonal_size;
+
+  KRUIFY_HD int64_t items() const { return pieces * diagonal_gates * diagonal_size; }
+  KRUIFY_HD void run(int64_t item) const {
+    const int i = static_cast<int>(item % diagonal_size), k = static_cast<int>(item / diagonal_size % diagonal_gates);
+    const int64_t piece = item / diagonal_size / diagonal_gates;
+    T sum = 0;
+    for (int64_t row = rows * piece / pieces; row < rows * (piece + 1) / pieces; ++row)
+      sum += grad[(row * gates + gate[k]) * height + i] * x[row * width + i];
+    part[item] = sum;
+  }
+};
+
+template <class T>
+struct OverlayGradient {
+  const T *grad, *x;
+  const int* index;
+  T* part;  // (pieces, blocks, block)
+  int64_t rows, pieces;
+  int blocks, block, stride, width;
+
+  KRUIFY_HD int64_t items() const { return pieces * blocks * block; }
+  KRUIFY_HD void run(int64_t item) const {
+    const int i = static_cast<int>(item % block), k = static_cast<int>(item / block % blocks);
+    const int64_t piece = item / block / blocks;
+    T sum = 0;
+    for (int64_t row = rows * piece / pieces; row < rows * (piece + 1) / pieces; ++row)
+      sum += grad[row * stride + index[2 * k] + i] * x[row * width + index[2 * k + 1]];
+    part[item] = sum;
+  }
+};
+
+// row_start[row] = the first block whose first row is `row` or below it.
+struct OverlayRows {
+  const int* index;
+  int* row_start;
+  int blocks, rows;
+  KRUIFY_HD int64_t items() const { return rows + 1; }
+  KRUIFY_HD void run(int64_t row) const {
+    int low = 0, high = blocks;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (index[2 * middle] < row) low = middle + 1;
+      else high = middle;
+    }
+    row_start[row] = low;
+  }
+};
+
+// The state that each row started from.
+template <class T>
+struct PreviousStates {
+  const T *out, *h0;
+  T* before;
+  Rows rows;
+  int hidden;
+  KRUIFY_HD int64_t items() const { return static_cast<int64_t>(rows.steps) * rows.batch * hidden; }
+  KRUIFY_HD void run(int64_t item) const {
+    const int i = static_cast<int>(item % hidden), sample = static_cast<int>(item / hidden % rows.batch);
+    const int n = static_cast<int>(item / hidden / rows.batch), length = rows.length(sample);
+    if (n >= length) return;
+    before[rows.row(n, sample, length) * hidden + i] =
+        n ? out[rows.row(n - 1, sample, length) * hidden + i] : h0[static_cast<int64_t>(sample) * hidden + i];
+  }
+};
+
+// Adds parts in order: out[k, i] (+)= sum over pieces of part[k, piece, i].
+template <class T>
+struct SumParts {
+  const T* part;
+  T* out;
+  int64_t outer, pieces, size;
+  bool accumulate;
+  KRUIFY_HD int64_t items() const { return outer * size; }
+  KRUIFY_HD void run(int64_t item) const {
+    const T* from = part + item / size * pieces * size + item % size;
+    T sum = accumulate ? out[item] : T(0);
+    for (int64_t k = 0; k < pieces; ++k) sum += from[k * size];
+    out[item] = sum;
+  }
+};
+
+// part[piece, i] = sum over the piece's rows of x[row, i].
+template <class T>
+struct SumRows {
+  const T* x;
+  T* part;
+  int64_t rows, pieces, size;
+  KRUIFY_HD int64_t items() const { return pieces * size; }
+  KRUIFY_HD void run(int64_t item) const {
+    const int64_t piece = item / size, i = item % size;
+    T sum = 0;
+    for (int64_t row = rows * piece / pieces; row < rows * (piece + 1) / pieces; ++row) sum += x[row * size + i];
+    part[item] = sum;
+  }
+};
+
+// The unit vectors first, first + 1, ... as rows.
+template <class T>
+struct UnitRows {
+  T* out;
+  int64_t rows, first, size;
+  KRUIFY_HD int64_t items() const { return rows * size; }
+  KRUIFY_HD void run(int64_t item) const { out[item] = item % size == first + item / size ? T(1) : T(0); }
+};
+
+// to[i, first + row] = from[row, i]: columns of a dense matrix from its products with unit vectors.
+template <class T>
+struct Columns {
+  const T* from;
+  T* to;
+  int64_t rows, first, size, cols;
+  KRUIFY_HD int64_t items() const { return rows * size; }
+  KRUIFY_HD void run(int64_t item) const { to[item % size * cols + first + item / size] = from[item]; }
+};
+
+// Numbers from the host into device memory by way of a launch's parameters, so that a CUDA graph keeps them.
+struct Upload {
+  static constexpr int kMost = 960;
+  int values[kMost];
+  int count;
+  int* to;
+  KRUIFY_HD int64_t items() const { return count; }
+  KRUIFY_HD void run(int64_t item) const { to[item] = values[item]; }
+};
+
+}  // namespace kruify::cuda
