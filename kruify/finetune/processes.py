@@ -87,5 +87,16 @@ class Processes:
         broadcast_object_list(box, from_process=0)
         return box[0]
 
+    def share(self, model: nn.Module) -> None:
+        """Give every process the main process's weights, should they have begun with others."""
+        if self.count == 1:
+            return
+        from accelerate.utils import broadcast
+
+        with torch.no_grad():
+            for tensor in [*model.parameters(), *model.buffers()]:
+                tensor.copy_(broadcast(tensor.detach().clone(), from_process=0))
+
     def wait(self) -> None:
+        """Return when every process has come this far."""
         self._accelerator.wait_for_everyone()

@@ -101,6 +101,7 @@ class Trainer:
         self._started = self._saved_at = time.monotonic()
         with isolated():
             saved = self._restore()
+            self.processes.share(self.model)
             if saved is None:
                 if self.annealing is not None:
                     self.annealing.grow()
@@ -316,8 +317,12 @@ class Trainer:
     def _restore(self) -> dict[str, Any] | None:
         if self.folder is None:
             return None
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError("the folder for the state of the run cannot be made", self.folder) from error
         saved = load_state(self.folder)
+        self.processes.wait()  # the main process must not write before all have read
         if saved is None:
             return None
         check_same_run(self.folder, saved, self.recipe, self._shapes())

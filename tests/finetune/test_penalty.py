@@ -60,6 +60,7 @@ class Penalty(nn.Module):
         return unitary_penalty(self)
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules")
 def test_complex_factors_give_a_real_penalty() -> None:
     matrix = KroneckerMatrix([parse("2x2").resolve(8, 8)], dtype=torch.float64).to(torch.complex128)
     phase = torch.polar(torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64))

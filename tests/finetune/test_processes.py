@@ -25,7 +25,8 @@ from tiny import Delay
 from kruify.finetune import finetune
 slow = lambda p: time.sleep(float(sys.argv[2])) or print(p.step, flush=True)
 task = Delay(count=7, dropout=0.3)
-model = task.kronecker()
+import os
+model = task.kronecker(seed=int(os.environ.get("RANK", 0)))  # the weights of rank 0 are the ones that count
 options = dict(epochs=3, lr=2e-2, save_steps=1, device="cpu", accumulate=int(sys.argv[3]))
 result = finetune(model, task, resume=sys.argv[1], on_progress=slow, **options)
 from kruify.finetune.processes import Processes
