@@ -1,0 +1,175 @@
+"""The CUDA kernels' phases on the CPU (phases.cpp), and nvcc, each built once per content of the sources."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kruify.ops.layout import Layout
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "kruify" / "csrc"
+KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+SAVED = {"lstm": 5, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0}
+
+
+def cached(name: str, sources: Sequence[Path], command: Sequence[str], build: Callable[[Path], None]) -> Path:
+    """build/<hash of sources and command>-name, made by `build` where it is missing."""
+    digest = hashlib.sha256(repr(list(command)).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    target = ROOT / "build" / "cuda-tests" / f"{digest.hexdigest()[:16]}-{name}"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{target.name}.{os.getpid()}")
+        build(temporary)
+        os.replace(temporary, target)
+    return target
+
+
+class Options(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_int) for n in ("processors", "shared_memory", "clusters", "order", "cluster", "tile", "menu")]
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = [
+        *[(n, ctypes.c_void_p) for n in ("code", "shapes", "stages", "diagonal", "overlay", "bias", "index", "starts")],
+        *[(n, ctypes.c_int) for n in ("codes", "stage_count", "blocks", "block", "kind", "steps", "batch", "reverse")],
+    ]
+
+
+def options(order: int = 0, cluster: int = 0, tile: int = 0, menu: int = 1, **chip: int) -> Options:
+    """A run on an H200 unless `chip` (processors, shared_memory, clusters) says otherwise."""
+    values = {"processors": 132, "shared_memory": 232448, "clusters": 1} | chip
+    return Options(order=order, cluster=cluster, tile=tile, menu=menu, **values)
+
+
+@dataclass
+class Matrix:
+    """What the operators take, in their order."""
+
+    stages: list[Tensor]
+    diagonal: Tensor | None
+    overlay: Tensor | None
+    index: Tensor | None
+    bias: Tensor | None
+    layout: Layout
+
+    def arguments(self) -> tuple[object, ...]:
+        return self.stages, self.diagonal, self.overlay, self.index, self.bias, self.layout.encode()
+
+    def to(self, dtype: torch.dtype) -> Matrix:
+        def cast(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(dtype)
+
+        return Matrix([s.to(dtype) for s in self.stages], cast(self.diagonal), cast(self.overlay), self.index, cast(self.bias), self.layout)
+
+
+def _pointer(t: Tensor | None) -> int | None:
+    assert t is None or t.is_contiguous()
+    return None if t is None else t.data_ptr()
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * max(1, len(tensors)))(*[_pointer(t) for t in tensors])
+
+
+class Phases:
+    """The operators as the CUDA machine would run them, on CPU tensors. `templates`: launches of two-stage kernels."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library, self.templates = library, 0
+
+    def _problem(self, m: Matrix, kind: str = "lstm", sizes: Tensor | None = None, reverse: bool = False, batch: int = 0) -> _Problem:
+        code, starts = m.layout.encode(), None
+        self._code = (ctypes.c_int64 * len(code))(*code)
+        shapes = [n for s in m.stages for n in s.shape[1:]]
+        self._shapes = (ctypes.c_int * max(1, len(shapes)))(*shapes)
+        self._stages = _pointers(m.stages)
+        if sizes is not None and len(sizes) and sizes[0] != sizes[-1]:
+            values = [0, *sizes.cumsum(0).tolist()]
+            self._starts = (ctypes.c_int * len(values))(*values)
+            starts = ctypes.cast(self._starts, ctypes.c_void_p)
+        blocks, block = (0, 0) if m.overlay is None else m.overlay.shape
+        return _Problem(
+            ctypes.cast(self._code, ctypes.c_void_p), ctypes.cast(self._shapes, ctypes.c_void_p), ctypes.cast(self._stages, ctypes.c_void_p),
+            _pointer(m.diagonal), _pointer(m.overlay), _pointer(m.bias), _pointer(m.index), starts,
+            len(code), len(m.stages), blocks, block, KINDS.index(kind),
+            0 if sizes is None else len(sizes), batch, int(reverse),
+        )  # fmt: skip
+
+    def _call(self, name: str, dtype: torch.dtype, *arguments: object) -> None:
+        function = getattr(self.library, f"{name}_{'float' if dtype == torch.float32 else 'double'}")
+        self.templates = function(*arguments)
+
+    def recurrence(self, x, sizes, h0, c0, m, kind, reverse, o):  # type: ignore[no-untyped-def]
+        out, h, c = (torch.full_like(t, float("nan")) for t in (x[:, : h0.shape[1]].contiguous(), h0, h0))
+        workspace = torch.full((x.shape[0], SAVED[kind] * h0.shape[1]), float("nan"), dtype=x.dtype)
+        problem = self._problem(m, kind, sizes, reverse, h0.shape[0])
+        self._call("forward", x.dtype, ctypes.byref(problem), ctypes.byref(o), _pointers([x, h0, c0]), _pointers([out, h, c, workspace]))
+        return out, h, c if kind == "lstm" else None, workspace
+
+    def recurrence_backward(self, grad_out, grad_h, grad_c, out, workspace, sizes, h0, c0, m, kind, reverse, o):  # type: ignore[no-untyped-def]
+        gates = torch.full((out.shape[0], GATES[kind] * h0.shape[1]), float("nan"), dtype=out.dtype)
+        dh, dc = torch.full_like(h0, float("nan")), torch.full_like(h0, float("nan"))
+        grads = [None if t is None else torch.full_like(t, float("nan")) for t in (*m.stages, m.diagonal, m.overlay, m.bias)]
+        problem = self._problem(m, kind, sizes, reverse, h0.shape[0])
+        self._call("backward", out.dtype, ctypes.byref(problem), ctypes.byref(o), _pointers([grad_out, grad_h, grad_c, out, workspace, h0, c0]),
+                   _pointers([gates, dh, dc]), _pointers(grads), ctypes.c_int64(out.shape[0]))  # fmt: skip
+        return gates, dh, dc if kind == "lstm" else None, [g for g in grads if g is not None]
+
+    def kron_matmul(self, x: Tensor, m: Matrix, o: Options) -> Tensor:
+        y = torch.full((x.shape[0], m.layout.gates * m.layout.rows), float("nan"), dtype=x.dtype)
+        problem = self._problem(m)
+        self._call("multiply", x.dtype, ctypes.byref(problem), ctypes.byref(o), ctypes.c_void_p(_pointer(x)), ctypes.c_void_p(_pointer(y)), ctypes.c_int64(x.shape[0]))
+        return y
+
+    def kron_matmul_backward(self, grad: Tensor, x: Tensor, m: Matrix, o: Options) -> tuple[Tensor, list[Tensor]]:
+        grad_x = torch.full_like(x, float("nan"))
+        grads = [None if t is None else torch.full_like(t, float("nan")) for t in (*m.stages, m.diagonal, m.overlay, m.bias)]
+        problem = self._problem(m)
+        self._call("multiply_backward", x.dtype, ctypes.byref(problem), ctypes.byref(o), *[ctypes.c_void_p(_pointer(t)) for t in (grad, x, grad_x)],
+                   _pointers(grads), ctypes.c_int64(x.shape[0]))  # fmt: skip
+        return grad_x, [g for g in grads if g is not None]
+
+    def choice(self, kind: str, rows1: int, rows2: int, rank: int, batch: int, backward: bool, o: Options) -> tuple[int, int, int, int]:
+        """(cluster, threads, tile columns, bytes of shared memory) that a launch takes; cluster 0: none fits."""
+        found = (ctypes.c_int * 4)()
+        self.library.pair_choice(KINDS.index(kind), rows1, rows2, rank, batch, ctypes.byref(o), int(backward), found)
+        return tuple(found)  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="session")
+def phases() -> Phases:
+    compiler = next((c for c in ("g++", "c++", "clang++") if shutil.which(c)), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler to build the phases with")
+    source = Path(__file__).with_name("phases.cpp")
+    command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", f"-I{CSRC}", str(source)]
+
+    def build(target: Path) -> None:
+        done = subprocess.run([*command, "-o", str(target)], check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    return Phases(ctypes.CDLL(str(cached("phases.so", [source, *sorted((CSRC / "cuda").glob("*.h"))], command, build))))
+
+
+@pytest.fixture(name="options", scope="session")
+def _options() -> Callable[..., Options]:
+    return options
+
+
+@pytest.fixture(scope="session")
+def matrix_type() -> type[Matrix]:
+    return Matrix

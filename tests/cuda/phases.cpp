@@ -1,0 +1,247 @@
+// Runs the CUDA kernels' phases on the CPU: every thread of every block, one phase after the other, in a chosen order,
+// and the host code that picks and orders the launches. Built by the tests with the C++ compiler alone, no part of kruify.
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "cuda/flow.h"
+
+using namespace kruify::cuda;
+
+namespace {
+
+// A cluster of blocks. Memory starts as NaN, so that reading what nobody wrote shows in the result.
+struct HostBlock {
+  int threads, ranks, order;  // order 0: threads ascending; 1: descending; 2: scattered
+  std::vector<std::unique_ptr<double[]>> memory;
+
+  HostBlock(int threads, int ranks, int64_t bytes, int order) : threads(threads), ranks(ranks), order(order) {
+    for (int r = 0; r < ranks; ++r) {
+      memory.emplace_back(new double[bytes / 8 + 2]);
+      std::memset(memory.back().get(), 0xff, bytes / 8 * 8 + 16);
+    }
+  }
+  template <class State>
+  struct PerThread {
+    std::vector<State> states = std::vector<State>(1024);
+    State& of(const Thread& t) { return states[t.id]; }
+  };
+  template <class Phase>
+  void each(const Phase& phase) {
+    const int total = threads * ranks;
+    int step = 7;
+    while (std::gcd(step, total) != 1) ++step;
+    for (int k = 0; k < total; ++k) {
+      const int e = order == 0 ? k : order == 1 ? total - 1 - k : static_cast<int>(static_cast<int64_t>(k) * step % total);
+      phase(Thread{e % threads, threads, e / threads, ranks, reinterpret_cast<char*>(memory[e / threads].get())});
+    }
+  }
+  void barrier() const {}
+  void cluster_barrier() const {}
+  void cluster_arrive() const {}
+  void cluster_wait() const {}
+  template <class T>
+  T* remote(const Thread& t, int rank, T* local) const {
+    return reinterpret_cast<T*>(reinterpret_cast<char*>(memory[rank].get()) + (reinterpret_cast<char*>(local) - t.memory));
+  }
+};
+
+template <class F>
+void with_gates(Kind kind, const F& f) {
+  if (kind == kLstm) f(std::integral_constant<int, 4>{});
+  else if (kind == kGru) f(std::integral_constant<int, 3>{});
+  else f(std::integral_constant<int, 1>{});
+}
+
+template <class F>
+void with_tile(int tile, const F& f) {
+  if (tile == 4) f(std::integral_constant<int, 4>{});
+  else f(std::integral_constant<int, 2>{});
+}
+
+struct Options {  // mirrored in conftest.py
+  int processors, shared_memory, clusters;
+  int order, cluster, tile, menu;  // cluster, tile: 0 for what the plan says
+};
+
+struct HostMachine {
+  Chip chip;
+  Options options;
+  std::vector<std::unique_ptr<char[]>> memory;
+  int pairs = 0, generals = 0;  // launches of the templates and of the general kernels
+
+  explicit HostMachine(const Options& o) : chip{o.processors, o.shared_memory, o.clusters != 0}, options(o) {}
+
+  template <class T>
+  T* scratch(int64_t n) {
+    memory.emplace_back(new char[n * sizeof(T) + 16]);
+    std::memset(memory.back().get(), 0xff, n * sizeof(T) + 16);
+    return reinterpret_cast<T*>(memory.back().get());
+  }
+  const int* upload(const std::vector<int>& values) {
+    int* to = scratch<int>(values.size());
+    std::copy(values.begin(), values.end(), to);
+    return to;
+  }
+  template <class Item>
+  void run(const Item& item) {
+    const int64_t n = item.items();
+    for (int64_t k = 0; k < n; ++k) item.run(options.order ? n - 1 - k : k);
+  }
+  void sort_columns(const int* index, int blocks, const int*& columns, const int64_t*& order) {
+    int* sorted = scratch<int>(blocks);
+    int64_t* from = scratch<int64_t>(blocks);
+    std::iota(from, from + blocks, 0);
+    std::stable_sort(from, from + blocks, [&](int64_t i, int64_t j) { return index[2 * i + 1] < index[2 * j + 1]; });
+    for (int k = 0; k < blocks; ++k) sorted[k] = index[2 * from[k] + 1];
+    columns = sorted, order = from;
+  }
+  PairPlan forced(AnyShape s, Kind kind, PairPlan p, bool backward) const {
+    if (options.cluster) p = pair_layout(s, gates_of(kind), p.rank, options.cluster, backward);
+    if (options.tile) p.tile = options.tile;
+    return p;
+  }
+  void pair_recurrence(AnyShape s, PairPlan plan, Kind kind, const PairForward& args) {
+    ++pairs;
+    const PairPlan p = forced(s, kind, plan, false);
+    for (int sample = 0; sample < args.rows.batch; ++sample) {
+      HostBlock block(p.threads, p.cluster, p.bytes, options.order);
+      with_shape(s, options.menu, [&](auto shape) {
+        with_gates(kind, [&](auto g) {
+          with_tile(p.tile, [&](auto tile) { pair_forward<g.value, tile.value>(block, shape, p, args, sample); });
+        });
+      });
+    }
+  }
+  void pair_recurrence_backward(AnyShape s, PairPlan plan, Kind kind, const PairBackward& args) {
+    ++pairs;
+    const PairPlan p = forced(s, kind, plan, true);
+    for (int sample = 0; sample < args.rows.batch; ++sample) {
+      HostBlock block(p.threads, p.cluster, p.bytes, options.order);
+      with_shape(s, options.menu, [&](auto shape) {
+        with_gates(kind, [&](auto g) {
+          with_tile(p.tile, [&](auto tile) { pair_backward<g.value, tile.value>(block, shape, p, args, sample); });
+        });
+      });
+    }
+  }
+  template <class T>
+  void general_recurrence(const Program<T>& m, Kind kind, const GeneralForward<T>& args) {
+    ++generals;
+    for (int sample = 0; sample < args.rows.batch; ++sample) {
+      HostBlock block(64, 1, general_scratch(m) * int64_t(sizeof(T)), options.order);
+      with_gates(kind, [&](auto g) { general_forward<g.value>(block, m, args, sample); });
+    }
+  }
+  template <class T>
+  void general_recurrence_backward(const Program<T>& m, Kind kind, const GeneralBackward<T>& args) {
+    ++generals;
+    for (int sample = 0; sample < args.rows.batch; ++sample) {
+      HostBlock block(64, 1, general_scratch(m) * int64_t(sizeof(T)), options.order);
+      with_gates(kind, [&](auto g) { general_backward<g.value>(block, m, args, sample); });
+    }
+  }
+  void pair_product(AnyShape s, const PairProductPlan& p, const PairProduct& args, bool backward) {
+    ++pairs;
+    for (int k = 0; k < 3; ++k) {
+      HostBlock block(p.threads, 1, p.bytes, options.order);
+      if (backward) pair_product_backward(block, s, p, args, k, 3);
+      else kruify::cuda::pair_product(block, s, p, args, k, 3);
+    }
+  }
+  void pair_gradient(AnyShape s, const PairGradientPlan& p, const PairGradient& args, int pieces, int rank) {
+    ++pairs;
+    for (int r = 0; r < rank; ++r)
+      for (int piece = 0; piece < pieces; ++piece) {
+        HostBlock block(p.threads, 1, p.bytes, options.order);
+        kruify::cuda::pair_gradient(block, s, p, piece_of(args, s, p, piece, pieces, r));
+      }
+  }
+};
+
+struct Problem {  // mirrored in conftest.py
+  const int64_t* code;
+  const int* shapes;  // rank, P, Q of every stage
+  const void* const* stages;
+  const void *diagonal, *overlay, *bias;
+  const int *index, *starts;  // starts: first row of each step, or null
+  int codes, stage_count, blocks, block, kind, steps, batch, reverse;
+};
+
+template <class T>
+Matrix<T> matrix_of(const Problem& p) {
+  Matrix<T> m;
+  m.layout = decode_layout(std::vector<int64_t>(p.code, p.code + p.codes));
+  for (int k = 0; k < p.stage_count; ++k) {
+    m.shapes.push_back({p.shapes[3 * k], p.shapes[3 * k + 1], p.shapes[3 * k + 2]});
+    m.stages.push_back(static_cast<const T*>(p.stages[k]));
+  }
+  m.diagonal = static_cast<const T*>(p.diagonal), m.bias = static_cast<const T*>(p.bias);
+  m.overlay.values = static_cast<const T*>(p.overlay), m.overlay.index = p.index;
+  m.overlay.blocks = p.blocks, m.overlay.block = p.block;
+  return m;
+}
+
+template <class T>
+MatrixGradient<T> gradient_of(const Problem& p, T* const* grads) {
+  MatrixGradient<T> to;
+  for (int k = 0; k < p.stage_count; ++k) to.stages.push_back(grads[k]);
+  to.diagonal = grads[p.stage_count], to.overlay = grads[p.stage_count + 1], to.bias = grads[p.stage_count + 2];
+  return to;
+}
+
+template <class T>
+int forward(const Problem& p, const Options& o, const T* const* in, T* const* out) {
+  HostMachine machine(o);
+  Matrix<T> m = matrix_of<T>(p);
+  recurrence(machine, m, Kind(p.kind), GeneralForward<T>{in[0], in[1], in[2], out[0], out[1], out[2], out[3], {p.starts, p.steps, p.batch, p.reverse != 0}, p.kind == kRelu});
+  return machine.pairs;
+}
+
+template <class T>
+int backward(const Problem& p, const Options& o, const T* const* in, T* const* out, T* const* grads, int64_t rows) {
+  HostMachine machine(o);
+  Matrix<T> m = matrix_of<T>(p);
+  recurrence_backward(machine, m, Kind(p.kind),
+                      GeneralBackward<T>{in[0], in[1], in[2], in[3], in[4], in[5], in[6], out[0], nullptr, out[1], out[2], {p.starts, p.steps, p.batch, p.reverse != 0}, p.kind == kRelu},
+                      rows, gradient_of(p, grads));
+  return machine.pairs;
+}
+
+template <class T>
+int multiply(const Problem& p, const Options& o, const T* x, T* y, int64_t rows) {
+  HostMachine machine(o);
+  Matrix<T> m = matrix_of<T>(p);
+  product(machine, m, x, rows, y);
+  return machine.pairs;
+}
+
+template <class T>
+int multiply_backward(const Problem& p, const Options& o, const T* grad, const T* x, T* grad_x, T* const* grads, int64_t rows) {
+  HostMachine machine(o);
+  Matrix<T> m = matrix_of<T>(p);
+  product_backward(machine, m, grad, x, rows, grad_x, gradient_of(p, grads));
+  return machine.pairs;
+}
+
+}  // namespace
+
+// Each returns how many launches of two-stage templates the call would make.
+#define EXPORT(T)                                                                                                                                       \
+  extern "C" int forward_##T(const Problem* p, const Options* o, const T* const* in, T* const* out) { return forward(*p, *o, in, out); }                \
+  extern "C" int backward_##T(const Problem* p, const Options* o, const T* const* in, T* const* out, T* const* grads, int64_t rows) {                   \
+    return backward(*p, *o, in, out, grads, rows);                                                                                                      \
+  }                                                                                                                                                     \
+  extern "C" int multiply_##T(const Problem* p, const Options* o, const T* x, T* y, int64_t rows) { return multiply(*p, *o, x, y, rows); }              \
+  extern "C" int multiply_backward_##T(const Problem* p, const Options* o, const T* grad, const T* x, T* grad_x, T* const* grads, int64_t rows) {       \
+    return multiply_backward(*p, *o, grad, x, grad_x, grads, rows);                                                                                     \
+  }
+EXPORT(float)
+EXPORT(double)
+
+// cluster, threads, tile and bytes that a launch takes on a chip; cluster 0: none fits.
+extern "C" void pair_choice(int kind, int P1, int P2, int rank, int batch, const Options* o, int backward, int* choice) {
+  const PairPlan p = pair_plan(AnyShape{P1, P1, P2, P2}, gates_of(Kind(kind)), rank, batch, {o->processors, o->shared_memory, o->clusters != 0}, backward);
+  choice[0] = p.cluster, choice[1] = p.threads, choice[2] = p.tile, choice[3] = p.bytes;
+}
