@@ -159,9 +159,10 @@ def _convert(
 
 
 def _write(path: Path, conversion: Conversion, checkpoint: Checkpoint, seed: int) -> None:
-    from kruify.checkpoint import metadata_for, write_safetensors, write_torch
+    from kruify.checkpoint import ORIGIN, metadata_for, origin, write_safetensors, write_torch
 
-    metadata = metadata_for(conversion.plan.to_json(), source_sha256=checkpoint.sha256, seed=seed)
+    extra = {ORIGIN: origin(checkpoint)}  # so that `kruify export --to dense` can write the original kind again
+    metadata = metadata_for(conversion.plan.to_json(), source_sha256=checkpoint.sha256, seed=seed, extra=extra)
     if path.suffix in (".pt", ".pth"):
         write_torch(path, conversion.tensors, metadata)
     else:

@@ -144,7 +144,7 @@ def _describe(now: Progress, task: Task) -> str:
 def _write(path: Path, outcome: FinetuneResult, recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Writes the model with its plan, how it was trained, and the hashes of every file on the way, from the dense
     source on."""
-    from kruify.checkpoint import metadata_for, write_safetensors
+    from kruify.checkpoint import ORIGIN, metadata_for, write_safetensors
     from kruify.convert import plan_of
 
     plan = plan_of(outcome.model)
@@ -156,7 +156,7 @@ def _write(path: Path, outcome: FinetuneResult, recipe: Recipe, checkpoint: Chec
     earlier = json.loads(checkpoint.metadata.get("kruify.parents", "[]"))
     source = checkpoint.metadata.get("kruify.source_sha256", "")
     parents = [*(earlier or [source]), checkpoint.sha256]
-    extra = {"kruify.parents": json.dumps(parents), **told}
+    extra = {"kruify.parents": json.dumps(parents), ORIGIN: checkpoint.metadata.get(ORIGIN, ""), **told}
     metadata = metadata_for(plan.to_json(), source_sha256=source, seed=recipe.seed, extra=extra)
     write_safetensors(path, state, metadata)
 

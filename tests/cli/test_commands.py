@@ -66,6 +66,7 @@ def test_convert_finetune_report(folder, run, run_json):
     assert metadata["kruify.source_sha256"] == dense
     assert json.loads(metadata["kruify.parents"]) == [dense, converted]
     assert metadata["kruify.seed"] == "3"
+    assert metadata["kruify.origin"] == read("model.kru.safetensors").metadata["kruify.origin"] != ""
 
     files = ("model.pt", "model.kru.safetensors", "tuned.kru.safetensors")
     report = run_json("report", *files, "--task", "task.py:Echo")
