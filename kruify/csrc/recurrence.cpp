@@ -93,9 +93,11 @@ Outputs run(const Tensor& x_given, const Optional& w_ih_given, const Optional& b
   s.matrix = w.matrix;
   s.h = mutable_pointer<T>(h), s.c = mutable_pointer<T>(c), s.out = mutable_pointer<T>(out);
   const bool in_out = workspace_of(kind) == 0, in_workspace = training && !in_out;
+  // A row of gates: those of the workspace but for c, so that the GRU has room for W_hn h + b_hn beside n.
+  const int64_t gates_width = kind == Kind::kGru ? 4 * H : width;
   const int64_t chunk_rows = std::max<int64_t>(kChunkBytes / int64_t(sizeof(T)) / width, 48);
   const int64_t buffer_rows = std::min(rows, std::max(chunk_rows, batch));
-  Buffer<T> gates(in_out || in_workspace ? 0 : buffer_rows * width);
+  Buffer<T> gates(in_out || in_workspace ? 0 : buffer_rows * gates_width);
   std::optional<PackedB<T>> packed_ih;
   if (w_ih && rows > 4) packed_ih.emplace(inputs, width, pointer<T>(*w_ih), 1, inputs);
 
@@ -105,7 +107,7 @@ Outputs run(const Tensor& x_given, const Optional& w_ih_given, const Optional& b
     thin |= w.matrix.term[t].kind == TermKind::kDense || w.matrix.term[t].kind == TermKind::kLowRank;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), batch);
   const int64_t tile = thin ? std::min<int64_t>(8, (batch + threads - 1) / threads) : 1;
-  const int64_t tiles = (batch + tile - 1) / tile, scratch_size = w.matrix.scratch + (kind == Kind::kGru ? tile * H : 0);
+  const int64_t tiles = (batch + tile - 1) / tile, scratch_size = w.matrix.scratch;
   const int64_t workers = std::min(threads, tiles);
   Buffer<T> scratch(workers * (scratch_size + 16));
 
@@ -120,7 +122,7 @@ Outputs run(const Tensor& x_given, const Optional& w_ih_given, const Optional& b
     const int64_t first = starts[t0], count = starts[t1] - first;
     s.first_row = first;
     s.gates = in_out ? s.out + first * H : in_workspace ? mutable_pointer<T>(workspace) + first * workspace_of(kind) * H : gates.data();
-    s.gates_ld = in_workspace ? workspace_of(kind) * H : width;
+    s.gates_ld = in_workspace ? workspace_of(kind) * H : gates_width;
     const T* rows_x = pointer<T>(x) + first * inputs;
     if (packed_ih) {
       packed_ih->multiply(count, rows_x, inputs, 1, constant.data(), s.gates, s.gates_ld);

@@ -20,9 +20,9 @@ KRUIFY_INLINE void step_lstm(int64_t H, bool training, T* gates, T* c, T* h, T* 
 }
 
 template <class T>
-KRUIFY_INLINE void step_gru(int64_t H, bool training, T* gates, const T* hn, T* h, T* out) {
+KRUIFY_INLINE void step_gru(int64_t H, bool training, T* gates, T* h, T* out) {
   for_vectors<T>(H, [&](int64_t u, auto get, auto put) __attribute__((always_inline)) {
-    const Gru<T> s = gru<T>(get(gates + u), get(gates + H + u), get(gates + 2 * H + u), get(hn + u), get(h + u));
+    const Gru<T> s = gru<T>(get(gates + u), get(gates + H + u), get(gates + 2 * H + u), get(gates + 3 * H + u), get(h + u));
     if (training) put(gates + u, s.r), put(gates + H + u, s.z), put(gates + 2 * H + u, s.n);
     put(h + u, s.h), put(out + u, s.h);
   });
@@ -41,8 +41,6 @@ template <class T>
 inline void forward(const Sequence<T>& s, int64_t t0, int64_t t1, int64_t b0, int64_t b1, T* scratch) {
   const int64_t H = s.hidden;
   const Matrix<T>& m = s.matrix;
-  T* hn = nullptr;
-  if (s.kind == Kind::kGru && !s.training) hn = scratch + m.scratch;
   for (int64_t i = t0; i < t1; ++i) {
     const int64_t t = s.reverse ? t1 - 1 - (i - t0) : i;
     const int64_t end = min64(b1, s.sizes[t]), nb = end - b0;
@@ -52,34 +50,22 @@ inline void forward(const Sequence<T>& s, int64_t t0, int64_t t1, int64_t b0, in
     }
     const int64_t row = s.starts[t] + b0;
     T* gates = s.gates + (row - s.first_row) * s.gates_ld;
-    int64_t ys = s.gates_ld;
-    if (s.kind == Kind::kGru) {
-      // The last gate's product stands apart from the input's share: r comes between them.
-      T* base = hn ? hn : gates + 3 * H;
-      const int64_t stride = hn ? H : ys;
-      for (int64_t b = 0; b < nb; ++b)
-        for_vectors<T>(H, [&](int64_t u, auto get, auto put) {
-          put(base + b * stride + u, m.bias ? get(m.bias + 2 * H + u) : Vec<T>{});
-        });
-      if (hn)  // two strides: one sample at a time
-        for (int64_t b = 0; b < nb; ++b) {
-          T* y[kMaxGates] = {gates + b * ys, gates + b * ys + H, hn + b * H};
-          product(m, 1, s.h + (b0 + b) * H, H, y, 0, scratch);
-        }
-      else {
-        T* y[kMaxGates] = {gates, gates + H, gates + 3 * H};
-        product(m, nb, s.h + b0 * H, H, y, ys, scratch);
-      }
-      for (int64_t b = 0; b < nb; ++b)
-        step_gru(H, s.training, gates + b * ys, base + b * stride, s.h + (b0 + b) * H, s.out + (row + b) * H);
-      continue;
-    }
+    const int64_t ys = s.gates_ld;
     T* y[kMaxGates];
     for (int g = 0; g < m.gates; ++g) y[g] = gates + g * H;
+    if (s.kind == Kind::kGru) {
+      // The last gate's product stands apart from the input's share: r comes between them.
+      y[2] = gates + 3 * H;
+      for (int64_t b = 0; b < nb; ++b)
+        for_vectors<T>(H, [&](int64_t u, auto get, auto put) {
+          put(y[2] + b * ys + u, m.bias ? get(m.bias + 2 * H + u) : Vec<T>{});
+        });
+    }
     product(m, nb, s.h + b0 * H, H, y, ys, scratch);
     for (int64_t b = 0; b < nb; ++b) {
       T *h = s.h + (b0 + b) * H, *out = s.out + (row + b) * H;
-      if (s.kind == Kind::kLstm) step_lstm(H, s.training, gates + b * ys, s.c + (b0 + b) * H, h, out);
+      if (s.kind == Kind::kGru) step_gru(H, s.training, gates + b * ys, h, out);
+      else if (s.kind == Kind::kLstm) step_lstm(H, s.training, gates + b * ys, s.c + (b0 + b) * H, h, out);
       else step_rnn(H, s.kind == Kind::kRnnRelu, gates + b * ys, h, out);
     }
   }

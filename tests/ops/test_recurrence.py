@@ -1,0 +1,155 @@
+"""The compiled recurrences against the float64 reference, and the reference against torch's own layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ops_cases import BATCHES, GATES, MATRICES, cast, differentiable, recurrence_arguments, replace
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from kruify.ops import reference
+
+OPERATOR = torch.ops.kruify.recurrence
+DTYPES = [(torch.float64, 1e-11), (torch.float32, 1e-5)]
+
+
+def outputs(arguments: list[Any]) -> list[Tensor]:
+    out, h, c, _ = OPERATOR(*arguments)
+    return [out, h, c] if arguments[12] == "lstm" else [out, h]
+
+
+def expected(arguments: list[Any]) -> list[Tensor]:
+    return [t for t in reference.recurrence(*arguments[:-1])[:3] if t is not None]
+
+
+def assert_near(actual: Tensor, wanted: Tensor, tolerance: float) -> None:
+    assert actual.shape == wanted.shape
+    assert (actual.double() - wanted).norm() <= tolerance * wanted.norm() + 1e-30
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("kind", GATES)
+def test_outputs_and_gradients(kind: str, matrix: str, reverse: bool) -> None:
+    for sizes in BATCHES[:1] if matrix == "257" else BATCHES:
+        projected = len(sizes) == 3
+        wide = recurrence_arguments(kind, matrix, sizes, reverse, projected=projected, extras=len(sizes) != 4)
+        want = expected(wide)
+        upstream = [torch.randn_like(t) for t in want]
+        want_grads = torch.autograd.grad(
+            want, differentiable(wide), upstream, allow_unused=True, materialize_grads=True
+        )
+        for dtype, tolerance in DTYPES:
+            arguments = cast(wide, dtype)
+            actual = outputs(arguments)
+            for a, w in zip(actual, want, strict=True):
+                assert_near(a, w, tolerance)
+            grads = torch.autograd.grad(
+                actual,
+                differentiable(arguments),
+                [u.to(dtype) for u in upstream],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for a, w in zip(grads, want_grads, strict=True):
+                assert_near(a, w, tolerance)
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_reference_is_torchs_layer(kind: str) -> None:
+    """The oracle's own oracle: torch.nn's layer with the densified weight."""
+    sizes = (5, 3, 3, 1)
+    arguments = recurrence_arguments(kind, "tiny", sizes)
+    x, w_ih, bias_ih, batch_sizes, h0, c0, stages, diagonal, overlay, index, bias, layout, *_ = arguments
+    dense = reference.kron_matmul(torch.eye(6, dtype=x.dtype), stages, diagonal, overlay, index, None, layout).T
+    name, options = kind.partition("_")[::2]
+    layer = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[name](
+        3, 6, dtype=x.dtype, **({"nonlinearity": options} if options else {})
+    )
+    state = {"weight_ih_l0": w_ih, "weight_hh_l0": dense, "bias_ih_l0": bias_ih, "bias_hh_l0": bias}
+    layer.load_state_dict({k: v.detach() for k, v in state.items()})
+    hx = h0[None] if c0 is None else (h0[None], c0[None])
+    want, final = layer(PackedSequence(x, batch_sizes), hx)
+    out, h, c, _ = reference.recurrence(*arguments[:-1])
+    torch.testing.assert_close(out, want.data, rtol=0, atol=1e-12)
+    torch.testing.assert_close(h, (final[0] if c0 is not None else final)[0], rtol=0, atol=1e-12)
+    if c is not None:
+        torch.testing.assert_close(c, final[1][0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_first_and_second_derivatives(kind: str) -> None:
+    arguments = recurrence_arguments(kind, "tiny", (2, 1))
+
+    def function(*tensors: Tensor) -> list[Tensor]:
+        return outputs(replace(arguments, list(tensors)))
+
+    tensors = differentiable(arguments)
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_opcheck(kind: str) -> None:
+    torch.library.opcheck(OPERATOR, tuple(recurrence_arguments(kind, "tiny", (3, 2, 1))))
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("kind", GATES)
+def test_without_derivatives_the_same(kind: str) -> None:
+    arguments = recurrence_arguments(kind, "chain", (5, 5, 2))
+    with torch.no_grad():
+        for a, b in zip(OPERATOR(*arguments)[:3], OPERATOR(*arguments[:-1], False)[:3], strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(OPERATOR(*arguments), torch.ops.kruify.recurrence_forward(*arguments), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_threads_do_not_change_outputs() -> None:
+    arguments = cast(recurrence_arguments("lstm", "256", (7, 7, 3)), torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(outputs(arguments))
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_nan_of_the_input_stays_in_its_sample() -> None:
+    arguments = recurrence_arguments("lstm", "pair", (3, 3), extras=False)
+    with torch.no_grad():
+        arguments[0][1] = torch.nan
+        out = outputs(arguments)[0]
+    assert out[1].isnan().all() and out[4].isnan().all()
+    assert out[[0, 2, 3, 5]].isfinite().all()
+
+
+@pytest.mark.usefixtures("compiled")
+def test_saturated_gates_are_finite() -> None:
+    for kind in GATES:
+        arguments = cast(recurrence_arguments(kind, "pair", (2, 2), projected=True), torch.float32)
+        with torch.no_grad():
+            arguments[0].mul_(1e4)
+        wide = cast(arguments, torch.float64)
+        for a, w in zip(outputs(arguments), expected(wide), strict=True):
+            torch.testing.assert_close(a.double(), w, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_small_activations_keep_their_relative_accuracy() -> None:
+    arguments = cast(recurrence_arguments("rnn_tanh", "pair", (2, 2), extras=False, projected=True), torch.float32)
+    with torch.no_grad():
+        for t in (arguments[0], arguments[4]):
+            t.mul_(1e-6)
+    for a, w in zip(outputs(arguments), expected(cast(arguments, torch.float64)), strict=True):
+        assert_near(a, w, 1e-6)
