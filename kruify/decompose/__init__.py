@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from kruify.decompose.choose import choose
 from kruify.decompose.fit import Fit, fit, null_energy
+from kruify.decompose.symmetries import Relabelling, symmetries
 
-__all__ = ["Fit", "fit", "null_energy"]
+__all__ = ["Fit", "Relabelling", "choose", "fit", "null_energy", "symmetries"]

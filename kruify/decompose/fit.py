@@ -101,19 +101,26 @@ def fit(
         if covariance is not None:
             raise UsageError("a unitary fit cannot be weighted by a covariance", hint="Give one of the two")
         metric: Metric = Unitary()
-    elif covariance is None:
-        metric = Plain()
     else:
-        covariance = checked_covariance(covariance, structure.cols)
-        metric = Weighted(covariance)
-    if covariance is None and not unitary and _is_one_product_pair(structure):
-        result = _fit_pair(matrix, structure, seed)
-    else:
-        w = _wide(matrix)
-        state = _backfit(w, structure, metric, seed, sweeps)
-        terms = [_products(state.sums[i], term, seed) for i, term in enumerate(structure.terms)]
-        result = _measured(w, Fit(structure, terms, state.diagonal, state.overlay, 1.0, float("nan"), 0.0), covariance)
+        metric = metric_of(covariance, structure.cols)
+    result = fit_with(metric, matrix, structure, seed=seed, sweeps=sweeps)
     return replace(result, energy_null=null_energy(structure, unitary)) if null else result
+
+
+def metric_of(covariance: Tensor | None, cols: int) -> Plain | Weighted:
+    """The norm of a fit, checked; making it once serves all gates of a matrix."""
+    return Plain() if covariance is None else Weighted(checked_covariance(covariance, cols))
+
+
+def fit_with(metric: Metric, matrix: Tensor, structure: Structure, *, seed: int = 0, sweeps: int = 30) -> Fit:
+    """`fit` of a matrix known to be sound in a given norm, without the null level."""
+    if isinstance(metric, Plain) and _is_one_product_pair(structure):
+        return _fit_pair(matrix, structure, seed)
+    w = _wide(matrix)
+    state = _backfit(w, structure, metric, seed, sweeps)
+    terms = [_products(state.sums[i], term, seed) for i, term in enumerate(structure.terms)]
+    result = Fit(structure, terms, state.diagonal, state.overlay, 1.0, float("nan"), 0.0)
+    return _measured(w, result, metric.covariance if isinstance(metric, Weighted) else None)
 
 
 def _wide(matrix: Tensor) -> Tensor:

@@ -19,13 +19,14 @@ from kruify.factors import Shape, Term
 
 DAMPING = 1e-6  # of the mean variance, added to every direction: what was never excited stays near the dense matrix
 PROXIMAL = 1e-10
-SWEEPS, LATER_SWEEPS, TOLERANCE = 60, 4, 1e-5
+SWEEPS, LATER_SWEEPS, SEARCH_SWEEPS, TOLERANCE = 60, 4, 8, 1e-5
 
 
 class Weighted:
     """Fits measured by tr(E C E^T), with C (cols, cols) symmetric positive semi-definite (damped by `DAMPING`)."""
 
-    def __init__(self, covariance: Tensor) -> None:
+    def __init__(self, covariance: Tensor, sweeps: int = SWEEPS) -> None:
+        self.covariance, self.sweeps = covariance, sweeps
         n = covariance.shape[0]
         mean = float(covariance.diagonal().mean())
         eye = torch.eye(n, dtype=torch.float64)
@@ -48,7 +49,7 @@ class Weighted:
         if old is not None:
             start, sweeps = old, LATER_SWEEPS
         else:
-            start, sweeps = self._start(rest, term, seed), SWEEPS
+            start, sweeps = self._start(rest, term, seed), self.sweeps
         found = self._alternate(rest, shapes, start, sweeps)
         return found if old is None or self._distance(rest, found, shapes) <= self._distance(rest, old, shapes) else old
 
@@ -167,9 +168,21 @@ class Weighted:
                     rank, others.shape[1] * factor.shape[1], -1
                 )
         n = cols[0] * cols[1]
-        weight = self.c.reshape(cols[0], q, cols[1], cols[0], q, cols[1]).permute(1, 4, 0, 2, 3, 5).reshape(q, q, n, n)
-        image = torch.einsum("rko,jlox->rjlkx", others, weight)
-        system = torch.einsum("rjlkx,skx->rjsl", image, others).reshape(rank * q, rank * q)
+        modes = self.c.reshape(cols[0], q, cols[1], cols[0], q, cols[1])
+        height = others.shape[1]
+        if rank * n <= height * q * q:  # products of the others first, or their images under C: whichever is smaller
+            inner_products = (
+                others.transpose(1, 2).reshape(rank * n, height) @ others.transpose(0, 1).reshape(height, rank * n)
+            ).reshape(rank, n, rank, n)
+            weight = modes.permute(0, 2, 3, 5, 1, 4).reshape(n * n, q * q)
+            flat = inner_products.transpose(1, 2).reshape(rank * rank, n * n) @ weight
+            system = flat.reshape(rank, rank, q, q).transpose(1, 2).reshape(rank * q, rank * q)
+        else:
+            weight = modes.permute(0, 2, 1, 4, 3, 5).reshape(n, q * q * n)
+            image = (others.reshape(rank * height, n) @ weight).reshape(rank, height, q, q, n)
+            image = image.permute(0, 2, 3, 1, 4).reshape(rank * q * q, height * n)
+            flat = image @ others.reshape(rank, height * n).T
+            system = flat.reshape(rank, q, q, rank).transpose(2, 3).reshape(rank * q, rank * q)
         wanted = target.reshape(rows[0], p, rows[1], cols[0], q, cols[1]).permute(1, 4, 0, 2, 3, 5).reshape(p * q, -1)
         right = (wanted @ others.reshape(rank, -1).T).reshape(p, q, rank).permute(2, 1, 0).reshape(rank * q, p)
         old = factors[f].permute(0, 2, 1).reshape(rank * q, p)
