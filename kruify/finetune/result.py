@@ -53,6 +53,7 @@ class FinetuneResult:
         steps: optimiser steps done.
         seconds: time spent, resumed runs included.
         stopped_early: whether `patience` ran out.
+        is_main: whether this is the process that writes files and prints; all others hold the same result.
     """
 
     model: nn.Module
@@ -62,3 +63,4 @@ class FinetuneResult:
     steps: int = 0
     seconds: float = 0.0
     stopped_early: bool = False
+    is_main: bool = True

@@ -127,6 +127,7 @@ class Trainer:
             steps=self._steps_before() + self.step,
             seconds=self._seconds(),
             stopped_early=self.stopped_early,
+            is_main=self.processes.is_main,
         )
 
     def _run_phase(self, phase: Phase, saved: dict[str, Any] | None) -> None:

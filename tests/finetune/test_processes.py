@@ -29,8 +29,7 @@ import os
 model = task.kronecker(seed=int(os.environ.get("RANK", 0)))  # the weights of rank 0 are the ones that count
 options = dict(epochs=3, lr=2e-2, save_steps=1, device="cpu", accumulate=int(sys.argv[3]))
 result = finetune(model, task, resume=sys.argv[1], on_progress=slow, **options)
-from kruify.finetune.processes import Processes
-if Processes("cpu").is_main:
+if result.is_main:
     torch.save({{"model": result.model.state_dict(), "history": result.history}}, sys.argv[1] + "/out.pt")
 """
 
