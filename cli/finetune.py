@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @task_option
 @click.option("-o", "--output", "target", metavar="OUT", required=True, help="File to write.")
 @click.option("--teacher", metavar="DENSE", help="Learn from this dense checkpoint, too (distillation).")
+@click.option("--distill-only", is_flag=True, help="Learn from the teacher alone, without labels.")
 @click.option("--epochs", type=float, help="Passes over the train split; fractions are allowed.  [default: 5]")
 @click.option("--lr", type=float, help="Peak learning rate of AdamW.  [default: 0.002]")
 @click.option(
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     help="Any other option of kruify.finetune.Recipe, such as schedule=cosine or patience=3.",
 )
 @click.option("--log-dir", metavar="DIR", help="Write history.csv there, one line a validation.")
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard events to the --log-dir, too.")
 @click.option("--resume", metavar="DIR", help="Keep the state of the run there, and go on from it if it has one.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1.  [default: a GPU if there is one]")
 @seed_option
@@ -48,11 +50,13 @@ def finetune(
     task_name: str,
     target: str,
     teacher: str | None,
+    distill_only: bool,
     epochs: float | None,
     lr: float | None,
     unitary_penalty: float | None,
     others: tuple[str, ...],
     log_dir: str | None,
+    tensorboard: bool,
     resume: str | None,
     device: str | None,
     seed: int,
@@ -65,6 +69,8 @@ def finetune(
     """
     options: dict[str, Any] = {"epochs": epochs, "lr": lr, "unitary_penalty": unitary_penalty}
     given = {name: value for name, value in options.items() if value is not None}
+    if distill_only:
+        given["distill_only"] = True
     with output(json_only) as out:
         from kruify.checkpoint import read
         from kruify.finetune import Recipe
@@ -87,7 +93,10 @@ def finetune(
                 device=device,
                 on_progress=lambda now: advance(now.step, now.steps, _describe(now, task)),
                 log_dir=log_dir,
+                tensorboard=tensorboard,
             )
+        if not outcome.is_main:  # under torchrun one process writes and prints
+            return
         _write(Path(target), outcome, recipe, checkpoint)
         _show(out, target, outcome, task)
         out.result(
