@@ -169,8 +169,8 @@ class Search:
         found = self.singles(parameters, multiply_adds)[: SHORTLIST + 1]
         for structure in self.sums(parameters, multiply_adds):
             found.append(Candidate(structure, self.energy(structure)))
-        if not found:
-            found = self.many_factors(parameters, multiply_adds)
+        if not any(c.structure.terms for c in found):
+            found += self.many_factors(parameters, multiply_adds)
         return sorted(found, key=_order)
 
     def _term(self, shapes: tuple[Shape, ...], parameters: int, multiply_adds: int | None) -> Term | None:

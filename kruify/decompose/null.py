@@ -19,7 +19,7 @@ def gaussian_energy(m: int, n: int, rank: int) -> float:
     centre, radius = 1 + c, 2 * np.sqrt(c)
     # x = centre + radius cos t makes the density smooth; t counts from the upper edge.
     t = np.linspace(0, np.pi, 200_001)
-    x = np.maximum(centre + radius * np.cos(t), 1e-300)
+    x = np.maximum(centre + radius * np.cos(t), 1e-12)  # a square matrix: 0/0 at the lower edge
     density = (radius * np.sin(t)) ** 2 / (2 * np.pi * c * x)
     step = t[1] - t[0]
     mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2) * step])

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kruify.decompose import fit
+from kruify.errors import PlanError, TargetMissedError
+from kruify.factors import parse
+from kruify.planner import Budget, parse_budget, plan_budget
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def matrices():
+    strong = torch.cat([gaussian(32, 2, seed=1) @ gaussian(2, 24, seed=2), 0.1 * gaussian(32, 24, seed=3)])
+    return {"a": (strong, 2, None), "b": (gaussian(3 * 16, 16, seed=4), 3, None)}
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("10x", Budget(0.1, None)),
+        ("params=25%", Budget(0.25, None)),
+        ("macs=10%", Budget(None, 0.1)),
+        (" Params=8x, macs=50% ", Budget(0.125, 0.5)),
+    ],
+)
+def test_budgets_are_read(text, budget):
+    assert parse_budget(text) == budget
+
+
+@pytest.mark.parametrize("text", ["", "10", "0x", "0.5x", "200%", "bytes=10%", "10x,params=5%", "macs=0%"])
+def test_what_is_no_budget_is_named(text):
+    with pytest.raises(PlanError):
+        parse_budget(text)
+
+
+@pytest.mark.parametrize("budget", ["3x", "8x", "params=50%", "macs=30%", "2x,macs=30%", "params=60%,macs=3x"])
+def test_the_plan_keeps_within_the_budget_and_is_the_same_again(budget):
+    plan, limits = plan_budget(matrices(), budget), parse_budget(budget)
+    if limits.parameters is not None:
+        assert plan.parameters <= limits.parameters * plan.dense_parameters
+    if limits.multiply_adds is not None:
+        assert plan.multiply_adds <= limits.multiply_adds * plan.dense_parameters
+    assert {n: len(s) for n, s in plan.structures.items()} == {"a": 2, "b": 3}
+    assert plan.parameters == sum(s.parameters for gates in plan.structures.values() for s in gates)
+    assert plan_budget(matrices(), budget) == plan
+    for name, (weight, gates, _) in matrices().items():
+        for w, s, energy in zip(weight.chunk(gates), plan.structures[name], plan.energy[name], strict=True):
+            assert parse(str(s)).resolve(s.rows, s.cols) == s
+            assert fit(w, s, null=False).energy >= energy - 1e-6
+
+
+def total_energy(plan):
+    lost = 0.0
+    for name, (weight, gates, _) in matrices().items():
+        for w, s in zip(weight.chunk(gates), plan[name], strict=True):
+            lost += float((w - fit(w, s, null=False).to_dense()).square().sum())
+    return 1 - lost / sum(float(w.square().sum()) for w, _, _ in matrices().values())
+
+
+@pytest.mark.parametrize(("share", "uniform"), [(0.25, {"a": "3*(32x1,1x24)", "b": "2*(16x1,1x16)"})])
+def test_a_plan_keeps_more_than_an_even_share_of_low_rank(share, uniform):
+    plan = plan_budget(matrices(), f"params={100 * share}%")
+    even = {
+        n: [parse(s).resolve(matrices()[n][0].shape[0] // g, matrices()[n][0].shape[1])] * g
+        for (n, s), g in zip(uniform.items(), (2, 3), strict=True)
+    }
+    assert sum(s.parameters for gates in even.values() for s in gates) <= share * plan.dense_parameters
+    assert total_energy(plan.structures) > total_energy(even)
+
+
+def test_multiply_adds_rule_out_what_parameters_allow():
+    w = sum(torch.kron(gaussian(4, 4, seed=i), gaussian(4, 4, seed=i + 9)) for i in range(4))
+    free = plan_budget({"w": (w, 1, None)}, "params=50%").structures["w"][0]
+    bound = plan_budget({"w": (w, 1, None)}, "params=50%,macs=60%").structures["w"][0]
+    assert free.multiply_adds > 0.6 * 256 >= bound.multiply_adds
+
+
+@pytest.mark.parametrize("bound", [0.5, 0.1])
+def test_an_error_bound_alone_is_kept_by_every_gate(bound):
+    plan = plan_budget(matrices(), None, max_error=bound)
+    for name, (weight, gates, _) in matrices().items():
+        for w, s in zip(weight.chunk(gates), plan.structures[name], strict=True):
+            assert fit(w, s, null=False).relative_error <= bound + 1e-6
+    assert plan.structures["a"][0].parameters < 32 * 24 / 2  # of rank two
+
+
+def test_weighted_plans_look_at_the_output():
+    w, h = gaussian(16, 16), torch.zeros(16, 16, dtype=torch.float64)
+    h[3, 3] = 1.0
+    plan = plan_budget({"w": (w, 1, h)}, "8x")
+    assert plan.energy["w"][0] > 0.999  # only one column is ever used
+
+
+def test_what_cannot_be_planned_is_named():
+    with pytest.raises(PlanError, match="no matrix"):
+        plan_budget({}, "10x")
+    with pytest.raises(PlanError, match="budget"):
+        plan_budget(matrices(), None)
+    with pytest.raises(PlanError, match="smallest"):
+        plan_budget(matrices(), "1000x")
+    with pytest.raises(PlanError, match="gates"):
+        plan_budget({"w": (gaussian(16, 16), 3, None)}, "2x")
+    with pytest.raises(TargetMissedError, match=r"[ab]:"):
+        plan_budget(matrices(), "10x", max_error=0.01)
+
+
+def test_progress_counts_gates():
+    seen = []
+    plan_budget(matrices(), "4x", progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(i + 1, 5) for i in range(5)]
