@@ -34,6 +34,8 @@ class Archive:
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error) as error:
             raise CorruptError(f"its archive is damaged ({error})", path, AGAIN) from error
         self.entries: dict[str, zipfile.ZipInfo] = {}
+        if len(self._zip.infolist()) > limits.ENTRIES:
+            raise UnsafeError(f"its archive has {len(self._zip.infolist())} entries", path)
         for entry in self._zip.infolist():
             self._check_entry(entry)
             self.entries[entry.filename] = entry

@@ -294,10 +294,17 @@ _SIMPLE = (str, int, float, bool, bytes, type(None), Global, Record)
 
 
 def _usable_key(key: Any) -> Any:
-    # Python hashes nested tuples without a limit on their depth, so they are not used as keys.
-    if isinstance(key, tuple) and not isinstance(key, Global):
-        return key if all(isinstance(part, _SIMPLE) for part in key) else Record(Global("builtins", "tuple"), key)
-    return key if isinstance(key, _SIMPLE) else Record(Global("builtins", "object"), (key,))
+    """A key that can be hashed without harm: Python hashes nested tuples without a limit on their depth."""
+    level = [key]
+    for _ in range(limits.DEPTH):
+        level = [part for item in level if type(item) is tuple for part in item]
+        if not level:
+            return key if isinstance(key, (*_SIMPLE, tuple)) else Record(Global("builtins", "object"), (key,))
+        if len(level) > limits.ENTRIES:
+            break
+        if not all(type(part) is tuple or isinstance(part, _SIMPLE) for part in level):
+            return Record(Global("builtins", "tuple"), (key,))
+    raise ValueError("key")
 
 
 @dataclass(eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import re
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -33,22 +33,43 @@ def _array(path: Path, archive: Archive, name: str) -> LazyTensor:
     for chunk in archive.chunks(name):
         head += chunk[: HEADER + 64]
         break
-    stream = io.BytesIO(head)
-    try:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(stream, max_header_size=HEADER)
-    except (ValueError, TypeError, SyntaxError, EOFError, MemoryError, RecursionError) as error:
-        raise CorruptError(f"its array {name[:80]} has a damaged header", path, AGAIN) from error
+    shape, fortran, dtype, start = _header(path, name, head)
     if dtype.hasobject:
         raise UnsafeError(f"its array {name[:80]} is a pickle", path, "Save arrays of numbers only")
-    if any(n < 0 for n in shape) or stream.tell() + prod(shape) * dtype.itemsize != size:
+    if any(n < 0 for n in shape) or start + prod(shape) * dtype.itemsize != size:
         raise CorruptError(f"its array {name[:80]} does not have the size of its shape {list(shape)}", path, AGAIN)
     try:
         kind = torch.from_numpy(np.empty(0, dtype.newbyteorder("="))).dtype
     except TypeError as error:
         raise UnsupportedError(f"its array {name[:80]} has dtype {dtype}", path) from error
-    return LazyTensor(tuple(shape), kind, _loader(archive, name, stream.tell(), dtype, shape, fortran))
+    return LazyTensor(tuple(shape), kind, _loader(archive, name, start, dtype, shape, fortran))
+
+
+_HEADER = re.compile(
+    rb"\{'descr': '([<>|=]?[a-zA-Z]\d{0,3})', 'fortran_order': (True|False), 'shape': \(((?:\d{1,18},? ?)*)\), \}\s*"
+)
+
+
+def _header(path: Path, name: str, head: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, Fortran order, dtype and length of an array's header.
+
+    numpy writes the header as a Python expression and evaluates it as a literal; here it is matched as text.
+    """
+    width = {b"\x01": 2, b"\x02": 4, b"\x03": 4}.get(head[6:7])
+    if head[:6] != b"\x93NUMPY" or width is None:
+        raise CorruptError(f"its array {name[:80]} is no array", path, AGAIN)
+    start = 8 + width + int.from_bytes(head[8 : 8 + width], "little")
+    text = head[8 + width : start]
+    if b"'descr': [" in text:
+        raise UnsupportedError(f"its array {name[:80]} has fields", path, "Save arrays of numbers only")
+    match = _HEADER.fullmatch(text)
+    if start > len(head) or match is None:
+        raise CorruptError(f"its array {name[:80]} has a damaged header", path, AGAIN)
+    try:
+        dtype = np.dtype(match[1].decode())
+    except TypeError as error:
+        raise CorruptError(f"its array {name[:80]} has a damaged header", path, AGAIN) from error
+    return tuple(int(n) for n in re.findall(rb"\d+", match[3])), match[2] == b"True", dtype, start
 
 
 def _loader(

@@ -174,6 +174,9 @@ def _refusal(
 
 def _lazy(proto: Any, path: Path) -> LazyTensor:
     if proto.data_location == EXTERNAL:
+        place = next((entry.value for entry in proto.external_data if entry.key == "location"), "")
+        if not place or "/" in place or "\\" in place or place in (".", ".."):
+            raise UnsafeError(f"it points to numbers at {place[:80]!r}, outside of its folder", path)
         raise UnsupportedError("it keeps its numbers in other files", path, "Save it as one file")
     shape = tuple(proto.dims)
     dtype = DTYPES.get(proto.data_type)

@@ -86,6 +86,8 @@ def read_contents(path: Path, key: str | None) -> Contents:
     elif head[:1] == b"\x08":  # an ONNX model starts with its ir_version
         onnx = onnx_file.read_onnx(path)
         contents = Contents("onnx", onnx.tensors, skipped=onnx.skipped, hints=onnx.hints)
+    elif head.startswith(b"version https://git-lfs"):
+        raise CorruptError("it is a pointer of git-lfs, not the file itself", path, "Fetch it: git lfs pull")
     else:
         raise CorruptError(
             "it is not a checkpoint that kruify knows", path, "Give a PyTorch, safetensors, ONNX, Keras or .npz file"
@@ -131,6 +133,8 @@ def _from_keras(found: keras_file.KerasFile) -> Contents:
 
 def _from_index(path: Path, size: int) -> Contents:
     def shard(file: Path) -> tuple[str, dict[str, LazyTensor]]:
+        if file.name == path.name or file.name.endswith(".json"):
+            raise UnsafeError("its index names an index as one of its shards", path)
         contents = read_contents(file, None)
         if contents.format not in ("safetensors", "torch", "torch-legacy"):
             raise CorruptError("it is no shard of a checkpoint", file)
