@@ -14,6 +14,8 @@ from .options import key_option, split_option
 @click.option("--task", "task_name", metavar="TASK", help="Built-in name or path/to/file.py:Name, for its metrics.")
 @split_option
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of the latency figures.")
+@click.option("--html", "html_file", metavar="FILE", help="Write one self-contained HTML page with pictures.")
+@click.option("--markdown", "markdown_file", metavar="FILE", help="Write the same as Markdown, for a model card.")
 @key_option
 @json_option
 def report(
@@ -22,12 +24,15 @@ def report(
     task_name: str | None,
     split: str,
     threads: int,
+    html_file: str | None,
+    markdown_file: str | None,
     key: str | None,
     json_only: bool,
 ) -> None:
     """Compare checkpoints with DENSE: parameters, bytes, multiply-adds, latency, the task's metrics."""
     with output(json_only) as out:
-        from kruify.report import build_report, tables
+        from kruify.checkpoint import atomic_file
+        from kruify.report import build_report, tables, to_html, to_markdown
         from kruify.task import load_task
 
         task = load_task(task_name) if task_name else None
@@ -36,4 +41,9 @@ def report(
                 [dense, *kru], task, task_name=task_name, split=split, key=key, threads=threads, progress=advance
             )
         out.show(*tables(made))
+        for file, write in ((html_file, to_html), (markdown_file, to_markdown)):
+            if file:
+                with atomic_file(file) as handle:
+                    handle.write(write(made).encode())
+                out.show(f"wrote {file}")
         out.result(made.to_json())

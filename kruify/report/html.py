@@ -1,0 +1,191 @@
+"""The report as one HTML file: no network, no script; light, dark, printed, on a phone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+
+from kruify.evaluate import MatrixHealth
+from kruify.report import pictures
+from kruify.report.report import ModelReport, Report
+from kruify.report.rows import Headline, comparison, headlines, judged, measured
+from kruify.report.style import CSS
+
+STRONG = ("Recurrent parameters", "All parameters")
+STRONG_ROW = ' class="strong"'
+TEXT_CELL = ' class="text"'
+
+
+def to_html(report: Report, title: str | None = None) -> str:
+    """The whole page.
+
+    Raises:
+        UnsupportedError: matplotlib, which draws the pictures, is not installed.
+    """
+    first = report.models[0]
+    title = title or f"{first.name}, converted"
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="note">{escape(judged(report) or "No task was named: sizes and speed only.")}</p>',
+        *(_headline(headline, index) for index, headline in enumerate(headlines(report), 1)),
+        "<h2>Comparison</h2>",
+        f'<div class="card">{_comparison(report)}</div>',
+        f'<p class="note">{escape(measured(report))}</p>',
+        "<h2>Pictures</h2>",
+        f'<div class="pictures">{_pictures(report)}</div>',
+        "<h2>Recurrent matrices, gate by gate</h2>",
+        "<p>Energy is what the factored matrix has in common with the dense one, "
+        "1 &minus; ‖W&minus;K‖²/‖W‖²; beside it stands what the same structure keeps of a random matrix. "
+        "After fine-tuning a low energy is no fault: the network has found another solution. "
+        "Condition number, spectral norm and unitarity defect tell how the state is stretched at every step.</p>",
+        *(_gates(report, index) for index in range(len(report.models))),
+        f'<h3>Singular values</h3><div class="pictures">{_spectra(report)}</div>',
+        "<h2>How it was made</h2>",
+        *(_made(model, index) for index, model in enumerate(report.models)),
+        "<footer>Written by kruify. This file holds everything it shows; it loads nothing.</footer>",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body><main>\n"
+        + "\n".join(body)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _key(index: int) -> str:
+    return f'<span class="key" style="background:var(--c{index % len(pictures.SERIES)})"></span>'
+
+
+def _headline(headline: Headline, index: int) -> str:
+    figures = []
+    for place, (figure, meaning) in enumerate(headline.figures):
+        names = "figure" + (" main" if place == 0 else "") + (" long" if "→" in figure else "")
+        figures.append(f'<div class="{names}"><b>{escape(figure)}</b><span>{escape(meaning)}</span></div>')
+    return (
+        f'<section class="card"><h3>{_key(index)}{escape(headline.model)}</h3>'
+        f'<div class="headline">{"".join(figures)}</div></section>'
+    )
+
+
+def _comparison(report: Report) -> str:
+    heads = "".join(f"<th>{_key(i)}{escape(m.name)}</th>" for i, m in enumerate(report.models))
+    lines = []
+    for row in comparison(report):
+        cells = "".join(
+            f"<td>{escape(value)}" + (f"<small>{escape(change)}</small>" if change else "") + "</td>"
+            for value, change in zip(row.values, row.changes, strict=True)
+        )
+        main = row.label in STRONG or (report.metric is not None and row.label.startswith(f"{report.metric},"))
+        lines.append(f"<tr{STRONG_ROW if main else ''}><th>{escape(row.label)}</th>{cells}</tr>")
+    return _table(f"<th></th>{heads}", "".join(lines))
+
+
+def _table(head: str, rows: str, names: str = "") -> str:
+    opened = f'<table class="{names}">' if names else "<table>"
+    return f'<div class="scroll">{opened}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _pictures(report: Report) -> str:
+    found = [
+        _figure("Parameters", pictures.sizes(report), "Numbers in the file, by where they stand."),
+        _figure(
+            "Latency", pictures.latency(report), "Bar and figure: median. Mark: 95th percentile. Shorter is faster."
+        ),
+    ]
+    for key, picture in (("metric", pictures.tradeoff(report)), ("curve", pictures.curves(report, report.metric))):
+        if picture and key == "metric":
+            found.append(_figure("Accuracy against size", picture, f"{report.metric} on the {report.split} split."))
+        elif picture:
+            found.append(
+                _figure(f"Training: {report.metric or 'loss'}", picture, "Validation split, after each epoch.")
+            )
+    loss = pictures.curves(report, None) if report.metric is not None else None
+    if loss:
+        found.append(_figure("Training: loss", loss, "Mean over the train split in each epoch."))
+    return "".join(found)
+
+
+def _figure(title: str, svg: str, caption: str) -> str:
+    return f'<figure class="card"><h3>{escape(title)}</h3>{svg}<figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def _gates(report: Report, index: int) -> str:
+    model = report.models[index]
+    if all(entry.factors == "dense" for entry in model.recurrent_matrices) and index:
+        return ""
+    labels = ("gate", "factors", "parameters", "energy (null)", "condition", "spectral norm", "unitarity defect")
+    parts = []
+    for name in dict.fromkeys(entry.name for entry in model.recurrent_matrices):
+        rows = "".join(_gate_row(entry, labels) for entry in model.recurrent_matrices if entry.name == name)
+        head = "".join(f"<th{TEXT_CELL if i == 1 else ''}>{label}</th>" for i, label in enumerate(labels))
+        parts.append(f'<p class="note matrix"><code>{escape(name)}</code></p>{_table(head, rows, "gates")}')
+    opened = " open" if 0 < index <= 2 and len(parts) <= 6 else ""
+    return (
+        f'<section class="card"><h3>{_key(index)}{escape(model.name)}</h3>'
+        f"<details{opened}><summary>{len(parts)} recurrent {'matrix' if len(parts) == 1 else 'matrices'}</summary>"
+        f"{''.join(parts)}</details></section>"
+    )
+
+
+def _gate_row(entry: MatrixHealth, labels: Sequence[str]) -> str:
+    energy = "" if entry.energy is None else f"{entry.energy:.3f}"
+    if entry.energy_null is not None:
+        energy += f" ({entry.energy_null:.3f})"
+    condition = "∞" if entry.condition_number == float("inf") else f"{entry.condition_number:.3g}"
+    cells = (
+        escape(entry.gate),
+        f"<code>{escape(entry.factors)}</code>",
+        f"{entry.parameters:,}<small>of {entry.dense_parameters:,}</small>"
+        if entry.parameters != entry.dense_parameters
+        else f"{entry.parameters:,}",
+        energy or "-",
+        condition,
+        f"{entry.spectral_norm:.3g}",
+        f"{entry.unitarity_defect:.3g}",
+    )
+    return (
+        "<tr>"
+        + "".join(
+            f'<td data-label="{escape(label)}"{TEXT_CELL if i == 1 else ""}><span>{cell}</span></td>'
+            for i, (label, cell) in enumerate(zip(labels, cells, strict=True))
+        )
+        + "</tr>"
+    )
+
+
+def _spectra(report: Report) -> str:
+    names = dict.fromkeys(entry.name for entry in report.models[0].recurrent_matrices)
+    keys = " ".join(f"{_key(i)}{escape(pictures.short(m.name, 40))}" for i, m in enumerate(report.models))
+    return "".join(
+        f'<figure class="card"><h3><code>{escape(name)}</code></h3>{pictures.spectra(report, name)}'
+        f"<figcaption>{keys}<br>From the largest to the smallest, on a logarithmic scale.</figcaption></figure>"
+        for name in names
+    )
+
+
+def _made(model: ModelReport, index: int) -> str:
+    entries = [("File", model.file), ("SHA-256", model.sha256)]
+    if model.sources:
+        entries.append(("Made from", " → ".join(source[:16] for source in model.sources)))
+    entries += [(label, text) for label, text in model.made.items() if label != "fine-tuning"]
+    listed = "".join(f"<dt>{escape(k)}</dt><dd><code>{escape(v)}</code></dd>" for k, v in entries)
+    recipe = model.made.get("fine-tuning")
+    extra = f"<details><summary>Fine-tuning</summary><pre>{escape(_pretty(recipe))}</pre></details>" if recipe else ""
+    plan = "\n".join(
+        f"{entry.name} {entry.gate}: {entry.factors}" for entry in model.recurrent_matrices if entry.factors != "dense"
+    )
+    if plan:
+        extra += f"<details><summary>Plan</summary><pre>{escape(plan)}</pre></details>"
+    return f'<section class="card"><h3>{_key(index)}{escape(model.name)}</h3><dl>{listed}</dl>{extra}</section>'
+
+
+def _pretty(text: str) -> str:
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return text
+    if not isinstance(values, dict):
+        return text
+    return "\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items())
