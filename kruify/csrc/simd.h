@@ -123,6 +123,17 @@ KRUIFY_INLINE T sum(Vec<T> v) {
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// a[s], b[s], a[s + 1], b[s + 1], ...
+template <class T>
+KRUIFY_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, int s) {
+  using I = typename Simd<T>::I;
+  constexpr int W = kWidth<T>;
+  if constexpr (W == 16) return __builtin_shuffle(a, b, I{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23} + s);
+  else if constexpr (W == 8) return __builtin_shuffle(a, b, I{0, 8, 1, 9, 2, 10, 3, 11} + s);
+  else if constexpr (W == 4) return __builtin_shuffle(a, b, I{0, 4, 1, 5} + s);
+  else return __builtin_shuffle(a, b, I{0, 2} + s);
+}
+
 // dst (cols, rows) = transpose of src (rows, cols).
 template <class T>
 inline void transpose(int64_t rows, int64_t cols, const T* src, int64_t lds, T* dst, int64_t ldd) {
@@ -132,22 +143,21 @@ inline void transpose(int64_t rows, int64_t cols, const T* src, int64_t lds, T* 
   for (; r + W <= rows; r += W) {
     int64_t c = 0;
     for (; c + W <= cols; c += W) {
-      Vec<T> v[W];
+      Vec<T> v[W], u[W];
+#pragma GCC unroll 16
       for (int i = 0; i < W; ++i) v[i] = load(src + (r + i) * lds + c);
       // log2(W) rounds of perfect shuffles between row i and row i + W/2.
+#pragma GCC unroll 4
       for (int round = 1; round < W; round *= 2) {
-        Vec<T> u[W];
+#pragma GCC unroll 8
         for (int i = 0; i < W / 2; ++i) {
-          typename Simd<T>::I low, high;
-          for (int l = 0; l < W; ++l) {
-            low[l] = (l & 1) * W + l / 2;
-            high[l] = (l & 1) * W + l / 2 + W / 2;
-          }
-          u[2 * i] = __builtin_shuffle(v[i], v[i + W / 2], low);
-          u[2 * i + 1] = __builtin_shuffle(v[i], v[i + W / 2], high);
+          u[2 * i] = interleave<T>(v[i], v[i + W / 2], 0);
+          u[2 * i + 1] = interleave<T>(v[i], v[i + W / 2], W / 2);
         }
+#pragma GCC unroll 16
         for (int i = 0; i < W; ++i) v[i] = u[i];
       }
+#pragma GCC unroll 16
       for (int i = 0; i < W; ++i) store(dst + (c + i) * ldd + r, v[i]);
     }
     for (; c < cols; ++c)

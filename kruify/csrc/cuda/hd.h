@@ -11,7 +11,8 @@
 #if defined(__CUDACC__)
 #define KRUIFY_HD __host__ __device__ __forceinline__
 #define KRUIFY_UNROLL _Pragma("unroll")
-#define KRUIFY_UNROLL_BY(n) _Pragma("unroll 4")
+#define KRUIFY_PRAGMA(text) _Pragma(#text)
+#define KRUIFY_UNROLL_BY(n) KRUIFY_PRAGMA(unroll n)
 #else
 #define KRUIFY_HD inline
 #define KRUIFY_UNROLL

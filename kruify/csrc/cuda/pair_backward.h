@@ -117,7 +117,7 @@ struct PairBackwardPhases {
       const Split left = split<Shape>(e, columns, shift);
       const int column = left.remainder, row = left.quotient % rows, pair = left.quotient / rows;
       float sum[kTileRows][NT] = {};
-      tile_fma<NT>(at(t, p.a) + (pair * s.Q1 + row) * (s.P1 + kPad), rows * (s.P1 + kPad),
+      tile_fma<NT, Shape::turns>(at(t, p.a) + (pair * s.Q1 + row) * (s.P1 + kPad), rows * (s.P1 + kPad),
                    at(t, p.d) + (pair / p.rank * p.share + column) * (s.P1 + kPad), columns * (s.P1 + kPad), s.P1, sum);
       float* to = at(t, p.u) + (pair * s.Q1 + row) * (p.share + kPad) + column;
       KRUIFY_UNROLL
@@ -135,7 +135,7 @@ struct PairBackwardPhases {
       const int column = e % columns, row = e / columns % rows, group = e / (columns * rows);
       float sum[kTileRows][NT] = {};
       for (int pair = group; pair < G * p.rank; pair += p.groups)
-        tile_fma<NT>(at(t, p.u) + (pair * s.Q1 + row) * width, rows * width, at(t, p.b) + (pair * s.Q2 + column) * width,
+        tile_fma<NT, Shape::turns>(at(t, p.u) + (pair * s.Q1 + row) * width, rows * width, at(t, p.b) + (pair * s.Q2 + column) * width,
                      columns * width, p.share, sum);
       KRUIFY_UNROLL
       for (int j = 0; j < NT; ++j) {

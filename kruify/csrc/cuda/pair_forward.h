@@ -85,7 +85,7 @@ struct PairForwardPhases {
       const Split left = split<Shape>(e, columns, shift);
       const int column = left.remainder, row = left.quotient % rows, pair = left.quotient / rows;
       float sum[kTileRows][NT] = {};
-      tile_fma<NT>(h(t, step) + row * (s.Q2 + kPad), rows * (s.Q2 + kPad),
+      tile_fma<NT, Shape::turns>(h(t, step) + row * (s.Q2 + kPad), rows * (s.Q2 + kPad),
                    at(t, p.b) + (pair * p.share + column) * (s.Q2 + kPad), columns * (s.Q2 + kPad), s.Q2, sum);
       float* to = at(t, p.t) + (pair * p.share + column) * (s.Q1 + kPad) + row;
       KRUIFY_UNROLL
@@ -108,7 +108,7 @@ struct PairForwardPhases {
       float sum[kTileRows][NT] = {};
       for (int r = 0; r < p.rank; ++r) {
         const int pair = gate * p.rank + r;
-        tile_fma<NT>(at(t, p.a) + (pair * s.P1 + row) * (s.Q1 + kPad), rows * (s.Q1 + kPad),
+        tile_fma<NT, Shape::turns>(at(t, p.a) + (pair * s.P1 + row) * (s.Q1 + kPad), rows * (s.Q1 + kPad),
                      at(t, p.t) + (pair * p.share + column) * (s.Q1 + kPad), columns * (s.Q1 + kPad), s.Q1, sum);
       }
       const bool apart = G == 3 && gate == 2;  // the GRU's reset gate stands between the two shares

@@ -89,7 +89,7 @@ struct PairGradientPhases {
     for (int e = t.id; e < p.batch * rows * columns; e += t.count) {
       const int column = e % columns, row = e / columns % rows, n = e / (columns * rows);
       float sum[kTileRows][4] = {};
-      tile_fma<4>(at(t, p.x) + (n * s.Q1 + row) * (s.Q2 + kPad), rows * (s.Q2 + kPad),
+      tile_fma<4, AnyShape::turns>(at(t, p.x) + (n * s.Q1 + row) * (s.Q2 + kPad), rows * (s.Q2 + kPad),
                   at(t, p.b) + column * (s.Q2 + kPad), columns * (s.Q2 + kPad), s.Q2, sum);
       float* to = at(t, p.t) + (n * s.Q1 + row) * (s.P2 + kPad) + column;
       KRUIFY_UNROLL
@@ -97,7 +97,7 @@ struct PairGradientPhases {
         KRUIFY_UNROLL
         for (int j = 0; j < 4; ++j) to[i * rows * (s.P2 + kPad) + j * columns] = sum[i][j], sum[i][j] = 0.0f;
       }
-      tile_fma<4>(at(t, p.a) + row * (s.P1 + kPad), rows * (s.P1 + kPad),
+      tile_fma<4, AnyShape::turns>(at(t, p.a) + row * (s.P1 + kPad), rows * (s.P1 + kPad),
                   at(t, p.dt) + (n * s.P2 + column) * (s.P1 + kPad), columns * (s.P1 + kPad), s.P1, sum);
       to = at(t, p.u) + (n * s.P2 + column) * (s.Q1 + kPad) + row;
       KRUIFY_UNROLL
@@ -114,7 +114,7 @@ struct PairGradientPhases {
       const int group = t.id / (rows * columns);
       if (group < p.groups_a)
         for (int n = group; n < p.batch; n += p.groups_a)
-          tile_fma<4>(at(t, p.d) + (n * s.P1 + row) * width, rows * width, at(t, p.t) + (n * s.Q1 + column) * width,
+          tile_fma<4, AnyShape::turns>(at(t, p.d) + (n * s.P1 + row) * width, rows * width, at(t, p.t) + (n * s.Q1 + column) * width,
                       columns * width, s.P2, sums.a);
     }
     {
@@ -123,7 +123,7 @@ struct PairGradientPhases {
       const int group = t.id / (rows * columns);
       if (group < p.groups_b)
         for (int n = group; n < p.batch; n += p.groups_b)
-          tile_fma<4>(at(t, p.u) + (n * s.P2 + row) * width, rows * width, at(t, p.xt) + (n * s.Q2 + column) * width,
+          tile_fma<4, AnyShape::turns>(at(t, p.u) + (n * s.P2 + row) * width, rows * width, at(t, p.xt) + (n * s.Q2 + column) * width,
                       columns * width, s.Q1, sums.b);
     }
   }

@@ -70,7 +70,7 @@ struct PairProductPhases {
       const int n = e / (columns * rows * p.rank);
       if (first + n >= args.rows) break;
       float sum[kTileRows][4] = {};
-      tile_fma<4>(x(t, turn) + (n * s.Q1 + row) * width, rows * width, at(t, p.b) + (r * s.P2 + column) * width,
+      tile_fma<4, AnyShape::turns>(x(t, turn) + (n * s.Q1 + row) * width, rows * width, at(t, p.b) + (r * s.P2 + column) * width,
                   columns * width, s.Q2, sum);
       float* to = at(t, p.t) + ((n * p.rank + r) * s.P2 + column) * (s.Q1 + kPad) + row;
       for (int i = 0; i < kTileRows; ++i)
@@ -84,7 +84,7 @@ struct PairProductPhases {
       if (first + n >= args.rows) break;
       float sum[kTileRows][4] = {};
       for (int r = 0; r < p.rank; ++r)
-        tile_fma<4>(at(t, p.a) + (r * s.P1 + row) * width, rows * width, at(t, p.t) + ((n * p.rank + r) * s.P2 + column) * width,
+        tile_fma<4, AnyShape::turns>(at(t, p.a) + (r * s.P1 + row) * width, rows * width, at(t, p.t) + ((n * p.rank + r) * s.P2 + column) * width,
                     columns * width, s.Q1, sum);
       float* to = args.y + (first + n) * args.y_stride;
       for (int i = 0; i < kTileRows; ++i)
@@ -111,7 +111,7 @@ struct PairProductPhases {
       const int n = e / (columns * rows * p.rank);
       if (first + n >= args.rows) break;
       float sum[kTileRows][4] = {};
-      tile_fma<4>(at(t, p.a) + (r * s.Q1 + row) * width, rows * width, at(t, p.x) + (n * s.P2 + column) * width,
+      tile_fma<4, AnyShape::turns>(at(t, p.a) + (r * s.Q1 + row) * width, rows * width, at(t, p.x) + (n * s.P2 + column) * width,
                   columns * width, s.P1, sum);
       float* to = at(t, p.t) + ((n * p.rank + r) * s.Q1 + row) * (s.P2 + kPad) + column;
       for (int i = 0; i < kTileRows; ++i)
@@ -125,7 +125,7 @@ struct PairProductPhases {
       if (first + n >= args.rows) break;
       float sum[kTileRows][4] = {};
       for (int r = 0; r < p.rank; ++r)
-        tile_fma<4>(at(t, p.t) + ((n * p.rank + r) * s.Q1 + row) * width, rows * width, at(t, p.b) + (r * s.Q2 + column) * width,
+        tile_fma<4, AnyShape::turns>(at(t, p.t) + ((n * p.rank + r) * s.Q1 + row) * width, rows * width, at(t, p.b) + (r * s.Q2 + column) * width,
                     columns * width, s.P2, sum);
       float* to = args.y + (first + n) * args.y_stride;
       for (int i = 0; i < kTileRows; ++i)

@@ -241,6 +241,16 @@ struct Columns {
   KRUIFY_HD void run(int64_t item) const { to[item % size * cols + first + item / size] = from[item]; }
 };
 
+// y[row, e] = x[row, e] + bias[e]: ready-made gates that still lack their bias.
+template <class T>
+struct AddBias {
+  const T *x, *bias;
+  T* y;
+  int64_t rows, size;
+  KRUIFY_HD int64_t items() const { return rows * size; }
+  KRUIFY_HD void run(int64_t item) const { y[item] = x[item] + bias[item % size]; }
+};
+
 // Numbers from the host into device memory by way of a launch's parameters, so that a CUDA graph keeps them.
 struct Upload {
   static constexpr int kMost = 960;

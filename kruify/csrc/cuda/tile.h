@@ -10,9 +10,10 @@ constexpr int kPad = 4;       // floats behind each row in shared memory: 8 rows
 
 // Both operands are rows of K consecutive floats, 16-byte aligned; a thread's rows lie `step` floats apart, neighbouring
 // threads' rows next to each other, which keeps the 16-byte loads of a warp free of bank conflicts.
-template <int NT>
+// `Turns` rounds of four k are unrolled.
+template <int NT, int Turns>
 KRUIFY_HD void tile_fma(const float* a, int a_step, const float* b, int b_step, int depth, float (&sum)[kTileRows][NT]) {
-  KRUIFY_UNROLL_BY(4)
+  KRUIFY_UNROLL_BY(Turns)
   for (int k = 0; k < depth; k += 4) {
     Quad left[kTileRows], right[NT];
     KRUIFY_UNROLL
@@ -34,12 +35,14 @@ KRUIFY_HD void tile_fma(const float* a, int a_step, const float* b, int b_step, 
 template <int Rows1, int Rows2>
 struct Square {
   static constexpr bool fixed = true;
+  static constexpr int turns = 4;
   static constexpr int P1 = Rows1, Q1 = Rows1, P2 = Rows2, Q2 = Rows2;
 };
 
 // Any shapes that are multiples of four.
 struct AnyShape {
   static constexpr bool fixed = false;
+  static constexpr int turns = 2;  // more would spill
   int P1, Q1, P2, Q2;
 };
 
