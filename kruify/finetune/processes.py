@@ -43,7 +43,9 @@ class Processes:
         # accelerate keeps one state a process and refuses a second Accelerator with other settings: forget the last
         # one's.
         AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-        self._accelerator = Accelerator(cpu=wanted is not None and wanted.type == "cpu", mixed_precision="no")
+        # It joins processes on CPUs only if it is told that CPUs are meant.
+        cpu = wanted.type == "cpu" if wanted is not None else not torch.accelerator.is_available()
+        self._accelerator = Accelerator(cpu=cpu, mixed_precision="no")
         self.count: int = self._accelerator.num_processes
         self.rank: int = self._accelerator.process_index
         self.is_main: bool = self._accelerator.is_main_process

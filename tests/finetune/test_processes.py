@@ -27,7 +27,8 @@ slow = lambda p: time.sleep(float(sys.argv[2])) or print(p.step, flush=True)
 task = Delay(count=7, dropout=0.3)
 import os
 model = task.kronecker(seed=int(os.environ.get("RANK", 0)))  # the weights of rank 0 are the ones that count
-options = dict(epochs=3, lr=2e-2, save_steps=1, device="cpu", accumulate=int(sys.argv[3]))
+device = "cpu" if torch.accelerator.is_available() else None  # None is what users leave it at
+options = dict(epochs=3, lr=2e-2, save_steps=1, device=device, accumulate=int(sys.argv[3]))
 result = finetune(model, task, resume=sys.argv[1], on_progress=slow, **options)
 if result.is_main:
     torch.save({{"model": result.model.state_dict(), "history": result.history}}, sys.argv[1] + "/out.pt")
