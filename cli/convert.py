@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from kruify.calibrate import Moments
     from kruify.checkpoint import Checkpoint
     from kruify.convert import Conversion
-    from kruify.locate import Located
+    from kruify.locate import Located, RecurrentLayer
     from kruify.plan import Plan
 
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 @click.option(
     "--input-factors", metavar="SPEC", help="Factors of the input matrices W_ih too; they stay dense without."
 )
+@click.option("--budget", metavar="B", help="Choose the factors: 10x, params=25%, macs=10%, or params=8x,macs=50%.")
+@click.option("--input-budget", metavar="B", help="The same for the input matrices W_ih.")
+@click.option("--max-error", type=float, metavar="E", help="Bound on the error ||W-K||/||W|| of each gate.")
 @click.option("--only", metavar="GLOB", multiple=True, help="Convert only layers or matrices that match.")
 @click.option("--skip", metavar="GLOB", multiple=True, help="Leave layers or matrices that match dense.")
 @click.option("--set", "overrides", metavar="GLOB=SPEC", multiple=True, help="Other factors for what matches.")
@@ -45,6 +49,9 @@ def convert(
     factors: str | None,
     target: str | None,
     input_factors: str | None,
+    budget: str | None,
+    input_budget: str | None,
+    max_error: float | None,
     only: tuple[str, ...],
     skip: tuple[str, ...],
     overrides: tuple[str, ...],
@@ -64,10 +71,15 @@ def convert(
 
     Conversion alone destroys a trained network's accuracy; `kruify finetune` brings it back.
     """
-    if plan_file and (factors or input_factors or only or skip or overrides):
-        raise click.UsageError("--plan says everything; leave --factors, --input-factors, --only, --skip, --set out")
-    if not plan_file and not factors:
-        raise click.UsageError("say how to factor: --factors SPEC (for example --factors auto) or --plan FILE")
+    by_budget = budget is not None or max_error is not None
+    if plan_file and (factors or input_factors or by_budget or only or skip or overrides):
+        raise click.UsageError("--plan says everything; leave all other options that choose factors out")
+    if by_budget and (factors or input_factors):
+        raise click.UsageError("a budget chooses the factors itself; give --factors or --budget, not both")
+    if input_budget and not by_budget:
+        raise click.UsageError("--input-budget goes with --budget")
+    if not plan_file and not factors and not by_budget:
+        raise click.UsageError("say how to factor: --factors SPEC (for example auto), --budget 10x or --plan FILE")
     pairs = [_pair(item) for item in overrides]
     with output(json_only) as out:
         from kruify.api import default_output, found
@@ -84,9 +96,14 @@ def convert(
             out.note(f"note: {sentence}")
         located = locate(checkpoint.tensors.lazy)
         layers = found(located, model)
+        moments = _calibrate(checkpoint, task_name, seed) if task_name and (by_budget or not dry_run) else None
         if plan_file:
             plan = _read_plan(plan_file)
             check_plan(plan, located)
+        elif by_budget:
+            plan = _plan_by_budget(
+                checkpoint, layers, budget, input_budget, max_error, only, skip, dict(pairs), moments, seed
+            )
         else:
             plan = make_plan(layers, factors or "auto", input_factors, only, skip, dict(pairs))
         if not plan.layers:
@@ -101,7 +118,6 @@ def convert(
             out.show("Dry run: nothing was decomposed or written.")
         else:
             path = Path(target) if target else default_output(model)
-            moments = _calibrate(checkpoint, task_name, seed) if task_name else None
             conversion = _convert(checkpoint, plan, located, moments, seed)
             _write(path, conversion, checkpoint, seed)
             matrices = [asdict(matrix) for matrix in conversion.matrices]
@@ -134,6 +150,36 @@ def _write_plan(file: str, plan: Plan) -> None:
 
     with atomic_file(file) as handle:
         handle.write((plan.to_json(indent=2) + "\n").encode())
+
+
+def _plan_by_budget(
+    checkpoint: Checkpoint,
+    layers: Sequence[RecurrentLayer],
+    budget: str | None,
+    input_budget: str | None,
+    max_error: float | None,
+    only: Sequence[str],
+    skip: Sequence[str],
+    overrides: Mapping[str, str],
+    moments: Mapping[str, Moments] | None,
+    seed: int,
+) -> Plan:
+    from kruify.budget import make_budget_plan
+
+    with progress("choosing factors") as advance:
+        return make_budget_plan(
+            checkpoint.tensors.lazy,
+            layers,
+            budget,
+            input_budget=input_budget,
+            max_error=max_error,
+            only=only,
+            skip=skip,
+            overrides=overrides,
+            moments=moments,
+            seed=seed,
+            progress=lambda done, total: advance(done, total, "choosing factors"),
+        )
 
 
 def _calibrate(checkpoint: Checkpoint, task_name: str, seed: int) -> dict[str, Moments]:

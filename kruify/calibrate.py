@@ -65,6 +65,10 @@ class Moments:
         """E[(h - E h)(h - E h)^T], (n, n): the weight where the bias is corrected for the mean afterwards."""
         return self.second - torch.outer(self.mean, self.mean)
 
+    def weight(self, bias: bool) -> Tensor:
+        """What weighs the error of a matrix, (n, n): a bias beside it takes up the mean."""
+        return self.covariance if bias else self.second
+
 
 def bias_correction(dense: Tensor, fitted: Tensor, mean: Tensor) -> Tensor:
     """(W - K) E[h], (gates * rows,) float64: what to add to the bias beside the matrix.

@@ -88,7 +88,7 @@ def convert_tensors(
         name = layer.full_name(weight)
         dense = _load(converted.pop(name))
         known = (moments or {}).get(name)
-        covariance = None if known is None else known.covariance if layer.bias else known.second
+        covariance = None if known is None else known.weight(layer.bias)
         matrix, fits = decompose_matrix(dense, structures, name, covariance=covariance, seed=seed)
         if known is not None and layer.bias:
             bias_name = layer.full_name(weight.replace("weight", "bias"))

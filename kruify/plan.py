@@ -126,6 +126,7 @@ def make_plan(
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     overrides: Mapping[str, str] | None = None,
+    chosen: Mapping[str, Structures] | None = None,
 ) -> Plan:
     """A plan from specs and patterns.
 
@@ -139,6 +140,7 @@ def make_plan(
         skip: globs; these stay dense.
         overrides: pattern -> spec; the spec "dense" leaves a matrix as it is. Input matrices are touched only by
             patterns that say weight_ih.
+        chosen: full weight name -> structures that stand in for the default there (a planner's choice).
 
     Raises:
         PlanError: a pattern matches nothing.
@@ -156,7 +158,9 @@ def make_plan(
                 default = None
             # A pattern for a layer means its recurrent matrices; input matrices must be named, as in '*weight_ih*'.
             meant = {p: s for p, s in overrides.items() if weight.startswith("weight_hh") or "weight_ih" in p}
-            specs = [_override(names, gate, meant) or default for gate in layer.gates]
+            given = (chosen or {}).get(layer.full_name(weight)) if default else None
+            defaults = [str(s) for s in given] if given else [default] * len(layer.gates)
+            specs = [_override(names, g, meant) or d for g, d in zip(layer.gates, defaults, strict=True)]
             if all(spec in (None, "dense") for spec in specs):
                 continue
             matrices[weight] = tuple(
