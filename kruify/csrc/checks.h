@@ -84,9 +84,16 @@ Tensor checked(const char* what, const Tensor& t, torch::headeronly::ScalarType 
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+// Uninitialised, contiguous, dtype and device of `like`; without the way through the dispatcher.
 inline Tensor empty_like(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  const std::vector<int64_t> shape(sizes);
-  return torch::stable::new_empty(like, shape);
+  int64_t strides[4], stride = 1;
+  const int64_t* shape = sizes.begin();
+  for (int64_t d = int64_t(sizes.size()); d-- > 0; stride *= shape[d]) strides[d] = stride;
+  int32_t dtype;
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), shape, strides, dtype, aoti_torch_device_type_cpu(), 0, &result));
+  return Tensor(result);
 }
 
 template <class T>

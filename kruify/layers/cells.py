@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kruify.errors import UsageError
+from kruify.layers import kernel
 from kruify.layers.base import Factors, apply_weight, build_weight
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.layers.steps import GATES, Matrix, State, make_step
@@ -56,6 +57,9 @@ class KRUCellBase(nn.Module):
                     term.reset_parameters()
 
     def _step(self, input: Tensor, state: State | None) -> State:
+        streamed = kernel.streaming_step(self, input, state)
+        if streamed is not None:
+            return streamed
         if input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
             raise UsageError(
                 f"expected input of shape (batch, {self.input_size}) or ({self.input_size},), got {tuple(input.shape)}",
@@ -74,6 +78,11 @@ class KRUCellBase(nn.Module):
                 type(self).__name__,
             )
         weight = self.weight_hh
+        if kernel.serves(weight, x, projected=False):
+            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            kind = f"rnn_{self.nonlinearity}" if self.kind == "rnn" else self.kind
+            new = kernel.run_step(self, {name: getattr(self, name) for name in names}, kind, x, state)
+            return new if input.dim() == 2 else tuple(s.squeeze(0) for s in new)
         matrix: Matrix = weight if isinstance(weight, KroneckerMatrix) else lambda h: nn.functional.linear(h, weight)
         gates_x = apply_weight(self.weight_ih, x, self.bias_ih)
         new = make_step(self.kind, matrix, self.bias_hh, nonlinearity=self.nonlinearity)(gates_x, state)

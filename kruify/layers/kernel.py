@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from kruify.ops.stages import TermPlan, plan
 
 Weights = dict[str, KroneckerMatrix | Tensor | None]
 _CACHE = "_kernel_form"  # attribute of a KroneckerMatrix
+_STREAMING = "_kernel_streaming"  # attribute of a cell
 
 
 @dataclass
@@ -112,6 +114,75 @@ def run_direction(
         data, weight_ih, bias_ih, batch_sizes, h0, c0, *_arguments(matrix, bias_hh), kind, reverse, training
     )
     return out, (h, c) if kind == "lstm" else (h,)
+
+
+def run_step(cell: nn.Module, weights: Weights, kind: str, x: Tensor, state: State) -> State:
+    """One time step of a cell, x (batch, features): the streaming path, with as little Python as can be."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(weights["weight_ih"], Tensor):
+        return run_direction(weights, kind, x, torch.full((1,), x.shape[0]), state, reverse=False)[1]
+    streaming: Streaming | None = cell.__dict__.get(_STREAMING)
+    if streaming is None or not streaming.valid():
+        streaming = cell.__dict__[_STREAMING] = Streaming(weights, kind, cell)
+    return streaming(x, state)
+
+
+def streaming_step(cell: nn.Module, x: Tensor, state: State | None) -> State | None:
+    """The same step straight away, if one like it was made before; None if it has to be looked at more closely."""
+    if state is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    streaming: Streaming | None = cell.__dict__.get(_STREAMING)
+    if streaming is None or not streaming.fits(x, state) or not streaming.valid():
+        return None
+    return streaming(x, state)
+
+
+class Streaming:
+    """The arguments of a cell's operator call, put together once and used while no parameter changes its place or,
+    where factors were merged, its value."""
+
+    def __init__(self, weights: Weights, kind: str, cell: nn.Module) -> None:
+        matrix = weights["weight_hh"]
+        assert isinstance(matrix, KroneckerMatrix) and not isinstance(weights["bias_hh"], nn.Module)
+        self.operator = torch.ops.kruify.recurrence_forward.default
+        weight_ih = weights["weight_ih"]
+        assert isinstance(weight_ih, Tensor)
+        self.first = (weight_ih, weights["bias_ih"])
+        self.columns, self.dtype, self.device = weight_ih.shape[1], weight_ih.dtype, weight_ih.device
+        self.rows, self.states = matrix.rows, 2 if kind == "lstm" else 1
+        self.last = (*_arguments(matrix, weights["bias_hh"]), kind, False, False)
+        self.sizes: dict[int, Tensor] = {}
+        modules = list(cell.modules())
+        self.held: list[tuple[dict[str, Any], str, Tensor | None]] = []
+        for places in ([m._parameters for m in modules], [m._buffers for m in modules]):
+            self.held += [(place, name, tensor) for place in places for name, tensor in place.items()]
+        merged = any(p.merges for p in form_of(matrix).plans) or any(m.scale is not None for m in matrix.term_list())
+        self.merged = [p for p in matrix.terms.parameters()] if merged else []
+        self.versions = [(p.data_ptr(), p._version) for p in self.merged]
+
+    def fits(self, x: Tensor, state: State) -> bool:
+        if x.dim() != 2 or x.shape[1] != self.columns or x.dtype is not self.dtype or x.device != self.device:
+            return False
+        shape = (x.shape[0], self.rows)
+        return len(state) == self.states and state[0].shape == shape and state[-1].shape == shape
+
+    def valid(self) -> bool:
+        for place, name, tensor in self.held:
+            if place.get(name) is not tensor:
+                return False
+        return not self.merged or self.versions == [(p.data_ptr(), p._version) for p in self.merged]
+
+    def __call__(self, x: Tensor, state: State) -> State:
+        batch = x.shape[0]
+        sizes = self.sizes.get(batch)
+        if sizes is None:
+            sizes = self.sizes[batch] = torch.full((1,), batch)
+        if len(state) == 2:
+            _, h, c, _ = self.operator(x, *self.first, sizes, state[0], state[1], *self.last)
+            return h, c
+        return (self.operator(x, *self.first, sizes, state[0], None, *self.last)[1],)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # copies and pickles of a cell put their own together
 
 
 def _arguments(
