@@ -16,6 +16,8 @@ CHUNK = 1 << 22
 AGAIN = "Copy or download it again"
 _ENCRYPTED = 0x1
 _LOCAL_HEADER = 30
+_DESCRIPTOR = 24
+"""Bytes of the longest record that may follow an entry's data."""
 
 
 class Archive:
@@ -28,7 +30,7 @@ class Archive:
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self.file, self.size = path, file, size
-        _check_directory(path, file, size)
+        count = _check_directory(path, file, size)
         try:
             self._zip = zipfile.ZipFile(file)
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error) as error:
@@ -36,6 +38,8 @@ class Archive:
         self.entries: dict[str, zipfile.ZipInfo] = {}
         if len(self._zip.infolist()) > limits.ENTRIES:
             raise UnsafeError(f"its archive has {len(self._zip.infolist())} entries", path)
+        if len(self._zip.infolist()) != count:
+            raise CorruptError("its archive does not have the entries that it says", path, AGAIN)
         for entry in self._zip.infolist():
             self._check_entry(entry)
             self.entries[entry.filename] = entry
@@ -108,11 +112,15 @@ class Archive:
     def _check_places(self) -> dict[str, int]:
         """Where the bytes of each entry start: entries must tile the file in order, the first at its beginning."""
         starts: dict[str, int] = {}
-        end = 0
+        end = slack = 0
         for entry in sorted(self.entries.values(), key=lambda e: e.header_offset):
             self.file.seek(entry.header_offset)
             header = self.file.read(_LOCAL_HEADER)
-            if len(header) < _LOCAL_HEADER or header[:4] != b"PK\x03\x04" or entry.header_offset < end:
+            if (
+                len(header) < _LOCAL_HEADER
+                or header[:4] != b"PK\x03\x04"
+                or not 0 <= entry.header_offset - end <= slack
+            ):
                 raise CorruptError("its archive has entries that overlap or are missing", self.path, AGAIN)
             if not starts and entry.header_offset != 0:
                 raise CorruptError("it has something before its archive", self.path, AGAIN)
@@ -122,8 +130,11 @@ class Archive:
                 raise CorruptError("its archive names an entry in two ways", self.path, AGAIN)
             starts[entry.filename] = start = entry.header_offset + _LOCAL_HEADER + name_length + extra_length
             end = start + entry.compress_size
+            slack = _DESCRIPTOR if entry.flag_bits & 0x08 else 0
             if end > self._zip.start_dir:
                 raise CorruptError("its archive has an entry beyond its end", self.path, AGAIN)
+        if self._zip.start_dir - end > slack:
+            raise CorruptError("its archive has entries that overlap or are missing", self.path, AGAIN)
         return starts
 
     def _check_sums(self) -> None:
@@ -138,8 +149,11 @@ class Archive:
                 raise CorruptError(f"its entry {name[:80]} does not match its checksum", self.path, AGAIN)
 
 
-def _check_directory(path: Path, file: BinaryIO, size: int) -> None:
-    """Refuse an absurd directory before `zipfile` builds a Python object for each of its entries."""
+def _check_directory(path: Path, file: BinaryIO, size: int) -> int:
+    """Number of entries that the directory claims.
+
+    An absurd one is refused here, before `zipfile` builds a Python object for each of its entries.
+    """
     tail = min(size, 22 + 0xFFFF)
     file.seek(size - tail)
     data = file.read(tail)
@@ -156,3 +170,4 @@ def _check_directory(path: Path, file: BinaryIO, size: int) -> None:
         count, length = struct.unpack("<QQ", record[32:48])
     if count > limits.ENTRIES or length > limits.DIRECTORY:
         raise UnsafeError(f"its archive claims {count} entries in {length} bytes", path)
+    return int(count)

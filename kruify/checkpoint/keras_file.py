@@ -48,6 +48,7 @@ class KerasFile:
 class _Cell:
     kind: str
     layer: str
+    title: str  # the layer's name in the configuration
     backward: bool
     parts: dict[str, LazyTensor]
     paths: dict[str, str]
@@ -76,7 +77,7 @@ def _read(path: Path, source: Any, config: Any) -> KerasFile:
             text = file.attrs["model_config"]
             config = _json(text if isinstance(text, bytes) else str(text).encode(), path)
         datasets = dict(_datasets(file, "", 0, path, [0]))
-        names = {name: _vars_name(file, name) for name in datasets}
+        names = {parent: _vars_name(file, parent) for name in datasets for parent in _parents(name)}
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise CorruptError(f"its HDF5 structure is damaged ({type(error).__name__})", path) from error
     found = KerasFile()
@@ -146,10 +147,16 @@ def _native(dtype: Any) -> Any:
     return np.empty(0, dtype.newbyteorder("="))
 
 
-def _vars_name(file: Any, name: str) -> str:
-    """The `name` attribute that Keras 3 gives the group of a layer's variables."""
+def _parents(name: str) -> list[str]:
+    """The groups around a dataset that may carry a name: its own and, for a cell, the layers' around the cell."""
     parent = name.rpartition("/")[0]
-    attribute = file[parent].attrs.get("name", "") if parent else ""
+    layer = parent.removesuffix("/cell/vars")
+    return [p for p in (parent, f"{layer}/vars", f"{layer.rpartition('/')[0]}/vars") if p]
+
+
+def _vars_name(file: Any, group: str) -> str:
+    """The `name` attribute that Keras 3 gives the group of a layer's variables."""
+    attribute = file[group].attrs.get("name", "") if group in file else ""
     return attribute.decode() if isinstance(attribute, bytes) else str(attribute)
 
 
@@ -160,24 +167,23 @@ def _cells(datasets: dict[str, LazyTensor], names: dict[str, str]) -> Iterator[_
         groups.setdefault(parent, {})[leaf.removesuffix(":0")] = name
     for parent, leaves in groups.items():
         if parent.endswith("cell/vars"):  # Keras 3
-            paths = {
-                part: leaves[at] for at, part in (("0", "kernel"), ("1", "recurrent"), ("2", "bias")) if at in leaves
-            }
+            short = {"0": "kernel", "1": "recurrent", "2": "bias"}
             group = parent.removesuffix("/cell/vars")
-            cell = next(iter(names[n] for n in leaves.values()), "")
-            backward = group.endswith("/backward_layer")
-            layer = re.sub(r"/(forward|backward)_layer$", "", group).removeprefix("layers/").replace("/layers/", "/")
+            backward, cell = group.endswith("/backward_layer"), names[parent]
+            group = re.sub(r"/(forward|backward)_layer$", "", group)
+            layer, title = group.removeprefix("layers/").replace("/layers/", "/"), names.get(f"{group}/vars", "")
         elif "recurrent_kernel" in leaves:  # Keras 2
             short = {"kernel": "kernel", "recurrent_kernel": "recurrent", "bias": "bias"}
-            paths = {part: leaves[leaf] for leaf, part in short.items() if leaf in leaves}
             pieces = parent.removeprefix("model_weights/").split("/")
-            cell, backward, layer = pieces[-1], any(p.startswith("backward_") for p in pieces[1:]), pieces[0]
+            cell, backward = pieces[-1], any(p.startswith("backward_") for p in pieces[1:])
+            layer = title = pieces[0]
         else:
             continue
+        paths = {part: leaves[leaf] for leaf, part in short.items() if leaf in leaves}
         parts = {part: datasets[name] for part, name in paths.items()}
         kind = _kind(cell, parts)
         if kind:
-            yield _Cell(kind, layer.replace("/", "."), backward, parts, paths)
+            yield _Cell(kind, layer.replace("/", "."), title, backward, parts, paths)
 
 
 def _kind(cell: str, parts: dict[str, LazyTensor]) -> str | None:
@@ -213,7 +219,7 @@ def _layers(config: Any, depth: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _add(cell: _Cell, layers: dict[str, dict[str, Any]], found: KerasFile) -> None:
     name = cell.layer
-    if reason := _refusal(cell, layers.get(name.rpartition(".")[2], {})):
+    if reason := _refusal(cell, layers.get(cell.title, {})):
         found.skipped[name] = reason
         found.tensors = {n: t for n, t in found.tensors.items() if not n.startswith(f"{name}.")}
         found.hints.pop(name, None)
@@ -226,7 +232,7 @@ def _add(cell: _Cell, layers: dict[str, dict[str, Any]], found: KerasFile) -> No
         found.tensors[f"{name}.{short}"] = tensor
     rows = len(cell.parts["bias"].shape) if "bias" in cell.parts else 0
     found.parts[name, suffix] = (cell.kind, cell.paths, rows)
-    layer = layers.get(name.rpartition(".")[2], {})
+    layer = layers.get(cell.title, {})
     both = cell.backward or name in found.hints
     options: dict[str, bool | int | float | str] = {
         "mode": cell.kind.upper(),

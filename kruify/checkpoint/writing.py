@@ -58,7 +58,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         UsageError: the folder is missing or read-only, the disk is full, or `path` is a folder.
     """
     target = Path(os.path.realpath(path))
-    if target.is_dir() or (target.exists() and not target.is_file()):
+    if target.is_symlink() or target.is_dir() or (target.exists() and not target.is_file()):
         raise UsageError("it is not a regular file", path, "Name a file to write to")
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".tmp", dir=target.parent)
@@ -147,7 +147,11 @@ def write_torch(
             tree = {part: tree}
         tree = {**(extras or {}), **tree, **({"kruify": dict(metadata)} if metadata else {})}
     with atomic_file(path) as file:
-        torch.save(tree, file, _use_new_zipfile_serialization=not legacy)
+        try:
+            torch.save(tree, file, _use_new_zipfile_serialization=not legacy)
+        except RuntimeError as error:
+            # torch reports a full disk as an error of its own, raised while it handles the real one.
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def as_lazy(tensors: Mapping[str, Tensor | LazyTensor]) -> dict[str, LazyTensor]:
