@@ -22,6 +22,7 @@ from kruify.errors import UnsupportedError, UsageError
 from kruify.factors import Structure, Term
 
 LARGE = 1 << 21  # entries from which the null level of a pair of factors comes from theory
+THOROUGH = 10  # rounds from which a sum is fitted from two starts
 BACKFIT_TOLERANCE = 1e-4  # of the remaining error, a round
 Products = tuple[Tensor, list[Tensor]]  # scale (rank,), one factor tensor (rank, P_f, Q_f) per factor
 
@@ -230,6 +231,20 @@ class Metric(Protocol):
 
 
 def _backfit(w: Tensor, structure: Structure, metric: Metric, seed: int, sweeps: int) -> _State:
+    """Sums have local optima, and the order in which the parts enter decides which is found: a thorough fit tries the
+    greedy order and its reverse."""
+    state, error, order = _descend(w, structure, metric, seed, sweeps, None)
+    if len(order) > 1 and sweeps >= THOROUGH and w.numel() <= LARGE:
+        other, other_error, _ = _descend(w, structure, metric, seed, sweeps, order[::-1])
+        if other_error < error:
+            return other
+    return state
+
+
+def _descend(
+    w: Tensor, structure: Structure, metric: Metric, seed: int, sweeps: int, order: list[int] | None
+) -> tuple[_State, float, list[int]]:
+    """One start and its rounds: (what was found, its squared error, the order in which the parts entered)."""
     state = _State([None] * len(structure.terms))
     parts: list[_Part] = [_TermPart(state, i, term, metric, seed) for i, term in enumerate(structure.terms)]
     if structure.diagonal:
@@ -238,22 +253,15 @@ def _backfit(w: Tensor, structure: Structure, metric: Metric, seed: int, sweeps:
         parts.append(_OverlayPart(state, metric, structure.sparse_blocks, structure.block))
     if len(parts) == 1:
         parts[0].update(w)
-        return state
+        return state, 0.0, [0]
     rest = w.clone()
     total = error = metric.error(rest)
-    waiting = list(parts)
-    while waiting:  # greedy: next comes the part that alone takes the most off what is left
-        errors = []
-        for part in waiting:
-            part.update(rest)
-            part.add(rest, -1)
-            errors.append(metric.error(rest))
-            part.add(rest, 1)
-            if len(waiting) > 1:
-                part.forget()
-        part = waiting.pop(errors.index(min(errors)))
-        part.update(rest)
-        part.add(rest, -1)
+    entered: list[int] = []
+    while len(entered) < len(parts):
+        place = order[len(entered)] if order is not None else _greediest(parts, entered, rest, metric)
+        entered.append(place)
+        parts[place].update(rest)
+        parts[place].add(rest, -1)
     for _ in range(sweeps):
         before, error = error, metric.error(rest)
         if before - error <= BACKFIT_TOLERANCE * error or error <= 1e-28 * total:
@@ -262,7 +270,24 @@ def _backfit(w: Tensor, structure: Structure, metric: Metric, seed: int, sweeps:
             part.add(rest, 1)
             part.update(rest)
             part.add(rest, -1)
-    return state
+    return state, metric.error(rest), entered
+
+
+def _greediest(parts: list[_Part], entered: list[int], rest: Tensor, metric: Metric) -> int:
+    """The term that alone takes the most off what is left; diagonal and overlay come last, since an overlay that enters
+    first holds what the terms could have held for less."""
+    waiting = [place for place in range(len(parts)) if place not in entered]
+    waiting = [place for place in waiting if isinstance(parts[place], _TermPart)] or waiting[:1]
+    if len(waiting) == 1:
+        return waiting[0]
+    errors = []
+    for place in waiting:
+        parts[place].update(rest)
+        parts[place].add(rest, -1)
+        errors.append(metric.error(rest))
+        parts[place].add(rest, 1)
+        parts[place].forget()
+    return waiting[errors.index(min(errors))]
 
 
 class _Part(Protocol):

@@ -1,0 +1,424 @@
+"""What the decomposer keeps, and how fast: writes results/decompose.json and decompose.md beside this file.
+
+    OMP_NUM_THREADS=1 python benchmarks/decompose.py [--only SECTION ...]
+
+Sections (each replaces its part of the results): budgets, weighted, words, large, many, unitary, symmetries, planner.
+g2p-en's weights come from the installed package; everything else is seeded random matrices. Times are CPU seconds of
+one thread (wall seconds beside them), so that a busy machine distorts them little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kruify.calibrate import Moments, bias_correction, calibrate
+from kruify.decompose import choose, fit, symmetries
+from kruify.decompose.rearrange import rearrange
+from kruify.decompose.successive import higher_order_svd, successive_svd
+from kruify.decompose.unitary import polar
+from kruify.factors import Structure, Term, parse, two_factor_shapes
+from kruify.planner import plan_budget
+
+HERE = Path(__file__).parent
+SEED = 0
+GATES = "rzn"
+SIXTEENTH = 256 * 256 // 16
+WEIGHTED = ["8*(256x1,1x256)", "8*(16x16,16x16)", "4*(256x1,1x256)+sparse:3.125%:8", "4*(256x1,1x256)+sparse:3.125%:1"]
+
+Row = dict[str, Any]
+
+
+def g2p() -> dict[str, Tensor]:
+    """The four recurrent and input weights of g2p-en, (768, 256) each."""
+    spec = find_spec("g2p_en")
+    if spec is None or spec.origin is None:
+        sys.exit("g2p-en is not installed: pip install --no-deps g2p-en")
+    with np.load(Path(spec.origin).parent / "checkpoint20.npz", allow_pickle=False) as arrays:
+        return {n: torch.from_numpy(arrays[n].copy()) for n in ("enc_w_hh", "dec_w_hh", "enc_w_ih", "dec_w_ih")}
+
+
+def gaussian(*shape: int, seed: int = SEED, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
+    """(result, CPU seconds, wall seconds)."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    result = run()
+    return result, time.process_time() - cpu, time.perf_counter() - wall
+
+
+def budgets() -> list[Row]:
+    """At 16x fewer parameters: the best single Kronecker shape, low rank, and what `choose` finds."""
+    matrices = {f"{name} {GATES[g]}": w for name, ws in g2p().items() for g, w in enumerate(ws.chunk(3))}
+    matrices["Gaussian 256x256"] = gaussian(256, 256)
+    matrices["uniform 256x256"] = torch.rand(256, 256, generator=torch.Generator().manual_seed(1)) - 0.5
+    rows = []
+    for name, w in matrices.items():
+        singles = []
+        for shapes in two_factor_shapes(256, 256):
+            rank = SIXTEENTH // Term(shapes).parameters
+            if rank and 1 not in (*shapes[0], *shapes[1]):
+                singles.append(fit(w, Structure(256, 256, (Term(shapes, rank),)), null=False))
+        single = max(singles, key=lambda f: f.energy)
+        low = fit(w, parse("8*(256x1,1x256)").resolve(256, 256))
+        chosen, cpu, _ = timed(lambda w=w: choose(w, SIXTEENTH))
+        chosen = fit(w, chosen.structure)
+        single = fit(w, single.structure)
+        rows.append(
+            {
+                "matrix": name,
+                "best single shape": str(single.structure),
+                "its energy": single.energy,
+                "its null": single.energy_null,
+                "low rank": low.energy,
+                "low rank null": low.energy_null,
+                "chosen": str(chosen.structure),
+                "chosen energy": chosen.energy,
+                "chosen null": chosen.energy_null,
+                "never less": chosen.energy >= max(single.energy, low.energy) - 1e-9,
+                "cpu seconds": cpu,
+            }
+        )
+    return rows
+
+
+def g2p_moments() -> dict[str, Moments]:
+    from kruify.task import load_task
+
+    task = load_task("g2p-en")
+    model = task.model()
+    model.load_state_dict(task.published())
+    return calibrate(model, task, batches=16, seed=SEED)
+
+
+def weighted() -> list[Row]:
+    """Share of E||W h - mean||^2 lost on g2p-en at 16x: plain fit, weighted fit; bias corrected in both."""
+    moments, rows = g2p_moments(), []
+    for name, full in (("enc_w_hh", "encoder.weight_hh_l0"), ("dec_w_hh", "decoder.weight_hh_l0")):
+        c = moments[full].covariance
+        second, train = moments[full].second, moments[full].count
+        for g, w in enumerate(g2p()[name].double().chunk(3)):
+            for spec in WEIGHTED:
+                structure = parse(spec).resolve(256, 256)
+                plain = fit(w, structure, null=False)
+                ours, cpu, _ = timed(lambda w=w, s=structure, c=c: fit(w, s, covariance=c, null=False))
+                raw = fit(w, structure, covariance=second, null=False)
+
+                def lost(k: Tensor, moment: Tensor, w: Tensor = w) -> float:
+                    e = w - k
+                    return float(((e @ moment) * e).sum() / ((w @ moment) * w).sum())
+
+                row = {"matrix": name, "gate": GATES[g], "structure": spec, "steps": train}
+                row |= {"plain": lost(plain.to_dense(), c), "weighted": lost(ours.to_dense(), c)}
+                row["times lower"] = row["plain"] / row["weighted"]
+                row["plain, E[hh']"] = lost(plain.to_dense(), second)
+                row["weighted, E[hh']"] = lost(raw.to_dense(), second)
+                row["times lower, E[hh']"] = row["plain, E[hh']"] / row["weighted, E[hh']"]
+                row["cpu seconds"] = cpu
+                rows.append(row)
+    return rows
+
+
+def words() -> list[Row]:
+    """Word and phoneme error of g2p-en straight after the fit of both recurrent matrices, before any training.
+
+    After an epoch: `kruify convert --task g2p-en` with and without calibration, then `kruify finetune --epochs 1`.
+    """
+    from kruify.task import load_task
+
+    task = load_task("g2p-en")
+    moments = g2p_moments()
+    rows: list[Row] = []
+    for spec in [None, WEIGHTED[0], WEIGHTED[3]]:
+        for use in (False, True) if spec else (False,):
+            model = task.model()
+            state = task.published()
+            if spec is not None:
+                structure = parse(spec).resolve(256, 256)
+                for layer in ("encoder", "decoder"):
+                    name = f"{layer}.weight_hh_l0"
+                    c = moments[name].covariance if use else None
+                    dense = state[name].double()
+                    fitted = torch.cat([fit(w, structure, covariance=c, null=False).to_dense() for w in dense.chunk(3)])
+                    if use:
+                        state[f"{layer}.bias_hh_l0"] += bias_correction(dense, fitted, moments[name].mean).float()
+                    state[name] = fitted.float()
+            model.load_state_dict(state)
+            rows.append({"structure": spec or "dense", "weighted": use, **task.evaluate(model, "valid")})
+    return rows
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def large_child() -> None:
+    """Prints the peak memory over the start while all four gates of an H = 4096 LSTM are fitted."""
+    w = torch.rand(4 * 4096, 4096, generator=torch.Generator().manual_seed(SEED)).sub_(0.5).div_(32)
+    structure = parse("64x64,64x64").resolve(4096, 4096)
+    fit(torch.ones(4, 4), parse("2x2").resolve(4, 4))
+    before = _peak()
+    fits, cpu, wall = timed(lambda: [fit(gate, structure) for gate in w.chunk(4)])
+    size = w.numel() * w.element_size()
+    print(json.dumps({"peak": (_peak() - before + size) / size, "cpu": cpu, "wall": wall, "gb": size / 1e9}))
+    assert len(fits) == 4
+
+
+def large() -> list[Row]:
+    """H = 4096, 64x64,64x64, one term: uniform random gates (torch's own initialisation), the hardest spectrum."""
+    child = subprocess.run([sys.executable, __file__, "--large-child"], capture_output=True, text=True, check=True)
+    memory = json.loads(child.stdout)
+    w = torch.rand(4 * 4096, 4096, generator=torch.Generator().manual_seed(SEED)).sub_(0.5).div_(32)
+    structure = parse("64x64,64x64").resolve(4096, 4096)
+    rows = []
+    for g, gate in enumerate(w.chunk(4)):
+        ours, cpu, wall = timed(lambda gate=gate: fit(gate, structure, null=False))
+        matrix = gate.double().reshape(64, 64, 64, 64).permute(0, 2, 1, 3).reshape(4096, 4096).numpy()
+        (left, values, right), numpy_cpu, numpy_wall = timed(lambda m=matrix: np.linalg.svd(m))
+        scale, factors = ours.terms[0]
+        units = [f[0].reshape(-1).numpy() / np.linalg.norm(f[0]) for f in factors]
+        oracle = [left[:, 0], right[0]]
+        distance = max(float(np.linalg.norm(u - o * np.sign(u @ o))) for u, o in zip(units, oracle, strict=True))
+        rows.append(
+            {
+                "gate": g,
+                "cpu seconds": cpu,
+                "wall seconds": wall,
+                "numpy cpu seconds": numpy_cpu,
+                "numpy wall seconds": numpy_wall,
+                "times faster (cpu)": numpy_cpu / cpu,
+                "times faster (wall)": numpy_wall / wall,
+                "largest distance of a factor": distance,
+                "scale off by": abs(float(scale[0]) * 64 / values[0] - 1),
+                "peak memory / four float32 gates": memory["peak"],
+            }
+        )
+    return rows
+
+
+def many() -> list[Row]:
+    """Three factors and more: energy of the successive SVDs, the HOSVD, and after ALS."""
+    rows = []
+    cases = [("2x2", 512, 1, 0), ("2x2", 512, 8, 0), ("8x8", 512, 4, 0), ("2x2", 4096, 1, 0), ("2x2", 4096, 1, 1)]
+    for shape, size, rank, planted in cases:
+        spec = shape if rank == 1 else f"{rank}*({shape})"
+        structure = parse(spec).resolve(size, size)
+        w = gaussian(size, size)
+        if planted:  # one product hidden in noise of half its norm
+            w *= 0.5 / w.norm()
+            product = torch.ones(1, 1, dtype=torch.float64)
+            for f, (p, q) in enumerate(structure.terms[0].factors):
+                product = torch.kron(product, gaussian(p, q, seed=100 + f))
+            w += product / product.norm()
+        tensor = rearrange(w, structure.terms[0].factors)
+        total = float(w.square().sum())
+        starts = [
+            1 - float((tensor - start(tensor, rank).dense()).square().sum()) / total
+            for start in (successive_svd, higher_order_svd)
+        ]
+        found, cpu, wall = timed(lambda s=structure, w=w: fit(w, s, null=False))
+        rows.append(
+            {
+                "matrix": f"{'planted + noise' if planted else 'Gaussian'} {size}",
+                "structure": spec,
+                "factors": len(structure.terms[0].factors),
+                "TKPSVD": starts[0],
+                "HOSVD": starts[1],
+                "after ALS": found.energy,
+                "planted energy": 1 - 0.25 / total if planted else None,
+                "cpu seconds": cpu,
+                "wall seconds": wall,
+            }
+        )
+    return rows
+
+
+def unitary() -> list[Row]:
+    """Energy with orthogonal factors: alternating Procrustes against the polar factors of the free fit."""
+    structure = parse("16x16").resolve(256, 256)
+    planted = torch.kron(polar(gaussian(16, 16, seed=1)), polar(gaussian(16, 16, seed=2)))
+    orthogonal = polar(gaussian(256, 256, seed=3))
+    noisy = planted / 16 + 0.5 * gaussian(256, 256, seed=4) / 256
+    cases = {
+        "orthogonal 256x256": orthogonal,
+        "planted": planted,
+        "planted + noise": noisy,
+        "Gaussian": gaussian(256, 256),
+    }
+    rows = []
+    for name, w in cases.items():
+        free = fit(w, structure, null=False)
+        product = torch.kron(*[polar(f[0]) for f in free.terms[0][1]])
+        score = float((w * product).sum())
+        ours, cpu, _ = timed(lambda w=w: fit(w, structure, unitary=True, null=False))
+        rows.append(
+            {
+                "matrix": name,
+                "free": free.energy,
+                "polar of free": score**2 / 256 / float(w.square().sum()),
+                "Procrustes": ours.energy,
+                "cpu seconds": cpu,
+            }
+        )
+    return rows
+
+
+def relabelling() -> list[Row]:
+    """Does relabelling the hidden units pay? Energy before and after, beside the same search on shuffled entries."""
+    rows = []
+    for name in ("enc_w_hh", "dec_w_hh"):
+        gates = g2p()[name].double().reshape(3, 256, 256)
+        for spec in ("16x16", "8*(16x16,16x16)"):
+            structure = parse(spec).resolve(256, 256)
+            found, cpu, _ = timed(
+                lambda g=gates, s=structure: symmetries(g, s, odd=[2], seed=SEED, restarts=10, seconds=90)
+            )
+            rows.append(
+                {
+                    "matrix": name,
+                    "structure": spec,
+                    "before": found.energy_before,
+                    "after": found.energy_after,
+                    "shuffled before": found.null_before,
+                    "shuffled after": found.null_after,
+                    "gain beyond chance": found.gain,
+                    "low rank at equal parameters": sum(
+                        fit(
+                            g,
+                            replace(structure, terms=(Term(((256, 1), (1, 256)), structure.parameters // 512),)),
+                            null=False,
+                        ).energy
+                        * float(g.square().sum())
+                        for g in gates
+                    )
+                    / float(gates.square().sum()),
+                    "cpu seconds": cpu,
+                }
+            )
+    return rows
+
+
+def planner() -> list[Row]:
+    """One budget over both recurrent matrices of g2p-en against an even share of low rank."""
+    matrices = {n: (w, 3, None) for n, w in g2p().items() if n.endswith("hh")}
+    total = sum(float(w.double().square().sum()) for w, _, _ in matrices.values())
+
+    def energy(structures: dict[str, tuple[Structure, ...]]) -> float:
+        kept = 0.0
+        for name, (weight, count, _) in matrices.items():
+            for w, s in zip(weight.double().chunk(count), structures[name], strict=True):
+                kept += fit(w, s, null=False).energy * float(w.square().sum())
+        return kept / total
+
+    rows = []
+    for budget, rank in (("16x", 8), ("4x", 32), ("8x,macs=10%", 12)):
+        plan, cpu, wall = timed(lambda b=budget: plan_budget(matrices, b, seed=SEED))
+        even = {n: (parse(f"{rank}*(256x1,1x256)").resolve(256, 256),) * 3 for n in matrices}
+        rows.append(
+            {
+                "budget": budget,
+                "parameters": plan.parameters / plan.dense_parameters,
+                "multiply-adds": plan.multiply_adds / plan.dense_parameters,
+                "energy": energy(plan.structures),
+                "even low rank": energy(even),
+                "same again": plan_budget(matrices, budget, seed=SEED) == plan if budget == "16x" else None,
+                "plan": "; ".join(f"{n}: " + ", ".join(map(str, s)) for n, s in plan.structures.items()),
+                "cpu seconds": cpu,
+                "wall seconds": wall,
+            }
+        )
+    return rows
+
+
+SECTIONS: dict[str, Callable[[], list[Row]]] = {
+    "budgets": budgets,
+    "weighted": weighted,
+    "words": words,
+    "large": large,
+    "many": many,
+    "unitary": unitary,
+    "symmetries": relabelling,
+    "planner": planner,
+}
+
+
+def machine() -> Row:
+    model = next(
+        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
+    )
+    git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+    return {
+        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": model or platform.processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "seed": SEED,
+    }
+
+
+def table(rows: list[Row]) -> str:
+    def cell(value: object) -> str:
+        if isinstance(value, bool) or value is None:
+            return {True: "yes", False: "no", None: ""}[value]
+        if isinstance(value, float):
+            return f"{value:.2g}" if abs(value) < 1e-3 else f"{value:.4g}"
+        return str(value)
+
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    lines += ["| " + " | ".join(cell(row.get(key)) for key in keys) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def write(results: Row) -> None:
+    (HERE / "results").mkdir(exist_ok=True)
+    (HERE / "results" / "decompose.json").write_text(json.dumps(results, indent=1) + "\n")
+    parts = ["# What the decomposer keeps, and how fast", "", "Written by `python benchmarks/decompose.py`.", ""]
+    for name, section in SECTIONS.items():
+        if name in results:
+            found = results[name]
+            where = ", ".join(f"{k} {v}" for k, v in found["machine"].items())
+            parts += [f"## {name}", "", (section.__doc__ or "").strip(), "", table(found["rows"]), "", f"({where})", ""]
+    (HERE / "decompose.md").write_text("\n".join(parts))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--large-child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.large_child:
+        large_child()
+        return
+    file = HERE / "results" / "decompose.json"
+    results: Row = json.loads(file.read_text()) if file.exists() else {}
+    for name in options.only:
+        print(f"{name} ...", flush=True)
+        rows, _, wall = timed(SECTIONS[name])
+        results[name] = {"machine": machine(), "rows": rows}
+        write(results)
+        print(table(rows), f"\n({wall:.0f} s)\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
