@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.option("--task", "task_name", metavar="TASK", help="Export the task's whole network, not layer by layer.")
 @click.option("--dense", is_flag=True, help="Write dense matrices instead of factors (ONNX's own LSTM, GRU, RNN).")
 @click.option("--batch-first/--time-first", default=None, help="Layout of the layers' input.  [default: the layer's]")
+@click.option("--original", metavar="FILE", help="The file that was converted, to write its kind again (ONNX, Keras).")
 @click.option("--tolerance", type=float, metavar="X", help="Largest difference allowed.  [default: 1e-5]")
 @key_option
 @json_option
@@ -31,6 +32,7 @@ def export(
     task_name: str | None,
     dense: bool,
     batch_first: bool | None,
+    original: str | None,
     tolerance: float | None,
     key: str | None,
     json_only: bool,
@@ -38,7 +40,7 @@ def export(
     """Write MODEL in a form that runs without kruify; then run what was written and compare it with the layers.
 
     \b
-    dense  a state dict for nn.LSTM, nn.GRU, nn.RNN (.pt, .pth, .safetensors)
+    dense  for nn.LSTM, nn.GRU, nn.RNN: the kind of file that was converted, or a state dict (.pt, .safetensors)
     onnx   each recurrent layer as an ONNX model: inputs input, h_0 (, c_0); outputs output, h_n (, c_n)
     torch  the same as torch.export programs (.pt2)
 
@@ -58,7 +60,7 @@ def export(
         checkpoint = read(model, key=key)
         with out.waiting("exporting and comparing"):
             if to == "dense":
-                files = [export_dense(checkpoint, path, tolerance=limit)]
+                files = [export_dense(checkpoint, path, source=Path(original) if original else None, tolerance=limit)]
             elif task_name:
                 from kruify.task import load_task
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -11,7 +12,15 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from kruify.checkpoint import Checkpoint, read, write_safetensors, write_torch
+from kruify.checkpoint import (
+    NEEDS_SOURCE,
+    ORIGIN,
+    Checkpoint,
+    read,
+    write_original,
+    write_safetensors,
+    write_torch,
+)
 from kruify.convert import densify, densify_tensors
 from kruify.errors import UnsupportedError, UsageError
 from kruify.evaluate import layers_of
@@ -67,8 +76,16 @@ def export_layers(
     return exported
 
 
-def export_dense(checkpoint: Checkpoint, path: Path, *, tolerance: float = TOLERANCE) -> Exported:
-    """The state dict of the dense model, for nn.LSTM and friends: .pt, .pth or .safetensors.
+def export_dense(
+    checkpoint: Checkpoint, path: Path, *, source: Path | None = None, tolerance: float = TOLERANCE
+) -> Exported:
+    """The dense model, for nn.LSTM and friends.
+
+    Where the ending of `path` is that of the file that was converted, that kind of file is written again, with its
+    names and its wrapper; else a state dict, as .pt, .pth or .safetensors.
+
+    Args:
+        source: the file that was converted; needed where it was more than its tensors (whole module, ONNX, Keras).
 
     Raises:
         UsageError: kruify did not convert the file, or the ending is unknown.
@@ -77,13 +94,10 @@ def export_dense(checkpoint: Checkpoint, path: Path, *, tolerance: float = TOLER
     text = checkpoint.metadata.get("kruify.plan")
     if text is None:
         raise UsageError("it is dense already: it carries no plan", checkpoint.path, "Export a converted file")
-    if path.suffix not in (".pt", ".pth", ".safetensors"):
-        raise UsageError(f"the ending '{path.suffix}' is unknown", path, "Write .pt, .pth or .safetensors")
+    write = _dense_writer(checkpoint, path, source)
     dense = densify_tensors(checkpoint.tensors, Plan.from_json(text, f"plan in {checkpoint.path}"))
-    names = {name: checkpoint.names.get(name, name) for name in dense}
-    tensors = {names[name]: tensor for name, tensor in dense.items()}
     with staged(path) as file:
-        (write_safetensors if path.suffix == ".safetensors" else write_torch)(file, tensors)
+        write(file, dense)
         worst, count = 0.0, 0
         converted, written = layers_of(checkpoint), layers_of(read(file))
         modules = {layer.name: module for (layer, _), module in zip(written.items, written.modules(), strict=True)}
@@ -98,6 +112,42 @@ def export_dense(checkpoint: Checkpoint, path: Path, *, tolerance: float = TOLER
         require(worst, tolerance, path)
         size = file.stat().st_size
     return Exported(path, "", (), (), worst, count, size)
+
+
+ENDINGS = {
+    "torch": (".pt", ".pth", ".ckpt", ".bin"),
+    "torch-legacy": (".pt", ".pth", ".ckpt", ".bin"),
+    "torch-module": (".pt", ".pth"),
+    "torchscript": (".pt", ".pth", ".ts"),
+    "safetensors": (".safetensors",),
+    "npz": (".npz",),
+    "onnx": (".onnx",),
+    "keras": (".h5", ".keras"),
+}
+"""Formats of `kruify.checkpoint` that one file can hold -> endings by which they are meant."""
+
+
+def _dense_writer(checkpoint: Checkpoint, path: Path, source: Path | None) -> Callable[[Path, dict[str, Tensor]], None]:
+    """The original kind where it is known, meant by the ending, and possible; else a state dict."""
+    note = checkpoint.metadata.get(ORIGIN)
+    kind = _format_of(note)
+    if note is not None and path.suffix in ENDINGS.get(kind, ()) and (source or kind not in NEEDS_SOURCE):
+        return lambda file, tensors: write_original(file, tensors, note, source=source)
+    if path.suffix == ".safetensors":
+        return write_safetensors
+    if path.suffix in (".pt", ".pth"):
+        return write_torch
+    hint = (
+        "Give the original file with --original, or write .pt, .pth or .safetensors" if kind in NEEDS_SOURCE else None
+    )
+    raise UsageError(f"the ending '{path.suffix}' is unknown", path, hint or "Write .pt, .pth or .safetensors")
+
+
+def _format_of(note: str | None) -> str:
+    try:
+        return str(json.loads(note or "{}")["format"])
+    except (ValueError, TypeError, KeyError):
+        return ""
 
 
 def _compare_layers(kru: nn.Module, dense: nn.Module, nonlinearity: str | None) -> tuple[float, int]:

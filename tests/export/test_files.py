@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from kruify.cli.main import cli
 from torch import Tensor, nn
 
 import kruify
 from kruify.checkpoint import read, write_torch
+from kruify.cli.main import cli
 from kruify.convert import densify
 from kruify.errors import UnsupportedError, UsageError
 from kruify.export import export_dense, export_layers, export_network
@@ -69,6 +69,20 @@ def test_dense_state_dict(tmp_path: Path, model: nn.Module, file: Path, ending: 
     x = torch.arange(10).reshape(2, 5) % 7
     torch.testing.assert_close(network(x), densify(model)(x))
     assert exported.cases == 30 and exported.difference < 1e-6
+
+
+def test_dense_file_of_the_kind_that_was_converted(tmp_path: Path) -> None:
+    """Wrapper, prefix and extras come back, so that the code that wrote the file can read it."""
+    state = {f"module.{name}": value for name, value in nn.GRU(3, 4).state_dict().items()}
+    torch.save({"model": state, "epoch": 3}, tmp_path / "wrapped.pt")
+    converted, dense = tmp_path / "wrapped.kru.safetensors", tmp_path / "dense.pt"
+    run = CliRunner().invoke
+    assert run(cli, ["convert", str(tmp_path / "wrapped.pt"), "--factors", "4x4"]).exit_code == 0
+    result = run(cli, ["export", str(converted), "--to", "dense", "-o", str(dense)])
+    assert result.exit_code == 0, result.output
+    again = torch.load(dense, weights_only=True)
+    assert again["epoch"] == 3 and list(again["model"]) == list(state)
+    torch.testing.assert_close(again["model"], state)
 
 
 def test_dense_refuses_what_is_dense_and_unknown_endings(tmp_path: Path, file: Path) -> None:
