@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import _VF, Tensor
 
 from kruify.layers.matrix import KroneckerMatrix
@@ -39,8 +40,29 @@ def flat_weights(layer: KRUBase) -> list[Tensor]:
     for k, d in layer.directions():
         for weight in layer.weights(k, d).values():
             if weight is not None:
-                flat.append(weight.to_dense() if isinstance(weight, KroneckerMatrix) else weight)
+                flat.append(_densified(weight) if isinstance(weight, KroneckerMatrix) else weight)
     return flat
+
+
+def _densified(matrix: KroneckerMatrix) -> Tensor:
+    """The dense weight; without derivatives it is kept until a parameter of the matrix changes."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(matrix.device.type):
+        return matrix.to_dense()
+    key = [(p.data_ptr(), p._version, p.dtype) for p in matrix.parameters()]
+    kept: _Kept | None = matrix.__dict__.get("_dense_kept")
+    if kept is None or kept.key != key:
+        kept = matrix.__dict__["_dense_kept"] = _Kept(key, matrix.to_dense())
+    return kept.dense
+
+
+class _Kept:
+    """A dense weight and the state of the parameters that it was made from; copies and pickles leave it out."""
+
+    def __init__(self, key: list[tuple[int, int, torch.dtype]], dense: Tensor) -> None:
+        self.key, self.dense = key, dense
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 def _function(layer: KRUBase):  # type: ignore[no-untyped-def]  # torch does not type these

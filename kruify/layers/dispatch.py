@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from kruify.layers import kernel
+from kruify.layers.matrix import KroneckerMatrix
+from kruify.ops import stages
 
 if TYPE_CHECKING:
     from kruify.layers.base import KRUBase
@@ -15,14 +18,39 @@ if TYPE_CHECKING:
 def pick(layer: KRUBase, steps: int, batch: int, x: Tensor) -> str:
     """The fastest of "kernel", "dense" and "reference" for these sizes.
 
-    Forming W costs about one pass over it; a loop in Python costs a fixed time a step. One step alone (streaming) is
-    faster with the factors; from the second step on torch's own kernel wins over the loop.
+    Where the compiled kernels serve, their work is compared with the dense product's: `gain` is the ratio of vector
+    multiply-adds. Where they do not, forming W costs about one pass over it and a loop in Python a fixed time a step:
+    one step alone (streaming) is faster with the factors; from the second step on torch's own kernel wins.
     """
     if kernel_serves(layer, x):
-        return "kernel"
+        gains = [_gain(layer.weights(k, d)["weight_hh"]) for k, d in layer.directions()]
+        return "kernel" if min(gains) >= _needed_gain(layer, steps, batch) else "dense"
     if steps == 1 and batch <= 8 and layer.hidden_size >= 512:
         return "reference"
     return "dense"
+
+
+def _gain(matrix: object) -> float:
+    assert isinstance(matrix, KroneckerMatrix)
+    return matrix.gates * matrix.rows * matrix.cols / stages.LANES / max(kernel.form_of(matrix).cost, 1.0)
+
+
+def _needed_gain(layer: KRUBase, steps: int, batch: int) -> float:
+    """The gain from which on the kernel beats torch's layer, measured (benchmarks/cpu_layers.py --rule) on a Zen 5 with
+    AVX-512 for hidden sizes 8 to 512, one to sixteen terms, batches 1 to 64, forward and training.
+
+    torch's GRU and RNN go step by step and lose early; its LSTM is one oneDNN call with AVX-512 GEMMs, which only a
+    batch of one starves.
+    """
+    if steps <= 4:
+        return 0.3
+    if layer.kind == "gru":
+        return 0.25 if layer.hidden_size < 64 else 0.45
+    if layer.kind == "rnn":
+        return 0.25 if layer.hidden_size < 64 else 0.45 if batch <= 8 else 0.9
+    if batch > 2:
+        return 2.5
+    return 0.9 if not torch.is_grad_enabled() or layer.hidden_size >= 128 else 2.0
 
 
 def kernel_serves(layer: KRUBase, x: Tensor) -> bool:
