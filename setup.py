@@ -5,6 +5,7 @@ Without a C++ compiler kruify installs all the same and runs on the torch refere
 
     CXX                  the C++ compiler (default: c++, g++ or clang++, whichever is found first)
     KRUIFY_CUDA=0|1      never / always build csrc/cuda with nvcc (default: where torch has CUDA and nvcc is found)
+    KRUIFY_CUDA_ARCHS    compute capabilities to compile for, for example 90 (default: 80 86 89 90 100 120 and PTX)
     KRUIFY_CXXFLAGS      flags added to every compile and link, for example -fsanitize=address
 """
 
@@ -90,8 +91,10 @@ def build_library(target: Path, temporary: Path) -> None:
             output = temporary / f"{source.stem}.cu.o"
             jobs.append((output, nvcc_command(nvcc, source, output, torch_root)))
         if any(o.name.endswith(".cu.o") for o, _ in jobs):
-            link += [f"-L{Path(nvcc).parent.parent / 'lib64'}", "-lcudart"]
-            link += ["-ltorch_cuda"] if (torch_root / "lib" / "libtorch_cuda.so").exists() else []
+            # The static runtime: the library then loads wherever torch does, with a GPU or without.
+            link += [f"-L{cuda_libraries(nvcc)}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+            if (torch_root / "lib" / "libtorch_cuda.so").exists():
+                link += ["-Wl,--no-as-needed", "-ltorch_cuda"]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         list(pool.map(lambda job: compile_if_stale(*job), jobs))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -110,10 +113,17 @@ def find_nvcc(torch_cuda: str | None) -> str | None:
     return nvcc
 
 
+def cuda_libraries(nvcc: str) -> Path:
+    listing = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], check=False, capture_output=True, text=True)
+    tops = [line.split("=", 1)[1].strip() for line in listing.stderr.splitlines() if "TOP=" in line]
+    return Path(tops[0] if tops else Path(nvcc).resolve().parent.parent) / "lib64"
+
+
 def nvcc_command(nvcc: str, source: Path, output: Path, torch_root: Path) -> list[str]:
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    codes.append(f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")
-    return [nvcc, "-std=c++20", "-O3", "-DUSE_CUDA", *STABLE_ABI, "--expt-relaxed-constexpr", "-Xcompiler",
+    wish = os.environ.get("KRUIFY_CUDA_ARCHS", "").replace(",", " ").split() or list(ARCHITECTURES)
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wish]
+    codes.append(f"-gencode=arch=compute_{wish[-1]},code=compute_{wish[-1]}")
+    return [nvcc, "-std=c++20", "-O3", "--threads=0", "-DUSE_CUDA", *STABLE_ABI, "--expt-relaxed-constexpr", "-Xcompiler",
             "-fPIC", *codes, f"-I{CSRC}", f"-isystem={torch_root / 'include'}", "-c", str(source), "-o", str(output)]  # fmt: skip
 
 

@@ -39,7 +39,9 @@ def cached(name: str, sources: Sequence[Path], command: Sequence[str], build: Ca
 
 
 class Options(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_int) for n in ("processors", "shared_memory", "clusters", "order", "cluster", "tile", "menu")]
+    _fields_ = [
+        (n, ctypes.c_int) for n in ("processors", "shared_memory", "clusters", "order", "cluster", "tile", "menu")
+    ]
 
 
 class _Problem(ctypes.Structure):
@@ -73,7 +75,14 @@ class Matrix:
         def cast(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(dtype)
 
-        return Matrix([s.to(dtype) for s in self.stages], cast(self.diagonal), cast(self.overlay), self.index, cast(self.bias), self.layout)
+        return Matrix(
+            [s.to(dtype) for s in self.stages],
+            cast(self.diagonal),
+            cast(self.overlay),
+            self.index,
+            cast(self.bias),
+            self.layout,
+        )
 
 
 def _pointer(t: Tensor | None) -> int | None:
@@ -91,7 +100,9 @@ class Phases:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library, self.templates = library, 0
 
-    def _problem(self, m: Matrix, kind: str = "lstm", sizes: Tensor | None = None, reverse: bool = False, batch: int = 0) -> _Problem:
+    def _problem(
+        self, m: Matrix, kind: str = "lstm", sizes: Tensor | None = None, reverse: bool = False, batch: int = 0
+    ) -> _Problem:
         code, starts = m.layout.encode(), None
         self._code = (ctypes.c_int64 * len(code))(*code)
         shapes = [n for s in m.stages for n in s.shape[1:]]
@@ -103,7 +114,7 @@ class Phases:
             starts = ctypes.cast(self._starts, ctypes.c_void_p)
         blocks, block = (0, 0) if m.overlay is None else m.overlay.shape
         return _Problem(
-            ctypes.cast(self._code, ctypes.c_void_p), ctypes.cast(self._shapes, ctypes.c_void_p), ctypes.cast(self._stages, ctypes.c_void_p),
+            *[ctypes.cast(array, ctypes.c_void_p) for array in (self._code, self._shapes, self._stages)],
             _pointer(m.diagonal), _pointer(m.overlay), _pointer(m.bias), _pointer(m.index), starts,
             len(code), len(m.stages), blocks, block, KINDS.index(kind),
             0 if sizes is None else len(sizes), batch, int(reverse),
@@ -117,33 +128,56 @@ class Phases:
         out, h, c = (torch.full_like(t, float("nan")) for t in (x[:, : h0.shape[1]].contiguous(), h0, h0))
         workspace = torch.full((x.shape[0], SAVED[kind] * h0.shape[1]), float("nan"), dtype=x.dtype)
         problem = self._problem(m, kind, sizes, reverse, h0.shape[0])
-        self._call("forward", x.dtype, ctypes.byref(problem), ctypes.byref(o), _pointers([x, h0, c0]), _pointers([out, h, c, workspace]))
+        self._call(
+            "forward",
+            x.dtype,
+            ctypes.byref(problem),
+            ctypes.byref(o),
+            _pointers([x, h0, c0]),
+            _pointers([out, h, c, workspace]),
+        )
         return out, h, c if kind == "lstm" else None, workspace
 
     def recurrence_backward(self, grad_out, grad_h, grad_c, out, workspace, sizes, h0, c0, m, kind, reverse, o):  # type: ignore[no-untyped-def]
         gates = torch.full((out.shape[0], GATES[kind] * h0.shape[1]), float("nan"), dtype=out.dtype)
         dh, dc = torch.full_like(h0, float("nan")), torch.full_like(h0, float("nan"))
-        grads = [None if t is None else torch.full_like(t, float("nan")) for t in (*m.stages, m.diagonal, m.overlay, m.bias)]
+        grads = [
+            None if t is None else torch.full_like(t, float("nan")) for t in (*m.stages, m.diagonal, m.overlay, m.bias)
+        ]
         problem = self._problem(m, kind, sizes, reverse, h0.shape[0])
-        self._call("backward", out.dtype, ctypes.byref(problem), ctypes.byref(o), _pointers([grad_out, grad_h, grad_c, out, workspace, h0, c0]),
+        given = _pointers([grad_out, grad_h, grad_c, out, workspace, h0, c0])
+        self._call("backward", out.dtype, ctypes.byref(problem), ctypes.byref(o), given,
                    _pointers([gates, dh, dc]), _pointers(grads), ctypes.c_int64(out.shape[0]))  # fmt: skip
         return gates, dh, dc if kind == "lstm" else None, [g for g in grads if g is not None]
 
     def kron_matmul(self, x: Tensor, m: Matrix, o: Options) -> Tensor:
         y = torch.full((x.shape[0], m.layout.gates * m.layout.rows), float("nan"), dtype=x.dtype)
         problem = self._problem(m)
-        self._call("multiply", x.dtype, ctypes.byref(problem), ctypes.byref(o), ctypes.c_void_p(_pointer(x)), ctypes.c_void_p(_pointer(y)), ctypes.c_int64(x.shape[0]))
+        self._call(
+            "multiply",
+            x.dtype,
+            ctypes.byref(problem),
+            ctypes.byref(o),
+            ctypes.c_void_p(_pointer(x)),
+            ctypes.c_void_p(_pointer(y)),
+            ctypes.c_int64(x.shape[0]),
+        )
         return y
 
     def kron_matmul_backward(self, grad: Tensor, x: Tensor, m: Matrix, o: Options) -> tuple[Tensor, list[Tensor]]:
         grad_x = torch.full_like(x, float("nan"))
-        grads = [None if t is None else torch.full_like(t, float("nan")) for t in (*m.stages, m.diagonal, m.overlay, m.bias)]
+        grads = [
+            None if t is None else torch.full_like(t, float("nan")) for t in (*m.stages, m.diagonal, m.overlay, m.bias)
+        ]
         problem = self._problem(m)
-        self._call("multiply_backward", x.dtype, ctypes.byref(problem), ctypes.byref(o), *[ctypes.c_void_p(_pointer(t)) for t in (grad, x, grad_x)],
+        given = [ctypes.c_void_p(_pointer(t)) for t in (grad, x, grad_x)]
+        self._call("multiply_backward", x.dtype, ctypes.byref(problem), ctypes.byref(o), *given,
                    _pointers(grads), ctypes.c_int64(x.shape[0]))  # fmt: skip
         return grad_x, [g for g in grads if g is not None]
 
-    def choice(self, kind: str, rows1: int, rows2: int, rank: int, batch: int, backward: bool, o: Options) -> tuple[int, int, int, int]:
+    def choice(
+        self, kind: str, rows1: int, rows2: int, rank: int, batch: int, backward: bool, o: Options
+    ) -> tuple[int, int, int, int]:
         """(cluster, threads, tile columns, bytes of shared memory) that a launch takes; cluster 0: none fits."""
         found = (ctypes.c_int * 4)()
         self.library.pair_choice(KINDS.index(kind), rows1, rows2, rank, batch, ctypes.byref(o), int(backward), found)
@@ -173,3 +207,8 @@ def _options() -> Callable[..., Options]:
 @pytest.fixture(scope="session")
 def matrix_type() -> type[Matrix]:
     return Matrix
+
+
+@pytest.fixture(name="cached", scope="session")
+def _cached() -> Callable[..., Path]:
+    return cached

@@ -1,0 +1,194 @@
+"""Compiles the CUDA kernels and writes down what each takes: registers, spills, shared memory, seconds of compiling.
+
+    python benchmarks/cuda_resources.py                 sm_90 only
+    python benchmarks/cuda_resources.py --arch all      every architecture of setup.py, and PTX (`make cuda-all`)
+
+Needs nvcc and torch's headers, no GPU. Writes benchmarks/results/cuda_resources.json and the first table of
+benchmarks/cuda_layers.md. The shared memory of a template is what its launch asks for; see csrc/cuda/pair_plan.h.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "kruify" / "csrc"
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+MENU = ((16, 16), (32, 16), (32, 32), (64, 32), (64, 64))
+KINDS = ("lstm", "gru", "rnn_tanh")
+# Bytes of shared memory that a block may have, multiprocessors of a usual chip, clusters.
+CHIPS = {"sm_90 (H200)": (232448, 132, 1), "sm_80 (A100)": (166912, 108, 0), "sm_89 (RTX 4090)": (101376, 128, 0)}
+
+
+def nvcc() -> str | None:
+    """nvcc on PATH or in CUDA_HOME."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+
+
+def command(compiler: str, source: Path, output: Path, code: str) -> list[str]:
+    """As in setup.py, for one architecture, and telling what every kernel takes."""
+    import torch
+
+    headers = Path(torch.__file__).parent / "include"
+    return [compiler, "-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-Xptxas", "-v", f"-gencode={code}",
+            f"-I{CSRC}", f"-isystem={headers}", "-c", str(source), "-o", str(output)]  # fmt: skip
+
+
+def kernels(log: str) -> list[dict[str, object]]:
+    """The kernels that ptxas tells of: name, registers, spilled bytes, static shared memory."""
+    found = []
+    for part in log.split("Compiling entry function '")[1:]:
+        spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        used = re.search(r"Used (\d+) registers", part)
+        shared = re.search(r"(\d+) bytes smem", part)
+        if spill and used:
+            found.append(
+                {
+                    "kernel": part.split("'", 1)[0],
+                    "registers": int(used[1]),
+                    "spill_bytes": int(spill[1]) + int(spill[2]),
+                    "static_shared_bytes": int(shared[1]) if shared else 0,
+                }
+            )
+    return found
+
+
+def readable(names: list[str]) -> dict[str, str]:
+    """Mangled to demangled names, shortened."""
+    if shutil.which("c++filt") is None:
+        return {n: n for n in names}
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    short = (re.sub(r"^void |kruify::cuda::|\(anonymous namespace\)::|\(.*$", "", n) for n in done.stdout.splitlines())
+    return dict(zip(names, (s.replace("(int)", "") for s in short), strict=True))
+
+
+def compile_all(compiler: str, folder: Path, architectures: list[str]) -> dict[str, object]:
+    """Compiles every .cu file for every architecture, one job at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    result: dict[str, object] = {}
+    codes = {f"sm_{a}": f"arch=compute_{a},code=sm_{a}" for a in architectures}
+    if len(architectures) > 1:
+        codes["PTX"] = f"arch=compute_{architectures[-1]},code=compute_{architectures[-1]}"
+    for name, code in codes.items():
+        found: list[dict[str, object]] = []
+        children = os.times()
+        for source in sorted((CSRC / "cuda").glob("*.cu")):
+            done = subprocess.run(
+                command(compiler, source, folder / f"{source.stem}.{name}.o", code),
+                check=False, capture_output=True, text=True,
+            )  # fmt: skip
+            if done.returncode:
+                raise SystemExit(f"{source.name} for {name}:\n{done.stderr[-4000:]}")
+            found += [{"file": source.name, **k} for k in kernels(done.stdout + done.stderr)]
+        after = os.times()
+        names = readable([str(k["kernel"]) for k in found])
+        for k in found:
+            k["kernel"] = names[str(k["kernel"])]
+        cpu = after.children_user + after.children_system - children.children_user - children.children_system
+        result[name] = {"cpu_seconds": round(cpu, 1), "kernels": found}
+        spilling = sum(int(str(k["spill_bytes"])) > 0 for k in found)
+        print(f"{name}: {len(found)} kernels, {spilling} with spills, {cpu:.0f} s of CPU", flush=True)
+    return result
+
+
+def shared_memory() -> list[dict[str, object]]:
+    """What the templates' launches ask for at a batch of 64, by the same code that launches."""
+    source = ROOT / "tests" / "cuda" / "phases.cpp"
+    library = ROOT / "build" / "cuda-resources" / "phases.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    compiler = next(c for c in ("g++", "c++", "clang++") if shutil.which(c))
+    flags = ["-std=c++20", "-O0", "-fPIC", "-shared", f"-I{CSRC}"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
+    choose = ctypes.CDLL(str(library)).pair_choice
+    rows = []
+    for chip, (size, processors, clusters) in CHIPS.items():
+        for kind in KINDS:
+            for shape in MENU:
+                for rank in (1, 2, 4):
+                    for backward in (0, 1):
+                        options = (ctypes.c_int * 7)(processors, size, clusters, 0, 0, 0, 1)
+                        found = (ctypes.c_int * 4)()
+                        choose(KINDS.index(kind), *shape, rank, 64, options, backward, found)
+                        fits = found[0] > 0
+                        rows.append({
+                            "chip": chip, "kind": kind, "rank": rank,
+                            "stages": f"{shape[0]}x{shape[0]},{shape[1]}x{shape[1]}",
+                            "pass": "backward" if backward else "forward",
+                            "kernel": "two-stage template" if fits else "general",
+                            "blocks_a_row": found[0] if fits else 1, "threads": found[1],
+                            "tile_columns": found[2], "shared_bytes": found[3],
+                        })  # fmt: skip
+    return rows
+
+
+def table(result: dict[str, object]) -> str:
+    """The table of cuda_layers.md."""
+    compiled = result["architectures"]
+    assert isinstance(compiled, dict)
+    lines = ["| architecture | kernels | with spills | most registers | CPU seconds to compile |", "|--|--|--|--|--|"]
+    for name, one in compiled.items():
+        ks = one["kernels"]
+        if name == "PTX":
+            lines.append(f"| {name} | | | | {one['cpu_seconds']} |")
+        else:
+            spilling, most = sum(k["spill_bytes"] > 0 for k in ks), max(k["registers"] for k in ks)
+            lines.append(f"| {name} | {len(ks)} | {spilling} | {most} | {one['cpu_seconds']} |")
+    lines += ["", "Two-stage templates on sm_90, batch 64, one term:", "",
+              "| kind | stages | pass | blocks a row | threads | shared memory a block | registers | spilled |", "|--|--|--|--|--|--|--|--|"]  # fmt: skip
+    used = {k["kernel"]: k for k in compiled["sm_90"]["kernels"]} if "sm_90" in compiled else {}
+    shared = result["shared_memory"]
+    assert isinstance(shared, list)
+    for row in shared:
+        if row["chip"] != "sm_90 (H200)" or row["rank"] != 1:
+            continue
+        gates, sizes = {"lstm": 4, "gru": 3}.get(row["kind"], 1), re.findall(r"(\d+)x", row["stages"])
+        name = f"pair_{row['pass']}_kernel<{gates}, {row['tile_columns']}, Square<{sizes[0]}, {sizes[1]}> >"
+        kernel = used.get(name, {"registers": "?", "spill_bytes": "?"})
+        lines.append(
+            f"| {row['kind']} | {row['stages']} | {row['pass']} | {row['blocks_a_row']} | {row['threads']} |"
+            f" {row['shared_bytes'] / 1024:.0f} KB | {kernel['registers']} | {kernel['spill_bytes']} |"
+        )
+    return "\n".join(lines)
+
+
+def write_table(text: str) -> None:
+    """Puts the table between its marks in cuda_layers.md."""
+    page = ROOT / "benchmarks" / "cuda_layers.md"
+    begin, end = "<!-- resources -->", "<!-- end of resources -->"
+    old = page.read_text()
+    page.write_text(f"{old.split(begin)[0]}{begin}\n{text}\n{end}{old.split(end)[1]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="90", help="a number such as 90, or all")
+    chosen = parser.parse_args().arch
+    compiler = nvcc()
+    if compiler is None:
+        raise SystemExit("nvcc was not found; put it on PATH or set CUDA_HOME")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[
+        -1
+    ]
+    architectures = list(ARCHITECTURES) if chosen == "all" else [chosen]
+    result = {
+        "nvcc": version,
+        "architectures": compile_all(compiler, ROOT / "build" / "cuda-resources", architectures),
+        "shared_memory": shared_memory(),
+    }
+    target = ROOT / "benchmarks" / "results" / "cuda_resources.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(result, indent=1) + "\n")
+    write_table(table(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+// The machine that flow.h runs on: one GPU, the current stream of torch, memory from torch's caching allocator.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <mutex>
+
+#include "kernels.h"
+#include "launch.cuh"
+
+// A library built with CUDA loads beside a torch without it; its CUDA operators are then never reached.
+#pragma weak aoti_torch_get_current_cuda_stream
+
+namespace kruify::cuda {
+
+using torch::stable::Tensor;
+
+inline Chip chip_of(int device) {
+  static std::mutex mutex;
+  static std::vector<Chip> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (static_cast<int>(known.size()) <= device) known.resize(device + 1, Chip{});
+  Chip& chip = known[device];
+  if (!chip.processors) {
+    int major = 0;
+    check(cudaDeviceGetAttribute(&chip.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "asking the GPU for its size");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking the GPU for its size");
+    check(cudaDeviceGetAttribute(&chip.processors, cudaDevAttrMultiProcessorCount, device), "asking the GPU for its size");
+    chip.clusters = major >= 9;
+  }
+  return chip;
+}
+
+template <class Item>
+__global__ void __launch_bounds__(256) items_kernel(const __grid_constant__ Item item) {
+  const int64_t count = item.items();
+  for (int64_t k = blockIdx.x * int64_t{256} + threadIdx.x; k < count; k += gridDim.x * int64_t{256}) item.run(k);
+}
+
+class Machine {
+ public:
+  Chip chip;
+  Tensor overlay_index;  // of the matrix at hand, where it has an overlay
+
+  explicit Machine(const Tensor& like) : guard_(like.get_device_index()), like_(like) {
+    const int device = like.get_device_index();
+    chip = chip_of(device);
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  template <class T>
+  T* scratch(int64_t n) {
+    const int64_t words = (n * static_cast<int64_t>(sizeof(T)) + 7) / 8;
+    kept_.push_back(torch::stable::new_empty(like_, std::array<int64_t, 1>{words}, torch::headeronly::ScalarType::Double));
+    return reinterpret_cast<T*>(kept_.back().mutable_data_ptr());
+  }
+  const int* upload(const std::vector<int>& values) {
+    int* to = scratch<int>(values.size());
+    for (size_t first = 0; first < values.size(); first += Upload::kMost) {
+      Upload item{};
+      item.count = static_cast<int>(std::min<size_t>(Upload::kMost, values.size() - first)), item.to = to + first;
+      std::copy_n(values.begin() + first, item.count, item.values);
+      run(item);
+    }
+    return to;
+  }
+  template <class Item>
+  void run(const Item& item) {
+    static_assert(sizeof(Item) <= 4096, "a launch takes 4 KB of parameters");
+    const int64_t count = item.items();
+    if (count) launch(items_kernel<Item>, dim3(static_cast<unsigned>(least((count + 255) / 256, 1 << 20))), 256, 0, 1, stream_, "a launch over rows", item);
+  }
+  void sort_columns(const int*, int, const int*& columns, const int64_t*& blocks) {
+    const Tensor column = torch::stable::contiguous(torch::stable::select(overlay_index, 1, 1));
+    using torch::stable::detail::from;
+    std::array<StableIValue, 4> stack{from(column), from(std::optional<bool>(true)), from(int64_t{0}), from(false)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+    kept_.push_back(torch::stable::detail::to<Tensor>(stack[0]));
+    columns = static_cast<const int*>(kept_.back().data_ptr());
+    kept_.push_back(torch::stable::detail::to<Tensor>(stack[1]));
+    blocks = static_cast<const int64_t*>(kept_.back().data_ptr());
+  }
+
+  void pair_recurrence(AnyShape s, const PairPlan& p, Kind kind, const PairForward& args) { launch_pair_forward(s, p, kind, args, stream_); }
+  void pair_recurrence_backward(AnyShape s, const PairPlan& p, Kind kind, const PairBackward& args) { launch_pair_backward(s, p, kind, args, stream_); }
+  void pair_product(AnyShape s, const PairProductPlan& p, const PairProduct& args, bool backward) {
+    const int64_t turns = (args.rows + p.batch - 1) / p.batch, resident = greatest(1, chip.shared_memory / p.bytes);
+    launch_pair_product(s, p, args, backward, static_cast<int>(least(turns, least(4, resident) * chip.processors)), stream_);
+  }
+  void pair_gradient(AnyShape s, const PairGradientPlan& p, const PairGradient& args, int pieces, int rank) {
+    launch_pair_gradient(s, p, args, pieces, rank, stream_);
+  }
+  template <class T>
+  void general_recurrence(const Program<T>& m, Kind kind, const GeneralForward<T>& args) {
+    const auto [memory, bytes] = general_memory(m, args.rows.batch);
+    launch_general_forward<T>(m, kind, args, memory, bytes, stream_);
+  }
+  template <class T>
+  void general_recurrence_backward(const Program<T>& m, Kind kind, const GeneralBackward<T>& args) {
+    const auto [memory, bytes] = general_memory(m, args.rows.batch);
+    launch_general_backward<T>(m, kind, args, memory, bytes, stream_);
+  }
+
+ private:
+  template <class T>
+  std::pair<T*, int> general_memory(const Program<T>& m, int batch) {
+    const int64_t elements = general_scratch(m), bytes = elements * static_cast<int64_t>(sizeof(T));
+    if (bytes <= chip.shared_memory) return {nullptr, static_cast<int>(bytes)};
+    return {scratch<T>(elements * batch), 0};
+  }
+
+  torch::stable::accelerator::DeviceGuard guard_;
+  Tensor like_;
+  cudaStream_t stream_;
+  std::vector<Tensor> kept_;
+};
+
+}  // namespace kruify::cuda

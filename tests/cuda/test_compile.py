@@ -1,0 +1,80 @@
+"""All CUDA code goes through nvcc, spills no registers, and registers its operators. No GPU is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "kruify" / "csrc"
+
+MARK = b"\nsaid by ptxas:\n"
+REGISTERS = """
+import torch
+from kruify.ops import operators
+names = ("kron_matmul", "kron_matmul_backward", "recurrence", "recurrence_backward")
+has = lambda n: torch._C._dispatch_has_kernel_for_dispatch_key("kruify::" + n, "CUDA")
+assert not any(map(has, names))
+torch.ops.load_library({library!r})
+assert all(map(has, names)), [n for n in names if not has(n)]
+"""
+
+
+@pytest.fixture
+def resources():  # type: ignore[no-untyped-def]
+    """benchmarks/cuda_resources.py as a module."""
+    path = ROOT / "benchmarks" / "cuda_resources.py"
+    spec = importlib.util.spec_from_file_location("cuda_resources", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_everything_compiles_without_spills_and_registers(cached, resources) -> None:  # type: ignore[no-untyped-def]
+    nvcc = resources.nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc is not here: nothing to compile CUDA code with")
+    sources = sorted((CSRC / "cuda").glob("*"))
+    objects = []
+    for source in (s for s in sources if s.suffix == ".cu"):
+        headers = [s for s in sources if s.suffix != ".cu"]
+        command = resources.command(nvcc, source, Path("out"), "arch=compute_90,code=sm_90")
+
+        def build(target: Path, command: list[str] = command) -> None:
+            done = subprocess.run([*command[:-1], f"{target}.o"], check=False, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-4000:]
+            # What ptxas says stands behind the object's end, where no linker looks.
+            target.write_bytes(Path(f"{target}.o").read_bytes() + MARK + (done.stdout + done.stderr).encode())
+            os.unlink(f"{target}.o")
+
+        made = cached(f"{source.stem}.o", [source, *headers], [*command, torch.__version__], build)
+        found = resources.kernels(made.read_bytes().split(MARK)[1].decode())
+        assert found, f"ptxas told of no kernel in {source.name}"
+        assert [k for k in found if k["spill_bytes"]] == []
+        objects.append(str(made))
+    library = made.parent / f"registers.{os.getpid()}.so"
+    torch_root = Path(torch.__file__).parent / "lib"
+    listing = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], check=False, capture_output=True, text=True)
+    top = next(
+        (Path(line.split("=", 1)[1]) for line in listing.stderr.splitlines() if "TOP=" in line), Path("/usr/local/cuda")
+    )
+    linked = subprocess.run(
+        ["g++", "-shared", *objects, f"-L{torch_root}", "-ltorch_cpu", "-lc10", f"-L{top / 'lib64'}", "-lcudart_static",
+         "-lrt", "-ldl", "-lpthread", "-o", str(library)],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert linked.returncode == 0, linked.stderr[-4000:]
+    try:
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", REGISTERS.format(library=str(library))],
+            check=True, cwd=ROOT, env={**os.environ, "KRUIFY_NO_KERNELS": "1"},
+        )  # fmt: skip
+    finally:
+        library.unlink()
