@@ -11,6 +11,7 @@ import click
 
 from kruify.errors import KruifyError, TaskError
 
+from .compress import compress
 from .convert import convert
 from .evaluate import evaluate
 from .export import export
@@ -85,7 +86,7 @@ def cli() -> None:
     """
 
 
-for _command in (inspect, convert, finetune, evaluate, report, export, tasks):
+for _command in (inspect, convert, finetune, compress, evaluate, report, export, tasks):
     cli.add_command(_command)
 
 

@@ -1,0 +1,120 @@
+"""`kruify compress MODEL --task TASK --budget 16x [--max-drop 0.01] -o OUT`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from .console import Output, json_option, output, progress
+from .options import key_option, model_argument, network, seed_option, task_option
+
+if TYPE_CHECKING:
+    from kruify.compress import Attempt, Compressed
+    from kruify.task import Task
+
+
+@click.command()
+@model_argument
+@task_option
+@click.option("--budget", metavar="B", required=True, help="16x, params=10%, macs=10%, or params=8x,macs=50%.")
+@click.option(
+    "--max-drop", type=float, metavar="D", help="How much worse the task's metric may get, in its own units (0.01)."
+)
+@click.option("--attempts", type=int, default=4, show_default=True, help="At most so many rounds of fine-tuning.")
+@click.option("--epochs", type=float, help="Passes over the train split in each round.  [default: 5]")
+@click.option("--lr", type=float, help="Peak learning rate of AdamW.  [default: 0.002]")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1.  [default: a GPU if there is one]")
+@click.option("-o", "--output", "target", metavar="OUT", required=True, help="File to write.")
+@seed_option
+@key_option
+@json_option
+def compress(
+    model: str,
+    task_name: str,
+    budget: str,
+    max_drop: float | None,
+    attempts: int,
+    epochs: float | None,
+    lr: float | None,
+    device: str | None,
+    target: str,
+    seed: int,
+    key: str | None,
+    json_only: bool,
+) -> None:
+    """Plan, convert, fine-tune and evaluate in one go.
+
+    With --max-drop, layers that cost too much get more parameters, or stay dense, until the loss is within the
+    contract on the validation split. If it cannot be reached the nearest network is written all the same, and the
+    exit code is 6.
+    """
+    with output(json_only) as out:
+        from kruify.api import save
+        from kruify.checkpoint import read
+        from kruify.compress import compress as run
+        from kruify.errors import TargetMissedError
+        from kruify.task import load_task
+
+        checkpoint = read(model, key=key)
+        task = load_task(task_name)
+        dense = network(checkpoint, task)
+        options = {name: value for name, value in (("epochs", epochs), ("lr", lr)) if value is not None}
+        with progress("starting") as advance:
+            done = run(
+                dense,
+                task,
+                budget,
+                max_drop=max_drop,
+                attempts=attempts,
+                seed=seed,
+                device=device,
+                on_progress=lambda now: advance(now.step, now.steps, f"epoch {now.epoch}/{now.epochs}"),
+                on_attempt=lambda attempt: out.note(_line(attempt, task)),
+                **options,
+            )
+        save(done.model, target, source_sha256=checkpoint.sha256, seed=seed)
+        metrics = task.evaluate(done.model, "test")
+        _show(out, done, task, metrics, target)
+        out.result(
+            {
+                "output": target,
+                "within": done.within,
+                "best": done.best,
+                "baseline": done.baseline,
+                "attempts": [asdict(attempt) for attempt in done.attempts],
+                "metrics": metrics,
+            }
+        )
+        if not done.within:
+            nearest = done.attempts[done.best]
+            raise TargetMissedError(
+                f"the nearest of {len(done.attempts)} attempts loses {nearest.drop:.4f} {task.metric} at "
+                f"{nearest.recurrent_ratio:.1f}x, more than {max_drop}",
+                target,
+                "Allow more epochs, more attempts, a smaller reduction or a larger drop",
+            )
+
+
+def _line(attempt: Attempt, task: Task) -> str:
+    return f"{attempt.recurrent_ratio:.1f}x smaller: {task.metric} worse by {attempt.drop:.4f} on the validation split"
+
+
+def _show(out: Output, done: Compressed, task: Task, metrics: dict[str, float], target: str) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"validation split, {task.metric}", title_justify="left")
+    for heading in ("attempt", "recurrent parameters", "smaller", task.metric, "worse by"):
+        table.add_column(heading, justify="right")
+    table.add_row("dense", "", "", f"{done.baseline[task.metric]:.4f}", "")
+    for i, attempt in enumerate(done.attempts):
+        table.add_row(
+            f"{i + 1}{' *' if i == done.best else ''}",
+            f"{attempt.recurrent_after:,}",
+            f"{attempt.recurrent_ratio:.1f}x",
+            f"{attempt.metrics[task.metric]:.4f}",
+            f"{attempt.drop:.4f}",
+        )
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    out.show(table, f"wrote {target} (*): {figures} on the test split")

@@ -1,0 +1,25 @@
+"""`kruify compress`: one command, one file; exit code 6 where the contract is not kept."""
+
+from __future__ import annotations
+
+from kruify.checkpoint import read
+
+
+def test_within_the_contract(folder, run_json):
+    result = run_json(
+        "compress", "model.pt", "--task", "task.py:Echo", "--budget", "2x", "--epochs", "0.5", "--max-drop", "10",
+        "-o", "small.kru.safetensors",
+    )  # fmt: skip
+    assert result["within"] is True
+    assert result["attempts"][0]["recurrent_ratio"] >= 2
+    assert read("small.kru.safetensors").is_kruify
+
+
+def test_out_of_reach(folder, run):
+    result = run(
+        "compress", "model.pt", "--task", "task.py:Echo", "--budget", "2x", "--epochs", "0", "--max-drop", "-100",
+        "--attempts", "1", "-o", "small.kru.safetensors",
+    )  # fmt: skip
+    assert result.exit_code == 6
+    assert "the nearest of 1 attempts loses" in result.stderr
+    assert read("small.kru.safetensors").is_kruify  # the nearest network is kept all the same
