@@ -1,0 +1,80 @@
+"""Runs every code block of the documentation, page by page, from top to bottom, in an empty folder.
+
+    ```python              executed; the blocks of a page share their names
+    ```python file=NAME    written to NAME
+    ```console             each line `$ kruify ...` is run; `# exit N` at its end is the exit code expected, else 0
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from kruify.cli.main import cli
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = ("command-line.md", "python.md", "file-format.md")
+BLOCK = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    text = (DOCS / page).read_text(encoding="utf-8")
+    names: dict[str, object] = {"__name__": "__main__"}
+    blocks = list(BLOCK.finditer(text))
+    assert blocks
+    before = set(sys.modules)
+    try:
+        for block in blocks:
+            language, file, code = block.groups()
+            line = text.count("\n", 0, block.start()) + 1
+            if file:
+                Path(file).write_text(code, encoding="utf-8")
+            elif language == "python":
+                exec(compile(code, f"{page}:{line}", "exec"), names)
+            elif language == "console":
+                for command in re.findall(r"^\$ kruify (.*)$", code, re.MULTILINE):
+                    run(command, f"{page}:{line}")
+            else:
+                pytest.fail(f"{page}:{line}: no way to run a block of {language}")
+    finally:
+        for module in set(sys.modules) - before:
+            if str(getattr(sys.modules[module], "__file__", "")).startswith(str(tmp_path)):
+                del sys.modules[module]
+
+
+def run(command: str, where: str) -> None:
+    command, _, comment = command.partition("  # ")
+    expected = int(comment.removeprefix("exit ")) if comment else 0
+    result = CliRunner().invoke(cli, shlex.split(command))
+    assert result.exit_code == expected, f"{where}: kruify {command}\n{result.output}"
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))
+def test_links_lead_somewhere(page: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        assert target.startswith("https://") or (DOCS / target).exists(), f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))
+def test_python_blocks_parse(page: str) -> None:
+    for block in BLOCK.finditer((DOCS / page).read_text(encoding="utf-8")):
+        if block[1] == "python":
+            ast.parse(block[3])
+
+
+def test_the_command_line_page_names_every_command_and_key() -> None:
+    text = (DOCS / "command-line.md").read_text(encoding="utf-8")
+    for name in cli.commands:
+        assert re.search(rf"^## {name}\b", text, re.MULTILINE), f"docs/command-line.md says nothing of '{name}'"
