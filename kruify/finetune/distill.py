@@ -72,17 +72,21 @@ class Distillation:
 
         No error of one layer reaches another, and no labels are needed.
         """
+        return torch.stack(list(self.distances(batch).values())).mean()
+
+    def distances(self, batch: Any) -> dict[str, Tensor]:
+        """Converted layer -> distance of its answers to the teacher's inputs from the teacher's answers."""
         layers = self.converted()
         with evaluating(self.teacher), recorded(self.teacher, layers) as theirs:
             self.task.forward(self.teacher, batch)
-        ours: dict[str, list[Call]] = {}
+        distances = {}
         for name in layers:
             module = self.model.get_submodule(name)
             with recorded(self.model, [name]) as calls:
                 for call in theirs[name]:
                     module(*call.args, **call.kwargs)
-            ours[name] = calls[name]
-        return hidden_distance(ours, theirs)
+            distances[name] = hidden_distance(calls, {name: theirs[name]})
+        return distances
 
     def converted(self) -> list[str]:
         """The layers that hold a Kronecker matrix and that the teacher has, too."""
