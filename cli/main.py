@@ -19,6 +19,7 @@ from .finetune import finetune
 from .inspect import inspect
 from .report import report
 from .tasks import tasks
+from .verify import verify
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 
@@ -86,7 +87,7 @@ def cli() -> None:
     """
 
 
-for _command in (inspect, convert, finetune, compress, evaluate, report, export, tasks):
+for _command in (inspect, convert, finetune, compress, evaluate, report, export, verify, tasks):
     cli.add_command(_command)
 
 

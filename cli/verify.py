@@ -1,0 +1,24 @@
+"""`kruify verify FILE`."""
+
+from __future__ import annotations
+
+import click
+
+from .console import json_option, output
+
+
+@click.command()
+@click.argument("file", metavar="FILE")
+@click.option("--source", metavar="DENSE", help="The dense checkpoint that FILE should come from.")
+@json_option
+def verify(file: str, source: str | None, json_only: bool) -> None:
+    """Check a converted FILE end to end: bytes, plan, numbers, and that its layers compute what it says."""
+    with output(json_only) as out:
+        from kruify.verify import verify as check
+
+        with out.waiting(f"verifying {file}"):
+            checks = check(file, source)
+        for item in checks:
+            out.show(f"{item.name}: {item.detail}")
+        out.show(f"{file} is in order")
+        out.result({"file": file, "checks": [{"name": c.name, "detail": c.detail} for c in checks]})
