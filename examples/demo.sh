@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 mkdir -p demo-out
 cd demo-out
 export COLUMNS=${COLUMNS:-110}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # networks this small gain nothing from more threads
 
 say() { printf '\n# %s\n' "$1"; }
 run() {
