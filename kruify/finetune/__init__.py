@@ -5,18 +5,15 @@
 
 from __future__ import annotations
 
-from kruify.finetune.compress import Compression, compress
 from kruify.finetune.finetune import finetune
 from kruify.finetune.penalty import default_penalty, unitary_penalty
 from kruify.finetune.recipe import Recipe
 from kruify.finetune.result import FinetuneResult, Progress
 
 __all__ = [
-    "Compression",
     "FinetuneResult",
     "Progress",
     "Recipe",
-    "compress",
     "default_penalty",
     "finetune",
     "unitary_penalty",
