@@ -1,7 +1,7 @@
 // The operators `merge` and `merge_backward`: tiny factors multiplied into stages of a good size.
 #include <algorithm>
 
-#include "checks.h"
+#include "merge.h"
 
 namespace kruify {
 namespace {
@@ -40,6 +40,11 @@ void kron_backward(const T* g, const T* a, Shape sa, const T* b, Shape sb, T* ga
     }
 }
 
+// A factor is (gates, rank, P, Q), or (P, Q) alone.
+int64_t products(const Tensor& f) { return f.dim() == 2 ? 1 : f.size(0) * f.size(1); }
+int64_t rows(const Tensor& f) { return f.size(f.dim() - 2); }
+int64_t columns(const Tensor& f) { return f.size(f.dim() - 1); }
+
 struct Group {
   size_t first, last;  // factors [first, last)
   int64_t p, q;
@@ -55,17 +60,17 @@ std::vector<Group> groups_of(const std::vector<Tensor>& factors, const Optional&
     Group g{next, next + size_t(size), 1, 1};
     for (; next < g.last; ++next) {
       const Tensor& f = factors[next];
-      STD_TORCH_CHECK(f.dim() == 4 && f.is_cpu() && f.scalar_type() == dtype && f.size(0) == factors[0].size(0) &&
-                          f.size(1) == factors[0].size(1),
-                      "kruify::merge: every factor must have shape (gates, rank, P, Q), with the same gates, rank and dtype");
-      g.p = times(g.p, f.size(2)), g.q = times(g.q, f.size(3));
+      const bool fits = f.is_cpu() && f.scalar_type() == dtype && f.dim() == factors[0].dim() &&
+                        (f.dim() == 2 || (f.dim() == 4 && f.size(0) == factors[0].size(0) && f.size(1) == factors[0].size(1)));
+      STD_TORCH_CHECK(fits, "kruify::merge: every factor must have shape (gates, rank, P, Q), with the same gates, rank and dtype");
+      g.p = times(g.p, rows(f)), g.q = times(g.q, columns(f));
     }
-    times(times(g.p, g.q), times(factors[0].size(0), factors[0].size(1)));
+    times(times(g.p, g.q), products(factors[0]));
     groups.push_back(g);
   }
   STD_TORCH_CHECK(next == factors.size(), "kruify::merge: the groups do not cover the factors");
   if (scale)
-    STD_TORCH_CHECK(scale->dim() == 2 && scale->is_cpu() && scale->scalar_type() == dtype && scale->size(0) == factors[0].size(0) &&
+    STD_TORCH_CHECK(factors[0].dim() == 4 && scale->dim() == 2 && scale->is_cpu() && scale->scalar_type() == dtype && scale->size(0) == factors[0].size(0) &&
                         scale->size(1) == factors[0].size(1),
                     "kruify::merge: the scale must have shape (gates, rank) and the factors' dtype");
   return groups;
@@ -80,10 +85,10 @@ std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
 // The products of the first 1, 2, ... factors of a group, one after the other in `memory`; returns where the last is.
 template <class T>
 T* chain(const std::vector<Tensor>& factors, const Group& g, int64_t product, T* memory) {
-  Shape shape{factors[g.first].size(2), factors[g.first].size(3)};
+  Shape shape{rows(factors[g.first]), columns(factors[g.first])};
   std::copy_n(pointer<T>(factors[g.first]) + product * shape.p * shape.q, shape.p * shape.q, memory);
   for (size_t f = g.first + 1; f < g.last; ++f) {
-    const Shape next{factors[f].size(2), factors[f].size(3)};
+    const Shape next{rows(factors[f]), columns(factors[f])};
     T* out = memory + shape.p * shape.q;
     kron(memory, shape, pointer<T>(factors[f]) + product * next.p * next.q, next, out);
     shape = {shape.p * next.p, shape.q * next.q};
@@ -94,7 +99,7 @@ T* chain(const std::vector<Tensor>& factors, const Group& g, int64_t product, T*
 
 int64_t chain_size(const std::vector<Tensor>& factors, const Group& g) {
   int64_t total = 0, size = 1;
-  for (size_t f = g.first; f < g.last; ++f) total += size = times(size, factors[f].size(2) * factors[f].size(3));
+  for (size_t f = g.first; f < g.last; ++f) total += size = times(size, rows(factors[f]) * columns(factors[f]));
   return total;
 }
 
@@ -104,10 +109,11 @@ std::vector<Tensor> run(const std::vector<Tensor>& given, const Optional& scale_
   const std::vector<Tensor> factors = contiguous(given);
   Optional scale;
   if (scale_given) scale = contiguous({*scale_given})[0];
-  const int64_t n = factors[0].size(0) * factors[0].size(1);
+  const int64_t n = products(factors[0]);
+  const bool single = factors[0].dim() == 2;
   std::vector<Tensor> stages;
   for (const Group& g : groups) {
-    Tensor stage = empty_like(factors[0], {factors[0].size(0), factors[0].size(1), g.p, g.q});
+    Tensor stage = empty_like(factors[0], {single ? 1 : factors[0].size(0), single ? 1 : factors[0].size(1), g.p, g.q});
     T* out = mutable_pointer<T>(stage);
     const int64_t size = g.p * g.q;
     Buffer<T> memory(chain_size(factors, g));
@@ -128,14 +134,16 @@ std::vector<Tensor> run_backward(const std::vector<Tensor>& grads_given, const s
   STD_TORCH_CHECK(grads_given.size() == groups.size(), "kruify::merge_backward: one gradient a stage");
   std::vector<Tensor> all = given, results;
   if (scale_given) all.push_back(*scale_given);
+  const bool single = given[0].dim() == 2;
   for (size_t k = 0; k < groups.size(); ++k)
-    checked("a stage's gradient", grads_given[k], given[0].scalar_type(), given[0].size(0), given[0].size(1), groups[k].p, groups[k].q);
+    checked("a stage's gradient", grads_given[k], given[0].scalar_type(), single ? 1 : given[0].size(0), single ? 1 : given[0].size(1),
+            groups[k].p, groups[k].q);
   const std::vector<Tensor> factors = contiguous(all), grads = contiguous(grads_given);
   for (const Tensor& t : factors) {
     results.push_back(torch::stable::new_empty(t, t.sizes()));
     std::fill_n(mutable_pointer<T>(results.back()), t.numel(), T(0));
   }
-  const int64_t n = given[0].size(0) * given[0].size(1);
+  const int64_t n = products(given[0]);
   for (size_t k = 0; k < groups.size(); ++k) {
     const Group& g = groups[k];
     const int64_t size = g.p * g.q;
@@ -153,7 +161,7 @@ std::vector<Tensor> run_backward(const std::vector<Tensor>& grads_given, const s
       }
       Shape whole{g.p, g.q};
       for (size_t f = g.last; f-- > g.first + 1;) {
-        const Shape last{factors[f].size(2), factors[f].size(3)}, rest{whole.p / last.p, whole.q / last.q};
+        const Shape last{rows(factors[f]), columns(factors[f])}, rest{whole.p / last.p, whole.q / last.q};
         product -= rest.p * rest.q;
         kron_backward(grad, product, rest, pointer<T>(factors[f]) + i * last.p * last.q, last, next,
                       mutable_pointer<T>(results[f]) + i * last.p * last.q);
@@ -165,6 +173,8 @@ std::vector<Tensor> run_backward(const std::vector<Tensor>& grads_given, const s
   }
   return results;
 }
+
+}  // namespace
 
 std::vector<Tensor> merge(const std::vector<Tensor>& factors, const Optional& scale, const std::vector<int64_t>& groups) {
   STD_TORCH_CHECK(!factors.empty(), "kruify::merge: no factors");
@@ -179,7 +189,6 @@ std::vector<Tensor> merge_backward(const std::vector<Tensor>& grads, const std::
   return (single ? &run_backward<float> : &run_backward<double>)(grads, factors, scale, groups);
 }
 
-}  // namespace
 }  // namespace kruify
 
 STABLE_TORCH_LIBRARY_IMPL(kruify, CPU, m) {

@@ -33,7 +33,7 @@ def damage(value: Any, rng: Randomness) -> Any:
         else:
             copy[place] = _damaged_tensor(copy[place].detach(), rng)
         return copy
-    if isinstance(value, list):
+    if isinstance(value, list) and value:
         copy = list(value)
         place = rng.randrange(len(copy))
         if rng.random() < 0.2:

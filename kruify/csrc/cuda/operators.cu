@@ -155,7 +155,9 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward_oper
 
 STABLE_TORCH_LIBRARY_IMPL(kruify, CUDA, m) {
   m.impl("kron_matmul", TORCH_BOX(&kruify::cuda::kron_matmul));
+  m.impl("kron_matmul_forward", TORCH_BOX(&kruify::cuda::kron_matmul));
   m.impl("kron_matmul_backward", TORCH_BOX(&kruify::cuda::kron_matmul_backward));
   m.impl("recurrence", TORCH_BOX(&kruify::cuda::recurrence_operator));
+  m.impl("recurrence_forward", TORCH_BOX(&kruify::cuda::recurrence_operator));
   m.impl("recurrence_backward", TORCH_BOX(&kruify::cuda::recurrence_backward_operator));
 }

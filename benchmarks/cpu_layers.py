@@ -1,0 +1,257 @@
+"""KRU layers against torch's own, int8 dynamic quantisation and the plain loop over factors, on the CPU.
+
+    python benchmarks/cpu_layers.py               everything that is missing in results/cpu_layers.json (about 10 min)
+    python benchmarks/cpu_layers.py --fresh       from the start
+    python benchmarks/cpu_layers.py --only lstm --hidden 512 --print
+    python benchmarks/cpu_layers.py --report      tables and picture from the stored results alone
+
+T = 128, input 128, float32, one layer, dense W_ih, balanced two factors, one term, unless a row says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from timing import RESULTS, Ledger, best_times, restart_with_malloc_settings, threads
+
+STEPS, INPUTS = 128, 128
+Row = dict[str, Any]
+
+
+def keys() -> list[Row]:
+    """What is measured, the rows of issue 4's targets first."""
+    rows: list[Row] = []
+
+    def add(
+        kind: str, hidden: int, batch: int, count: int, what: str, spec: str = "auto", inputs: int = INPUTS
+    ) -> None:
+        rows.append(
+            {
+                "kind": kind,
+                "hidden": hidden,
+                "batch": batch,
+                "threads": count,
+                "spec": spec,
+                "inputs": inputs,
+                "what": what,
+            }
+        )
+
+    batches = {256: (1, 8, 32, 128), 512: (1, 8, 32, 128), 1024: (1, 8, 32, 128), 2048: (1, 8, 32)}
+    for hidden in (512, 1024, 2048, 256):
+        for batch in batches[hidden]:
+            add("lstm", hidden, batch, 1, "forward")
+            if hidden < 2048 or batch < 32:
+                add("lstm", hidden, batch, 1, "training")
+    for batch in (1, 8, 32):
+        add("lstm", 1024, batch, 1, "forward", "auto/input auto", 1024)
+    for spec in ("4*auto", "auto+8*({h}x1,1x{h})+sparse:2%"):
+        for hidden, batch in ((512, 1), (512, 8), (512, 32), (1024, 1), (1024, 8), (1024, 32)):
+            add("lstm", hidden, batch, 1, "forward", spec.format(h=hidden))
+    for kind in ("gru", "rnn"):
+        for hidden in (256, 512, 1024, 2048):
+            for batch in (1, 8, 32, 128)[: 3 if hidden < 2048 else 2]:
+                add(kind, hidden, batch, 1, "forward")
+                if hidden < 2048:
+                    add(kind, hidden, batch, 1, "training")
+    everything = os.cpu_count() or 1
+    for kind in ("lstm", "gru", "rnn"):
+        for hidden in (256, 512, 1024, 2048):
+            for batch in (1, 8, 32)[: 3 if hidden < 2048 else 2]:
+                add(kind, hidden, batch, everything, "forward")
+    for hidden in (512, 1024):
+        for batch in (1, 8, 32):
+            add("lstm", hidden, batch, everything, "training")
+    return rows
+
+
+def contenders(key: Row) -> dict[str, Callable[[], object]]:
+    import torch
+    from torch import nn
+
+    from kruify import layers
+
+    kru_class = {"lstm": layers.KRULSTM, "gru": layers.KRUGRU, "rnn": layers.KRURNN}[key["kind"]]
+    dense_class = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[key["kind"]]
+    spec, _, input_factors = key["spec"].partition("/input ")
+    kru = kru_class(key["inputs"], key["hidden"], factors=spec, input_factors=input_factors or None)
+    dense = dense_class(key["inputs"], key["hidden"])
+    x = torch.randn(STEPS, key["batch"], key["inputs"])
+    if key["what"] == "training":
+        x.requires_grad_()
+        upstream = torch.randn(STEPS, key["batch"], key["hidden"])
+
+        def train(layer: nn.Module) -> Callable[[], object]:
+            return lambda: layer(x)[0].backward(upstream)
+
+        return {"kruify": train(kru), "dense": train(dense)}
+
+    def infer(layer: nn.Module) -> Callable[[], object]:
+        layer.eval()
+
+        def call() -> object:
+            with torch.no_grad():
+                return layer(x)
+
+        return call
+
+    found = {"kruify": infer(kru), "dense": infer(dense)}
+    if key["kind"] != "rnn" and key["threads"] == 1 and key["spec"] == "auto":
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found["int8"] = infer(
+                torch.ao.quantization.quantize_dynamic(nn.Sequential(dense), {dense_class}, torch.qint8)[0]
+            )
+    if key["threads"] == 1 and key["batch"] in (1, 8) and key["hidden"] in (512, 1024) and key["spec"] == "auto":
+        loop = kru_class(key["inputs"], key["hidden"], factors=spec, backend="reference")
+        found["loop"] = infer(loop)
+    return found
+
+
+def measure(key: Row, seconds: float) -> Row:
+    with threads(key["threads"]):
+        times = best_times(contenders(key), seconds)
+    return {**key, "ms": {name: round(t, 4) for name, t in times.items()}}
+
+
+def report(data: dict[str, Any]) -> str:
+    """Markdown tables of the ratios."""
+    rows = data["rows"]
+    m = data["machine"]
+    text = [
+        "# KRU layers on the CPU\n",
+        "Written by `python benchmarks/cpu_layers.py --report`; numbers in results/cpu_layers.json."
+        " Best times, contenders interleaved.\n",
+        f"{m['cpu']}, AVX-512 {'yes' if m['avx512'] else 'no'}, {m['cores']} cores, torch {m['torch']},"
+        f" commit {m['commit']}, T={STEPS}, input {INPUTS}, float32, dense W_ih, balanced two factors, one term."
+        " `x` = times faster than.\n",
+    ]
+    for kind in ("lstm", "gru", "rnn"):
+        for count in sorted({r["threads"] for r in rows}):
+            chosen = [r for r in rows if r["kind"] == kind and r["threads"] == count and r["spec"] == "auto"]
+            if not chosen:
+                continue
+            name = {"lstm": "nn.LSTM", "gru": "nn.GRU", "rnn": "nn.RNN"}[kind]
+            text.append(f"## KRU-{kind.upper()}, {count} thread{'s' * (count > 1)}\n")
+            text.append(
+                f"| H | B | forward ms | {name} ms | over {name} | over int8 | over torch loop"
+                f" | training ms | {name} ms | over {name} |"
+            )
+            text.append("|--" * 10 + "|")
+            for hidden, batch in sorted({(r["hidden"], r["batch"]) for r in chosen}):
+                cells = [str(hidden), str(batch)]
+                forward = _find(chosen, hidden, batch, "forward")
+                cells += [_ms(forward, "kruify"), _ms(forward, "dense")]
+                cells += [_ratio(forward, other) for other in ("dense", "int8", "loop")]
+                training = _find(chosen, hidden, batch, "training")
+                cells += [_ms(training, "kruify"), _ms(training, "dense"), _ratio(training, "dense")]
+                text.append("| " + " | ".join(cells) + " |")
+            text.append("")
+    others = [r for r in rows if r["spec"] != "auto"]
+    if others:
+        text.append("## Other structures: KRU-LSTM, forward, 1 thread\n")
+        text.append(
+            "| structure | input | H | B | ms | nn.LSTM ms | over nn.LSTM | against one term |\n" + "|--" * 8 + "|"
+        )
+        for r in others:
+            plain = _find(
+                [q for q in rows if q["spec"] == "auto" and q["kind"] == "lstm" and q["threads"] == 1],
+                r["hidden"],
+                r["batch"],
+                r["what"],
+            )
+            cost = (
+                f"{r['ms']['kruify'] / plain['ms']['kruify']:.2f}x the time" if plain and r["inputs"] == INPUTS else ""
+            )
+            text.append(
+                f"| {r['spec']} | {r['inputs']} | {r['hidden']} | {r['batch']}"
+                f" | {_ms(r, 'kruify')} | {_ms(r, 'dense')} | {_ratio(r, 'dense')} | {cost} |"
+            )
+    return "\n".join(text) + "\n"
+
+
+def _find(rows: list[Row], hidden: int, batch: int, what: str) -> Row | None:
+    return next((r for r in rows if (r["hidden"], r["batch"], r["what"]) == (hidden, batch, what)), None)
+
+
+def _ms(row: Row | None, name: str) -> str:
+    return "" if row is None or name not in row["ms"] else f"{row['ms'][name]:.3g}"
+
+
+def _ratio(row: Row | None, other: str) -> str:
+    return "" if row is None or other not in row["ms"] else f"{row['ms'][other] / row['ms']['kruify']:.1f}x"
+
+
+def picture(data: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for axis, what in zip(axes, ("forward", "training"), strict=True):
+        for kind, marker in (("lstm", "o"), ("gru", "s"), ("rnn", "^")):
+            for batch, style in ((1, "-"), (8, "--"), (32, ":")):
+                points = sorted(
+                    (r["hidden"], r["ms"]["dense"] / r["ms"]["kruify"])
+                    for r in data["rows"]
+                    if (r["kind"], r["batch"], r["what"], r["threads"], r["spec"]) == (kind, batch, what, 1, "auto")
+                )
+                if points:
+                    colour = {"lstm": "C0", "gru": "C1", "rnn": "C2"}[kind]
+                    axis.plot(
+                        *zip(*points, strict=True),
+                        style,
+                        marker=marker,
+                        color=colour,
+                        label=f"{kind.upper()}, batch {batch}",
+                    )
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set(xscale="log", yscale="log", xlabel="hidden size", title=what)
+        axis.set_xticks([256, 512, 1024, 2048], ["256", "512", "1024", "2048"])
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("times faster than torch.nn")
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(RESULTS.parent / "cpu_layers.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fresh", action="store_true", help="forget stored results")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--print", action="store_true", help="print rows, store nothing")
+    parser.add_argument("--only", help="lstm, gru or rnn")
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--what", help="forward or training")
+    parser.add_argument("--seconds", type=float, default=1.2, help="for one row")
+    options = parser.parse_args()
+    restart_with_malloc_settings()
+    ledger = Ledger(RESULTS / "cpu_layers.json", options.fresh)
+    if not options.report:
+        wanted = [
+            k
+            for k in keys()
+            if (not options.only or k["kind"] == options.only)
+            and (not options.hidden or k["hidden"] == options.hidden)
+            and (not options.what or k["what"] == options.what)
+        ]
+        for key in wanted if options.print else ledger.missing(wanted):
+            row = measure(key, options.seconds)
+            ratios = " ".join(f"{n} {t / row['ms']['kruify']:.2f}x" for n, t in row["ms"].items() if n != "kruify")
+            print(*key.values(), f"{row['ms']['kruify']:.3f} ms", ratios, file=sys.stderr, flush=True)
+            if not options.print:
+                ledger.add(row)
+    if not options.print:
+        (RESULTS.parent / "cpu_layers.md").write_text(report(ledger.data))
+        picture(ledger.data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Interleaved timing: every contender runs in turn, many times, and the best time of each counts.
+
+What runs beside us on the machine hits all contenders alike, so ratios of one row hold where absolute times do not.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+# glibc hands big tensors back to the system at once, and faulting their pages in again would be timed with them.
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
+
+
+def restart_with_malloc_settings() -> None:
+    """Runs this process again with the allocator settings above; glibc reads them only at the start."""
+    if any(os.environ.get(name) != value for name, value in MALLOC.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
+
+
+def best_times(contenders: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Best time of each contender in milliseconds, `seconds` shared out among them."""
+    best, repeats = {}, {}
+    for name, function in contenders.items():
+        function()
+        start = time.perf_counter()
+        function()
+        best[name] = time.perf_counter() - start
+        repeats[name] = max(1, int(1e-4 / max(best[name], 1e-7)))
+    rounds, end = 0, time.perf_counter() + seconds
+    gc.disable()
+    try:
+        while rounds < 2 or time.perf_counter() < end:
+            rounds += 1
+            for name, function in contenders.items():
+                # A slow contender has its time measured well enough after a few calls.
+                if rounds > 3 and best[name] * repeats[name] > seconds / 4:
+                    continue
+                start = time.perf_counter()
+                for _ in range(repeats[name]):
+                    function()
+                best[name] = min(best[name], (time.perf_counter() - start) / repeats[name])
+    finally:
+        gc.enable()
+    return {name: 1e3 * t for name, t in best.items()}
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    from kruify.ops import backend_info
+
+    cpu = next(
+        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
+    )
+    flags = Path("/proc/cpuinfo").read_text()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True)
+    return {
+        "cpu": cpu or platform.processor(),
+        "avx512": "avx512f" in flags,
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "backend": backend_info()["cpu"],
+        "commit": commit.stdout.strip(),
+        "load_at_start": os.getloadavg()[0],
+    }
+
+
+class Ledger:
+    """Rows of results, written after every one of them, so that a broken run goes on where it stopped."""
+
+    def __init__(self, path: Path, fresh: bool) -> None:
+        self.path = path
+        self.data: dict[str, Any] = {"machine": machine(), "rows": []}
+        if path.exists() and not fresh:
+            self.data = json.loads(path.read_text())
+
+    def missing(self, keys: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        done = [{k: row[k] for k in keys[0]} for row in self.data["rows"]] if keys else []
+        yield from (key for key in keys if key not in done)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.data["rows"].append(row)
+        self.path.parent.mkdir(exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.data, indent=1) + "\n")
+        os.replace(temporary, self.path)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
