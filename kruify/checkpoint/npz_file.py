@@ -76,8 +76,12 @@ def _loader(
     archive: Archive, name: str, start: int, dtype: np.dtype, shape: tuple[int, ...], fortran: bool
 ) -> Callable[[], Tensor]:
     def load() -> Tensor:
-        data = bytearray().join(archive.chunks(name))
-        array = np.frombuffer(data, dtype=dtype, offset=start).astype(dtype.newbyteorder("="))
-        return torch.from_numpy(np.ascontiguousarray(array.reshape(shape, order="F" if fortran else "C")))
+        data, at = bytearray(prod(shape) * dtype.itemsize), -start
+        for chunk in archive.chunks(name):
+            data[max(at, 0) : max(at + len(chunk), 0)] = chunk[max(-at, 0) :]
+            at += len(chunk)
+        array = np.frombuffer(data, dtype=dtype)
+        array = array.astype(dtype.newbyteorder("="), copy=False).reshape(shape, order="F" if fortran else "C")
+        return torch.from_numpy(np.ascontiguousarray(array))
 
     return load

@@ -108,8 +108,10 @@ def write_safetensors(
             data = tensor_bytes(_loaded(lazy[name], name, path))
             file.write(data)
             digest.update(data)
+            size = len(data)
+            del data  # before the next tensor is loaded
             if progress:
-                progress(len(data))
+                progress(size)
         if CHECKSUM in strings:
             # The checksum stands in the header, before the data that it covers: hashed as zeros, then filled in.
             start = header.index(b'"%s":"%s"' % (CHECKSUM.encode(), b"0" * 64)) + len(CHECKSUM) + 4
