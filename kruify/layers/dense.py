@@ -47,8 +47,11 @@ def flat_weights(layer: KRUBase) -> list[Tensor]:
 def _densified(matrix: KroneckerMatrix) -> Tensor:
     """The dense weight; without derivatives it is kept until a parameter of the matrix changes."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(matrix.device.type):
+        # torch's fused optimisers change parameters without counting a version: what was kept before a step of training
+        # is not to be trusted after it.
+        matrix.__dict__.pop("_dense_kept", None)
         return matrix.to_dense()
-    key = [(p.data_ptr(), p._version, p.dtype) for p in matrix.parameters()]
+    key = [(t.data_ptr(), t._version, t.dtype) for t in (*matrix.parameters(), *matrix.buffers())]
     kept: _Kept | None = matrix.__dict__.get("_dense_kept")
     if kept is None or kept.key != key:
         kept = matrix.__dict__["_dense_kept"] = _Kept(key, matrix.to_dense())
