@@ -86,7 +86,7 @@ def convert(
         from kruify.checkpoint import read
         from kruify.convert import check_plan
         from kruify.errors import UsageError
-        from kruify.locate import locate
+        from kruify.locate import locate_checkpoint
         from kruify.plan import make_plan
 
         checkpoint = read(model, key=key)
@@ -94,7 +94,7 @@ def convert(
             raise UsageError("it is converted already", model, "Convert the dense checkpoint that it was made from")
         for sentence in checkpoint.dropped:
             out.note(f"note: {sentence}")
-        located = locate(checkpoint.tensors.lazy)
+        located = locate_checkpoint(checkpoint)
         layers = found(located, model)
         moments = _calibrate(checkpoint, task_name, seed) if task_name and (by_budget or not dry_run) else None
         if plan_file:

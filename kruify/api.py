@@ -13,7 +13,7 @@ from kruify.calibrate import calibrate
 from kruify.checkpoint import Checkpoint, metadata_for, read, write_safetensors
 from kruify.convert import Conversion, Progress, convert_module, load_tensors, plan_of, swap
 from kruify.errors import PlanError, UsageError
-from kruify.locate import Located, RecurrentLayer, locate
+from kruify.locate import Located, RecurrentLayer, locate, locate_checkpoint
 from kruify.plan import Plan, make_plan
 from kruify.task import Task
 
@@ -50,7 +50,7 @@ def inspect(source: nn.Module | Path_, key: str | None = None) -> Inspection:
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """`inspect` for a checkpoint that is open already."""
-    located = locate(checkpoint.tensors.lazy)
+    located = locate_checkpoint(checkpoint)
     parameters = sum(
         t.numel
         for name, t in checkpoint.tensors.lazy.items()

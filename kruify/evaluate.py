@@ -16,7 +16,7 @@ from kruify.checkpoint import Checkpoint
 from kruify.convert import build_layer, load_tensors
 from kruify.factors import Structure
 from kruify.layers.matrix import KroneckerMatrix
-from kruify.locate import MODULES, RecurrentLayer, locate
+from kruify.locate import MODULES, RecurrentLayer, locate_checkpoint
 from kruify.plan import LayerPlan, Plan, Structures
 
 BATCHES = (1, 32)
@@ -53,7 +53,7 @@ class Layers:
 
 def layers_of(checkpoint: Checkpoint) -> Layers:
     """The recurrent layers of a dense or a converted checkpoint."""
-    dense = locate(checkpoint.tensors.lazy).layers
+    dense = locate_checkpoint(checkpoint).layers
     text = checkpoint.metadata.get("kruify.plan")
     plan = Plan.from_json(text, f"plan in {checkpoint.path}") if text else Plan()
     planned = {item.layer.name for item in plan.layers}

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kruify.checkpoint import LazyTensor
+from kruify.checkpoint import Checkpoint, LazyTensor
 from kruify.layers.steps import GATES
 
 AnyTensor = Tensor | LazyTensor  # shape and dtype are all that is asked of it
@@ -102,6 +102,28 @@ def locate(source: Mapping[str, AnyTensor] | nn.Module, hints: Hints | None = No
     if isinstance(source, nn.Module):
         return _locate_modules(source)
     return _locate_tensors(source, hints or {})
+
+
+def locate_checkpoint(checkpoint: Checkpoint) -> Located:
+    """`locate` for an open checkpoint, with what a whole module in it says beyond its weights.
+
+    Skipped with a reason: subclasses of torch's layers, and what the reader could not make out.
+    """
+    hints: dict[str, dict[str, Any]] = {}
+    subclasses: dict[str, str] = {}
+    for name, hint in checkpoint.module_hints.items():
+        if hint.is_subclass:
+            subclasses[name] = hint.cls
+        told = {key: hint.options[key] for key in ("batch_first", "dropout", "nonlinearity") if key in hint.options}
+        if hint.options.get("mode") in ("RNN_TANH", "RNN_RELU"):
+            told["nonlinearity"] = str(hint.options["mode"]).removeprefix("RNN_").lower()
+        hints[name] = told
+    found = locate(checkpoint.tensors.lazy, hints)
+    skipped = [*found.skipped, *checkpoint.skipped.items()]
+    for layer in found.layers:
+        if layer.name in subclasses:
+            skipped.append((layer.name, f"{subclasses[layer.name]} is not torch's own: it may compute something else"))
+    return Located([layer for layer in found.layers if layer.name not in subclasses], skipped)
 
 
 _WEIGHT_HH = re.compile(r"(?:(?P<prefix>.*)\.)?weight_hh(?P<suffix>_l0)?")

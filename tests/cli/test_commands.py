@@ -29,6 +29,23 @@ def test_inspect(folder, run, run_json):
     assert "passed over bad" in text
 
 
+class Gated(nn.LSTM):
+    pass
+
+
+def test_inspect_knows_what_a_whole_module_says(folder, run_json):
+    net = nn.ModuleDict({"relu": nn.RNN(3, 8, nonlinearity="relu", batch_first=True), "own": Gated(3, 8)})
+    torch.save(net, "whole.pt")
+    result = run_json("inspect", "whole.pt")
+    (layer,) = result["layers"]
+    assert (layer["name"], layer["nonlinearity"], layer["batch_first"]) == ("relu", "relu", True)
+    ((name, reason),) = [(s["name"], s["reason"]) for s in result["skipped"]]
+    assert name == "own"
+    assert "Gated" in reason
+    plan = run_json("convert", "whole.pt", "--factors", "2x2")
+    assert {m["layer"] for m in plan["matrices"]} == {"relu"}
+
+
 def test_inspect_shows_the_factors_of_a_converted_file(folder, run, run_json):
     run("convert", "model.pt", "--factors", "2x2")
     (layer,) = run_json("inspect", "model.kru.safetensors")["layers"]
