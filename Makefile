@@ -13,7 +13,7 @@ CSRC := $(shell find kruify/csrc -type f)
 # Several threads on several processes would wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types clean test-gpu bench-gpu cuda-all
 
 demo: $(VENV)/.built
 	PATH="$(BIN):$$PATH" bash examples/demo.sh
@@ -43,6 +43,18 @@ $(VENV)/.built: setup.py $(CSRC) | $(VENV)/.installed
 	@if [ ! -f kruify/_C.abi3.so ] || [ -n "$$(find kruify/csrc setup.py -newer kruify/_C.abi3.so -type f)" ]; then \
 		echo "compiling the kernels"; $(BIN)/python setup.py -q build_ext --inplace; fi
 	@touch $@
+
+# On a machine with a GPU, with the Python that has torch with CUDA: make test-gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+test-gpu:
+	PYTHON=$(GPU_PYTHON) bash tests/cuda/gpu.sh
+
+bench-gpu:
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/cuda_layers.py
+
+# Every CUDA architecture, and what the kernels take of it; needs nvcc, no GPU.
+cuda-all: $(VENV)/.built
+	$(BIN)/python benchmarks/cuda_resources.py --arch all
 
 clean:
 	rm -rf $(VENV) build demo-out kruify/_C.abi3.so kruify.egg-info

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kruify.ops.layout import Layout
+from kruify.ops.layout import Layout, TermLayout
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "kruify" / "csrc"
@@ -204,9 +204,27 @@ def _options() -> Callable[..., Options]:
     return options
 
 
-@pytest.fixture(scope="session")
-def matrix_type() -> type[Matrix]:
-    return Matrix
+@pytest.fixture
+def matrix():  # type: ignore[no-untyped-def]
+    """A maker of matrices: (gates, rows, cols, [(gates, rank, shapes)], extras) -> Matrix in float64."""
+
+    def build(gates, rows, cols, terms, diagonal=(), overlay=0, block=4, bias=True):  # type: ignore[no-untyped-def]
+        stages, layouts = [], []
+        for own, rank, shapes in terms:
+            scale = (len(terms) * rank * cols) ** (-0.5 / len(shapes))
+            stages += [torch.randn(len(own), rank, *shape, dtype=torch.float64) * scale for shape in shapes]
+            layouts.append(TermLayout(len(shapes), tuple(own)))
+        values = index = None
+        if overlay:
+            row = torch.randint(gates, (overlay, 1)) * rows + torch.randint(rows - block + 1, (overlay, 1))
+            index = torch.cat([row, torch.randint(cols, (overlay, 1))], 1)
+            index = torch.stack(sorted(index, key=lambda r: tuple(r.tolist()))).to(torch.int32)
+            values = torch.randn(overlay, block, dtype=torch.float64) / 4
+        d = torch.randn(len(diagonal), min(rows, cols), dtype=torch.float64) / 4 if diagonal else None
+        b = torch.randn(gates * rows, dtype=torch.float64) / 4 if bias else None
+        return Matrix(stages, d, values, index, b, Layout(gates, rows, cols, tuple(diagonal), tuple(layouts)))
+
+    return build
 
 
 @pytest.fixture(name="cached", scope="session")

@@ -18,7 +18,7 @@ MARK = b"\nsaid by ptxas:\n"
 REGISTERS = """
 import torch
 from kruify.ops import operators
-names = ("kron_matmul", "kron_matmul_backward", "recurrence", "recurrence_backward")
+names = "kron_matmul kron_matmul_forward kron_matmul_backward recurrence recurrence_forward recurrence_backward".split()
 has = lambda n: torch._C._dispatch_has_kernel_for_dispatch_key("kruify::" + n, "CUDA")
 assert not any(map(has, names))
 torch.ops.load_library({library!r})

@@ -10,36 +10,12 @@ from torch import Tensor
 
 from kruify.ops import operators as operators
 from kruify.ops import reference
-from kruify.ops.layout import Layout, TermLayout
 
 KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 MENU = ((16, 16), (32, 16), (32, 32), (64, 32), (64, 64))
 SIZES = {"equal": [2, 2, 2], "packed": [3, 2, 2, 1]}
 FP32 = {"rtol": 1e-4, "atol": 2e-5}
 FP64 = {"rtol": 1e-9, "atol": 1e-10}
-
-
-@pytest.fixture
-def matrix(matrix_type):  # type: ignore[no-untyped-def]
-    """A maker of matrices: (gates, rows, cols, [(gates, rank, shapes)], extras) -> Matrix in float64."""
-
-    def build(gates, rows, cols, terms, diagonal=(), overlay=0, block=4, bias=True):  # type: ignore[no-untyped-def]
-        stages, layouts = [], []
-        for own, rank, shapes in terms:
-            scale = (len(terms) * rank * cols) ** (-0.5 / len(shapes))
-            stages += [torch.randn(len(own), rank, *shape, dtype=torch.float64) * scale for shape in shapes]
-            layouts.append(TermLayout(len(shapes), tuple(own)))
-        values = index = None
-        if overlay:
-            row = torch.randint(gates * rows - block + 1, (overlay, 1))
-            index = torch.cat([row, torch.randint(cols, (overlay, 1))], 1)
-            index = torch.stack(sorted(index, key=lambda r: tuple(r.tolist()))).to(torch.int32)
-            values = torch.randn(overlay, block, dtype=torch.float64) / 4
-        d = torch.randn(len(diagonal), min(rows, cols), dtype=torch.float64) / 4 if diagonal else None
-        b = torch.randn(gates * rows, dtype=torch.float64) / 4 if bias else None
-        return matrix_type(stages, d, values, index, b, Layout(gates, rows, cols, tuple(diagonal), tuple(layouts)))
-
-    return build
 
 
 def compare(name: str, got: Tensor | None, wanted: Tensor | None, tolerance: dict[str, float]) -> None:

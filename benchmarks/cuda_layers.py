@@ -1,0 +1,289 @@
+"""Whole layers on a GPU: kruify, cuDNN (float32, TF32, bf16), torch.compile, the torch loop; and the chip's ceilings.
+
+    python benchmarks/cuda_layers.py --quick   LSTM 1024, 2048, 4096, B=64, T=1024: a minute or two
+    python benchmarks/cuda_layers.py           H 512..4096, B 1..256, T 128 and 1024, LSTM, GRU, RNN (`make bench-gpu`)
+
+Writes benchmarks/results/cuda_layers-<GPU>.json after every measurement, so that a run that is cut short keeps what it
+had, and the table of benchmarks/cuda_layers.md. Times are medians of CUDA events, in milliseconds, input size = hidden
+size, dense W_ih. `recurrent` is the recurrence alone, on ready gates. `--seconds` bounds the whole run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+from kruify import layers
+from kruify.errors import KruifyError
+from kruify.ops import backend_info
+from kruify.ops import operators as operators
+from kruify.ops.layout import Layout, TermLayout
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICE = "cuda"
+PAIRS = {512: (32, 16), 1024: (32, 32), 2048: (64, 32), 4096: (64, 64)}
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+ISSUE = {1024: 3.0, 2048: 4.0, 4096: 6.0}  # wanted speed-up of the forward pass, whole layer, T=1024, B=64
+
+
+def milliseconds(function: Callable[[], object], budget: float = 1.0) -> float:
+    """Median time of a call by CUDA events, after warming up; about `budget` seconds in all."""
+    for _ in range(2):
+        function()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    count = max(3, min(30, int(budget / max(time.perf_counter() - begin, 1e-5))))
+    times = []
+    for _ in range(count):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        times.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in times)
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """TF32 in cuDNN and in matrix products."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def ceilings() -> dict[str, float]:
+    """What this chip does at best: GB/s of a copy, TFLOP/s of matrix products."""
+    a = torch.empty(1 << 28, device=DEVICE)
+    b = torch.empty_like(a)
+    found = {"copy_gb_per_s": 2 * a.numel() * 4 / milliseconds(lambda: b.copy_(a)) / 1e6}
+    n = 8192
+    for name, dtype, allowed in (
+        ("float32", torch.float32, False),
+        ("tf32", torch.float32, True),
+        ("bf16", torch.bfloat16, True),
+    ):
+        x, y = torch.randn(n, n, device=DEVICE, dtype=dtype), torch.randn(n, n, device=DEVICE, dtype=dtype)
+        with tf32(allowed):
+            found[f"matmul_{name}_tflop_per_s"] = 2 * n**3 / milliseconds(lambda x=x, y=y: x @ y) / 1e9
+    return found
+
+
+def work(kind: str, hidden: int, batch: int, steps: int, training: bool) -> dict[str, float]:
+    """Multiply-adds (x 2) and bytes from and to global memory that a whole kruify layer cannot do without."""
+    gates, (rows1, rows2) = GATES[kind], PAIRS[hidden]
+    rows = batch * steps
+    recurrent = 2 * rows * gates * hidden * (rows1 + rows2)
+    inputs = 2 * rows * hidden * gates * hidden
+    moved = 4 * rows * hidden * (1 + 2 * gates + 1)  # x, the gates written and read, out
+    factor = 3 if training else 1
+    return {
+        "recurrent_gflop": factor * recurrent / 1e9,
+        "input_gflop": factor * inputs / 1e9,
+        "gb": factor * moved / 1e9,
+    }
+
+
+def dense(kind: str, hidden: int) -> nn.Module:
+    """torch's own layer."""
+    layer = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[kind]
+    return layer(hidden, hidden, device=DEVICE)
+
+
+def ours(kind: str, hidden: int, backend: str) -> nn.Module:
+    """The same layer with balanced two factors."""
+    rows1, rows2 = PAIRS[hidden]
+    layer = {"lstm": layers.KRULSTM, "gru": layers.KRUGRU, "rnn": layers.KRURNN}[kind]
+    return layer(hidden, hidden, factors=f"{rows1}x{rows1},{rows2}x{rows2}", backend=backend, device=DEVICE)
+
+
+def timed(layer: nn.Module, x: Tensor, training: bool, budget: float) -> float:
+    """One pass through a layer, with or without derivatives."""
+    if not training:
+        layer.eval()
+        with torch.no_grad():
+            return milliseconds(lambda: layer(x), budget)
+    layer.train()
+    x = x.detach().requires_grad_()
+
+    def step() -> None:
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+        layer(x)[0].sum().backward()
+
+    return milliseconds(step, budget)
+
+
+def recurrent(kind: str, hidden: int, batch: int, steps: int, training: bool, budget: float) -> float:
+    """The recurrence alone, on ready-made gates."""
+    gates, (rows1, rows2) = GATES[kind], PAIRS[hidden]
+    name = "rnn_tanh" if kind == "rnn" else kind
+    shapes = ((rows1, rows1), (rows2, rows2))
+    stages = [(torch.randn(gates, 1, *s, device=DEVICE) / math.sqrt(s[0])).requires_grad_(training) for s in shapes]
+    layout = Layout(gates, hidden, hidden, (), (TermLayout(2, tuple(range(gates))),)).encode()
+    x = torch.randn(steps * batch, gates * hidden, device=DEVICE).requires_grad_(training)
+    h0 = torch.zeros(batch, hidden, device=DEVICE)
+    c0, sizes = (h0 if kind == "lstm" else None), torch.full((steps,), batch)
+    bias = torch.zeros(gates * hidden, device=DEVICE, requires_grad=training)
+
+    def step() -> None:
+        out = torch.ops.kruify.recurrence(
+            x, None, None, sizes, h0, c0, stages, None, None, None, bias, layout, name, False, training
+        )[0]
+        if training:
+            torch.autograd.grad(out.sum(), [x, *stages, bias])
+
+    if training:
+        return milliseconds(step, budget)
+    with torch.no_grad():
+        return milliseconds(step, budget)
+
+
+def compiled_loop(kind: str, hidden: int) -> Callable[[Tensor], object]:
+    """A cell of the KRU layer through torch.compile, in a Python loop over time."""
+    layer = ours(kind, hidden, "reference").eval()
+    step = torch.compile(lambda x: layer(x)[0], dynamic=False)
+    return lambda x: [step(x[t : t + 1]) for t in range(x.shape[0])]
+
+
+def candidates(
+    kind: str, hidden: int, batch: int, steps: int, training: bool, budget: float
+) -> Iterator[tuple[str, Callable[[], float]]]:
+    """(name, measurement) of everything that is compared."""
+    x = torch.randn(steps, batch, hidden, device=DEVICE)
+
+    def cudnn(dtype: torch.dtype, allowed: bool) -> float:
+        with tf32(allowed):
+            return timed(dense(kind, hidden).to(dtype), x.to(dtype), training, budget)
+
+    def layer(backend: str, allowed: bool) -> float:
+        with tf32(allowed):
+            return timed(ours(kind, hidden, backend), x, training, budget)
+
+    yield "kruify", lambda: layer("kernel", False)
+    yield "kruify_tf32_input", lambda: layer("kernel", True)
+    yield "kruify_recurrent", lambda: recurrent(kind, hidden, batch, steps, training, budget)
+    yield "cudnn_float32", lambda: cudnn(torch.float32, False)
+    yield "cudnn_tf32", lambda: cudnn(torch.float32, True)
+    yield "cudnn_bf16", lambda: cudnn(torch.bfloat16, True)
+    if steps <= 128:
+        yield "torch_loop", lambda: layer("reference", False)
+        if not training:
+            loop = compiled_loop(kind, hidden)
+            with_grad_off = torch.no_grad()(lambda: milliseconds(lambda: loop(x), budget))
+            yield "torch_compile_loop", with_grad_off
+
+
+def sweep(quick: bool) -> Iterator[tuple[str, int, int, int, bool]]:
+    """Kind, hidden size, batch, steps, training: what the issue asks for first."""
+    first = [("lstm", hidden, 64, 1024, training) for hidden in ISSUE for training in (False, True)]
+    yield from first
+    if quick:
+        return
+    for steps in (128, 1024):
+        for kind in GATES:
+            for hidden in PAIRS:
+                for batch in (1, 8, 64, 256):
+                    for training in (False, True):
+                        case = (kind, hidden, batch, steps, training)
+                        if case not in first and batch * steps * hidden <= 64 * 1024 * 4096:
+                            yield case
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The table of cuda_layers.md: the issue's cases."""
+    lines = [
+        "| layer | kruify forward | cuDNN float32 forward | ratio | wanted | recurrence alone | kruify forward + backward |"
+        " cuDNN forward + backward | ratio | wanted |",
+        "|--|--|--|--|--|--|--|--|--|--|",
+    ]
+    by = {(r["kind"], r["hidden"], r["batch"], r["steps"], r["training"]): r["ms"] for r in rows}
+    for hidden, wanted in ISSUE.items():
+        cells = []
+        for training in (False, True):
+            ms = by.get(("lstm", hidden, 64, 1024, training), {})
+            a, b = ms.get("kruify"), ms.get("cudnn_float32")
+            ratio = f"{b / a:.1f}" if isinstance(a, float) and isinstance(b, float) else "not measured"
+            cells += [f"{v:.1f}" if isinstance(v, float) else "not measured" for v in (a, b)]
+            cells += [ratio, f"{2.0 if training else wanted:.0f}"]
+            if not training:
+                alone = ms.get("kruify_recurrent")
+                cells.append(f"{alone:.1f}" if isinstance(alone, float) else "not measured")
+        rows1, rows2 = PAIRS[hidden]
+        lines.append(f"| LSTM {hidden} ({rows1}x{rows1},{rows2}x{rows2}) | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(result: dict[str, Any], target: Path) -> None:
+    """JSON and the table."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(result, indent=1) + "\n")
+    page = ROOT / "benchmarks" / "cuda_layers.md"
+    begin, end, old = "<!-- timings -->", "<!-- end of timings -->", page.read_text()
+    said = f"{result['gpu']}, torch {result['torch']}, commit {result['commit'][:12]}; ceilings: " + ", ".join(
+        f"{name} {value:.0f}" for name, value in result["ceilings"].items()
+    )
+    page.write_text(f"{old.split(begin)[0]}{begin}\n{said}\n\n{table(result['rows'])}\n{end}{old.split(end)[1]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the issue's cases alone")
+    parser.add_argument("--seconds", type=float, default=540, help="stop after this long (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="the JSON file")
+    chosen = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device: nothing to measure")
+    if not backend_info()["cuda"]:
+        raise SystemExit("the library was built without CUDA: KRUIFY_CUDA=1 python setup.py build_ext --inplace")
+    began, gpu = time.perf_counter(), torch.cuda.get_device_name()
+    target = chosen.out or ROOT / "benchmarks" / "results" / f"cuda_layers-{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}.json"
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=False, capture_output=True, text=True)
+    result: dict[str, Any] = {
+        "gpu": gpu, "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
+        "commit": head.stdout.strip() or "unknown", "ceilings": ceilings(), "rows": [],
+    }  # fmt: skip
+    print(json.dumps({k: v for k, v in result.items() if k != "rows"}), flush=True)
+    budget = 0.5 if chosen.quick else 0.25
+    for case in sweep(chosen.quick):
+        row: dict[str, Any] = dict(zip(("kind", "hidden", "batch", "steps", "training"), case, strict=True))
+        row |= {"ms": {}, **work(*case)}
+        for name, measure in candidates(*case, budget):
+            if time.perf_counter() - began > chosen.seconds:
+                print("out of time: the rest is not measured", flush=True)
+                write(result, target)
+                return
+            try:
+                row["ms"][name] = measure()
+            except (RuntimeError, KruifyError) as error:  # out of memory, no cuDNN kernel
+                row["ms"][name] = f"failed: {str(error).splitlines()[0]}"
+            torch.cuda.empty_cache()
+        ours_ms = row["ms"].get("kruify")
+        if isinstance(ours_ms, float):
+            row["tflop_per_s"] = (row["recurrent_gflop"] + row["input_gflop"]) / ours_ms
+            row["gb_per_s"] = row["gb"] / ours_ms * 1e3
+        result["rows"].append(row)
+        print(json.dumps(row), flush=True)
+        write(result, target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""A few small calls of every kernel, for compute-sanitizer: run by tests/cuda/gpu.sh under memcheck and racecheck."""
+
+from __future__ import annotations
+
+import torch
+
+from kruify.ops import has_kernel
+from kruify.ops import operators as operators
+from kruify.ops.layout import Layout, TermLayout
+
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
+
+
+def run(
+    kind: str, hidden: int, terms: list[tuple[int, list[tuple[int, int]]]], sizes: list[int], dtype: torch.dtype
+) -> None:
+    """Forward and backward of a recurrence and of a bare product."""
+    gates = GATES[kind]
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, dtype=dtype, device="cuda") / 4).requires_grad_()
+
+    stages = [leaf(gates, rank, *shape) for rank, shapes in terms for shape in shapes]
+    layout = Layout(
+        gates, hidden, hidden, (0,), tuple(TermLayout(len(shapes), tuple(range(gates))) for _, shapes in terms)
+    )
+    diagonal, bias = leaf(1, hidden), leaf(gates * hidden)
+    overlay = index = None
+    if len(terms) > 1:
+        overlay = leaf(3, 2)
+        index = torch.tensor([[0, 1], [1, 0], [gates * hidden - 2, 3]], dtype=torch.int32, device="cuda")
+    matrix = (stages, diagonal, overlay, index, bias, layout.encode())
+    x, h0 = leaf(sum(sizes), gates * hidden), leaf(sizes[0], hidden)
+    c0 = leaf(sizes[0], hidden) if kind == "lstm" else None
+    out, h, _, _ = torch.ops.kruify.recurrence(x, None, None, torch.tensor(sizes), h0, c0, *matrix, kind, False, True)
+    (out.sum() + h.sum()).backward()
+    torch.ops.kruify.kron_matmul(leaf(9, hidden), *matrix).sum().backward()
+    torch.cuda.synchronize()
+
+
+def main() -> None:
+    if not has_kernel("cuda"):
+        raise SystemExit("the library was built without CUDA")
+    for kind in GATES:
+        for rows1, rows2 in ((16, 16), (32, 32), (64, 64), (12, 8)):
+            pair = [(rows1, rows1), (rows2, rows2)]
+            run(kind, rows1 * rows2, [(1, pair)], [2, 2, 1], torch.float32)
+        run(kind, 256, [(2, [(16, 16), (16, 16)])], [140, 140], torch.float32)
+        run(kind, 24, [(2, [(3, 3), (8, 8)]), (1, [(24, 1), (1, 24)])], [3, 2], torch.float32)
+        run(kind, 24, [(2, [(3, 3), (8, 8)]), (1, [(24, 1), (1, 24)])], [3, 2], torch.float64)
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()
