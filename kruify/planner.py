@@ -172,7 +172,7 @@ def _pool(gate: _Gate, limits: Budget) -> list[Candidate]:
     share = limits.parameters or limits.multiply_adds or 1.0
     whole = _dense(gate)
     pool = {whole.structure: whole}
-    for level in LEVELS:
+    for level in reversed(LEVELS):  # the largest first: its singular values serve all others
         parameters = int(min(1.0, share * level) * gate.dense)
         adds = None
         if limits.multiply_adds is not None:

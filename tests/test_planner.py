@@ -112,3 +112,11 @@ def test_progress_counts_gates():
     seen = []
     plan_budget(matrices(), "4x", progress=lambda done, total: seen.append((done, total)))
     assert seen == [(i + 1, 5) for i in range(5)]
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(50, 50), (257, 257), (26, 65), (1, 7), (7, 1)])
+def test_sizes_without_handsome_divisors_are_planned_too(rows, cols):
+    plan = plan_budget({"w": (gaussian(rows, cols), 1, None)}, "params=60%" if min(rows, cols) > 1 else "1x")
+    assert plan.parameters <= plan.dense_parameters
+    structure = parse("auto").resolve(rows, cols)
+    assert 0 < fit(gaussian(rows, cols), structure, null=False).energy <= 1 + 1e-12

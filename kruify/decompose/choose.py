@@ -55,7 +55,8 @@ class Search:
         self.metric, self.seed = metric, seed
         self.total = metric.error(self.matrix)
         self.block = next(b for b in BLOCK_HEIGHTS if self.rows % b == 0)
-        self._shortlist = 1 if isinstance(metric, Weighted) else SHORTLIST  # weighted fits of products are slow
+        slow = isinstance(metric, Weighted) or self.matrix.numel() > SHAPES_LIMIT
+        self._shortlist = 1 if slow else SHORTLIST
         self._white = self.matrix @ metric.root if isinstance(metric, Weighted) else self.matrix
         self._spectra: dict[tuple[Shape, ...], Tensor] = {}
         self._fits: dict[Structure, float] = {}

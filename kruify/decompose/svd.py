@@ -8,9 +8,11 @@ from torch import Tensor
 
 from kruify.decompose.vectors import NUMERICALLY_ZERO, VectorSum
 
-LANCZOS_FROM = 768  # shorter side from which Lanczos wins over LAPACK, if few triplets are asked for
-LANCZOS_SHARE = 16  # ... that is, at most 1/16 of all
-GRAM_SHARE = 8  # below LANCZOS_FROM: at most 1/8 of all triplets by the Gram matrix
+LANCZOS_FROM = 768  # shorter side from which Lanczos wins over LAPACK for a few triplets,
+LANCZOS_FEW = 4  # ... that is, so many,
+LANCZOS_LARGE = 2048  # and the shorter side from which it also wins for
+LANCZOS_SHARE = 16  # ... 1/16 of all
+GRAM_SHARE = 8  # elsewhere, at most 1/8 of all triplets come from the Gram matrix
 LANCZOS_LIMIT = 1200  # steps; beyond, the basis costs more than LAPACK
 PANEL = 16  # rows that stay in the cache between the two products with them
 ACCURACY = 1e-9  # distance of the subspace found from the true one
@@ -20,7 +22,8 @@ BACKWARD = 1e-13  # or: a residual at rounding level, where singular values lie 
 def truncated_svd(matrix: Tensor, rank: int) -> VectorSum:
     """The `rank` heaviest singular triplets of a float64 (m, n) matrix; fewer where its rank is lower."""
     shorter = min(matrix.shape)
-    if shorter >= LANCZOS_FROM and rank * LANCZOS_SHARE <= shorter:
+    few = shorter >= LANCZOS_FROM and rank <= LANCZOS_FEW
+    if few or (shorter >= LANCZOS_LARGE and rank * LANCZOS_SHARE <= shorter):
         found = _lanczos(matrix, rank)
         if found is not None:
             return found
@@ -87,7 +90,7 @@ def _lanczos(matrix: Tensor, rank: int) -> VectorSum | None:
         if largest == 0:
             return None
         broke_down = beta[-1] <= 1e-14 * largest
-        if broke_down or (step > 2 * rank and step % 5 == 4):
+        if broke_down or (step > 2 * rank and step % max(5, step // 10) == 0):
             off = torch.tensor(beta[:-1], dtype=matrix.dtype)
             small = torch.diag(torch.tensor(alpha, dtype=matrix.dtype)) + torch.diag(off, 1) + torch.diag(off, -1)
             values, vectors = (t.flip(-1) for t in torch.linalg.eigh(small))

@@ -22,10 +22,11 @@ def low_rank(m, n, rank):
     ("matrix", "rank"),
     [
         (gaussian(800, 800), 3),  # Lanczos, the hardest spectrum
-        (gaussian(800, 1000), 5),
+        (gaussian(800, 1000), 4),
+        (gaussian(1000, 800), 40),  # Gram matrix
         (gaussian(1000, 800), 1),
         (low_rank(800, 800, 4), 4),  # Lanczos breaks down: exact after four steps
-        (low_rank(800, 800, 4), 6),  # fewer than asked for
+        (low_rank(800, 800, 3), 4),  # fewer than asked for
         (torch.eye(800, dtype=torch.float64), 3),  # one start vector sees one direction only
         (torch.block_diag(2 * torch.eye(2, dtype=torch.float64), 0.01 * gaussian(800, 800)), 1),
         (torch.zeros(800, 800, dtype=torch.float64), 2),
