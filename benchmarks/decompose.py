@@ -288,7 +288,7 @@ def relabelling() -> list[Row]:
         for spec in ("16x16", "8*(16x16,16x16)"):
             structure = parse(spec).resolve(256, 256)
             found, cpu, _ = timed(
-                lambda g=gates, s=structure: symmetries(g, s, odd=[2], seed=SEED, restarts=10, seconds=90)
+                lambda g=gates, s=structure: symmetries(g, s, odd=[2], seed=SEED, restarts=4, seconds=120)
             )
             rows.append(
                 {
@@ -389,34 +389,35 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write(results: Row) -> None:
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "decompose.json").write_text(json.dumps(results, indent=1) + "\n")
+def write(results: Row, file: Path) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(results, indent=1) + "\n")
     parts = ["# What the decomposer keeps, and how fast", "", "Written by `python benchmarks/decompose.py`.", ""]
     for name, section in SECTIONS.items():
         if name in results:
             found = results[name]
             where = ", ".join(f"{k} {v}" for k, v in found["machine"].items())
             parts += [f"## {name}", "", (section.__doc__ or "").strip(), "", table(found["rows"]), "", f"({where})", ""]
-    (HERE / "decompose.md").write_text("\n".join(parts))
+    (file.parent.parent / "decompose.md").write_text("\n".join(parts))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "decompose.json")
     parser.add_argument("--large-child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.large_child:
         large_child()
         return
-    file = HERE / "results" / "decompose.json"
-    results: Row = json.loads(file.read_text()) if file.exists() else {}
+    file: Path = options.results
     for name in options.only:
         print(f"{name} ...", flush=True)
         rows, _, wall = timed(SECTIONS[name])
+        results: Row = json.loads(file.read_text()) if file.exists() else {}
         results[name] = {"machine": machine(), "rows": rows}
-        write(results)
+        write(results, file)
         print(table(rows), f"\n({wall:.0f} s)\n", flush=True)
 
 
