@@ -65,13 +65,15 @@ class Processes:
         # keeps the gradient None, so that the optimiser leaves it alone as it would in one process), then the extra
         # numbers.
         used = [float(p.grad is not None) for p in parameters]
-        pieces = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).double() for p in parameters]
+        pieces = [_reals(torch.zeros_like(p) if p.grad is None else p.grad).double() for p in parameters]
         tail = torch.tensor([*used, *extra], dtype=torch.float64, device=self.device)
         total: Tensor = self._accelerator.reduce(torch.cat([*pieces, tail]), reduction="sum")
         start = 0
         for parameter, piece in zip(parameters, pieces, strict=True):
-            summed = total[start : start + piece.numel()].to(parameter.dtype).view_as(parameter)
-            parameter.grad = summed
+            summed = total[start : start + piece.numel()]
+            real = summed.view(-1, 2) if parameter.is_complex() else summed
+            values = torch.view_as_complex(real) if parameter.is_complex() else real
+            parameter.grad = values.to(parameter.dtype).view_as(parameter)
             start += piece.numel()
         numbers: list[float] = total[start:].tolist()
         for parameter, flag in zip(parameters, numbers[: len(used)], strict=True):
@@ -102,3 +104,8 @@ class Processes:
     def wait(self) -> None:
         """Return when every process has come this far."""
         self._accelerator.wait_for_everyone()
+
+
+def _reals(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor in one row, complex ones as pairs."""
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kruify.errors import CorruptError, TaskError, UsageError
 from kruify.finetune import Progress, finetune
 from kruify.finetune.finetune import finetune as finetune_function
+from kruify.layers.kru import KRU
 
 QUICK: dict[str, Any] = {"epochs": 3, "lr": 2e-2, "device": "cpu"}
 
@@ -238,3 +239,37 @@ def test_resume_refuses_another_run(tmp_path: Path) -> None:
     (tmp_path / "state.pt").write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(CorruptError, match="start over"):
         finetune(task.kronecker(), task, resume=tmp_path, **QUICK)
+
+
+class Published(nn.Module):
+    """The unit as published, complex, with a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = KRU(3, 8, factors="2x2", dtype=torch.float64)
+        self.head = nn.Linear(16, 4, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x.transpose(0, 1))[0][-1])
+
+
+def test_complex_unit_trains_with_its_penalty_and_resumes(tmp_path: Path) -> None:
+    task = Delay(count=10)
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return Published()
+
+    options: dict[str, Any] = {"epochs": 4, "lr": 3e-2, "ema": 0.5, "device": "cpu"}
+    whole = finetune(model(), task, **options)
+    assert whole.history[-1]["loss"] < 0.9 * whole.history[1]["loss"]
+    free = finetune(model(), task, unitary_penalty=0.0, **options)
+    assert whole.history[-1]["penalty"] < free.history[-1]["penalty"]
+
+    def interrupt(progress: Progress) -> None:
+        if progress.step == 15:
+            raise Stop
+
+    with pytest.raises(Stop):
+        finetune(model(), task, resume=tmp_path, on_progress=interrupt, save_steps=4, **options)
+    assert same(finetune(model(), task, resume=tmp_path, **options).model.state_dict(), whole.model.state_dict())
