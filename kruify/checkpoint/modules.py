@@ -34,7 +34,7 @@ class ModuleHint:
     @property
     def is_subclass(self) -> bool:
         """Whether the class is not torch's own: its forward may do something else with the weights."""
-        return not self.cls.startswith(TORCH_RNN)
+        return not self.cls.startswith((TORCH_RNN, "onnx.", "keras."))
 
 
 class ModuleTree(dict[str, Any]):

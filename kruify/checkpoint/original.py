@@ -168,8 +168,9 @@ def _write_shards(path: Path, named: Mapping[str, LazyTensor], table: Mapping[st
         write(path.parent / shard, content, {"format": "pt"} if write is write_safetensors else None)
     if missing := [name for name in named if name not in index]:
         raise CorruptError(f"no shard of the original held {missing[0][:80]}", path)
+    content = {"metadata": table["metadata"], "weight_map": {name: index[name] for name in named}}
     with atomic_file(path) as file:
-        file.write(json.dumps({"metadata": table["metadata"], "weight_map": index}, indent=2).encode())
+        file.write(json.dumps(content, indent=2).encode())
 
 
 def _write_into_copy(source: Path, path: Path, named: Mapping[str, LazyTensor], kind: str, key: str | None) -> None:
