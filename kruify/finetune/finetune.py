@@ -91,18 +91,18 @@ def phases_of(model: nn.Module, task: Task, teacher: nn.Module | None, recipe: R
         return task.loss(task.forward(model, batch), batch)
 
     phases = []
-    objective = supervised
+    objective, taught = supervised, False
     if teacher is not None:
         distillation = Distillation(model, teacher, task, recipe)
         if distillation.converted():
             lr = recipe.heal_lr or recipe.lr
             healed = distillation.healed_parameters()
-            phases.append(Phase("heal", recipe.heal_epochs, lr, distillation.healing, healed))
+            phases.append(Phase("heal", recipe.heal_epochs, lr, distillation.healing, healed, taught=True))
         if recipe.distill_only or recipe.distill_logits or recipe.distill_hidden:
-            objective = distillation.loss
+            objective, taught = distillation.loss, True
     if factors := factor_names(model):
-        phases.append(Phase("warm", recipe.warm_epochs, recipe.lr, objective, factors))
-    phases.append(Phase("train", recipe.epochs, recipe.lr, objective, anneals=True))
+        phases.append(Phase("warm", recipe.warm_epochs, recipe.lr, objective, factors, taught=taught))
+    phases.append(Phase("train", recipe.epochs, recipe.lr, objective, anneals=True, taught=taught))
     return phases
 
 

@@ -45,6 +45,7 @@ class Phase:
         objective: batch (on the device) -> scalar loss.
         only: names of the parameters that it trains; None for all.
         anneals: whether overlays are pruned in it.
+        taught: whether the objective compares with a teacher.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Phase:
     objective: Callable[[Any], Tensor]
     only: Collection[str] | None = None
     anneals: bool = False
+    taught: bool = False
 
 
 class Trainer:
@@ -277,6 +279,9 @@ class Trainer:
 
     # ------------------------------------------------------------------ the saved state
 
+    def _outline(self) -> list[list[Any]]:
+        return [[phase.name, phase.taught, phase.anneals and self.annealing is not None] for phase in self.phases]
+
     def _shapes(self) -> dict[str, list[int]]:
         """Of every parameter; of an overlay only the block, since the number of blocks falls while it is annealed."""
         shapes = {name: list(p.shape) for name, p in self.model.named_parameters()}
@@ -298,6 +303,7 @@ class Trainer:
                 "recipe": self.recipe.to_json(),
                 "shapes": self._shapes(),
                 "batches": [self.batches, self.group],
+                "phases": self._outline(),
                 "phase": self.phase,
                 "step": self.step,
                 "history": self.history,
@@ -329,6 +335,10 @@ class Trainer:
         check_same_run(self.folder, saved, self.recipe, self._shapes())
         if saved["batches"] != [self.batches, self.group]:
             raise UsageError("the task's batches or the number of processes changed since this run began", self.folder)
+        if saved["phases"] != self._outline():
+            raise UsageError(
+                "the run in this folder had a teacher, or had none", self.folder, "Give the same --teacher"
+            )
         for name in (
             "phase",
             "step",

@@ -186,3 +186,11 @@ def test_unknown_output_kind() -> None:
     task.output_kind = "logits"
     with pytest.raises(UsageError, match="output_kind must be one of softmax"):
         finetune(student, task, teacher=teacher, **QUICK)
+
+
+def test_resume_refuses_to_go_on_without_the_teacher(tmp_path: Path) -> None:
+    task, teacher, student = pair(spec="2*(4x4,2x2)+sparse:10%")
+    options = {**QUICK, "overlay_start": 1.0}
+    finetune(copy.deepcopy(student), task, teacher=teacher, resume=tmp_path, **options)
+    with pytest.raises(UsageError, match="Give the same --teacher"):
+        finetune(copy.deepcopy(student), task, resume=tmp_path, **options)
