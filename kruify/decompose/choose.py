@@ -62,7 +62,7 @@ class Search:
         self._fits: dict[Structure, float] = {}
 
     def energy(self, structure: Structure, sweeps: int = SEARCH_SWEEPS) -> float:
-        """The energy that a fit of few sweeps keeps, at least what a full one would lose none of."""
+        """The energy that a fit of few sweeps keeps: a bound from below on what a thorough one does."""
         if structure not in self._fits:
             self._fits[structure] = self.fitted(structure, sweeps)[1]
         return self._fits[structure]
