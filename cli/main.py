@@ -18,6 +18,7 @@ from .export import export
 from .finetune import finetune
 from .inspect import inspect
 from .report import report
+from .sweep import sweep
 from .tasks import tasks
 from .verify import verify
 
@@ -87,7 +88,7 @@ def cli() -> None:
     """
 
 
-for _command in (inspect, convert, finetune, compress, evaluate, report, export, verify, tasks):
+for _command in (inspect, convert, finetune, compress, evaluate, sweep, report, export, verify, tasks):
     cli.add_command(_command)
 
 

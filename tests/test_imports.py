@@ -12,8 +12,8 @@ import kruify.errors
 PACKAGE = Path(kruify.errors.__file__).parent
 ORDER = [
     "errors", "factors", "kronecker", "ops", "decompose", "layers", "checkpoint", "locate", "plan", "planner", "task",
-    "calibrate", "budget", "convert", "finetune", "tasks", "evaluate", "report", "export", "verify", "compress", "api",
-    "__init__", "cli", "__main__",
+    "calibrate", "budget", "convert", "finetune", "tasks", "evaluate", "report", "export", "verify", "compress",
+    "sweep", "api", "__init__", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -17,8 +17,11 @@ STRONG_ROW = ' class="strong"'
 TEXT_CELL = ' class="text"'
 
 
-def to_html(report: Report, title: str | None = None) -> str:
+def to_html(report: Report, title: str | None = None, knee: str | None = None) -> str:
     """The whole page.
+
+    Args:
+        knee: name of the model at which a trade-off curve bends; it is marked.
 
     Raises:
         UnsupportedError: matplotlib, which draws the pictures, is not installed.
@@ -33,7 +36,7 @@ def to_html(report: Report, title: str | None = None) -> str:
         f'<div class="card">{_comparison(report)}</div>',
         f'<p class="note">{escape(measured(report))}</p>',
         "<h2>Pictures</h2>",
-        f'<div class="pictures">{_pictures(report)}</div>',
+        f'<div class="pictures">{_pictures(report, knee)}</div>',
         "<h2>Recurrent matrices, gate by gate</h2>",
         "<p>Energy is what the factored matrix has in common with the dense one, "
         "1 &minus; ‖W&minus;K‖²/‖W‖²; beside it stands what the same structure keeps of a random matrix. "
@@ -87,14 +90,17 @@ def _table(head: str, rows: str, names: str = "") -> str:
     return f'<div class="scroll">{opened}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def _pictures(report: Report) -> str:
+def _pictures(report: Report, knee: str | None) -> str:
     found = [
         _figure("Parameters", pictures.sizes(report), "Numbers in the file, by where they stand."),
         _figure(
             "Latency", pictures.latency(report), "Bar and figure: median. Mark: 95th percentile. Shorter is faster."
         ),
     ]
-    for key, picture in (("metric", pictures.tradeoff(report)), ("curve", pictures.curves(report, report.metric))):
+    for key, picture in (
+        ("metric", pictures.tradeoff(report, knee)),
+        ("curve", pictures.curves(report, report.metric)),
+    ):
         if picture and key == "metric":
             found.append(_figure("Accuracy against size", picture, f"{report.metric} on the {report.split} split."))
         elif picture:

@@ -206,16 +206,22 @@ def spectra(report: Report, matrix: str) -> str:
     return draw(paint, 1.35 * rows + 0.2)
 
 
-def tradeoff(report: Report) -> str | None:
-    """The task's metric against parameters; None without a task."""
+def tradeoff(report: Report, knee: str | None = None) -> str | None:
+    """The task's metric against parameters, as a curve where a knee is to be marked; None without a task."""
     if report.metric is None:
         return None
     key = report.metric
 
     def paint(figure: Any) -> None:
         axes = figure.add_subplot()
+        if knee is not None:
+            curve = sorted((m.parameters["total"], m.metrics[key]) for m in report.models)
+            axes.plot(*zip(*curve, strict=True), color=GRID, linewidth=1.5, zorder=1)
         for index, model in enumerate(report.models):
             x, y = model.parameters["total"], model.metrics[key]
+            if model.name == knee:
+                axes.plot([x], [y], "o", color=INK, markersize=14, fillstyle="none", markeredgewidth=1.2, clip_on=False)
+                axes.annotate("knee", (x, y), xytext=(0, 11), textcoords="offset points", ha="center", fontsize=8.5)
             axes.plot([x], [y], "o", color=color(index), markersize=8, clip_on=False, label=short(model.name, 30))
         axes.set_xscale("log")
         axes.set_xlabel("parameters of the whole model")

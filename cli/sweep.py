@@ -1,0 +1,121 @@
+"""`kruify sweep MODEL --task TASK --budgets 2x,4x,8x,16x`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .console import Output, json_option, output, progress
+from .options import key_option, model_argument, network, seed_option, split_option, task_option
+
+if TYPE_CHECKING:
+    from kruify.sweep import Point, Sweep
+    from kruify.task import Task
+
+
+@click.command()
+@model_argument
+@task_option
+@click.option(
+    "--budgets", metavar="B,B,...", default="2x,4x,8x,16x", show_default=True, help="As for convert --budget."
+)
+@click.option("--dir", "folder", metavar="DIR", help="Where networks and state go.  [default: MODEL.sweep beside it]")
+@click.option("--epochs", type=float, help="Passes over the train split for each network.  [default: 5]")
+@click.option("--lr", type=float, help="Peak learning rate of AdamW.  [default: 0.002]")
+@click.option("--html", "html_file", metavar="FILE", help="Write a report on all networks, the knee marked.")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1.  [default: a GPU if there is one]")
+@split_option
+@seed_option
+@key_option
+@json_option
+def sweep(
+    model: str,
+    task_name: str,
+    budgets: str,
+    folder: str | None,
+    epochs: float | None,
+    lr: float | None,
+    html_file: str | None,
+    device: str | None,
+    split: str,
+    seed: int,
+    key: str | None,
+    json_only: bool,
+) -> None:
+    """Convert and fine-tune MODEL under several budgets: the trade-off curve, and its knee.
+
+    An interrupted sweep goes on where it stopped when the same command is given again.
+    """
+    options = {name: value for name, value in (("epochs", epochs), ("lr", lr)) if value is not None}
+    with output(json_only) as out:
+        from kruify.checkpoint import atomic_file, read
+        from kruify.sweep import sweep as run
+        from kruify.task import load_task
+
+        checkpoint = read(model, key=key)
+        task = load_task(task_name)
+        with progress("starting") as advance:
+            done = run(
+                network(checkpoint, task),
+                task,
+                # A comma inside a budget (params=8x,macs=50%) is followed by a name.
+                [b.strip() for b in re.split(r",(?!\s*macs=)", budgets) if b.strip()],
+                folder or f"{model}.sweep",
+                split=split,
+                source_sha256=checkpoint.sha256,
+                seed=seed,
+                device=device,
+                on_progress=lambda now: advance(now.step, now.steps, f"epoch {now.epoch}/{now.epochs}"),
+                on_point=lambda point: out.note(_line(point, task)),
+                **options,
+            )
+        _show(out, done)
+        if html_file:
+            from kruify.report import build_report, to_html
+
+            files = [model, *(point.file for point in done.points if point.file)]
+            with progress("report") as advance:
+                report = build_report(files, task, task_name=task_name, split=split, key=key, progress=advance)
+            knee = None if done.knee is None else report.models[done.knee].name
+            with atomic_file(html_file) as handle:
+                handle.write(to_html(report, knee=knee, title=f"{Path(model).name}: the trade-off").encode())
+            out.show(f"wrote {html_file}")
+        out.result(
+            {
+                "points": [asdict(point) for point in done.points],
+                "knee": None if done.knee is None else done.points[done.knee].budget,
+                "metric": done.metric,
+                "split": done.split,
+            }
+        )
+
+
+def _line(point: Point, task: Task) -> str:
+    return f"{point.budget}: {task.metric} {point.metrics[task.metric]:.4f}, {point.recurrent_parameters:,} recurrent"
+
+
+def _show(out: Output, done: Sweep) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{done.metric}, {done.split} split", title_justify="left")
+    for heading in ("budget", "recurrent parameters", "smaller", "all parameters", done.metric):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    values = [point.metrics[done.metric] for point in done.points]
+    low, span = min(values), (max(values) - min(values)) or 1.0
+    first = done.points[0].recurrent_parameters
+    for index, (point, value) in enumerate(zip(done.points, values, strict=True)):
+        bar = "\u2588" * (1 + round(23 * (value - low) / span))
+        table.add_row(
+            point.budget,
+            f"{point.recurrent_parameters:,}",
+            f"{first / max(1, point.recurrent_parameters):.1f}x",
+            f"{point.total_parameters:,}",
+            f"{value:.4f}",
+            f"{bar} [bold]knee[/bold]" if index == done.knee else bar,
+        )
+    out.show(table)

@@ -1,0 +1,208 @@
+"""The trade-off curve: one network converted and fine-tuned under several budgets, and where the curve bends."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kruify.budget import make_budget_plan
+from kruify.calibrate import Moments, calibrate
+from kruify.checkpoint import atomic_file, metadata_for, write_safetensors
+from kruify.convert import convert_module, plan_of
+from kruify.errors import UsageError
+from kruify.finetune import Recipe, finetune
+from kruify.finetune.result import OnProgress
+from kruify.locate import RecurrentLayer, locate
+from kruify.planner import parse_budget
+from kruify.task import Task
+
+STATE = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network of the sweep.
+
+    Attributes:
+        budget: as it was given; "dense" for the network that the sweep starts from.
+        file: the converted and fine-tuned network; None for the dense one.
+        recurrent_parameters, total_parameters: numbers in it.
+        metrics: on the split of the sweep.
+    """
+
+    budget: str
+    file: str | None
+    recurrent_parameters: int
+    total_parameters: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All points, the dense network first, then the budgets in order; `knee` is an index, None below 3 points."""
+
+    points: list[Point]
+    metric: str
+    higher_is_better: bool
+    split: str
+    knee: int | None
+
+
+def sweep(
+    dense: nn.Module,
+    task: Task,
+    budgets: Sequence[str],
+    folder: str | PathLike[str],
+    *,
+    split: str = "test",
+    source_sha256: str = "",
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    on_progress: OnProgress | None = None,
+    on_point: Callable[[Point], None] | None = None,
+    **recipe: Any,
+) -> Sweep:
+    """Plans, converts, fine-tunes and evaluates `dense` under each budget.
+
+    The folder keeps every network and what is known so far: an interrupted sweep goes on where it stopped, inside a
+    fine-tuning run, too, and further budgets can be added to a finished one.
+
+    Args:
+        dense: the trained network; it is the teacher, and is left alone.
+        budgets: such as "2x", "4x", "params=10%" (kruify.planner.parse_budget).
+        recipe: options of kruify.finetune.Recipe, such as epochs.
+
+    Raises:
+        UsageError: a budget is given twice, no recurrent layer, or the folder holds another sweep.
+        PlanError: a budget cannot be met.
+    """
+    for budget in budgets:
+        parse_budget(budget)
+    if not budgets or len(set(budgets)) != len(budgets):
+        raise UsageError(f"a sweep takes different budgets, got {', '.join(budgets) or 'none'}")
+    layers = locate(dense).layers
+    if not layers:
+        raise UsageError("there is no RNN, LSTM or GRU layer to convert", type(dense).__name__)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = Recipe().changed(seed=seed, **recipe).to_json()
+    state = _State(folder, {"source": source_sha256, "task": type(task).__name__, "split": split, "recipe": settings})
+    points, moments = [], None
+    for budget in ("dense", *budgets):
+        point = state.known.get(budget)
+        if point is None:
+            if budget == "dense":
+                count = sum(layer.recurrent_parameters for layer in layers)
+                total = sum(p.numel() for p in dense.parameters())
+                point = Point("dense", None, count, total, task.evaluate(dense, split))
+            else:
+                moments = moments or calibrate(dense, task, seed=seed)
+                file = folder / f"{_safe(budget)}.kru.safetensors"
+                metrics, counts = _make(
+                    dense, layers, task, budget, moments, file, split, source_sha256, seed, device, on_progress, recipe
+                )
+                point = Point(budget, str(file), counts[0], counts[1], metrics)
+            state.add(point)
+        points.append(point)
+        if on_point is not None:
+            on_point(point)
+    return Sweep(points, task.metric, task.higher_is_better, split, knee(points, task.metric, task.higher_is_better))
+
+
+def _make(
+    dense: nn.Module,
+    layers: Sequence[RecurrentLayer],
+    task: Task,
+    budget: str,
+    moments: Mapping[str, Moments],
+    file: Path,
+    split: str,
+    source_sha256: str,
+    seed: int,
+    device: str | torch.device | None,
+    on_progress: OnProgress | None,
+    recipe: Mapping[str, Any],
+) -> tuple[dict[str, float], tuple[int, int]]:
+    """Writes the network of one budget; returns its metrics, its recurrent and all its parameters."""
+    plan = make_budget_plan(dense.state_dict(), layers, budget, moments=moments, seed=seed)
+    converted, conversion = convert_module(dense, plan, moments=moments, seed=seed)
+    outcome = finetune(
+        converted,
+        task,
+        teacher=copy.deepcopy(dense),
+        resume=file.with_name(f"{_safe(budget)}.run"),
+        device=device,
+        on_progress=on_progress,
+        seed=seed,
+        **recipe,
+    )
+    model = outcome.model.cpu()
+    told = {"kruify.history": json.dumps(outcome.history)}
+    metadata = metadata_for(plan_of(model).to_json(), source_sha256=source_sha256, seed=seed, extra=told)
+    write_safetensors(file, model.state_dict(), metadata)
+    counts = int(conversion.parameters["recurrent_after"]), sum(p.numel() for p in model.parameters())
+    return task.evaluate(model, split), counts
+
+
+class _State:
+    """What a folder knows of a sweep, written after every point."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.file, self.settings = folder / STATE, settings
+        self.known: dict[str, Point] = {}
+        if not self.file.exists():
+            return
+        try:
+            data = json.loads(self.file.read_text(encoding="utf-8"))
+            same = data["settings"] == settings
+            self.known = {entry["budget"]: Point(**entry) for entry in data["points"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"it is no record of a sweep ({error})", self.file, "Name another folder") from None
+        if not same:
+            raise UsageError(
+                "the folder holds a sweep of another model, task or recipe", folder, "Name another folder with --dir"
+            )
+        self.known = {b: p for b, p in self.known.items() if p.file is None or Path(p.file).exists()}
+
+    def add(self, point: Point) -> None:
+        self.known[point.budget] = point
+        data = {"settings": self.settings, "points": [asdict(p) for p in self.known.values()]}
+        with atomic_file(self.file) as file:
+            file.write(json.dumps(data, indent=2).encode())
+
+
+def knee(points: Sequence[Point], metric: str, higher_is_better: bool) -> int | None:
+    """Index of the point where more compression begins to cost more than it saves; None below 3 points.
+
+    Kneedle's rule (Satopaa et al. 2011): on axes scaled to [0, 1], logarithm of the parameters and loss of the metric,
+    the point farthest below the straight line between the ends.
+    """
+    if len(points) < 3:
+        return None
+    size = [math.log(max(1, p.recurrent_parameters)) for p in points]
+    cost = [-p.metrics[metric] if higher_is_better else p.metrics[metric] for p in points]
+    if not all(map(math.isfinite, cost)):
+        return None
+    gain = [
+        _scaled(max(size) - s, max(size) - min(size)) - _scaled(c - min(cost), max(cost) - min(cost))
+        for s, c in zip(size, cost, strict=True)
+    ]
+    return max(range(len(points)), key=lambda i: gain[i])
+
+
+def _scaled(value: float, span: float) -> float:
+    return value / span if span else 0.0
+
+
+def _safe(budget: str) -> str:
+    """A budget as part of a file name."""
+    return "".join(c if c.isalnum() or c in ".-" else "-" for c in budget.replace("%", "pc"))
