@@ -14,17 +14,30 @@ struct Exp {
 // exp(scale * x), the argument clamped so that products of three results stay finite. NaN stays NaN.
 template <class T>
 KRUIFY_INLINE Exp<T> exponential(Vec<T> x, T scale) {
-  using I = typename Simd<T>::I;
   constexpr bool F = sizeof(T) == 4;
   const Vec<T> limit = splat<T>(F ? T(41) : T(330));  // powers of two
   Vec<T> y = x * splat<T>(scale * T(1.44269504088896340736));
-  y = y > limit ? limit : y;
-  y = y < -limit ? -limit : y;
+  y = at_most<T>(limit, y);
+  Vec<T> f, power;  // y = n + f with f in [-1/2, 1/2]; power = 2^n
+#if defined(__AVX512F__)
+  if constexpr (F) {
+    const __m512 n = _mm512_roundscale_ps((__m512)y, 8);
+    f = y - (Vec<T>)n;
+    power = (Vec<T>)_mm512_scalef_ps((__m512)splat<T>(1), n);
+  } else {
+    const __m512d n = _mm512_roundscale_pd((__m512d)y, 8);
+    f = y - (Vec<T>)n;
+    power = (Vec<T>)_mm512_scalef_pd((__m512d)splat<T>(1), n);
+  }
+#else
+  using I = typename Simd<T>::I;
+  y = at_least<T>(-limit, y);
   const Vec<T> magic = splat<T>(F ? T(12582912) : T(6755399441055744.0));  // 1.5 * 2^(mantissa bits)
   const Vec<T> shifted = y + magic;
-  const Vec<T> f = y - (shifted - magic);  // in [-1/2, 1/2]
+  f = y - (shifted - magic);
   const I n = (I)shifted - (I)magic;
-  const Vec<T> power = (Vec<T>)((n + (F ? 127 : 1023)) << (F ? 23 : 52));
+  power = (Vec<T>)((n + (F ? 127 : 1023)) << (F ? 23 : 52));
+#endif
   Vec<T> p;
   if constexpr (F) {  // Cephes exp2f
     p = splat<T>(1.535336188319500e-4f);

@@ -195,7 +195,7 @@ CheckedMatrix<T>::CheckedMatrix(const std::vector<Tensor>& stages, const Optiona
     int64_t scratch = 0;
     if (term.kind == TermKind::kLowRank) scratch = times(n, 16) + 64;
     if (term.kind == TermKind::kPair)
-      scratch = m.cols + times(2 * n, times(term.q[0], term.p[1]));
+      scratch = m.cols + times(2 * n, times(term.q[0], term.p[1])) + 32 * term.q[0];  // rows of T are padded
     if (term.kind == TermKind::kChain) {
       const int64_t tail = times(term.p[1], term.p[2]), t1 = times(times(term.q[0], term.q[1]), times(n, term.p[2]));
       scratch = times(2, t1) + times(n, times(term.q[0], tail)) + 2 * times(term.q[0], tail) + times(term.q[1], term.p[2]);

@@ -114,6 +114,33 @@ KRUIFY_INLINE void for_vectors(int64_t n, F f) {
     f(i, [rest](const T* p) { return load_n(p, rest); }, [rest](T* p, Vec<T> v) { store_n(p, v, rest); });
 }
 
+// The smaller (larger) of a constant and v; NaN in v stays NaN.
+template <class T>
+KRUIFY_INLINE Vec<T> at_most(Vec<T> limit, Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_min_ps((__m512)limit, (__m512)v);
+  else return (Vec<T>)_mm512_min_pd((__m512d)limit, (__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_min_ps((__m256)limit, (__m256)v);
+  else return (Vec<T>)_mm256_min_pd((__m256d)limit, (__m256d)v);
+#else
+  return v > limit ? limit : v;
+#endif
+}
+
+template <class T>
+KRUIFY_INLINE Vec<T> at_least(Vec<T> limit, Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_max_ps((__m512)limit, (__m512)v);
+  else return (Vec<T>)_mm512_max_pd((__m512d)limit, (__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_max_ps((__m256)limit, (__m256)v);
+  else return (Vec<T>)_mm256_max_pd((__m256d)limit, (__m256d)v);
+#else
+  return v < limit ? limit : v;
+#endif
+}
+
 template <class T>
 KRUIFY_INLINE T sum(Vec<T> v) {
   T total = 0;

@@ -57,11 +57,15 @@ inline void product_low_rank(const Term<T>& term, int64_t nb, const T* x, int64_
   }
 }
 
+// Row length of T in scratch memory: a power of two would put all rows of a column into the same few cache lines.
+inline int64_t padded(int64_t width) { return width + 16; }
+
 template <class T>
 inline void product_pair(const Term<T>& term, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys, T* scratch) {
-  const int64_t p0 = term.p[0], q0 = term.q[0], p1 = term.p[1], q1 = term.q[1], n = term.products(), ld = n * p1;
+  const int64_t p0 = term.p[0], q0 = term.q[0], p1 = term.p[1], q1 = term.q[1], n = term.products();
+  const int64_t width = n * p1, ld = padded(width);
   for (int64_t s = 0; s < nb; ++s) {
-    gemm<T, true>(q0, ld, q1, x + s * xs, q1, term.packed[1], ld, scratch, ld, false);
+    gemm<T, true>(q0, width, q1, x + s * xs, q1, term.packed[1], width, scratch, ld, false);
     for (int64_t i = 0; i < n; ++i)
       gemm<T, false>(p0, p1, q0, term.packed[0] + i * p0 * q0, p0, scratch + i * p1, ld,
                      y[term.gate[i / term.rank]] + s * ys, p1, true);
@@ -182,17 +186,18 @@ inline void backward_low_rank(const Term<T>& term, const T* x, T* const* dy, T* 
 
 template <class T>
 inline void backward_pair(const Term<T>& term, const T* x, T* const* dy, T* dx, T* arena, T* scratch) {
-  const int64_t p0 = term.p[0], q0 = term.q[0], p1 = term.p[1], q1 = term.q[1], n = term.products(), ld = n * p1;
-  T *xt = scratch, *tt = xt + q0 * q1, *dt = tt + q0 * ld;
+  const int64_t p0 = term.p[0], q0 = term.q[0], p1 = term.p[1], q1 = term.q[1], n = term.products();
+  const int64_t width = n * p1, ld = padded(width);
+  T *xt = scratch, *tt = xt + q0 * q1, *dt = tt + q0 * width;
   transpose(q0, q1, x, q1, xt, q0);
-  gemm<T, false>(ld, q0, q1, term.packed[1], ld, xt, q0, tt, q0, false);  // T transposed: (n p1, q0)
+  gemm<T, false>(width, q0, q1, term.packed[1], width, xt, q0, tt, q0, false);  // T transposed: (n p1, q0)
   for (int64_t i = 0; i < n; ++i) {
     const T* d = dy[term.gate[i / term.rank]];
     gemm<T, false>(q0, p1, p0, term.w[0] + i * p0 * q0, q0, d, p1, dt + i * p1, ld, false);
     gemm<T, true>(p0, q0, p1, d, p1, tt + i * p1 * q0, q0, arena + term.grad[0] + i * p0 * q0, q0, true);
   }
-  gemm<T, true>(q0, q1, ld, dt, ld, term.w[1], q1, dx, q1, true);
-  gemm<T, false>(q1, ld, q0, x, q1, dt, ld, arena + term.grad[1], ld, true);
+  gemm<T, true>(q0, q1, width, dt, ld, term.w[1], q1, dx, q1, true);
+  gemm<T, false>(q1, width, q0, x, q1, dt, ld, arena + term.grad[1], width, true);
 }
 
 template <class T>

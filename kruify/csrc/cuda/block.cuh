@@ -30,6 +30,7 @@ struct DeviceBlock {
     phase(thread);
   }
   __device__ __forceinline__ void barrier() const { __syncthreads(); }
+  __device__ __forceinline__ void end() const {}
   __device__ __forceinline__ void cluster_barrier() const {
     if (thread.ranks > 1) {
       cluster_arrive();

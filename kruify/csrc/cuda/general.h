@@ -190,11 +190,11 @@ KRUIFY_HD void general_forward(Block& block, const Program<T>& m, const GeneralF
     block.barrier();
     for (int k = 0; k < m.terms; ++k)
       for (int o = 0; o < m.term[k].count; ++o) {
-        block.each([&](const Thread& t) { phases.step(t, m.term[k], o); });
+        block.each([&, k, o](const Thread& t) { phases.step(t, m.term[k], o); });
         block.barrier();
       }
     const int64_t row = args.rows.row(n, sample, length);
-    block.each([&](const Thread& t) {
+    block.each([&, row](const Thread& t) {
       for (int i = t.id; i < m.hidden; i += t.count) {
         T gates[G], product[G], saved[5], c = G == 4 ? phases.c(t)[i] : T(0);
         for (int g = 0; g < G; ++g) {
@@ -215,6 +215,7 @@ KRUIFY_HD void general_forward(Block& block, const Program<T>& m, const GeneralF
       if (G == 4) args.c_last[own + i] = phases.c(t)[i];
     }
   });
+  block.end();
 }
 
 template <int G, class T, class Block>
@@ -232,7 +233,7 @@ KRUIFY_HD void general_backward(Block& block, const Program<T>& m, const General
   for (int n = length - 1; n >= 0; --n) {
     const int64_t row = args.rows.row(n, sample, length), before = n ? args.rows.row(n - 1, sample, length) : 0;
     block.barrier();
-    block.each([&](const Thread& t) {
+    block.each([&, n, row, before](const Thread& t) {
       for (int i = t.id; i < m.hidden; i += t.count) {
         T saved[5], gates[G], product[G], h_before = 0, c_before = 0, c = 0, dh = phases.h(t)[i];
         if (args.grad_out) dh += args.grad_out[row * m.hidden + i];
@@ -254,7 +255,7 @@ KRUIFY_HD void general_backward(Block& block, const Program<T>& m, const General
     block.barrier();
     for (int k = 0; k < m.terms; ++k)
       for (int o = m.term[k].count - 1; o >= 0; --o) {
-        block.each([&](const Thread& t) { phases.step_transposed(t, m.term[k], o); });
+        block.each([&, k, o](const Thread& t) { phases.step_transposed(t, m.term[k], o); });
         block.barrier();
       }
   }
@@ -265,6 +266,7 @@ KRUIFY_HD void general_backward(Block& block, const Program<T>& m, const General
       if (G == 4) args.grad_c0[own + i] = phases.c(t)[i];
     }
   });
+  block.end();
 }
 
 }  // namespace kruify::cuda

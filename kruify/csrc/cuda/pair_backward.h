@@ -164,10 +164,10 @@ KRUIFY_HD void pair_backward(Block& block, Shape s, const PairPlan& p, const Pai
   block.each([&](const Thread& t) { phases.load(t); });
   block.cluster_barrier();
   for (int n = length - 1; n >= 0; --n) {
-    block.each([&](const Thread& t) { phases.cell(t, n); });
+    block.each([&, n](const Thread& t) { phases.cell(t, n); });
     block.cluster_arrive();  // this block has read its partial sums: the others may write new ones
     block.barrier();
-    block.each([&](const Thread& t) {
+    block.each([&, n](const Thread& t) {
       phases.ask(t, n);
       phases.first_factor(t);
     });
@@ -177,6 +177,7 @@ KRUIFY_HD void pair_backward(Block& block, Shape s, const PairPlan& p, const Pai
     block.cluster_barrier();
   }
   block.each([&](const Thread& t) { phases.finish(t); });
+  block.end();
 }
 
 }  // namespace kruify::cuda

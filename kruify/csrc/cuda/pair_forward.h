@@ -174,17 +174,18 @@ KRUIFY_HD void pair_forward(Block& block, Shape s, const PairPlan& p, const Pair
   });
   block.cluster_barrier();  // nobody writes into a block that has not started
   for (int n = 0; n < length; ++n) {
-    block.each([&](const Thread& t) {
+    block.each([&, n](const Thread& t) {
       phases.fetch(t, n + p.depth - 1);
       phases.second_factor(t, n);
     });
     block.barrier();
-    block.each([&](const Thread& t) { phases.first_factor(t, n); });
+    block.each([&, n](const Thread& t) { phases.first_factor(t, n); });
     block.barrier();
-    block.each([&](const Thread& t) { phases.cell(block, t, n); });
+    block.each([&, n](const Thread& t) { phases.cell(block, t, n); });
     block.cluster_barrier();
   }
   block.each([&](const Thread& t) { phases.finish(t); });
+  block.end();
 }
 
 }  // namespace kruify::cuda

@@ -150,7 +150,7 @@ KRUIFY_HD void pair_gradient(Block& block, AnyShape s, const PairGradientPlan& p
   });
   for (int64_t first = args.first; first < args.last; first += p.batch) {
     block.barrier();
-    block.each([&](const Thread& t) { phases.take(t, first); });
+    block.each([&, first](const Thread& t) { phases.take(t, first); });
     block.barrier();
     block.each([&](const Thread& t) { phases.inner(t); });
     block.barrier();
@@ -160,6 +160,7 @@ KRUIFY_HD void pair_gradient(Block& block, AnyShape s, const PairGradientPlan& p
     phases.write(t, sums.of(t).a, args.part_a, s.P1 / 4, s.Q1 / 4, p.groups_a);
     phases.write(t, sums.of(t).b, args.part_b, s.P2 / 4, s.Q2 / 4, p.groups_b);
   });
+  block.end();
 }
 
 }  // namespace kruify::cuda

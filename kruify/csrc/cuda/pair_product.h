@@ -143,22 +143,23 @@ KRUIFY_HD void pair_product(Block& block, AnyShape s, const PairProductPlan& p, 
   const PairProductPhases phases{s, p, args};
   const int64_t stride = static_cast<int64_t>(blocks) * p.batch;
   int64_t first = static_cast<int64_t>(index) * p.batch, turn = 0;
-  block.each([&](const Thread& t) {
+  block.each([&, first](const Thread& t) {
     phases.fetch(t, first, 0);
     load_rows(t, phases.at(t, p.a), args.a, p.rank, s.P1, s.Q1, 0, s.P1);
     load_rows(t, phases.at(t, p.b), args.b, p.rank, s.P2, s.Q2, 0, s.P2);
   });
   for (; first < args.rows; first += stride, ++turn) {
-    block.each([&](const Thread& t) {
+    block.each([&, first, turn](const Thread& t) {
       phases.fetch(t, first + stride, turn + 1);
       fetch_wait<1>();
     });
     block.barrier();
-    block.each([&](const Thread& t) { phases.second_factor(t, first, turn); });
+    block.each([&, first, turn](const Thread& t) { phases.second_factor(t, first, turn); });
     block.barrier();
-    block.each([&](const Thread& t) { phases.first_factor(t, first); });
+    block.each([&, first](const Thread& t) { phases.first_factor(t, first); });
     // The next product goes into t behind the next barrier, and into the x read above only a turn later.
   }
+  block.end();
 }
 
 template <class Block>
@@ -170,12 +171,13 @@ KRUIFY_HD void pair_product_backward(Block& block, AnyShape s, const PairProduct
     load_columns(t, phases.at(t, p.b), args.b, p.rank, s.P2, s.Q2, 0, s.P2);
   });
   for (int64_t first = static_cast<int64_t>(index) * p.batch; first < args.rows; first += stride) {
-    block.each([&](const Thread& t) { phases.take_gradient(t, first); });
+    block.each([&, first](const Thread& t) { phases.take_gradient(t, first); });
     block.barrier();
-    block.each([&](const Thread& t) { phases.first_transposed(t, first); });
+    block.each([&, first](const Thread& t) { phases.first_transposed(t, first); });
     block.barrier();
-    block.each([&](const Thread& t) { phases.second_transposed(t, first); });
+    block.each([&, first](const Thread& t) { phases.second_transposed(t, first); });
   }
+  block.end();
 }
 
 }  // namespace kruify::cuda
