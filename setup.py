@@ -131,8 +131,9 @@ def nvcc_command(nvcc: str, source: Path, output: Path, torch_root: Path) -> lis
     wish = os.environ.get("KRUIFY_CUDA_ARCHS", "").replace(",", " ").split() or list(ARCHITECTURES)
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wish]
     codes.append(f"-gencode=arch=compute_{wish[-1]},code=compute_{wish[-1]}")
-    return [nvcc, "-std=c++20", "-O3", "--threads=0", "-DUSE_CUDA", *STABLE_ABI, "--expt-relaxed-constexpr", "-Xcompiler",
-            "-fPIC", *codes, f"-I{CSRC}", f"-isystem={torch_root / 'include'}", "-c", str(source), "-o", str(output)]  # fmt: skip
+    flags = ["-std=c++20", "-O3", "--threads=0", "-DUSE_CUDA", *STABLE_ABI, "--expt-relaxed-constexpr"]
+    flags += ["-Xcompiler", "-fPIC", *codes, f"-I{CSRC}", f"-isystem={torch_root / 'include'}"]
+    return [nvcc, *flags, "-c", str(source), "-o", str(output)]
 
 
 def compile_if_stale(output: Path, command: list[str]) -> None:
