@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import kruify
 from kruify.cli.main import cli
 from kruify.errors import UsageError
+from kruify.evaluate import measure_latency
 from kruify.sweep import Point, knee, sweep
 from kruify.task import Task
 
@@ -94,7 +95,7 @@ def test_command_line_and_marked_page(tmp_path: Path, monkeypatch: pytest.Monkey
     source = Path(__file__).read_text(encoding="utf-8").split("def test_")[0]
     (tmp_path / "toy.py").write_text(source, encoding="utf-8")
     torch.save(Toy().model().state_dict(), tmp_path / "net.pt")
-    monkeypatch.setattr("kruify.evaluate.SECONDS", 0.0)
+    monkeypatch.setattr("kruify.report.build.measure_latency", lambda layers, **_: measure_latency(layers, seconds=0.0))
     arguments = [
         "sweep", str(tmp_path / "net.pt"), "--task", f"{tmp_path}/toy.py:Toy", "--budgets", "2x,params=4x,macs=60%",
         "--epochs", "1", "--html", str(tmp_path / "page.html"), "--json",
