@@ -23,11 +23,29 @@ def pick(layer: KRUBase, steps: int, batch: int, x: Tensor) -> str:
     one step alone (streaming) is faster with the factors; from the second step on torch's own kernel wins.
     """
     if kernel_serves(layer, x):
+        if x.is_cuda:
+            return "kernel" if all(_templates_take(layer, x, k, d) for k, d in layer.directions()) else "dense"
         gains = [_gain(layer.weights(k, d)["weight_hh"]) for k, d in layer.directions()]
         return "kernel" if min(gains) >= _needed_gain(layer, steps, batch) else "dense"
     if steps == 1 and batch <= 8 and layer.hidden_size >= 512:
         return "reference"
     return "dense"
+
+
+def _templates_take(layer: KRUBase, x: Tensor, k: int, d: int) -> bool:
+    """Whether the CUDA templates take this recurrence. The general CUDA kernel takes all others, but is not expected to
+    beat cuDNN on the dense weight. No GPU has measured this yet: benchmarks/cuda_layers.py."""
+    matrix = layer.weights(k, d)["weight_hh"]
+    assert isinstance(matrix, KroneckerMatrix)
+    plans = kernel.form_of(matrix).plans
+    return (
+        x.dtype == torch.float32
+        and matrix.overlay is None
+        and len(plans) == 1
+        and len(matrix.term_list()[0].gates) == matrix.gates
+        and len(plans[0].shapes) == 2
+        and all(p == q and p % 4 == 0 for p, q in plans[0].shapes)
+    )
 
 
 def _gain(matrix: object) -> float:

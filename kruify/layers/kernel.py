@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kruify.factors import Shape
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.layers.steps import State
 from kruify.ops import Layout, TermLayout, has_kernel
-from kruify.ops.stages import TermPlan, plan
+from kruify.ops.stages import TermPlan, plan, plan_pair
 
 Weights = dict[str, KroneckerMatrix | Tensor | None]
 _CACHE = "_kernel_form"  # attribute of a KroneckerMatrix
@@ -33,17 +35,23 @@ class Form:
 
 
 def form_of(matrix: KroneckerMatrix) -> Form:
-    form: Form | None = matrix.__dict__.get(_CACHE)
-    if form is None:
-        plans, terms = [], []
-        for module in matrix.term_list():
-            plans.append(plan(module.term.factors, len(module.gates) * module.term.rank))
-            terms.append(TermLayout(len(plans[-1].groups), module.gates))
-        layout = Layout(matrix.gates, matrix.rows, matrix.cols, matrix.diagonal_gates, tuple(terms))
-        overlay = 0 if matrix.overlay is None else matrix.overlay.values.shape[0]
-        cost = sum(p.cost for p in plans) + overlay + len(matrix.diagonal_gates) * matrix.rows / 16
-        form = matrix.__dict__[_CACHE] = Form(layout.encode(), plans, cost)
-    return form
+    forms: dict[str, Form] | None = matrix.__dict__.get(_CACHE)
+    if forms is None:
+        forms = matrix.__dict__[_CACHE] = {"cpu": _form(matrix, plan)}
+        if has_kernel("cuda"):
+            forms["cuda"] = _form(matrix, plan_pair)
+    return forms["cuda" if "cuda" in forms and matrix.device.type == "cuda" else "cpu"]
+
+
+def _form(matrix: KroneckerMatrix, planned: Callable[[tuple[Shape, ...], int], TermPlan]) -> Form:
+    plans, terms = [], []
+    for module in matrix.term_list():
+        plans.append(planned(module.term.factors, len(module.gates) * module.term.rank))
+        terms.append(TermLayout(len(plans[-1].groups), module.gates))
+    layout = Layout(matrix.gates, matrix.rows, matrix.cols, matrix.diagonal_gates, tuple(terms))
+    overlay = 0 if matrix.overlay is None else matrix.overlay.values.shape[0]
+    cost = sum(p.cost for p in plans) + overlay + len(matrix.diagonal_gates) * matrix.rows / 16
+    return Form(layout.encode(), plans, cost)
 
 
 def stages_of(matrix: KroneckerMatrix) -> list[Tensor]:

@@ -50,6 +50,25 @@ def plan(shapes: tuple[Shape, ...], products: int, keep_order: bool = False) -> 
     return min(candidates, key=lambda c: (c.cost, len(c.groups)))
 
 
+@lru_cache(maxsize=1024)
+def plan_pair(shapes: tuple[Shape, ...], products: int) -> TermPlan:
+    """Two stages for the templates of the CUDA kernels: the smallest pair whose sizes are all multiples of four; else
+    as `plan`. A chain of many small factors costs a GPU a barrier each."""
+    pairs = []
+    for k in range(1, len(shapes)):
+        sizes = [math.prod(n) for part in (shapes[:k], shapes[k:]) for n in zip(*part, strict=True)]
+        if not any(n % 4 for n in sizes):
+            stages = ((sizes[0], sizes[1]), (sizes[2], sizes[3]))
+            order = tuple(range(len(shapes)))
+            pairs.append(TermPlan(order, (k, len(shapes) - k), stages, _cost(stages, products)))
+    return min(pairs, key=_size, default=plan(shapes, products))
+
+
+def _size(pair: TermPlan) -> tuple[int, int]:
+    """Elements of a pair; of equal ones that with the larger first stage, as in the kernels' menu, comes first."""
+    return sum(math.prod(s) for s in pair.shapes), -math.prod(pair.shapes[0])
+
+
 def _compositions(count: int) -> Iterator[tuple[int, ...]]:
     yield (count,)
     for first in range(1, count):

@@ -1,6 +1,7 @@
 // Runs the CUDA kernels' phases on the CPU: every thread of every block, one phase after the other, in a chosen order,
 // and the host code that picks and orders the launches. Built by the tests with the C++ compiler alone, no part of kruify.
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <numeric>
 #include <vector>
@@ -12,9 +13,16 @@ using namespace kruify::cuda;
 namespace {
 
 // A cluster of blocks. Memory starts as NaN, so that reading what nobody wrote shows in the result.
+//
+// Phases are kept until a barrier demands their results; then every thread goes as far as it may before the next one
+// starts, and, in a cluster, every block before the next one. A missing barrier thus shows too: a thread that runs ahead
+// finds what the others have not written yet, or overwrites what they have not read.
 struct HostBlock {
   int threads, ranks, order;  // order 0: threads ascending; 1: descending; 2: scattered
   std::vector<std::unique_ptr<double[]>> memory;
+  using Phase = std::function<void(const Thread&)>;
+  std::vector<std::vector<Phase>> waiting{{}};  // phases, one list between two barriers of a block
+  size_t arrived = 0;                           // lists that every block has behind it at the cluster's arrival
 
   HostBlock(int threads, int ranks, int64_t bytes, int order) : threads(threads), ranks(ranks), order(order) {
     for (int r = 0; r < ranks; ++r) {
@@ -27,20 +35,41 @@ struct HostBlock {
     std::vector<State> states = std::vector<State>(1024);
     State& of(const Thread& t) { return states[t.id]; }
   };
-  template <class Phase>
-  void each(const Phase& phase) {
-    const int total = threads * ranks;
-    int step = 7;
-    while (std::gcd(step, total) != 1) ++step;
-    for (int k = 0; k < total; ++k) {
-      const int e = order == 0 ? k : order == 1 ? total - 1 - k : static_cast<int>(static_cast<int64_t>(k) * step % total);
-      phase(Thread{e % threads, threads, e / threads, ranks, reinterpret_cast<char*>(memory[e / threads].get())});
-    }
+  void each(Phase phase) { waiting.back().push_back(std::move(phase)); }
+  void barrier() {
+    if (ranks == 1) run(waiting.size());
+    else waiting.emplace_back();
   }
-  void barrier() const {}
-  void cluster_barrier() const {}
-  void cluster_arrive() const {}
-  void cluster_wait() const {}
+  void cluster_barrier() { run(waiting.size()); }
+  void cluster_arrive() {
+    if (ranks == 1) return;
+    waiting.emplace_back();
+    arrived = waiting.size() - 1;
+  }
+  void cluster_wait() {
+    if (ranks == 1) return;
+    run(arrived);  // nobody passes before all have arrived, but what lies between may run late
+    waiting.emplace_back();
+  }
+  void end() { run(waiting.size()); }
+  // The first lists, block by block, list by list, thread by thread.
+  void run(size_t lists) {
+    for (int r = 0; r < ranks; ++r) {
+      const int rank = order == 1 ? ranks - 1 - r : r;
+      for (size_t list = 0; list < lists; ++list) {
+        int step = 7;
+        while (std::gcd(step, threads) != 1) ++step;
+        for (int k = 0; k < threads; ++k) {
+          const int id = order == 0 ? k : order == 1 ? threads - 1 - k : static_cast<int>(static_cast<int64_t>(k) * step % threads);
+          const Thread thread{id, threads, rank, ranks, reinterpret_cast<char*>(memory[rank].get())};
+          for (const Phase& phase : waiting[list]) phase(thread);
+        }
+      }
+    }
+    waiting.erase(waiting.begin(), waiting.begin() + static_cast<std::ptrdiff_t>(lists));
+    if (waiting.empty()) waiting.emplace_back();
+    arrived = 0;
+  }
   template <class T>
   T* remote(const Thread& t, int rank, T* local) const {
     return reinterpret_cast<T*>(reinterpret_cast<char*>(memory[rank].get()) + (reinterpret_cast<char*>(local) - t.memory));

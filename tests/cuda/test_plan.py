@@ -1,0 +1,52 @@
+"""What the layers hand to the CUDA kernels."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from kruify.layers import KRULSTM, dispatch, kernel
+from kruify.ops import library
+from kruify.ops.stages import plan, plan_pair
+
+
+@pytest.mark.parametrize(
+    ("bits", "wanted"), [(8, (16, 16)), (9, (32, 16)), (10, (32, 32)), (11, (64, 32)), (12, (64, 64))]
+)
+def test_chains_merge_to_the_menu(bits: int, wanted: tuple[int, int]) -> None:
+    found = plan_pair(((2, 2),) * bits, 4)
+    assert found.shapes == tuple((n, n) for n in wanted)
+    assert sum(found.groups) == bits and found.merges
+
+
+@pytest.mark.parametrize(
+    "shapes", [((32, 32), (16, 16)), ((16, 16), (32, 32)), ((8, 8), (8, 8), (16, 16)), ((4, 8), (12, 8), (2, 2))]
+)
+def test_pairs_keep_the_product(shapes: tuple[tuple[int, int], ...]) -> None:
+    found = plan_pair(shapes, 1)
+    assert len(found.shapes) == 2
+    for side in (0, 1):
+        assert math.prod(s[side] for s in found.shapes) == math.prod(s[side] for s in shapes)
+    assert all(n % 4 == 0 for s in found.shapes for n in s)
+
+
+@pytest.mark.parametrize("shapes", [((3, 3), (5, 5)), ((512, 1), (1, 512)), ((64, 64),), ((2, 2), (128, 128))])
+def test_what_makes_no_pair_is_planned_as_for_the_cpu(shapes: tuple[tuple[int, int], ...]) -> None:
+    assert plan_pair(shapes, 4) == plan(shapes, 4)
+
+
+def test_forms_for_both_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CUDA kernels there a matrix is planned for both devices; on the CPU the CPU's plan is used."""
+    monkeypatch.setattr(library, "_devices", {"cpu", "cuda"})
+    layer = KRULSTM(8, 256, factors="2x2")
+    matrix = layer.weight_hh_l0
+    assert len(kernel.form_of(matrix).plans[0].shapes) == 3
+    forms = matrix.__dict__[kernel._CACHE]
+    assert forms["cuda"].plans[0].shapes == ((16, 16), (16, 16))
+    with torch.device("meta"):
+        x = torch.empty(3, 8)
+    monkeypatch.setattr(kernel, "form_of", lambda m: forms["cuda"])
+    assert dispatch._templates_take(layer, x, 0, 0)
+    assert not dispatch._templates_take(layer, x.double(), 0, 0)
