@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 from kruify import layers
 from kruify.errors import KruifyError
 from kruify.ops import backend_info
@@ -211,8 +210,8 @@ def sweep(quick: bool) -> Iterator[tuple[str, int, int, int, bool]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The table of cuda_layers.md: the issue's cases."""
     lines = [
-        "| layer | kruify forward | cuDNN float32 forward | ratio | wanted | recurrence alone | kruify forward + backward |"
-        " cuDNN forward + backward | ratio | wanted |",
+        "| layer | kruify forward | cuDNN float32 forward | ratio | wanted | recurrence alone |"
+        " kruify forward + backward | cuDNN forward + backward | ratio | wanted |",
         "|--|--|--|--|--|--|--|--|--|--|",
     ]
     by = {(r["kind"], r["hidden"], r["batch"], r["steps"], r["training"]): r["ms"] for r in rows}
