@@ -179,6 +179,10 @@ def refuse_forbidden(name: Global, where: object) -> None:
         )
 
 
+_PYTHON_3 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+"""Protocols below 3 use Python 2's names."""
+
+
 class _Mark:
     pass
 
@@ -221,11 +225,13 @@ class _Machine:
     def unsigned(self, count: int) -> int:
         return int.from_bytes(self.take(count), "little")
 
-    def line(self) -> str:
-        end = self.data.index(b"\n", self.at)
-        text = self.take(end - self.at).decode("utf-8")
+    def raw_line(self) -> bytes:
+        data = self.take(self.data.index(b"\n", self.at) - self.at)
         self.at += 1
-        return text
+        return data
+
+    def line(self) -> str:
+        return self.raw_line().decode("utf-8")
 
     def pop_mark(self) -> list[Any]:
         for index in range(len(self.stack) - 1, -1, -1):
@@ -240,7 +246,7 @@ class _Machine:
     def push_global(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > limits.NAME:
             raise CorruptError("its pickle names a class by something that is no name", self.where)
-        found = Global(module, name)
+        found = Global(_PYTHON_3.get(module, module), name)
         refuse_forbidden(found, self.where)
         self.named.add(str(found))
         self.stack.append(found)
@@ -360,20 +366,17 @@ REBUILD: dict[str, Rebuild] = {
     "collections.deque": _list,
     "builtins.dict": lambda args: {},
     "builtins.set": _list,
-    "__builtin__.set": _list,
     "builtins.frozenset": _list,
-    "__builtin__.frozenset": _list,
     "builtins.list": _list,
     "builtins.tuple": lambda args: tuple(args[0]) if args else (),
+    "builtins.bytes": lambda args: args[0] if args and isinstance(args[0], bytes) else b"",
     "builtins.bytearray": lambda args: args[0] if args and isinstance(args[0], bytes) else b"",
-    "__builtin__.bytearray": lambda args: args[0] if args and isinstance(args[0], bytes) else b"",
     "builtins.complex": lambda args: complex(*args),
     "builtins.slice": lambda args: Record(Global("builtins", "slice"), args),
     "builtins.range": lambda args: Record(Global("builtins", "range"), args),
     "builtins.type": lambda args: Record(Global("builtins", "type"), args),
     "_codecs.encode": _encode,
     "copyreg._reconstructor": _reconstructor,
-    "copy_reg._reconstructor": _reconstructor,
     "copyreg.__newobj__": lambda args: Record(args[0], args[1:]) if isinstance(args[0], Global) else None,
     "numpy.core.multiarray._reconstruct": lambda args: Array(),
     "numpy._core.multiarray._reconstruct": lambda args: Array(),
@@ -517,7 +520,7 @@ _OPCODES: dict[int, Callable[[_Machine], None]] = {
         "S": _push(_string_line),
         "T": _sized(4, _latin),
         "U": _sized(1, _latin),
-        "V": _push(lambda m: m.line().encode("latin1", "replace").decode("raw-unicode-escape")),
+        "V": _push(lambda m: m.raw_line().decode("raw-unicode-escape")),
         "X": _sized(4, _text),
         "a": _append,
         "b": lambda m: m.build(),

@@ -93,7 +93,7 @@ def _read(path: Path, source: Any, config: Any) -> KerasFile:
 
 def _json(data: bytes, path: Path) -> Any:
     try:
-        return json.loads(data)
+        return json.loads(data.decode("utf-8"))  # json itself would guess at other encodings
     except (ValueError, RecursionError) as error:
         raise CorruptError("its configuration is no JSON", path) from error
 

@@ -117,7 +117,7 @@ def _shards(checkpoint: Checkpoint) -> dict[str, list[str]]:
     """Shard file name -> names in the file."""
     if not checkpoint.shards:
         return {}
-    index = json.loads(checkpoint.path.read_bytes())["weight_map"]
+    index = json.loads(checkpoint.path.read_bytes().decode("utf-8"))["weight_map"]
     table: dict[str, list[str]] = {}
     for name, shard in index.items():
         table.setdefault(shard, []).append(name)
@@ -168,9 +168,9 @@ def _write_shards(path: Path, named: Mapping[str, LazyTensor], table: Mapping[st
         write(path.parent / shard, content, {"format": "pt"} if write is write_safetensors else None)
     if missing := [name for name in named if name not in index]:
         raise CorruptError(f"no shard of the original held {missing[0][:80]}", path)
-    content = {"metadata": table["metadata"], "weight_map": {name: index[name] for name in named}}
+    whole = {"metadata": table["metadata"], "weight_map": {name: index[name] for name in named}}
     with atomic_file(path) as file:
-        file.write(json.dumps(content, indent=2).encode())
+        file.write(json.dumps(whole, indent=2).encode())
 
 
 def _write_into_copy(source: Path, path: Path, named: Mapping[str, LazyTensor], kind: str, key: str | None) -> None:

@@ -62,7 +62,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[int, dict[str, 
         raise UnsafeError(f"its header claims {length} bytes, more than {limits.HEADER}", path)
     text = file.read(length)
     try:
-        header: dict[str, Any] = json.loads(text, object_pairs_hook=_no_duplicates)
+        header: dict[str, Any] = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
         with safe_open(path, framework="pt"):  # the library's own checks, before any number is read
             pass
     except RecursionError as error:

@@ -38,7 +38,7 @@ def read_index(path: Path, size: int, read_shard: ReadShard) -> Sharded:
     if size > limits.JSON:
         raise UnsafeError(f"its index takes {size} bytes", path)
     try:
-        index = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        index = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise CorruptError("its index is no JSON", path, "Copy or download it again") from error
     table = index.get("weight_map") if isinstance(index, dict) else None

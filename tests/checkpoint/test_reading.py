@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -169,3 +170,21 @@ def test_a_newer_schema_is_refused_politely(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "a.safetensors", {"w": torch.ones(1)}, {**metadata, "kruify.schema": "1.0"})
     with pytest.raises(CorruptError, match="schema"):
         read(tmp_path / "a.safetensors")
+
+
+def test_numbers_that_are_not_finite_are_counted(tmp_path: Path) -> None:
+    inf, nan = float("inf"), float("nan")
+    state = {
+        "a": torch.tensor([1, nan, inf]),
+        "b": torch.ones(2),
+        "c": torch.tensor([nan]).bfloat16(),
+        "d": torch.tensor([3]),
+    }
+    torch.save(state, tmp_path / "a.pt")
+    assert read(tmp_path / "a.pt").nonfinite() == {"a": 2, "c": 1}
+    assert read(tmp_path / "a.pt").nonfinite(["b"]) == {}
+
+
+def test_the_hash_is_that_of_the_file(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
+    assert read(tmp_path / "a.pt").sha256 == hashlib.sha256((tmp_path / "a.pt").read_bytes()).hexdigest()

@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import argparse
 import collections
+import io
 import json
 import random
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
+import hostile
 
 CHECKED = {"torch.pt", "module.pt", "script.pt", "kruify.safetensors", "arrays.npz", "packed.npz"}
 """Files whose format has checksums. The others: legacy torch, plain safetensors, indices, ONNX and HDF5."""
+
+
+ZIPS = {"torch.pt", "module.pt", "script.pt", "arrays.npz"}
+"""Of these every second file is changed inside of its archive, with checksums made right again: only crashes count."""
 
 
 def mutate(data: bytes, chance: random.Random) -> bytes:
@@ -55,6 +62,16 @@ def mutate(data: bytes, chance: random.Random) -> bytes:
     return bytes(changed)
 
 
+def mutate_inside(data: bytes, chance: random.Random) -> bytes:
+    """Change what a zip archive holds and give it right checksums, so that the change gets past them."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = [(name, archive.read(name)) for name in archive.namelist()]
+    telling = [i for i, (name, _) in enumerate(entries) if name.endswith((".pkl", ".npy", ".py", ".json"))]
+    at = chance.choice(telling)
+    entries[at] = (entries[at][0], mutate(entries[at][1], chance))
+    return hostile.archive(entries)
+
+
 def run(files: int, seed: int, folder: Path, batch: int = 25) -> dict[str, dict[str, int]]:
     """Counts by good file: "refused", "identical", "different", "crashed", "events"; and "slowest" in milliseconds."""
     good = harness.good_files(folder)
@@ -65,13 +82,14 @@ def run(files: int, seed: int, folder: Path, batch: int = 25) -> dict[str, dict[
     shards.write_bytes((folder / "plain.safetensors").read_bytes())
     for number in range(files):
         source = good[number % len(good)]
-        data = mutate(source.read_bytes(), chance)
+        inside = source.name in ZIPS and number // len(good) % 2 == 1
+        data = (mutate_inside if inside else mutate)(source.read_bytes(), chance)
         if data == source.read_bytes():
             continue
         path = folder / "mutants" / f"{number}{source.suffix}"
         path.write_bytes(data)
         jobs.append({"path": str(path), "expect": str(source)})
-        names.append(source.name)
+        names.append(f"{source.name}{' inside' if inside else ''}")
     counts: dict[str, dict[str, int]] = collections.defaultdict(lambda: collections.defaultdict(int))
     for name, job, result in zip(names, jobs, harness.open_all(jobs, batch), strict=True):
         row = counts[name]
