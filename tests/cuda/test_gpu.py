@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -299,6 +305,22 @@ def test_a_layer_is_the_dense_layer(kind) -> None:  # type: ignore[no-untyped-de
         close("gradient", a / b.abs().max(), b / b.abs().max(), 1e-4)
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("processes", [0, torch.cuda.device_count()])
+def test_finetuning(precision, processes) -> None:  # type: ignore[no-untyped-def]
+    """In one process, and under torchrun with one process a GPU, in float32 and in mixed precision."""
+    pytest.importorskip("accelerate")
+    script, device = Path(__file__).with_name("finetune_task.py"), "cuda"
+    run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
+    done = subprocess.run(
+        [sys.executable, *run, str(script), device, precision],
+        check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(script.parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    accuracy = json.loads(done.stdout.strip().splitlines()[-1])
+    assert accuracy[-1] > 0.9 > accuracy[0]
 
 
 def test_wrong_arguments_are_refused(matrix) -> None:  # type: ignore[no-untyped-def]
