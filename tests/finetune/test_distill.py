@@ -49,7 +49,7 @@ def test_packed_sequences_are_recorded_without_their_bookkeeping() -> None:
 @pytest.mark.parametrize("kind", ["gru", "lstm", "rnn"])
 def test_the_teacher_itself_has_nothing_to_learn(kind: str) -> None:
     task, teacher, _ = pair(kind)
-    recipe = Recipe(distill_only=True)
+    recipe = Recipe(distill_only=True, distill_hidden=1.0)
     distillation = Distillation(copy.deepcopy(teacher), teacher, task, recipe)
     (batch, *_) = task.batches("train")
     assert distillation.loss(batch).item() == pytest.approx(0, abs=1e-12)
@@ -120,7 +120,7 @@ class Unlabelled(LayeredDelay):
 def test_distill_only_needs_no_labels() -> None:
     task, teacher, student = Unlabelled(), *pair()[1:]
     before = hidden_error(task, student, teacher)
-    finetune(student, task, teacher=teacher, distill_only=True, **QUICK)
+    finetune(student, task, teacher=teacher, distill_only=True, distill_hidden=1.0, **QUICK)
     assert hidden_error(task, student, teacher) < before
     with pytest.raises(UsageError, match="needs a teacher"):
         finetune(student, task, distill_only=True, **QUICK)
@@ -142,8 +142,8 @@ def test_teacher_of_another_size() -> None:
     other.rnn = nn.GRU(3, 6, batch_first=True).to(task.dtype)
     other.head = nn.Linear(6, 4).to(task.dtype)
     with pytest.raises(UsageError, match="distill_hidden=0"):
-        finetune(student, task, teacher=other, **QUICK)
-    result = finetune(student, task, teacher=other, distill_hidden=0, **QUICK)
+        finetune(student, task, teacher=other, distill_hidden=1.0, **QUICK)
+    result = finetune(student, task, teacher=other, **QUICK)
     assert result.steps == 12
 
 
