@@ -210,10 +210,17 @@ def export_network(
         if isinstance(module, KRUBase):
             module.backend = "reference"
     calls = list(_calls(model, task, split))
-    traced = _Network(traceable(copy.deepcopy(model)), calls[0].spec).eval()
+    layers: list[nn.Module] = []
+    if to == "onnx":
+        from kruify.export.onnx_network import with_gaps
+
+        prepared = with_gaps(copy.deepcopy(model), layers)
+    else:
+        prepared = traceable(copy.deepcopy(model))
+    traced = _Network(prepared, calls[0].spec).eval()
     original = _Network(model, calls[0].spec).eval()
     with staged(path) as file:
-        _trace(traced, calls[0].tensors, to, file, type(model).__name__)
+        _trace(traced, layers, calls[0].tensors, to, file, type(model).__name__)
         load = run_onnx if to == "onnx" else run_torch
         run, worst = load(file), 0.0
         with torch.no_grad():
@@ -264,17 +271,19 @@ def _calls(model: nn.Module, task: Task, split: str, count: int = 3) -> Iterator
         yield _Call(leaves, spec)
 
 
-def _trace(network: nn.Module, example: Sequence[Tensor], to: Format, file: Path, name: str) -> None:
+def _trace(
+    network: nn.Module, layers: Sequence[nn.Module], example: Sequence[Tensor], to: Format, file: Path, name: str
+) -> None:
     dynamic = tuple({axis: torch.export.Dim.AUTO for axis in range(tensor.dim())} for tensor in example)
     try:
         with quiet(), torch.no_grad():
-            program = torch.export.export(network, tuple(example), dynamic_shapes=(dynamic,), strict=False)
-            if to == "torch":
-                torch.export.save(program, file)
+            if to == "onnx":
+                from kruify.export.onnx_network import network_model
+
+                file.write_bytes(network_model(network, layers, example).SerializeToString())
                 return
-            onnx_program = torch.onnx.export(program, dynamo=True, verbose=False)
-            assert onnx_program is not None
-            onnx_program.save(str(file))
+            program = torch.export.export(network, tuple(example), dynamic_shapes=(dynamic,), strict=False)
+            torch.export.save(program, file)
     except UnsupportedError:
         raise
     except Exception as error:

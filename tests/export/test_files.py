@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
@@ -113,6 +115,19 @@ def test_whole_network_with_dynamic_batch_and_time(tmp_path: Path, model: nn.Mod
     program = torch.export.load(exported.path).module()
     x = torch.arange(44).reshape(4, 11) % 7
     torch.testing.assert_close(program(x)[0], densify(model)(x), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_whole_network_as_onnx(tmp_path: Path, model: nn.Module, dense: bool) -> None:
+    pytest.importorskip("onnxscript")
+    exported = export_network(model, Letters(), "onnx", tmp_path / "net.onnx", dense=dense)
+    assert exported.cases == 3 and exported.difference < 1e-5
+    session = onnxruntime.InferenceSession(str(exported.path), providers=["CPUExecutionProvider"])
+    ops = {node.op_type for node in onnx.load(exported.path).graph.node}
+    assert ({"GRU", "LSTM"} <= ops) if dense else ("Scan" in ops)
+    x = torch.arange(44).reshape(4, 11) % 7
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), densify(model)(x), atol=1e-5, rtol=0)
 
 
 class Passing(nn.Module):
