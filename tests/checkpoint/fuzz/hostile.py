@@ -285,8 +285,6 @@ FILES: dict[str, Callable[[], bytes]] = {
         [("w.npy", npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000000), }"))]
     ),
     "junk.npz": lambda: archive([("w.npy", b"hello")]),
-    "junk.onnx": lambda: b"\x08\x07" + bytes(range(256)),
-    "junk.h5": lambda: b"\x89HDF\r\n\x1a\n" + bytes(200),
     "pointer.pt": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
     "page.pt": lambda: b"<!DOCTYPE html><html>Not found</html>",
     "program.pt": lambda: b"\x7fELF" + bytes(100),
@@ -326,6 +324,7 @@ def _with_h5py() -> dict[str, Callable[[], bytes]]:
 
     whole = h5(lambda f: f.create_dataset("layers/lstm/cell/vars/0", data=np.ones((3, 20), "f4")))
     return {
+        "junk.h5": lambda: b"\x89HDF\r\n\x1a\n" + bytes(200),
         "external_link.h5": lambda: h5(lambda f: f.__setitem__("a", h5py.ExternalLink("/etc/passwd", "x"))),
         "soft_link.h5": lambda: h5(lambda f: f.__setitem__("a", h5py.SoftLink("/a"))),
         "outside_numbers.h5": lambda: h5(
@@ -349,6 +348,7 @@ def _with_onnx() -> dict[str, Callable[[], bytes]]:
 
     external = [onnx.StringStringEntryProto(key="location", value="../../../etc/passwd")]
     return {
+        "junk.onnx": lambda: b"\x08\x07" + bytes(range(256)),
         "external.onnx": lambda: model(dims=[2], data_location=1, external_data=external),
         "dims.onnx": lambda: model(dims=[1 << 40, 1 << 40], raw_data=b"0000"),
         "negative.onnx": lambda: model(dims=[-4], raw_data=b"0000"),
