@@ -82,7 +82,7 @@ def _comparison(report: Report) -> str:
         )
         main = row.label in STRONG or (report.metric is not None and row.label.startswith(f"{report.metric},"))
         lines.append(f"<tr{STRONG_ROW if main else ''}><th>{escape(row.label)}</th>{cells}</tr>")
-    return _table(f"<th></th>{heads}", "".join(lines))
+    return _table(f"<th></th>{heads}", "".join(lines), "compare")
 
 
 def _table(head: str, rows: str, names: str = "") -> str:

@@ -221,13 +221,15 @@ def tradeoff(report: Report, knee: str | None = None) -> str | None:
             x, y = model.parameters["total"], model.metrics[key]
             if model.name == knee:
                 axes.plot([x], [y], "o", color=INK, markersize=14, fillstyle="none", markeredgewidth=1.2, clip_on=False)
-                axes.annotate("knee", (x, y), xytext=(0, 11), textcoords="offset points", ha="center", fontsize=8.5)
+                # Inside the bend, where no other point can be.
+                place = {"xytext": (-8, 8 if report.higher_is_better else -14), "textcoords": "offset points"}
+                axes.annotate("knee", (x, y), ha="right", fontsize=8.5, **place)
             axes.plot([x], [y], "o", color=color(index), markersize=8, clip_on=False, label=short(model.name, 30))
         axes.set_xscale("log")
         axes.set_xlabel("parameters of the whole model")
         axes.set_ylabel(f"{key} ({'higher' if report.higher_is_better else 'lower'} is better)")
         _few_log_ticks(axes, [m.parameters["total"] for m in report.models])
-        axes.margins(y=0.2)
+        axes.margins(y=0.25)
         _legend_above(axes)
 
     return draw(paint, 2.2 + 0.16 * len(report.models))

@@ -35,12 +35,16 @@ code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono"
 .pictures figcaption { color: var(--faint); font-size: .8125rem; margin-top: .4rem; }
 figure { margin: 0; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--grid); vertical-align: top; }
 th { font-weight: 600; }
 thead th { color: var(--faint); font-size: .8125rem; overflow-wrap: anywhere; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td:last-child, th:last-child { padding-right: 0; }
+table.compare td { white-space: nowrap; min-width: 4.4rem; }
+table.compare th + th { max-width: 9rem; min-width: 4.4rem; }
+table.compare th:first-child { position: sticky; left: 0; background: var(--card); min-width: 5.5rem; }
+table.compare td small { white-space: normal; }
 tbody tr:last-child > * { border-bottom: 0; }
 tbody th { font-weight: 400; }
 tr.strong > * { font-weight: 650; }
