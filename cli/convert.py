@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 @click.option(
     "--task", "task_name", metavar="TASK", help="Run MODEL on this task's data first: fit what its activations feel."
 )
+@click.option("--unitary", is_flag=True, help="Orthogonal factors for plain RNNs: the start for --unitary-penalty.")
 @click.option("--plan", "plan_file", metavar="FILE", help="Take the plan from this JSON file.")
 @click.option("--plan-out", metavar="FILE", help="Write the plan as JSON, to be edited and given to --plan.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done; decompose and write nothing.")
@@ -56,6 +57,7 @@ def convert(
     skip: tuple[str, ...],
     overrides: tuple[str, ...],
     task_name: str | None,
+    unitary: bool,
     plan_file: str | None,
     plan_out: str | None,
     dry_run: bool,
@@ -118,7 +120,7 @@ def convert(
             out.show("Dry run: nothing was decomposed or written.")
         else:
             path = Path(target) if target else default_output(model)
-            conversion = _convert(checkpoint, plan, located, moments, seed)
+            conversion = _convert(checkpoint, plan, located, moments, unitary, seed)
             _write(path, conversion, checkpoint, seed)
             matrices = [asdict(matrix) for matrix in conversion.matrices]
             result = {"output": str(path), "matrices": matrices, "parameters": conversion.parameters}
@@ -196,12 +198,18 @@ def _calibrate(checkpoint: Checkpoint, task_name: str, seed: int) -> dict[str, M
 
 
 def _convert(
-    checkpoint: Checkpoint, plan: Plan, located: Located, moments: dict[str, Moments] | None, seed: int
+    checkpoint: Checkpoint,
+    plan: Plan,
+    located: Located,
+    moments: dict[str, Moments] | None,
+    unitary: bool,
+    seed: int,
 ) -> Conversion:
     from kruify.convert import convert_tensors
 
+    tensors = checkpoint.tensors.lazy
     with progress("decomposing") as advance:
-        return convert_tensors(checkpoint.tensors.lazy, plan, located, moments=moments, seed=seed, progress=advance)
+        return convert_tensors(tensors, plan, located, moments=moments, unitary=unitary, seed=seed, progress=advance)
 
 
 def _write(path: Path, conversion: Conversion, checkpoint: Checkpoint, seed: int) -> None:

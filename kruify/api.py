@@ -82,6 +82,7 @@ def convert(
     overrides: Mapping[str, str] | None = None,
     plan: Plan | None = None,
     task: Task | None = None,
+    unitary: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, Conversion]:
@@ -91,6 +92,7 @@ def convert(
         factors: spec of the recurrent matrices (kruify.factors); `plan` overrules all specs and patterns.
         input_factors: spec of the input matrices W_ih; None leaves them dense.
         only, skip, overrides: patterns, see `kruify.plan.make_plan`.
+        unitary: orthogonal factors for plain RNNs, the start for fine-tuning with the penalty.
         task: run the dense model on its calibration batches first, and fit what its activations make of the error.
 
     Raises:
@@ -99,7 +101,7 @@ def convert(
     if plan is None:
         plan = make_plan(found(locate(model), type(model).__name__), factors, input_factors, only, skip, overrides)
     moments = None if task is None else calibrate(model, task, seed=seed)
-    return convert_module(model, plan, moments=moments, seed=seed, progress=progress)
+    return convert_module(model, plan, moments=moments, unitary=unitary, seed=seed, progress=progress)
 
 
 def found(located: Located, where: object) -> list[RecurrentLayer]:

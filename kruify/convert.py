@@ -67,6 +67,7 @@ def convert_tensors(
     located: Located,
     *,
     moments: Mapping[str, Moments] | None = None,
+    unitary: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -76,6 +77,8 @@ def convert_tensors(
         moments: full weight name -> moments of what the matrix is applied to (kruify.calibrate). With them the fit
             minimises the error of the output, E||(W - K) h||^2, and the bias beside the matrix takes up (W - K) E[h];
             a layer without bias gets none. Matrices that are not named are fitted unweighted.
+        unitary: fit orthogonal factors to the recurrent matrices of plain RNNs, whose scale is separate: the start
+            for fine-tuning with the soft unitary penalty.
 
     Raises:
         PlanError: a layer or a matrix of the plan is not in the tensors, or has another size.
@@ -88,8 +91,9 @@ def convert_tensors(
         name = layer.full_name(weight)
         dense = _load(converted.pop(name))
         known = (moments or {}).get(name)
-        covariance = None if known is None else known.weight(layer.bias)
-        matrix, fits = decompose_matrix(dense, structures, name, covariance=covariance, seed=seed)
+        orthogonal = unitary and structures[0].scaled and weight.startswith("weight_hh")
+        covariance = None if known is None or orthogonal else known.weight(layer.bias)
+        matrix, fits = decompose_matrix(dense, structures, name, covariance=covariance, unitary=orthogonal, seed=seed)
         if known is not None and layer.bias:
             bias_name = layer.full_name(weight.replace("weight", "bias"))
             bias = _load(converted[bias_name])
@@ -105,14 +109,23 @@ def convert_tensors(
 
 
 def decompose_matrix(
-    dense: Tensor, structures: Structures, name: str, *, covariance: Tensor | None = None, seed: int = 0
+    dense: Tensor,
+    structures: Structures,
+    name: str,
+    *,
+    covariance: Tensor | None = None,
+    unitary: bool = False,
+    seed: int = 0,
 ) -> tuple[KroneckerMatrix, list[Fit]]:
     """One stacked weight (gates * rows, cols) -> its `KroneckerMatrix` in the dtype of the weight, one `Fit` a gate."""
     rows, cols = structures[0].rows, structures[0].cols
     if tuple(dense.shape) != (rows * len(structures), cols):
         raise PlanError(f"the plan is made for {rows}x{cols} gates, the tensor is {tuple(dense.shape)}", name)
     gates = dense.reshape(len(structures), rows, cols)
-    fits = [fit(gate, s, covariance=covariance, seed=seed) for gate, s in zip(gates, structures, strict=True)]
+    fits = [
+        fit(gate, s, covariance=covariance, unitary=unitary, seed=seed)
+        for gate, s in zip(gates, structures, strict=True)
+    ]
     matrix = KroneckerMatrix(structures, dtype=dense.dtype)
     assign(matrix, fits)
     return matrix, fits
@@ -216,6 +229,7 @@ def convert_module(
     plan: Plan,
     *,
     moments: Mapping[str, Moments] | None = None,
+    unitary: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, Conversion]:
@@ -223,7 +237,9 @@ def convert_module(
     located = Located([item.layer for item in plan.layers], [])
     with torch.no_grad():
         tensors = model.state_dict()
-        conversion = convert_tensors(tensors, plan, located, moments=moments, seed=seed, progress=progress)
+        conversion = convert_tensors(
+            tensors, plan, located, moments=moments, unitary=unitary, seed=seed, progress=progress
+        )
         converted = swap(copy.deepcopy(model), plan)
         load_tensors(converted, conversion.tensors)
     return converted, conversion
