@@ -71,17 +71,19 @@ def readable(names: list[str]) -> dict[str, str]:
     return dict(zip(names, (s.replace("(int)", "") for s in short), strict=True))
 
 
-def compile_all(compiler: str, folder: Path, architectures: list[str]) -> dict[str, object]:
-    """Compiles every .cu file for every architecture, one job at a time."""
+def compile_all(
+    compiler: str, folder: Path, architectures: list[str], ptx: bool, only: str, known: dict[str, dict[str, object]]
+) -> dict[str, object]:
+    """Compiles every .cu file (or one: the others keep what was known) for every architecture, one job at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     result: dict[str, object] = {}
     codes = {f"sm_{a}": f"arch=compute_{a},code=sm_{a}" for a in architectures}
-    if len(architectures) > 1:
+    if ptx:
         codes["PTX"] = f"arch=compute_{architectures[-1]},code=compute_{architectures[-1]}"
     for name, code in codes.items():
         found: list[dict[str, object]] = []
         children = os.times()
-        for source in sorted((CSRC / "cuda").glob("*.cu")):
+        for source in sorted((CSRC / "cuda").glob(only or "*.cu")):
             done = subprocess.run(
                 command(compiler, source, folder / f"{source.stem}.{name}.o", code),
                 check=False, capture_output=True, text=True,
@@ -94,7 +96,12 @@ def compile_all(compiler: str, folder: Path, architectures: list[str]) -> dict[s
         for k in found:
             k["kernel"] = names[str(k["kernel"])]
         cpu = after.children_user + after.children_system - children.children_user - children.children_system
-        result[name] = {"cpu_seconds": round(cpu, 1), "kernels": found}
+        if only:
+            before = known[name]
+            rest = [k for k in before["kernels"] if k["file"] != only]  # type: ignore[attr-defined]
+            result[name] = before | {"kernels": rest + found}
+        else:
+            result[name] = {"cpu_seconds": round(cpu, 1), "kernels": found}
         spilling = sum(int(str(k["spill_bytes"])) > 0 for k in found)
         print(f"{name}: {len(found)} kernels, {spilling} with spills, {cpu:.0f} s of CPU", flush=True)
     return result
@@ -171,21 +178,30 @@ def write_table(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="90", help="a number such as 90, or all")
-    chosen = parser.parse_args().arch
+    parser.add_argument(
+        "--arch", default="90", help="numbers such as 90 or 80,100 (the others keep what was known), or all"
+    )
+    parser.add_argument("--file", default="", help="one file, for example general.cu: the others keep what was known")
+    arguments = parser.parse_args()
+    chosen, only = arguments.arch, arguments.file
     compiler = nvcc()
     if compiler is None:
         raise SystemExit("nvcc was not found; put it on PATH or set CUDA_HOME")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[
         -1
     ]
-    architectures = list(ARCHITECTURES) if chosen == "all" else [chosen]
+    architectures = list(ARCHITECTURES) if chosen == "all" else chosen.split(",")
+    target = ROOT / "benchmarks" / "results" / "cuda_resources.json"
+    known = json.loads(target.read_text()) if target.exists() and (only or chosen != "all") else {}
+    compiled = known.get("architectures", {}) if known.get("nvcc") == version else {}
+    folder, ptx = ROOT / "build" / "cuda-resources", chosen == "all" and not only
+    compiled |= compile_all(compiler, folder, architectures, ptx, only, compiled)
+    order = [f"sm_{a}" for a in ARCHITECTURES] + ["PTX"]
     result = {
         "nvcc": version,
-        "architectures": compile_all(compiler, ROOT / "build" / "cuda-resources", architectures),
+        "architectures": {name: compiled[name] for name in order if name in compiled},
         "shared_memory": shared_memory(),
     }
-    target = ROOT / "benchmarks" / "results" / "cuda_resources.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(result, indent=1) + "\n")
     write_table(table(result))

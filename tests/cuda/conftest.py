@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -30,11 +31,13 @@ def cached(name: str, sources: Sequence[Path], command: Sequence[str], build: Ca
     for source in sources:
         digest.update(source.read_bytes())
     target = ROOT / "build" / "cuda-tests" / f"{digest.hexdigest()[:16]}-{name}"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}")
-        build(temporary)
-        os.replace(temporary, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / "lock", "w") as lock:  # of several test processes one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            temporary = target.with_name(f"{target.name}.{os.getpid()}")
+            build(temporary)
+            os.replace(temporary, target)
     return target
 
 

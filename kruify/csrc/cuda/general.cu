@@ -14,13 +14,13 @@ __device__ __forceinline__ char* memory_of(const Program<T>& m, T* scratch) {
 }
 
 template <int G, class T>
-__global__ void __launch_bounds__(512) general_forward_kernel(const __grid_constant__ Program<T> m, const __grid_constant__ GeneralForward<T> args, T* scratch) {
+__global__ void __launch_bounds__(512, 1) general_forward_kernel(const __grid_constant__ Program<T> m, const __grid_constant__ GeneralForward<T> args, T* scratch) {
   DeviceBlock block = DeviceBlock::here(memory_of(m, scratch));
   general_forward<G>(block, m, args, static_cast<int>(blockIdx.x));
 }
 
 template <int G, class T>
-__global__ void __launch_bounds__(512) general_backward_kernel(const __grid_constant__ Program<T> m, const __grid_constant__ GeneralBackward<T> args, T* scratch) {
+__global__ void __launch_bounds__(512, 1) general_backward_kernel(const __grid_constant__ Program<T> m, const __grid_constant__ GeneralBackward<T> args, T* scratch) {
   DeviceBlock block = DeviceBlock::here(memory_of(m, scratch));
   general_backward<G>(block, m, args, static_cast<int>(blockIdx.x));
 }

@@ -48,6 +48,8 @@ class Machine {
 
   explicit Machine(const Tensor& like) : guard_(like.get_device_index()), like_(like) {
     const int device = like.get_device_index();
+    // The guard sets the device of torch's CUDA runtime; this library carries one of its own.
+    check(cudaSetDevice(device), "choosing the GPU");
     chip = chip_of(device);
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
