@@ -34,7 +34,7 @@ class Recipe:
         distill_logits: share of the loss that compares the outputs with the teacher's; the rest compares with the
             labels.
         distill_hidden: weight of the distance to the teacher's hidden states, 0 for none. Off by default: with it (1.0)
-            and outputs together, g2p-en at 16x ended no better after five epochs than without, and took longer.
+            and outputs together, g2p-en at 16x ended no better after five epochs than without, and it costs time.
         temperature: of the outputs that are compared.
         distill_only: no labels at all: outputs and hidden states of the teacher alone.
         heal_epochs: before all else every converted layer learns by itself to answer the teacher's inputs with the
