@@ -33,10 +33,10 @@ inline void pack_b(int64_t K, int64_t N, const T* b, int64_t rs, int64_t cs, T* 
 
 template <class T, int MR>
 KRUIFY_INLINE void packed_rows(int64_t M, int64_t K, int64_t columns, const T* a, int64_t as, const T* panel, T* c,
-                               int64_t ldc) {
+                               int64_t ldc, bool accumulate, const T* bias) {
   int64_t m = 0;
-  for (; m + MR <= M; m += MR) gemm<T, false>(MR, columns, K, a + m, as, panel, kPanel, c + m * ldc, ldc, true);
-  if (m < M) gemm<T, false>(M - m, columns, K, a + m, as, panel, kPanel, c + m * ldc, ldc, true);
+  for (; m + MR <= M; m += MR) gemm<T, false>(MR, columns, K, a + m, as, panel, kPanel, c + m * ldc, ldc, accumulate, bias);
+  if (m < M) gemm<T, false>(M - m, columns, K, a + m, as, panel, kPanel, c + m * ldc, ldc, accumulate, bias);
 }
 
 // C[m0:m1] = A[m0:m1] B + bias.
@@ -62,12 +62,8 @@ inline void big_gemm(int64_t m0, int64_t m1, int64_t N, int64_t K, const T* a, i
       for (int64_t n = 0; n < N; n += kPanel) {
         const int64_t columns = min64(kPanel, N - n);
         T* out = c + m * ldc + n;
-        if (k == 0)
-          for (int64_t i = 0; i < rows; ++i)
-            for_vectors<T>(columns, [&](int64_t j, auto get, auto put) {
-              put(out + i * ldc + j, bias ? get(bias + n + j) : Vec<T>{});
-            });
-        packed_rows<T, kTall>(rows, depth, columns, scratch, rows, packed + n * K + k * kPanel, out, ldc);
+        packed_rows<T, kTall>(rows, depth, columns, scratch, rows, packed + n * K + k * kPanel, out, ldc, k > 0,
+                              bias ? bias + n : nullptr);
       }
     }
   }
