@@ -1,8 +1,8 @@
 """Runs every code block of the documentation, page by page, from top to bottom, in an empty folder.
 
-    ```python              executed; the blocks of a page share their names
-    ```python file=NAME    written to NAME
-    ```console             each line `$ kruify ...` is run; `# exit N` at its end is the exit code expected, else 0
+```python              executed; the blocks of a page share their names
+```python file=NAME    written to NAME
+```console             each line `$ kruify ...` is run; `# exit N` at its end is the exit code expected, else 0
 """
 
 from __future__ import annotations

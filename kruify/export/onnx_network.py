@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from kruify.errors import UnsupportedError
 from kruify.export.onnx_layer import layer_model
+from kruify.export.scan_layer import StepCell
 from kruify.export.shapes import Interface, interface_of
 from kruify.layers.base import KRUBase
+from kruify.layers.cells import KRUCellBase
 from kruify.locate import MODULES
 
 DOMAIN, OPERATOR, OPSET = "kruify", "Layer", 18
@@ -51,6 +53,8 @@ def with_gaps(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
     if isinstance(model, KRUBase) or (type(model) in MODULES and not interface_of(model).cell):
         layers.append(model)
         return Gap(len(layers) - 1, interface_of(model))
+    if isinstance(model, KRUCellBase):
+        return StepCell(model)
     for name, child in list(model.named_children()):
         setattr(model, name, with_gaps(child, layers))
     return model

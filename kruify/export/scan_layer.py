@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from kruify.convert import build_layer
 from kruify.errors import UnsupportedError
-from kruify.layers.base import KRUBase, apply_weight
+from kruify.layers.base import KRUBase
+from kruify.layers.cells import KRUCellBase
 from kruify.layers.matrix import KroneckerMatrix
-from kruify.layers.steps import State, make_step
+from kruify.layers.steps import Matrix, State, make_step
 from kruify.locate import MODULES, describe
 from kruify.plan import LayerPlan
 
@@ -57,10 +58,10 @@ class ScanLayer(nn.Module):
         from torch._higher_order_ops.scan import scan
 
         w: Any = self.layer.weights(k, d)
-        gates_x = apply_weight(w["weight_ih"], x, w["bias_ih"])
-        weight = w["weight_hh"]
-        matrix = partial(product, weight) if isinstance(weight, KroneckerMatrix) else lambda h: F.linear(h, weight)
-        step = make_step(self.layer.kind, matrix, w["bias_hh"], w["weight_hr"], self.layer.nonlinearity)
+        gates_x = _affine(w["weight_ih"], x, w["bias_ih"])
+        step = make_step(
+            self.layer.kind, _multiply(w["weight_hh"]), w["bias_hh"], w["weight_hr"], self.layer.nonlinearity
+        )
 
         def combine(carry: list[Tensor], gates: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
             new = step(gates[0], tuple(carry))
@@ -68,6 +69,38 @@ class ScanLayer(nn.Module):
 
         final, sequence = scan(combine, [s.clone() for s in state], [gates_x], dim=0, reverse=d == 1)
         return sequence[0], tuple(final)
+
+
+class StepCell(nn.Module):
+    """Stands in for a KRU cell while a model is traced: the same step without kruify's operators."""
+
+    def __init__(self, cell: KRUCellBase) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """As torch.nn.LSTMCell, GRUCell or RNNCell."""
+        cell: Any = self.cell
+        x = input if input.dim() == 2 else input.unsqueeze(0)
+        count = 2 if cell.kind == "lstm" else 1
+        if hx is None:
+            state: State = (x.new_zeros(x.shape[0], cell.hidden_size),) * count
+        else:
+            state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+            state = state if input.dim() == 2 else tuple(s.unsqueeze(0) for s in state)
+        step = make_step(cell.kind, _multiply(cell.weight_hh), cell.bias_hh, nonlinearity=cell.nonlinearity)
+        new = step(_affine(cell.weight_ih, x, cell.bias_ih), state)
+        new = new if input.dim() == 2 else tuple(s.squeeze(0) for s in new)
+        return new if count == 2 else new[0]
+
+
+def _multiply(weight: KroneckerMatrix | Tensor) -> Matrix:
+    return partial(product, weight) if isinstance(weight, KroneckerMatrix) else lambda h: F.linear(h, weight)
+
+
+def _affine(weight: KroneckerMatrix | Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    y = _multiply(weight)(x)
+    return y if bias is None else y + bias
 
 
 def product(weight: KroneckerMatrix, x: Tensor) -> Tensor:  # (n, cols) -> (n, gates * rows)
@@ -92,12 +125,14 @@ def product(weight: KroneckerMatrix, x: Tensor) -> Tensor:  # (n, cols) -> (n, g
 
 
 def traceable(model: nn.Module) -> nn.Module:
-    """`model` with its recurrent layers replaced by their `ScanLayer`, in place; cells trace as they are.
+    """`model` with its recurrent layers replaced by their `ScanLayer`, KRU cells by their `StepCell`, in place.
 
     torch.nn's own layers, too: traced as they are, they would be unrolled over the length of the example.
     """
     if isinstance(model, KRUBase):
         return ScanLayer(model)
+    if isinstance(model, KRUCellBase):
+        return StepCell(model)
     if type(model) in MODULES:
         return _of_torch(model)
     for name, child in list(model.named_children()):

@@ -35,7 +35,8 @@ code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono"
 .pictures figcaption { color: var(--faint); font-size: .8125rem; margin-top: .4rem; }
 figure { margin: 0; }
 .scroll { overflow-x: auto; }
-table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .9rem;
+  font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--grid); vertical-align: top; }
 th { font-weight: 600; }
 thead th { color: var(--faint); font-size: .8125rem; overflow-wrap: anywhere; vertical-align: bottom; }
