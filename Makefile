@@ -8,7 +8,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-EXTRAS := dev,finetune,report,examples,onnx
+EXTRAS := dev,finetune,report,examples,onnx,keras
 CSRC := $(shell find kruify/csrc -type f)
 # Several threads on several processes would wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1

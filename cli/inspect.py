@@ -8,19 +8,32 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import Output, json_option, output
-from .options import key_option, model_argument
+from .options import key_option
 
 if TYPE_CHECKING:
     from kruify.api import Inspection
+    from kruify.checkpoint import Checkpoint
 
 
 @click.command()
-@model_argument
+@click.argument("model", metavar="[MODEL]", required=False)
+@click.option("--backend", is_flag=True, help="Say what the layers run on here: compiled kernels, or the reference.")
 @key_option
 @json_option
-def inspect(model: str, key: str | None, json_only: bool) -> None:
+def inspect(model: str | None, backend: bool, key: str | None, json_only: bool) -> None:
     """Show what is inside MODEL, what would be converted, and what not and why."""
+    if model is None and not backend:
+        raise click.UsageError("name a MODEL, or give --backend")
     with output(json_only) as out:
+        about: dict[str, Any] = {}
+        if backend:
+            from kruify.ops import backend_info
+
+            about = {"backend": backend_info()}
+            out.show("\n".join(f"{name:9}{value}" for name, value in about["backend"].items()))
+        if model is None:
+            out.result(about)
+            return
         from kruify.api import inspect_checkpoint
         from kruify.checkpoint import read
 
@@ -29,15 +42,48 @@ def inspect(model: str, key: str | None, json_only: bool) -> None:
         for sentence in checkpoint.dropped:
             out.note(f"note: {sentence}")
         _show(out, model, inspection)
+        found = _file(checkpoint)
+        _show_file(out, found)
         out.result(
             {
+                **about,
                 "layers": _layers(inspection),
                 "skipped": [{"name": name, "reason": reason} for name, reason in inspection.skipped],
                 "parameters": inspection.parameters,
                 "format": inspection.format,
                 "sha256": checkpoint.sha256,
+                **found,
             }
         )
+
+
+def _file(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the file is beside its layers: wrapper, ties, code that its pickle names, numbers that are none."""
+    return {
+        "bytes": checkpoint.size,
+        "key": checkpoint.key,
+        "prefix": checkpoint.prefix,
+        "ties": dict(checkpoint.ties),
+        "computed": list(checkpoint.computed),
+        "globals": sorted(checkpoint.globals),
+        "nonfinite": checkpoint.nonfinite(),
+    }
+
+
+def _show_file(out: Output, found: dict[str, Any]) -> None:
+    out.show(f"{found['bytes']:,} bytes")
+    if found["key"]:
+        out.show(f"the state dict stands under {found['key']}")
+    if found["prefix"]:
+        out.show(f"names begin with {found['prefix']}, which is put back in what is written")
+    for second, first in found["ties"].items():
+        out.show(f"{second} is tied to {first}")
+    for name in found["computed"]:
+        out.show(f"{name} is computed from its parametrisation")
+    if foreign := [name for name in found["globals"] if not name.startswith(("torch.", "collections.", "builtins."))]:
+        out.show(f"names code that was not run: {', '.join(foreign[:10])}")
+    for name, count in found["nonfinite"].items():
+        out.show(f"{name} has {count:,} entries that are NaN or infinite")
 
 
 def _layers(inspection: Inspection) -> list[dict[str, Any]]:

@@ -12,13 +12,25 @@ if TYPE_CHECKING:
     from kruify.convert import densify
     from kruify.errors import KruifyError
     from kruify.finetune.penalty import unitary_penalty
+    from kruify.ops import backend_info
 
-__all__ = ["Inspection", "KruifyError", "convert", "densify", "inspect", "load", "save", "unitary_penalty"]
+__all__ = [
+    "Inspection",
+    "KruifyError",
+    "backend_info",
+    "convert",
+    "densify",
+    "inspect",
+    "load",
+    "save",
+    "unitary_penalty",
+]
 
 # Imported when first used, because torch takes a second: `kruify --help` must not wait for it.
 _HOMES = {
     "Inspection": "kruify.api",
     "KruifyError": "kruify.errors",
+    "backend_info": "kruify.ops",
     "convert": "kruify.api",
     "densify": "kruify.convert",
     "inspect": "kruify.api",

@@ -6,13 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import overload
 
 from torch import nn
 
 from kruify.calibrate import calibrate
 from kruify.checkpoint import Checkpoint, metadata_for, read, write_safetensors
-from kruify.convert import Conversion, Progress, convert_module, load_tensors, plan_of, swap
-from kruify.errors import PlanError, UsageError
+from kruify.convert import (
+    Conversion,
+    Progress,
+    build_dense,
+    build_layer,
+    convert_module,
+    load_tensors,
+    plan_of,
+    swap,
+)
+from kruify.errors import CorruptError, PlanError, UsageError
 from kruify.locate import Located, RecurrentLayer, locate, locate_checkpoint
 from kruify.plan import Plan, make_plan
 from kruify.task import Task
@@ -129,19 +139,40 @@ def save(model: nn.Module, path: Path_, *, source_sha256: str = "", seed: int = 
     write_safetensors(path, model.state_dict(), metadata)
 
 
-def load(path: Path_, into: nn.Module, key: str | None = None) -> nn.Module:
-    """Loads a dense or a converted checkpoint into the user's own model.
+@overload
+def load(path: Path_, into: nn.Module, key: str | None = None) -> nn.Module: ...
+@overload
+def load(path: Path_, into: None = None, key: str | None = None) -> dict[str, nn.Module]: ...
+def load(path: Path_, into: nn.Module | None = None, key: str | None = None) -> nn.Module | dict[str, nn.Module]:
+    """Loads a dense or a converted checkpoint into the user's own model, or its recurrent layers alone.
 
     Args:
-        into: the dense model (its recurrent layers are swapped in place) or one that was converted the same way.
+        into: the dense model (its recurrent layers are swapped in place) or one that was converted the same way. None
+            for a file whose code is lost.
 
     Returns:
-        `into`; or a new KRU layer where `into` is itself a bare nn.LSTM, GRU or RNN.
+        `into`; or a new KRU layer where `into` is itself a bare nn.LSTM, GRU or RNN. Without `into` the recurrent
+        layers of the file by name, KRU layers and dense ones, ready to be called.
 
     Raises:
         PlanError, CorruptError: the file does not fit the model.
     """
-    return load_checkpoint(read(path, key=key), into)
+    checkpoint = read(path, key=key)
+    return load_layers(checkpoint) if into is None else load_checkpoint(checkpoint, into)
+
+
+def load_layers(checkpoint: Checkpoint) -> dict[str, nn.Module]:
+    """The recurrent layers of a checkpoint by name. What a state dict cannot tell (batch_first) is torch's default."""
+    converted = stored_plan(checkpoint).layers if checkpoint.is_kruify else []
+    layers: dict[str, nn.Module] = {item.layer.name: build_layer(item) for item in converted}
+    layers |= {layer.name: build_dense(layer) for layer in locate_checkpoint(checkpoint).layers}
+    for name, module in layers.items():
+        tensors = {f"{name}.{n}" if name else n: n for n in module.state_dict()}
+        missing = sorted(set(tensors) - set(checkpoint.tensors))
+        if missing:
+            raise CorruptError(f"the tensor '{missing[0]}' is missing", checkpoint.path, "Convert the source again")
+        load_tensors(module, {n: checkpoint.tensors[full] for full, n in tensors.items()}, checkpoint.path)
+    return layers
 
 
 def load_checkpoint(checkpoint: Checkpoint, into: nn.Module) -> nn.Module:

@@ -173,8 +173,21 @@ def build_layer(
 ) -> KRUBase | KRUCellBase:
     """The KRU layer of one entry of a plan, its numbers still random."""
     layer = item.layer
-    options: dict[str, Any] = {"bias": layer.bias, "factors": item.matrices, "device": device}
-    options["dtype"] = dtype or getattr(torch, layer.dtype)
+    kru = KRU_CLASSES[layer.kind, layer.cell]
+    return kru(layer.input_size, layer.hidden_size, factors=item.matrices, **_options(layer, device, dtype))
+
+
+def build_dense(
+    layer: RecurrentLayer, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The torch.nn layer of a description, its numbers still random."""
+    dense = next(cls for cls, key in MODULES.items() if key == (layer.kind, layer.cell))
+    return dense(layer.input_size, layer.hidden_size, **_options(layer, device, dtype))
+
+
+def _options(layer: RecurrentLayer, device: torch.device | str | None, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Constructor options that torch.nn's layers and kruify's share; what is not known gets torch's default."""
+    options: dict[str, Any] = {"bias": layer.bias, "device": device, "dtype": dtype or getattr(torch, layer.dtype)}
     if layer.kind == "rnn":
         options["nonlinearity"] = layer.nonlinearity or "tanh"
     if not layer.cell:
@@ -186,7 +199,7 @@ def build_layer(
         }
         if layer.kind == "lstm":
             options["proj_size"] = layer.proj_size
-    return KRU_CLASSES[layer.kind, layer.cell](layer.input_size, layer.hidden_size, **options)
+    return options
 
 
 def swap(model: nn.Module, plan: Plan) -> nn.Module:
@@ -320,17 +333,8 @@ def densify_tensors(tensors: Mapping[str, AnyTensor], plan: Plan) -> dict[str, T
 
 
 def _dense_layer(name: str, module: KRUBase | KRUCellBase) -> nn.Module:
-    layer = describe_kru(name, module)
-    dense_class = next(cls for cls, key in MODULES.items() if key == (layer.kind, layer.cell))
     weight = next(module.parameters())
-    options: dict[str, Any] = {"bias": layer.bias, "device": weight.device, "dtype": weight.dtype}
-    if layer.kind == "rnn":
-        options["nonlinearity"] = layer.nonlinearity
-    if not layer.cell:
-        options |= {f: getattr(layer, f) for f in ("num_layers", "bidirectional", "batch_first", "dropout")}
-        if layer.kind == "lstm":
-            options["proj_size"] = layer.proj_size
-    dense: nn.Module = dense_class(layer.input_size, layer.hidden_size, **options)
+    dense = build_dense(describe_kru(name, module), weight.device, weight.dtype)
     with torch.no_grad():
         for parameter_name, parameter in dense.named_parameters():
             value = getattr(module, parameter_name)

@@ -205,6 +205,21 @@ def test_save_load_and_densify(tmp_path: Path) -> None:
     assert inspection.plan == plan_of(converted)
 
 
+def test_recurrent_layers_alone_when_the_code_is_lost(tmp_path: Path) -> None:
+    """A whole module, pickled: without its class the layers come out by name, with what the module knew of itself."""
+    net = nn.ModuleDict({"a": nn.LSTM(5, 8, 2, batch_first=True), "b": nn.GRU(8, 4), "c": nn.Linear(4, 2)})
+    torch.save(net, tmp_path / "whole.pt")
+    layers = kruify.load(tmp_path / "whole.pt")
+    assert {name: type(layer) for name, layer in layers.items()} == {"a": nn.LSTM, "b": nn.GRU}
+    x = torch.randn(3, 6, 5)
+    torch.testing.assert_close(layers["a"](x), net["a"](x))
+    converted, _ = kruify.convert(net, "auto", only=["a"])
+    kruify.save(converted, tmp_path / "small.kru.safetensors")
+    layers = kruify.load(tmp_path / "small.kru.safetensors")
+    assert {name: type(layer) for name, layer in layers.items()} == {"a": KRULSTM, "b": nn.GRU}
+    torch.testing.assert_close(layers["a"](x), converted["a"](x))
+
+
 def test_bare_layers() -> None:
     converted, _ = kruify.convert(nn.RNNCell(3, 4), "2x2")
     assert isinstance(converted, KRURNNCell)

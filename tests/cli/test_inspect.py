@@ -1,0 +1,60 @@
+"""`kruify inspect`: what the file is beside its layers, and what runs them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import kruify
+
+
+def test_wrapper_ties_and_broken_numbers(tmp_path, run, run_json):
+    net = nn.ModuleDict({"rnn": nn.LSTM(3, 4), "a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    net["b"].weight = net["a"].weight
+    net["a"].bias.data[1] = float("nan")
+    state = {f"module.{name}": tensor for name, tensor in net.state_dict().items()}
+    path = tmp_path / "wrapped.pt"
+    torch.save({"state_dict": state, "optimizer": {"state": {}}}, path)
+    result = run_json("inspect", str(path))
+    assert (result["key"], result["prefix"]) == ("state_dict", "module.")
+    assert result["ties"] == {"b.weight": "a.weight"}
+    assert result["nonfinite"] == {"a.bias": 1}
+    assert result["bytes"] == path.stat().st_size
+    text = run("inspect", str(path)).stdout
+    for words in ("stands under state_dict", "begin with module.", "b.weight is tied to a.weight", "1 entries that"):
+        assert words in text
+
+
+def test_code_that_is_named_is_said_and_not_run(tmp_path, run, run_json):
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.GRU(3, 4, batch_first=True)
+
+    Mine.__module__, Mine.__qualname__ = "elsewhere", "Mine"
+    import sys
+    import types
+
+    sys.modules["elsewhere"] = module = types.ModuleType("elsewhere")
+    module.Mine = Mine
+    try:
+        torch.save(Mine(), tmp_path / "whole.pt")
+    finally:
+        del sys.modules["elsewhere"]
+    result = run_json("inspect", str(tmp_path / "whole.pt"))
+    assert "elsewhere.Mine" in result["globals"]
+    assert result["layers"][0]["batch_first"] is True
+    assert "names code that was not run: elsewhere.Mine" in run("inspect", str(tmp_path / "whole.pt")).stdout
+    assert "elsewhere" not in sys.modules
+
+
+@pytest.mark.parametrize("model", [(), ("model.pt",)])
+def test_backend(folder, run_json, model):
+    result = run_json("inspect", *model, "--backend")
+    assert result["backend"] == kruify.backend_info()
+    assert ("layers" in result) == bool(model)
+
+
+def test_nothing_to_look_at(run):
+    assert run("inspect").exit_code == 2
