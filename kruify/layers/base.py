@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from kruify.errors import UsageError
 from kruify.factors import Structure, parse
 from kruify.layers import dense, dispatch, kernel, reference
-from kruify.layers.matrix import KroneckerMatrix
+from kruify.layers.matrix import KroneckerMatrix, reset_like_torch
 from kruify.layers.steps import GATES, State, make_step
 
 Factors = str | Mapping[str, Sequence[Structure]] | None
@@ -148,16 +148,9 @@ class KRUBase(nn.Module):
     def state_sizes(self) -> tuple[int, ...]:
         return (self.output_size, self.hidden_size) if self.kind == "lstm" else (self.output_size,)
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Dense weights and biases as torch does, uniform in +-1/sqrt(hidden); factors orthogonal."""
-        bound = self.hidden_size**-0.5
-        for parameter in self.parameters(recurse=False):
-            parameter.uniform_(-bound, bound)
-        for child in self.children():
-            if isinstance(child, KroneckerMatrix):
-                for term in child.term_list():
-                    term.reset_parameters()
+        reset_like_torch(self, self.hidden_size)
 
     def flatten_parameters(self) -> None:
         """Does nothing; torch.nn.LSTM has it, so callers may call it."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kruify.errors import UsageError
 from kruify.layers import kernel
 from kruify.layers.base import Factors, apply_weight, build_weight
-from kruify.layers.matrix import KroneckerMatrix
+from kruify.layers.matrix import KroneckerMatrix, reset_like_torch
 from kruify.layers.steps import GATES, Matrix, State, make_step
 
 
@@ -45,16 +45,9 @@ class KRUCellBase(nn.Module):
             self.register_parameter(name, parameter)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Dense weights and biases uniform in +-1/sqrt(hidden), as torch; factors orthogonal."""
-        bound = self.hidden_size**-0.5
-        for parameter in self.parameters(recurse=False):
-            parameter.uniform_(-bound, bound)
-        for child in self.children():
-            if isinstance(child, KroneckerMatrix):
-                for term in child.term_list():
-                    term.reset_parameters()
+        reset_like_torch(self, self.hidden_size)
 
     def _step(self, input: Tensor, state: State | None) -> State:
         streamed = kernel.streaming_step(self, input, state)

@@ -242,3 +242,15 @@ def group_terms(structures: Sequence[Structure]) -> dict[tuple[Term, bool, int],
             seen[term] = key[2] + 1
             groups[key] = (*groups.get(key, ()), gate)
     return groups
+
+
+@torch.no_grad()
+def reset_like_torch(layer: nn.Module, hidden_size: int) -> None:
+    """Dense weights and biases of a recurrent layer uniform in +-1/sqrt(hidden_size), as torch.nn; factors orthogonal."""
+    bound = hidden_size**-0.5
+    for parameter in layer.parameters(recurse=False):
+        parameter.uniform_(-bound, bound)
+    for child in layer.children():
+        if isinstance(child, KroneckerMatrix):
+            for term in child.term_list():
+                term.reset_parameters()
