@@ -246,7 +246,7 @@ def group_terms(structures: Sequence[Structure]) -> dict[tuple[Term, bool, int],
 
 @torch.no_grad()
 def reset_like_torch(layer: nn.Module, hidden_size: int) -> None:
-    """Dense weights and biases of a recurrent layer uniform in +-1/sqrt(hidden_size), as torch.nn; factors orthogonal."""
+    """Dense weights and biases of a layer uniform in +-1/sqrt(hidden_size), as torch.nn does; factors orthogonal."""
     bound = hidden_size**-0.5
     for parameter in layer.parameters(recurse=False):
         parameter.uniform_(-bound, bound)
