@@ -38,7 +38,7 @@ def best_times(contenders: dict[str, Callable[[], object]], seconds: float, thre
         start = clock()
         function()
         best[name] = clock() - start
-        repeats[name] = max(1, int(1e-4 / max(best[name], 1e-7)))
+        repeats[name] = max(1, int(3e-4 / max(best[name], 1e-7)))
     rounds, end = 0, clock() + seconds
     gc.disable()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +23,30 @@ def kron_matmul(
 ) -> Tensor:  # (..., product of the P_f)
     """x @ (F_0 (x) F_1 (x) ...).T without forming the product; differentiable in x and every factor."""
     groups = _groups(tuple(f.shape for f in factors))
-    operator = torch.ops.kruify.kron_product if torch.is_grad_enabled() else torch.ops.kruify.kron_product_forward
-    result: Tensor = operator(x, list(factors), groups)
+    result: Tensor
+    if not torch.is_grad_enabled():
+        result = torch.ops.kruify.kron_product_forward(x, list(factors), groups)
+    elif torch.compiler.is_compiling():
+        result = torch.ops.kruify.kron_product(x, list(factors), groups)
+    else:
+        result = _Product.apply(x, groups, *factors)  # type: ignore[no-untyped-call]
     return result
+
+
+class _Product(torch.autograd.Function):
+    """kruify::kron_product with less Python around it than torch.library puts there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: tuple[int, ...], *factors: Tensor) -> Tensor:
+        ctx.groups = groups
+        ctx.save_for_backward(x, *factors)
+        result: Tensor = torch.ops.kruify.kron_product_forward(x, list(factors), groups)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        grad_x, found, _ = operators.kron_product_derivative(ctx, grads[0])
+        return grad_x, None, *found
 
 
 @lru_cache(maxsize=1024)

@@ -303,7 +303,7 @@ def _kron_product_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
     ctx.save_for_backward(x, *factors)
 
 
-def _kron_product_derivative(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def kron_product_derivative(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, *factors = ctx.saved_tensors
     if torch.is_grad_enabled():
         grad_x, *grads = _gradients(lambda t: [_plain_product(t)], [x, *factors], [grad], create_graph=True)
@@ -312,7 +312,7 @@ def _kron_product_derivative(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, grads, None
 
 
-torch.library.register_autograd("kruify::kron_product", _kron_product_derivative, setup_context=_kron_product_context)
+torch.library.register_autograd("kruify::kron_product", kron_product_derivative, setup_context=_kron_product_context)
 
 
 # linear_backward

@@ -136,6 +136,8 @@ def test_second_derivatives_and_opcheck() -> None:
     torch.library.opcheck(OPS.merge, (factors, scale, [2, 1]))
     plain = [f.detach()[0, 0].requires_grad_() for f in factors]
     torch.library.opcheck(OPS.kron_product, (torch.randn(2, 6, dtype=torch.float64), plain, [1, 2]))
+    rows = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, *f: kron_matmul(x, f), [rows, *plain])
     arguments = recurrence_arguments("gru", "tiny", (1,))[6:12]
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(OPS.kron_matmul, (x, *arguments))
