@@ -49,7 +49,6 @@ struct HostBlock {
   void cluster_wait() {
     if (ranks == 1) return;
     run(arrived);  // nobody passes before all have arrived, but what lies between may run late
-    waiting.emplace_back();
   }
   void end() { run(waiting.size()); }
   // The first lists, block by block, list by list, thread by thread.
