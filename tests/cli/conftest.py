@@ -78,7 +78,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run() -> Callable[..., Result]:
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    monkeypatch.delenv("COLUMNS", raising=False)  # pytest-xdist sets it, and tables would wrap
+
     def invoke(*arguments: str) -> Result:
         return CliRunner().invoke(cli, [str(a) for a in arguments], prog_name="kruify")
 
