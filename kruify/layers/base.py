@@ -155,6 +155,10 @@ class KRUBase(nn.Module):
     def flatten_parameters(self) -> None:
         """Does nothing; torch.nn.LSTM has it, so callers may call it."""
 
+    def recurrent_weights(self) -> list[KroneckerMatrix | Tensor]:
+        """weight_hh of every layer and direction."""
+        return [getattr(self, f"weight_hh{weight_suffix(k, d)}") for k, d in self.directions()]
+
     def weights(self, layer: int, direction: int) -> dict[str, KroneckerMatrix | Tensor | None]:
         """The weights of one layer and direction under the names weight_ih, weight_hh, bias_ih, bias_hh, weight_hr."""
         suffix = weight_suffix(layer, direction)
@@ -257,6 +261,8 @@ class KRUBase(nn.Module):
                 outputs.append(output)
                 finals.append(final)
             data = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+        if len(finals) == 1:
+            return data, tuple(s.unsqueeze(0) for s in finals[0])
         return data, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
 
     def _run_direction(

@@ -25,7 +25,7 @@ def pick(layer: KRUBase, steps: int, batch: int, x: Tensor) -> str:
     if kernel_serves(layer, x):
         if x.is_cuda:
             return "kernel" if all(_templates_take(layer, x, k, d) for k, d in layer.directions()) else "dense"
-        gains = [_gain(layer.weights(k, d)["weight_hh"]) for k, d in layer.directions()]
+        gains = [_gain(matrix) for matrix in layer.recurrent_weights()]
         return "kernel" if min(gains) >= _needed_gain(layer, steps, batch) else "dense"
     if steps == 1 and batch <= 8 and layer.hidden_size >= 512:
         return "reference"
@@ -73,5 +73,4 @@ def _needed_gain(layer: KRUBase, steps: int, batch: int) -> float:
 
 def kernel_serves(layer: KRUBase, x: Tensor) -> bool:
     """Whether the compiled kernels can run every layer and direction."""
-    matrices = (layer.weights(k, d)["weight_hh"] for k, d in layer.directions())
-    return all(kernel.serves(matrix, x, bool(layer.proj_size)) for matrix in matrices)
+    return all(kernel.serves(matrix, x, bool(layer.proj_size)) for matrix in layer.recurrent_weights())
