@@ -133,6 +133,8 @@ def report(data: dict[str, Any]) -> str:
         f" commit {m['commit']}, T={STEPS}, input {INPUTS}, float32, dense W_ih, balanced two factors, one term."
         " `x` = times faster than.\n",
     ]
+    if "note" in m:
+        text.append(m["note"] + "\n")
     for kind in ("lstm", "gru", "rnn"):
         for count in sorted({r["threads"] for r in rows}):
             chosen = [r for r in rows if r["kind"] == kind and r["threads"] == count and r["spec"] == "auto"]

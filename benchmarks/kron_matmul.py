@@ -102,6 +102,8 @@ def report(data: dict[str, Any]) -> str:
         f"{m['cpu']}, AVX-512 {'yes' if m['avx512'] else 'no'}, torch {m['torch']},"
         f" commit {m['commit']}, one thread, float32.\n",
     ]
+    if "note" in m:
+        text.append(m["note"] + "\n")
     for what in ("forward", "training"):
         rows = [r for r in data["rows"] if r["what"] == what]
         if not rows:
