@@ -4,7 +4,8 @@ Under AddressSanitizer:
 
     export KRUIFY_CXXFLAGS="-fsanitize=address -fno-omit-frame-pointer -O1"
     python setup.py build_ext --inplace --build-temp build/asan
-    LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 python tests/ops/ops_fuzz.py 5000
+    export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
+    ASAN_OPTIONS=detect_leaks=0 python tests/ops/ops_fuzz.py 1500      (KRUIFY_ISA=avx2 and portable for the others)
 """
 
 from __future__ import annotations
