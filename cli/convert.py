@@ -219,8 +219,16 @@ def _write(path: Path, conversion: Conversion, checkpoint: Checkpoint, seed: int
     metadata = metadata_for(conversion.plan.to_json(), source_sha256=checkpoint.sha256, seed=seed, extra=extra)
     if path.suffix in (".pt", ".pth"):
         write_torch(path, conversion.tensors, metadata)
-    else:
-        write_safetensors(path, conversion.tensors, metadata)
+        return
+    total, written = sum(tensor.nbytes for tensor in conversion.tensors.values()), 0
+    with progress("writing") as advance:
+
+        def more(count: int) -> None:
+            nonlocal written
+            written += count
+            advance(written, total, "writing")
+
+        write_safetensors(path, conversion.tensors, metadata, progress=more)
 
 
 def _expected(checkpoint: Checkpoint, plan: Plan, located: Located) -> tuple[list[dict[str, Any]], dict[str, float]]:
