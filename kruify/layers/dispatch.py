@@ -26,7 +26,7 @@ def pick(layer: KRUBase, steps: int, batch: int, x: Tensor) -> str:
         if x.is_cuda:
             return "kernel" if all(_templates_take(layer, x, k, d) for k, d in layer.directions()) else "dense"
         gains = [_gain(matrix) for matrix in layer.recurrent_weights()]
-        return "kernel" if min(gains) >= _needed_gain(layer, steps, batch) else "dense"
+        return "kernel" if min(gains) >= _needed_gain(layer, batch) else "dense"
     if steps == 1 and batch <= 8 and layer.hidden_size >= 512:
         return "reference"
     return "dense"
@@ -53,22 +53,16 @@ def _gain(matrix: object) -> float:
     return matrix.gates * matrix.rows * matrix.cols / stages.LANES / max(kernel.form_of(matrix).cost, 1.0)
 
 
-def _needed_gain(layer: KRUBase, steps: int, batch: int) -> float:
-    """The gain from which on the kernel beats torch's layer, measured (benchmarks/cpu_layers.py --rule) on a Zen 5 with
-    AVX-512 for hidden sizes 8 to 512, one to sixteen terms, batches 1 to 64, forward and training.
+def _needed_gain(layer: KRUBase, batch: int) -> float:
+    """The gain from which on the kernel beats the densified layer: thresholds read off benchmarks/dispatch_rule.py.
 
-    torch's GRU and RNN go step by step and lose early; its LSTM is one oneDNN call with AVX-512 GEMMs, which only a
-    batch of one starves.
+    Measured on a Zen 5 with AVX-512 for hidden sizes 16 to 512, one to sixteen terms, batches 1, 8 and 64, forward and
+    training. torch's GRU and RNN go step by step and lose nearly everywhere; its LSTM is one oneDNN call, whose GEMMs
+    only a small batch starves.
     """
-    if steps <= 4:
-        return 0.3
-    if layer.kind == "gru":
-        return 0.25 if layer.hidden_size < 64 else 0.45
-    if layer.kind == "rnn":
-        return 0.25 if layer.hidden_size < 64 else 0.45 if batch <= 8 else 0.9
-    if batch > 2:
-        return 2.5
-    return 0.9 if not torch.is_grad_enabled() or layer.hidden_size >= 128 else 2.0
+    if layer.kind == "lstm":
+        return 0.05 if batch <= 2 else 0.6 if batch <= 8 else 1.5
+    return 0.0 if batch <= 8 else 0.2
 
 
 def kernel_serves(layer: KRUBase, x: Tensor) -> bool:
