@@ -218,6 +218,7 @@ def picture(data: dict[str, Any]) -> None:
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set(xscale="log", yscale="log", xlabel="hidden size", title=what)
         axis.set_xticks([256, 512, 1024, 2048], ["256", "512", "1024", "2048"])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("times faster than torch.nn")
     axes[0].legend(fontsize=7)
