@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 @click.option(
     "--task", "task_name", metavar="TASK", help="Run MODEL on this task's data first: fit what its activations feel."
 )
+@click.option("--subclasses", is_flag=True, help="In whole modules, take subclasses of nn.LSTM and friends for these.")
 @click.option("--unitary", is_flag=True, help="Orthogonal factors for plain RNNs: the start for --unitary-penalty.")
 @click.option("--plan", "plan_file", metavar="FILE", help="Take the plan from this JSON file.")
 @click.option("--plan-out", metavar="FILE", help="Write the plan as JSON, to be edited and given to --plan.")
@@ -57,6 +58,7 @@ def convert(
     skip: tuple[str, ...],
     overrides: tuple[str, ...],
     task_name: str | None,
+    subclasses: bool,
     unitary: bool,
     plan_file: str | None,
     plan_out: str | None,
@@ -96,7 +98,7 @@ def convert(
             raise UsageError("it is converted already", model, "Convert the dense checkpoint that it was made from")
         for sentence in checkpoint.dropped:
             out.note(f"note: {sentence}")
-        located = locate_checkpoint(checkpoint)
+        located = locate_checkpoint(checkpoint, subclasses=subclasses)
         layers = found(located, model)
         moments = _calibrate(checkpoint, task_name, seed) if task_name and (by_budget or not dry_run) else None
         if plan_file:

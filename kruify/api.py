@@ -92,6 +92,7 @@ def convert(
     overrides: Mapping[str, str] | None = None,
     plan: Plan | None = None,
     task: Task | None = None,
+    subclasses: bool = False,
     unitary: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
@@ -102,6 +103,7 @@ def convert(
         factors: spec of the recurrent matrices (kruify.factors); `plan` overrules all specs and patterns.
         input_factors: spec of the input matrices W_ih; None leaves them dense.
         only, skip, overrides: patterns, see `kruify.plan.make_plan`.
+        subclasses: convert subclasses of torch's layers too, taking them for what they derive from.
         unitary: orthogonal factors for plain RNNs, the start for fine-tuning with the penalty.
         task: run the dense model on its calibration batches first, and fit what its activations make of the error.
 
@@ -109,7 +111,8 @@ def convert(
         UsageError: the model has no recurrent layer, or a spec or pattern does not fit.
     """
     if plan is None:
-        plan = make_plan(found(locate(model), type(model).__name__), factors, input_factors, only, skip, overrides)
+        layers = found(locate(model, subclasses=subclasses), type(model).__name__)
+        plan = make_plan(layers, factors, input_factors, only, skip, overrides)
     moments = None if task is None else calibrate(model, task, seed=seed)
     return convert_module(model, plan, moments=moments, unitary=unitary, seed=seed, progress=progress)
 

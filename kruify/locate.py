@@ -93,27 +93,30 @@ class Located:
 Hints = Mapping[str, Mapping[str, Any]]  # layer name -> what its tensors cannot tell
 
 
-def locate(source: Mapping[str, AnyTensor] | nn.Module, hints: Hints | None = None) -> Located:
+def locate(
+    source: Mapping[str, AnyTensor] | nn.Module, hints: Hints | None = None, *, subclasses: bool = False
+) -> Located:
     """The recurrent layers of a state dict (names and shapes decide) or of a module (its classes decide).
 
     Args:
         hints: for a state dict: layer name -> known `batch_first`, `dropout`, `nonlinearity`, read from elsewhere.
+        subclasses: in a module, take subclasses of torch's layers for what they derive from; else they are skipped.
     """
     if isinstance(source, nn.Module):
-        return _locate_modules(source)
+        return _locate_modules(source, subclasses)
     return _locate_tensors(source, hints or {})
 
 
-def locate_checkpoint(checkpoint: Checkpoint) -> Located:
+def locate_checkpoint(checkpoint: Checkpoint, *, subclasses: bool = False) -> Located:
     """`locate` for an open checkpoint, with what a whole module in it says beyond its weights.
 
-    Skipped with a reason: subclasses of torch's layers, and what the reader could not make out.
+    Skipped with a reason: what the reader could not make out, and subclasses of torch's layers unless asked for.
     """
     hints: dict[str, dict[str, Any]] = {}
-    subclasses: dict[str, str] = {}
+    foreign: dict[str, str] = {}
     for name, hint in checkpoint.module_hints.items():
-        if hint.is_subclass:
-            subclasses[name] = hint.cls
+        if hint.is_subclass and not subclasses:
+            foreign[name] = hint.cls
         told = {key: hint.options[key] for key in ("batch_first", "dropout", "nonlinearity") if key in hint.options}
         if hint.options.get("mode") in ("RNN_TANH", "RNN_RELU"):
             told["nonlinearity"] = str(hint.options["mode"]).removeprefix("RNN_").lower()
@@ -121,9 +124,9 @@ def locate_checkpoint(checkpoint: Checkpoint) -> Located:
     found = locate(checkpoint.tensors.lazy, hints)
     skipped = [*found.skipped, *checkpoint.skipped.items()]
     for layer in found.layers:
-        if layer.name in subclasses:
-            skipped.append((layer.name, f"{subclasses[layer.name]} is not torch's own: it may compute something else"))
-    return Located([layer for layer in found.layers if layer.name not in subclasses], skipped)
+        if layer.name in foreign:
+            skipped.append((layer.name, f"{foreign[layer.name]} is not torch's own: it may compute something else"))
+    return Located([layer for layer in found.layers if layer.name not in foreign], skipped)
 
 
 _WEIGHT_HH = re.compile(r"(?:(?P<prefix>.*)\.)?weight_hh(?P<suffix>_l0)?")
@@ -203,10 +206,10 @@ def _mismatch(tensors: Mapping[str, AnyTensor], layer: RecurrentLayer) -> str | 
     return None
 
 
-def _locate_modules(module: nn.Module) -> Located:
+def _locate_modules(module: nn.Module, subclasses: bool) -> Located:
     found = Located([], [])
     for name, child in module.named_modules():
-        if type(child) in MODULES:
+        if type(child) in MODULES or (subclasses and isinstance(child, tuple(MODULES))):
             found.layers.append(describe(name, child))
         elif isinstance(child, tuple(MODULES)):
             base = next(b.__name__ for b in MODULES if isinstance(child, b))

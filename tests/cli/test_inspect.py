@@ -49,6 +49,28 @@ def test_code_that_is_named_is_said_and_not_run(tmp_path, run, run_json):
     assert "elsewhere" not in sys.modules
 
 
+def test_subclasses_only_when_asked_for(tmp_path, run, run_json):
+    import sys
+    import types
+
+    class Odd(nn.LSTM):
+        pass
+
+    Odd.__module__, Odd.__qualname__ = "elsewhere", "Odd"
+    sys.modules["elsewhere"] = module = types.ModuleType("elsewhere")
+    module.Odd = Odd
+    path, out = tmp_path / "odd.pt", tmp_path / "odd.kru.safetensors"
+    try:
+        torch.save(nn.Sequential(Odd(3, 4)), path)
+    finally:
+        del sys.modules["elsewhere"]
+    assert "elsewhere.Odd is not torch's own" in run_json("inspect", str(path))["skipped"][0]["reason"]
+    assert run("convert", str(path), "--factors", "auto", "-o", str(out)).exit_code == 2
+    assert not out.exists()
+    assert run_json("convert", str(path), "--factors", "auto", "--subclasses", "-o", str(out))["matrices"]
+    assert kruify.convert(nn.Sequential(Odd(3, 4)), subclasses=True)[1].matrices
+
+
 @pytest.mark.parametrize("model", [(), ("model.pt",)])
 def test_backend(folder, run_json, model):
     result = run_json("inspect", *model, "--backend")
