@@ -235,6 +235,8 @@ def _write(path: Path, conversion: Conversion, checkpoint: Checkpoint, seed: int
 
 def _expected(checkpoint: Checkpoint, plan: Plan, located: Located) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The table of a dry run: what the plan implies, energies unknown."""
+    from kruify.convert import before_after
+
     matrices: list[dict[str, Any]] = []
     saved = {"recurrent": 0, "total": 0}
     for layer, weight, structures in plan.matrices():
@@ -265,8 +267,7 @@ def _expected(checkpoint: Checkpoint, plan: Plan, located: Located) -> tuple[lis
     }
     parameters: dict[str, float] = {}
     for part, count in before.items():
-        after = count - saved[part]
-        parameters |= {f"{part}_before": count, f"{part}_after": after, f"{part}_ratio": count / max(1, after)}
+        parameters |= before_after(part, count, count - saved[part])
     return matrices, parameters
 
 

@@ -154,18 +154,16 @@ def count_parameters(
 ) -> dict[str, float]:
     """Floating-point numbers before and after: in recurrent matrices, and in all tensors."""
     recurrent = [layer.full_name("weight_hh" + suffix) for layer in located.layers for suffix in layer.suffixes]
-    counts = {
-        "recurrent_before": sum(_numel(before[name]) for name in recurrent),
-        "recurrent_after": sum(
-            _numel(t) for name, t in after.items() if any(name == r or name.startswith(f"{r}.") for r in recurrent)
-        ),
-        "total_before": sum(map(_numel, before.values())),
-        "total_after": sum(map(_numel, after.values())),
+    kept = sum(_numel(t) for name, t in after.items() if any(name == r or name.startswith(f"{r}.") for r in recurrent))
+    return {
+        **before_after("recurrent", sum(_numel(before[name]) for name in recurrent), kept),
+        **before_after("total", sum(map(_numel, before.values())), sum(map(_numel, after.values()))),
     }
-    ratios = {
-        f"{part}_ratio": counts[f"{part}_before"] / max(1, counts[f"{part}_after"]) for part in ("recurrent", "total")
-    }
-    return {key: {**counts, **ratios}[key] for part in ("recurrent", "total") for key in _keys(part)}
+
+
+def before_after(part: str, before: int, after: int) -> dict[str, float]:
+    """The three keys of one part of the account: `{part}_before`, `{part}_after`, `{part}_ratio`."""
+    return {f"{part}_before": before, f"{part}_after": after, f"{part}_ratio": before / max(1, after)}
 
 
 def build_layer(
@@ -380,10 +378,6 @@ def _in_order(before: Mapping[str, AnyTensor], after: Mapping[str, AnyTensor]) -
         return position[name]
 
     return sorted(after, key=place)
-
-
-def _keys(part: str) -> tuple[str, str, str]:
-    return f"{part}_before", f"{part}_after", f"{part}_ratio"
 
 
 def _numel(tensor: AnyTensor) -> int:
