@@ -13,6 +13,12 @@ from .options import key_option, model_argument, network
 if TYPE_CHECKING:
     from kruify.export import Exported
 
+OPTIONS = {
+    "tanh": "RNNs with tanh (else --nonlinearity relu)",
+    "time before batch": "input as (time, batch, features) (else --batch-first)",
+}
+"""What may be assumed -> how it is said, with the option for the other case."""
+
 
 @click.command()
 @model_argument
@@ -21,6 +27,11 @@ if TYPE_CHECKING:
 @click.option("--task", "task_name", metavar="TASK", help="Export the task's whole network, not layer by layer.")
 @click.option("--dense", is_flag=True, help="Write dense matrices instead of factors (ONNX's own LSTM, GRU, RNN).")
 @click.option("--batch-first/--time-first", default=None, help="Layout of the layers' input.  [default: the layer's]")
+@click.option(
+    "--nonlinearity",
+    type=click.Choice(["tanh", "relu"]),
+    help="Of plain RNNs, where the file does not tell.  [default: tanh]",
+)
 @click.option("--original", metavar="FILE", help="The file that was converted, to write its kind again (ONNX, Keras).")
 @click.option("--tolerance", type=float, metavar="X", help="Largest difference allowed.  [default: 1e-5]")
 @key_option
@@ -32,6 +43,7 @@ def export(
     task_name: str | None,
     dense: bool,
     batch_first: bool | None,
+    nonlinearity: str | None,
     original: str | None,
     tolerance: float | None,
     key: str | None,
@@ -47,10 +59,11 @@ def export(
     Factors stay factors, batch and time are dynamic. Several layers give several files: OUT with the layer's name
     before its ending. A file that differs by more than the tolerance is deleted, and the exit code is 6.
     """
-    if to == "dense" and (dense or task_name or batch_first is not None):
-        raise click.UsageError("--to dense writes the dense state dict; leave --dense, --task and --batch-first out")
-    if task_name and batch_first is not None:
-        raise click.UsageError("with --task the layout is the network's; leave --batch-first out")
+    layout = batch_first is not None or nonlinearity is not None
+    if to == "dense" and (dense or task_name or layout):
+        raise click.UsageError("--to dense writes a state dict: no --dense, --task, --batch-first or --nonlinearity")
+    if task_name and layout:
+        raise click.UsageError("with --task the network tells: no --batch-first or --nonlinearity")
     with output(json_only) as out:
         from kruify.checkpoint import read
         from kruify.export import TOLERANCE, export_dense, export_layers, export_network
@@ -69,10 +82,18 @@ def export(
                 files = [export_network(net, task, _format(to), path, dense=dense, tolerance=limit)]
             else:
                 files = export_layers(
-                    checkpoint, _format(to), path, dense=dense, batch_first=batch_first, tolerance=limit
+                    checkpoint,
+                    _format(to),
+                    path,
+                    dense=dense,
+                    batch_first=batch_first,
+                    nonlinearity=nonlinearity,
+                    tolerance=limit,
                 )
         for file in files:
             out.show(_sentence(file))
+        if assumed := sorted({OPTIONS[item] for file in files for item in file.assumed}):
+            out.note(f"The file does not tell, so it was taken for granted: {'; '.join(assumed)}")
         out.result({"outputs": [_entry(file) for file in files]})
 
 
@@ -97,4 +118,5 @@ def _entry(file: Exported) -> dict[str, object]:
         "difference": file.difference,
         "cases": file.cases,
         "bytes": file.bytes,
+        "assumed": list(file.assumed),
     }

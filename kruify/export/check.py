@@ -32,6 +32,7 @@ class Exported:
         difference: largest difference from the layer over all cases, absolute where values are below 1.
         cases: how many were compared.
         bytes: size of the file.
+        assumed: what the checkpoint does not tell and was taken for granted.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class Exported:
     difference: float
     cases: int
     bytes: int
+    assumed: tuple[str, ...] = ()
 
 
 def layer_cases(interface: Interface, dtype: torch.dtype, seed: int = 0) -> Iterator[list[Tensor]]:

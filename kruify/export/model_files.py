@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,7 +23,7 @@ from kruify.checkpoint import (
 )
 from kruify.convert import densify, densify_tensors
 from kruify.errors import UnsupportedError, UsageError
-from kruify.evaluate import layers_of
+from kruify.evaluate import Layers, layers_of
 from kruify.export.check import TOLERANCE, Exported, compare, difference, layer_cases, require, staged
 from kruify.export.layer_files import (
     call_layer,
@@ -37,6 +37,7 @@ from kruify.export.layer_files import (
 from kruify.export.scan_layer import traceable
 from kruify.export.shapes import interface_of
 from kruify.layers.base import KRUBase
+from kruify.locate import RecurrentLayer
 from kruify.plan import Plan
 from kruify.task import Task, to_device
 
@@ -51,6 +52,7 @@ def export_layers(
     *,
     dense: bool = False,
     batch_first: bool | None = None,
+    nonlinearity: str | None = None,
     tolerance: float = TOLERANCE,
 ) -> list[Exported]:
     """Each recurrent layer of a checkpoint by itself; with several, the layer's name goes before the ending of `path`.
@@ -58,22 +60,49 @@ def export_layers(
     Args:
         batch_first: layout of input and output; None takes the layer's, (time, batch, features) where the file does
             not tell.
+        nonlinearity: "tanh" or "relu", of plain RNNs where the file does not tell, as no state dict does; None takes
+            tanh. What was taken for granted is in `Exported.assumed`.
 
     Raises:
-        UsageError: the file has no recurrent layer.
+        UsageError: the file has no recurrent layer, or `nonlinearity` contradicts the file or has no RNN to act on.
         TargetMissedError: an exported file differs from its layer; it is deleted.
     """
-    layers = layers_of(checkpoint)
-    if not layers.items:
+    found = layers_of(checkpoint)
+    if not found.items:
         raise UsageError("there is no RNN, LSTM or GRU layer in it", checkpoint.path, "See 'kruify inspect'")
+    if nonlinearity is not None and all(layer.kind != "rnn" for layer, _ in found.items):
+        raise UsageError("there is no plain RNN whose nonlinearity could be set", checkpoint.path, "Leave it out")
+    told = [_told(layer, batch_first, nonlinearity, checkpoint.path) for layer, _ in found.items]
+    layers = Layers(checkpoint, [(layer, matrices) for layer, (_, matrices) in zip(told, found.items, strict=True)])
     write = export_onnx if to == "onnx" else export_torch
     exported = []
-    for (layer, _), module in zip(layers.items, layers.modules(), strict=True):
-        if batch_first is not None and not layer.cell:
-            cast(Any, module).batch_first = batch_first
-        file = path if len(layers.items) == 1 else path.with_name(f"{path.stem}.{layer.name}{path.suffix}")
-        exported.append(write(module, file, dense=dense, name=layer.name, tolerance=tolerance))
+    for layer, module in zip(told, layers.modules(), strict=True):
+        file = path if len(told) == 1 else path.with_name(f"{path.stem}.{layer.name}{path.suffix}")
+        written = write(module, file, dense=dense, name=layer.name, tolerance=tolerance)
+        exported.append(replace(written, assumed=_assumed(layer)))
     return exported
+
+
+def _told(layer: RecurrentLayer, batch_first: bool | None, nonlinearity: str | None, where: object) -> RecurrentLayer:
+    """The layer with what the caller knows of it and its file does not tell."""
+    if batch_first is not None and not layer.cell:
+        layer = replace(layer, batch_first=batch_first)
+    if nonlinearity is None or layer.kind != "rnn" or layer.nonlinearity == nonlinearity:
+        return layer
+    if layer.nonlinearity is not None:
+        raise UsageError(
+            f"the file says that '{layer.name}' is an RNN with {layer.nonlinearity}", where, "Leave it out"
+        )
+    return replace(layer, nonlinearity=nonlinearity)
+
+
+def _assumed(layer: RecurrentLayer) -> tuple[str, ...]:
+    unknown = []
+    if layer.kind == "rnn" and layer.nonlinearity is None:
+        unknown.append("tanh")
+    if layer.batch_first is None and not layer.cell:
+        unknown.append("time before batch")
+    return tuple(unknown)
 
 
 def export_dense(

@@ -108,6 +108,37 @@ def test_layers_of_a_dense_file_can_be_exported_too(tmp_path: Path) -> None:
     assert exported.path == tmp_path / "out.onnx"
 
 
+@pytest.mark.parametrize("nonlinearity", [None, "relu"])
+@pytest.mark.parametrize("converted", [False, True])
+def test_what_a_state_dict_does_not_tell_is_said_and_can_be_given(
+    tmp_path: Path, converted: bool, nonlinearity: str | None
+) -> None:
+    torch.manual_seed(0)
+    rnn = nn.RNN(3, 4, nonlinearity=nonlinearity or "tanh")
+    file = tmp_path / "rnn.pt"
+    write_torch(file, rnn.state_dict())
+    if converted:
+        arguments = ["convert", str(file), "--factors", "4*(2x2,2x2)", "-o", str(tmp_path / "rnn.safetensors")]
+        assert CliRunner().invoke(cli, arguments).exit_code == 0
+        file = tmp_path / "rnn.safetensors"
+    (exported,) = export_layers(read(file), "onnx", tmp_path / "rnn.onnx", nonlinearity=nonlinearity)
+    assert exported.assumed == (("tanh", "time before batch") if nonlinearity is None else ("time before batch",))
+    session = onnxruntime.InferenceSession(str(exported.path), providers=["CPUExecutionProvider"])
+    x, h = 3 * torch.randn(5, 2, 3), torch.randn(1, 2, 4)
+    got = session.run(None, {"input": x.numpy(), "h_0": h.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(got), rnn(x, h)[0], atol=1e-5, rtol=0)
+
+
+def test_a_nonlinearity_that_cannot_be_is_refused(tmp_path: Path, file: Path) -> None:
+    with pytest.raises(UsageError, match="no plain RNN"):
+        export_layers(read(file), "onnx", tmp_path / "out.onnx", nonlinearity="relu")
+    kruify.save(kruify.convert(nn.RNN(3, 4), "2x2")[0], tmp_path / "rnn.safetensors")  # a module tells
+    with pytest.raises(UsageError, match="RNN with tanh"):
+        export_layers(read(tmp_path / "rnn.safetensors"), "onnx", tmp_path / "out.onnx", nonlinearity="relu")
+    (exported,) = export_layers(read(tmp_path / "rnn.safetensors"), "onnx", tmp_path / "out.onnx")
+    assert exported.assumed == ()
+
+
 def test_whole_network_with_dynamic_batch_and_time(tmp_path: Path, model: nn.Module) -> None:
     model.decoder = Passing()  # one loop is enough: tracing takes seconds for each
     exported = export_network(model, Letters(), "torch", tmp_path / "net.pt2")
@@ -154,6 +185,11 @@ def test_command_line(tmp_path: Path, file: Path) -> None:
     assert result.exit_code == 0, result.output
     outputs = json.loads(result.stdout)["outputs"]
     assert [Path(o["output"]).exists() for o in outputs] == [True, True]
+    assert "time" not in result.stderr  # the file tells the layout
     missed = run(cli, [*arguments[:-3], "-o", str(tmp_path / "never.onnx"), "--tolerance", "0"])
     assert missed.exit_code == 6 and not list(tmp_path.glob("never*")), missed.output
-    assert run(cli, ["export", str(file), "--to", "dense", "--dense", "-o", "x.pt"]).exit_code == 2
+    for wrong in (["--to", "dense", "--dense"], ["--to", "onnx", "--task", "x", "--nonlinearity", "relu"]):
+        assert run(cli, ["export", str(file), *wrong, "-o", "x.pt"]).exit_code == 2
+    write_torch(tmp_path / "plain.pt", nn.RNN(3, 4).state_dict())
+    told = run(cli, ["export", str(tmp_path / "plain.pt"), "--to", "onnx", "-o", str(tmp_path / "plain.onnx")])
+    assert told.exit_code == 0 and "--nonlinearity relu" in told.stderr and "--batch-first" in told.stderr
