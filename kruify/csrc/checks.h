@@ -238,6 +238,7 @@ CheckedMatrix<T>::CheckedMatrix(const std::vector<Tensor>& stages, const Optiona
     }
     m.grad_overlay = m.grad_size;
     m.grad_size += times(m.blocks, m.block);
+    m.scratch = std::max(m.scratch, kTile * (2 * m.cols + times(m.gates, m.rows)));  // samples in lanes: overlay.h
   }
   if (bias) {
     tensors_.push_back(checked("the bias", *bias, dtype, times(m.gates, m.rows)));

@@ -28,7 +28,7 @@ Tensor run(const Tensor& x_given, const std::vector<Tensor>& stages, const Optio
   Tensor y = torch::stable::new_empty(x, shape);
   Buffer<T> packed(w.packed_size);
   w.pack(packed.data());
-  const int64_t tile = 8, tiles = (rows + tile - 1) / tile;
+  const int64_t tile = m.overlay ? kTile : 8, tiles = (rows + tile - 1) / tile;
   const int64_t workers = rows * width < (1 << 14) ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), tiles);
   Buffer<T> scratch(workers * m.scratch);
   parallel(workers, [&](int64_t worker) {
@@ -69,17 +69,20 @@ Gradients run_backward(const Tensor& grad_given, const Tensor& x_given, const st
   std::fill_n(mutable_pointer<T>(grad_x), grad_x.numel(), T(0));
   Buffer<T> packed(w.packed_size);
   w.pack(packed.data());
+  const int64_t tile = m.overlay ? kTile : 1, tiles = (rows + tile - 1) / tile;
   const int64_t workers =
-      rows * width < (1 << 14) ? 1 : std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), rows));
+      rows * width < (1 << 14) ? 1 : std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), tiles));
   Buffer<T> arenas(workers * m.grad_size), scratch(workers * m.scratch);
   std::fill_n(arenas.data(), workers * m.grad_size, T(0));
   parallel(workers, [&](int64_t worker) {
-    for (int64_t r = worker; r < rows; r += workers) {
+    for (int64_t i = worker; i < tiles; i += workers) {
+      const int64_t r = i * tile;
       T* gates[kMaxGates];
       // The kernels only read through these.
       for (int g = 0; g < m.gates; ++g) gates[g] = const_cast<T*>(pointer<T>(grad)) + r * width + g * m.rows;
-      kernels<T>().product_backward(m, pointer<T>(x) + r * m.cols, gates, mutable_pointer<T>(grad_x) + r * m.cols,
-                                    arenas.data() + worker * m.grad_size, scratch.data() + worker * m.scratch);
+      kernels<T>().product_backward(m, std::min(tile, rows - r), pointer<T>(x) + r * m.cols, m.cols, gates, width,
+                                    mutable_pointer<T>(grad_x) + r * m.cols, m.cols, arenas.data() + worker * m.grad_size,
+                                    scratch.data() + worker * m.scratch);
     }
   });
   return {grad_x, collect(w, arenas.data(), workers)};

@@ -7,6 +7,7 @@ namespace kruify {
 
 constexpr int kMaxStages = 3;
 constexpr int kMaxGates = 8;
+constexpr int64_t kTile = 16;  // samples that a thread takes through a product together
 
 enum class TermKind : int {
   kDense,    // one stage: a plain matrix
@@ -46,7 +47,7 @@ struct Matrix {
   int64_t blocks, block;
   const T* bias;          // null where there is none
   int64_t grad_diagonal, grad_overlay, grad_bias, grad_size;  // offsets in a thread's arena, and its size
-  int64_t scratch;        // elements of scratch that one sample's product needs, forward or backward
+  int64_t scratch;        // elements of scratch that a product with kTile samples needs, forward or backward
 };
 
 enum class Kind : int { kLstm, kGru, kRnnTanh, kRnnRelu };
@@ -84,14 +85,15 @@ struct Kernels {
   void (*pack)(const Matrix<T>&);
   // y[g] (nb rows, stride ys) += W[g] x
   void (*product)(const Matrix<T>&, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys, T* scratch);
-  // dx += W^T dy, and the gradients' sums in `arena`
-  void (*product_backward)(const Matrix<T>&, const T* x, T* const* dy, T* dx, T* arena, T* scratch);
+  // dx (nb rows, stride dxs) += W^T dy, and the gradients' sums in `arena`
+  void (*product_backward)(const Matrix<T>&, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys, T* dx, int64_t dxs,
+                           T* arena, T* scratch);
   // Writes an arena's sums out in the layout of the parameters; grads[i] in the operators' order.
   void (*unpack)(const Matrix<T>&, const T* arena, T* const* grads);
   // Steps [t0, t1) in time, samples [b0, b1).
   void (*forward)(const Sequence<T>&, int64_t t0, int64_t t1, int64_t b0, int64_t b1, T* scratch);
-  // All steps of one sample.
-  void (*backward)(const Sequence<T>&, int64_t b, T* arena, T* scratch);
+  // All steps of samples [b0, b1).
+  void (*backward)(const Sequence<T>&, int64_t b0, int64_t b1, T* arena, T* scratch);
   // C[m0:m1] = A B + bias with B packed by pack_b.
   int64_t (*packed_b_size)(int64_t K, int64_t N);
   void (*pack_b)(int64_t K, int64_t N, const T* b, int64_t rs, int64_t cs, T* packed, int64_t n0, int64_t n1);

@@ -106,7 +106,7 @@ Outputs run(const Tensor& x_given, const Optional& w_ih_given, const Optional& b
   for (int t = 0; t < w.matrix.terms; ++t)
     thin |= w.matrix.term[t].kind == TermKind::kDense || w.matrix.term[t].kind == TermKind::kLowRank;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), batch);
-  const int64_t tile = thin ? std::min<int64_t>(8, (batch + threads - 1) / threads) : 1;
+  const int64_t tile = thin ? std::min<int64_t>(w.matrix.overlay ? kTile : 8, (batch + threads - 1) / threads) : 1;
   const int64_t tiles = (batch + tile - 1) / tile, scratch_size = w.matrix.scratch;
   const int64_t workers = std::min(threads, tiles);
   Buffer<T> scratch(workers * (scratch_size + 16));
@@ -194,13 +194,16 @@ Gradients run_backward(const Optional& grad_out_given, const Optional& grad_h_gi
   s.h0 = pointer<T>(h0), s.c0 = c0 ? pointer<T>(*c0) : nullptr;
   s.grad_gates = mutable_pointer<T>(grad_gates);
   s.grad_h = mutable_pointer<T>(grad_h), s.grad_c = c0 ? mutable_pointer<T>(grad_c) : nullptr;
-  const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), batch));
-  const int64_t scratch_size = w.matrix.scratch + H + 16;
+  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), batch));
+  const int64_t tile = w.matrix.overlay ? std::min<int64_t>(kTile, (batch + threads - 1) / threads) : 1;
+  const int64_t tiles = batch == 0 ? 0 : (batch + tile - 1) / tile, workers = std::max<int64_t>(1, std::min(threads, tiles));
+  const int64_t scratch_size = w.matrix.scratch + (kind == Kind::kGru ? tile * width : 0) + 16;
   Buffer<T> arenas(workers * w.matrix.grad_size), scratch(workers * scratch_size);
   std::fill_n(arenas.data(), workers * w.matrix.grad_size, T(0));
   parallel(workers, [&](int64_t worker) {
-    for (int64_t b = worker; b < batch; b += workers)
-      kernels<T>().backward(s, b, arenas.data() + worker * w.matrix.grad_size, scratch.data() + worker * scratch_size);
+    for (int64_t i = worker; i < tiles; i += workers)
+      kernels<T>().backward(s, i * tile, std::min(batch, (i + 1) * tile), arenas.data() + worker * w.matrix.grad_size,
+                            scratch.data() + worker * scratch_size);
   });
   return {grad_gates, grad_h, grad_c, collect(w, arenas.data(), workers)};
 }

@@ -71,60 +71,71 @@ inline void forward(const Sequence<T>& s, int64_t t0, int64_t t1, int64_t b0, in
   }
 }
 
+// One sample's step before the product: dh and dc become what flows on beside it, d (gates, H) the gates' gradients.
 template <class T>
-inline void backward(const Sequence<T>& s, int64_t b, T* arena, T* scratch) {
-  const int64_t H = s.hidden, G = s.matrix.gates, K = s.kind == Kind::kLstm ? 5 : 4;
+KRUIFY_INLINE void backward_cell(const Sequence<T>& s, int64_t row, const T* h0, const T* c0, T* d, T* dn, T* dh, T* dc) {
+  const int64_t H = s.hidden;
+  if (s.grad_out)
+    for_vectors<T>(H, [&](int64_t u, auto get, auto put) { put(dh + u, get(dh + u) + get(s.grad_out + row * H + u)); });
+  if (s.kind == Kind::kLstm) {
+    const T* w = s.workspace + row * 5 * H;
+    for_vectors<T>(H, [&](int64_t u, auto get, auto put) __attribute__((always_inline)) {
+      const Vec<T> i = get(w + u), f = get(w + H + u), g = get(w + 2 * H + u), o = get(w + 3 * H + u);
+      const Vec<T> tc = tanh<T>(get(w + 4 * H + u)), grad = get(dh + u);
+      const Vec<T> total = get(dc + u) + grad * o * (T(1) - tc * tc);
+      put(d + u, total * g * i * (T(1) - i));
+      put(d + H + u, total * get(c0 + u) * f * (T(1) - f));
+      put(d + 2 * H + u, total * i * (T(1) - g * g));
+      put(d + 3 * H + u, grad * tc * o * (T(1) - o));
+      put(dc + u, total * f);
+      put(dh + u, Vec<T>{});
+    });
+  } else if (s.kind == Kind::kGru) {
+    const T* w = s.workspace + row * 4 * H;
+    for_vectors<T>(H, [&](int64_t u, auto get, auto put) __attribute__((always_inline)) {
+      const Vec<T> r = get(w + u), z = get(w + H + u), n = get(w + 2 * H + u), hn = get(w + 3 * H + u);
+      const Vec<T> grad = get(dh + u), da = grad * (T(1) - z) * (T(1) - n * n);
+      put(d + u, da * hn * r * (T(1) - r));
+      put(d + H + u, grad * (get(h0 + u) - n) * z * (T(1) - z));
+      put(d + 2 * H + u, da);
+      put(dn + u, da * r);
+      put(dh + u, grad * z);
+    });
+  } else {
+    const bool relu = s.kind == Kind::kRnnRelu;
+    for_vectors<T>(H, [&](int64_t u, auto get, auto put) __attribute__((always_inline)) {
+      const Vec<T> h = get(s.out_in + row * H + u), grad = get(dh + u);
+      put(d + u, relu ? (h > Vec<T>{} ? grad : Vec<T>{}) : grad * (T(1) - h * h));
+      put(dh + u, Vec<T>{});
+    });
+  }
+}
+
+template <class T>
+inline void backward(const Sequence<T>& s, int64_t b0, int64_t b1, T* arena, T* scratch) {
+  const int64_t H = s.hidden, G = s.matrix.gates;
   const Matrix<T>& m = s.matrix;
-  T* dh = s.grad_h + b * H;
-  T* dc = s.grad_c ? s.grad_c + b * H : nullptr;
-  T* dn = scratch + m.scratch;  // GRU: gradient of W_hn h + b_hn
-  int64_t length = 0;
-  while (length < s.steps && s.sizes[length] > b) ++length;
-  for (int64_t i = 0; i < length; ++i) {
-    const int64_t t = s.reverse ? i : length - 1 - i, row = s.starts[t] + b;
-    const bool first = i == length - 1;
-    const int64_t before = first ? 0 : s.starts[s.reverse ? t + 1 : t - 1] + b;
-    const T* h0 = first ? s.h0 + b * H : s.out_in + before * H;
-    T* d = s.grad_gates + row * G * H;
-    T* dy[kMaxGates];
-    for (int g = 0; g < G; ++g) dy[g] = d + g * H;
-    if (s.grad_out)
-      for_vectors<T>(H, [&](int64_t u, auto get, auto put) { put(dh + u, get(dh + u) + get(s.grad_out + row * H + u)); });
-    if (s.kind == Kind::kLstm) {
-      const T* w = s.workspace + row * K * H;
-      const T* c0 = first ? s.c0 + b * H : s.workspace + before * K * H + 4 * H;
-      for_vectors<T>(H, [&](int64_t u, auto get, auto put) __attribute__((always_inline)) {
-        const Vec<T> i = get(w + u), f = get(w + H + u), g = get(w + 2 * H + u), o = get(w + 3 * H + u);
-        const Vec<T> tc = tanh<T>(get(w + 4 * H + u)), grad = get(dh + u);
-        const Vec<T> total = get(dc + u) + grad * o * (T(1) - tc * tc);
-        put(d + u, total * g * i * (T(1) - i));
-        put(d + H + u, total * get(c0 + u) * f * (T(1) - f));
-        put(d + 2 * H + u, total * i * (T(1) - g * g));
-        put(d + 3 * H + u, grad * tc * o * (T(1) - o));
-        put(dc + u, total * f);
-        put(dh + u, Vec<T>{});
-      });
-    } else if (s.kind == Kind::kGru) {
-      const T* w = s.workspace + row * K * H;
-      for_vectors<T>(H, [&](int64_t u, auto get, auto put) __attribute__((always_inline)) {
-        const Vec<T> r = get(w + u), z = get(w + H + u), n = get(w + 2 * H + u), hn = get(w + 3 * H + u);
-        const Vec<T> grad = get(dh + u), da = grad * (T(1) - z) * (T(1) - n * n);
-        put(d + u, da * hn * r * (T(1) - r));
-        put(d + H + u, grad * (get(h0 + u) - n) * z * (T(1) - z));
-        put(d + 2 * H + u, da);
-        put(dn + u, da * r);
-        put(dh + u, grad * z);
-      });
-      dy[2] = dn;
-    } else {
-      const bool relu = s.kind == Kind::kRnnRelu;
-      for_vectors<T>(H, [&](int64_t u, auto get, auto put) __attribute__((always_inline)) {
-        const Vec<T> h = get(s.out_in + row * H + u), grad = get(dh + u);
-        put(d + u, relu ? (h > Vec<T>{} ? grad : Vec<T>{}) : grad * (T(1) - h * h));
-        put(dh + u, Vec<T>{});
-      });
+  T* dn = scratch + m.scratch;  // GRU: gradients of W_hn h + b_hn, rows as far apart as those of grad_gates
+  for (int64_t i = 0; i < s.steps; ++i) {
+    const int64_t t = s.reverse ? i : s.steps - 1 - i;
+    const int64_t end = min64(b1, s.sizes[t]);
+    // Samples [b0, known) have a step before this one; for the others it is the first, and h0 stands before it.
+    const int64_t known = !s.reverse ? (t > 0 ? end : b0) : t + 1 < s.steps ? min64(end, s.sizes[t + 1]) : b0;
+    for (int64_t b = b0, next; b < end; b = next) {
+      const bool first = b >= known;
+      next = first ? end : known;
+      const int64_t row = s.starts[t] + b, before = first ? b : s.starts[s.reverse ? t + 1 : t - 1] + b;
+      const T* h0 = (first ? s.h0 : s.out_in) + before * H;
+      T* dy[kMaxGates];
+      for (int g = 0; g < G; ++g) dy[g] = s.grad_gates + row * G * H + g * H;
+      for (int64_t k = 0; k < next - b; ++k) {
+        const T* c0 = s.kind != Kind::kLstm ? nullptr : first ? s.c0 + (b + k) * H : s.workspace + (before + k) * 5 * H + 4 * H;
+        backward_cell(s, row + k, h0 + k * H, c0, dy[0] + k * G * H, dn + k * G * H, s.grad_h + (b + k) * H,
+                      s.grad_c ? s.grad_c + (b + k) * H : nullptr);
+      }
+      if (s.kind == Kind::kGru) dy[2] = dn;
+      product_backward(m, next - b, h0, H, dy, G * H, s.grad_h + b * H, H, arena, scratch);
     }
-    product_backward(m, h0, dy, dh, arena, scratch);
   }
 }
 

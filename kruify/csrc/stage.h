@@ -7,6 +7,7 @@
 
 #include "gemm.h"
 #include "matrix.h"
+#include "overlay.h"
 
 namespace kruify::KRUIFY_ISA {
 
@@ -97,29 +98,6 @@ inline void product_chain(const Term<T>& term, int64_t nb, const T* x, int64_t x
   }
 }
 
-// Blocks of one set of rows follow each other: they add up in a register before they touch y.
-template <class T>
-inline void product_overlay(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys) {
-  for (int64_t first = 0, next; first < m.blocks; first = next) {
-    const int64_t row = m.index[2 * first];
-    next = first + 1;
-    while (next < m.blocks && m.index[2 * next] == row) ++next;
-    T* out = y[row / m.rows] + row % m.rows;
-    for (int64_t s = 0; s < nb; ++s)
-      for (int64_t i = 0; i < m.block; i += kWidth<T>) {
-        const int lanes = int(min64(kWidth<T>, m.block - i));
-        Vec<T> even = load_n(out + s * ys + i, lanes), odd{};
-        int64_t b = first;
-        for (; b + 1 < next; b += 2) {
-          even += x[s * xs + m.index[2 * b + 1]] * load_n(m.overlay + b * m.block + i, lanes);
-          odd += x[s * xs + m.index[2 * b + 3]] * load_n(m.overlay + (b + 1) * m.block + i, lanes);
-        }
-        if (b < next) even += x[s * xs + m.index[2 * b + 1]] * load_n(m.overlay + b * m.block + i, lanes);
-        store_n(out + s * ys + i, even + odd, lanes);
-      }
-  }
-}
-
 template <class T>
 inline void product_diagonal(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys) {
   for (int g = 0; g < m.diagonal_gates; ++g)
@@ -145,7 +123,7 @@ inline void product(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* c
     }
   }
   if (m.diagonal) product_diagonal(m, nb, x, xs, y, ys);
-  if (m.overlay) product_overlay(m, nb, x, xs, y, ys);
+  if (m.overlay) product_overlay(m, nb, x, xs, y, ys, scratch);
 }
 
 // Backward. dW is summed in a thread's arena in the layout the GEMMs write best: of a pair or chain the trailing stage
@@ -222,26 +200,9 @@ inline void backward_chain(const Term<T>& term, const T* x, T* const* dy, T* dx,
   gemm<T, false>(q2, ld, q0 * q1, x, q2, dt, ld, arena + term.grad[2], ld, true);
 }
 
+// One sample's share of everything but the overlay.
 template <class T>
-inline void backward_overlay(const Matrix<T>& m, const T* x, T* const* dy, T* dx, T* arena) {
-  for (int64_t b = 0; b < m.blocks; ++b) {
-    const int64_t row = m.index[2 * b], column = m.index[2 * b + 1];
-    const T *d = dy[row / m.rows] + row % m.rows, *v = m.overlay + b * m.block;
-    T* dv = arena + m.grad_overlay + b * m.block;
-    Vec<T> total{};
-    for (int64_t i = 0; i < m.block; i += kWidth<T>) {
-      const int lanes = int(min64(kWidth<T>, m.block - i));
-      const Vec<T> g = load_n(d + i, lanes);
-      total += g * load_n(v + i, lanes);
-      store_n(dv + i, load_n(dv + i, lanes) + x[column] * g, lanes);
-    }
-    dx[column] += sum<T>(total);
-  }
-}
-
-// dx += sum_g W[g]^T dy[g]; the sums of all gradients in `arena` grow by this sample's share.
-template <class T>
-inline void product_backward(const Matrix<T>& m, const T* x, T* const* dy, T* dx, T* arena, T* scratch) {
+inline void backward_sample(const Matrix<T>& m, const T* x, T* const* dy, T* dx, T* arena, T* scratch) {
   for (int t = 0; t < m.terms; ++t) {
     const Term<T>& term = m.term[t];
     switch (term.kind) {
@@ -260,12 +221,23 @@ inline void product_backward(const Matrix<T>& m, const T* x, T* const* dy, T* dx
       put(dx + i, get(dx + i) + grad * get(w + i));
     });
   }
-  if (m.overlay) backward_overlay(m, x, dy, dx, arena);
   if (m.bias)
     for (int g = 0; g < m.gates; ++g) {
       T* db = arena + m.grad_bias + g * m.rows;
       for_vectors<T>(m.rows, [&](int64_t i, auto get, auto put) { put(db + i, get(db + i) + get(dy[g] + i)); });
     }
+}
+
+// dx += sum_g W[g]^T dy[g] for nb samples; the sums of all gradients in `arena` grow by their share.
+template <class T>
+inline void product_backward(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys, T* dx, int64_t dxs,
+                             T* arena, T* scratch) {
+  for (int64_t s = 0; s < nb; ++s) {
+    T* one[kMaxGates];
+    for (int g = 0; g < m.gates; ++g) one[g] = dy[g] + s * ys;
+    backward_sample(m, x + s * xs, one, dx + s * dxs, arena, scratch);
+  }
+  if (m.overlay) backward_overlay(m, nb, x, xs, dy, ys, dx, dxs, arena + m.grad_overlay, scratch);
 }
 
 template <class T>

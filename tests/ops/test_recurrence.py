@@ -59,6 +59,30 @@ def test_outputs_and_gradients(kind: str, matrix: str, reverse: bool) -> None:
                 assert_near(a, w, tolerance)
 
 
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("block", [1, 3, 8])
+@pytest.mark.parametrize("kind", GATES)
+def test_overlays_of_many_samples(kind: str, block: int) -> None:
+    """More samples than a vector has lanes, sequences that end inside a tile of them, both directions."""
+    sizes = (37, 33, 20, 2)
+    for reverse in (False, True):
+        wide = recurrence_arguments(kind, "pair" if block == 8 else "overlay", sizes, reverse)
+        hidden = wide[4].shape[1]
+        rows = torch.randint(0, GATES[kind] * hidden // block, (90,)).sort().values * block
+        rows = rows[rows % hidden <= hidden - block]
+        wide[8] = (0.3 * torch.randn(len(rows), block, dtype=torch.float64)).requires_grad_()
+        wide[9] = torch.stack([rows, torch.randint(0, hidden, (len(rows),))], dim=1).int()
+        want = expected(wide)
+        upstream = [torch.randn_like(t) for t in want]
+        want_grads = torch.autograd.grad(want, differentiable(wide), upstream)
+        for dtype, tolerance in DTYPES:
+            arguments = cast(wide, dtype)
+            actual = outputs(arguments)
+            grads = torch.autograd.grad(actual, differentiable(arguments), [u.to(dtype) for u in upstream])
+            for a, w in zip([*actual, *grads], [*want, *want_grads], strict=True):
+                assert_near(a, w, tolerance)
+
+
 @pytest.mark.parametrize("kind", GATES)
 def test_reference_is_torchs_layer(kind: str) -> None:
     """The oracle's own oracle: torch.nn's layer with the densified weight."""

@@ -1,0 +1,157 @@
+// The sparse overlay: blocks of `block` consecutive rows of one column.
+//
+// One sample leaves most lanes of a vector idle where blocks are short. With several samples the lanes are the samples:
+// x, y and dy are transposed to (element, sample) once a call, and every number of the overlay is one multiply-add.
+#pragma once
+
+#include "matrix.h"
+#include "simd.h"
+
+namespace kruify::KRUIFY_ISA {
+
+// Whether lanes over samples beat lanes over the rows of a block, transposing included.
+template <class T>
+inline bool samples_in_lanes(const Matrix<T>& m, int64_t nb) {
+  return nb * ((m.block + kWidth<T> - 1) / kWidth<T>) >= 2 * m.block;
+}
+
+// to (n, kWidth) = x (nb, n) transposed; lanes beyond nb are zero.
+template <class T>
+inline void samples_to_lanes(int64_t nb, int64_t n, const T* x, int64_t xs, T* to) {
+  if (nb < kWidth<T>)
+    for (int64_t i = 0; i < n; ++i) store(to + i * kWidth<T>, Vec<T>{});
+  transpose(nb, n, x, xs, to, int64_t(kWidth<T>));
+}
+
+// y (nb, n) += from (n, kWidth) transposed.
+template <class T>
+inline void add_lanes(int64_t nb, int64_t n, const T* from, T* y, int64_t ys) {
+  constexpr int W = kWidth<T>;
+  T part[W * W];
+  for (int64_t i = 0; i < n; i += W) {
+    const int count = int(min64(W, n - i));
+    transpose(int64_t(count), int64_t(W), from + i * W, int64_t(W), part, int64_t(W));
+    for (int64_t s = 0; s < nb; ++s) store_n(y + s * ys + i, load_n(y + s * ys + i, count) + load_n(part + s * W, count), count);
+  }
+}
+
+// Blocks of one set of rows follow each other: they add up in a register before they touch memory.
+template <class T, class F>
+KRUIFY_INLINE void for_runs(const Matrix<T>& m, F f) {
+  for (int64_t first = 0, next; first < m.blocks; first = next) {
+    next = first + 1;
+    while (next < m.blocks && m.index[2 * next] == m.index[2 * first]) ++next;
+    f(int64_t(m.index[2 * first]), first, next);
+  }
+}
+
+template <class T>
+inline void overlay_in_lanes(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys, T* scratch) {
+  constexpr int W = kWidth<T>;
+  T *xt = scratch, *yt = xt + m.cols * W;
+  samples_to_lanes(nb, m.cols, x, xs, xt);
+  for (int64_t i = 0; i < m.gates * m.rows; ++i) store(yt + i * W, Vec<T>{});
+  for_runs(m, [&](int64_t row, int64_t first, int64_t next) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < m.block; ++i) {
+      Vec<T> even = load(yt + (row + i) * W), odd{};
+      int64_t b = first;
+      for (; b + 1 < next; b += 2) {
+        even += m.overlay[b * m.block + i] * load(xt + m.index[2 * b + 1] * W);
+        odd += m.overlay[(b + 1) * m.block + i] * load(xt + m.index[2 * b + 3] * W);
+      }
+      if (b < next) even += m.overlay[b * m.block + i] * load(xt + m.index[2 * b + 1] * W);
+      store(yt + (row + i) * W, even + odd);
+    }
+  });
+  for (int g = 0; g < m.gates; ++g) add_lanes(nb, m.rows, yt + g * m.rows * W, y[g], ys);
+}
+
+template <class T>
+inline void overlay_in_rows(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys) {
+  for_runs(m, [&](int64_t row, int64_t first, int64_t next) __attribute__((always_inline)) {
+    T* out = y[row / m.rows] + row % m.rows;
+    for (int64_t s = 0; s < nb; ++s)
+      for (int64_t i = 0; i < m.block; i += kWidth<T>) {
+        const int lanes = int(min64(kWidth<T>, m.block - i));
+        Vec<T> even = load_n(out + s * ys + i, lanes), odd{};
+        int64_t b = first;
+        for (; b + 1 < next; b += 2) {
+          even += x[s * xs + m.index[2 * b + 1]] * load_n(m.overlay + b * m.block + i, lanes);
+          odd += x[s * xs + m.index[2 * b + 3]] * load_n(m.overlay + (b + 1) * m.block + i, lanes);
+        }
+        if (b < next) even += x[s * xs + m.index[2 * b + 1]] * load_n(m.overlay + b * m.block + i, lanes);
+        store_n(out + s * ys + i, even + odd, lanes);
+      }
+  });
+}
+
+// y[g] += S[g] x
+template <class T>
+inline void product_overlay(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys, T* scratch) {
+  T* part[kMaxGates];
+  for (int64_t s = 0; s < nb; s += kWidth<T>) {
+    const int64_t count = min64(kWidth<T>, nb - s);
+    for (int g = 0; g < m.gates; ++g) part[g] = y[g] + s * ys;
+    if (samples_in_lanes(m, count)) overlay_in_lanes(m, count, x + s * xs, xs, part, ys, scratch);
+    else overlay_in_rows(m, count, x + s * xs, xs, part, ys);
+  }
+}
+
+template <class T>
+inline void backward_overlay_in_lanes(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys, T* dx,
+                                      int64_t dxs, T* sums, T* scratch) {
+  constexpr int W = kWidth<T>;
+  T *xt = scratch, *dxt = xt + m.cols * W, *dyt = dxt + m.cols * W;
+  samples_to_lanes(nb, m.cols, x, xs, xt);
+  for (int g = 0; g < m.gates; ++g) samples_to_lanes(nb, m.rows, dy[g], ys, dyt + g * m.rows * W);
+  for (int64_t i = 0; i < m.cols; ++i) store(dxt + i * W, Vec<T>{});
+  for_runs(m, [&](int64_t row, int64_t first, int64_t next) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < m.block; ++i) {
+      const Vec<T> d = load(dyt + (row + i) * W);
+      for (int64_t b = first; b < next; ++b) {
+        const int64_t column = m.index[2 * b + 1] * W;
+        store(dxt + column, load(dxt + column) + m.overlay[b * m.block + i] * d);
+        sums[b * m.block + i] += sum<T>(d * load(xt + column));
+      }
+    }
+  });
+  add_lanes(nb, m.cols, dxt, dx, dxs);
+}
+
+template <class T>
+inline void backward_overlay_in_rows(const Matrix<T>& m, const T* x, T* const* dy, T* dx, T* sums) {
+  for (int64_t b = 0; b < m.blocks; ++b) {
+    const int64_t row = m.index[2 * b], column = m.index[2 * b + 1];
+    const T *d = dy[row / m.rows] + row % m.rows, *v = m.overlay + b * m.block;
+    Vec<T> total{};
+    for (int64_t i = 0; i < m.block; i += kWidth<T>) {
+      const int lanes = int(min64(kWidth<T>, m.block - i));
+      const Vec<T> g = load_n(d + i, lanes);
+      total += g * load_n(v + i, lanes);
+      store_n(sums + b * m.block + i, load_n(sums + b * m.block + i, lanes) + x[column] * g, lanes);
+    }
+    dx[column] += sum<T>(total);
+  }
+}
+
+// dx += sum_g S[g]^T dy[g]; sums (blocks, block) grow by these samples' share of the gradient.
+template <class T>
+inline void backward_overlay(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys, T* dx, int64_t dxs,
+                             T* sums, T* scratch) {
+  T* part[kMaxGates];
+  for (int64_t s = 0; s < nb; s += kWidth<T>) {
+    const int64_t count = min64(kWidth<T>, nb - s);
+    for (int g = 0; g < m.gates; ++g) part[g] = dy[g] + s * ys;
+    if (samples_in_lanes(m, count)) {
+      backward_overlay_in_lanes(m, count, x + s * xs, xs, part, ys, dx + s * dxs, dxs, sums, scratch);
+      continue;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      T* one[kMaxGates];
+      for (int g = 0; g < m.gates; ++g) one[g] = part[g] + i * ys;
+      backward_overlay_in_rows(m, x + (s + i) * xs, one, dx + (s + i) * dxs, sums);
+    }
+  }
+}
+
+}  // namespace kruify::KRUIFY_ISA
