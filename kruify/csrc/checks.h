@@ -290,6 +290,11 @@ void parallel(int64_t count, const F& f) {
   });
 }
 
+// The precision that the products may have (ops/precision.py): on the CPU they have that of the tensors.
+inline void check_precision(int64_t precision) {
+  STD_TORCH_CHECK(precision >= 0 && precision <= 2, "kruify: there is no precision ", precision);
+}
+
 inline torch::headeronly::ScalarType floating(const char* op, const Tensor& t) {
   const auto dtype = t.scalar_type();
   STD_TORCH_CHECK(t.is_cpu(), "kruify::", op, " got tensors of several devices");

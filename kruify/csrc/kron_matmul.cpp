@@ -47,7 +47,8 @@ Tensor run(const Tensor& x_given, const std::vector<Tensor>& stages, const Optio
 }
 
 Tensor kron_matmul(const Tensor& x, const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay,
-                   const Optional& index, const Optional& bias, const std::vector<int64_t>& layout) {
+                   const Optional& index, const Optional& bias, const std::vector<int64_t>& layout, int64_t precision) {
+  check_precision(precision);
   const bool single = floating("kron_matmul", x) == torch::headeronly::ScalarType::Float;
   return (single ? &run<float> : &run<double>)(x, stages, diagonal, overlay, index, bias, layout);
 }
@@ -90,7 +91,8 @@ Gradients run_backward(const Tensor& grad_given, const Tensor& x_given, const st
 
 Gradients kron_matmul_backward(const Tensor& grad, const Tensor& x, const std::vector<Tensor>& stages, const Optional& diagonal,
                                const Optional& overlay, const Optional& index, const Optional& bias,
-                               const std::vector<int64_t>& layout) {
+                               const std::vector<int64_t>& layout, int64_t precision) {
+  check_precision(precision);
   const bool single = floating("kron_matmul_backward", x) == torch::headeronly::ScalarType::Float;
   return (single ? &run_backward<float> : &run_backward<double>)(grad, x, stages, diagonal, overlay, index, bias, layout);
 }
@@ -109,7 +111,7 @@ void check_plain(const std::vector<Tensor>& factors) {
 Tensor kron_product(const Tensor& x, const std::vector<Tensor>& factors, const std::vector<int64_t>& groups) {
   check_plain(factors);
   const std::vector<Tensor> stages = merge(factors, std::nullopt, groups);
-  return kron_matmul(x, stages, std::nullopt, std::nullopt, std::nullopt, std::nullopt, layout_of(stages));
+  return kron_matmul(x, stages, std::nullopt, std::nullopt, std::nullopt, std::nullopt, layout_of(stages), 0);
 }
 
 Gradients kron_product_backward(const Tensor& grad, const Tensor& x, const std::vector<Tensor>& factors,
@@ -117,7 +119,7 @@ Gradients kron_product_backward(const Tensor& grad, const Tensor& x, const std::
   check_plain(factors);
   const std::vector<Tensor> stages = merge(factors, std::nullopt, groups);
   auto [grad_x, grads] =
-      kron_matmul_backward(grad, x, stages, std::nullopt, std::nullopt, std::nullopt, std::nullopt, layout_of(stages));
+      kron_matmul_backward(grad, x, stages, std::nullopt, std::nullopt, std::nullopt, std::nullopt, layout_of(stages), 0);
   return {grad_x, merge_backward(grads, factors, std::nullopt, groups)};
 }
 

@@ -145,7 +145,8 @@ Outputs run(const Tensor& x_given, const Optional& w_ih_given, const Optional& b
 Outputs recurrence(const Tensor& x, const Optional& w_ih, const Optional& bias_ih, const Tensor& batch_sizes, const Tensor& h0,
                    const Optional& c0, const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay,
                    const Optional& index, const Optional& bias, const std::vector<int64_t>& layout, const std::string& kind,
-                   bool reverse, bool training) {
+                   bool reverse, bool training, int64_t precision) {
+  check_precision(precision);
   const bool single = floating("recurrence", x) == torch::headeronly::ScalarType::Float;
   const auto call = single ? &run<float> : &run<double>;
   return call(x, w_ih, bias_ih, batch_sizes, h0, c0, stages, diagonal, overlay, index, bias, layout, kind_of(kind), reverse, training);
@@ -212,7 +213,8 @@ Gradients recurrence_backward(const Optional& grad_out, const Optional& grad_h, 
                               const Tensor& workspace, const Tensor& batch_sizes, const Tensor& h0, const Optional& c0,
                               const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay,
                               const Optional& index, const Optional& bias, const std::vector<int64_t>& layout,
-                              const std::string& kind, bool reverse) {
+                              const std::string& kind, bool reverse, int64_t precision) {
+  check_precision(precision);
   const bool single = floating("recurrence_backward", out) == torch::headeronly::ScalarType::Float;
   const auto call = single ? &run_backward<float> : &run_backward<double>;
   return call(grad_out, grad_h, grad_c, out, workspace, batch_sizes, h0, c0, stages, diagonal, overlay, index, bias, layout,

@@ -16,6 +16,7 @@ from kruify.factors import Structure, parse
 from kruify.layers import dense, dispatch, kernel, reference
 from kruify.layers.matrix import KroneckerMatrix, reset_like_torch
 from kruify.layers.steps import GATES, State, make_step
+from kruify.ops.precision import autocast_to
 
 Factors = str | Mapping[str, Sequence[Structure]] | None
 Backend = Literal["auto", "reference", "dense", "kernel"]
@@ -180,6 +181,9 @@ class KRUBase(nn.Module):
 
         Raises:
             UsageError: a shape does not fit the layer.
+
+        Under torch.autocast outputs and states have its dtype, as those of torch.nn.LSTM; within, states and sums are
+        float32. How exact the products are: kruify.ops.precision.
         """
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
@@ -190,6 +194,7 @@ class KRUBase(nn.Module):
         self._check_features(x)
         state = self._initial_state(hx, x, x.shape[1], unbatched)
         output, state = self._run_padded(x, state)
+        output, state = autocast_to(output), tuple(map(autocast_to, state))
         if unbatched:
             output, state = output.squeeze(1), tuple(s.squeeze(1) for s in state)
         elif self.batch_first:
@@ -212,6 +217,7 @@ class KRUBase(nn.Module):
             output, state = self._run_layers(data, batch_sizes, state)
         else:
             output, state = self._run_layers(data, steps, state)
+        output, state = autocast_to(output), tuple(map(autocast_to, state))
         if unsorted_indices is not None:
             state = tuple(s.index_select(1, unsorted_indices) for s in state)
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), self._pack_state(state)

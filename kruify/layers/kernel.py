@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kruify.factors import Shape
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.layers.steps import State
-from kruify.ops import Layout, TermLayout, has_kernel
+from kruify.ops import Layout, TermLayout, has_kernel, precision
 from kruify.ops.stages import TermPlan, plan, plan_pair
 
 Weights = dict[str, KroneckerMatrix | Tensor | None]
 _CACHE = "_kernel_form"  # attribute of a KroneckerMatrix
 _STREAMING = "_kernel_streaming"  # attribute of a cell
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -83,20 +85,18 @@ def _merge(form: Form, matrix: KroneckerMatrix) -> list[Tensor]:
 
 def serves(weight_hh: object, x: Tensor, projected: bool) -> bool:
     """Whether the compiled kernels can run a layer with this recurrent matrix on this input."""
-    return (
-        isinstance(weight_hh, KroneckerMatrix)
-        and not projected
-        and x.dtype in (torch.float32, torch.float64)
-        and x.dtype == weight_hh.dtype
-        and not torch.is_autocast_enabled(x.device.type)
-        and has_kernel(x.device.type)
-    )
+    if not isinstance(weight_hh, KroneckerMatrix) or projected or not has_kernel(x.device.type):
+        return False
+    dtype = weight_hh.dtype
+    if x.dtype == dtype:
+        return dtype in (torch.float32, torch.float64)
+    return dtype == torch.float32 and x.dtype in _HALVES and torch.is_autocast_enabled(x.device.type)
 
 
 def matmul(matrix: KroneckerMatrix, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ W.T + bias through the compiled product: (..., cols) -> (..., gates * rows)."""
     operator = torch.ops.kruify.kron_matmul if torch.is_grad_enabled() else torch.ops.kruify.kron_matmul_forward
-    result: Tensor = operator(x, *_arguments(matrix, bias))
+    result: Tensor = operator(x, *_arguments(matrix, bias), precision.of_products(x.device))
     return result
 
 
@@ -115,12 +115,16 @@ def run_direction(
     if isinstance(weight_ih, KroneckerMatrix):
         assert not isinstance(bias_ih, nn.Module)
         data, weight_ih, bias_ih = matmul(weight_ih, data, bias_ih), None, None
+    elif data.is_cuda and torch.is_autocast_enabled("cuda"):
+        # One product of torch's in autocast's precision; the operator would have it in float32.
+        data, weight_ih, bias_ih = F.linear(data, weight_ih, bias_ih), None, None  # type: ignore[arg-type]
     training = torch.is_grad_enabled()
     operator = torch.ops.kruify.recurrence if training else torch.ops.kruify.recurrence_forward
     h0, c0 = state[0], state[1] if kind == "lstm" else None
     out, h, c, _ = operator(
-        data, weight_ih, bias_ih, batch_sizes, h0, c0, *_arguments(matrix, bias_hh), kind, reverse, training
-    )
+        data, weight_ih, bias_ih, batch_sizes, h0, c0, *_arguments(matrix, bias_hh), kind, reverse, training,
+        precision.of_products(data.device),
+    )  # fmt: skip
     return out, (h, c) if kind == "lstm" else (h,)
 
 

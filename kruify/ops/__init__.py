@@ -26,7 +26,7 @@ def kron_matmul(
     result: Tensor
     if not torch.is_grad_enabled():
         result = torch.ops.kruify.kron_product_forward(x, list(factors), groups)
-    elif torch.compiler.is_compiling():
+    elif torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         result = torch.ops.kruify.kron_product(x, list(factors), groups)
     else:
         result = _Product.apply(x, groups, *factors)  # type: ignore[no-untyped-call]

@@ -21,20 +21,21 @@ from kruify.ops.layout import decode
 
 _MATRIX = "Tensor[] stages, Tensor? diagonal, Tensor? overlay, Tensor? overlay_index, Tensor? bias, int[] layout"
 _STATE = "Tensor batch_sizes, Tensor h0, Tensor? c0"
+_PRECISION = "int precision=0"  # of the products: ops/precision.py
 
 SCHEMAS = {
     "instruction_set": "() -> int",
     "merge": "(Tensor[] factors, Tensor? scale, int[] groups) -> Tensor[]",
     "merge_backward": "(Tensor[] grads, Tensor[] factors, Tensor? scale, int[] groups) -> Tensor[]",
-    "kron_matmul": f"(Tensor x, {_MATRIX}) -> Tensor",
-    "kron_matmul_backward": f"(Tensor grad, Tensor x, {_MATRIX}) -> (Tensor, Tensor[])",
+    "kron_matmul": f"(Tensor x, {_MATRIX}, {_PRECISION}) -> Tensor",
+    "kron_matmul_backward": f"(Tensor grad, Tensor x, {_MATRIX}, {_PRECISION}) -> (Tensor, Tensor[])",
     "kron_product": "(Tensor x, Tensor[] factors, int[] groups) -> Tensor",
     "kron_product_backward": "(Tensor grad, Tensor x, Tensor[] factors, int[] groups) -> (Tensor, Tensor[])",
     "linear_backward": "(Tensor grad, Tensor x, Tensor weight, bool needs_x, bool needs_weight) -> (Tensor, Tensor)",
     "recurrence": f"(Tensor x, Tensor? w_ih, Tensor? bias_ih, {_STATE}, {_MATRIX}, str kind,"
-    " bool reverse, bool training) -> (Tensor out, Tensor hT, Tensor cT, Tensor workspace)",
+    f" bool reverse, bool training, {_PRECISION}) -> (Tensor out, Tensor hT, Tensor cT, Tensor workspace)",
     "recurrence_backward": "(Tensor? grad_out, Tensor? grad_hT, Tensor? grad_cT, Tensor out, Tensor workspace,"
-    f" {_STATE}, {_MATRIX}, str kind, bool reverse)"
+    f" {_STATE}, {_MATRIX}, str kind, bool reverse, {_PRECISION})"
     " -> (Tensor grad_gates, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_matrix)",
 }
 
@@ -184,13 +185,13 @@ torch.library.register_autograd("kruify::merge", _merge_derivative, setup_contex
 
 
 @_fallback("kron_matmul")
-def _kron_matmul(x: Tensor, *matrix: Any) -> Tensor:
-    return reference.kron_matmul(x, *matrix)
+def _kron_matmul(x: Tensor, *rest: Any) -> Tensor:
+    return reference.kron_matmul(x, *rest[:6])
 
 
 @_fallback("kron_matmul_backward")
-def _kron_matmul_backward(grad: Tensor, x: Tensor, *matrix: Any) -> tuple[Tensor, list[Tensor]]:
-    stages, diagonal, overlay, overlay_index, bias, layout = matrix
+def _kron_matmul_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, list[Tensor]]:
+    stages, diagonal, overlay, overlay_index, bias, layout = rest[:6]
     with _autograd():
         found = _gradients(
             lambda t: [_kron_on_flat(t, overlay_index, layout)], [x, *stages, diagonal, overlay, bias], [grad]
@@ -204,15 +205,15 @@ def _kron_on_flat(tensors: list[Any], overlay_index: Tensor | None, layout: list
 
 
 @_fake("kruify::kron_matmul")
-def _kron_matmul_fake(x: Tensor, *matrix: Any) -> Tensor:
-    layout = decode(matrix[5])
+def _kron_matmul_fake(x: Tensor, *rest: Any) -> Tensor:
+    layout = decode(rest[5])
     _torch._check(x.shape[-1] == layout.cols, lambda: f"kron_matmul: x has {x.shape[-1]} columns, W has {layout.cols}")
     return x.new_empty(*x.shape[:-1], layout.gates * layout.rows)
 
 
 @_fake("kruify::kron_matmul_backward")
-def _kron_matmul_backward_fake(grad: Tensor, x: Tensor, *matrix: Any) -> tuple[Tensor, list[Tensor]]:
-    stages, diagonal, overlay, _, bias, _ = matrix
+def _kron_matmul_backward_fake(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, list[Tensor]]:
+    stages, diagonal, overlay, _, bias = rest[:5]
     return x.new_empty(x.shape), _grads_of(stages, diagonal, overlay, bias)
 
 
@@ -237,8 +238,13 @@ def _matrix_grads(found: list[Tensor], weights: list[Any]) -> tuple[Any, ...]:
     return grads[:-3], grads[-3], grads[-2], None, grads[-1], None
 
 
+def _one_an_input(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    """The dispatcher hands over no argument that equals its default, and wants no gradient of it."""
+    return grads[: len(ctx.needs_input_grad)]
+
+
 def _kron_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *matrix = inputs
+    x, *matrix, ctx.precision = inputs
     _matrix_context(ctx, tuple(matrix), x)
 
 
@@ -251,9 +257,9 @@ def _kron_derivative(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     else:
         *stages, diagonal, overlay, bias = weights
         grad_x, found = torch.ops.kruify.kron_matmul_backward(
-            grad, x, stages, diagonal, overlay, index, bias, ctx.layout
+            grad, x, stages, diagonal, overlay, index, bias, ctx.layout, ctx.precision
         )
-    return grad_x, *_matrix_grads(found, weights)
+    return _one_an_input(ctx, grad_x, *_matrix_grads(found, weights), None)
 
 
 torch.library.register_autograd("kruify::kron_matmul", _kron_derivative, setup_context=_kron_context)
@@ -356,6 +362,7 @@ def _recurrence(
     kind: str,
     reverse: bool,
     training: bool,
+    precision: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, h, c, workspace = reference.recurrence(
         x, w_ih, bias_ih, batch_sizes, h0, c0, stages, diagonal, overlay, overlay_index, bias, layout, kind, reverse
@@ -382,6 +389,7 @@ def _recurrence_backward(
     layout: list[int],
     kind: str,
     reverse: bool,
+    precision: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     eye = torch.eye(h0.shape[1], dtype=h0.dtype, device=h0.device)
     dense = reference.kron_matmul(eye, stages, diagonal, overlay, overlay_index, None, layout).T
@@ -403,7 +411,7 @@ def _recurrence_fake(
     c0: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layout, kind, _, training = rest[5:]
+    layout, kind, _, training = rest[5:9]
     form, width = decode(layout), x.shape[-1] if w_ih is None else w_ih.shape[0]
     _torch._check(kind in reference.GATES, lambda: f"recurrence: unknown kind '{kind}'")
     _torch._check(form.gates == reference.GATES[kind], lambda: f"recurrence: {kind} does not have {form.gates} gates")
@@ -432,7 +440,7 @@ def _recurrence_backward_fake(
     c0: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    stages, diagonal, overlay, _, bias, layout, _, _ = rest
+    stages, diagonal, overlay, _, bias, layout = rest[:6]
     form = decode(layout)
     return (
         out.new_empty(out.shape[0], form.gates * form.rows),
@@ -443,7 +451,7 @@ def _recurrence_backward_fake(
 
 
 def _recurrence_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w_ih, bias_ih, batch_sizes, h0, c0, *matrix, ctx.kind, ctx.reverse, training = inputs
+    x, w_ih, bias_ih, batch_sizes, h0, c0, *matrix, ctx.kind, ctx.reverse, training, ctx.precision = inputs
     out, _, _, workspace = output
     ctx.set_materialize_grads(False)
     ctx.training = training
@@ -474,7 +482,7 @@ def _recurrence_derivative(
         *stages, diagonal, overlay, bias = weights
         grad_gates, grad_h0, grad_c0, grads = torch.ops.kruify.recurrence_backward(
             _contiguous(grad_out), _contiguous(grad_h), _contiguous(grad_c), out, workspace, batch_sizes, h0, c0,
-            stages, diagonal, overlay, index, bias, ctx.layout, ctx.kind, ctx.reverse,
+            stages, diagonal, overlay, index, bias, ctx.layout, ctx.kind, ctx.reverse, ctx.precision,
         )  # fmt: skip
         needs_x, needs_w, needs_b = ctx.needs_input_grad[:3]
         grad_x, grad_w, grad_b = grad_gates, None, None
@@ -485,7 +493,8 @@ def _recurrence_derivative(
             # Both biases enter the gates alike, except for the GRU's last gate.
             grad_b = grad_gates.sum(0) if bias is None or ctx.kind == "gru" else grads[-1].clone()
     grad_c0 = None if c0 is None else grad_c0
-    return grad_x, grad_w, grad_b, None, grad_h0, grad_c0, *_matrix_grads(grads, weights), None, None, None
+    first = [grad_x, grad_w, grad_b, None, grad_h0, grad_c0]
+    return _one_an_input(ctx, *first, *_matrix_grads(grads, weights), None, None, None, None)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -507,3 +516,10 @@ def _recurrence_on_flat(
 
 
 torch.library.register_autograd("kruify::recurrence", _recurrence_derivative, setup_context=_recurrence_context)
+
+
+# Under autocast the operators work on float32, whatever their inputs are rounded to; `precision` says how exactly.
+for _name in ("kron_matmul", "kron_product", "recurrence"):
+    for _variant in (_name, f"{_name}_forward"):
+        for _device in ("cpu", "cuda"):
+            _torch.library.register_autocast(f"kruify::{_variant}", _device, torch.float32)

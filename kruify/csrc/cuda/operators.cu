@@ -18,7 +18,14 @@ Kind kind_of(const std::string& name) {
   STD_TORCH_CHECK(false, "kruify: unknown kind '", name, "'");
 }
 
-Tensor kron_matmul(Tensor x, std::vector<Tensor> stages, Optional diagonal, Optional overlay, Optional index, Optional bias, std::vector<int64_t> layout) {
+int precision_of(int64_t number) {
+  STD_TORCH_CHECK(number >= 0 && number <= 2, "kruify: there is no precision ", number);
+  return static_cast<int>(number);
+}
+
+Tensor kron_matmul(Tensor x, std::vector<Tensor> stages, Optional diagonal, Optional overlay, Optional index, Optional bias, std::vector<int64_t> layout,
+                   int64_t precision) {
+  precision_of(precision);
   STD_TORCH_CHECK(x.dim() > 0, "kruify: x must have at least one dimension");
   const MatrixArguments given(x, stages, diagonal, overlay, index, bias, layout);
   STD_TORCH_CHECK(x.size(x.dim() - 1) == given.layout.cols, "kruify: x has ", x.size(x.dim() - 1), " columns, W has ", given.layout.cols);
@@ -36,7 +43,8 @@ Tensor kron_matmul(Tensor x, std::vector<Tensor> stages, Optional diagonal, Opti
 }
 
 std::tuple<Tensor, std::vector<Tensor>> kron_matmul_backward(Tensor grad, Tensor x, std::vector<Tensor> stages, Optional diagonal, Optional overlay,
-                                                             Optional index, Optional bias, std::vector<int64_t> layout) {
+                                                             Optional index, Optional bias, std::vector<int64_t> layout, int64_t precision) {
+  precision_of(precision);
   STD_TORCH_CHECK(x.dim() > 0, "kruify: x must have at least one dimension");
   const MatrixArguments given(x, stages, diagonal, overlay, index, bias, layout);
   STD_TORCH_CHECK(x.size(x.dim() - 1) == given.layout.cols, "kruify: x has ", x.size(x.dim() - 1), " columns, W has ", given.layout.cols);
@@ -85,7 +93,9 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Optional& bias) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_operator(Tensor x, Optional w_ih, Optional bias_ih, Tensor batch_sizes, Tensor h0, Optional c0,
                                                                std::vector<Tensor> stages, Optional diagonal, Optional overlay, Optional index, Optional bias,
-                                                               std::vector<int64_t> layout, std::string kind_name, bool reverse, bool training) {
+                                                               std::vector<int64_t> layout, std::string kind_name, bool reverse, bool training,
+                                                               int64_t precision) {
+  precision_of(precision);
   const MatrixArguments given(x, stages, diagonal, overlay, index, bias, layout);
   const Kind kind = kind_of(kind_name);
   const int64_t hidden = given.layout.rows, width = given.layout.gates * hidden;
@@ -120,7 +130,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_operator(Tensor x, Optiona
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward_operator(
     Optional grad_out, Optional grad_h, Optional grad_c, Tensor out, Tensor workspace, Tensor batch_sizes, Tensor h0, Optional c0, std::vector<Tensor> stages,
-    Optional diagonal, Optional overlay, Optional index, Optional bias, std::vector<int64_t> layout, std::string kind_name, bool reverse) {
+    Optional diagonal, Optional overlay, Optional index, Optional bias, std::vector<int64_t> layout, std::string kind_name, bool reverse,
+    int64_t precision) {
+  precision_of(precision);
   const MatrixArguments given(out, stages, diagonal, overlay, index, bias, layout);
   const Kind kind = kind_of(kind_name);
   const int64_t hidden = given.layout.rows, width = given.layout.gates * hidden;
