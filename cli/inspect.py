@@ -100,7 +100,7 @@ def _layers(inspection: Inspection) -> list[dict[str, Any]]:
             rows, cols = layer.shape(weight)
             structures = item.matrices.get(weight)
             size = sum(s.parameters for s in structures) if structures else len(layer.gates) * rows * cols
-            counts[weight[:9]] += size
+            counts[weight[:9]] += layer.reals * size
         factors = {
             weight: dict(zip(layer.gates, map(str, structures), strict=True))
             for weight, structures in item.matrices.items()

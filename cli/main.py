@@ -20,6 +20,7 @@ from .inspect import inspect
 from .report import report
 from .sweep import sweep
 from .tasks import tasks
+from .train import train
 from .verify import verify
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
@@ -88,7 +89,7 @@ def cli() -> None:
     """
 
 
-for _command in (inspect, convert, finetune, compress, evaluate, sweep, report, export, verify, tasks):
+for _command in (inspect, convert, finetune, compress, evaluate, sweep, report, export, train, verify, tasks):
     cli.add_command(_command)
 
 

@@ -25,6 +25,6 @@ seed_option = click.option("--seed", type=int, default=0, show_default=True, hel
 
 def network(checkpoint: Checkpoint, task: Task) -> nn.Module:
     """The task's network with the numbers of the checkpoint in it."""
-    from kruify.api import load_checkpoint
+    from kruify.network import load_network
 
-    return load_checkpoint(checkpoint, task.model())
+    return load_network(checkpoint, task)

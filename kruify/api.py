@@ -11,7 +11,7 @@ from typing import overload
 from torch import nn
 
 from kruify.calibrate import calibrate
-from kruify.checkpoint import Checkpoint, metadata_for, read, write_safetensors
+from kruify.checkpoint import Checkpoint, LazyTensor, metadata_for, read, write_safetensors
 from kruify.convert import (
     Conversion,
     Progress,
@@ -53,7 +53,7 @@ def inspect(source: nn.Module | Path_, key: str | None = None) -> Inspection:
     if isinstance(source, nn.Module):
         located = locate(source)
         plan = plan_of(source)
-        parameters = sum(p.numel() for p in source.parameters())
+        parameters = sum(LazyTensor.of(p).reals for p in source.parameters())
         return Inspection(located.layers, located.skipped, parameters, "module", plan if plan.layers else None)
     return inspect_checkpoint(read(source, key=key))
 
@@ -61,11 +61,7 @@ def inspect(source: nn.Module | Path_, key: str | None = None) -> Inspection:
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """`inspect` for a checkpoint that is open already."""
     located = locate_checkpoint(checkpoint)
-    parameters = sum(
-        t.numel
-        for name, t in checkpoint.tensors.lazy.items()
-        if t.dtype.is_floating_point and name not in checkpoint.ties
-    )
+    parameters = sum(t.reals for name, t in checkpoint.tensors.lazy.items() if name not in checkpoint.ties)
     plan = stored_plan(checkpoint) if checkpoint.is_kruify else None
     return Inspection(located.layers, located.skipped, parameters, checkpoint.format, plan)
 

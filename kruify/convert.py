@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from kruify.calibrate import Moments, bias_correction
 from kruify.checkpoint import LazyTensor
+from kruify.conditioning import exact
 from kruify.decompose import Fit, fit
 from kruify.errors import CorruptError, PlanError
-from kruify.layers import KRUGRU, KRULSTM, KRURNN, KroneckerMatrix, KRUGRUCell, KRULSTMCell, KRURNNCell
+from kruify.layers import KRU, KRUGRU, KRULSTM, KRURNN, KroneckerMatrix, KRUGRUCell, KRULSTMCell, KRURNNCell
 from kruify.layers.assign import assign
 from kruify.layers.base import KRUBase
 from kruify.layers.cells import KRUCellBase
-from kruify.locate import MODULES, AnyTensor, Located, RecurrentLayer, describe
+from kruify.locate import KRU_KINDS, MODULES, AnyTensor, Located, RecurrentLayer, describe
 from kruify.plan import LayerPlan, Plan, Structures
 
 KRU_CLASSES: dict[tuple[str, bool], type[KRUBase] | type[KRUCellBase]] = {
@@ -30,6 +31,7 @@ KRU_CLASSES: dict[tuple[str, bool], type[KRUBase] | type[KRUCellBase]] = {
     ("lstm", True): KRULSTMCell,
     ("gru", True): KRUGRUCell,
 }
+Factored = KRUBase | KRUCellBase | KRU
 Progress = Callable[[int, int, str], None]  # matrices done, matrices in all, name of the one just done
 
 
@@ -168,11 +170,34 @@ def before_after(part: str, before: int, after: int) -> dict[str, float]:
 
 def build_layer(
     item: LayerPlan, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> KRUBase | KRUCellBase:
+) -> Factored:
     """The KRU layer of one entry of a plan, its numbers still random."""
     layer = item.layer
+    if layer.kind in KRU_KINDS:
+        specs = {str(structure) for structures in item.matrices.values() for structure in structures}
+        if len(specs) != 1:
+            raise PlanError(f"all layers of a KRU have the same factors, got {len(specs)} specs", layer.name)
+        return _build_kru(layer, specs.pop(), device, dtype)
     kru = KRU_CLASSES[layer.kind, layer.cell]
     return kru(layer.input_size, layer.hidden_size, factors=item.matrices, **_options(layer, device, dtype))
+
+
+def _build_kru(
+    layer: RecurrentLayer, spec: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> KRU:
+    return KRU(
+        layer.input_size,
+        layer.hidden_size,
+        layer.num_layers,
+        layer.bias,
+        bool(layer.batch_first),
+        layer.dropout or 0.0,
+        factors=spec,
+        complex_state=layer.kind == "kru",
+        nonlinearity=layer.nonlinearity or "modrelu",
+        device=device,
+        dtype=(dtype or getattr(torch, layer.dtype)).to_real(),
+    )
 
 
 def build_dense(
@@ -214,7 +239,13 @@ def swap(model: nn.Module, plan: Plan) -> nn.Module:
             dense = model.get_submodule(item.layer.name)
         except AttributeError:
             raise PlanError(f"the model has no layer '{item.layer.name}'", type(model).__name__) from None
-        if isinstance(dense, KRUBase | KRUCellBase):
+        if item.layer.kind in KRU_KINDS and not isinstance(dense, KRU):
+            raise PlanError(
+                f"layer '{item.layer.name}' is a Kronecker Recurrent Unit in the file, a {type(dense).__name__} here",
+                type(model).__name__,
+                "Build the model with kruify.layers.KRU in its place",
+            )
+        if isinstance(dense, Factored):
             if matrices_of(dense) != item.matrices:
                 raise PlanError(f"layer '{item.layer.name}' holds other factors than the plan", type(model).__name__)
             continue
@@ -277,17 +308,24 @@ def plan_of(model: nn.Module) -> Plan:
     """The plan that the KRU layers of a module embody."""
     plans = []
     for name, module in model.named_modules():
-        if isinstance(module, KRUBase | KRUCellBase):
+        if isinstance(module, Factored):
             plans.append(LayerPlan(describe_kru(name, module), matrices_of(module)))
     return Plan(plans)
 
 
-def matrices_of(module: KRUBase | KRUCellBase) -> dict[str, Structures]:
+def matrices_of(module: Factored) -> dict[str, Structures]:
     return {n: child.structures for n, child in module.named_children() if isinstance(child, KroneckerMatrix)}
 
 
-def describe_kru(name: str, module: KRUBase | KRUCellBase) -> RecurrentLayer:
-    """The description of a KRU layer, that of the dense layer it stands for."""
+def describe_kru(name: str, module: Factored) -> RecurrentLayer:
+    """The description of a KRU layer, that of the dense layer it stands for where there is one."""
+    if isinstance(module, KRU):
+        dtype = str(module.state_dtype.to_real()).removeprefix("torch.")
+        return RecurrentLayer(
+            name, "kru" if module.complex_state else "kru-real", False, module.input_size, module.hidden_size,
+            module.num_layers, bias=module.bias, batch_first=module.batch_first, dropout=module.dropout,
+            nonlinearity=module.nonlinearity, dtype=dtype,
+        )  # fmt: skip
     cell = isinstance(module, KRUCellBase)
     nonlinearity = module.nonlinearity if module.kind == "rnn" else None
     dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
@@ -302,10 +340,13 @@ def describe_kru(name: str, module: KRUBase | KRUCellBase) -> RecurrentLayer:
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """A copy of `model` with every KRU layer turned into torch.nn's dense one of the same function."""
+    """A copy of `model` with every KRU layer turned into torch.nn's dense one of the same function.
+
+    A `KRU`, which torch.nn does not know, becomes one with a single dense factor.
+    """
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, KRUBase | KRUCellBase):
+        if isinstance(module, Factored):
             model = _set_submodule(model, name, _dense_layer(name, module))
     return model
 
@@ -321,22 +362,38 @@ def densify_tensors(tensors: Mapping[str, AnyTensor], plan: Plan) -> dict[str, T
     for layer, weight, structures in plan.matrices():
         name = layer.full_name(weight)
         entries = {n: dense.pop(n) for n in list(dense) if n.startswith(f"{name}.")}
-        dtype = next((t.dtype for t in entries.values() if t.is_floating_point()), torch.float32)
+        dtype = next((t.dtype for t in entries.values() if t.is_floating_point() or t.is_complex()), torch.float32)
         matrix = KroneckerMatrix(structures, dtype=dtype)
         load_tensors(matrix, {n.removeprefix(f"{name}."): t for n, t in entries.items()}, name)
         order[min(order.index(n) for n in entries)] = name
         with torch.no_grad():
-            dense[name] = matrix.to(torch.float64).to_dense().to(dtype)
+            dense[name] = exact(matrix).to(dtype)
     return {name: dense[name] for name in order if name in dense}
 
 
-def _dense_layer(name: str, module: KRUBase | KRUCellBase) -> nn.Module:
+def _dense_layer(name: str, module: Factored) -> nn.Module:
     weight = next(module.parameters())
+    if isinstance(module, KRU):
+        return dense_kru(module)
     dense = build_dense(describe_kru(name, module), weight.device, weight.dtype)
     with torch.no_grad():
         for parameter_name, parameter in dense.named_parameters():
             value = getattr(module, parameter_name)
             parameter.copy_(value.to_dense() if isinstance(value, KroneckerMatrix) else value)
+    return dense.train(module.training)
+
+
+@torch.no_grad()
+def dense_kru(module: KRU, dtype: torch.dtype | None = None) -> KRU:
+    """A KRU of the same function whose recurrent matrices are one dense factor each, in real precision `dtype`."""
+    size = module.hidden_size
+    dense = _build_kru(describe_kru("", module), f"{size}x{size}", next(module.parameters()).device, dtype)
+    own = dict(dense.named_parameters())
+    for name, child in module.named_children():
+        if isinstance(child, KroneckerMatrix):
+            own.pop(f"{name}.terms.0.factors.0").copy_(child.to_dense().expand(1, 1, size, size))
+    for name, parameter in own.items():
+        parameter.copy_(module.get_parameter(name))
     return dense.train(module.training)
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from kruify.checkpoint import Checkpoint
+from kruify.conditioning import conditioning, exact
 from kruify.convert import build_layer, load_tensors
 from kruify.factors import Structure
-from kruify.layers.matrix import KroneckerMatrix
 from kruify.locate import MODULES, RecurrentLayer, locate_checkpoint
 from kruify.plan import LayerPlan, Plan, Structures
 
@@ -85,13 +85,13 @@ def dense_layer(layer: RecurrentLayer) -> nn.Module:
 def count_parameters(layers: Layers) -> dict[str, int]:
     """Trainable numbers in the file: recurrent matrices, input matrices, all other tensors, total.
 
-    A tensor that stands in the file under two names counts once.
+    A tensor that stands in the file under two names counts once, a complex number twice.
     """
     checkpoint = layers.checkpoint
     counts = {"recurrent": 0, "input": 0, "other": 0}
     for name, tensor in checkpoint.tensors.lazy.items():
-        if tensor.dtype.is_floating_point and name not in checkpoint.ties:
-            counts[_part(name, layers)] += tensor.numel
+        if tensor.reals and name not in checkpoint.ties:
+            counts[_part(name, layers)] += tensor.reals
     return {**counts, "total": sum(counts.values())}
 
 
@@ -106,14 +106,18 @@ def _part(name: str, layers: Layers) -> str:
 
 
 def multiply_adds(layers: Layers) -> int:
-    """Multiply-adds of one step in time of every recurrent layer for one sequence: W_ih, W_hh and projections."""
+    """Multiply-adds of one step in time of every recurrent layer for one sequence: W_ih, W_hh and projections.
+
+    A complex number times a complex one is four of them, times a real one two.
+    """
     total = 0
     for layer, matrices in layers.items:
         for suffix in layer.suffixes:
-            for stem in ("weight_ih", "weight_hh"):
+            for stem, each in (("weight_ih", layer.reals), ("weight_hh", layer.reals**2)):
                 rows, cols = layer.shape(stem + suffix)
                 structures = matrices.get(stem + suffix)
-                total += sum(s.multiply_adds for s in structures) if structures else len(layer.gates) * rows * cols
+                count = sum(s.multiply_adds for s in structures) if structures else len(layer.gates) * rows * cols
+                total += each * count
             total += layer.proj_size * layer.hidden_size
     return total
 
@@ -125,7 +129,7 @@ class MatrixHealth:
     Attributes:
         condition_number: largest over smallest singular value (infinite for a singular matrix).
         spectral_norm: largest singular value.
-        unitarity_defect: ||W^T W - I||_F / sqrt(N), 0 for an orthogonal matrix.
+        unitarity_defect: ||W^H W - I||_F / sqrt(N), 0 for an orthogonal or unitary matrix.
         factors: the structure as a spec, "dense" for a dense matrix.
         parameters: trainable numbers of this gate.
         dense_parameters: rows times columns.
@@ -159,32 +163,34 @@ def matrix_health(layers: Layers, progress: Callable[[str], None] | None = None)
 
 
 def gate_matrices(layers: Layers) -> Iterator[tuple[str, str, Tensor, Structure | None]]:
-    """(name of the recurrent matrix, gate, the dense (rows, cols) float64 it stands for, its structure if factored)."""
+    """(name of the recurrent matrix, gate, the dense (rows, cols) it stands for, its structure if factored).
+
+    In float64, complex128 for a complex matrix.
+    """
     for (layer, matrices), module in zip(layers.items, layers.modules(), strict=True):
         for suffix in layer.suffixes:
             weight = getattr(module, f"weight_hh{suffix}")
-            with torch.no_grad():
-                dense = weight.double().to_dense() if isinstance(weight, KroneckerMatrix) else weight.double()
+            dense = exact(weight)
             structures = matrices.get(f"weight_hh{suffix}") or (None,) * len(layer.gates)
-            for gate, matrix, structure in zip(layer.gates, dense.split(layer.hidden_size), structures, strict=True):
+            for gate, matrix, structure in zip(
+                layer.gates, torch.split(dense, layer.hidden_size), structures, strict=True
+            ):
                 yield layer.full_name(f"weight_hh{suffix}"), gate, matrix.detach(), structure
 
 
 def _health(name: str, gate: str, matrix: Tensor, structure: Structure | None) -> MatrixHealth:
-    singular = torch.linalg.svdvals(matrix.detach())
-    largest, smallest = float(singular[0]), float(singular[-1])
-    # A product of many roundings cannot tell a smaller singular value from 0.
-    negligible = largest * max(matrix.shape) * torch.finfo(torch.float64).eps
+    measured = conditioning(matrix)
+    reals = 2 if matrix.is_complex() else 1
     return MatrixHealth(
         name=name,
         gate=gate,
-        condition_number=largest / smallest if smallest > negligible else float("inf"),
-        spectral_norm=largest,
-        unitarity_defect=float((singular.square() - 1).square().sum().sqrt()) / len(singular) ** 0.5,
+        condition_number=measured.condition_number,
+        spectral_norm=measured.spectral_norm,
+        unitarity_defect=measured.unitarity_defect,
         factors="dense" if structure is None else str(structure),
-        parameters=matrix.numel() if structure is None else structure.parameters,
-        dense_parameters=matrix.numel(),
-        singular_values=_sample(singular.tolist()),
+        parameters=reals * (matrix.numel() if structure is None else structure.parameters),
+        dense_parameters=reals * matrix.numel(),
+        singular_values=_sample(measured.singular_values),
     )
 
 
@@ -248,7 +254,7 @@ def runner(layers: Layers, modules: Sequence[nn.Module], batch: int, steps: int)
     for (layer, _), module in zip(layers.items, modules, strict=True):
         leading = (batch, steps) if layer.batch_first and not layer.cell else (steps, batch)
         x = torch.randn(*leading, layer.input_size, generator=generator)
-        work.append((module, x.to(next(module.parameters()).dtype), layer.cell))
+        work.append((module, x.to(next(module.parameters()).dtype.to_real()), layer.cell))
 
     def run() -> None:
         for module, x, cell in work:

@@ -14,6 +14,8 @@ from kruify.layers.steps import GATES
 
 AnyTensor = Tensor | LazyTensor  # shape and dtype are all that is asked of it
 _KIND_OF_GATES = {len(names): kind for kind, names in GATES.items()}
+KRU_KINDS = ("kru", "kru-real")
+"""The unit as published (kruify.layers.KRU), its state complex or real. torch.nn has no counterpart."""
 MODULES: dict[type[nn.Module], tuple[str, bool]] = {
     nn.RNN: ("rnn", False),
     nn.LSTM: ("lstm", False),
@@ -29,7 +31,7 @@ class RecurrentLayer:
     """One nn.RNN, LSTM or GRU, or a cell; None marks what the source cannot tell (a state dict has no batch_first)."""
 
     name: str  # module path, "" for a bare layer
-    kind: str  # "rnn", "lstm" or "gru"
+    kind: str  # "rnn", "lstm" or "gru"; in a plan also one of KRU_KINDS
     cell: bool
     input_size: int
     hidden_size: int
@@ -44,7 +46,12 @@ class RecurrentLayer:
 
     @property
     def gates(self) -> tuple[str, ...]:
-        return GATES[self.kind]
+        return GATES["rnn" if self.kind in KRU_KINDS else self.kind]
+
+    @property
+    def reals(self) -> int:
+        """Real numbers in one entry of its matrices and of its state."""
+        return 2 if self.kind == "kru" else 1
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -63,7 +70,7 @@ class RecurrentLayer:
         if weight.startswith("weight_hh"):
             return self.hidden_size, self.output_size
         first = self.cell or weight.startswith("weight_ih_l0")
-        inputs = self.input_size if first else self.output_size * (2 if self.bidirectional else 1)
+        inputs = self.input_size if first else self.output_size * self.reals * (2 if self.bidirectional else 1)
         return self.hidden_size, inputs
 
     def full_name(self, weight: str) -> str:
@@ -79,7 +86,7 @@ class RecurrentLayer:
 
     def _count(self, stem: str) -> int:
         sizes = [self.shape(stem + suffix) for suffix in self.suffixes]
-        return len(self.gates) * sum(rows * cols for rows, cols in sizes)
+        return self.reals * len(self.gates) * sum(rows * cols for rows, cols in sizes)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,11 @@ class LazyTensor:
         return prod(self.shape)
 
     @property
+    def reals(self) -> int:
+        """Real numbers in it: a complex one counts twice, whole numbers are none."""
+        return self.numel * (2 if self.dtype.is_complex else 1 if self.dtype.is_floating_point else 0)
+
+    @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 

@@ -35,9 +35,9 @@ from kruify.export.layer_files import (
     run_torch,
 )
 from kruify.export.scan_layer import traceable
-from kruify.export.shapes import interface_of
+from kruify.export.shapes import interface_of, no_kru
 from kruify.layers.base import KRUBase
-from kruify.locate import RecurrentLayer
+from kruify.locate import KRU_KINDS, RecurrentLayer
 from kruify.plan import Plan
 from kruify.task import Task, to_device
 
@@ -118,13 +118,17 @@ def export_dense(
 
     Raises:
         UsageError: kruify did not convert the file, or the ending is unknown.
+        UnsupportedError: it holds a layer that torch.nn does not know.
         TargetMissedError: a dense layer differs from the Kronecker layer; the file is deleted.
     """
     text = checkpoint.metadata.get("kruify.plan")
     if text is None:
         raise UsageError("it is dense already: it carries no plan", checkpoint.path, "Export a converted file")
+    plan = Plan.from_json(text, f"plan in {checkpoint.path}")
+    if any(item.layer.kind in KRU_KINDS for item in plan.layers):
+        raise no_kru(checkpoint.path)
     write = _dense_writer(checkpoint, path, source)
-    dense = densify_tensors(checkpoint.tensors, Plan.from_json(text, f"plan in {checkpoint.path}"))
+    dense = densify_tensors(checkpoint.tensors, plan)
     with staged(path) as file:
         write(file, dense)
         worst, count = 0.0, 0

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from kruify.convert import describe_kru
-from kruify.errors import UsageError
+from kruify.errors import UnsupportedError, UsageError
+from kruify.layers import KRU
 from kruify.layers.base import KRUBase
 from kruify.layers.cells import KRUCellBase
 from kruify.locate import MODULES, RecurrentLayer, describe
@@ -67,12 +68,24 @@ class Interface:
         return [{axis: size for axis, size in enumerate(shape) if isinstance(size, str)} for shape in shapes]
 
 
+def no_kru(where: object) -> UnsupportedError:
+    """The error for a `KRU`, which is not exported."""
+    return UnsupportedError(
+        "a Kronecker Recurrent Unit is not exported: torch.nn and ONNX have no such layer",
+        where or None,
+        "Load it with kruify.load",
+    )
+
+
 def interface_of(module: nn.Module, name: str = "") -> Interface:
     """The interface of a recurrent module, KRU or torch.nn's.
 
     Raises:
         UsageError: it is neither.
+        UnsupportedError: it is the unit itself, whose state and modReLU other formats do not know.
     """
+    if isinstance(module, KRU):
+        raise no_kru(name)
     if isinstance(module, KRUBase | KRUCellBase):
         return Interface(describe_kru(name, module))
     if isinstance(module, tuple(MODULES)):

@@ -32,6 +32,7 @@ def finetune(
     device: torch.device | str | None = None,
     on_progress: OnProgress | None = None,
     on_best: Callable[[nn.Module, dict[str, float]], None] | None = None,
+    conditioning: bool = False,
     log_dir: str | os.PathLike[str] | None = None,
     tensorboard: bool = False,
     **changes: Any,
@@ -52,6 +53,8 @@ def finetune(
         device: None for what accelerate picks (a GPU if there is one).
         on_progress: called after every optimiser step, on the main process.
         on_best: called with (model, metrics) whenever the weights validate better than all before, on the main process.
+        conditioning: measure condition number, spectral norm and unitarity defect of the recurrent matrices and the
+            gradient through time at every validation (kruify.finetune.conditioning), into the history and the logs.
         log_dir: a folder for `history.csv`, one line a validation.
         tensorboard: write TensorBoard events to `log_dir`, too.
         changes: options of the recipe by name: `finetune(model, task, epochs=3, lr=1e-3)`.
@@ -76,6 +79,7 @@ def finetune(
         recipe,
         processes,
         annealing=annealing_of(model, teacher, recipe),
+        conditioning=conditioning,
         logs=Logs(log_dir, tensorboard) if log_dir is not None and processes.is_main else None,
         folder=None if resume is None else Path(resume),
         on_progress=on_progress,

@@ -47,7 +47,8 @@ class FinetuneResult:
     Attributes:
         model: the network given, now with the weights that validated best.
         history: one entry a validation: phase, epoch, step, loss (mean over the epoch), penalty (unweighted), lr,
-            metrics. The first, of epoch 0, is the network as it came, if the recipe asked for it.
+            metrics; conditioning where it was asked for. The first, of epoch 0, is the network as it came, if the
+            recipe asked for it.
         metrics: on "valid", of the weights kept.
         best_epoch: the epoch they come from.
         steps: optimiser steps done.

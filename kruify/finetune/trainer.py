@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kruify.errors import TaskError, UsageError
 from kruify.finetune.anneal import OverlayAnnealing
 from kruify.finetune.codropout import CoMatrixDropout
+from kruify.finetune.conditioning import measure
 from kruify.finetune.ema import Average
 from kruify.finetune.feed import Batch, count_batches, groups
 from kruify.finetune.groups import parameter_groups
@@ -69,6 +70,7 @@ class Trainer:
         processes: Processes,
         *,
         annealing: OverlayAnnealing | None = None,
+        conditioning: bool = False,
         logs: Logs | None = None,
         folder: Path | None = None,
         on_progress: OnProgress | None = None,
@@ -76,7 +78,7 @@ class Trainer:
     ) -> None:
         self.model, self.task, self.recipe, self.processes = model, task, recipe, processes
         self.phases = [phase for phase in phases if phase.epochs > 0]
-        self.annealing, self.logs = annealing, logs
+        self.annealing, self.conditioning, self.logs = annealing, conditioning, logs
         self.folder, self.on_progress, self.on_best = folder, on_progress, on_best
         weight = recipe.unitary_penalty
         self.penalty_weight = default_penalty(model) if weight is None else weight
@@ -252,17 +254,19 @@ class Trainer:
             )
         with torch.no_grad():
             penalty = float(unitary_penalty(self.model))
-        self.history.append(
-            {
-                "phase": phase,
-                "epoch": self._epochs_done(),
-                "step": self._steps_before() + self.step,
-                "loss": self.loss_sum / self.weight_sum if self.weight_sum else None,
-                "penalty": penalty,
-                "lr": lr,
-                "metrics": metrics,
-            }
-        )
+        entry: dict[str, Any] = {
+            "phase": phase,
+            "epoch": self._epochs_done(),
+            "step": self._steps_before() + self.step,
+            "loss": self.loss_sum / self.weight_sum if self.weight_sum else None,
+            "penalty": penalty,
+            "lr": lr,
+            "metrics": metrics,
+        }
+        if self.conditioning:
+            found = measure(self.model, self.task, self.recipe.seed) if self.processes.is_main else {}
+            entry["conditioning"] = self.processes.from_main(found)
+        self.history.append(entry)
         if self.logs is not None and self.processes.is_main:
             self.logs.write(self.history)
         if self.annealing is not None and not self.annealing.done:

@@ -9,7 +9,6 @@ from os import PathLike
 from pathlib import Path
 
 from kruify.checkpoint import Checkpoint, read
-from kruify.convert import load_tensors, swap
 from kruify.errors import UsageError
 from kruify.evaluate import (
     Layers,
@@ -19,7 +18,7 @@ from kruify.evaluate import (
     measure_latency,
     multiply_adds,
 )
-from kruify.plan import Plan
+from kruify.network import load_network
 from kruify.report.details import history, made, peak_memory, with_energies
 from kruify.report.report import ModelReport, Report
 from kruify.task import Task
@@ -55,7 +54,7 @@ def build_report(
     metrics = []
     for index, checkpoint in enumerate(checkpoints):
         tell(index, total, f"evaluating {checkpoint.path}")
-        metrics.append({} if task is None else _evaluate(checkpoint, task, split))
+        metrics.append({} if task is None else task.evaluate(load_network(checkpoint, task), split))
     tell(len(files), total, "measuring latency")
     latency = measure_latency(layers, threads=threads, seconds=latency_seconds)
     models = []
@@ -96,14 +95,6 @@ def _layers(checkpoint: Checkpoint) -> Layers:
     if not layers.items:
         raise UsageError("there is no RNN, LSTM or GRU layer in it", checkpoint.path, "See 'kruify inspect'")
     return layers
-
-
-def _evaluate(checkpoint: Checkpoint, task: Task, split: str) -> dict[str, float]:
-    model = task.model()
-    if text := checkpoint.metadata.get("kruify.plan"):
-        model = swap(model, Plan.from_json(text, f"plan in {checkpoint.path}"))
-    load_tensors(model, checkpoint.tensors, checkpoint.path)
-    return task.evaluate(model, split)
 
 
 def _names(files: Sequence[str | PathLike[str]]) -> list[str]:

@@ -36,8 +36,8 @@ def with_energies(health: Sequence[MatrixHealth], layers: Layers, first: Layers)
     for entry, (name, gate, matrix, structure) in zip(health, gate_matrices(layers), strict=True):
         original = dense.get((name, gate))
         if original is not None and original.shape == matrix.shape and structure is not None:
-            norm = float(original.square().sum())
-            energy = 1 - float((original - matrix).square().sum()) / norm if norm else 1.0
+            norm = float(original.abs().square().sum())
+            energy = 1 - float((original - matrix).abs().square().sum()) / norm if norm else 1.0
             entry = replace(entry, energy=energy, energy_null=null_energy(structure))
         results.append(entry)
     return results

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from kruify.evaluate import MatrixHealth
-from kruify.report import pictures
+from kruify.report import pictures, training
 from kruify.report.report import ModelReport, Report
 from kruify.report.rows import Headline, comparison, headlines, judged, measured
 from kruify.report.style import CSS
@@ -110,6 +110,11 @@ def _pictures(report: Report, knee: str | None) -> str:
     loss = pictures.curves(report, None) if report.metric is not None else None
     if loss:
         found.append(_figure("Training: loss", loss, "Mean over the train split in each epoch."))
+    if condition := training.condition_numbers(report):
+        found.append(_figure("Training: condition number", condition, "The largest of all recurrent matrices."))
+    if gradient := training.gradients(report):
+        caption = "Norm of the gradient that reaches the state at each step, at the end of the run."
+        found.append(_figure("Training: gradient through time", gradient, caption))
     return "".join(found)
 
 
@@ -162,7 +167,7 @@ def _gate_row(entry: MatrixHealth, labels: Sequence[str]) -> str:
 
 
 def _spectra(report: Report) -> str:
-    names = dict.fromkeys(entry.name for entry in report.models[0].recurrent_matrices)
+    names = dict.fromkeys(entry.name for model in report.models for entry in model.recurrent_matrices)
     keys = " ".join(f"{_key(i)}{escape(pictures.short(m.name, 40))}" for i, m in enumerate(report.models))
     return "".join(
         f'<figure class="card"><h3><code>{escape(name)}</code></h3>{pictures.spectra(report, name)}'

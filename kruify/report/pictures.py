@@ -14,6 +14,7 @@ from typing import Any
 
 from kruify.errors import UnsupportedError
 from kruify.report.report import ModelReport, Report
+from kruify.report.style import CSS
 
 INK, FAINT, GRID, SOFT = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
 SERIES = tuple(f"#0a0c0{i}" for i in range(6))
@@ -62,19 +63,37 @@ def draw(paint: Callable[[Any], None], height: float) -> str:
     Raises:
         UnsupportedError: matplotlib is not installed.
     """
+    return _inline(_render(paint, WIDTH, height))
+
+
+def standalone(paint: Callable[[Any], None], height: float) -> str:
+    """An SVG file, twice as wide, in the colours of the light page.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+    """
+    svg = _render(paint, 2 * WIDTH, height)
+    colors = dict(re.findall(r"--(\w+):(#[0-9a-f]{6});", CSS.partition("@media")[0]))
+    for placeholder, name in VARIABLES.items():
+        svg = svg.replace(placeholder, colors[name])
+    page = f'<rect width="100%" height="100%" fill="{colors["card"]}"/>'
+    return re.sub(r"(<svg[^>]*>)", lambda match: match[1] + page, svg, count=1)
+
+
+def _render(paint: Callable[[Any], None], width: float, height: float) -> str:
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise UnsupportedError(
-            "the package matplotlib is not installed", "HTML report", "Run: pip install 'kruify[report]'"
+            "the package matplotlib is not installed", "pictures", "Run: pip install 'kruify[report]'"
         ) from None
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         paint(figure)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return _inline(file.getvalue())
+    return file.getvalue()
 
 
 def _inline(svg: str) -> str:
@@ -156,7 +175,7 @@ def curves(report: Report, key: str | None) -> str | None:
         if all(y > 0 for _, m in trained for y in _points(m, key)[1]) and _spread(trained, key) > 30:
             axes.set_yscale("log")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        _legend_above(axes)
+        legend_above(axes)
 
     return draw(paint, 2.2 + 0.16 * len(trained))
 
@@ -178,7 +197,8 @@ def _spread(trained: Sequence[tuple[int, ModelReport]], key: str | None) -> floa
 
 def spectra(report: Report, matrix: str) -> str:
     """Singular values of one recurrent matrix, a panel a gate, dense against converted."""
-    gates = [m.gate for m in report.models[0].recurrent_matrices if m.name == matrix]
+    entries = [entry for model in report.models for entry in model.recurrent_matrices if entry.name == matrix]
+    gates = list(dict.fromkeys(entry.gate for entry in entries))
     columns = 2 if len(gates) > 1 else 1
     rows = -(-len(gates) // columns)
 
@@ -230,7 +250,7 @@ def tradeoff(report: Report, knee: str | None = None) -> str | None:
         axes.set_ylabel(f"{key} ({'higher' if report.higher_is_better else 'lower'} is better)")
         _few_log_ticks(axes, [m.parameters["total"] for m in report.models])
         axes.margins(y=0.25)
-        _legend_above(axes)
+        legend_above(axes)
 
     return draw(paint, 2.2 + 0.16 * len(report.models))
 
@@ -258,7 +278,7 @@ def _bars(axes: Any, names: Sequence[str], most: float) -> None:
     axes.xaxis.get_major_locator().set_params(nbins=4)
 
 
-def _legend_above(axes: Any) -> None:
+def legend_above(axes: Any) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=1, handlelength=1.2, labelspacing=0.2)
 
 

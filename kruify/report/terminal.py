@@ -55,7 +55,7 @@ def _matrices(report: Report) -> Table:
     for model in report.models:
         table.add_column(model.name, justify="right", overflow="fold")
     health = [{(m.name, m.gate): m for m in model.recurrent_matrices} for model in report.models]
-    for key in health[0]:
+    for key in dict.fromkeys(key for entries in health for key in entries):
         cells = []
         for entries in health:
             entry = entries.get(key)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kruify.task import Task
-from kruify.tasks._cells import recurrent
+from kruify.tasks._cells import output_size, recurrent
 
 
 class SequenceNetwork(nn.Module):
@@ -40,7 +40,7 @@ class SequenceNetwork(nn.Module):
             batch_first=True,
         )
         self.dropout = nn.Dropout(options.dropout)
-        self.fc = nn.Linear(options.hidden, outputs)
+        self.fc = nn.Linear(output_size(self.rnn), outputs)
 
     def forward(
         self,
@@ -72,7 +72,7 @@ class SequenceTask(Task):
 
     Args:
         hidden: hidden size.
-        cell: "lstm", "gru", "rnn", or "kru-" and one of them.
+        cell: "lstm", "gru", "rnn", "kru-" and one of them, or the unit itself: "kru" (complex), "kru-real".
         factors: factor spec of a kru cell.
         layers: recurrent layers.
         dropout: on the outputs of every recurrent layer.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from kruify.tasks._cells import recurrent
+from kruify.tasks._cells import output_size, recurrent
 from kruify.tasks.g2p_en.lexicon import GRAPHEMES, PHONEMES, START, STOP
 
 MAX_PHONEMES = 20  # where the package's own predict() gives up
@@ -26,7 +26,7 @@ class G2PNetwork(nn.Module):
         self.encoder = recurrent(cell, hidden, hidden, factors=factors, batch_first=True)
         self.dec_emb = nn.Embedding(len(PHONEMES), hidden)
         self.decoder = recurrent(cell, hidden, hidden, factors=factors, batch_first=True)
-        self.fc = nn.Linear(hidden, len(PHONEMES))
+        self.fc = nn.Linear(output_size(self.decoder), len(PHONEMES))
 
     def encode(
         self,

@@ -1,0 +1,172 @@
+"""`kruify train --task TASK --cell kru|... --hidden N`."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .console import json_option, output, progress
+from .options import seed_option, task_option
+from .training import (
+    check_writable,
+    conditioning_option,
+    describe,
+    device_option,
+    draw_conditioning,
+    log_dir_option,
+    recipe_option,
+    recipe_options,
+    resume_option,
+    show,
+    tensorboard_option,
+)
+
+if TYPE_CHECKING:
+    from kruify.finetune import Recipe
+    from kruify.task import Task
+
+
+@click.command()
+@task_option
+@click.option("--cell", metavar="CELL", help="kru, kru-real, kru-lstm, kru-gru, kru-rnn, lstm, gru, rnn.")
+@click.option("--hidden", type=click.IntRange(1), metavar="N", help="Hidden size of each recurrent layer.")
+@click.option("--factors", metavar="SPEC", help="Factors of the recurrent matrices of a kru cell.")
+@click.option("--layers", type=click.IntRange(1), metavar="N", help="Recurrent layers.")
+@click.option("-o", "--output", "target", metavar="OUT", help="File to write.  [default: TASK-CELL-N.safetensors]")
+@click.option("--epochs", type=float, help="Passes over the train split; fractions are allowed.  [default: 5]")
+@click.option("--steps", type=click.IntRange(1), help="Optimiser steps, instead of --epochs.")
+@click.option("--lr", type=float, help="Peak learning rate of AdamW.  [default: 0.002]")
+@click.option(
+    "--penalty",
+    "--unitary-penalty",
+    "penalty",
+    type=float,
+    metavar="L",
+    help="Weight of the soft unitary penalty.  [default: 0.01 for a plain RNN and a KRU, 0 for LSTM and GRU]",
+)
+@recipe_option
+@conditioning_option
+@log_dir_option
+@tensorboard_option
+@resume_option
+@device_option
+@seed_option
+@json_option
+def train(
+    task_name: str,
+    cell: str | None,
+    hidden: int | None,
+    factors: str | None,
+    layers: int | None,
+    target: str | None,
+    epochs: float | None,
+    steps: int | None,
+    lr: float | None,
+    penalty: float | None,
+    others: tuple[str, ...],
+    conditioning: str | None,
+    log_dir: str | None,
+    tensorboard: bool,
+    resume: str | None,
+    device: str | None,
+    seed: int,
+    json_only: bool,
+) -> None:
+    """Train a network from scratch on a task: a Kronecker Recurrent Unit, its gated relatives, or torch's own cells.
+
+    \b
+    kru       the unit as published: complex state, complex unitary factors, modReLU
+    kru-real  the same with a real state
+    kru-lstm  an LSTM whose gates have Kronecker recurrent matrices; so kru-gru, kru-rnn
+    lstm      torch's own; so gru, rnn
+
+    What --cell, --hidden, --factors and --layers leave out is the task's default. A task of your own takes them as
+    arguments of its constructor. The file says which network it holds: evaluate, report and finetune need the task's
+    name alone.
+    """
+    if epochs is not None and steps is not None:
+        raise click.UsageError("--epochs and --steps say the same thing twice; give one")
+    options = {"cell": cell, "hidden": hidden, "factors": factors, "layers": layers}
+    wanted = {name: value for name, value in options.items() if value is not None}
+    changes: dict[str, Any] = {"epochs": epochs, "lr": lr, "unitary_penalty": penalty}
+    given = {name: value for name, value in changes.items() if value is not None}
+    with output(json_only) as out:
+        import torch
+
+        from kruify.errors import UsageError
+        from kruify.finetune import Recipe, finetune
+        from kruify.finetune.written import write_trained
+        from kruify.network import network_of
+        from kruify.task import load_task
+
+        task = load_task(task_name, **wanted)
+        network = network_of(task)
+        if factors is not None and not str(network.get("cell", "kru")).startswith("kru"):
+            raise UsageError(f"a cell '{network['cell']}' has no factors", "--factors", "Leave --factors out")
+        recipe = Recipe().changed(seed=seed, **given, **recipe_options(others))
+        if steps is not None:
+            recipe = recipe.changed(epochs=steps / _steps_per_epoch(task, recipe))
+        path = Path(target or _default_name(task_name, network))
+        check_writable(path)
+        torch.manual_seed(seed)
+        with progress("starting") as advance:
+            outcome = finetune(
+                task.model(),
+                task,
+                recipe=recipe,
+                resume=resume,
+                device=device,
+                on_progress=lambda now: advance(now.step, now.steps, describe(now, task)),
+                conditioning=conditioning is not None,
+                log_dir=log_dir,
+                tensorboard=tensorboard,
+            )
+        if not outcome.is_main:  # under torchrun one process writes and prints
+            return
+        write_trained(path, outcome, recipe, network=network)
+        show(out, str(path), outcome, task)
+        if task.chance:
+            out.show(f"a network that learnt nothing: {task.chance}")
+        if conditioning is not None:
+            draw_conditioning(out, conditioning, outcome)
+        out.result(
+            {
+                "output": str(path),
+                "task": task_name,
+                "network": network,
+                "parameters": _parameters(path),
+                "history": outcome.history,
+                "metrics": outcome.metrics,
+                "best_epoch": outcome.best_epoch,
+                "steps": outcome.steps,
+                "seconds": outcome.seconds,
+            }
+        )
+
+
+def _steps_per_epoch(task: Task, recipe: Recipe) -> int:
+    from kruify.finetune.feed import count_batches
+
+    together = recipe.accumulate * int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's number of processes
+    return math.ceil(count_batches(task, recipe.seed) / together)
+
+
+def _default_name(task_name: str, network: dict[str, Any]) -> str:
+    from kruify.task import task_class
+
+    base = task_name.partition(":")[0]
+    if base.endswith(".py"):
+        base = task_class(task_name).__name__
+    parts = [base, *(str(network[name]) for name in ("cell", "hidden") if name in network)]
+    return "-".join(parts) + ".safetensors"
+
+
+def _parameters(path: Path) -> dict[str, int]:
+    from kruify.checkpoint import read
+    from kruify.evaluate import count_parameters, layers_of
+
+    return count_parameters(layers_of(read(path)))

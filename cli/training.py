@@ -1,0 +1,101 @@
+"""What the commands that train have in common: options of the recipe, progress, the table of what happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .console import Output
+
+if TYPE_CHECKING:
+    from kruify.finetune import FinetuneResult, Progress
+    from kruify.task import Task
+
+recipe_option = click.option(
+    "--option",
+    "others",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="Any other option of kruify.finetune.Recipe, such as schedule=cosine or patience=3.",
+)
+log_dir_option = click.option("--log-dir", metavar="DIR", help="Write history.csv there, one line a validation.")
+tensorboard_option = click.option("--tensorboard", is_flag=True, help="Write TensorBoard events to the --log-dir, too.")
+resume_option = click.option(
+    "--resume", metavar="DIR", help="Keep the state of the run there, and go on from it if it has one."
+)
+conditioning_option = click.option(
+    "--conditioning",
+    metavar="FILE.svg",
+    help="Measure condition number, spectral norm, unitarity defect and the gradient through time; draw them there.",
+)
+device_option = click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1.  [default: a GPU if there is one]")
+
+
+def recipe_options(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE with the value in the type of the recipe's default."""
+    from kruify.errors import UsageError
+    from kruify.finetune import Recipe
+
+    defaults = Recipe().to_json()
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        default = defaults.get(name, "")
+        try:
+            if not equals:
+                raise ValueError
+            if isinstance(default, bool):
+                values[name] = {"true": True, "false": False}[text.lower()]
+            elif isinstance(default, int | float) or default is None:
+                values[name] = type(default)(text) if default is not None else float(text)
+            else:
+                values[name] = text
+        except (ValueError, KeyError):
+            raise UsageError(f"--option {pair} is not {name or 'NAME'}={default}", "fine-tuning") from None
+    return values
+
+
+def check_writable(path: Path) -> None:
+    """Fails before the training, not after it."""
+    from kruify.errors import UsageError
+
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no folder {path.parent}", path, "Make it first")
+
+
+def describe(now: Progress, task: Task) -> str:
+    text = f"epoch {now.epoch}/{now.epochs} loss {now.loss:.3f}"
+    if task.metric in now.metrics:
+        text += f" {task.metric} {now.metrics[task.metric]:.3f}"
+    return text
+
+
+def show(out: Output, target: str, outcome: FinetuneResult, task: Task) -> None:
+    from rich.table import Table
+
+    names = list(outcome.metrics)
+    table = Table(title=f"{outcome.steps} steps in {outcome.seconds:.0f} s, validation split", title_justify="left")
+    for heading in ("epoch", "step", "training loss", *names):
+        table.add_column(heading, justify="right")
+    for entry in outcome.history:
+        values: dict[str, Any] = entry["metrics"]
+        best = " *" if entry["epoch"] == outcome.best_epoch else ""
+        loss = "" if entry["loss"] is None else f"{entry['loss']:.4f}"
+        table.add_row(f"{entry['epoch']}{best}", f"{entry['step']}", loss, *(f"{values[name]:.4f}" for name in names))
+    out.show(table, f"wrote {target}: the weights of epoch {outcome.best_epoch} (*), {_metrics(outcome, task)}")
+
+
+def _metrics(outcome: FinetuneResult, task: Task) -> str:
+    value = outcome.metrics.get(task.metric)
+    return "" if value is None else f"{task.metric} {value:.4f} on the validation split"
+
+
+def draw_conditioning(out: Output, file: str, outcome: FinetuneResult) -> None:
+    from kruify.checkpoint import atomic_file
+    from kruify.report.training import conditioning_svg
+
+    with atomic_file(file) as handle:
+        handle.write(conditioning_svg(outcome.history).encode())
+    out.show(f"wrote {file}")
