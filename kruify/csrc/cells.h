@@ -1,4 +1,4 @@
-// The arithmetic of one step of LSTM, GRU and RNN, one vector of hidden units at a time.
+// The arithmetic of one step of LSTM, GRU, RNN and KRU, one vector of hidden units at a time.
 #pragma once
 
 #include "simd.h"
@@ -110,6 +110,64 @@ KRUIFY_INLINE Gru<T> gru(Vec<T> r, Vec<T> z, Vec<T> n, Vec<T> hn, Vec<T> h) {
   out.n = tanh<T>(n + out.r * hn);
   out.h = out.n + out.z * (h - out.n);
   return out;
+}
+
+// modReLU of a real z: relu(|z| + b) sign(z), 0 at 0. NaN stays NaN.
+template <class T>
+KRUIFY_INLINE Vec<T> modrelu(Vec<T> z, Vec<T> b) {
+  const Vec<T> zero{}, size = at_least<T>(zero, (z < zero ? -z : z) + b);
+  return z > zero ? size : z < zero ? -size : z;
+}
+
+// Its derivative: the gradient of z; that of b is this times sign(z).
+template <class T>
+KRUIFY_INLINE Vec<T> modrelu_backward(Vec<T> z, Vec<T> b, Vec<T> grad) {
+  const Vec<T> zero{}, size = z < zero ? -z : z;
+  return (size == zero) | (size + b <= zero) ? zero : grad;
+}
+
+template <class T>
+struct Polar {
+  Vec<T> size, re, im;  // |z| and z/|z|, 0 at 0
+};
+
+// Numbers whose squares would leave the floating-point range are scaled on the way.
+template <class T>
+KRUIFY_INLINE Polar<T> polar(Vec<T> re, Vec<T> im) {
+  constexpr bool F = sizeof(T) == 4;
+  const Vec<T> zero{}, one = splat<T>(1);
+  const Vec<T> a = re < zero ? -re : re, b = im < zero ? -im : im, most = a > b ? a : b;
+  const auto small = most < splat<T>(F ? T(0x1p-50) : T(0x1p-400)), large = most > splat<T>(F ? T(0x1p60) : T(0x1p500));
+  const Vec<T> up = splat<T>(F ? T(0x1p100) : T(0x1p700)), down = splat<T>(F ? T(0x1p-70) : T(0x1p-560));
+  const Vec<T> scale = small ? up : large ? down : one, back = small ? one / up : large ? one / down : one;
+  re *= scale, im *= scale;
+  const Vec<T> size = square_root<T>(re * re + im * im), inverse = size == zero ? zero : one / size;
+  return {size * back, re * inverse, im * inverse};
+}
+
+template <class T>
+struct Complex {
+  Vec<T> re, im;
+};
+
+// modReLU of a complex z: relu(|z| + b) z/|z|, 0 at 0 (Arjovsky, Shah, Bengio 2016, equation 8).
+template <class T>
+KRUIFY_INLINE Complex<T> modrelu(Vec<T> re, Vec<T> im, Vec<T> b) {
+  const Polar<T> z = polar<T>(re, im);
+  const Vec<T> size = at_least<T>(Vec<T>{}, z.size + b);
+  return {size * z.re, size * z.im};
+}
+
+// Its derivative: along z the gradient passes as it is, across z it is stretched as z is. Returns the gradient of z and
+// adds that of b.
+template <class T>
+KRUIFY_INLINE Complex<T> modrelu_backward(Vec<T> re, Vec<T> im, Vec<T> b, Vec<T> grad_re, Vec<T> grad_im, Vec<T>& grad_b) {
+  const Polar<T> z = polar<T>(re, im);
+  const Vec<T> zero{}, size = z.size + b, along = grad_re * z.re + grad_im * z.im, stretch = size / z.size;
+  const auto off = (z.size == zero) | (size <= zero);
+  grad_b += off ? zero : along;
+  return {off ? zero : along * z.re + stretch * (grad_re - along * z.re),
+          off ? zero : along * z.im + stretch * (grad_im - along * z.im)};
 }
 
 }  // namespace kruify::KRUIFY_ISA

@@ -107,11 +107,12 @@ T* mutable_pointer(const Tensor& t) {
 }
 
 // The `stages, diagonal, overlay, overlay_index, bias, layout` of an operator, checked, with packed copies of the stages.
+// One entry of the bias serves `rows_a_bias` rows.
 template <class T>
 class CheckedMatrix {
  public:
   CheckedMatrix(const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay, const Optional& index,
-                const Optional& bias, const std::vector<int64_t>& layout, torch::headeronly::ScalarType dtype);
+                const Optional& bias, const std::vector<int64_t>& layout, torch::headeronly::ScalarType dtype, int64_t rows_a_bias = 1);
   CheckedMatrix(const CheckedMatrix&) = delete;
 
   Matrix<T> matrix{};
@@ -152,7 +153,7 @@ inline int64_t times(int64_t a, int64_t b) {
 template <class T>
 CheckedMatrix<T>::CheckedMatrix(const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay,
                                 const Optional& index, const Optional& bias, const std::vector<int64_t>& layout,
-                                torch::headeronly::ScalarType dtype) {
+                                torch::headeronly::ScalarType dtype, int64_t rows_a_bias) {
   constexpr int64_t kHuge = int64_t(1) << 31;
   LayoutReader read(layout);
   Matrix<T>& m = matrix;
@@ -241,11 +242,12 @@ CheckedMatrix<T>::CheckedMatrix(const std::vector<Tensor>& stages, const Optiona
     m.scratch = std::max(m.scratch, kTile * (2 * m.cols + times(m.gates, m.rows)));  // samples in lanes: overlay.h
   }
   if (bias) {
-    tensors_.push_back(checked("the bias", *bias, dtype, times(m.gates, m.rows)));
+    m.bias_size = m.gates * m.rows / rows_a_bias;
+    tensors_.push_back(checked("the bias", *bias, dtype, m.bias_size));
     parameters_.push_back(tensors_.back());
     m.bias = pointer<T>(tensors_.back());
     m.grad_bias = m.grad_size;
-    m.grad_size += m.gates * m.rows;
+    m.grad_size += m.bias_size;
   }
   m.scratch = (m.scratch + 15) / 16 * 16 + 16;
   m.grad_size = (m.grad_size + 15) / 16 * 16;

@@ -46,11 +46,14 @@ struct Matrix {
   const int32_t* index;   // (blocks, 2)
   int64_t blocks, block;
   const T* bias;          // null where there is none
+  int64_t bias_size;
   int64_t grad_diagonal, grad_overlay, grad_bias, grad_size;  // offsets in a thread's arena, and its size
   int64_t scratch;        // elements of scratch that a product with kTile samples needs, forward or backward
 };
 
-enum class Kind : int { kLstm, kGru, kRnnTanh, kRnnRelu };
+enum class Kind : int { kLstm, kGru, kRnnTanh, kRnnRelu, kModRelu, kModReluComplex };
+
+inline bool is_modrelu(Kind kind) { return kind == Kind::kModRelu || kind == Kind::kModReluComplex; }
 
 // One layer in one direction. Row of (t, b) in every (S, ...) array: starts[t] + b, less `first_row` in `gates`.
 template <class T>
@@ -61,6 +64,7 @@ struct Sequence {
   const int64_t* sizes;
   const int64_t* starts;
   Matrix<T> matrix;
+  const T* threshold;  // of modReLU, or null: its bias, and not one of the matrix
   // forward
   T* gates;           // the input's share, overwritten by the activated gates
   int64_t gates_ld, first_row;

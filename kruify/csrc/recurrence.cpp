@@ -11,12 +11,15 @@ Kind kind_of(const std::string& name) {
   if (name == "lstm") return Kind::kLstm;
   if (name == "gru") return Kind::kGru;
   if (name == "rnn_tanh") return Kind::kRnnTanh;
+  if (name == "rnn_modrelu") return Kind::kModRelu;
+  if (name == "rnn_modrelu_complex") return Kind::kModReluComplex;
   STD_TORCH_CHECK(name == "rnn_relu", "kruify::recurrence: unknown kind '", name, "'");
   return Kind::kRnnRelu;
 }
 
 int64_t gates_of(Kind kind) { return kind == Kind::kLstm ? 4 : kind == Kind::kGru ? 3 : 1; }
-int64_t workspace_of(Kind kind) { return kind == Kind::kLstm ? 5 : kind == Kind::kGru ? 4 : 0; }
+int64_t workspace_of(Kind kind) { return kind == Kind::kLstm ? 5 : kind == Kind::kGru ? 4 : is_modrelu(kind) ? 1 : 0; }
+int64_t rows_a_bias(Kind kind) { return kind == Kind::kModReluComplex ? 2 : 1; }
 
 // Where each step's rows start; checks that batch_sizes is that of a packed batch of `batch` samples.
 std::vector<int64_t> starts_of(const Tensor& batch_sizes, int64_t batch) {
@@ -38,6 +41,14 @@ void check_shape(const Matrix<T>& m, Kind kind, int64_t hidden) {
   STD_TORCH_CHECK(m.gates == gates_of(kind), "kruify::recurrence: this kind has ", gates_of(kind), " gates, the layout ", m.gates);
   STD_TORCH_CHECK(m.rows == hidden && m.cols == hidden, "kruify::recurrence: a state of ", hidden, " with a matrix of ", m.rows, "x",
                   m.cols);
+  STD_TORCH_CHECK(hidden % rows_a_bias(kind) == 0, "kruify::recurrence: a complex state of ", hidden, " real numbers");
+}
+
+// modReLU's bias belongs to the cell: the matrix is left without one.
+template <class T>
+void bind(Sequence<T>& s, const Matrix<T>& m) {
+  s.matrix = m;
+  if (is_modrelu(s.kind)) std::swap(s.threshold, s.matrix.bias);
 }
 
 constexpr int64_t kChunkBytes = 3 << 19;  // of input gates that stay in the L2 cache between GEMM and time loop
@@ -56,7 +67,7 @@ Outputs run(const Tensor& x_given, const Optional& w_ih_given, const Optional& b
             const Optional& overlay, const Optional& index, const Optional& bias, const std::vector<int64_t>& layout, Kind kind,
             bool reverse, bool training) {
   const auto dtype = x_given.scalar_type();
-  CheckedMatrix<T> w(stages, diagonal, overlay, index, bias, layout, dtype);
+  CheckedMatrix<T> w(stages, diagonal, overlay, index, bias, layout, dtype, rows_a_bias(kind));
   const Tensor h0 = checked("h0", h0_given, dtype, -1, w.matrix.rows);
   const int64_t batch = h0.size(0), H = h0.size(1), width = gates_of(kind) * H;
   check_shape(w.matrix, kind, H);
@@ -79,20 +90,20 @@ Outputs run(const Tensor& x_given, const Optional& w_ih_given, const Optional& b
 
   Buffer<T> packed(w.packed_size);
   w.pack(packed.data());
+  Sequence<T> s{};
+  s.kind = kind, s.reverse = reverse, s.training = training;
+  bind(s, w.matrix);
   // What is constant over time enters with the input's share; the GRU's last gate adds its own inside r * (...).
   const int64_t outside = kind == Kind::kGru ? 2 * H : width;
   Buffer<T> constant(width);
   std::fill_n(constant.data(), width, T(0));
   if (bias_ih) kernels<T>().axpy(width, pointer<T>(*bias_ih), constant.data());
-  if (w.matrix.bias) kernels<T>().axpy(outside, w.matrix.bias, constant.data());
+  if (s.matrix.bias) kernels<T>().axpy(outside, s.matrix.bias, constant.data());
 
-  Sequence<T> s{};
-  s.kind = kind, s.reverse = reverse, s.training = training;
   s.steps = steps, s.batch = batch, s.hidden = H;
   s.sizes = pointer<int64_t>(sizes), s.starts = starts.data();
-  s.matrix = w.matrix;
   s.h = mutable_pointer<T>(h), s.c = mutable_pointer<T>(c), s.out = mutable_pointer<T>(out);
-  const bool in_out = workspace_of(kind) == 0, in_workspace = training && !in_out;
+  const bool in_workspace = training && workspace_of(kind) > 0, in_out = width == H && !in_workspace;
   // A row of gates: those of the workspace but for c, so that the GRU has room for W_hn h + b_hn beside n.
   const int64_t gates_width = kind == Kind::kGru ? 4 * H : width;
   const int64_t chunk_rows = std::max<int64_t>(kChunkBytes / int64_t(sizeof(T)) / width, 48);
@@ -160,7 +171,7 @@ Gradients run_backward(const Optional& grad_out_given, const Optional& grad_h_gi
                        const Optional& c0_given, const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay,
                        const Optional& index, const Optional& bias, const std::vector<int64_t>& layout, Kind kind, bool reverse) {
   const auto dtype = out_given.scalar_type();
-  CheckedMatrix<T> w(stages, diagonal, overlay, index, bias, layout, dtype);
+  CheckedMatrix<T> w(stages, diagonal, overlay, index, bias, layout, dtype, rows_a_bias(kind));
   const Tensor h0 = checked("h0", h0_given, dtype, -1, w.matrix.rows);
   const int64_t batch = h0.size(0), H = h0.size(1), width = gates_of(kind) * H;
   check_shape(w.matrix, kind, H);
@@ -189,7 +200,7 @@ Gradients run_backward(const Optional& grad_out_given, const Optional& grad_h_gi
   s.kind = kind, s.reverse = reverse;
   s.steps = sizes.numel(), s.batch = batch, s.hidden = H;
   s.sizes = pointer<int64_t>(sizes), s.starts = starts.data();
-  s.matrix = w.matrix;
+  bind(s, w.matrix);
   s.grad_out = grad_out ? pointer<T>(*grad_out) : nullptr;
   s.workspace = pointer<T>(workspace), s.out_in = pointer<T>(out);
   s.h0 = pointer<T>(h0), s.c0 = c0 ? pointer<T>(*c0) : nullptr;

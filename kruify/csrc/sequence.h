@@ -37,6 +37,45 @@ KRUIFY_INLINE void step_rnn(int64_t H, bool relu, T* gates, T* h, T* out) {
   });
 }
 
+// z -> h; a complex z has its real parts first, then its imaginary ones. Training keeps z in the workspace.
+template <class T>
+KRUIFY_INLINE void step_modrelu(int64_t H, bool complex, const T* threshold, const T* z, T* h, T* out) {
+  if (!complex) {
+    for_vectors<T>(H, [&](int64_t u, auto get, auto put) __attribute__((always_inline)) {
+      const Vec<T> r = modrelu<T>(get(z + u), threshold ? get(threshold + u) : Vec<T>{});
+      put(h + u, r), put(out + u, r);
+    });
+    return;
+  }
+  const int64_t N = H / 2;
+  for_vectors<T>(N, [&](int64_t u, auto get, auto put) __attribute__((always_inline)) {
+    const Complex<T> r = modrelu<T>(get(z + u), get(z + N + u), threshold ? get(threshold + u) : Vec<T>{});
+    put(h + u, r.re), put(out + u, r.re), put(h + N + u, r.im), put(out + N + u, r.im);
+  });
+}
+
+// dh -> dz, and 0 in its place; grad_threshold grows.
+template <class T>
+KRUIFY_INLINE void back_modrelu(int64_t H, bool complex, const T* threshold, const T* z, T* dh, T* dz, T* grad_threshold) {
+  if (!complex) {
+    for_vectors<T>(H, [&](int64_t u, auto get, auto put) __attribute__((always_inline)) {
+      const Vec<T> zero{}, v = get(z + u), d = modrelu_backward<T>(v, threshold ? get(threshold + u) : zero, get(dh + u));
+      if (threshold) put(grad_threshold + u, get(grad_threshold + u) + (v < zero ? -d : d));
+      put(dz + u, d), put(dh + u, zero);
+    });
+    return;
+  }
+  const int64_t N = H / 2;
+  for_vectors<T>(N, [&](int64_t u, auto get, auto put) __attribute__((always_inline)) {
+    const Vec<T> zero{};
+    Vec<T> b = zero, db = zero;
+    if (threshold) b = get(threshold + u), db = get(grad_threshold + u);
+    const Complex<T> d = modrelu_backward<T>(get(z + u), get(z + N + u), b, get(dh + u), get(dh + N + u), db);
+    if (threshold) put(grad_threshold + u, db);
+    put(dz + u, d.re), put(dz + N + u, d.im), put(dh + u, zero), put(dh + N + u, zero);
+  });
+}
+
 template <class T>
 inline void forward(const Sequence<T>& s, int64_t t0, int64_t t1, int64_t b0, int64_t b1, T* scratch) {
   const int64_t H = s.hidden;
@@ -66,6 +105,7 @@ inline void forward(const Sequence<T>& s, int64_t t0, int64_t t1, int64_t b0, in
       T *h = s.h + (b0 + b) * H, *out = s.out + (row + b) * H;
       if (s.kind == Kind::kGru) step_gru(H, s.training, gates + b * ys, h, out);
       else if (s.kind == Kind::kLstm) step_lstm(H, s.training, gates + b * ys, s.c + (b0 + b) * H, h, out);
+      else if (is_modrelu(s.kind)) step_modrelu(H, s.kind == Kind::kModReluComplex, s.threshold, gates + b * ys, h, out);
       else step_rnn(H, s.kind == Kind::kRnnRelu, gates + b * ys, h, out);
     }
   }
@@ -73,7 +113,7 @@ inline void forward(const Sequence<T>& s, int64_t t0, int64_t t1, int64_t b0, in
 
 // One sample's step before the product: dh and dc become what flows on beside it, d (gates, H) the gates' gradients.
 template <class T>
-KRUIFY_INLINE void backward_cell(const Sequence<T>& s, int64_t row, const T* h0, const T* c0, T* d, T* dn, T* dh, T* dc) {
+KRUIFY_INLINE void backward_cell(const Sequence<T>& s, int64_t row, const T* h0, const T* c0, T* d, T* dn, T* dh, T* dc, T* grad_threshold) {
   const int64_t H = s.hidden;
   if (s.grad_out)
     for_vectors<T>(H, [&](int64_t u, auto get, auto put) { put(dh + u, get(dh + u) + get(s.grad_out + row * H + u)); });
@@ -101,6 +141,8 @@ KRUIFY_INLINE void backward_cell(const Sequence<T>& s, int64_t row, const T* h0,
       put(dn + u, da * r);
       put(dh + u, grad * z);
     });
+  } else if (is_modrelu(s.kind)) {
+    back_modrelu(H, s.kind == Kind::kModReluComplex, s.threshold, s.workspace + row * H, dh, d, grad_threshold);
   } else {
     const bool relu = s.kind == Kind::kRnnRelu;
     for_vectors<T>(H, [&](int64_t u, auto get, auto put) __attribute__((always_inline)) {
@@ -131,7 +173,7 @@ inline void backward(const Sequence<T>& s, int64_t b0, int64_t b1, T* arena, T* 
       for (int64_t k = 0; k < next - b; ++k) {
         const T* c0 = s.kind != Kind::kLstm ? nullptr : first ? s.c0 + (b + k) * H : s.workspace + (before + k) * 5 * H + 4 * H;
         backward_cell(s, row + k, h0 + k * H, c0, dy[0] + k * G * H, dn + k * G * H, s.grad_h + (b + k) * H,
-                      s.grad_c ? s.grad_c + (b + k) * H : nullptr);
+                      s.grad_c ? s.grad_c + (b + k) * H : nullptr, arena + m.grad_bias);
       }
       if (s.kind == Kind::kGru) dy[2] = dn;
       product_backward(m, next - b, h0, H, dy, G * H, s.grad_h + b * H, H, arena, scratch);

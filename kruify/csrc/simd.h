@@ -142,6 +142,20 @@ KRUIFY_INLINE Vec<T> at_least(Vec<T> limit, Vec<T> v) {
 }
 
 template <class T>
+KRUIFY_INLINE Vec<T> square_root(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_sqrt_ps((__m512)v);
+  else return (Vec<T>)_mm512_sqrt_pd((__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_sqrt_ps((__m256)v);
+  else return (Vec<T>)_mm256_sqrt_pd((__m256d)v);
+#else
+  for (int i = 0; i < kWidth<T>; ++i) v[i] = sizeof(T) == 4 ? __builtin_sqrtf(v[i]) : __builtin_sqrt(v[i]);
+  return v;
+#endif
+}
+
+template <class T>
 KRUIFY_INLINE T sum(Vec<T> v) {
   T total = 0;
   for (int i = 0; i < kWidth<T>; ++i) total += v[i];

@@ -265,7 +265,7 @@ inline void unpack(const Matrix<T>& m, const T* arena, T* const* grads) {
   }
   if (m.diagonal) copy(m.diagonal_gates * m.diagonal_size, arena + m.grad_diagonal, *grads++);
   if (m.overlay) copy(m.blocks * m.block, arena + m.grad_overlay, *grads++);
-  if (m.bias) copy(m.gates * m.rows, arena + m.grad_bias, *grads++);
+  if (m.bias) copy(m.bias_size, arena + m.grad_bias, *grads++);
 }
 
 }  // namespace kruify::KRUIFY_ISA

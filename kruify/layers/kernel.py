@@ -16,6 +16,7 @@ from kruify.layers.steps import State
 from kruify.ops import Layout, TermLayout, has_kernel, precision
 from kruify.ops.stages import TermPlan, plan, plan_pair
 
+COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 Weights = dict[str, KroneckerMatrix | Tensor | None]
 _CACHE = "_kernel_form"  # attribute of a KroneckerMatrix
 _STREAMING = "_kernel_streaming"  # attribute of a cell
@@ -88,9 +89,10 @@ def serves(weight_hh: object, x: Tensor, projected: bool) -> bool:
     if not isinstance(weight_hh, KroneckerMatrix) or projected or not has_kernel(x.device.type):
         return False
     dtype = weight_hh.dtype
-    if x.dtype == dtype:
-        return dtype in (torch.float32, torch.float64)
-    return dtype == torch.float32 and x.dtype in _HALVES and torch.is_autocast_enabled(x.device.type)
+    if x.dtype in COMPLEX:
+        return dtype in (x.dtype, COMPLEX[x.dtype])
+    single = dtype in (torch.float32, torch.complex64)
+    return single and x.dtype in _HALVES and torch.is_autocast_enabled(x.device.type)
 
 
 def matmul(matrix: KroneckerMatrix, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -102,7 +104,7 @@ def matmul(matrix: KroneckerMatrix, x: Tensor, bias: Tensor | None = None) -> Te
 
 def run_direction(
     weights: Weights,
-    kind: str,  # lstm | gru | rnn_tanh | rnn_relu
+    kind: str,  # lstm | gru | rnn_tanh | rnn_relu | rnn_modrelu
     data: Tensor,  # (sum of batch_sizes, features), packed
     batch_sizes: Tensor,  # (steps,) int64 on the CPU, descending
     state: State,  # each (batch_sizes[0], size)

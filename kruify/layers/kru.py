@@ -10,6 +10,8 @@ not: that is why the factors are complex. `complex_state=False` gives the real u
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,18 +19,12 @@ from torch.nn.utils.rnn import PackedSequence
 
 from kruify.errors import UsageError
 from kruify.factors import parse
-from kruify.layers import reference
+from kruify.layers import kernel, planar, reference
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.layers.steps import State, Step
+from kruify.ops.reference import modrelu
 
-COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 NONLINEARITIES = ("modrelu", "tanh", "relu")
-
-
-def modrelu(z: Tensor, bias: Tensor) -> Tensor:
-    """relu(|z| + b) z/|z| for complex or real z; 0 where z is 0 (Arjovsky, Shah, Bengio 2016, equation 8)."""
-    size = z.abs()
-    return torch.relu(size + bias) * (z / size.clamp_min(torch.finfo(size.dtype).tiny))
 
 
 class KRU(nn.Module):
@@ -41,6 +37,8 @@ class KRU(nn.Module):
         factors: spec of the recurrent matrix (kruify.factors), "2x2" for the smallest, 8 log2(N) real numbers.
         complex_state: complex factors, input map and state; False for the real unit.
         nonlinearity: "modrelu"; for a real state also "tanh" and "relu".
+        backend: "auto" takes the compiled kernels where they serve, else a loop over time; "kernel" and "reference"
+            force one of them.
 
     Parameters of layer k: `weight_ih_l{k}` (hidden, inputs) and `weight_hh_l{k}` (a `KroneckerMatrix`), complex for
     a complex state; `bias_l{k}` (hidden,), real.
@@ -58,6 +56,7 @@ class KRU(nn.Module):
         factors: str = "2x2",
         complex_state: bool = True,
         nonlinearity: str = "modrelu",
+        backend: Literal["auto", "kernel", "reference"] = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -67,21 +66,27 @@ class KRU(nn.Module):
         if nonlinearity not in NONLINEARITIES or (complex_state and nonlinearity != "modrelu"):
             allowed = "'modrelu'" if complex_state else "'modrelu', 'tanh' or 'relu'"
             raise UsageError(f"nonlinearity must be {allowed}, got '{nonlinearity}'", "KRU")
+        if backend not in ("auto", "kernel", "reference"):
+            raise UsageError(f"backend must be 'auto', 'kernel' or 'reference', got '{backend}'", "KRU")
         dtype = dtype or torch.get_default_dtype()
-        if complex_state and dtype not in COMPLEX:
+        if complex_state and dtype not in kernel.COMPLEX:
             raise UsageError(f"a complex state needs float32 or float64, got {dtype}", "KRU")
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
-        self.complex_state, self.nonlinearity = complex_state, nonlinearity
-        self.state_dtype = COMPLEX[dtype] if complex_state else dtype
+        self.complex_state, self.nonlinearity, self.backend = complex_state, nonlinearity, backend
+        self.state_dtype = kernel.COMPLEX[dtype] if complex_state else dtype
         structure = parse(factors).resolve(hidden_size, hidden_size)
         for k in range(num_layers):
             inputs = input_size if k == 0 else self.output_size
             w_ih = torch.empty(hidden_size, inputs, device=device, dtype=self.state_dtype)
             setattr(self, f"weight_ih_l{k}", nn.Parameter(w_ih))
-            setattr(self, f"weight_hh_l{k}", KroneckerMatrix([structure], device, self.state_dtype))
+            matrix = KroneckerMatrix([structure], device, self.state_dtype)
+            setattr(self, f"weight_hh_l{k}", matrix)
+            if not complex_state:
+                kernel.form_of(matrix)  # planned once, here: torch.compile could not trace it
             b = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype)) if bias else None
             self.register_parameter(f"bias_l{k}", b)
+        self._forms = {name: planar.form(matrix, name == "cuda") for name in ("cpu", "cuda")} if complex_state else {}
         self.reset_parameters()
 
     @property
@@ -116,8 +121,8 @@ class KRU(nn.Module):
         """
         if isinstance(input, PackedSequence):
             order, back = input.sorted_indices, input.unsorted_indices
-            sizes = input.batch_sizes.tolist()
-            h0 = self._initial_state(hx, input.data, sizes[0])
+            sizes = input.batch_sizes if self._is_compiled(input.data) else input.batch_sizes.tolist()
+            h0 = self._initial_state(hx, input.data, int(sizes[0]))
             output, final = self._run(input.data, sizes, h0 if order is None else h0.index_select(1, order))
             final = final if back is None else final.index_select(1, back)
             return PackedSequence(output, input.batch_sizes, order, back), final
@@ -127,22 +132,56 @@ class KRU(nn.Module):
         x = input.unsqueeze(1) if unbatched else input.transpose(0, 1) if self.batch_first else input
         steps, batch = x.shape[:2]
         h0 = self._initial_state(hx.unsqueeze(1) if unbatched and hx is not None else hx, x, batch)
-        output, final = self._run(x.reshape(steps * batch, -1), [batch] * steps, h0)
-        output = output.reshape(steps, batch, -1)
+        batch_sizes = torch.full((steps,), batch) if self._is_compiled(x) else [batch] * steps
+        output, final = self._run(x.reshape(steps * batch, x.shape[2]), batch_sizes, h0)
+        output = output.reshape(steps, batch, self.output_size)
         if unbatched:
             return output.squeeze(1), final.squeeze(1)
         return output.transpose(0, 1) if self.batch_first else output, final
 
-    def _run(self, data: Tensor, batch_sizes: list[int], h0: Tensor) -> tuple[Tensor, Tensor]:
+    def _is_compiled(self, x: Tensor) -> bool:
+        """Whether the compiled kernels run this input."""
+        if self.backend == "reference" or x.numel() == 0:
+            return False
+        serves = all(kernel.serves(getattr(self, f"weight_hh_l{k}"), x, False) for k in range(self.num_layers))
+        if self.backend == "kernel" and not serves:
+            raise UsageError(
+                "the compiled kernels need float32 or float64 parameters and input on a device they were built for, got"
+                f" input of {x.dtype} on {x.device.type}",
+                "KRU",
+                "backend='auto' picks a path that works",
+            )
+        return serves
+
+    def _run(self, data: Tensor, batch_sizes: list[int] | Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
         finals = []
         for k in range(self.num_layers):
             if k and self.dropout:
                 data = F.dropout(data, self.dropout, self.training)
-            w_ih, matrix, bias = (getattr(self, f"{name}_l{k}") for name in ("weight_ih", "weight_hh", "bias"))
-            h, (final,) = reference.run(self._step(matrix, bias), self._project(data, w_ih), batch_sizes, (h0[k],))
-            data = torch.cat([h.real, h.imag], dim=-1) if self.complex_state else h
+            if isinstance(batch_sizes, Tensor):
+                data, final = self._run_compiled(k, data, batch_sizes, h0[k])
+            else:
+                data, final = self._run_reference(k, data, batch_sizes, h0[k])
             finals.append(final)
         return data, torch.stack(finals)
+
+    def _weights(self, k: int) -> tuple[Tensor, KroneckerMatrix, Tensor | None]:
+        return getattr(self, f"weight_ih_l{k}"), getattr(self, f"weight_hh_l{k}"), getattr(self, f"bias_l{k}")
+
+    def _run_compiled(self, k: int, data: Tensor, batch_sizes: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+        w_ih, matrix, bias = self._weights(k)
+        if self.complex_state:
+            form = self._forms["cuda" if data.is_cuda else "cpu"]
+            return planar.run(form, matrix, w_ih, bias, data, batch_sizes, h0)
+        weights: kernel.Weights = {"weight_ih": w_ih, "weight_hh": matrix, "bias_ih": None, "bias_hh": bias}
+        kind = f"rnn_{self.nonlinearity}"
+        output, (final,) = kernel.run_direction(weights, kind, data, batch_sizes, (h0,), reverse=False)
+        return output, final
+
+    def _run_reference(self, k: int, data: Tensor, batch_sizes: list[int], h0: Tensor) -> tuple[Tensor, Tensor]:
+        w_ih, matrix, bias = self._weights(k)
+        h, (final,) = reference.run(self._step(matrix, bias), self._project(data, w_ih), batch_sizes, (h0,))
+        return (torch.cat([h.real, h.imag], dim=-1) if self.complex_state else h), final
 
     def _project(self, data: Tensor, w_ih: Tensor) -> Tensor:
         """U x for real x: two real products instead of a complex one."""
@@ -154,7 +193,7 @@ class KRU(nn.Module):
         def step(gates_x: Tensor, state: State) -> State:
             total = matrix(state[0]) + gates_x
             if self.nonlinearity == "modrelu":
-                return (modrelu(total, total.real.new_zeros(()) if bias is None else bias),)
+                return (modrelu(total, bias),)
             total = total if bias is None else total + bias
             return (torch.tanh(total) if self.nonlinearity == "tanh" else torch.relu(total),)
 

@@ -394,10 +394,13 @@ def _recurrence_backward(
     eye = torch.eye(h0.shape[1], dtype=h0.dtype, device=h0.device)
     dense = reference.kron_matmul(eye, stages, diagonal, overlay, overlay_index, None, layout).T
     grad_gates, grad_product, grad_h0, grad_c0 = reference.recurrence_backward(
-        grad_out, grad_h, grad_c, out, workspace, batch_sizes, h0, c0, dense, kind, reverse
+        grad_out, grad_h, grad_c, out, workspace, batch_sizes, h0, c0, dense, bias, kind, reverse
     )
     before = reference.previous_states(out, batch_sizes.tolist(), h0, reverse)
-    _, grads = _kron_matmul_backward(grad_product, before, stages, diagonal, overlay, overlay_index, bias, layout)
+    inner = None if kind in reference.MODRELU else bias
+    _, grads = _kron_matmul_backward(grad_product, before, stages, diagonal, overlay, overlay_index, inner, layout)
+    if bias is not None and inner is None:
+        grads.append(reference.modrelu_bias_backward(workspace, grad_gates, kind).sum(0))
     return grad_gates, grad_h0, h0.new_empty(0) if c0 is None else grad_c0, grads
 
 
@@ -490,8 +493,9 @@ def _recurrence_derivative(
             found_x, found_w = torch.ops.kruify.linear_backward(grad_gates, x, w_ih, needs_x, needs_w)
             grad_x, grad_w = found_x if needs_x else None, found_w if needs_w else None
         if bias_ih is not None and needs_b:
-            # Both biases enter the gates alike, except for the GRU's last gate.
-            grad_b = grad_gates.sum(0) if bias is None or ctx.kind == "gru" else grads[-1].clone()
+            # Both biases enter the gates alike, except for the GRU's last gate and modReLU.
+            apart = bias is None or ctx.kind in ("gru", *reference.MODRELU)
+            grad_b = grad_gates.sum(0) if apart else grads[-1].clone()
     grad_c0 = None if c0 is None else grad_c0
     first = [grad_x, grad_w, grad_b, None, grad_h0, grad_c0]
     return _one_an_input(ctx, *first, *_matrix_grads(grads, weights), None, None, None, None)

@@ -12,8 +12,10 @@ from torch.nn import functional
 from kruify import kronecker
 from kruify.ops.layout import decode
 
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-WORKSPACE = {"lstm": 5, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0}  # saved columns, in units of the hidden size
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1, "rnn_modrelu": 1, "rnn_modrelu_complex": 1}
+# Saved columns, in units of the hidden size.
+WORKSPACE = {"lstm": 5, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0, "rnn_modrelu": 1, "rnn_modrelu_complex": 1}
+MODRELU = ("rnn_modrelu", "rnn_modrelu_complex")  # their bias is that of modReLU, (H,) or (H / 2,), not one of W h
 
 
 def merge(factors: Sequence[Tensor], scale: Tensor | None, groups: Sequence[int]) -> list[Tensor]:
@@ -71,9 +73,9 @@ def recurrence(
     diagonal: Tensor | None,
     overlay: Tensor | None,
     overlay_index: Tensor | None,
-    bias: Tensor | None,  # (gates * H,), bias_hh
+    bias: Tensor | None,  # (gates * H,), bias_hh; modReLU's own
     layout: Sequence[int],
-    kind: str,  # lstm | gru | rnn_tanh | rnn_relu
+    kind: str,  # a key of GATES
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # out (S, H), hT (B, H), cT (B, H), workspace (S, k * H)
     """One layer in one direction over a packed batch."""
@@ -86,6 +88,7 @@ def recurrence(
     out: list[Tensor] = [h0[:0]] * steps
     saved: list[Tensor] = [h0[:0]] * steps
     active, finished = (state[: sizes[-1]] if reverse and steps else state), []
+    inner, outer = (None, bias) if kind in MODRELU else (bias, None)
     for t in reversed(range(steps)) if reverse else range(steps):
         n = sizes[t]
         if n < active.shape[0]:
@@ -93,8 +96,10 @@ def recurrence(
             active = active[:n]
         elif n > active.shape[0]:
             active = torch.cat([active, state[active.shape[0] : n]])
-        product = kron_matmul(active[:, :hidden], stages, diagonal, overlay, overlay_index, bias, layout)
-        h, c, saved[t] = cell(gates_x[starts[t] : starts[t + 1]], product, active[:, :hidden], active[:, hidden:], kind)
+        product = kron_matmul(active[:, :hidden], stages, diagonal, overlay, overlay_index, inner, layout)
+        h, c, saved[t] = cell(
+            gates_x[starts[t] : starts[t + 1]], product, active[:, :hidden], active[:, hidden:], kind, outer
+        )
         out[t] = h
         active = h if c0 is None else torch.cat([h, c], dim=1)
     state = torch.cat([active, *reversed(finished)])
@@ -113,6 +118,7 @@ def recurrence_backward(
     h0: Tensor,
     c0: Tensor | None,
     dense: Tensor,  # (gates * H, H)
+    bias: Tensor | None,  # modReLU's
     kind: str,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -151,6 +157,9 @@ def recurrence_backward(
             grad_gates[rows] = torch.cat([dr, dz, dn], dim=1)
             grad_product[rows] = torch.cat([dr, dz, dn * r], dim=1)
             dh[:n] = grad_product[rows] @ dense + step * z
+        elif kind in MODRELU:
+            grad_gates[rows] = grad_product[rows] = modrelu_backward(saved, bias, step, kind)
+            dh[:n] = grad_product[rows] @ dense
         else:
             h = out[rows]
             grad_gates[rows] = grad_product[rows] = step * ((h > 0).to(h.dtype) if kind == "rnn_relu" else 1 - h**2)
@@ -170,8 +179,10 @@ def previous_states(out: Tensor, sizes: Sequence[int], initial: Tensor, reverse:
     return torch.cat(pieces) if pieces else out[:0]
 
 
-def cell(x: Tensor, product: Tensor, h: Tensor, c: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """One step: (input's share, W_hh h + b_hh, state) -> (h, c, what the backward pass needs)."""
+def cell(
+    x: Tensor, product: Tensor, h: Tensor, c: Tensor, kind: str, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step: (input's share, W_hh h + b_hh, state, modReLU's bias) -> (h, c, what the backward pass needs)."""
     if kind == "lstm":
         i, f, g, o = (x + product).chunk(4, dim=-1)
         i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
@@ -183,7 +194,44 @@ def cell(x: Tensor, product: Tensor, h: Tensor, c: Tensor, kind: str) -> tuple[T
         n = (xn + r * hn).tanh()
         return n + z * (h - n), c, torch.cat([r, z, n, hn], dim=-1)
     total = x + product
+    if kind in MODRELU:
+        return planar(modrelu(state_of(total, kind), bias), kind), c, total
     return total.relu() if kind == "rnn_relu" else total.tanh(), c, x[:, :0]
+
+
+def modrelu(z: Tensor, bias: Tensor | None) -> Tensor:
+    """relu(|z| + b) z/|z| of real or complex z, 0 with derivative 0 where z is 0 (Arjovsky, Shah, Bengio 2016,
+    equation 8)."""
+    size = z.abs()
+    return (size if bias is None else size + bias).relu() * z.sgn()
+
+
+def modrelu_backward(total: Tensor, bias: Tensor | None, grad: Tensor, kind: str) -> Tensor:
+    """The gradient of modReLU's argument: along z as it comes, across z stretched as z is."""
+    z, grad = state_of(total, kind), state_of(grad, kind)
+    size, unit = z.abs(), z.sgn()
+    length = size if bias is None else size + bias
+    along = (unit.conj() * grad).real * unit if z.is_complex() else grad
+    result = along + length / size * (grad - along)
+    return planar(result.masked_fill((size == 0) | (length <= 0), 0), kind)
+
+
+def modrelu_bias_backward(total: Tensor, grad_total: Tensor, kind: str) -> Tensor:
+    """The gradient of modReLU's bias by row: what passed along z."""
+    unit, passed = state_of(total, kind).sgn(), state_of(grad_total, kind)
+    return (unit.conj() * passed).real if unit.is_complex() else unit * passed
+
+
+def state_of(planes: Tensor, kind: str) -> Tensor:
+    """A complex state from its real parts followed by its imaginary parts: (..., H) -> (..., H / 2) complex."""
+    if kind != "rnn_modrelu_complex":
+        return planes
+    real, imaginary = planes.chunk(2, dim=-1)
+    return torch.complex(real.contiguous(), imaginary.contiguous())
+
+
+def planar(state: Tensor, kind: str) -> Tensor:
+    return torch.cat([state.real, state.imag], dim=-1) if kind == "rnn_modrelu_complex" else state
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:

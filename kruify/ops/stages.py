@@ -64,6 +64,22 @@ def plan_pair(shapes: tuple[Shape, ...], products: int) -> TermPlan:
     return min(pairs, key=_size, default=plan(shapes, products))
 
 
+@lru_cache(maxsize=1024)
+def plan_complex(shapes: tuple[Shape, ...], rank: int, templates: bool = False) -> TermPlan:
+    """One or two stages for complex factors in their real form (layers/planar.py): the first stage is twice as high and
+    wide, and a pair has twice the rank. `templates`: a pair that the CUDA templates take, if there is one."""
+    order = tuple(range(len(shapes)))
+    rows, cols = (math.prod(n) for n in zip(*shapes, strict=True))
+    whole = ((2 * rows, 2 * cols),)
+    plans = [TermPlan(order, (len(shapes),), whole, _cost(whole, rank))]
+    for k in range(1, len(shapes)):
+        p, q = (math.prod(n) for n in zip(*shapes[:k], strict=True))
+        stages = ((2 * p, 2 * q), (rows // p, cols // q))
+        plans.append(TermPlan(order, (k, len(shapes) - k), stages, _cost(stages, 2 * rank)))
+    fours = [p for p in plans[1:] if templates and not any(n % 4 for shape in p.shapes for n in shape)]
+    return min(fours, key=_size) if fours else min(plans, key=lambda p: p.cost)
+
+
 def _size(pair: TermPlan) -> tuple[int, int]:
     """Elements of a pair; of equal ones that with the larger first stage, as in the kernels' menu, comes first."""
     return sum(math.prod(s) for s in pair.shapes), -math.prod(pair.shapes[0])

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kruify.ops import Layout, TermLayout
+from kruify.ops import Layout, TermLayout, reference
 
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+GATES = reference.GATES
 # hidden size, terms: (rank, gates or None for all, stage shapes)
 MATRICES: dict[str, tuple[int, list[tuple[int, tuple[int, ...] | None, list[tuple[int, int]]]]]] = {
     "tiny": (6, [(2, None, [(3, 3), (2, 2)]), (2, (0,), [(6, 1), (1, 6)])]),
@@ -64,7 +64,7 @@ def recurrence_arguments(
         random(1, hidden) if extras else None,
         random(20, block) if extras else None,
         index if extras else None,
-        random(gates * hidden) if extras else None,
+        random(gates * hidden // (2 if kind == "rnn_modrelu_complex" else 1)) if extras else None,
         layout,
         kind,
         reverse,

@@ -44,7 +44,7 @@ def damage(value: Any, rng: Randomness) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
-        return rng.choice(["lstm", "gru", "rnn_tanh", "rnn_relu", "", "x" * 1000])
+        return rng.choice([*GATES, "", "x" * 1000])
     return value
 
 
