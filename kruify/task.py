@@ -53,6 +53,8 @@ BUILTIN: dict[str, str] = {
     "fashion-mnist-permuted": "kruify.tasks.fashion_mnist:FashionMnistPermuted",
     "king-james": "kruify.tasks.king_james:KingJames",
     "jsb": "kruify.tasks.jsb:Jsb",
+    "phonemes": "kruify.tasks.phonemes:Phonemes",
+    "timit": "kruify.tasks.phonemes:Timit",
 }
 
 

@@ -18,6 +18,7 @@ from xml.etree.ElementTree import Element
 
 from kruify.errors import TaskError
 from kruify.task import SPLITS
+from kruify.tasks._data import cache_folder
 
 Piece = list[list[int]]
 """Frames, each the MIDI pitches that sound in it."""
@@ -55,11 +56,6 @@ def split_of(name: str) -> str:
     """Return the split of a file name: 20 % "test", 20 % "valid", the rest "train"."""
     part = int(hashlib.sha1(name.encode()).hexdigest(), 16) % 100
     return "test" if part < 20 else "valid" if part < 40 else "train"
-
-
-def cache_folder() -> Path:
-    """Return kruify's folder in the user's cache: $XDG_CACHE_HOME/kruify or ~/.cache/kruify."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kruify"
 
 
 def _write(file: Path, text: str) -> None:
