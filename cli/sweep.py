@@ -82,7 +82,7 @@ def sweep(
                 report = build_report(files, task, task_name=task_name, split=split, key=key, progress=advance)
             knee = None if done.knee is None else report.models[done.knee].name
             with atomic_file(html_file) as handle:
-                handle.write(to_html(report, knee=knee, title=f"{Path(model).name}: the trade-off").encode())
+                handle.write(to_html(report, knee=knee, heading=f"{Path(model).name}: the trade-off").encode())
             out.show(f"wrote {html_file}")
         out.result(
             {

@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from html import escape
 
 from kruify.evaluate import MatrixHealth
 from kruify.report import pictures, training
 from kruify.report.report import ModelReport, Report
-from kruify.report.rows import Headline, comparison, headlines, judged, measured
+from kruify.report.rows import (
+    GATE_COLUMNS,
+    Headline,
+    comparison,
+    gate_cells,
+    headlines,
+    judged,
+    made,
+    measured,
+    plan,
+    title,
+)
 from kruify.report.style import CSS
 
 STRONG = ("Recurrent parameters", "All parameters")
 STRONG_ROW = ' class="strong"'
 TEXT_CELL = ' class="text"'
+SHORT = ' class="short"'
 
 
-def to_html(report: Report, title: str | None = None, knee: str | None = None) -> str:
+def to_html(report: Report, heading: str | None = None, knee: str | None = None) -> str:
     """The whole page.
 
     Args:
+        heading: of the page; by default what the report is about.
         knee: name of the model at which a trade-off curve bends; it is marked.
 
     Raises:
         UnsupportedError: matplotlib, which draws the pictures, is not installed.
     """
-    first = report.models[0]
-    title = title or f"{first.name}, converted"
+    heading = heading or title(report)
     body = [
-        f"<h1>{escape(title)}</h1>",
+        f"<h1>{escape(heading)}</h1>",
         f'<p class="note">{escape(judged(report) or "No task was named: sizes and speed only.")}</p>',
         *(_headline(headline, index) for index, headline in enumerate(headlines(report), 1)),
         "<h2>Comparison</h2>",
-        f'<div class="card">{_comparison(report)}</div>',
+        f'<div class="card long">{_comparison(report)}</div>',
         f'<p class="note">{escape(measured(report))}</p>',
         "<h2>Pictures</h2>",
         f'<div class="pictures">{_pictures(report, knee)}</div>',
@@ -51,7 +62,7 @@ def to_html(report: Report, title: str | None = None, knee: str | None = None) -
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body><main>\n"
+        f"<title>{escape(heading)}</title><style>{CSS}</style></head>\n<body><main>\n"
         + "\n".join(body)
         + "\n</main></body></html>\n"
     )
@@ -118,15 +129,15 @@ def _pictures(report: Report, knee: str | None) -> str:
     return "".join(found)
 
 
-def _figure(title: str, svg: str, caption: str) -> str:
-    return f'<figure class="card"><h3>{escape(title)}</h3>{svg}<figcaption>{escape(caption)}</figcaption></figure>'
+def _figure(name: str, svg: str, caption: str) -> str:
+    return f'<figure class="card"><h3>{escape(name)}</h3>{svg}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def _gates(report: Report, index: int) -> str:
     model = report.models[index]
     if all(entry.factors == "dense" for entry in model.recurrent_matrices) and index:
         return ""
-    labels = ("gate", "factors", "parameters", "energy (null)", "condition", "spectral norm", "unitarity defect")
+    labels = ("gate", *GATE_COLUMNS)
     parts = []
     for name in dict.fromkeys(entry.name for entry in model.recurrent_matrices):
         rows = "".join(_gate_row(entry, labels) for entry in model.recurrent_matrices if entry.name == name)
@@ -134,28 +145,18 @@ def _gates(report: Report, index: int) -> str:
         parts.append(f'<p class="note matrix"><code>{escape(name)}</code></p>{_table(head, rows, "gates")}')
     opened = " open" if 0 < index <= 2 and len(parts) <= 6 else ""
     return (
-        f'<section class="card"><h3>{_key(index)}{escape(model.name)}</h3>'
+        f'<section class="card long"><h3>{_key(index)}{escape(model.name)}</h3>'
         f"<details{opened}><summary>{len(parts)} recurrent {'matrix' if len(parts) == 1 else 'matrices'}</summary>"
         f"{''.join(parts)}</details></section>"
     )
 
 
 def _gate_row(entry: MatrixHealth, labels: Sequence[str]) -> str:
-    energy = "" if entry.energy is None else f"{entry.energy:.3f}"
-    if entry.energy_null is not None:
-        energy += f" ({entry.energy_null:.3f})"
-    condition = "∞" if entry.condition_number == float("inf") else f"{entry.condition_number:.3g}"
-    cells = (
-        escape(entry.gate),
-        f"<code>{escape(entry.factors)}</code>",
-        f"{entry.parameters:,}<small>of {entry.dense_parameters:,}</small>"
-        if entry.parameters != entry.dense_parameters
-        else f"{entry.parameters:,}",
-        energy or "-",
-        condition,
-        f"{entry.spectral_norm:.3g}",
-        f"{entry.unitarity_defect:.3g}",
-    )
+    factors, parameters, *others = map(escape, gate_cells(entry))
+    if entry.parameters != entry.dense_parameters:
+        parameters += f"<small>of {entry.dense_parameters:,}</small>"
+    spec = f"<code{SHORT if len(factors) <= 40 else ''}>{factors}</code>"
+    cells = (escape(entry.gate), spec, parameters, *others)
     return (
         "<tr>"
         + "".join(
@@ -168,7 +169,8 @@ def _gate_row(entry: MatrixHealth, labels: Sequence[str]) -> str:
 
 def _spectra(report: Report) -> str:
     names = dict.fromkeys(entry.name for model in report.models for entry in model.recurrent_matrices)
-    keys = " ".join(f"{_key(i)}{escape(pictures.short(m.name, 40))}" for i, m in enumerate(report.models))
+    entries = ((_key(index), pictures.short(model.name, 40)) for index, model in enumerate(report.models))
+    keys = " ".join(f'<span class="entry">{key}{escape(name)}</span>' for key, name in entries)
     return "".join(
         f'<figure class="card"><h3><code>{escape(name)}</code></h3>{pictures.spectra(report, name)}'
         f"<figcaption>{keys}<br>From the largest to the smallest, on a logarithmic scale.</figcaption></figure>"
@@ -177,26 +179,14 @@ def _spectra(report: Report) -> str:
 
 
 def _made(model: ModelReport, index: int) -> str:
-    entries = [("File", model.file), ("SHA-256", model.sha256)]
-    if model.sources:
-        entries.append(("Made from", " → ".join(source[:16] for source in model.sources)))
-    entries += [(label, text) for label, text in model.made.items() if label != "fine-tuning"]
-    listed = "".join(f"<dt>{escape(k)}</dt><dd><code>{escape(v)}</code></dd>" for k, v in entries)
-    recipe = model.made.get("fine-tuning")
-    extra = f"<details><summary>Fine-tuning</summary><pre>{escape(_pretty(recipe))}</pre></details>" if recipe else ""
-    plan = "\n".join(
-        f"{entry.name} {entry.gate}: {entry.factors}" for entry in model.recurrent_matrices if entry.factors != "dense"
-    )
-    if plan:
-        extra += f"<details><summary>Plan</summary><pre>{escape(plan)}</pre></details>"
-    return f'<section class="card"><h3>{_key(index)}{escape(model.name)}</h3><dl>{listed}</dl>{extra}</section>'
+    folded = ("fine-tuning",)
+    entries = made(model)
+    listed = "".join(f"<dt>{escape(k)}</dt><dd><code>{escape(v)}</code></dd>" for k, v in entries if k not in folded)
+    extra = "".join(_details(label, text) for label, text in entries if label in folded)
+    if lines := plan(model):
+        extra += _details("plan", "\n".join(lines))
+    return f'<section class="card long"><h3>{_key(index)}{escape(model.name)}</h3><dl>{listed}</dl>{extra}</section>'
 
 
-def _pretty(text: str) -> str:
-    try:
-        values = json.loads(text)
-    except ValueError:
-        return text
-    if not isinstance(values, dict):
-        return text
-    return "\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items())
+def _details(summary: str, text: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"

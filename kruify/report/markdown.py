@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from kruify.report.report import Report
-from kruify.report.rows import comparison, headlines, judged, measured
+from kruify.report.report import ModelReport, Report
+from kruify.report.rows import (
+    GATE_COLUMNS,
+    comparison,
+    gate_cells,
+    headlines,
+    judged,
+    made,
+    measured,
+    metric,
+    plan,
+    quarters,
+    title,
+    validations,
+)
 
 
 def to_markdown(report: Report) -> str:
-    """Headline, comparison, gates and how each file was made, in tables that every Markdown reader knows."""
-    lines = [f"# {_text(report.models[0].name)}, converted", ""]
+    """All that the HTML page says, in tables that every Markdown reader knows; curves as numbers."""
+    lines = [f"# {_text(title(report))}", ""]
     for headline in headlines(report):
         figures = ", ".join(f"**{figure}** {meaning}" for figure, meaning in headline.figures)
         lines.append(f"- {_text(headline.model)}: {figures}")
@@ -23,46 +37,43 @@ def to_markdown(report: Report) -> str:
         ],
     )
     lines += ["", *(sentence for sentence in (judged(report), measured(report)) if sentence)]
+    for model in report.models:
+        lines += _training(model)
     lines += [
         "",
         "## Recurrent matrices",
         "",
-        "Energy against the dense matrix; in brackets that of a random matrix.",
+        "Energy against the dense matrix; in brackets that of a random matrix. Singular values: the largest, those a "
+        "quarter, half and three quarters of the way down, the smallest.",
         "",
     ]
-    heads = [
-        "model",
-        "matrix",
-        "gate",
-        "factors",
-        "parameters",
-        "energy",
-        "condition",
-        "spectral norm",
-        "unitarity defect",
-    ]
-    rows = [
-        [
-            model.name,
-            f"`{entry.name}`",
-            entry.gate,
-            f"`{entry.factors}`",
-            f"{entry.parameters:,}",
-            "" if entry.energy is None else f"{entry.energy:.3f} ({entry.energy_null or 0:.3f})",
-            f"{entry.condition_number:.3g}",
-            f"{entry.spectral_norm:.3g}",
-            f"{entry.unitarity_defect:.3g}",
-        ]
-        for model in report.models
-        for entry in model.recurrent_matrices
-    ]
-    lines += _table(heads, rows)
-    lines += ["", "## Files", ""]
+    rows = []
     for model in report.models:
-        made = "".join(f", {label} {text}" for label, text in model.made.items() if label != "fine-tuning")
-        sources = f", made from {' → '.join(s[:16] for s in model.sources)}" if model.sources else ""
-        lines.append(f"- {_text(model.name)}: `{model.file}`, sha256 `{model.sha256}`{sources}{_text(made)}")
+        for entry in model.recurrent_matrices:
+            factors, *cells = gate_cells(entry)
+            values = ", ".join(f"{value:.2g}" for value in quarters(entry.singular_values))
+            rows.append([model.name, f"`{entry.name}`", entry.gate, f"`{factors}`", *cells, values])
+    lines += _table(["model", "matrix", "gate", *GATE_COLUMNS, "singular values"], rows)
+    lines += ["", "## How it was made", ""]
+    for model in report.models:
+        entries = made(model)
+        if planned := plan(model):
+            entries.append(("plan", "; ".join(planned)))
+        lines.append(f"- {_text(model.name)}: " + ", ".join(f"{label} `{_text(text)}`" for label, text in entries))
     return "\n".join(lines) + "\n"
+
+
+def _training(model: ModelReport) -> list[str]:
+    """One row a validation; nothing where the file does not tell."""
+    if not model.history:
+        return []
+    columns = validations(model)
+    rows = [
+        [f"{entry.get('epoch', '')}", *("" if math.isnan(values[i]) else metric(values[i]) for _, values in columns)]
+        for i, entry in enumerate(model.history)
+    ]
+    heads = ["epoch", *(name for name, _ in columns)]
+    return ["", f"## Training of {_text(model.name)}", "", *_table(heads, rows)]
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

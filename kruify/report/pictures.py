@@ -1,7 +1,7 @@
 """The pictures of a report: matplotlib, as SVG that takes its colours from the page (light, dark, print).
 
 Colours are drawn as placeholders and replaced by CSS variables: --ink, --faint, --grid, --soft, --c0 ... --c5. A
-picture is 340 points wide: its text can be read on a phone without zooming, and two stand side by side on a desk.
+picture is 330 points wide: its text can be read on a phone without zooming, and two stand side by side on a desk.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from kruify.report.style import CSS
 INK, FAINT, GRID, SOFT = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
 SERIES = tuple(f"#0a0c0{i}" for i in range(6))
 VARIABLES = {INK: "ink", FAINT: "faint", GRID: "grid", SOFT: "soft"} | {c: f"c{i}" for i, c in enumerate(SERIES)}
-WIDTH = 340 / 72  # inches
+WIDTH = 330 / 72  # inches
 
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "kruify",
-    "font.size": 9.5,
+    "font.size": 11,
     "font.family": "sans-serif",
     "text.color": INK,
     "axes.labelcolor": FAINT,
@@ -33,7 +33,7 @@ STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.titlesize": 9.5,
+    "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "axes.titlecolor": INK,
     "grid.color": GRID,
@@ -42,11 +42,11 @@ STYLE: dict[str, Any] = {
     "ytick.color": GRID,
     "xtick.labelcolor": FAINT,
     "ytick.labelcolor": FAINT,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
     "lines.linewidth": 1.8,
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
+    "legend.fontsize": 10,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
@@ -135,9 +135,9 @@ def sizes(report: Report) -> str:
             _label(axes, total, row, compact(total))
         _bars(axes, names, max(left))
         axes.xaxis.set_major_formatter(lambda x, _: compact(x))
-        axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, handlelength=1.0)
+        axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, handlelength=1.0)
 
-    return draw(paint, 0.75 + 0.3 * len(report.models))
+    return draw(paint, 0.8 + 0.33 * len(report.models))
 
 
 def latency(report: Report) -> str:
@@ -153,11 +153,11 @@ def latency(report: Report) -> str:
             axes.barh(range(len(names)), medians, color=[color(i) for i in range(len(names))], height=0.62)
             for row, (median, worst) in enumerate(zip(medians, p95, strict=True)):
                 axes.plot([worst, worst], [row - 0.31, row + 0.31], color=INK, linewidth=1.2)
-                _label(axes, max(median, worst), row, f"{number(median)} ms")
-            _bars(axes, names, max(*medians, *p95))
+                _label(axes, max(median, worst), row, f"{number(median)} ms, p95 {number(worst)}")
+            _bars(axes, names, max(*medians, *p95), room=1.75)
             axes.set_title(f"batch {batch}")
 
-    return draw(paint, (0.55 + 0.3 * len(report.models)) * len(batches))
+    return draw(paint, (0.6 + 0.33 * len(report.models)) * len(batches))
 
 
 def curves(report: Report, key: str | None) -> str | None:
@@ -177,7 +177,7 @@ def curves(report: Report, key: str | None) -> str | None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         legend_above(axes)
 
-    return draw(paint, 2.2 + 0.16 * len(trained))
+    return draw(paint, 2.2 + 0.18 * len(trained))
 
 
 def _points(model: ModelReport, key: str | None) -> tuple[list[float], list[float]]:
@@ -220,10 +220,11 @@ def spectra(report: Report, matrix: str) -> str:
                 axes.set_yscale("log")
                 axes.set_ylim(largest / 2000, largest * 2)
                 axes.minorticks_off()
+                axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
         for axes in panels[len(gates) :]:
             axes.set_visible(False)
 
-    return draw(paint, 1.35 * rows + 0.2)
+    return draw(paint, 1.45 * rows + 0.2)
 
 
 def tradeoff(report: Report, knee: str | None = None) -> str | None:
@@ -243,7 +244,7 @@ def tradeoff(report: Report, knee: str | None = None) -> str | None:
                 axes.plot([x], [y], "o", color=INK, markersize=14, fillstyle="none", markeredgewidth=1.2, clip_on=False)
                 # Inside the bend, where no other point can be.
                 place = {"xytext": (-8, 8 if report.higher_is_better else -14), "textcoords": "offset points"}
-                axes.annotate("knee", (x, y), ha="right", fontsize=8.5, **place)
+                axes.annotate("knee", (x, y), ha="right", fontsize=10, **place)
             axes.plot([x], [y], "o", color=color(index), markersize=8, clip_on=False, label=short(model.name, 30))
         axes.set_xscale("log")
         axes.set_xlabel("parameters of the whole model")
@@ -252,7 +253,7 @@ def tradeoff(report: Report, knee: str | None = None) -> str | None:
         axes.margins(y=0.25)
         legend_above(axes)
 
-    return draw(paint, 2.2 + 0.16 * len(report.models))
+    return draw(paint, 2.2 + 0.18 * len(report.models))
 
 
 def _few_log_ticks(axes: Any, values: Sequence[float]) -> None:
@@ -265,13 +266,13 @@ def _few_log_ticks(axes: Any, values: Sequence[float]) -> None:
 
 
 def _label(axes: Any, x: float, row: int, text: str) -> None:
-    axes.annotate(text, (x, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)
+    axes.annotate(text, (x, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=10)
 
 
-def _bars(axes: Any, names: Sequence[str], most: float) -> None:
+def _bars(axes: Any, names: Sequence[str], most: float, room: float = 1.28) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlim(0, most * 1.28)
+    axes.set_xlim(0, most * room)
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)

@@ -1,11 +1,18 @@
-"""What every written form of a report has in common: the headline and the rows of the comparison, as words."""
+"""What every written form of a report has in common, as words: headline, comparison, gates, training, making."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kruify.report.report import Report
+from kruify.evaluate import MatrixHealth
+from kruify.report.report import ModelReport, Report
+from kruify.report.training import largest_condition_number
+
+GATE_COLUMNS = ("factors", "parameters", "energy (null)", "condition", "spectral norm", "unitarity defect")
+BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,10 @@ class Headline:
 
     model: str
     figures: list[tuple[str, str]]
+
+
+def title(report: Report) -> str:
+    return f"{report.models[0].name}: before and after conversion"
 
 
 def headlines(report: Report) -> list[Headline]:
@@ -117,6 +128,85 @@ def size(value: float) -> str:
             return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
         value /= 1000
     raise AssertionError("the loop ends with GB")
+
+
+def gate_cells(entry: MatrixHealth) -> tuple[str, ...]:
+    """One gate of a recurrent matrix under `GATE_COLUMNS`."""
+    energy = "-" if entry.energy is None else f"{entry.energy:.3f}"
+    if entry.energy_null is not None:
+        energy += f" ({entry.energy_null:.3f})"
+    condition = "∞" if math.isinf(entry.condition_number) else f"{entry.condition_number:.3g}"
+    norm, defect = f"{entry.spectral_norm:.3g}", f"{entry.unitarity_defect:.3g}"
+    return entry.factors, f"{entry.parameters:,}", energy, condition, norm, defect
+
+
+def quarters(values: Sequence[float]) -> list[float]:
+    """The largest singular value, those a quarter, half and three quarters of the way down, the smallest.
+
+    What is nothing but rounding is 0.
+    """
+    chosen = [values[round(i * (len(values) - 1) / 4)] for i in range(5)]
+    return [value if value > 1e-12 * values[0] else 0.0 for value in chosen]
+
+
+def validations(model: ModelReport) -> list[tuple[str, list[float]]]:
+    """Name of each quantity of the training -> one value a validation, NaN where unknown.
+
+    The training loss, the metrics on the validation split, and the largest condition number of all recurrent matrices.
+    """
+    names = dict.fromkeys(name for entry in model.history for name in entry["metrics"])
+    columns = [("training loss", [entry.get("loss") for entry in model.history])]
+    columns += [(f"{name}, valid", [entry["metrics"].get(name) for entry in model.history]) for name in names]
+    conditions = [largest_condition_number(entry) for entry in model.history]
+    if any(value is not None for value in conditions):
+        columns.append(("largest condition number", conditions))
+    return [(name, [float(v) if isinstance(v, int | float) else math.nan for v in values]) for name, values in columns]
+
+
+def plan(model: ModelReport) -> list[str]:
+    """The factors of every converted matrix; matrices and gates with the same factors share a line."""
+    gates: dict[tuple[str, str], list[str]] = {}
+    for entry in model.recurrent_matrices:
+        if entry.factors != "dense":
+            gates.setdefault((entry.name, entry.factors), []).append(entry.gate)
+    names: dict[tuple[str, str], list[str]] = {}
+    for (name, factors), of in gates.items():
+        names.setdefault((", ".join(of), factors), []).append(name)
+    return [f"{', '.join(alike)} ({of}): {factors}" for (of, factors), alike in names.items()]
+
+
+def made(model: ModelReport) -> list[tuple[str, str]]:
+    """How a file was made, without the plan: (label, text)."""
+    entries = [("file", model.file), ("sha256", model.sha256)]
+    if model.sources:
+        entries.append(("made from", " → ".join(source[:16] for source in model.sources)))
+    return entries + [(label, recipe(text) if label == "fine-tuning" else text) for label, text in model.made.items()]
+
+
+def recipe(text: str) -> str:
+    """The options of a fine-tuning run as the file tells them, JSON or not, as one line."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return text
+    if not isinstance(values, dict):
+        return text
+    return ", ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())
+
+
+def spark(values: Sequence[float], low: float | None = None, high: float | None = None, most: int = 12) -> str:
+    """Values as a row of at most `most` blocks, from `low` to `high`, by default the least and the largest of them."""
+    if len(values) > most:
+        values = [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+    low = min(values, default=0.0) if low is None else low
+    span = ((max(values, default=0.0) if high is None else high) - low) or 1.0
+    return "".join(BLOCKS[round(min(1.0, max(0.0, (v - low) / span)) * (len(BLOCKS) - 1))] for v in values)
+
+
+def spark_spectrum(values: Sequence[float]) -> str:
+    """Singular values as blocks, on a logarithmic scale from a thousandth of the largest up to the largest."""
+    top = values[0] if values else 0.0
+    return spark([math.log10(v / top) if v > 0 else -math.inf for v in values], -3.0, 0.0) if top > 0 else ""
 
 
 def measured(report: Report) -> str:

@@ -29,6 +29,7 @@ code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono"
 .figure.long b { font-size: 1.45rem; line-height: 1.52; }
 .figure span { color: var(--faint); font-size: .875rem; }
 .key { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .45em; }
+.entry { display: inline-block; margin-right: .6em; }
 .pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); }
 .pictures .card { margin: 0; }
 .pictures svg { display: block; width: 100%; height: auto; overflow: visible; }
@@ -39,11 +40,11 @@ table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .9
   font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--grid); vertical-align: top; }
 th { font-weight: 600; }
-thead th { color: var(--faint); font-size: .8125rem; overflow-wrap: anywhere; vertical-align: bottom; }
+thead th { color: var(--faint); font-size: .8125rem; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td:last-child, th:last-child { padding-right: 0; }
 table.compare td { white-space: nowrap; min-width: 4.4rem; }
-table.compare th + th { max-width: 9rem; min-width: 4.4rem; }
+table.compare th + th { max-width: 9rem; min-width: 4.4rem; overflow-wrap: anywhere; }
 table.compare th:first-child { position: sticky; left: 0; background: var(--card); min-width: 5.5rem; }
 table.compare td small { white-space: normal; }
 tbody tr:last-child > * { border-bottom: 0; }
@@ -51,6 +52,7 @@ tbody th { font-weight: 400; }
 tr.strong > * { font-weight: 650; }
 td small { display: block; color: var(--faint); font-size: .75rem; font-weight: 400; }
 td.text, th.text { text-align: left; max-width: 22rem; }
+code.short { white-space: nowrap; }
 p.matrix { margin: .8rem 0 .2rem; }
 dl { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: .3rem 1rem; margin: 0; font-size: .9rem; }
 dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }
@@ -63,6 +65,8 @@ footer { color: var(--faint); font-size: .8125rem; margin-top: 2.5rem; }
   .headline { grid-template-columns: 1fr 1fr; gap: .8rem; } .figure b { font-size: 1.5rem; }
   .figure.long { grid-column: 1 / -1; } .figure.long b { font-size: 1.5rem; line-height: 1.15; }
   th, td { padding: .35rem .4rem; } table { font-size: .82rem; }
+  table.compare thead th { font-size: .75rem; overflow-wrap: break-word; }
+  table.compare thead .key { display: block; margin: 0 0 .25em auto; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; }
   table.gates thead { display: none; }
   table.gates tr { display: block; border-bottom: 1px solid var(--grid); padding: .5rem 0; }
@@ -72,8 +76,23 @@ footer { color: var(--faint); font-size: .8125rem; margin-top: 2.5rem; }
   table.gates td::before { content: attr(data-label); color: var(--faint); text-align: left; flex: none; }
   table.gates td:first-child { font-weight: 650; }
 }
+@page { margin: 14mm; }
 @media print {
-  body { background: #fff; font-size: 11pt; } main { max-width: none; padding: 0; } .card { border-color: #ccc; }
-  .pictures { grid-template-columns: 1fr 1fr; } a { color: inherit; } h2 { break-after: avoid; }
+  body { background: #fff; font-size: 9.5pt; line-height: 1.4; } main { max-width: none; padding: 0; }
+  h1 { font-size: 16pt; } h2 { font-size: 12pt; margin: 1.2rem 0 .4rem; } h3 { font-size: 10pt; }
+  h2, h3, p.matrix, summary, p:has(+ section) { break-after: avoid; } p { break-inside: avoid; }
+  .card { border-color: #ccc; padding: .6rem .8rem; margin: 0 0 .6rem; } .card.long { break-inside: auto; }
+  .headline { grid-template-columns: repeat(4, auto); } .figure b, .figure.long b { font-size: 14pt; line-height: 1.2; }
+  .figure span { font-size: 8pt; } .key, svg { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  .pictures { grid-template-columns: 1fr 1fr; gap: .6rem; } .pictures figcaption, .note { font-size: 8pt; }
+  table { font-size: 8.5pt; } th, td { padding: .16rem .5rem; } thead th { font-size: 8pt; }
+  tr { break-inside: avoid; } .scroll { overflow: visible; }
+  table.compare td small { display: inline; font-size: 7.5pt; padding-left: .5em; }
+  table.gates code { font-size: 7.5pt; }
+  details::details-content { content-visibility: visible; height: auto; }
+  table.gates td small { display: none; }
+  summary { list-style: none; color: var(--faint); font-size: 8.5pt; }
+  summary::-webkit-details-marker { display: none; }
+  dl { grid-template-columns: 6rem minmax(0, 1fr); gap: .1rem .8rem; font-size: 8.5pt; } pre { font-size: 7.5pt; }
 }
 """

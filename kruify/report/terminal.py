@@ -1,68 +1,95 @@
-"""The report as tables for a terminal."""
+"""The report for a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 
+from rich.console import RenderableType
+from rich.markup import escape
 from rich.table import Table
 
-from kruify.report.report import Report
+from kruify.report.report import ModelReport, Report
+from kruify.report.rows import (
+    GATE_COLUMNS,
+    comparison,
+    gate_cells,
+    headlines,
+    judged,
+    made,
+    measured,
+    metric,
+    plan,
+    spark,
+    spark_spectrum,
+    validations,
+)
+
+IN_PLAN = "factors"  # of GATE_COLUMNS: too wide for a terminal, and the plan has them
 
 
-def tables(report: Report) -> list[Table]:
-    """The recurrent matrices (a row a gate), then the comparison (a column a model), which is what stays in sight."""
-    return [_matrices(report), _comparison(report)]
+def tables(report: Report) -> list[RenderableType]:
+    """How the files were made, gates, training; then the comparison and the headline, which stay in sight."""
+    parts: list[RenderableType] = [_made(report), *(_gates(model) for model in report.models)]
+    if any(model.history for model in report.models):
+        parts.append(_training(report))
+    parts.append(_comparison(report))
+    for headline in headlines(report):
+        figures = "; ".join(f"[bold]{figure}[/bold] {meaning}" for figure, meaning in headline.figures)
+        parts.append(f"{escape(headline.model)}: {figures}")
+    return parts
 
 
-def _comparison(report: Report) -> Table:
-    where = f"latency: recurrent layers, {report.latency['steps']} steps, {report.latency['threads']} thread(s), "
-    table = Table(caption=where + str(report.latency["machine"]), caption_justify="left")
-    table.add_column("")
-    for model in report.models:
-        table.add_column(model.name, justify="right", overflow="fold")
-    models = report.models
-    for label, values, better in (
-        ("recurrent parameters", [m.parameters["recurrent"] for m in models], "smaller"),
-        ("input parameters", [m.parameters["input"] for m in models], "smaller"),
-        ("whole model parameters", [m.parameters["total"] for m in models], "smaller"),
-        ("file, bytes", [m.bytes for m in models], "smaller"),
-        ("multiply-adds per step", [m.multiply_adds_per_step for m in models], "fewer"),
-    ):
-        table.add_row(label, *_cells(values, "{:,}", better))
-    for batch in models[0].latency_ms:
-        cells = _cells([m.latency_ms[batch] for m in models], "{:.2f}", "faster")
-        table.add_row(f"latency, batch {batch}, ms", *cells)
-    for name in report.models[0].metrics:
-        label = f"[bold]{name}[/bold] ({report.split})" if name == report.metric else f"{name} ({report.split})"
-        table.add_row(label, *(f"{model.metrics[name]:.4f}" for model in report.models))
+def _table(title: str, *columns: str, caption: str | None = None) -> Table:
+    """The first column in words, the others figures."""
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left", overflow="fold")
     return table
 
 
-def _cells(values: Sequence[float], text: str, better: str) -> list[str]:
-    """The first value, and the others with how many times less they are, where it is worth a word."""
-    first = values[0]
-    ratios = [first / value if value else 1.0 for value in values]
-    return [
-        text.format(value) + (f" ({ratio:.1f}x {better})" if ratio >= 1.05 else "")
-        for value, ratio in zip(values, ratios, strict=True)
-    ]
-
-
-def _matrices(report: Report) -> Table:
-    table = Table(title="recurrent matrices: condition number, spectral norm, unitarity defect", title_justify="left")
-    table.add_column("matrix", overflow="fold")
-    table.add_column("gate")
+def _made(report: Report) -> Table:
+    table = Table(title="how it was made", title_justify="left", show_header=False)
+    for widest in (22, None, None):
+        table.add_column(overflow="fold", max_width=widest)
     for model in report.models:
-        table.add_column(model.name, justify="right", overflow="fold")
-    health = [{(m.name, m.gate): m for m in model.recurrent_matrices} for model in report.models]
-    for key in dict.fromkeys(key for entries in health for key in entries):
-        cells = []
-        for entries in health:
-            entry = entries.get(key)
-            cells.append(
-                f"{entry.condition_number:.3g}  {entry.spectral_norm:.2f}  {entry.unitarity_defect:.2f}"
-                if entry
-                else ""
+        entries = made(model)
+        if lines := plan(model):
+            entries.append(("plan", "\n".join(lines)))
+        for place, (label, text) in enumerate(entries):
+            table.add_row(
+                "" if place else escape(model.name), label, escape(text), end_section=place == len(entries) - 1
             )
-        table.add_row(*key, *cells)
+    return table
+
+
+def _gates(model: ModelReport) -> Table:
+    kept = [place for place, column in enumerate(GATE_COLUMNS) if column != IN_PLAN]
+    heads = [GATE_COLUMNS[place].replace(" ", "\n") for place in kept]  # leaves more room for names
+    table = _table(f"{escape(model.name)}: recurrent matrices", "gate", *heads, "singular\nvalues")
+    for entry in model.recurrent_matrices:
+        cells = gate_cells(entry)
+        curve = spark_spectrum(entry.singular_values)
+        table.add_row(escape(f"{entry.name} {entry.gate}"), *(escape(cells[place]) for place in kept), curve)
+    return table
+
+
+def _training(report: Report) -> Table:
+    table = _table("training", "model", "quantity", "first", "last", "curve")
+    for model in report.models:
+        for name, values in validations(model):
+            known = [v for v in values if math.isfinite(v)]
+            if not known:
+                continue
+            table.add_row(escape(model.name), escape(name), *(metric(v) for v in (known[0], known[-1])), spark(known))
+    return table
+
+
+def _comparison(report: Report) -> Table:
+    said = " ".join(sentence for sentence in (judged(report), measured(report)) if sentence)
+    table = _table("comparison", "", *(escape(model.name) for model in report.models), caption=escape(said))
+    for row in comparison(report):
+        cells = (f"{v} ({c})" if c else v for v, c in zip(row.values, row.changes, strict=True))
+        main = report.metric is not None and row.label.startswith(f"{report.metric},")
+        label = escape(row.label)
+        table.add_row(f"[bold]{label}[/bold]" if main else label, *cells)
     return table

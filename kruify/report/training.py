@@ -45,14 +45,11 @@ def condition_numbers(report: Report) -> str | None:
     """The largest condition number of each model's recurrent matrices over epochs; None where no file tells."""
     curves = {}
     for index, model in enumerate(report.models):
-        x, y = [], []
-        for entry in model.history:
-            values = [float(m["condition_number"]) for m in _matrices(entry)]
-            if values:
-                x.append(float(entry["epoch"]))
-                y.append(max(values))
-        if x:
-            curves[index] = (short(model.name, 30), (x, y))
+        found = [(float(entry["epoch"]), largest_condition_number(entry)) for entry in model.history]
+        known = [(x, y) for x, y in found if y is not None]
+        if known:
+            x, y = zip(*known, strict=True)
+            curves[index] = (short(model.name, 30), (list(x), list(y)))
     if not curves:
         return None
 
@@ -118,6 +115,11 @@ def _through_time(axes: Any, entries: Mapping[str, Mapping[str, Any]]) -> None:
     _axes(axes, "step t", seen)
     if seen:
         axes.legend(handlelength=1.2, labelspacing=0.2)
+
+
+def largest_condition_number(entry: Mapping[str, Any]) -> float | None:
+    """Of all recurrent matrices at one validation; None where the file does not tell."""
+    return max((float(m["condition_number"]) for m in _matrices(entry)), default=None)
 
 
 def _axes(axes: Any, label: str, values: Sequence[float]) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
 
 from kruify.evaluate import MatrixHealth
-from kruify.report import ModelReport, Report, to_html, to_markdown
+from kruify.report import ModelReport, Report, tables, to_html, to_markdown
 from kruify.report.pictures import compact, short
-from kruify.report.rows import comparison, headlines, size, times
+from kruify.report.rows import comparison, headlines, plan, quarters, size, spark, spark_spectrum, times
 
 HOSTILE = '<script>alert("x")</script>|&'
 
@@ -90,7 +92,8 @@ def test_page_says_everything(report: Report) -> None:
     for words in (
         "16.0x", "smaller: recurrent matrices", "4.0x", "faster: recurrent layers, batch 1", "0.300 → 0.340",
         "a machine", "1,500 examples", "p95", "Peak memory, batch 32", "0.250 (0.125)", "2*(8x8,8x8)",
-        "cd" * 8, "ab" * 32, "epochs: 2.0", "rnn.weight_hh_l0 z: 2*(8x8,8x8)", "Training: wer", "Accuracy against size",
+        "cd" * 8, "ab" * 32, "epochs 2.0", "rnn.weight_hh_l0 (r, z, n): 2*(8x8,8x8)", "Training: wer",
+        "Accuracy against size",
     ):  # fmt: skip
         assert words in page.text, words
 
@@ -133,8 +136,45 @@ def test_markdown_has_the_same_figures(report: Report) -> None:
     assert "| Recurrent parameters | 12,288 | 768 (16.0x smaller) |" in text
     assert "| wer, test split | 0.3000 | 0.3400 (+0.040) |" in text
     assert "| small | `rnn.weight_hh_l0` | r | `2*(8x8,8x8)` | 256 | 0.250 (0.125) |" in text
-    tables = [line.count("|") for line in text.splitlines() if line.startswith("|")]
-    assert set(tables) == {4, 10}
+    columns = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+    assert set(columns) == {4, 11}  # comparison and training, gates
+
+
+def test_every_form_says_everything(report: Report) -> None:
+    """Terminal and Markdown have what the page has, curves and spectra as blocks or numbers."""
+    console = Console(file=io.StringIO(), width=110)
+    for part in tables(report):
+        console.print(part)
+    terminal = console.file.getvalue()  # type: ignore[attr-defined]
+    told = [
+        "16.0x", "0.300 → 0.340", "a machine", "1,500 examples", "p95", "Peak memory, batch 32", "Tensors in memory",
+        "Multiply-adds a step", "0.250", "(0.125)", "2*(8x8,8x8)", "cd" * 8, "ab" * 32, "epochs 2.0", "training",
+        "rnn.weight_hh_l0",
+    ]  # fmt: skip
+    for words in told:
+        assert words in terminal, words
+        assert words in to_markdown(report), words
+    assert "██▅" in terminal  # 1.5, 1.0, 0.125 on three decades
+    assert "1.5, 1.5, 1, 0.12, 0.12" in to_markdown(report)
+    assert "| 2 | 0.333 | 0.167 |" in to_markdown(report)
+
+
+def test_matrices_and_gates_with_the_same_factors_share_a_line(report: Report) -> None:
+    gates = report.models[1].recurrent_matrices
+    others = [replace(g, name="rnn.weight_hh_l1", factors="4x4" if g.gate == "n" else g.factors) for g in gates]
+    twins = [replace(g, name="rnn.weight_hh_l2") for g in gates]
+    assert plan(replace(report.models[1], recurrent_matrices=[*gates, *others, *twins])) == [
+        "rnn.weight_hh_l0, rnn.weight_hh_l2 (r, z, n): 2*(8x8,8x8)",
+        "rnn.weight_hh_l1 (r, z): 2*(8x8,8x8)",
+        "rnn.weight_hh_l1 (n): 4x4",
+    ]
+
+
+def test_spectra_as_blocks_and_quarters() -> None:
+    assert spark_spectrum([1.0, 0.03, 1e-3, 1e-20, 0.0]) == "█▄▁▁▁"
+    assert spark_spectrum([0.0, 0.0]) == ""
+    assert quarters([4.0, 3.0, 2.0, 1.0, 1e-18]) == [4.0, 3.0, 2.0, 1.0, 0.0]
+    assert spark([3.0, 3.0]) == "▁▁" and spark(list(range(100)), most=3) == "▁▅█"
 
 
 def test_words(report: Report) -> None:

@@ -84,7 +84,7 @@ def test_report_compares_with_the_first(files):
     text = text_of(report)
     assert "8.0x smaller" in text
     assert f"{first.metrics['norm']:.4f}" in text
-    assert text.index("recurrent matrices") < text.index("recurrent parameters")  # the summary stays in sight
+    assert text.index("recurrent matrices") < text.index("Recurrent parameters")  # the summary stays in sight
 
 
 def test_report_without_task_has_no_metrics(files):
