@@ -1,5 +1,6 @@
 # make demo   a published network made 16x smaller in its recurrent matrices: converted, fine-tuned, reported
 # make test   lint, types, tests
+# make setup  .venv alone, for work of your own
 # Both make .venv when it is missing, with Python 3.11 or newer, gcc and pip; a second run starts at once.
 
 SHELL := /bin/bash
@@ -13,7 +14,9 @@ CSRC := $(shell find kruify/csrc -type f)
 # Several threads on several processes would wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: demo test lint types clean test-gpu bench-gpu cuda-all
+.PHONY: setup demo test lint types clean test-gpu bench-gpu cuda-all
+
+setup: $(VENV)/.built
 
 demo: $(VENV)/.built
 	PATH="$(BIN):$$PATH" bash examples/demo.sh
