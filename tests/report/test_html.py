@@ -13,7 +13,7 @@ from rich.console import Console
 from kruify.evaluate import MatrixHealth
 from kruify.report import ModelReport, Report, tables, to_html, to_markdown
 from kruify.report.pictures import compact, short
-from kruify.report.rows import comparison, headlines, plan, quarters, size, spark, spark_spectrum, times
+from kruify.report.rows import comparison, headlines, plan, quarters, size, spark, spark_spectrum, times, validations
 
 HOSTILE = '<script>alert("x")</script>|&'
 
@@ -157,6 +157,17 @@ def test_every_form_says_everything(report: Report) -> None:
     assert "██▅" in terminal  # 1.5, 1.0, 0.125 on three decades
     assert "1.5, 1.5, 1, 0.12, 0.12" in to_markdown(report)
     assert "| 2 | 0.333 | 0.167 |" in to_markdown(report)
+
+
+def test_conditioning_of_the_training_is_in_every_form(report: Report) -> None:
+    matrix = {"name": "m", "gate": "r", "condition_number": 7.5, "spectral_norm": 1.0, "unitarity_defect": 0.5}
+    told = {"conditioning": {"matrices": [matrix, {**matrix, "condition_number": 3.0}]}}
+    model = replace(report.models[1], history=[{**entry, **told} for entry in report.models[1].history])
+    names = dict(validations(model))
+    assert names["largest condition number"] == [7.5] * 3
+    changed = replace(report, models=[report.models[0], model])
+    assert "largest condition number" in to_markdown(changed)
+    assert "Training: condition number" in to_html(changed)
 
 
 def test_matrices_and_gates_with_the_same_factors_share_a_line(report: Report) -> None:
