@@ -66,6 +66,19 @@ inline void overlay_in_lanes(const Matrix<T>& m, int64_t nb, const T* x, int64_t
   for (int g = 0; g < m.gates; ++g) add_lanes(nb, m.rows, yt + g * m.rows * W, y[g], ys);
 }
 
+// Blocks of one number, one sample: a plain sparse product.
+template <class T>
+inline void overlay_single(const Matrix<T>& m, const T* x, T* const* y) {
+  for_runs(m, [&](int64_t row, int64_t first, int64_t next) __attribute__((always_inline)) {
+    T total[4] = {};
+    int64_t b = first;
+    for (; b + 4 <= next; b += 4)
+      for (int k = 0; k < 4; ++k) total[k] += m.overlay[b + k] * x[m.index[2 * (b + k) + 1]];
+    for (; b < next; ++b) total[0] += m.overlay[b] * x[m.index[2 * b + 1]];
+    y[row / m.rows][row % m.rows] += (total[0] + total[1]) + (total[2] + total[3]);
+  });
+}
+
 template <class T>
 inline void overlay_in_rows(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys) {
   for_runs(m, [&](int64_t row, int64_t first, int64_t next) __attribute__((always_inline)) {
@@ -93,6 +106,7 @@ inline void product_overlay(const Matrix<T>& m, int64_t nb, const T* x, int64_t 
     const int64_t count = min64(kWidth<T>, nb - s);
     for (int g = 0; g < m.gates; ++g) part[g] = y[g] + s * ys;
     if (samples_in_lanes(m, count)) overlay_in_lanes(m, count, x + s * xs, xs, part, ys, scratch);
+    else if (m.block == 1 && count == 1) overlay_single(m, x + s * xs, part);
     else overlay_in_rows(m, count, x + s * xs, xs, part, ys);
   }
 }
@@ -120,6 +134,16 @@ inline void backward_overlay_in_lanes(const Matrix<T>& m, int64_t nb, const T* x
 
 template <class T>
 inline void backward_overlay_in_rows(const Matrix<T>& m, const T* x, T* const* dy, T* dx, T* sums) {
+  if (m.block == 1) {
+    for_runs(m, [&](int64_t row, int64_t first, int64_t next) __attribute__((always_inline)) {
+      const T d = dy[row / m.rows][row % m.rows];
+      for (int64_t b = first; b < next; ++b) {
+        sums[b] += x[m.index[2 * b + 1]] * d;
+        dx[m.index[2 * b + 1]] += m.overlay[b] * d;
+      }
+    });
+    return;
+  }
   for (int64_t b = 0; b < m.blocks; ++b) {
     const int64_t row = m.index[2 * b], column = m.index[2 * b + 1];
     const T *d = dy[row / m.rows] + row % m.rows, *v = m.overlay + b * m.block;
