@@ -167,7 +167,8 @@ def test_saturated_gates_are_finite() -> None:
             arguments[0].mul_(1e4)
         wide = cast(arguments, torch.float64)
         for a, w in zip(outputs(arguments), expected(wide), strict=True):
-            torch.testing.assert_close(a.double(), w, rtol=1e-5, atol=1e-5)
+            assert a.isfinite().all()
+            assert_near(a, w, 1e-5)  # of the norm: relu's states are up to 1e4, and differences of such
 
 
 @pytest.mark.usefixtures("compiled")
