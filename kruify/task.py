@@ -51,8 +51,12 @@ BUILTIN: dict[str, str] = {
     "fashion-mnist-rows": "kruify.tasks.fashion_mnist:FashionMnistRows",
     "fashion-mnist-pixels": "kruify.tasks.fashion_mnist:FashionMnistPixels",
     "fashion-mnist-permuted": "kruify.tasks.fashion_mnist:FashionMnistPermuted",
+    "mnist-pixels": "kruify.tasks.fashion_mnist:MnistPixels",
+    "mnist-permuted": "kruify.tasks.fashion_mnist:MnistPermuted",
     "king-james": "kruify.tasks.king_james:KingJames",
+    "penn-treebank": "kruify.tasks.penn_treebank:PennTreebank",
     "jsb": "kruify.tasks.jsb:Jsb",
+    "piano-midi": "kruify.tasks.jsb:PianoMidi",
     "phonemes": "kruify.tasks.phonemes:Phonemes",
     "timit": "kruify.tasks.phonemes:Timit",
 }

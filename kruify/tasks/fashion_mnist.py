@@ -1,7 +1,8 @@
-"""fashion-mnist-rows, -pixels, -permuted: classify a 28 x 28 picture that is read step by step.
+"""fashion-mnist-rows, -pixels, -permuted, mnist-pixels, -permuted: a 28 x 28 picture that is read step by step.
 
 Data: Fashion-MNIST (Xiao, Rasul & Vollgraf 2017) of the Debian package dataset-fashion-mnist. `data=FOLDER` takes any
-other folder with the four idx files of that format, so MNIST itself too: `fashion-mnist-pixels:data=/srv/mnist`.
+other folder with the four idx files of that format. MNIST itself (LeCun, Bottou, Bengio & Haffner 1998) is in no
+package: `mnist-pixels:data=/srv/mnist`.
 """
 
 from __future__ import annotations
@@ -117,6 +118,33 @@ class FashionMnistPermuted(FashionMnistPixels):
 
     def order(self, pixels: Tensor) -> Tensor:
         return pixels[:, torch.randperm(pixels.shape[1], generator=torch.Generator().manual_seed(0))]
+
+
+class _Digits:
+    """MNIST has to be named."""
+
+    data: str | None
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            hint = "Name a folder with its four idx files, :data=FOLDER; fashion-mnist-* have a package"
+            raise TaskError("MNIST is in no package", where="mnist", hint=hint)
+
+
+@dataclass(eq=False)
+class MnistPixels(_Digits, FashionMnistPixels):
+    """784 steps of one pixel, line by line. Options as for Fashion-MNIST; `data` must be given."""
+
+    measures = "Share of digits recognised in pictures that are read pixel by pixel (784 steps)."
+
+
+@dataclass(eq=False)
+class MnistPermuted(_Digits, FashionMnistPermuted):
+    """784 steps of one pixel, in the fixed random order of fashion-mnist-permuted; `data` must be given."""
+
+    measures = (
+        "Share of digits recognised in pictures that are read pixel by pixel in a fixed random order (784 steps)."
+    )
 
 
 @cache

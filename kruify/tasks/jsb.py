@@ -1,8 +1,11 @@
 """jsb: foresee the next chord of a Bach chorale (Boulanger-Lewandowski, Bengio & Vincent 2012).
 
 The scores are the MusicXML files in the Python package music21, read here without importing it. `data=FILE` takes the
-classic file instead, or any other of its format: "JSB Chorales.pickle", "Piano-midi.de.pickle", or the same as JSON:
-"train", "valid" and "test", each a list of pieces, each a list of frames, each a list of MIDI pitches.
+classic file instead, or any other of its formats: "JSB Chorales.pickle", "Piano-midi.de.pickle", or the same as JSON:
+"train", "valid" and "test", each a list of pieces, each a list of frames, each a list of MIDI pitches; or a .mat file
+with `traindata`, `validdata` and `testdata`, each a cell array of matrices (frames, 88) of zeros and ones.
+
+`piano-midi` is the same task on Piano-midi.de, which is in no package.
 """
 
 from __future__ import annotations
@@ -13,8 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.io import loadmat
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
@@ -35,7 +42,7 @@ class Jsb(SequenceTask):
     the classic file as `data`. A dense GRU of 256 (AdamW 4e-3, cosine, 75 epochs) gets 9.11 on valid, 8.96 on test.
 
     Args:
-        data: the classic file (.pickle, .json); music21's scores without it.
+        data: the classic file (.pickle, .json, .mat); music21's scores without it.
     """
 
     data: str | None = None
@@ -93,6 +100,21 @@ class Jsb(SequenceTask):
         return {"nll": total / self.examples(split)}
 
 
+@dataclass(eq=False)
+class PianoMidi(Jsb):
+    """Piano-midi.de (Poliner & Ellis 2007) in frames of 88 keys, in the classic split: `piano-midi:data=FILE`."""
+
+    measures = (
+        "How well the next chord of piano music is foreseen: negative log-likelihood of a frame of 88 keys, in nats."
+    )
+    chance = "nll 61.0 by guessing each key"
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            hint = 'Name "Piano-midi.de.pickle" or a .mat of it, piano-midi:data=FILE; the task `jsb` has a package'
+            raise TaskError("Piano-midi.de is in no package", where="piano-midi", hint=hint)
+
+
 @cache
 def rolls(data: str | None) -> dict[str, list[Tensor]]:
     """Return split -> piano rolls (frames, 88) bool."""
@@ -115,7 +137,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def read(file: Path) -> dict[str, list[Piece]]:
-    """Return split -> pieces of frames of MIDI pitches 21..108, from a .pickle or .json file of the classic form."""
+    """Return split -> pieces of frames of MIDI pitches 21..108, from a classic .pickle, .json or .mat file."""
     if not file.is_file():
         raise TaskError(
             "there is no such file", where=file, hint='Give "JSB Chorales.pickle" or the like, or leave data out'
@@ -123,6 +145,8 @@ def read(file: Path) -> dict[str, list[Piece]]:
     try:
         if file.suffix == ".json":
             content = json.loads(file.read_bytes())
+        elif file.suffix == ".mat":
+            content = _read_mat(file)
         else:
             with file.open("rb") as stream:
                 content = _PlainUnpickler(stream, encoding="latin-1").load()
@@ -131,12 +155,23 @@ def read(file: Path) -> dict[str, list[Piece]]:
         raise
     except Exception as error:  # a damaged pickle raises almost anything
         what = f"it is not a file of pieces: {type(error).__name__}: {error}"
-        raise CorruptError(
-            what, where=file, hint='"train", "valid", "test": lists of lists of lists of pitches'
-        ) from error
+        hint = '"train", "valid", "test": lists of lists of lists of pitches; in a .mat traindata, validdata, testdata'
+        raise CorruptError(what, where=file, hint=hint) from error
     if not all(any(pieces) for pieces in splits.values()):
         raise CorruptError("a split has no frames", where=file)
     return {split: [piece for piece in pieces if piece] for split, pieces in splits.items()}
+
+
+def _read_mat(file: Path) -> dict[str, list[Piece]]:
+    """The splits of a MATLAB 5 file; scipy's reader runs nothing."""
+    arrays = loadmat(str(file), variable_names=[f"{split}data" for split in SPLITS])
+    return {split: [_frames(matrix) for matrix in arrays[f"{split}data"].ravel()] for split in SPLITS}
+
+
+def _frames(matrix: NDArray[Any]) -> Piece:
+    if matrix.ndim != 2 or matrix.shape[1] != KEYS:
+        raise ValueError(f"a piece of shape {matrix.shape}, not (frames, {KEYS})")
+    return [[LOWEST + int(key) for key in np.flatnonzero(frame)] for frame in matrix]
 
 
 def _pitches(frame: list[int]) -> list[int]:

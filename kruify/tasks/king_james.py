@@ -1,8 +1,8 @@
 """king-james: guess the next character of the King James Bible.
 
 The text comes out of the Debian package bible-kjv, by running its program `bible` (public domain). `data=PATH` takes
-another text instead: a folder with one *train*.txt, one *valid*.txt and one *test*.txt (the Penn Treebank characters
-come as ptb.char.train.txt and so on), or a single text file.
+another text instead: a folder with one *train*.txt, one *valid*.txt and one *test*.txt, or a single text file. The
+Penn Treebank has a task of its own, penn-treebank.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from kruify.task import SPLITS, check_split, evaluating
 from kruify.tasks._sequence import Batch, SequenceNetwork, SequenceTask, shuffled
 
 _VERSE = re.compile(r"(?P<chapter>\w+):\d+ (?P<text>.*)")  # "1Chr2:3 The sons of ..."
+Corpus = tuple[str, dict[str, Tensor]]
+"""The symbols, and split -> text as positions in them."""
 _STREAMS, _CHUNK = 64, 256  # evaluation reads so many parts of the text side by side, so many characters at once
 
 
@@ -52,7 +54,7 @@ class KingJames(SequenceTask):
     chance = "4.36 bits per character by letter frequency alone, 5.98 by nothing"
 
     def model(self) -> SequenceNetwork:
-        symbols = len(corpus(self.data)[0])
+        symbols = len(self._corpus()[0])
         return SequenceNetwork(symbols, symbols, self, one_hot=True)
 
     def examples(self, split: str) -> int:
@@ -60,7 +62,10 @@ class KingJames(SequenceTask):
         return len(self._text(split))
 
     def _text(self, split: str) -> Tensor:
-        return corpus(self.data)[1][check_split(split)]
+        return self._corpus()[1][check_split(split)]
+
+    def _corpus(self) -> Corpus:
+        return corpus(self.data)
 
     def batches(self, split: str, *, seed: int = 0) -> Iterator[Batch]:
         """Yield x, y (batch, steps) int64, y one character ahead. For "train" the cuts shift with the seed."""
@@ -80,7 +85,7 @@ class KingJames(SequenceTask):
         """Return {"bits_per_character"}: the split in 64 equal parts side by side, state carried from end to end."""
         text = self._text(split)
         if len(text) < 2:
-            raise TaskError(f'split "{split}" is too short', where="king-james", hint="Give more text")
+            raise TaskError(f'split "{split}" is too short', where=type(self).__name__, hint="Give more text")
         streams = min(_STREAMS, len(text) // 2)
         rows = text[: len(text) // streams * streams].view(streams, -1)
         nats = count = 0.0
@@ -96,9 +101,13 @@ class KingJames(SequenceTask):
 
 
 @cache
-def corpus(data: str | None) -> tuple[str, dict[str, Tensor]]:
+def corpus(data: str | None) -> Corpus:
     """Return the symbols in order, and split -> text as int64 positions in them."""
-    texts = _read(Path(data).expanduser()) if data else split_chapters(_verses())
+    return in_symbols(read(Path(data).expanduser()) if data else split_chapters(_verses()))
+
+
+def in_symbols(texts: dict[str, str]) -> Corpus:
+    """Return the symbols of all texts in order, and split -> text as int64 positions in them."""
     symbols = "".join(sorted(set().union(*texts.values())))
     position = {ord(symbol): index for index, symbol in enumerate(symbols)}
     return symbols, {name: torch.tensor([position[ord(c)] for c in text]) for name, text in texts.items()}
@@ -129,7 +138,8 @@ def _verses() -> list[str]:
     return done.stdout.decode("latin-1").splitlines()
 
 
-def _read(path: Path) -> dict[str, str]:
+def read(path: Path) -> dict[str, str]:
+    """Return split -> text of a folder with three files, or of one file cut 90/5/5 from front to back."""
     if path.is_file():
         text = _text_of(path)
         a, b = len(text) * 90 // 100, len(text) * 95 // 100

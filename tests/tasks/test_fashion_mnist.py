@@ -112,3 +112,13 @@ def test_labels_that_do_not_belong_to_the_pictures(folder: Path) -> None:
     (folder / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(6)))
     with pytest.raises(CorruptError, match="do not belong together"):
         load_task(f"fashion-mnist-rows:data={folder}").examples("test")
+
+
+@pytest.mark.parametrize("order", ["pixels", "permuted"])
+def test_mnist_is_the_same_task_on_named_files(folder: Path, order: str) -> None:
+    with pytest.raises(TaskError, match="MNIST is in no package"):
+        load_task(f"mnist-{order}")
+    digits, clothes = (load_task(f"{name}-{order}:data={folder}") for name in ("mnist", "fashion-mnist"))
+    for found, wanted in zip(digits.batches("train", seed=2), clothes.batches("train", seed=2), strict=True):
+        assert torch.equal(found.x, wanted.x) and torch.equal(found.y, wanted.y)
+    assert "digits" in digits.measures

@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
+from scipy.io import savemat
 from torch import nn
 
 from kruify.errors import CorruptError, TaskError, UnsafeError
@@ -32,11 +34,32 @@ def _fresh() -> None:
     jsb.rolls.cache_clear()
 
 
-@pytest.mark.parametrize("kind", ["json", "pickle"])
+def as_matrix(piece: list[list[int]]) -> np.ndarray:
+    matrix = np.zeros((len(piece), 88), np.uint8)
+    for frame, pitches in enumerate(piece):
+        for pitch in pitches:
+            if pitch > 0:
+                matrix[frame, pitch - 21] = 1
+    return matrix
+
+
+def write_mat(file: Path, pieces: dict[str, list[list[list[int]]]]) -> None:
+    """Cell arrays (1, pieces), as MATLAB writes them."""
+    cells = {}
+    for split, found in pieces.items():
+        cells[f"{split}data"] = np.empty((1, len(found)), dtype=object)
+        for index, piece in enumerate(found):
+            cells[f"{split}data"][0, index] = as_matrix(piece)
+    savemat(file, cells)
+
+
+@pytest.mark.parametrize("kind", ["json", "pickle", "mat"])
 def test_batches_of_the_classic_file(tmp_path: Path, kind: str) -> None:
     file = tmp_path / f"JSB Chorales.{kind}"
     if kind == "json":
         file.write_text(json.dumps(PIECES))
+    elif kind == "mat":
+        write_mat(file, PIECES)
     else:
         as_tuples = {split: [[tuple(frame) for frame in piece] for piece in pieces] for split, pieces in PIECES.items()}
         file.write_bytes(pickle.dumps(as_tuples, protocol=0))
@@ -219,3 +242,34 @@ def test_installed_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     p = train.mean(0).clamp(1e-6, 1 - 1e-6)
     nll = -(test * p.log() + (1 - test) * (1 - p).log()).sum(1).mean()
     assert float(nll) == pytest.approx(11.33, abs=0.005)
+
+
+def test_broken_mat_files(tmp_path: Path) -> None:
+    file = tmp_path / "a.mat"
+    for content in (b"", b"no matlab" * 100):
+        file.write_bytes(content)
+        with pytest.raises(CorruptError, match="not a file of pieces"):
+            jsb.read(file)
+    savemat(file, {"train": np.ones((2, 88))})
+    with pytest.raises(CorruptError, match="not a file of pieces: KeyError"):
+        jsb.read(file)
+    write_mat(file, PIECES)
+    narrow = np.empty((1, 1), dtype=object)
+    narrow[0, 0] = np.ones((3, 87))
+    savemat(file, {f"{split}data": narrow for split in PIECES})
+    with pytest.raises(CorruptError, match=r"a piece of shape \(3, 87\)"):
+        jsb.read(file)
+
+
+def test_piano_midi_is_the_same_task_on_another_file(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"Piano-midi\.de is in no package"):
+        load_task("piano-midi")
+    file = tmp_path / "Piano-midi.de.pickle"
+    file.write_bytes(pickle.dumps(PIECES))
+    task = load_task(f"piano-midi:data={file},hidden=4")
+    assert task.examples("train") == 6
+    model = task.model()
+    nn.init.zeros_(model.fc.weight)
+    nn.init.zeros_(model.fc.bias)
+    assert task.evaluate(model, "test")["nll"] == pytest.approx(88 * math.log(2), rel=1e-5)
+    assert f"{88 * math.log(2):.1f}" in task.chance

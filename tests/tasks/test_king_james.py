@@ -141,3 +141,31 @@ def test_unusable_texts(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="too short"):
         task = load_task(f"king-james:data={tmp_path}/short.txt,hidden=2")
         task.evaluate(task.model(), "valid")
+
+
+PTB = {"train": "no it was n't\n<unk> rose N %\n", "valid": "a b\n", "test": "was it\n"}
+
+
+@pytest.mark.parametrize("form", ["characters", "words"])
+def test_penn_treebank_in_either_form(tmp_path: Path, form: str) -> None:
+    for split, text in PTB.items():
+        lines = [f" {line} " for line in text.splitlines()]
+        name = f"ptb.{split}.txt"
+        if form == "characters":
+            lines, name = [f" {' '.join(line.strip().replace(' ', '_'))} " for line in lines], f"ptb.char.{split}.txt"
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    task = load_task("penn-treebank", data=tmp_path, steps=4, hidden=4)
+    symbols, texts = task._corpus()
+    spelled = {split: "".join(symbols[i] for i in text.tolist()) for split, text in texts.items()}
+    assert spelled == {"train": "no_it_was_n't<unk>_rose_N_%", "valid": "a_b", "test": "was_it"}
+    assert task.examples("train") == 27
+    batch = next(iter(task.batches("train")))
+    assert torch.isfinite(task.loss(task.forward(task.model(), batch), batch))
+
+
+def test_penn_treebank_has_to_be_named(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="the Penn Treebank is in no package"):
+        load_task("penn-treebank")
+    with pytest.raises(TaskError, match=r"0 files match \*train\*\.txt"):
+        load_task("penn-treebank", data=tmp_path).batches("train").__next__()
+    assert f"{math.log2(50):.2f}" in load_task("penn-treebank", data=tmp_path).chance
