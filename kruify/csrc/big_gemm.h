@@ -31,12 +31,14 @@ inline void pack_b(int64_t K, int64_t N, const T* b, int64_t rs, int64_t cs, T* 
   }
 }
 
-template <class T, int MR>
+template <class T, int MR, bool UnitK>
 KRUIFY_INLINE void packed_rows(int64_t M, int64_t K, int64_t columns, const T* a, int64_t as, const T* panel, T* c,
                                int64_t ldc, bool accumulate, const T* bias) {
+  const int64_t step = UnitK ? as : 1;
   int64_t m = 0;
-  for (; m + MR <= M; m += MR) gemm<T, false>(MR, columns, K, a + m, as, panel, kPanel, c + m * ldc, ldc, accumulate, bias);
-  if (m < M) gemm<T, false>(M - m, columns, K, a + m, as, panel, kPanel, c + m * ldc, ldc, accumulate, bias);
+  for (; m + MR <= M; m += MR)
+    gemm<T, UnitK>(MR, columns, K, a + m * step, as, panel, kPanel, c + m * ldc, ldc, accumulate, bias);
+  if (m < M) gemm<T, UnitK>(M - m, columns, K, a + m * step, as, panel, kPanel, c + m * ldc, ldc, accumulate, bias);
 }
 
 // C[m0:m1] = A[m0:m1] B + bias.
@@ -47,8 +49,12 @@ inline void big_gemm(int64_t m0, int64_t m1, int64_t N, int64_t K, const T* a, i
     const int64_t rows = min64(kBlockM, m1 - m);
     for (int64_t k = 0; k < K || k == 0; k += kBlockK) {
       const int64_t depth = min64(kBlockK, K - k);
-      // A's block as (depth, rows): element (i, k) at scratch[k * rows + i].
-      if (cs == 1) {
+      const bool few = cs == 1 && N <= 4 * kPanel;
+      const int64_t ld = few ? depth + 16 : rows;
+      if (few) {  // the block as it is, (rows, depth): too few panels to pay for a transposition
+        for (int64_t i = 0; i < rows; ++i)
+          for_vectors<T>(depth, [&](int64_t j, auto get, auto put) { put(scratch + i * ld + j, get(a + (m + i) * rs + k + j)); });
+      } else if (cs == 1) {  // else as (depth, rows): element (i, k) at scratch[k * rows + i]
         transpose(rows, depth, a + m * rs + k, rs, scratch, rows);
       } else if (rs == 1) {
         for (int64_t j = 0; j < depth; ++j)
@@ -62,8 +68,8 @@ inline void big_gemm(int64_t m0, int64_t m1, int64_t N, int64_t K, const T* a, i
       for (int64_t n = 0; n < N; n += kPanel) {
         const int64_t columns = min64(kPanel, N - n);
         T* out = c + m * ldc + n;
-        packed_rows<T, kTall>(rows, depth, columns, scratch, rows, packed + n * K + k * kPanel, out, ldc, k > 0,
-                              bias ? bias + n : nullptr);
+        const auto multiply = few ? &packed_rows<T, kTall, true> : &packed_rows<T, kTall, false>;
+        multiply(rows, depth, columns, scratch, ld, packed + n * K + k * kPanel, out, ldc, k > 0, bias ? bias + n : nullptr);
       }
     }
   }

@@ -1,114 +1,132 @@
-// The arithmetic of one step of LSTM, GRU, RNN and KRU, one vector of hidden units at a time.
+// The arithmetic of one step of LSTM, GRU, RNN and KRU, U vectors of hidden units at a time: each is one long chain of
+// dependent operations, and only several side by side fill the pipelines.
 #pragma once
 
 #include "simd.h"
 
 namespace kruify::KRUIFY_ISA {
 
+// How many vectors go side by side.
 template <class T>
+constexpr int kTogether = KRUIFY_REGISTERS == 32 ? 2 : 1;
+
+#define KRUIFY_EACH(j, count) _Pragma("GCC unroll 16") for (int j = 0; j < count; ++j)
+
+// exp of N vectors as power * (1 + part), power a power of two.
+template <class T, int N>
 struct Exp {
-  Vec<T> value;   // exp(x)
-  Vec<T> minus1;  // exp(x) - 1, accurate near 0
+  Vec<T> power[N], part[N];
+
+  KRUIFY_INLINE Vec<T> plus1(int j) const { return power[j] * part[j] + (power[j] + T(1)); }    // exp(x) + 1
+  KRUIFY_INLINE Vec<T> minus1(int j) const { return power[j] * part[j] + (power[j] - T(1)); }  // exp(x) - 1, accurate near 0
 };
 
-// exp(scale * x), the argument clamped so that products of three results stay finite. NaN stays NaN.
-template <class T>
-KRUIFY_INLINE Exp<T> exponential(Vec<T> x, T scale) {
+// exp(scale[j] * x[j]), the argument clamped so that products of three results stay finite. NaN stays NaN.
+template <class T, int N>
+KRUIFY_INLINE Exp<T, N> exponential(const Vec<T> (&x)[N], const T (&scale)[N]) {
   constexpr bool F = sizeof(T) == 4;
   const Vec<T> limit = splat<T>(F ? T(41) : T(330));  // powers of two
-  Vec<T> y = x * splat<T>(scale * T(1.44269504088896340736));
-  y = at_most<T>(limit, y);
-  Vec<T> f, power;  // y = n + f with f in [-1/2, 1/2]; power = 2^n
+  Exp<T, N> r;
+  Vec<T> f[N], p[N];  // x * scale / ln 2 = n + f with f in [-1/2, 1/2]; power = 2^n
+  KRUIFY_EACH(j, N) f[j] = at_most<T>(limit, x[j] * splat<T>(scale[j] * T(1.44269504088896340736)));
 #if defined(__AVX512F__)
   if constexpr (F) {
-    const __m512 n = _mm512_roundscale_ps((__m512)y, 8);
-    f = y - (Vec<T>)n;
-    power = (Vec<T>)_mm512_scalef_ps((__m512)splat<T>(1), n);
+    KRUIFY_EACH(j, N) p[j] = (Vec<T>)_mm512_roundscale_ps((__m512)f[j], 8);
+    KRUIFY_EACH(j, N) r.power[j] = (Vec<T>)_mm512_scalef_ps((__m512)splat<T>(1), (__m512)p[j]);
+    KRUIFY_EACH(j, N) f[j] = (Vec<T>)_mm512_reduce_ps((__m512)f[j], 8);
   } else {
-    const __m512d n = _mm512_roundscale_pd((__m512d)y, 8);
-    f = y - (Vec<T>)n;
-    power = (Vec<T>)_mm512_scalef_pd((__m512d)splat<T>(1), n);
+    KRUIFY_EACH(j, N) p[j] = (Vec<T>)_mm512_roundscale_pd((__m512d)f[j], 8);
+    KRUIFY_EACH(j, N) r.power[j] = (Vec<T>)_mm512_scalef_pd((__m512d)splat<T>(1), (__m512d)p[j]);
+    KRUIFY_EACH(j, N) f[j] = (Vec<T>)_mm512_reduce_pd((__m512d)f[j], 8);
   }
 #else
   using I = typename Simd<T>::I;
-  y = at_least<T>(-limit, y);
   const Vec<T> magic = splat<T>(F ? T(12582912) : T(6755399441055744.0));  // 1.5 * 2^(mantissa bits)
-  const Vec<T> shifted = y + magic;
-  f = y - (shifted - magic);
-  const I n = (I)shifted - (I)magic;
-  power = (Vec<T>)((n + (F ? 127 : 1023)) << (F ? 23 : 52));
+  KRUIFY_EACH(j, N) f[j] = at_least<T>(-limit, f[j]);
+  KRUIFY_EACH(j, N) p[j] = f[j] + magic;
+  KRUIFY_EACH(j, N) f[j] -= p[j] - magic;
+  KRUIFY_EACH(j, N) r.power[j] = (Vec<T>)(((I)p[j] - (I)magic + (F ? 127 : 1023)) << (F ? 23 : 52));
 #endif
-  Vec<T> p;
   if constexpr (F) {  // Cephes exp2f
-    p = splat<T>(1.535336188319500e-4f);
-    p = p * f + 1.339887440266574e-3f;
-    p = p * f + 9.618437357674640e-3f;
-    p = p * f + 5.550332471162809e-2f;
-    p = p * f + 2.402264791363012e-1f;
-    p = p * f + 6.931472028550421e-1f;
+    KRUIFY_EACH(j, N) p[j] = 1.535336188319500e-4f * f[j] + 1.339887440266574e-3f;
+    KRUIFY_EACH(j, N) p[j] = p[j] * f[j] + 9.618437357674640e-3f;
+    KRUIFY_EACH(j, N) p[j] = p[j] * f[j] + 5.550332471162809e-2f;
+    KRUIFY_EACH(j, N) p[j] = p[j] * f[j] + 2.402264791363012e-1f;
+    KRUIFY_EACH(j, N) p[j] = p[j] * f[j] + 6.931472028550421e-1f;
   } else {  // Taylor, ln2^k / k!
-    p = splat<T>(1.3691488853904128880892e-12);
-    p = p * f + 2.5678435993488205141995e-11;
-    p = p * f + 4.4455382718708114975964e-10;
-    p = p * f + 7.0549116208011233298753e-9;
-    p = p * f + 1.0178086009239699727490e-7;
-    p = p * f + 1.3215486790144309488404e-6;
-    p = p * f + 1.5252733804059840280025e-5;
-    p = p * f + 1.5403530393381609954437e-4;
-    p = p * f + 1.3333558146428443423412e-3;
-    p = p * f + 9.6181291076284771619791e-3;
-    p = p * f + 5.5504108664821579953142e-2;
-    p = p * f + 2.4022650695910071233355e-1;
-    p = p * f + 6.9314718055994530941723e-1;
+    KRUIFY_EACH(j, N) p[j] = 1.3691488853904128880892e-12 * f[j] + 2.5678435993488205141995e-11;
+    KRUIFY_EACH(j, N) p[j] = p[j] * f[j] + 4.4455382718708114975964e-10;
+    KRUIFY_EACH(j, N) p[j] = p[j] * f[j] + 7.0549116208011233298753e-9;
+    KRUIFY_EACH(j, N) p[j] = p[j] * f[j] + 1.0178086009239699727490e-7;
+    KRUIFY_EACH(j, N) p[j] = p[j] * f[j] + 1.3215486790144309488404e-6;
+    KRUIFY_EACH(j, N) p[j] = p[j] * f[j] + 1.5252733804059840280025e-5;
+    KRUIFY_EACH(j, N) p[j] = p[j] * f[j] + 1.5403530393381609954437e-4;
+    KRUIFY_EACH(j, N) p[j] = p[j] * f[j] + 1.3333558146428443423412e-3;
+    KRUIFY_EACH(j, N) p[j] = p[j] * f[j] + 9.6181291076284771619791e-3;
+    KRUIFY_EACH(j, N) p[j] = p[j] * f[j] + 5.5504108664821579953142e-2;
+    KRUIFY_EACH(j, N) p[j] = p[j] * f[j] + 2.4022650695910071233355e-1;
+    KRUIFY_EACH(j, N) p[j] = p[j] * f[j] + 6.9314718055994530941723e-1;
   }
-  const Vec<T> pf = p * f;
-  return {power + power * pf, power * pf + (power - T(1))};
-}
-
-template <class T>
-KRUIFY_INLINE Vec<T> tanh(Vec<T> x) {
-  const Vec<T> e = exponential<T>(x, T(-2)).minus1;
-  return -e / (e + T(2));
-}
-
-template <class T>
-struct Lstm {
-  Vec<T> i, f, g, o, c, h;
-};
-
-// Two divisions for three sigmoids and two tanh: numerators and denominators are multiplied out.
-template <class T>
-KRUIFY_INLINE Lstm<T> lstm(Vec<T> i, Vec<T> f, Vec<T> g, Vec<T> o, Vec<T> c) {
-  const Vec<T> di = exponential<T>(i, T(-1)).value + T(1), df = exponential<T>(f, T(-1)).value + T(1);
-  const Vec<T> eg = exponential<T>(g, T(-2)).minus1, dg = eg + T(2);
-  const Vec<T> inverse = T(1) / (di * df * dg);
-  Lstm<T> r;
-  r.i = inverse * df * dg;
-  r.f = inverse * di * dg;
-  r.g = -eg * (inverse * di * df);
-  r.c = r.f * c + r.i * r.g;
-  const Vec<T> ec = exponential<T>(r.c, T(-2)).minus1, dc = ec + T(2);
-  const Vec<T> d0 = exponential<T>(o, T(-1)).value + T(1);
-  const Vec<T> inverse2 = T(1) / (d0 * dc);
-  r.o = inverse2 * dc;
-  r.h = -ec * inverse2;
+  KRUIFY_EACH(j, N) r.part[j] = p[j] * f[j];
   return r;
 }
 
-template <class T>
-struct Gru {
-  Vec<T> r, z, n, h;
+template <class T, int N>
+KRUIFY_INLINE void tanh(Vec<T> (&x)[N]) {
+  T scale[N];
+  KRUIFY_EACH(j, N) scale[j] = T(-2);
+  const Exp<T, N> e = exponential<T, N>(x, scale);
+  KRUIFY_EACH(j, N) x[j] = -e.minus1(j) / (e.minus1(j) + T(2));
+}
+
+template <class T, int U>
+struct Lstm {
+  Vec<T> i[U], f[U], g[U], o[U], c[U], h[U];  // i, f, g, o only for training
 };
 
-template <class T>
-KRUIFY_INLINE Gru<T> gru(Vec<T> r, Vec<T> z, Vec<T> n, Vec<T> hn, Vec<T> h) {
-  const Vec<T> dr = exponential<T>(r, T(-1)).value + T(1), dz = exponential<T>(z, T(-1)).value + T(1);
-  const Vec<T> inverse = T(1) / (dr * dz);
-  Gru<T> out;
-  out.r = inverse * dz;
-  out.z = inverse * dr;
-  out.n = tanh<T>(n + out.r * hn);
-  out.h = out.n + out.z * (h - out.n);
+// a: the gates i, f, g, o of each vector before activation. Two divisions for three sigmoids and two tanh: numerators
+// and denominators are multiplied out.
+template <class T, int U, bool Training>
+KRUIFY_INLINE Lstm<T, U> lstm(const Vec<T> (&a)[4 * U], const Vec<T> (&c)[U]) {
+  T scale[4 * U], twice[U];
+  KRUIFY_EACH(j, 4 * U) scale[j] = T(j % 4 == 2 ? -2 : -1);
+  KRUIFY_EACH(j, U) twice[j] = T(-2);
+  const Exp<T, 4 * U> e = exponential<T, 4 * U>(a, scale);
+  Lstm<T, U> r;
+  KRUIFY_EACH(j, U) {
+    const Vec<T> di = e.plus1(4 * j), df = e.plus1(4 * j + 1), eg = e.minus1(4 * j + 2), dg = eg + T(2);
+    const Vec<T> both = di * dg, inverse = T(1) / (both * df);
+    r.c[j] = (c[j] * both - eg * df) * inverse;
+    if (Training) r.i[j] = inverse * df * dg, r.f[j] = inverse * both, r.g[j] = -eg * (inverse * di * df);
+  }
+  const Exp<T, U> tc = exponential<T, U>(r.c, twice);
+  KRUIFY_EACH(j, U) {
+    const Vec<T> ec = tc.minus1(j), dc = ec + T(2), inverse = T(1) / (e.plus1(4 * j + 3) * dc);
+    r.h[j] = -ec * inverse;
+    if (Training) r.o[j] = inverse * dc;
+  }
+  return r;
+}
+
+template <class T, int U>
+struct Gru {
+  Vec<T> r[U], z[U], n[U], h[U];
+};
+
+// a: the gates r, z of each vector before activation.
+template <class T, int U>
+KRUIFY_INLINE Gru<T, U> gru(const Vec<T> (&a)[2 * U], const Vec<T> (&n)[U], const Vec<T> (&hn)[U], const Vec<T> (&h)[U]) {
+  T scale[2 * U];
+  KRUIFY_EACH(j, 2 * U) scale[j] = T(-1);
+  const Exp<T, 2 * U> e = exponential<T, 2 * U>(a, scale);
+  Gru<T, U> out;
+  KRUIFY_EACH(j, U) {
+    const Vec<T> dr = e.plus1(2 * j), dz = e.plus1(2 * j + 1), inverse = T(1) / (dr * dz);
+    out.r[j] = inverse * dz, out.z[j] = inverse * dr;
+    out.n[j] = n[j] + out.r[j] * hn[j];
+  }
+  tanh<T, U>(out.n);
+  KRUIFY_EACH(j, U) out.h[j] = out.n[j] + out.z[j] * (h[j] - out.n[j]);
   return out;
 }
 

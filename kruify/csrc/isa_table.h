@@ -14,22 +14,24 @@ void axpy(int64_t n, const T* x, T* y) {
 // out (rows, N) = x (rows, K) w^T + bias for a handful of rows: no packing, each weight is read once.
 template <class T>
 void thin_gemm(int64_t rows, int64_t N, int64_t K, const T* x, const T* w, const T* bias, T* out, int64_t ldo) {
-  for (int64_t s = 0; s < rows; ++s)
-    for (int64_t n = 0; n < N; n += 8) {
-      const int64_t count = min64(8, N - n);
-      Vec<T> total[8] = {};
-      int64_t k = 0;
-      if (count == 8)
-        for (; k + kWidth<T> <= K; k += kWidth<T>) {
-          const Vec<T> v = load(x + s * K + k);
-#pragma GCC unroll 8
-          for (int j = 0; j < 8; ++j) total[j] += v * load(w + (n + j) * K + k);
-        }
-      for (int j = 0; j < count; ++j) {
-        T sum_j = sum<T>(total[j]) + (bias ? bias[n + j] : T(0));
-        for (int64_t i = k; i < K; ++i) sum_j += x[s * K + i] * w[(n + j) * K + i];
-        out[s * ldo + n + j] = sum_j;
-      }
+  constexpr int W = kWidth<T>;
+  int64_t n = 0;
+  for (; n + W <= N; n += W)
+    for (int64_t s = 0; s < rows; ++s) {
+      Vec<T> total[W] = {};
+      auto add = [&](int64_t k, auto get) __attribute__((always_inline)) {
+        const Vec<T> v = get(x + s * K + k);
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) total[j] += v * get(w + (n + j) * K + k);
+      };
+      for_vectors<T>(K, [&](int64_t k, auto get, auto) __attribute__((always_inline)) { add(k, get); });
+      store(out + s * ldo + n, sums<T>(total) + (bias ? load(bias + n) : Vec<T>{}));
+    }
+  for (; n < N; ++n)
+    for (int64_t s = 0; s < rows; ++s) {
+      Vec<T> total{};
+      for_vectors<T>(K, [&](int64_t k, auto get, auto) { total += get(x + s * K + k) * get(w + n * K + k); });
+      out[s * ldo + n] = sum<T>(total) + (bias ? bias[n] : T(0));
     }
 }
 

@@ -108,7 +108,7 @@ struct Kernels {
   void (*axpy)(int64_t n, const T* x, T* y);  // y += x
 };
 
-constexpr int64_t kBigGemmScratch = 96 * 128;  // elements
+constexpr int64_t kBigGemmScratch = 96 * (128 + 16);  // elements
 constexpr int64_t kPanel = 64;                 // columns of a packed panel of B
 
 enum class InstructionSet : int { kPortable, kAvx2, kAvx512 };

@@ -51,7 +51,7 @@ void bind(Sequence<T>& s, const Matrix<T>& m) {
   if (is_modrelu(s.kind)) std::swap(s.threshold, s.matrix.bias);
 }
 
-constexpr int64_t kChunkBytes = 3 << 19;  // of input gates that stay in the L2 cache between GEMM and time loop
+constexpr int64_t kChunkBytes = 3 << 18;  // of input gates that stay in the L2 cache between GEMM and time loop
 
 template <class T>
 void copy_rows(const Tensor& from, T* to) {

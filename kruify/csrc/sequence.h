@@ -7,33 +7,50 @@
 namespace kruify::KRUIFY_ISA {
 
 // After the product: gates (i, f, g, o) in y -> h and c; training keeps the gates and c in the workspace.
-template <class T>
-KRUIFY_INLINE void step_lstm(int64_t H, bool training, T* gates, T* c, T* h, T* out) {
-  for_vectors<T>(H, [&](int64_t u, auto get, auto put) __attribute__((always_inline)) {
-    const Lstm<T> s = lstm<T>(get(gates + u), get(gates + H + u), get(gates + 2 * H + u), get(gates + 3 * H + u), get(c + u));
-    if (training) {
-      put(gates + u, s.i), put(gates + H + u, s.f), put(gates + 2 * H + u, s.g), put(gates + 3 * H + u, s.o);
-      put(gates + 4 * H + u, s.c);
+template <class T, bool Training>
+KRUIFY_INLINE void step_lstm(int64_t H, T* gates, T* c, T* h, T* out) {
+  for_groups<T, kTogether<T>>(H, [&]<int U>(int64_t u, auto get, auto put) __attribute__((always_inline)) {
+    constexpr int W = kWidth<T>;
+    Vec<T> a[4 * U], before[U];
+    KRUIFY_EACH(j, 4 * U) a[j] = get(gates + j % 4 * H + u + j / 4 * W);
+    KRUIFY_EACH(j, U) before[j] = get(c + u + j * W);
+    const Lstm<T, U> s = lstm<T, U, Training>(a, before);
+    KRUIFY_EACH(j, U) {
+      const int64_t v = u + j * W;
+      if (Training) {
+        put(gates + v, s.i[j]), put(gates + H + v, s.f[j]), put(gates + 2 * H + v, s.g[j]), put(gates + 3 * H + v, s.o[j]);
+        put(gates + 4 * H + v, s.c[j]);
+      }
+      put(c + v, s.c[j]), put(h + v, s.h[j]), put(out + v, s.h[j]);
     }
-    put(c + u, s.c), put(h + u, s.h), put(out + u, s.h);
   });
 }
 
 template <class T>
 KRUIFY_INLINE void step_gru(int64_t H, bool training, T* gates, T* h, T* out) {
-  for_vectors<T>(H, [&](int64_t u, auto get, auto put) __attribute__((always_inline)) {
-    const Gru<T> s = gru<T>(get(gates + u), get(gates + H + u), get(gates + 2 * H + u), get(gates + 3 * H + u), get(h + u));
-    if (training) put(gates + u, s.r), put(gates + H + u, s.z), put(gates + 2 * H + u, s.n);
-    put(h + u, s.h), put(out + u, s.h);
+  for_groups<T, kTogether<T>>(H, [&]<int U>(int64_t u, auto get, auto put) __attribute__((always_inline)) {
+    constexpr int W = kWidth<T>;
+    Vec<T> a[2 * U], n[U], hn[U], before[U];
+    KRUIFY_EACH(j, 2 * U) a[j] = get(gates + j % 2 * H + u + j / 2 * W);
+    KRUIFY_EACH(j, U) n[j] = get(gates + 2 * H + u + j * W), hn[j] = get(gates + 3 * H + u + j * W), before[j] = get(h + u + j * W);
+    const Gru<T, U> s = gru<T, U>(a, n, hn, before);
+    KRUIFY_EACH(j, U) {
+      const int64_t v = u + j * W;
+      if (training) put(gates + v, s.r[j]), put(gates + H + v, s.z[j]), put(gates + 2 * H + v, s.n[j]);
+      put(h + v, s.h[j]), put(out + v, s.h[j]);
+    }
   });
 }
 
 template <class T>
 KRUIFY_INLINE void step_rnn(int64_t H, bool relu, T* gates, T* h, T* out) {
-  for_vectors<T>(H, [&](int64_t u, auto get, auto put) __attribute__((always_inline)) {
-    const Vec<T> total = get(gates + u);
-    const Vec<T> r = relu ? (total < Vec<T>{} ? Vec<T>{} : total) : tanh<T>(total);
-    put(h + u, r), put(out + u, r);
+  for_groups<T, kTogether<T>>(H, [&]<int U>(int64_t u, auto get, auto put) __attribute__((always_inline)) {
+    constexpr int W = kWidth<T>;
+    Vec<T> a[U];
+    KRUIFY_EACH(j, U) a[j] = get(gates + u + j * W);
+    if (relu) KRUIFY_EACH(j, U) a[j] = a[j] < Vec<T>{} ? Vec<T>{} : a[j];
+    else tanh<T, U>(a);
+    KRUIFY_EACH(j, U) put(h + u + j * W, a[j]), put(out + u + j * W, a[j]);
   });
 }
 
@@ -104,7 +121,8 @@ inline void forward(const Sequence<T>& s, int64_t t0, int64_t t1, int64_t b0, in
     for (int64_t b = 0; b < nb; ++b) {
       T *h = s.h + (b0 + b) * H, *out = s.out + (row + b) * H;
       if (s.kind == Kind::kGru) step_gru(H, s.training, gates + b * ys, h, out);
-      else if (s.kind == Kind::kLstm) step_lstm(H, s.training, gates + b * ys, s.c + (b0 + b) * H, h, out);
+      else if (s.kind == Kind::kLstm && s.training) step_lstm<T, true>(H, gates + b * ys, s.c + (b0 + b) * H, h, out);
+      else if (s.kind == Kind::kLstm) step_lstm<T, false>(H, gates + b * ys, s.c + (b0 + b) * H, h, out);
       else if (is_modrelu(s.kind)) step_modrelu(H, s.kind == Kind::kModReluComplex, s.threshold, gates + b * ys, h, out);
       else step_rnn(H, s.kind == Kind::kRnnRelu, gates + b * ys, h, out);
     }
@@ -119,16 +137,21 @@ KRUIFY_INLINE void backward_cell(const Sequence<T>& s, int64_t row, const T* h0,
     for_vectors<T>(H, [&](int64_t u, auto get, auto put) { put(dh + u, get(dh + u) + get(s.grad_out + row * H + u)); });
   if (s.kind == Kind::kLstm) {
     const T* w = s.workspace + row * 5 * H;
-    for_vectors<T>(H, [&](int64_t u, auto get, auto put) __attribute__((always_inline)) {
-      const Vec<T> i = get(w + u), f = get(w + H + u), g = get(w + 2 * H + u), o = get(w + 3 * H + u);
-      const Vec<T> tc = tanh<T>(get(w + 4 * H + u)), grad = get(dh + u);
-      const Vec<T> total = get(dc + u) + grad * o * (T(1) - tc * tc);
-      put(d + u, total * g * i * (T(1) - i));
-      put(d + H + u, total * get(c0 + u) * f * (T(1) - f));
-      put(d + 2 * H + u, total * i * (T(1) - g * g));
-      put(d + 3 * H + u, grad * tc * o * (T(1) - o));
-      put(dc + u, total * f);
-      put(dh + u, Vec<T>{});
+    for_groups<T, kTogether<T>>(H, [&]<int U>(int64_t start, auto get, auto put) __attribute__((always_inline)) {
+      Vec<T> tanh_c[U];
+      KRUIFY_EACH(j, U) tanh_c[j] = get(w + 4 * H + start + j * kWidth<T>);
+      tanh<T, U>(tanh_c);
+      KRUIFY_EACH(j, U) {
+        const int64_t u = start + j * kWidth<T>;
+        const Vec<T> i = get(w + u), f = get(w + H + u), g = get(w + 2 * H + u), o = get(w + 3 * H + u);
+        const Vec<T> tc = tanh_c[j], grad = get(dh + u), total = get(dc + u) + grad * o * (T(1) - tc * tc);
+        put(d + u, total * g * i * (T(1) - i));
+        put(d + H + u, total * get(c0 + u) * f * (T(1) - f));
+        put(d + 2 * H + u, total * i * (T(1) - g * g));
+        put(d + 3 * H + u, grad * tc * o * (T(1) - o));
+        put(dc + u, total * f);
+        put(dh + u, Vec<T>{});
+      }
     });
   } else if (s.kind == Kind::kGru) {
     const T* w = s.workspace + row * 4 * H;

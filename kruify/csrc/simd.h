@@ -114,6 +114,20 @@ KRUIFY_INLINE void for_vectors(int64_t n, F f) {
     f(i, [rest](const T* p) { return load_n(p, rest); }, [rest](T* p, Vec<T> v) { store_n(p, v, rest); });
 }
 
+// The same for calls f.operator()<U>(offset, load, store) that take U vectors at once.
+template <class T, int U, class F>
+KRUIFY_INLINE void for_groups(int64_t n, F f) {
+  constexpr int W = kWidth<T>;
+  auto get = [](const T* p) { return load(p); };
+  auto put = [](T* p, Vec<T> v) { store(p, v); };
+  int64_t i = 0;
+  for (; i + U * W <= n; i += U * W) f.template operator()<U>(i, get, put);
+  if constexpr (U > 1)
+    for (; i + W <= n; i += W) f.template operator()<1>(i, get, put);
+  if (const int rest = int(n - i); rest > 0)
+    f.template operator()<1>(i, [rest](const T* p) { return load_n(p, rest); }, [rest](T* p, Vec<T> v) { store_n(p, v, rest); });
+}
+
 // The smaller (larger) of a constant and v; NaN in v stays NaN.
 template <class T>
 KRUIFY_INLINE Vec<T> at_most(Vec<T> limit, Vec<T> v) {
@@ -173,6 +187,17 @@ KRUIFY_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, int s) {
   else if constexpr (W == 8) return __builtin_shuffle(a, b, I{0, 8, 1, 9, 2, 10, 3, 11} + s);
   else if constexpr (W == 4) return __builtin_shuffle(a, b, I{0, 4, 1, 5} + s);
   else return __builtin_shuffle(a, b, I{0, 2} + s);
+}
+
+// The sum of each of W vectors, in their order.
+template <class T>
+KRUIFY_INLINE Vec<T> sums(Vec<T> (&v)[kWidth<T>]) {
+  constexpr int W = kWidth<T>;
+#pragma GCC unroll 4
+  for (int half = W / 2; half; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) v[i] = interleave<T>(v[i], v[i + half], 0) + interleave<T>(v[i], v[i + half], W / 2);
+  return v[0];
 }
 
 // dst (cols, rows) = transpose of src (rows, cols).
