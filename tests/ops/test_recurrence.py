@@ -61,6 +61,19 @@ def test_outputs_and_gradients(kind: str, matrix: str, reverse: bool) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn_tanh"])
+def test_infinite_gates_saturate(kind: str) -> None:
+    for dtype, tolerance in DTYPES:
+        arguments = recurrence_arguments(kind, "pair", (3, 3, 2), dtype=dtype, projected=True)
+        with torch.no_grad():
+            for place, value in enumerate((torch.inf, -torch.inf, 1e30, -1e30)):
+                arguments[0][place::7] = value
+            for actual, want in zip(outputs(arguments), expected(arguments), strict=True):
+                assert want.isfinite().all()
+                assert_near(actual, want.double(), tolerance)
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("block", [1, 3, 8])
 @pytest.mark.parametrize("kind", GATES)
 def test_overlays_of_many_samples(kind: str, block: int) -> None:
