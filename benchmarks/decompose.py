@@ -359,13 +359,23 @@ SECTIONS: dict[str, Callable[[], list[Row]]] = {
 }
 
 
+def commit() -> str:
+    """HEAD, with "-dirty" where the code that makes the figures differs from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(HERE.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "kruify", "benchmarks/decompose.py")
+    return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+
+
 def machine() -> Row:
     model = next(
         (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
     )
-    git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
     return {
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+        "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": model or platform.processor(),
         "threads": torch.get_num_threads(),
@@ -414,9 +424,10 @@ def main() -> None:
     file: Path = options.results
     for name in options.only:
         print(f"{name} ...", flush=True)
+        started = machine()  # before the work: the tree may move on while a section runs
         rows, _, wall = timed(SECTIONS[name])
         results: Row = json.loads(file.read_text()) if file.exists() else {}
-        results[name] = {"machine": machine(), "rows": rows}
+        results[name] = {"machine": started, "rows": rows}
         write(results, file)
         print(table(rows), f"\n({wall:.0f} s)\n", flush=True)
 
