@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from .options import key_option, model_argument, network, seed_option
 if TYPE_CHECKING:
     from kruify.calibrate import Moments
     from kruify.checkpoint import Checkpoint
-    from kruify.convert import Conversion
+    from kruify.convert import Conversion, GateCounts
     from kruify.locate import Located, RecurrentLayer
     from kruify.plan import Plan
 
@@ -88,7 +88,7 @@ def convert(
     with output(json_only) as out:
         from kruify.api import default_output, found
         from kruify.checkpoint import read
-        from kruify.convert import check_plan
+        from kruify.convert import check_plan, expected
         from kruify.errors import UsageError
         from kruify.locate import locate_checkpoint
         from kruify.plan import make_plan
@@ -116,15 +116,15 @@ def convert(
             _write_plan(plan_out, plan)
         result: dict[str, Any]
         if dry_run:
-            matrices, parameters = _expected(checkpoint, plan, located)
-            result = {"output": None, "matrices": matrices, "parameters": parameters}
+            account = expected(checkpoint.tensors.lazy, plan, located)
+            result = {"output": None, "matrices": _rows(account.matrices), "parameters": account.parameters}
             _show(out, model, result)
             out.show("Dry run: nothing was decomposed or written.")
         else:
             path = Path(target) if target else default_output(model)
             conversion = _convert(checkpoint, plan, located, moments, unitary, seed)
             _write(path, conversion, checkpoint, seed)
-            matrices = [asdict(matrix) for matrix in conversion.matrices]
+            matrices = _rows(conversion.matrices)
             result = {"output": str(path), "matrices": matrices, "parameters": conversion.parameters}
             _show(out, model, result)
             _warn(out, path)
@@ -233,42 +233,12 @@ def _write(path: Path, conversion: Conversion, checkpoint: Checkpoint, seed: int
         write_safetensors(path, conversion.tensors, metadata, progress=more)
 
 
-def _expected(checkpoint: Checkpoint, plan: Plan, located: Located) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The table of a dry run: what the plan implies, energies unknown."""
-    from kruify.convert import before_after
+def _rows(gates: Sequence[GateCounts]) -> list[dict[str, Any]]:
+    """One row a gate; what only the work can tell is None in a dry run."""
+    from kruify.convert import GateResult
 
-    matrices: list[dict[str, Any]] = []
-    saved = {"recurrent": 0, "total": 0}
-    for layer, weight, structures in plan.matrices():
-        for gate, structure in zip(layer.gates, structures, strict=True):
-            matrices.append(
-                {
-                    "name": layer.full_name(weight),
-                    "layer": layer.name,
-                    "gate": gate,
-                    "shape": (structure.rows, structure.cols),
-                    "factors": str(structure),
-                    "terms": sum(term.rank for term in structure.terms),
-                    "parameters_before": structure.dense_parameters,
-                    "parameters_after": structure.parameters,
-                    "energy": None,
-                    "energy_null": None,
-                    "relative_error": None,
-                    "energy_weighted": None,
-                }
-            )
-            gain = structure.dense_parameters - structure.parameters
-            saved["total"] += gain
-            saved["recurrent"] += gain if weight.startswith("weight_hh") else 0
-    tensors = checkpoint.tensors.lazy.values()
-    before = {
-        "recurrent": sum(layer.recurrent_parameters for layer in located.layers),
-        "total": sum(t.numel for t in tensors if t.dtype.is_floating_point),
-    }
-    parameters: dict[str, float] = {}
-    for part, count in before.items():
-        parameters |= before_after(part, count, count - saved[part])
-    return matrices, parameters
+    keys = [field.name for field in fields(GateResult)]
+    return [{key: getattr(gate, key, None) for key in keys} for gate in gates]
 
 
 def _show(out: Output, model: str, result: dict[str, Any]) -> None:

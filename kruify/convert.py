@@ -36,8 +36,8 @@ Progress = Callable[[int, int, str], None]  # matrices done, matrices in all, na
 
 
 @dataclass(frozen=True)
-class GateResult:
-    """What became of one gate of one matrix; the keys of `kruify convert --json`."""
+class GateCounts:
+    """What a plan makes of one gate of one matrix, known before any work."""
 
     name: str
     layer: str
@@ -47,10 +47,24 @@ class GateResult:
     terms: int
     parameters_before: int
     parameters_after: int
+
+
+@dataclass(frozen=True)
+class GateResult(GateCounts):
+    """What became of it; the keys of `kruify convert --json`."""
+
     energy: float
     energy_null: float
     relative_error: float
     energy_weighted: float | None = None  # 1 - E||(W - K) h||^2 / E||W h||^2, of a calibrated fit
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The account of a conversion that was not made (a dry run)."""
+
+    matrices: list[GateCounts]
+    parameters: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -103,7 +117,7 @@ def convert_tensors(
             converted[bias_name] = (bias.double() + correction.to(bias.device)).to(bias.dtype)
         for entry, value in matrix.state_dict().items():
             converted[f"{name}.{entry}"] = value
-        results += _results(layer, name, structures, fits)
+        results += _results(_counts(layer, weight, structures), fits)
         if progress:
             progress(done, len(todo), name)
     converted = {name: converted[name] for name in _in_order(tensors, converted)}
@@ -161,6 +175,25 @@ def count_parameters(
         **before_after("recurrent", sum(_numel(before[name]) for name in recurrent), kept),
         **before_after("total", sum(map(_numel, before.values())), sum(map(_numel, after.values()))),
     }
+
+
+def expected(tensors: Mapping[str, AnyTensor], plan: Plan, located: Located) -> Expected:
+    """What `convert_tensors` would make of the sizes, without decomposing anything."""
+    matrices = [gate for layer, weight, s in plan.matrices() for gate in _counts(layer, weight, s)]
+    recurrent = {layer.full_name(weight) for layer, weight, _ in plan.matrices() if weight.startswith("weight_hh")}
+    saved = {"recurrent": 0, "total": 0}
+    for gate in matrices:
+        gain = gate.parameters_before - gate.parameters_after
+        saved["total"] += gain
+        saved["recurrent"] += gain if gate.name in recurrent else 0
+    before = {
+        "recurrent": sum(layer.recurrent_parameters for layer in located.layers),
+        "total": sum(map(_numel, tensors.values())),
+    }
+    parameters: dict[str, float] = {}
+    for part, count in before.items():
+        parameters |= before_after(part, count, count - saved[part])
+    return Expected(matrices, parameters)
 
 
 def before_after(part: str, before: int, after: int) -> dict[str, float]:
@@ -397,10 +430,10 @@ def dense_kru(module: KRU, dtype: torch.dtype | None = None) -> KRU:
     return dense.train(module.training)
 
 
-def _results(layer: RecurrentLayer, name: str, structures: Structures, fits: list[Fit]) -> list[GateResult]:
+def _counts(layer: RecurrentLayer, weight: str, structures: Structures) -> list[GateCounts]:
     return [
-        GateResult(
-            name=name,
+        GateCounts(
+            name=layer.full_name(weight),
             layer=layer.name,
             gate=gate,
             shape=(s.rows, s.cols),
@@ -408,12 +441,21 @@ def _results(layer: RecurrentLayer, name: str, structures: Structures, fits: lis
             terms=sum(term.rank for term in s.terms),
             parameters_before=s.dense_parameters,
             parameters_after=s.parameters,
+        )
+        for gate, s in zip(layer.gates, structures, strict=True)
+    ]
+
+
+def _results(counts: list[GateCounts], fits: list[Fit]) -> list[GateResult]:
+    return [
+        GateResult(
+            **vars(gate),
             energy=f.energy,
             energy_null=f.energy_null,
             relative_error=f.relative_error,
             energy_weighted=None if math.isnan(f.energy_weighted) else f.energy_weighted,
         )
-        for gate, s, f in zip(layer.gates, structures, fits, strict=True)
+        for gate, f in zip(counts, fits, strict=True)
     ]
 
 
