@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from kruify.calibrate import Moments, bias_correction
 from kruify.checkpoint import LazyTensor
 from kruify.conditioning import exact
-from kruify.decompose import Fit, fit
+from kruify.decompose import Fit, Relabelling, fit
 from kruify.errors import CorruptError, PlanError
 from kruify.layers import KRU, KRUGRU, KRULSTM, KRURNN, KroneckerMatrix, KRUGRUCell, KRULSTMCell, KRURNNCell
 from kruify.layers.assign import assign
 from kruify.layers.base import KRUBase
 from kruify.layers.cells import KRUCellBase
+from kruify.layers.relabel import Relabel, Units, dense_weight, set_relabel, weight_inside
 from kruify.locate import KRU_KINDS, MODULES, AnyTensor, Located, RecurrentLayer, describe
-from kruify.plan import LayerPlan, Plan, Structures
+from kruify.plan import LayerPlan, Plan, Structures, check_signs
+from kruify.relabel import RelabelResult, moments_inside, relabel_account, relabel_name, tensors_inside, tensors_outside
 
 KRU_CLASSES: dict[tuple[str, bool], type[KRUBase] | type[KRUCellBase]] = {
     ("rnn", False): KRURNN,
@@ -65,6 +67,7 @@ class Expected:
 
     matrices: list[GateCounts]
     parameters: dict[str, float]
+    relabelled: list[RelabelResult] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Conversion:
     tensors: dict[str, AnyTensor]
     matrices: list[GateResult]
     parameters: dict[str, float]
+    relabelled: list[RelabelResult] = field(default_factory=list)
 
 
 def convert_tensors(
@@ -84,10 +88,12 @@ def convert_tensors(
     *,
     moments: Mapping[str, Moments] | None = None,
     unitary: bool = False,
+    searched: Mapping[str, Relabelling] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Decomposes every matrix that the plan names; all other tensors are handed on untouched.
+    """Decomposes every matrix that the plan names; all other tensors are handed on untouched, but for those of the
+    layers and directions whose units the plan relabels.
 
     Args:
         moments: full weight name -> moments of what the matrix is applied to (kruify.calibrate). With them the fit
@@ -95,18 +101,22 @@ def convert_tensors(
             a layer without bias gets none. Matrices that are not named are fitted unweighted.
         unitary: fit orthogonal factors to the recurrent matrices of plain RNNs, whose scale is separate: the start
             for fine-tuning with the soft unitary penalty.
+        searched: what `relabel_plan` found, for the account.
 
     Raises:
         PlanError: a layer or a matrix of the plan is not in the tensors, or has another size.
     """
     check_plan(plan, located)
     converted = dict(tensors)
+    relabels = tensors_inside(converted, plan)
     results: list[GateResult] = []
     todo = list(plan.matrices())
     for done, (layer, weight, structures) in enumerate(todo, 1):
         name = layer.full_name(weight)
         dense = _load(converted.pop(name))
         known = (moments or {}).get(name)
+        if known is not None and name in relabels:
+            known = moments_inside(known, relabels[name])
         orthogonal = unitary and structures[0].scaled and weight.startswith("weight_hh")
         covariance = None if known is None or orthogonal else known.weight(layer.bias)
         matrix, fits = decompose_matrix(dense, structures, name, covariance=covariance, unitary=orthogonal, seed=seed)
@@ -120,8 +130,9 @@ def convert_tensors(
         results += _results(_counts(layer, weight, structures), fits)
         if progress:
             progress(done, len(todo), name)
-    converted = {name: converted[name] for name in _in_order(tensors, converted)}
-    return Conversion(plan, converted, results, count_parameters(tensors, converted, located))
+    converted = {name: converted[name] for name in _in_order(tensors, converted, relabels)}
+    counts = count_parameters(tensors, converted, located)
+    return Conversion(plan, converted, results, counts, relabel_account(plan, searched))
 
 
 def decompose_matrix(
@@ -163,6 +174,10 @@ def check_plan(plan: Plan, located: Located) -> None:
                 f"the plan is made for {structures[0].rows}x{structures[0].cols} gates, the model has {have}",
                 layer.full_name(weight),
             )
+    for item in plan.layers:
+        for weight, units in item.relabelled.items():
+            actual = found[item.layer.name]
+            check_signs(units, actual if actual.nonlinearity else item.layer, weight)
 
 
 def count_parameters(
@@ -177,7 +192,12 @@ def count_parameters(
     }
 
 
-def expected(tensors: Mapping[str, AnyTensor], plan: Plan, located: Located) -> Expected:
+def expected(
+    tensors: Mapping[str, AnyTensor],
+    plan: Plan,
+    located: Located,
+    searched: Mapping[str, Relabelling] | None = None,
+) -> Expected:
     """What `convert_tensors` would make of the sizes, without decomposing anything."""
     matrices = [gate for layer, weight, s in plan.matrices() for gate in _counts(layer, weight, s)]
     recurrent = {layer.full_name(weight) for layer, weight, _ in plan.matrices() if weight.startswith("weight_hh")}
@@ -193,7 +213,7 @@ def expected(tensors: Mapping[str, AnyTensor], plan: Plan, located: Located) -> 
     parameters: dict[str, float] = {}
     for part, count in before.items():
         parameters |= before_after(part, count, count - saved[part])
-    return Expected(matrices, parameters)
+    return Expected(matrices, parameters, relabel_account(plan, searched))
 
 
 def before_after(part: str, before: int, after: int) -> dict[str, float]:
@@ -212,7 +232,10 @@ def build_layer(
             raise PlanError(f"all layers of a KRU have the same factors, got {len(specs)} specs", layer.name)
         return _build_kru(layer, specs.pop(), device, dtype)
     kru = KRU_CLASSES[layer.kind, layer.cell]
-    return kru(layer.input_size, layer.hidden_size, factors=item.matrices, **_options(layer, device, dtype))
+    built = kru(layer.input_size, layer.hidden_size, factors=item.matrices, **_options(layer, device, dtype))
+    for weight, units in item.relabelled.items():
+        set_relabel(built, weight.removeprefix("weight_hh"), units)
+    return built
 
 
 def _build_kru(
@@ -279,7 +302,7 @@ def swap(model: nn.Module, plan: Plan) -> nn.Module:
                 "Build the model with kruify.layers.KRU in its place",
             )
         if isinstance(dense, Factored):
-            if matrices_of(dense) != item.matrices:
+            if matrices_of(dense) != item.matrices or set(relabelled_of(dense)) != set(item.relabelled):
                 raise PlanError(f"layer '{item.layer.name}' holds other factors than the plan", type(model).__name__)
             continue
         if not isinstance(dense, tuple(MODULES)):
@@ -287,12 +310,12 @@ def swap(model: nn.Module, plan: Plan) -> nn.Module:
         actual = describe(item.layer.name, dense)
         check_plan(Plan([item]), Located([actual], []))
         weight = next(dense.parameters())
-        layer = build_layer(LayerPlan(actual, item.matrices), weight.device, weight.dtype)
+        layer = build_layer(LayerPlan(actual, item.matrices, item.relabelled), weight.device, weight.dtype)
         with torch.no_grad():
             for name, parameter in dense.named_parameters():
                 target = getattr(layer, name, None)
                 if isinstance(target, nn.Parameter):
-                    target.copy_(parameter)
+                    target.copy_(weight_inside(layer, name, parameter))
                     target.requires_grad_(parameter.requires_grad)
         layer.train(dense.training)
         model = _set_submodule(model, item.layer.name, layer)
@@ -305,6 +328,7 @@ def convert_module(
     *,
     moments: Mapping[str, Moments] | None = None,
     unitary: bool = False,
+    searched: Mapping[str, Relabelling] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, Conversion]:
@@ -313,7 +337,7 @@ def convert_module(
     with torch.no_grad():
         tensors = model.state_dict()
         conversion = convert_tensors(
-            tensors, plan, located, moments=moments, unitary=unitary, seed=seed, progress=progress
+            tensors, plan, located, moments=moments, unitary=unitary, searched=searched, seed=seed, progress=progress
         )
         converted = swap(copy.deepcopy(model), plan)
         load_tensors(converted, conversion.tensors)
@@ -342,12 +366,17 @@ def plan_of(model: nn.Module) -> Plan:
     plans = []
     for name, module in model.named_modules():
         if isinstance(module, Factored):
-            plans.append(LayerPlan(describe_kru(name, module), matrices_of(module)))
+            plans.append(LayerPlan(describe_kru(name, module), matrices_of(module), relabelled_of(module)))
     return Plan(plans)
 
 
 def matrices_of(module: Factored) -> dict[str, Structures]:
     return {n: child.structures for n, child in module.named_children() if isinstance(child, KroneckerMatrix)}
+
+
+def relabelled_of(module: Factored) -> dict[str, Units]:
+    children = module.named_children()
+    return {f"weight_hh{n.removeprefix('relabel')}": c.units for n, c in children if isinstance(c, Relabel)}
 
 
 def describe_kru(name: str, module: Factored) -> RecurrentLayer:
@@ -401,6 +430,7 @@ def densify_tensors(tensors: Mapping[str, AnyTensor], plan: Plan) -> dict[str, T
         order[min(order.index(n) for n in entries)] = name
         with torch.no_grad():
             dense[name] = exact(matrix).to(dtype)
+    tensors_outside(dense, plan)
     return {name: dense[name] for name in order if name in dense}
 
 
@@ -411,8 +441,7 @@ def _dense_layer(name: str, module: Factored) -> nn.Module:
     dense = build_dense(describe_kru(name, module), weight.device, weight.dtype)
     with torch.no_grad():
         for parameter_name, parameter in dense.named_parameters():
-            value = getattr(module, parameter_name)
-            parameter.copy_(value.to_dense() if isinstance(value, KroneckerMatrix) else value)
+            parameter.copy_(dense_weight(module, parameter_name))
     return dense.train(module.training)
 
 
@@ -467,9 +496,11 @@ def _set_submodule(model: nn.Module, name: str, child: nn.Module) -> nn.Module:
     return model
 
 
-def _in_order(before: Mapping[str, AnyTensor], after: Mapping[str, AnyTensor]) -> list[str]:
-    """Names of `after`, the new ones standing where the matrix they replace stood."""
+def _in_order(before: Mapping[str, AnyTensor], after: Mapping[str, AnyTensor], relabels: Collection[str]) -> list[str]:
+    """Names of `after`, the new ones standing where the matrix they replace stood, a relabelling by its matrix."""
     position = {name: i for i, name in enumerate(before)}
+    for name in relabels:
+        position[relabel_name(name)] = position[name]
 
     def place(name: str) -> int:
         while name not in position:

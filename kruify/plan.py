@@ -7,24 +7,33 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 
 from kruify.errors import FactorSpecError, PlanError, UnsupportedError
 from kruify.factors import Structure, parse
-from kruify.locate import RecurrentLayer
+from kruify.layers.relabel import Units, is_relabelling, odd_gates
+from kruify.locate import KRU_KINDS, RecurrentLayer
 
-SCHEMA = 1
+SCHEMA = 2  # 1: no relabelling; it is still what a plan without one is written as
 Structures = tuple[Structure, ...]  # one a gate
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer and the matrices of it that become Kronecker sums; matrices that are not named stay dense."""
+    """One layer and the matrices of it that become Kronecker sums; matrices that are not named stay dense.
+
+    Attributes:
+        matrices: weight name within the layer, such as "weight_hh_l0" -> one structure a gate.
+        relabelled: recurrent weight name -> order and signs of the hidden units inside the layer
+            (kruify.layers.relabel).
+    """
 
     layer: RecurrentLayer
-    matrices: dict[str, Structures]  # weight name within the layer, such as "weight_hh_l0"
+    matrices: dict[str, Structures]
+    relabelled: dict[str, Units] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,13 +54,15 @@ class Plan:
                     weight: {
                         "scale": structures[0].scaled,
                         "gates": {gate: str(s) for gate, s in zip(item.layer.gates, structures, strict=True)},
+                        **({"units": " ".join(map(str, item.relabelled[weight]))} if weight in item.relabelled else {}),
                     }
                     for weight, structures in item.matrices.items()
                 },
             }
             for item in self.layers
         ]
-        return json.dumps({"schema": SCHEMA, "layers": layers}, indent=indent)
+        schema = SCHEMA if any(item.relabelled for item in self.layers) else 1
+        return json.dumps({"schema": schema, "layers": layers}, indent=indent)
 
     @staticmethod
     def from_json(text: str, where: str = "plan") -> Plan:
@@ -91,7 +102,7 @@ def _read_layer(data: object, where: str) -> LayerPlan:
         gates = layer.gates
     except (TypeError, KeyError) as error:
         raise PlanError(f"layer '{values.get('name')}' is incomplete ({error})", where) from None
-    matrices = {}
+    matrices, relabelled = {}, {}
     for weight, entry in data["matrices"].items():
         if weight not in _weight_names(layer):
             raise PlanError(
@@ -106,7 +117,29 @@ def _read_layer(data: object, where: str) -> LayerPlan:
             raise PlanError(f"'{layer.full_name(weight)}' needs one spec for each gate: {', '.join(gates)}", where)
         scaled = bool(entry.get("scale", False))
         matrices[weight] = tuple(_resolve(specs[g], layer, weight, g, scaled) for g in gates)
-    return LayerPlan(layer, matrices)
+        if "units" in entry:
+            relabelled[weight] = _read_units(entry["units"], layer, weight, where)
+    return LayerPlan(layer, matrices, relabelled)
+
+
+def _read_units(units: object, layer: RecurrentLayer, weight: str, where: str) -> Units:
+    name, hidden = layer.full_name(weight), layer.hidden_size
+    if not weight.startswith("weight_hh") or layer.kind in KRU_KINDS:
+        raise PlanError(f"'units' of '{name}': only recurrent matrices of RNN, LSTM and GRU are relabelled", where)
+    numbers = re.findall(r"[-+]?\d{1,9}", units) if isinstance(units, str) and re.fullmatch(r"[-+\d\s]*", units) else []
+    found = tuple(map(int, numbers))
+    if not is_relabelling(found, hidden):
+        raise PlanError(f"'units' of '{name}' must name each of the units 1 to {hidden} once, with either sign", where)
+    check_signs(found, layer, weight, where)
+    return found
+
+
+def check_signs(units: Units, layer: RecurrentLayer, weight: str, where: object = None) -> None:
+    """Raises `PlanError` where units change their sign and the cell does not allow it."""
+    if min(units) < 0 and odd_gates(layer.kind, layer.nonlinearity) is None:
+        raise PlanError(
+            f"'units' of '{layer.full_name(weight)}' change signs, which only an RNN known to be tanh allows", where
+        )
 
 
 def _is_of(value: object, annotation: str) -> bool:

@@ -12,8 +12,8 @@ import kruify.errors
 PACKAGE = Path(kruify.errors.__file__).parent
 ORDER = [
     "errors", "factors", "kronecker", "ops", "decompose", "layers", "conditioning", "checkpoint", "locate", "plan",
-    "planner", "task", "calibrate", "budget", "convert", "network", "finetune", "tasks", "evaluate", "report", "export",
-    "verify", "compress", "sweep", "api", "__init__", "cli", "__main__",
+    "planner", "task", "calibrate", "budget", "relabel", "convert", "network", "finetune", "tasks", "evaluate",
+    "report", "export", "verify", "compress", "sweep", "api", "__init__", "cli", "__main__",
 ]  # fmt: skip
 
 

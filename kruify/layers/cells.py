@@ -9,6 +9,7 @@ from kruify.errors import UsageError
 from kruify.layers import kernel
 from kruify.layers.base import Factors, apply_weight, build_weight
 from kruify.layers.matrix import KroneckerMatrix, reset_like_torch
+from kruify.layers.relabel import relabel_of
 from kruify.layers.steps import GATES, Matrix, State, make_step
 
 
@@ -16,6 +17,7 @@ class KRUCellBase(nn.Module):
     """Constructor and forward of torch.nn.LSTMCell / GRUCell / RNNCell, and their parameter names."""
 
     kind: str
+    relabelled = False  # whether it has a `Relabel`; on the class for cells pickled without it
     bias_ih: Tensor | None
     bias_hh: Tensor | None
 
@@ -50,9 +52,10 @@ class KRUCellBase(nn.Module):
         reset_like_torch(self, self.hidden_size)
 
     def _step(self, input: Tensor, state: State | None) -> State:
-        streamed = kernel.streaming_step(self, input, state)
-        if streamed is not None:
-            return streamed
+        if not self.relabelled:
+            streamed = kernel.streaming_step(self, input, state)
+            if streamed is not None:
+                return streamed
         if input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
             raise UsageError(
                 f"expected input of shape (batch, {self.input_size}) or ({self.input_size},), got {tuple(input.shape)}",
@@ -70,16 +73,23 @@ class KRUCellBase(nn.Module):
                 f"got {[tuple(s.shape) for s in state]}",
                 type(self).__name__,
             )
+        relabel = relabel_of(self, "") if self.relabelled else None
+        if relabel is None:
+            new = self._step_inside(x, state)
+        else:
+            new = relabel.state_outside(self._step_inside(x, relabel.state_inside(state)))
+        return new if input.dim() == 2 else tuple(s.squeeze(0) for s in new)
+
+    def _step_inside(self, x: Tensor, state: State) -> State:
+        """One step in the units of the matrices, x (batch, features)."""
         weight = self.weight_hh
         if kernel.serves(weight, x, projected=False):
             names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             kind = f"rnn_{self.nonlinearity}" if self.kind == "rnn" else self.kind
-            new = kernel.run_step(self, {name: getattr(self, name) for name in names}, kind, x, state)
-            return new if input.dim() == 2 else tuple(s.squeeze(0) for s in new)
+            return kernel.run_step(self, {name: getattr(self, name) for name in names}, kind, x, state)
         matrix: Matrix = weight if isinstance(weight, KroneckerMatrix) else lambda h: nn.functional.linear(h, weight)
         gates_x = apply_weight(self.weight_ih, x, self.bias_ih)
-        new = make_step(self.kind, matrix, self.bias_hh, nonlinearity=self.nonlinearity)(gates_x, state)
-        return new if input.dim() == 2 else tuple(s.squeeze(0) for s in new)
+        return make_step(self.kind, matrix, self.bias_hh, nonlinearity=self.nonlinearity)(gates_x, state)
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, bias={self.bias}"

@@ -8,6 +8,7 @@ import torch
 from torch import _VF, Tensor
 
 from kruify.layers.matrix import KroneckerMatrix
+from kruify.layers.relabel import Relabel, relabel_of
 from kruify.layers.steps import State
 
 if TYPE_CHECKING:
@@ -38,24 +39,32 @@ def flat_weights(layer: KRUBase) -> list[Tensor]:
     """Dense weights in the order that torch's functions expect."""
     flat: list[Tensor] = []
     for k, d in layer.directions():
-        for weight in layer.weights(k, d).values():
-            if weight is not None:
-                flat.append(_densified(weight) if isinstance(weight, KroneckerMatrix) else weight)
+        relabel = relabel_of(layer, f"_l{k}_reverse" if d else f"_l{k}") if layer.relabelled else None
+        for stem, weight in layer.weights(k, d).items():
+            if isinstance(weight, KroneckerMatrix):
+                flat.append(_densified(weight, stem, relabel))
+            elif weight is not None:
+                flat.append(weight if relabel is None else relabel.weight_outside(stem, weight))
     return flat
 
 
-def _densified(matrix: KroneckerMatrix) -> Tensor:
-    """The dense weight; without derivatives it is kept until a parameter of the matrix changes."""
+def _densified(matrix: KroneckerMatrix, stem: str, relabel: Relabel | None) -> Tensor:
+    """The dense weight in the outside's units; without derivatives it is kept until the matrix changes."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(matrix.device.type):
         # torch's fused optimisers change parameters without counting a version: what was kept before a step of training
         # is not to be trusted after it.
         matrix.__dict__.pop("_dense_kept", None)
-        return matrix.to_dense()
-    key = [(t.data_ptr(), t._version, t.dtype) for t in (*matrix.parameters(), *matrix.buffers())]
+        return _outside(matrix, stem, relabel)
+    numbers = [*matrix.parameters(), *matrix.buffers(), *(() if relabel is None else relabel.buffers())]
+    key = [(t.data_ptr(), t._version, t.dtype) for t in numbers]
     kept: _Kept | None = matrix.__dict__.get("_dense_kept")
     if kept is None or kept.key != key:
-        kept = matrix.__dict__["_dense_kept"] = _Kept(key, matrix.to_dense())
+        kept = matrix.__dict__["_dense_kept"] = _Kept(key, _outside(matrix, stem, relabel))
     return kept.dense
+
+
+def _outside(matrix: KroneckerMatrix, stem: str, relabel: Relabel | None) -> Tensor:
+    return matrix.to_dense() if relabel is None else relabel.weight_outside(stem, matrix.to_dense())
 
 
 class _Kept:

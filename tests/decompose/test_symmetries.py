@@ -4,10 +4,9 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
 
-from kruify.decompose import symmetries
-from kruify.decompose.symmetries import Relabelling, _exchange_gain, _flips
+from kruify.decompose import fit, symmetries
+from kruify.decompose.symmetries import _exchange_gain, _flips
 from kruify.errors import UsageError
 from kruify.factors import parse
 
@@ -54,21 +53,45 @@ def test_hidden_structure_is_found_beyond_chance_and_the_search_is_seeded():
     assert torch.equal(found.permutation, again.permutation)
 
 
-@pytest.mark.parametrize(("kind", "odd"), [(nn.RNN, [0]), (nn.GRU, [2]), (nn.LSTM, [2])])
-def test_relabelling_a_layer_only_relabels_its_output(kind, odd):
-    torch.manual_seed(0)
-    rnn = kind(3, 6).double()
-    signs = torch.tensor([1, -1, 1, -1, -1, 1], dtype=torch.float64)
-    found = Relabelling(torch.randperm(6), signs, 0, 0, 0, 0)
-    x = torch.randn(5, 2, 3, dtype=torch.float64)
-    wanted = rnn(x)[0][..., found.permutation] * signs
-    count = rnn.weight_hh_l0.shape[0] // 6
-    with torch.no_grad():
-        rnn.weight_hh_l0.copy_(found.relabel(rnn.weight_hh_l0.reshape(count, 6, 6), odd).reshape(-1, 6))
-        rnn.weight_ih_l0.copy_(found.relabel_rows(rnn.weight_ih_l0.reshape(count, 6, 3), odd).reshape(-1, 3))
-        for bias in (rnn.bias_ih_l0, rnn.bias_hh_l0):
-            bias.copy_(found.relabel_rows(bias.reshape(count, 6), odd).reshape(-1))
-    torch.testing.assert_close(rnn(x)[0], wanted)
+def test_signs_are_found_where_the_cell_allows_them():
+    """Planted: a product whose units changed their sign, in the columns of both gates and in the rows of the second."""
+    planted = torch.stack([torch.kron(gaussian(3, 3, seed=s), gaussian(4, 4, seed=s + 9)) for s in range(2)])
+    signs = torch.ones(12, dtype=torch.float64)
+    signs[[1, 6, 8]] = -1
+    w = planted * signs
+    w[1] *= signs[:, None]
+    structure = parse("3x3,4x4").resolve(12, 12)
+    found = symmetries(w, structure, odd=[1], restarts=60, seconds=30)
+    assert found.energy_after > 0.999 > found.energy_before
+    order, flips = (torch.tensor(found.units).abs() - 1), torch.tensor(found.units).sign()
+    back = w[:, order][:, :, order] * flips
+    back[1] *= flips[:, None]
+    kept = sum(fit(gate, structure, null=False).energy * float(gate.square().sum()) for gate in back)
+    assert kept / float(w.square().sum()) == pytest.approx(found.energy_after, abs=1e-6)
+    assert symmetries(w, structure, restarts=5, seconds=30).signs.eq(1).all()
+
+
+def test_with_a_projection_rows_alone_are_exchanged_and_flipped():
+    w, k = gaussian(2, 5, 3), gaussian(2, 5, 3, seed=1)
+    gain = _exchange_gain(w, k, projected=True)
+    for i, j in itertools.product(range(5), repeat=2):
+        order = list(range(5))
+        order[i], order[j] = j, i
+        torch.testing.assert_close(gain[i, j], ((w[:, order] - w) * k).sum())
+    signs = _flips(w, k, [1], projected=True)
+    assert torch.equal(signs, ((w * k)[1].sum(dim=1) >= 0).double() * 2 - 1)
+    planted = torch.stack([torch.kron(gaussian(3, 2, seed=s), gaussian(4, 3, seed=s + 9)) for s in range(2)])
+    order = [7, 1, 2, 3, 4, 5, 6, 0, 8, 11, 10, 9]
+    found = symmetries(planted[:, order], parse("3x2,4x3").resolve(12, 6), projected=True, restarts=60, seconds=30)
+    assert found.energy_after > 0.999 > found.energy_before
+
+
+def test_every_gate_may_have_a_structure_of_its_own():
+    w = torch.stack([torch.kron(gaussian(3, 3), gaussian(4, 4, seed=1)), gaussian(12, 12, seed=2)])
+    structures = [parse(spec).resolve(12, 12) for spec in ("3x3,4x4", "12x12")]
+    assert symmetries(w, structures, restarts=1).energy_before == pytest.approx(1)
+    with pytest.raises(UsageError, match="time limit"):
+        symmetries(w, structures, seconds=0)
 
 
 def test_other_shapes_are_named():
