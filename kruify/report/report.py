@@ -52,7 +52,7 @@ class Report:
     """Several models, the first of which the others are compared with.
 
     Attributes:
-        latency: steps and threads of the measurement, and the machine.
+        latency: steps and threads of the measurement, the machine, its cores, and its load average before.
         task, split, examples: what the metrics were measured on; None without a task.
         metric: key of the metric that decides; None without a task.
         higher_is_better: of that metric.

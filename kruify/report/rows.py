@@ -210,13 +210,17 @@ def spark_spectrum(values: Sequence[float]) -> str:
 
 
 def measured(report: Report) -> str:
-    """How latency and memory were measured, one sentence."""
+    """How latency and memory were measured."""
     info = report.latency
     threads = "one thread" if info["threads"] == 1 else f"{info['threads']} threads"
-    return (
+    said = (
         f"Latency and peak memory: the recurrent layers alone, {info['steps']} steps, {threads}, models taking turns, "
         f"on {info['machine']}; peak memory is what torch allocates beside the weights."
     )
+    load, cores = info.get("load"), info.get("cores")
+    if load and cores and load > cores:
+        said += f" Other programs were running (load {load:.1f} on {cores} cores): the latency is not to be relied on."
+    return said
 
 
 def judged(report: Report) -> str:

@@ -10,13 +10,14 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
+from kruify.api import convert, save
 from kruify.checkpoint import metadata_for, read, write_safetensors
 from kruify.cli.main import cli
 from kruify.convert import convert_tensors
 from kruify.evaluate import layers_of, matrix_health, measure_latency
 from kruify.locate import locate
 from kruify.plan import make_plan
-from kruify.report.details import history, made, peak_memory, with_energies
+from kruify.report.details import agreeing, history, made, peak_memory, with_energies
 
 
 @pytest.fixture
@@ -56,6 +57,21 @@ def test_peak_memory_grows_with_the_batch(files: tuple[Path, Path, list[float]])
     peaks = peak_memory(layers_of(read(files[0])), steps=8)
     assert peaks[1] >= 8 * 16 * 4  # at least the output
     assert peaks[32] > 8 * peaks[1]
+
+
+def test_files_that_tell_less_are_measured_like_those_that_tell_more(tmp_path: Path) -> None:
+    net = nn.RNN(4, 16, batch_first=True, nonlinearity="relu")
+    write_safetensors(tmp_path / "told-nothing.safetensors", net.state_dict())
+    save(convert(net, "4x4,4x4")[0], tmp_path / "told.safetensors")
+    dense, small = (layers_of(read(tmp_path / f"{name}.safetensors")) for name in ("told-nothing", "told"))
+    assert dense.items[0][0].batch_first is None
+    filled = agreeing([dense, small])
+    assert filled[1].items == small.items
+    ((layer, matrices),) = filled[0].items
+    assert layer.batch_first is True and layer.nonlinearity == "relu" and matrices == {}
+    (module,) = filled[0].modules()
+    x = torch.randn(2, 5, 4)
+    torch.testing.assert_close(module(x), net(x))
 
 
 def test_what_the_file_tells(files: tuple[Path, Path, list[float]], tmp_path: Path) -> None:

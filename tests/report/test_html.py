@@ -13,7 +13,18 @@ from rich.console import Console
 from kruify.evaluate import MatrixHealth
 from kruify.report import ModelReport, Report, tables, to_html, to_markdown
 from kruify.report.pictures import compact, short
-from kruify.report.rows import comparison, headlines, plan, quarters, size, spark, spark_spectrum, times, validations
+from kruify.report.rows import (
+    comparison,
+    headlines,
+    measured,
+    plan,
+    quarters,
+    size,
+    spark,
+    spark_spectrum,
+    times,
+    validations,
+)
 
 HOSTILE = '<script>alert("x")</script>|&'
 
@@ -186,6 +197,11 @@ def test_spectra_as_blocks_and_quarters() -> None:
     assert spark_spectrum([0.0, 0.0]) == ""
     assert quarters([4.0, 3.0, 2.0, 1.0, 1e-18]) == [4.0, 3.0, 2.0, 1.0, 0.0]
     assert spark([3.0, 3.0]) == "▁▁" and spark(list(range(100)), most=3) == "▁▅█"
+
+
+def test_a_busy_machine_is_said(report: Report) -> None:
+    assert "relied on" not in measured(replace(report, latency={**report.latency, "load": 1.9, "cores": 2}))
+    assert "(load 5.2 on 2 cores)" in measured(replace(report, latency={**report.latency, "load": 5.2, "cores": 2}))
 
 
 def test_words(report: Report) -> None:
