@@ -1,0 +1,78 @@
+"""The rows of benchmarks/paper: the networks that they say, a short run, and the table made of it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks" / "paper"
+GENERATED = ("copy-memory", "adding")
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    names = ("ledger", "rows", "draw", "run")
+    kept = {name: sys.modules.pop(name, None) for name in names}
+    monkeypatch.syspath_prepend(FOLDER.parent)
+    monkeypatch.syspath_prepend(FOLDER)
+    yield {name: importlib.import_module(name) for name in names}
+    for name, module in kept.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
+
+
+def test_the_networks_are_those_of_the_issue(modules: dict[str, ModuleType]) -> None:
+    rows, run = modules["rows"], modules["run"]
+    sizes = {}
+    for row in rows.ROWS:
+        assert row.table in rows.TABLES
+        if row.task.startswith(GENERATED):
+            task = rows.task_of(row)
+            sizes[row.key] = rows.size_of(task), run._recurrent(task.model())
+    assert sizes["copy-1000-kru"][1] == 8 * 7  # 8 log2 N real numbers
+    assert sizes["adding-750-kru"][1] == 8 * 9
+    for row in rows.ROWS:
+        if row.key in sizes and row.like:
+            assert abs(sizes[row.key][0] / sizes[row.like][0] - 1) < 0.02, row.key
+    assert rows.memoryless(1000) == pytest.approx(0.0294, abs=5e-5)
+    with pytest.raises(SystemExit, match="there is no row copy"):
+        rows.row_of("copy")
+
+
+def test_a_row_is_trained_kept_and_drawn(
+    modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    rows, run = modules["rows"], modules["run"]
+    monkeypatch.setattr("kruify.tasks.copy_memory._EXAMPLES", {"valid": 20, "test": 20})
+    small = rows.Row("copy-1000-kru", "copy-1000", "KRU", "copy-memory:T=5,train_examples=200", "kru", 8, 40)
+    monkeypatch.setattr(run, "row_of", lambda key: small)
+    monkeypatch.setattr(run, "LEDGER", tmp_path / "ledger")
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    command = ["run.py", "copy-1000-kru", "--fraction", "0.5", "--cache", str(tmp_path / "cache")]
+    monkeypatch.setattr(sys, "argv", command)
+    run.main()
+    (file,) = (tmp_path / "ledger").iterdir()
+    assert file.name == "copy-1000-kru-0.5-s0.json"
+    entry = json.loads(file.read_text())
+    assert (entry["steps"], entry["all_steps"], entry["fraction"]) == (20, 40, 0.5)
+    assert entry["recurrent_parameters"] == 8 * 3
+    assert {"machine", "commit", "seed", "seconds", "date"} <= set(entry)
+    assert [bool(h["conditioning"].get("gradient")) for h in entry["history"]] == [True, *[False] * 4, True]
+    text = (tmp_path / "results.md").read_text()
+    assert "20 (50% of 40)" in text and "| no |" in text and "Not run yet." in text
+    assert "gradient through time" in (tmp_path / "copy-1000-kru.svg").read_text()
+    before = file.stat().st_mtime_ns
+    run.main()
+    assert file.stat().st_mtime_ns == before, "a finished row is not run again"
+
+
+def test_published_figures_have_a_source(modules: dict[str, ModuleType]) -> None:
+    published = [item for table in modules["rows"].TABLES.values() for item in table.published]
+    assert published and all(source for _, _, source in published)
