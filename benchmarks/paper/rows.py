@@ -98,8 +98,8 @@ TABLES = {
 _COPY = "copy-memory:batch_size=20,train_examples=2000"
 _ADDING = "adding:batch_size=20,train_examples=5000"
 _SLOW = {"lr": 1e-3, "schedule": "cosine", "warmup": 0.05}
-# An angle of W counts T times over a sequence, so the factors move more slowly than what reads them.
-_COPYING = {"lr": 3e-3, "factor_lr": 0.2, "schedule": "cosine", "warmup": 0.05}
+# A change of an angle of W counts T times over a sequence: what reads the state can follow only if W moves slowly.
+_COPYING = {"lr": 3e-3, "factor_lr": 0.01, "schedule": "cosine", "warmup": 0.05}
 _FAST = {"lr": 1e-2, "schedule": "cosine", "warmup": 0.05}
 _JSB = "jsb:dropout=0.2"
 _FREE = {"unitary_penalty": 0.0}

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from kruify.finetune.recipe import Recipe
+from kruify.layers import KRU
 from kruify.layers.matrix import KroneckerMatrix
 
 
@@ -20,6 +21,17 @@ def factor_names(model: nn.Module) -> set[str]:
     return names
 
 
+def repeated_names(model: nn.Module) -> set[str]:
+    """Names of the biases of modReLU: they act on the state at every step, as the factors do."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, KRU)
+        for name, _ in module.named_parameters(recurse=False)
+        if name.startswith("bias")
+    }
+
+
 def parameter_groups(model: nn.Module, recipe: Recipe, only: Collection[str] | None = None) -> list[dict[str, Any]]:
     """Groups for an optimiser: dense matrices, dense vectors, factors, vectors of Kronecker matrices.
 
@@ -29,6 +41,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe, only: Collection[str] | N
         only: names of the parameters to train; None for all that require a gradient.
     """
     factors = factor_names(model)
+    slow = factors | repeated_names(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or (only is not None and name not in only):
@@ -36,7 +49,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe, only: Collection[str] | N
         inside = name in factors
         vector = parameter.ndim < 2 or name.endswith((".scale", ".diagonal"))
         decay = 0.0 if vector else recipe.factor_weight_decay if inside else recipe.weight_decay
-        groups.setdefault((recipe.factor_lr if inside else 1.0, decay), []).append(parameter)
+        groups.setdefault((recipe.factor_lr if name in slow else 1.0, decay), []).append(parameter)
     return [
         {"params": p, "share": share, "weight_decay": decay}
         for (share, decay), p in sorted(groups.items(), key=lambda g: g[0])

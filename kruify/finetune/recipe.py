@@ -20,7 +20,8 @@ class Recipe:
         schedule: "onecycle", "cosine", "linear" or "constant".
         warmup: share of the run in which the learning rate rises.
         weight_decay: of dense matrices; biases, diagonals and scales are never decayed.
-        factor_lr: learning rate of Kronecker factors and overlays, as a multiple of `lr`.
+        factor_lr: learning rate of Kronecker factors and overlays, and of a KRU's biases, as a multiple of `lr`. Over T
+            steps a change of an angle of W counts T times, so long memories want it small.
         factor_weight_decay: weight decay of Kronecker factors and overlays.
         clip: gradients are scaled down to this norm; 0 for never.
         unitary_penalty: lambda of the soft unitary penalty; None for on where a plain RNN carries the state, off

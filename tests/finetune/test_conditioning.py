@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from kruify.conditioning import conditioning
-from kruify.finetune import finetune
+from kruify.finetune import Recipe, finetune
 from kruify.finetune.conditioning import POINTS, gradient_through_time, matrices, measure
+from kruify.finetune.groups import parameter_groups
 from kruify.layers import KRU, KRUGRU
 from kruify.task import Task
 
@@ -150,3 +151,16 @@ def test_a_run_measures_at_every_validation_and_trains_the_same(tmp_path: Path) 
     assert [float(line["gradient_norm"]) for line in lines[-STEPS:]] == watched.history[-1]["conditioning"]["gradient"][
         "rnn"
     ]["norms"]
+
+
+def test_what_acts_at_every_step_has_a_learning_rate_of_its_own() -> None:
+    model = Net(KRU(2, 4, num_layers=2, batch_first=True, factors="2x2"), 8)
+    groups = parameter_groups(model, Recipe(factor_lr=0.01))
+    names = {id(p): name for name, p in model.named_parameters()}
+    slow = {names[id(p)] for group in groups if group["share"] == 0.01 for p in group["params"]}
+    assert slow == {
+        f"rnn.{name}_l{k}{end}"
+        for k in (0, 1)
+        for name, end in (("bias", ""), ("weight_hh", ".terms.0.factors.0"), ("weight_hh", ".terms.0.factors.1"))
+    }
+    assert sum(len(group["params"]) for group in groups) == len(names)
