@@ -97,7 +97,7 @@ TABLES = {
 
 _COPY = "copy-memory:batch_size=20,train_examples=2000"
 _ADDING = "adding:batch_size=20,train_examples=5000"
-_SLOW = {"lr": 1e-3, "schedule": "cosine", "warmup": 0.05}
+_SLOW = {"lr": 1e-3, "factor_lr": 0.05, "schedule": "cosine", "warmup": 0.05}
 # A change of an angle of W counts T times over a sequence: what reads the state can follow only if W moves slowly.
 _COPYING = {"lr": 3e-3, "factor_lr": 0.01, "schedule": "cosine", "warmup": 0.05}
 _FAST = {"lr": 1e-2, "schedule": "cosine", "warmup": 0.05}
@@ -106,14 +106,14 @@ _FREE = {"unitary_penalty": 0.0}
 _PENALTY = {"unitary_penalty": 1e-2}
 
 ROWS = [
-    Row("copy-1000-kru", "copy-1000", "KRU, 2x2 complex", f"{_COPY},T=1000", "kru", 128, 2000,
+    Row("copy-1000-kru", "copy-1000", "KRU, 2x2 complex", f"{_COPY},T=1000", "kru", 128, 600,
         recipe={**_COPYING, **_PENALTY}, rank=1),
     Row("copy-1000-lstm", "copy-1000", "LSTM of equal size", f"{_COPY},T=1000", "lstm", 0, 2000,
         like="copy-1000-kru", recipe=_COPYING, rank=5),
-    Row("copy-1000-kru-free", "copy-1000", "KRU without penalty", f"{_COPY},T=1000", "kru", 128, 2000,
+    Row("copy-1000-kru-free", "copy-1000", "KRU without penalty", f"{_COPY},T=1000", "kru", 128, 600,
         recipe={**_COPYING, **_FREE}, rank=6),
-    Row("copy-2000-kru", "copy-2000", "KRU, 2x2 complex", f"{_COPY},T=2000", "kru", 128, 2000,
-        recipe={**_COPYING, **_PENALTY}, rank=9),
+    Row("copy-2000-kru", "copy-2000", "KRU, 2x2 complex", f"{_COPY},T=2000", "kru", 128, 600,
+        recipe={**_COPYING, "factor_lr": 0.005, **_PENALTY}, rank=9),
     Row("copy-2000-lstm", "copy-2000", "LSTM of equal size", f"{_COPY},T=2000", "lstm", 0, 2000,
         like="copy-2000-kru", recipe=_COPYING, rank=12),
     Row("adding-200-kru", "adding-200", "KRU, 2x2 complex", f"{_ADDING},T=200", "kru", 512, 5000,
