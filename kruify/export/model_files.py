@@ -23,7 +23,7 @@ from kruify.checkpoint import (
 )
 from kruify.convert import densify, densify_tensors
 from kruify.errors import UnsupportedError, UsageError
-from kruify.evaluate import Layers, layers_of
+from kruify.evaluate import layers_of
 from kruify.export.check import TOLERANCE, Exported, compare, difference, layer_cases, require, staged
 from kruify.export.layer_files import (
     call_layer,
@@ -73,7 +73,7 @@ def export_layers(
     if nonlinearity is not None and all(layer.kind != "rnn" for layer, _ in found.items):
         raise UsageError("there is no plain RNN whose nonlinearity could be set", checkpoint.path, "Leave it out")
     told = [_told(layer, batch_first, nonlinearity, checkpoint.path) for layer, _ in found.items]
-    layers = Layers(checkpoint, [(layer, matrices) for layer, (_, matrices) in zip(told, found.items, strict=True)])
+    layers = replace(found, items=[(layer, matrices) for layer, (_, matrices) in zip(told, found.items, strict=True)])
     write = export_onnx if to == "onnx" else export_torch
     exported = []
     for layer, module in zip(told, layers.modules(), strict=True):

@@ -60,7 +60,7 @@ def agreeing(layers: Sequence[Layers]) -> list[Layers]:
             unknown = [field.name for field in fields(layer) if getattr(layer, field.name) is None]
             told = {name: known[layer.name, name] for name in unknown if (layer.name, name) in known}
             items.append((replace(layer, **told), matrices))
-        filled.append(Layers(model.checkpoint, items))
+        filled.append(replace(model, items=items))
     return filled
 
 
