@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from alternation import alternate
 from grid import METHODS, TASKS, Cell
+from ledger import where_and_when
 from torch import nn
 
 from kruify.api import convert
@@ -21,7 +20,7 @@ from kruify.finetune import Progress, finetune
 from kruify.finetune.recurrent import recurrent_layers
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.locate import locate
-from kruify.plan import make_plan
+from kruify.plan import Plan, make_plan
 from kruify.task import Task, load_task
 
 
@@ -39,9 +38,14 @@ def run(cell: Cell, cache: Path, on_progress: Callable[[Progress], None] | None 
         teacher.load_state_dict(
             torch.load(weights_file(Cell(cell.task, "dense", 1, cell.seed), cache), weights_only=True)
         )
-    model, task = build(cell, task, teacher)
     started = time.monotonic()
     entry: dict[str, Any] = {}
+    options = cell.options
+    if method.start == "alternate":
+        assert teacher is not None
+        teacher, entry["alternation"] = alternate(teacher, task, plan_of(cell, teacher), options, on_progress)
+        options |= {"epochs": options["epochs"] / 2}
+    model, task = build(cell, task, teacher)
     if method.start == "int8":
         entry["valid"] = task.evaluate(model, "valid")
     else:
@@ -53,7 +57,7 @@ def run(cell: Cell, cache: Path, on_progress: Callable[[Progress], None] | None 
             device="cpu",
             evaluate_first=False,
             on_progress=on_progress,
-            **cell.options,
+            **options,
         )
         entry |= {"valid": result.metrics, "history": result.history, "train_seconds": round(result.seconds, 1)}
         torch.save(model.state_dict(), weights_file(cell, cache))
@@ -93,20 +97,26 @@ def build(cell: Cell, task: Task, teacher: nn.Module | None) -> tuple[nn.Module,
         model = task.model()
         model.load_state_dict(teacher.state_dict())
         return model, task
-    assert method.spec is not None
-    layers, times = locate(teacher).layers, matrix_times(cell, teacher)
+    plan = plan_of(cell, teacher)
+    if method.start == "random":
+        return swap(task.model(), plan), task
+    return convert(teacher, plan=plan, seed=cell.seed)[0], task
+
+
+def plan_of(cell: Cell, dense: nn.Module) -> Plan:
+    """The structure of every matrix that the cell's method and budget ask for."""
+    spec = METHODS[cell.method].spec
+    assert spec is not None
+    layers, times = locate(dense).layers, matrix_times(cell, dense)
     weights = [("weight_hh", True), ("weight_ih", cell.whole)]
     specs = {
-        layer.full_name(weight + suffix): method.spec(*layer.shape(weight + suffix), times)
+        layer.full_name(weight + suffix): spec(*layer.shape(weight + suffix), times)
         for layer in layers
         for suffix in layer.suffixes
         for weight, wanted in weights
         if wanted
     }
-    plan = make_plan(layers, "auto", None, (), (), specs)
-    if method.start == "random":
-        return swap(task.model(), plan), task
-    return convert(teacher, plan=plan, seed=cell.seed)[0], task
+    return make_plan(layers, "auto", None, (), (), specs)
 
 
 def matrix_times(cell: Cell, dense: nn.Module) -> float:
@@ -161,24 +171,3 @@ def latency(model: nn.Module, batch: int, steps: int = 32, repeats: int = 15) ->
             times.append(time.perf_counter() - start)
         total += statistics.median(times) / steps * 1000
     return total
-
-
-def where_and_when() -> dict[str, Any]:
-    def git(*args: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(["git", *args], capture_output=True, text=True, cwd=here, check=False).stdout.strip()
-
-    return {
-        "machine": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    }
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -23,6 +23,7 @@ def draw(entries: list[Entry], folder: Path) -> None:
         print("no pictures: matplotlib is not installed")
         return
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "kruify"  # the same picture is the same file
     for task in sorted({e["task"] for e in entries}):
         mine = [e for e in entries if e["task"] == task and not e["options"].get("short")]
         picture(mine, "recurrent_parameters", "recurrent parameters", folder / f"{task}-parameters.svg")

@@ -30,27 +30,31 @@ class TaskSetup:
 
 TASKS: dict[str, TaskSetup] = {
     "g2p": TaskSetup(
-        "g2p-en", 256, {"epochs": 12, "lr": 3e-3}, {"epochs": 12, "lr": 2e-3}, lambda h: f"g2p-en:hidden={h}"
+        "g2p-en",
+        256,
+        {"epochs": 12, "lr": 3e-3},
+        {"epochs": 12, "lr": 2e-3, "factor_lr": 3.0},
+        lambda h: f"g2p-en:hidden={h}",
     ),
     "jsb": TaskSetup(
         "jsb:hidden=256,cell=gru,dropout=0.4",
         256,
-        {"epochs": 75, "lr": 4e-3},
-        {"epochs": 40, "lr": 2e-3},
+        {"epochs": 300, "lr": 4e-3},
+        {"epochs": 100, "lr": 2e-3, "factor_lr": 3.0},
         lambda h: f"jsb:hidden={h},cell=gru,dropout=0.4",
     ),
     "fashion": TaskSetup(
         "fashion-mnist-rows:hidden=128,cell=lstm",
         128,
         {"epochs": 8, "lr": 3e-3},
-        {"epochs": 8, "lr": 2e-3},
+        {"epochs": 8, "lr": 2e-3, "factor_lr": 3.0},
         lambda h: f"fashion-mnist-rows:hidden={h},cell=lstm",
     ),
     "kjv": TaskSetup(
         "king-james:hidden=512,cell=lstm",
         512,
         {"epochs": 4, "lr": 3e-3},
-        {"epochs": 4, "lr": 2e-3},
+        {"epochs": 4, "lr": 2e-3, "factor_lr": 3.0},
         lambda h: f"king-james:hidden={h},cell=lstm",
     ),
 }
@@ -91,8 +95,8 @@ class Method:
 
     Attributes:
         spec: structure of the recurrent matrices; None where they stay dense.
-        start: "convert" from the dense network, "random", "dense" (it stays dense), "smaller" (dense with fewer
-            units) or "int8".
+        start: "convert" from the dense network, "alternate" (learning-compression, then convert), "random", "dense"
+            (it stays dense), "smaller" (dense with fewer units) or "int8".
         teacher: whether the dense network teaches.
         options: of the recipe, beside those of the task.
         title: in tables and pictures.
@@ -106,17 +110,18 @@ class Method:
 
 
 CE = {"distill_logits": 0.0, "distill_hidden": 0.0}  # overlays may be annealed without anything else being taught
+TAUGHT = {"distill_logits": 0.5, "distill_hidden": 0.0}  # the default recipe's way
 ANNEAL = {"overlay_start": 1.0, "overlay_until": 0.6}
 
 METHODS: dict[str, Method] = {
-    # controls
+    # controls, trained as the default recipe trains
     "dense": Method("dense, from scratch", start="scratch"),
     "dense-longer": Method("dense, trained on as long", start="dense"),
     "smaller": Method("smaller dense, from scratch", start="smaller"),
     "int8": Method("int8 dynamic, as it is", start="int8"),
-    "low-rank": Method("low rank", low_rank),
-    "pruned": Method("magnitude pruning, at once", sparse(1)),
-    "pruned-gradual": Method("magnitude pruning, gradual", sparse(1), teacher=True, options={**CE, **ANNEAL}),
+    "low-rank": Method("low rank", low_rank, teacher=True, options=TAUGHT),
+    "pruned": Method("magnitude pruning, at once", sparse(1), teacher=True, options=TAUGHT),
+    "pruned-gradual": Method("magnitude pruning, gradual", sparse(1), teacher=True, options={**TAUGHT, **ANNEAL}),
     # structures, plain fine-tuning
     "kron": Method("Kronecker", kronecker),
     "kron-low-rank": Method("Kronecker + low rank", kronecker_low_rank),
@@ -134,8 +139,7 @@ METHODS: dict[str, Method] = {
         {"distill_logits": 0.0, "distill_hidden": 1.0},
     ),
     "low-rank-sparse-logits": Method(
-        "low rank + sparse, outputs taught", low_rank_sparse(1), "convert", True,
-        {"distill_logits": 0.5, "distill_hidden": 0.0},
+        "low rank + sparse, outputs taught", low_rank_sparse(1), "convert", True, TAUGHT,
     ),
     "low-rank-sparse-heal": Method(
         "low rank + sparse, healed first", low_rank_sparse(1), "convert", True, {**CE, "heal_epochs": 1.0},
@@ -156,7 +160,10 @@ METHODS: dict[str, Method] = {
         "low rank + sparse, annealed, blocks shared, all taught", low_rank_sparse(1), "convert", True,
         {"distill_logits": 0.5, "distill_hidden": 1.0, **ANNEAL, "overlay_pooled": True},
     ),
-    "random": Method("low rank + sparse, random start", low_rank_sparse(1), "random"),
+    "low-rank-sparse-alternated": Method(
+        "low rank + sparse, learning-compression", low_rank_sparse(1), "alternate"
+    ),
+    "random": Method("low rank + sparse, random start", low_rank_sparse(1), "random", True, TAUGHT),
 }  # fmt: skip
 
 
@@ -216,7 +223,7 @@ def number(text: str) -> float | int | str:
     return text
 
 
-RECIPE = "low-rank-sparse-anneal"  # the method that the default recipe is
+RECIPE = "low-rank-sparse-logits"  # the method that the default recipe is
 CONTROLS = ("dense-longer", "low-rank", "pruned", "pruned-gradual", "random", "smaller")
 
 

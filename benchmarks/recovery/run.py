@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import ledger  # noqa: E402
 import torch  # noqa: E402
 from cells import build, latency, run, weights_file  # noqa: E402
 from draw import draw  # noqa: E402
@@ -41,18 +41,6 @@ def ledger_file(cell: Cell) -> Path:
 
 def finished(cell: Cell) -> bool:
     return ledger_file(cell).exists()
-
-
-def entries() -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(LEDGER.glob("*/*/*.json"))]
-
-
-def write(cell: Cell, entry: dict[str, Any]) -> None:
-    path = ledger_file(cell)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(entry, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def report(cell: Cell) -> Any:
@@ -78,14 +66,14 @@ def run_cells(cells: list[Cell], cache: Path, until: float) -> None:
         if METHODS[cell.method].start not in ("scratch", "smaller") and not weights_file(teacher, cache).exists():
             # The ledger may know the teacher from another machine; its weights are needed here.
             print(f"{teacher.key} (the teacher)", flush=True)
-            write(teacher, run(teacher, cache, report(teacher)))
+            ledger.write(ledger_file(teacher), run(teacher, cache, report(teacher)))
         print(cell.key, flush=True)
         try:
             entry = run(cell, cache, report(cell))
         except TaskError as error:
             print(f"  left out: {error}")
             continue
-        write(cell, entry)
+        ledger.write(ledger_file(cell), entry)
         print(f"  valid {entry['valid']} test {entry['test']}", flush=True)
 
 
@@ -99,9 +87,7 @@ def measure(cache: Path) -> None:
         task = load_task(TASKS[cell.task].name)
         model, _ = build(cell, task, task.model())
         entry["latency_ms_per_step"] = {str(b): round(latency(model, b), 4) for b in (1, 32)}
-        write_to = path.with_suffix(".tmp")
-        write_to.write_text(json.dumps(entry, indent=1) + "\n")
-        os.replace(write_to, path)
+        ledger.write(path, entry)
         print(entry["cell"], entry["latency_ms_per_step"], flush=True)
 
 
@@ -127,7 +113,7 @@ def main() -> None:
     elif not args.draw:
         run_cells(cells, args.cache, time.time() + 60 * args.minutes)
     if not args.list:
-        draw(entries(), HERE)
+        draw(ledger.read_all(LEDGER), HERE)
 
 
 if __name__ == "__main__":
