@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from kruify.ops.layout import Layout, TermLayout
+from kruify.ops.reference import GATES, MODRELU, WORKSPACE
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "kruify" / "csrc"
-KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-SAVED = {"lstm": 5, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0}
+KINDS = tuple(GATES)
 
 
 def cached(name: str, sources: Sequence[Path], command: Sequence[str], build: Callable[[Path], None]) -> Path:
@@ -73,6 +72,12 @@ class Matrix:
 
     def arguments(self) -> tuple[object, ...]:
         return self.stages, self.diagonal, self.overlay, self.index, self.bias, self.layout.encode()
+
+    def of_kind(self, kind: str) -> Matrix:
+        """With a bias as the kind has it; modReLU's stays below 0, above it there is a leap at z = 0."""
+        if kind not in MODRELU or self.bias is None:
+            return self
+        return replace(self, bias=-self.bias[: len(self.bias) // (2 if kind == "rnn_modrelu_complex" else 1)].abs())
 
     def to(self, dtype: torch.dtype) -> Matrix:
         def cast(t: Tensor | None) -> Tensor | None:
@@ -129,7 +134,7 @@ class Phases:
 
     def recurrence(self, x, sizes, h0, c0, m, kind, reverse, o):  # type: ignore[no-untyped-def]
         out, h, c = (torch.full_like(t, float("nan")) for t in (x[:, : h0.shape[1]].contiguous(), h0, h0))
-        workspace = torch.full((x.shape[0], SAVED[kind] * h0.shape[1]), float("nan"), dtype=x.dtype)
+        workspace = torch.full((x.shape[0], WORKSPACE[kind] * h0.shape[1]), float("nan"), dtype=x.dtype)
         problem = self._problem(m, kind, sizes, reverse, h0.shape[0])
         self._call(
             "forward",

@@ -223,7 +223,7 @@ template <class T>
 int forward(const Problem& p, const Options& o, const T* const* in, T* const* out) {
   HostMachine machine(o);
   Matrix<T> m = matrix_of<T>(p);
-  recurrence(machine, m, Kind(p.kind), GeneralForward<T>{in[0], in[1], in[2], out[0], out[1], out[2], out[3], {p.starts, p.steps, p.batch, p.reverse != 0}, p.kind == kRelu});
+  recurrence(machine, m, Kind(p.kind), GeneralForward<T>{in[0], in[1], in[2], out[0], out[1], out[2], out[3], {p.starts, p.steps, p.batch, p.reverse != 0}});
   return machine.pairs;
 }
 
@@ -232,7 +232,7 @@ int backward(const Problem& p, const Options& o, const T* const* in, T* const* o
   HostMachine machine(o);
   Matrix<T> m = matrix_of<T>(p);
   recurrence_backward(machine, m, Kind(p.kind),
-                      GeneralBackward<T>{in[0], in[1], in[2], in[3], in[4], in[5], in[6], out[0], nullptr, out[1], out[2], {p.starts, p.steps, p.batch, p.reverse != 0}, p.kind == kRelu},
+                      GeneralBackward<T>{in[0], in[1], in[2], in[3], in[4], in[5], in[6], out[0], nullptr, out[1], out[2], {p.starts, p.steps, p.batch, p.reverse != 0}},
                       rows, gradient_of(p, grads));
   return machine.pairs;
 }

@@ -27,8 +27,8 @@ pytestmark = [
     ),
 ]
 
-KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+GATES = reference.GATES
+KINDS = tuple(GATES)
 MENU = ((16, 16), (32, 16), (32, 32), (64, 32), (64, 64))
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}  # of the largest value
 
@@ -71,6 +71,7 @@ def inputs(m, kind, sizes, dtype=torch.float64, columns=0):  # type: ignore[no-u
 
 def run(m, kind, given, reverse, device, dtype):  # type: ignore[no-untyped-def]
     """Outputs and gradients of everything, by the operator (cuda) or the reference (cpu)."""
+    m = m.of_kind(kind)
 
     def leaf(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.to(device, dtype).requires_grad_()
@@ -175,7 +176,7 @@ def on_gpu(m, dtype):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(matrix, kind) -> None:  # type: ignore[no-untyped-def]
     gates = GATES[kind]
-    m = matrix(gates, 6, 6, [(range(gates), 2, [(2, 3), (3, 2)])], diagonal=(0,), overlay=3, block=2)
+    m = matrix(gates, 6, 6, [(range(gates), 2, [(2, 3), (3, 2)])], diagonal=(0,), overlay=3, block=2).of_kind(kind)
     x, w, b, sizes, h0, c0 = inputs(m, kind, [3, 2], columns=4)
     stages, diagonal, overlay, index, bias, layout = on_gpu(m, torch.float64)
     tensors = [x, w, b, h0, c0, *stages, diagonal, overlay, bias]
@@ -286,6 +287,24 @@ def test_torch_compile(matrix) -> None:  # type: ignore[no-untyped-def]
 
     found = torch.autograd.grad(torch.compile(function, fullgraph=True)(x), x)[0]
     close("compiled", found, torch.autograd.grad(function(x), x)[0], 1e-5)
+
+
+@pytest.mark.parametrize("hidden", [128, 512, 6])
+@pytest.mark.parametrize("complex_state", [True, False])
+def test_a_kru_is_its_reference(complex_state, hidden) -> None:  # type: ignore[no-untyped-def]
+    """128 and 512 run in the two-stage templates, 6 in the general kernel."""
+    torch.manual_seed(0)
+    layer = layers.KRU(5, hidden, 2, factors="auto:2" if hidden == 6 else "2x2", complex_state=complex_state).cuda()
+    x = torch.randn(30, 7, 5, device="cuda")
+    results = []
+    for backend in ("kernel", "reference"):
+        layer.backend = backend
+        out, h = layer(x)
+        grads = torch.autograd.grad(out.square().mean() + h.abs().square().mean(), list(layer.parameters()))
+        results.append([out, h, *grads])
+    for k, (a, b) in enumerate(zip(*results, strict=True)):
+        a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (a, b))
+        close(f"result {k}", a, b, 1e-4)  # both sides are float32
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])

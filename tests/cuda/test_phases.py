@@ -11,7 +11,7 @@ from torch import Tensor
 from kruify.ops import operators as operators
 from kruify.ops import reference
 
-KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+KINDS = tuple(reference.GATES)
 MENU = ((16, 16), (32, 16), (32, 32), (64, 32), (64, 64))
 SIZES = {"equal": [2, 2, 2], "packed": [3, 2, 2, 1]}
 FP32 = {"rtol": 1e-4, "atol": 2e-5}
@@ -31,6 +31,7 @@ def compare(name: str, got: Tensor | None, wanted: Tensor | None, tolerance: dic
 
 def check(phases, m, kind, sizes, reverse, dtype, o, without=()):  # type: ignore[no-untyped-def]
     """Forward and backward against the reference; returns how many launches took two-stage templates, and outputs."""
+    m = m.of_kind(kind)
     batch_sizes = torch.tensor(sizes, dtype=torch.int64)
     total, batch, hidden = sum(sizes), sizes[0] if sizes else 2, m.layout.rows
     x = torch.randn(total, m.layout.gates * hidden, dtype=torch.float64)

@@ -50,7 +50,7 @@ struct MatrixArguments {
   Optional diagonal, overlay, index, bias;
 
   MatrixArguments(const Tensor& like, const std::vector<Tensor>& given, const Optional& diagonal_, const Optional& overlay_, const Optional& index_,
-                  const Optional& bias_, const std::vector<int64_t>& code)
+                  const Optional& bias_, const std::vector<int64_t>& code, int rows_a_bias = 1)
       : layout(decode_layout(code)) {
     const ScalarType dtype = like.scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "kruify: the kernels take float32 and float64");
@@ -78,7 +78,7 @@ struct MatrixArguments {
       index = torch::stable::contiguous(*index_);
       if (overlay->numel() == 0) overlay.reset(), index.reset();
     }
-    if (bias_) bias = checked("the bias", *bias_, like, {static_cast<int64_t>(layout.gates) * layout.rows});
+    if (bias_) bias = checked("the bias", *bias_, like, {static_cast<int64_t>(layout.gates) * layout.rows / rows_a_bias});
   }
 
   template <class T>

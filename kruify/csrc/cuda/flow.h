@@ -7,6 +7,7 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "matrix_layout.h"
 #include "menu.h"
@@ -313,17 +314,24 @@ Program<T> program_of(Machine& machine, Matrix<T>& m, bool backward) {
   return program;
 }
 
+// modReLU's bias belongs to the cell: the matrix is left without one. Returns what the cell gets.
+template <class T>
+const T* take_threshold(Matrix<T>& m, Kind kind) {
+  return is_modrelu(kind) ? std::exchange(m.bias, nullptr) : nullptr;
+}
+
 // x: (S, gates * H), the input's share of the gates.
 template <class T, class Machine>
-void recurrence(Machine& machine, Matrix<T>& m, Kind kind, const GeneralForward<T>& args) {
+void recurrence(Machine& machine, Matrix<T>& m, Kind kind, GeneralForward<T> args) {
   if (args.rows.batch == 0) return;
+  args.kind = kind, args.threshold = take_threshold(m, kind);
   AnyShape s{};
   if constexpr (std::is_same_v<T, float>) {
     if (is_pair_recurrence(m, s) && aligned(args.x)) {
       const PairPlan plan = pair_plan(s, m.layout.gates, m.shapes[0].rank, args.rows.batch, machine.chip, false);
       if (plan.cluster)
         return machine.pair_recurrence(s, plan, kind, PairForward{m.stages[0], m.stages[1], diagonal_of(m), m.bias, args.x, args.h0, args.c0, args.out,
-                                                                  args.h_last, args.c_last, args.workspace, args.rows, args.relu});
+                                                                  args.h_last, args.c_last, args.workspace, args.rows, kind, args.threshold});
     }
   }
   machine.general_recurrence(program_of(machine, m, false), kind, args);
@@ -331,7 +339,8 @@ void recurrence(Machine& machine, Matrix<T>& m, Kind kind, const GeneralForward<
 
 // Gradients; grad_product is scratch that only the GRU needs. `total`: rows S.
 template <class T, class Machine>
-void recurrence_backward(Machine& machine, Matrix<T>& m, Kind kind, GeneralBackward<T> args, int64_t total, const MatrixGradient<T>& to) {
+void recurrence_backward(Machine& machine, Matrix<T>& m, Kind kind, GeneralBackward<T> args, int64_t total, MatrixGradient<T> to) {
+  args.kind = kind, args.threshold = take_threshold(m, kind);
   if (kind == kGru) args.grad_product = machine.template scratch<T>(total * m.height());
   if (args.rows.batch) {
     AnyShape s{};
@@ -341,9 +350,15 @@ void recurrence_backward(Machine& machine, Matrix<T>& m, Kind kind, GeneralBackw
       if (plan.cluster)
         machine.pair_recurrence_backward(s, plan, kind, PairBackward{m.stages[0], m.stages[1], diagonal_of(m), args.grad_out, args.grad_h, args.grad_c, args.out,
                                                                      args.workspace, args.h0, args.c0, args.grad_gates, args.grad_product, args.grad_h0,
-                                                                     args.grad_c0, args.rows, args.relu});
+                                                                     args.grad_c0, args.rows, kind, args.threshold});
     }
     if (!plan.cluster) machine.general_recurrence_backward(program_of(machine, m, true), kind, args);
+  }
+  if (T* out = is_modrelu(kind) ? std::exchange(to.bias, nullptr) : nullptr) {
+    const int64_t units = m.layout.rows / rows_a_bias(kind), pieces = pieces_for(total, units);
+    T* part = machine.template scratch<T>(pieces * units);
+    machine.run(ThresholdGradient<T>{args.grad_gates, args.workspace, part, total, pieces, m.layout.rows, units});
+    sum_parts(machine, part, out, 1, pieces, units, false);
   }
   T* before = machine.template scratch<T>(total * m.layout.cols);
   machine.run(PreviousStates<T>{args.out, args.h0, before, args.rows, m.layout.cols});

@@ -7,16 +7,20 @@
 
 namespace kruify::cuda {
 
-enum Kind : int { kLstm = 0, kGru = 1, kTanh = 2, kRelu = 3 };
+enum Kind : int { kLstm = 0, kGru = 1, kTanh = 2, kRelu = 3, kModRelu = 4, kModReluComplex = 5 };
 
 constexpr KRUIFY_HD int gates_of(Kind kind) { return kind == kLstm ? 4 : kind == kGru ? 3 : 1; }
-constexpr KRUIFY_HD int saved_of(Kind kind) { return kind == kLstm ? 5 : kind == kGru ? 4 : 0; }
+constexpr KRUIFY_HD bool is_modrelu(Kind kind) { return kind == kModRelu || kind == kModReluComplex; }
+constexpr KRUIFY_HD int rows_a_bias(Kind kind) { return kind == kModReluComplex ? 2 : 1; }
+constexpr KRUIFY_HD int saved_of(Kind kind) { return kind == kLstm ? 5 : kind == kGru ? 4 : is_modrelu(kind) ? 1 : 0; }
 constexpr KRUIFY_HD int saved_of_gates(int gates) { return gates == 4 ? 5 : gates == 3 ? 4 : 0; }
 
 KRUIFY_HD float exponential(float x) { return expf(x); }
 KRUIFY_HD double exponential(double x) { return exp(x); }
 KRUIFY_HD float hyperbolic(float x) { return tanhf(x); }
 KRUIFY_HD double hyperbolic(double x) { return tanh(x); }
+KRUIFY_HD float magnitude(float x, float y) { return hypotf(x, y); }
+KRUIFY_HD double magnitude(double x, double y) { return hypot(x, y); }
 
 template <class T>
 KRUIFY_HD T sigmoid(T x) {
@@ -25,7 +29,7 @@ KRUIFY_HD T sigmoid(T x) {
 
 // x: the input's share of the gates; y: W h + b; saved: what the backward pass needs. Returns h, updates c.
 template <int G, class T>
-KRUIFY_HD T cell_forward(const T (&x)[G], const T (&y)[G], T h, T& c, bool relu, T (&saved)[5]) {
+KRUIFY_HD T cell_forward(const T (&x)[G], const T (&y)[G], T h, T& c, Kind kind, T (&saved)[5]) {
   if constexpr (G == 4) {
     const T i = sigmoid(x[0] + y[0]), f = sigmoid(x[1] + y[1]), g = hyperbolic(x[2] + y[2]), o = sigmoid(x[3] + y[3]);
     c = f * c + i * g;
@@ -37,14 +41,14 @@ KRUIFY_HD T cell_forward(const T (&x)[G], const T (&y)[G], T h, T& c, bool relu,
     return n + z * (h - n);
   } else {
     const T total = x[0] + y[0];
-    return relu ? (total < T(0) ? T(0) : total) : hyperbolic(total);  // NaN stays NaN
+    return kind == kRelu ? (total < T(0) ? T(0) : total) : hyperbolic(total);  // NaN stays NaN
   }
 }
 
 // dh: gradient of this step's h. saved as above; h_before, c_before: the state the step started from; h: its result.
 // Writes the gradients of the gates before activation and of W h + b; updates dc; returns what of dh passes by W.
 template <int G, class T>
-KRUIFY_HD T cell_backward(T dh, const T (&saved)[5], T h, T h_before, T c_before, bool relu, T& dc, T (&gates)[G],
+KRUIFY_HD T cell_backward(T dh, const T (&saved)[5], T h, T h_before, T c_before, Kind kind, T& dc, T (&gates)[G],
                           T (&product)[G]) {
   if constexpr (G == 4) {
     const T i = saved[0], f = saved[1], g = saved[2], o = saved[3], tanh_c = hyperbolic(saved[4]);
@@ -65,9 +69,26 @@ KRUIFY_HD T cell_backward(T dh, const T (&saved)[5], T h, T h_before, T c_before
     product[0] = gates[0], product[1] = gates[1], product[2] = dn * r;
     return dh * z;
   } else {
-    gates[0] = product[0] = relu ? (h > T(0) ? dh : T(0)) : dh * (T(1) - h * h);
+    gates[0] = product[0] = kind == kRelu ? (h > T(0) ? dh : T(0)) : dh * (T(1) - h * h);
     return T(0);
   }
+}
+
+// modReLU's unit: z and h are (re, im), im = 0 for a real one; im stands H / 2 behind re in every array.
+template <class T>
+KRUIFY_HD void modrelu_forward(const T (&z)[2], T b, T (&h)[2]) {
+  const T size = magnitude(z[0], z[1]), length = size + b < T(0) ? T(0) : size + b;  // NaN stays NaN
+  for (int k = 0; k < 2; ++k) h[k] = size == T(0) ? T(0) : length * (z[k] / size);
+}
+
+// dh becomes dz: along z as it comes, across z stretched as z is.
+template <class T>
+KRUIFY_HD void modrelu_backward(const T (&z)[2], T b, T (&d)[2]) {
+  const T size = magnitude(z[0], z[1]), length = size + b;
+  const bool off = size == T(0) || length <= T(0);
+  const T re = z[0] / size, im = z[1] / size, along = d[0] * re + d[1] * im, stretch = length / size;
+  d[0] = off ? T(0) : along * re + stretch * (d[0] - along * re);
+  d[1] = off ? T(0) : along * im + stretch * (d[1] - along * im);
 }
 
 }  // namespace kruify::cuda

@@ -90,7 +90,8 @@ struct GeneralForward {
   const T *x, *h0, *c0;
   T *out, *h_last, *c_last, *workspace;
   Rows rows;
-  bool relu;
+  Kind kind;
+  const T* threshold;  // modReLU's bias, or null
 };
 
 template <class T>
@@ -98,7 +99,8 @@ struct GeneralBackward {
   const T *grad_out, *grad_h, *grad_c, *out, *workspace, *h0, *c0;
   T *grad_gates, *grad_product, *grad_h0, *grad_c0;
   Rows rows;
-  bool relu;
+  Kind kind;
+  const T* threshold;
 };
 
 // Elements of the scratch that a block needs.
@@ -170,6 +172,36 @@ struct GeneralPhases {
       }
     }
   }
+
+  KRUIFY_HD void modrelu(const Thread& t, const GeneralForward<T>& args, int64_t row) const {
+    const int parts = rows_a_bias(args.kind), units = m.hidden / parts;
+    for (int i = t.id; i < units; i += t.count) {
+      T z[2] = {}, now[2];
+      for (int k = 0; k < parts; ++k) {
+        const int64_t at = row * m.hidden + i + k * units;
+        z[k] = args.x[at] + y(t)[i + k * units];
+        if (args.workspace) args.workspace[at] = z[k];
+      }
+      modrelu_forward(z, args.threshold ? args.threshold[i] : T(0), now);
+      for (int k = 0; k < parts; ++k) h(t)[i + k * units] = args.out[row * m.hidden + i + k * units] = now[k];
+    }
+  }
+  KRUIFY_HD void modrelu(const Thread& t, const GeneralBackward<T>& args, int64_t row) const {
+    const int parts = rows_a_bias(args.kind), units = m.hidden / parts;
+    for (int i = t.id; i < units; i += t.count) {
+      T z[2] = {}, d[2] = {};
+      for (int k = 0; k < parts; ++k) {
+        const int64_t at = row * m.hidden + i + k * units;
+        z[k] = args.workspace[at], d[k] = h(t)[i + k * units];
+        if (args.grad_out) d[k] += args.grad_out[at];
+      }
+      modrelu_backward(z, args.threshold ? args.threshold[i] : T(0), d);
+      for (int k = 0; k < parts; ++k) {
+        args.grad_gates[row * m.hidden + i + k * units] = y(t)[i + k * units] = d[k];
+        carry(t)[i + k * units] = T(0);
+      }
+    }
+  }
 };
 
 template <int G, class T, class Block>
@@ -195,13 +227,14 @@ KRUIFY_HD void general_forward(Block& block, const Program<T>& m, const GeneralF
       }
     const int64_t row = args.rows.row(n, sample, length);
     block.each([&, row](const Thread& t) {
+      if (is_modrelu(args.kind)) return phases.modrelu(t, args, row);
       for (int i = t.id; i < m.hidden; i += t.count) {
         T gates[G], product[G], saved[5], c = G == 4 ? phases.c(t)[i] : T(0);
         for (int g = 0; g < G; ++g) {
           gates[g] = args.x[(row * G + g) * m.hidden + i];
           product[g] = phases.y(t)[g * m.hidden + i];
         }
-        const T now = cell_forward<G>(gates, product, phases.h(t)[i], c, args.relu, saved);
+        const T now = cell_forward<G>(gates, product, phases.h(t)[i], c, args.kind, saved);
         phases.h(t)[i] = args.out[row * m.hidden + i] = now;
         if (G == 4) phases.c(t)[i] = c;
         if (G > 1 && args.workspace)
@@ -209,6 +242,7 @@ KRUIFY_HD void general_forward(Block& block, const Program<T>& m, const GeneralF
       }
     });
   }
+  block.barrier();  // a complex unit's thread wrote both its parts
   block.each([&](const Thread& t) {
     for (int i = t.id; i < m.hidden; i += t.count) {
       args.h_last[own + i] = phases.h(t)[i];
@@ -234,6 +268,7 @@ KRUIFY_HD void general_backward(Block& block, const Program<T>& m, const General
     const int64_t row = args.rows.row(n, sample, length), before = n ? args.rows.row(n - 1, sample, length) : 0;
     block.barrier();
     block.each([&, n, row, before](const Thread& t) {
+      if (is_modrelu(args.kind)) return phases.modrelu(t, args, row);
       for (int i = t.id; i < m.hidden; i += t.count) {
         T saved[5], gates[G], product[G], h_before = 0, c_before = 0, c = 0, dh = phases.h(t)[i];
         if (args.grad_out) dh += args.grad_out[row * m.hidden + i];
@@ -241,7 +276,7 @@ KRUIFY_HD void general_backward(Block& block, const Program<T>& m, const General
         if (G == 3) h_before = n ? args.out[before * m.hidden + i] : args.h0[own + i];
         if (G == 4) c_before = n ? args.workspace[(before * kept + 4) * m.hidden + i] : args.c0[own + i], c = phases.c(t)[i];
         phases.carry(t)[i] =
-            cell_backward<G>(dh, saved, args.out[row * m.hidden + i], h_before, c_before, args.relu, c, gates, product);
+            cell_backward<G>(dh, saved, args.out[row * m.hidden + i], h_before, c_before, args.kind, c, gates, product);
         if (G == 4) phases.c(t)[i] = c;
         for (int g = 0; g < G; ++g) {
           args.grad_gates[(row * G + g) * m.hidden + i] = gates[g];

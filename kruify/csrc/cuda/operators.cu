@@ -12,8 +12,8 @@ auto typed(const Tensor& like, const F& f) {
 }
 
 Kind kind_of(const std::string& name) {
-  constexpr const char* names[] = {"lstm", "gru", "rnn_tanh", "rnn_relu"};
-  for (int k = 0; k < 4; ++k)
+  constexpr const char* names[] = {"lstm", "gru", "rnn_tanh", "rnn_relu", "rnn_modrelu", "rnn_modrelu_complex"};
+  for (int k = 0; k < 6; ++k)
     if (name == names[k]) return Kind(k);
   STD_TORCH_CHECK(false, "kruify: unknown kind '", name, "'");
 }
@@ -96,10 +96,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_operator(Tensor x, Optiona
                                                                std::vector<int64_t> layout, std::string kind_name, bool reverse, bool training,
                                                                int64_t precision) {
   precision_of(precision);
-  const MatrixArguments given(x, stages, diagonal, overlay, index, bias, layout);
   const Kind kind = kind_of(kind_name);
+  const MatrixArguments given(x, stages, diagonal, overlay, index, bias, layout, rows_a_bias(kind));
   const int64_t hidden = given.layout.rows, width = given.layout.gates * hidden;
   STD_TORCH_CHECK(given.layout.gates == gates_of(kind) && given.layout.cols == hidden, "kruify: ", kind_name, " takes a square matrix of ", gates_of(kind), " gates");
+  STD_TORCH_CHECK(hidden % rows_a_bias(kind) == 0, "kruify: a complex state of ", hidden, " real numbers");
   STD_TORCH_CHECK(c0.has_value() == (kind == kLstm), "kruify: c0 belongs to kind 'lstm' alone");
   const Tensor from = checked("x", x, x, {-1, w_ih ? -1 : width}), h = checked("h0", h0, x, {-1, hidden});
   const int64_t total = from.size(0), batch = h.size(0);
@@ -123,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_operator(Tensor x, Optiona
     }
     Matrix<T> m = given.matrix<T>(machine);
     recurrence<T>(machine, m, kind, GeneralForward<T>{ready, data<T>(h), data<T>(c), writable<T>(out), writable<T>(h_last), writable<T>(c_last),
-                                                      training ? writable<T>(workspace) : nullptr, rows, kind == kRelu});
+                                                      training ? writable<T>(workspace) : nullptr, rows});
   });
   return {out, h_last, c_last, workspace};
 }
@@ -133,10 +134,11 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward_oper
     Optional diagonal, Optional overlay, Optional index, Optional bias, std::vector<int64_t> layout, std::string kind_name, bool reverse,
     int64_t precision) {
   precision_of(precision);
-  const MatrixArguments given(out, stages, diagonal, overlay, index, bias, layout);
   const Kind kind = kind_of(kind_name);
+  const MatrixArguments given(out, stages, diagonal, overlay, index, bias, layout, rows_a_bias(kind));
   const int64_t hidden = given.layout.rows, width = given.layout.gates * hidden;
   STD_TORCH_CHECK(given.layout.gates == gates_of(kind) && given.layout.cols == hidden, "kruify: ", kind_name, " takes a square matrix of ", gates_of(kind), " gates");
+  STD_TORCH_CHECK(hidden % rows_a_bias(kind) == 0, "kruify: a complex state of ", hidden, " real numbers");
   STD_TORCH_CHECK(c0.has_value() == (kind == kLstm), "kruify: c0 belongs to kind 'lstm' alone");
   const Tensor result = checked("out", out, out, {-1, hidden}), h = checked("h0", h0, out, {-1, hidden});
   const int64_t total = result.size(0), batch = h.size(0);
@@ -155,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward_oper
     using T = decltype(zero);
     Matrix<T> m = given.matrix<T>(machine);
     const GeneralBackward<T> args{data<T>(upper), data<T>(upper_h), data<T>(upper_c), data<T>(result), data<T>(saved), data<T>(h), data<T>(c),
-                                  writable<T>(grad_gates), nullptr, writable<T>(grad_h0), writable<T>(grad_c0), rows, kind == kRelu};
+                                  writable<T>(grad_gates), nullptr, writable<T>(grad_h0), writable<T>(grad_c0), rows};
     recurrence_backward<T>(machine, m, kind, args, total, gradients<T>(given, overlay, found));
   });
   return {grad_gates, grad_h0, grad_c0, found};

@@ -21,7 +21,8 @@ struct PairBackward {
   float* grad_product;          // (S, G * H) for the GRU, else null: the same as grad_gates
   float *grad_h0, *grad_c0;     // (B, H)
   Rows rows;
-  bool relu;
+  Kind kind;
+  const float* threshold;
 };
 
 // A (pairs, rows, cols) array transposed into padded rows: to[pair][col][row], rows first.. alone.
@@ -63,7 +64,31 @@ struct PairBackwardPhases {
     return sum;
   }
 
+  KRUIFY_HD void modrelu(const Thread& t, int step) const {
+    const int64_t row = args.rows.row(step, sample, length) * hidden();
+    const int parts = rows_a_bias(args.kind), count = units() / parts;
+    for (int u = t.id; u < count; u += t.count) {
+      const Split e = split<Shape>(u, p.share, p.shift);
+      const int i = e.quotient * s.P2 + t.rank * p.share + e.remainder;
+      float z[2] = {}, d[2] = {};
+      for (int k = 0; k < parts; ++k) {
+        const int unit = i + k * (hidden() / 2);
+        z[k] = args.workspace[row + unit], d[k] = gradient(t, u + k * count);
+        if (args.grad_out) d[k] += args.grad_out[row + unit];
+      }
+      modrelu_backward(z, args.threshold ? args.threshold[i] : 0.0f, d);
+      for (int k = 0; k < parts; ++k) {
+        const int unit = i + k * (hidden() / 2);
+        const float* diagonal = args.diagonal.of(0, hidden());
+        args.grad_gates[row + unit] = d[k];
+        at(t, p.d)[e.remainder * (s.P1 + kPad) + e.quotient + k * (s.P1 / 2)] = d[k];
+        at(t, p.carry)[u + k * count] = diagonal ? diagonal[unit] * d[k] : 0.0f;
+      }
+    }
+  }
+
   KRUIFY_HD void cell(const Thread& t, int step) const {
+    if (G == 1 && is_modrelu(args.kind)) return modrelu(t, step);
     const int64_t row = args.rows.row(step, sample, length);
     const int64_t before = step ? args.rows.row(step - 1, sample, length) : 0;
     constexpr int kept = saved_of_gates(G);
@@ -82,7 +107,7 @@ struct PairBackwardPhases {
         c = at(t, p.c)[u];
       }
       const float h = G == 1 ? args.out[row * hidden() + i] : 0.0f;
-      float carry = cell_backward<G>(dh, saved, h, h_before, c_before, args.relu, c, gates, product);
+      float carry = cell_backward<G>(dh, saved, h, h_before, c_before, args.kind, c, gates, product);
       KRUIFY_UNROLL
       for (int g = 0; g < G; ++g) {
         args.grad_gates[(row * G + g) * hidden() + i] = gates[g];
@@ -107,7 +132,7 @@ struct PairBackwardPhases {
       KRUIFY_UNROLL
       for (int k = 0; k < kept; ++k) prefetch(args.workspace + (row * kept + k) * hidden() + i);
       if (args.grad_out) prefetch(args.grad_out + row * hidden() + i);
-      if (G < 4) prefetch(args.out + row * hidden() + i);
+      if (G < 4) prefetch((G == 1 && is_modrelu(args.kind) ? args.workspace : args.out) + row * hidden() + i);
     }
   }
 

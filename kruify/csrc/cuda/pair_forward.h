@@ -30,7 +30,8 @@ struct PairForward {
   float *out, *h_last, *c_last;
   float* workspace;  // (S, saved * H), or null
   Rows rows;
-  bool relu;
+  Kind kind;
+  const float* threshold;  // modReLU's bias, or null
 };
 
 // A share of a (pairs, rows, cols) array into padded rows: rows first.. of every pair.
@@ -125,7 +126,31 @@ struct PairForwardPhases {
   }
 
   template <class Block>
+  KRUIFY_HD void modrelu(const Block& block, const Thread& t, int step) const {
+    const int64_t row = args.rows.row(step, sample, length);
+    const int parts = rows_a_bias(args.kind), count = units() / parts;
+    for (int u = t.id; u < count; u += t.count) {
+      const Split e = split<Shape>(u, p.share, p.shift);
+      const int p2 = t.rank * p.share + e.remainder, i = e.quotient * s.P2 + p2;
+      float z[2] = {}, now[2];
+      for (int k = 0; k < parts; ++k) {
+        const int unit = i + k * (hidden() / 2), place = (e.quotient + k * (s.P1 / 2)) * (s.Q2 + kPad) + p2;
+        z[k] = x(t, step)[u + k * count];
+        if (const float* d = args.diagonal.of(0, hidden())) z[k] += d[unit] * h(t, step)[place];
+        if (args.workspace) args.workspace[row * hidden() + unit] = z[k];
+      }
+      modrelu_forward(z, args.threshold ? args.threshold[i] : 0.0f, now);
+      for (int k = 0; k < parts; ++k) {
+        const int place = (e.quotient + k * (s.P1 / 2)) * (s.Q2 + kPad) + p2;
+        for (int rank = 0; rank < t.ranks; ++rank) block.remote(t, rank, h(t, step + 1))[place] = now[k];
+        args.out[row * hidden() + i + k * (hidden() / 2)] = now[k];
+      }
+    }
+  }
+
+  template <class Block>
   KRUIFY_HD void cell(const Block& block, const Thread& t, int step) const {
+    if (G == 1 && is_modrelu(args.kind)) return modrelu(block, t, step);
     const int64_t row = args.rows.row(step, sample, length);
     for (int u = t.id; u < units(); u += t.count) {
       const Split e = split<Shape>(u, p.share, p.shift);
@@ -141,7 +166,7 @@ struct PairForwardPhases {
         if (const float* d = args.diagonal.of(g, hidden())) product[g] += d[i] * before;
       }
       float c = G == 4 ? at(t, p.c)[u] : 0.0f;
-      const float now = cell_forward<G>(gates, product, before, c, args.relu, saved);
+      const float now = cell_forward<G>(gates, product, before, c, args.kind, saved);
       for (int rank = 0; rank < t.ranks; ++rank) block.remote(t, rank, h(t, step + 1))[place] = now;
       args.out[row * hidden() + i] = now;
       if constexpr (G == 4) at(t, p.c)[u] = c;

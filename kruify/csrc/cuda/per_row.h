@@ -222,6 +222,26 @@ struct SumRows {
   }
 };
 
+// Partial sums over rows of the gradient of modReLU's bias: what passed along z. Complex units have their imaginary parts
+// `units` behind.
+template <class T>
+struct ThresholdGradient {
+  const T *grad, *z;  // (rows, size)
+  T* part;            // (pieces, units)
+  int64_t rows, pieces, size, units;
+  KRUIFY_HD int64_t items() const { return pieces * units; }
+  KRUIFY_HD void run(int64_t item) const {
+    const int64_t piece = item / units, i = item % units;
+    T sum = 0;
+    for (int64_t row = rows * piece / pieces; row < rows * (piece + 1) / pieces; ++row) {
+      const T *d = grad + row * size + i, *at = z + row * size + i;
+      const T re = at[0], im = units < size ? at[units] : T(0), length = magnitude(re, im);
+      if (length != T(0)) sum += d[0] * (re / length) + (units < size ? d[units] * (im / length) : T(0));
+    }
+    part[item] = sum;
+  }
+};
+
 // The unit vectors first, first + 1, ... as rows.
 template <class T>
 struct UnitRows {
