@@ -146,7 +146,7 @@ KRUIFY_INLINE Vec<T> modrelu_backward(Vec<T> z, Vec<T> b, Vec<T> grad) {
 
 template <class T>
 struct Polar {
-  Vec<T> size, re, im;  // |z| and z/|z|, 0 at 0
+  Vec<T> size, inverse, re, im;  // |z|, 1/|z|, z/|z|, all 0 at 0
 };
 
 // Numbers whose squares would leave the floating-point range are scaled on the way.
@@ -159,8 +159,8 @@ KRUIFY_INLINE Polar<T> polar(Vec<T> re, Vec<T> im) {
   const Vec<T> up = splat<T>(F ? T(0x1p100) : T(0x1p700)), down = splat<T>(F ? T(0x1p-70) : T(0x1p-560));
   const Vec<T> scale = small ? up : large ? down : one, back = small ? one / up : large ? one / down : one;
   re *= scale, im *= scale;
-  const Vec<T> size = square_root<T>(re * re + im * im), inverse = size == zero ? zero : one / size;
-  return {size * back, re * inverse, im * inverse};
+  const Vec<T> square = re * re + im * im, inverse = square == zero ? zero : inverse_root<T>(square);
+  return {square * inverse * back, inverse * scale, re * inverse, im * inverse};
 }
 
 template <class T>
@@ -181,7 +181,7 @@ KRUIFY_INLINE Complex<T> modrelu(Vec<T> re, Vec<T> im, Vec<T> b) {
 template <class T>
 KRUIFY_INLINE Complex<T> modrelu_backward(Vec<T> re, Vec<T> im, Vec<T> b, Vec<T> grad_re, Vec<T> grad_im, Vec<T>& grad_b) {
   const Polar<T> z = polar<T>(re, im);
-  const Vec<T> zero{}, size = z.size + b, along = grad_re * z.re + grad_im * z.im, stretch = size / z.size;
+  const Vec<T> zero{}, size = z.size + b, along = grad_re * z.re + grad_im * z.im, stretch = size * z.inverse;
   const auto off = (z.size == zero) | (size <= zero);
   grad_b += off ? zero : along;
   return {off ? zero : along * z.re + stretch * (grad_re - along * z.re),

@@ -155,16 +155,21 @@ KRUIFY_INLINE Vec<T> at_least(Vec<T> limit, Vec<T> v) {
 #endif
 }
 
+// 1 / sqrt(v), exact but for the last bit.
 template <class T>
-KRUIFY_INLINE Vec<T> square_root(Vec<T> v) {
+KRUIFY_INLINE Vec<T> inverse_root(Vec<T> v) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_sqrt_ps((__m512)v);
-  else return (Vec<T>)_mm512_sqrt_pd((__m512d)v);
+  if constexpr (sizeof(T) == 4) {
+    const Vec<T> y = (Vec<T>)_mm512_rsqrt14_ps((__m512)v);
+    return y + y * (T(0.5) - T(0.5) * v * y * y);  // Newton's step
+  } else {
+    return T(1) / (Vec<T>)_mm512_sqrt_pd((__m512d)v);
+  }
 #elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_sqrt_ps((__m256)v);
-  else return (Vec<T>)_mm256_sqrt_pd((__m256d)v);
+  if constexpr (sizeof(T) == 4) return T(1) / (Vec<T>)_mm256_sqrt_ps((__m256)v);
+  else return T(1) / (Vec<T>)_mm256_sqrt_pd((__m256d)v);
 #else
-  for (int i = 0; i < kWidth<T>; ++i) v[i] = sizeof(T) == 4 ? __builtin_sqrtf(v[i]) : __builtin_sqrt(v[i]);
+  for (int i = 0; i < kWidth<T>; ++i) v[i] = T(1) / (sizeof(T) == 4 ? __builtin_sqrtf(v[i]) : __builtin_sqrt(v[i]));
   return v;
 #endif
 }
