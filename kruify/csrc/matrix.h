@@ -60,6 +60,7 @@ template <class T>
 struct Sequence {
   Kind kind;
   bool reverse, training;
+  int64_t saved;  // columns of the workspace, in units of the hidden size
   int64_t steps, batch, hidden;
   const int64_t* sizes;
   const int64_t* starts;

@@ -197,7 +197,7 @@ Gradients run_backward(const Optional& grad_out_given, const Optional& grad_h_gi
   Buffer<T> packed(w.packed_size);
   w.pack(packed.data());
   Sequence<T> s{};
-  s.kind = kind, s.reverse = reverse;
+  s.kind = kind, s.reverse = reverse, s.saved = workspace_of(kind);
   s.steps = sizes.numel(), s.batch = batch, s.hidden = H;
   s.sizes = pointer<int64_t>(sizes), s.starts = starts.data();
   bind(s, w.matrix);

@@ -176,6 +176,12 @@ KRUIFY_INLINE void backward_cell(const Sequence<T>& s, int64_t row, const T* h0,
   }
 }
 
+// Asks the memory for n numbers.
+template <class T>
+KRUIFY_INLINE void prefetch(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i);
+}
+
 template <class T>
 inline void backward(const Sequence<T>& s, int64_t b0, int64_t b1, T* arena, T* scratch) {
   const int64_t H = s.hidden, G = s.matrix.gates;
@@ -199,6 +205,13 @@ inline void backward(const Sequence<T>& s, int64_t b0, int64_t b1, T* arena, T* 
                       s.grad_c ? s.grad_c + (b + k) * H : nullptr, arena + m.grad_bias);
       }
       if (s.kind == Kind::kGru) dy[2] = dn;
+      if (!first) {
+        // What the next step reads, while the products of this one run.
+        const int64_t n = (next - b) * H;
+        if (s.grad_out) prefetch(s.grad_out + before * H, n);
+        prefetch(s.workspace + before * s.saved * H, n * s.saved);
+        if (2 * before >= row) prefetch(s.out_in + (2 * before - row) * H, n);
+      }
       product_backward(m, next - b, h0, H, dy, G * H, s.grad_h + b * H, H, arena, scratch);
     }
   }
