@@ -1,4 +1,4 @@
-"""What a new user does: the README's section "Bring your own model" by copy and paste, with the seconds of every step.
+"""What a new user does: the README's section "Bring your own model" by copy and paste, every step timed.
 
     python examples/new_user.py            on a fresh clone in a temporary folder, set-up included: some minutes
     python examples/new_user.py --quick    without clone and set-up, with the kruify that runs this
@@ -29,15 +29,26 @@ def blocks(readme: str) -> list[tuple[str, str]]:
 
 def run(command: list[str], folder: Path, environment: dict[str, str], title: str) -> None:
     """One step; ends everything where it fails."""
-    start = time.monotonic()
+    start = clocks()
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    print(f"{time.monotonic() - start:6.1f} s  {title}", flush=True)
+    print(f"{since(start)}  {title}", flush=True)
     if done.returncode:
         sys.exit(f"failed with exit code {done.returncode}:\n{done.stdout}{done.stderr}")
 
 
+def clocks() -> tuple[float, float]:
+    """Seconds: wall clock, and processor time of all children that have ended."""
+    times = os.times()
+    return time.monotonic(), times.children_user + times.children_system
+
+
+def since(start: tuple[float, float]) -> str:
+    wall, processor = (now - then for now, then in zip(clocks(), start, strict=True))
+    return f"{wall:6.1f} s, {processor:6.1f} s of processor time"
+
+
 def main(quick: bool) -> None:
-    start = time.monotonic()
+    start = clocks()
     with tempfile.TemporaryDirectory() as name:
         clone, folder = Path(name) / "kruify", Path(name) / "mine"
         folder.mkdir()
@@ -61,7 +72,7 @@ def main(quick: bool) -> None:
                 if not file:
                     run(["python", target.name], folder, environment, "a block of Python")
         written = sorted(path.name for path in folder.iterdir() if path.is_file())
-    print(f"{time.monotonic() - start:6.1f} s  in all; written: {', '.join(written)}")
+    print(f"{since(start)}  in all; written: {', '.join(written)}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,10 @@ class Headline:
 
 
 def title(report: Report) -> str:
-    return f"{report.models[0].name}: before and after conversion"
+    first, *others = report.models
+    if any(model.sources for model in others):
+        return f"{first.name}: before and after conversion"
+    return f"{first.name}, compared with {', '.join(model.name for model in others)}"
 
 
 def headlines(report: Report) -> list[Headline]:

@@ -96,4 +96,4 @@ def test_command_writes_html_and_markdown(
     assert result.exit_code == 0, result.output
     value = json.loads(result.stdout)
     assert value["models"][1]["recurrent_matrices"][0]["factors"] == "4x4,4x4"
-    assert page.read_text().startswith("<!doctype html>") and "# dense: before and after" in card.read_text()
+    assert page.read_text().startswith("<!doctype html>") and "# dense, compared with small" in card.read_text()

@@ -199,6 +199,12 @@ def test_spectra_as_blocks_and_quarters() -> None:
     assert spark([3.0, 3.0]) == "▁▁" and spark(list(range(100)), most=3) == "▁▅█"
 
 
+def test_the_title_says_what_is_compared(report: Report) -> None:
+    assert title(report) == "dense: before and after conversion"
+    others = [replace(model, sources=[]) for model in report.models]
+    assert title(replace(report, models=others)) == "dense, compared with small"
+
+
 def test_a_busy_machine_is_said(report: Report) -> None:
     assert "relied on" not in measured(replace(report, latency={**report.latency, "load": 1.9, "cores": 2}))
     assert "(load 5.2 on 2 cores)" in measured(replace(report, latency={**report.latency, "load": 5.2, "cores": 2}))
