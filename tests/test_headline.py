@@ -31,6 +31,7 @@ def entry(method: str, seed: int, valid: float, test: float, epochs: int = 5, si
         "valid": {"wer": valid},
         "test": {"wer": test},
         "recurrent_parameters": size,
+        "options": {"epochs": epochs},
     }
 
 
@@ -53,6 +54,15 @@ def test_runs_are_chosen_by_the_validation_split(headline: ModuleType) -> None:
     assert [e["test"]["wer"] for e in found["kruify"][24576]] == [0.44, 0.46]
 
 
+def test_accuracy_in_the_table_is_the_mean_over_seeds(headline: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [entry("kron", seed, 0.45, 0.44 + 0.02 * seed) for seed in (0, 1)]
+    dense = [entry("dense", 0, 0.43, 0.42, size=393216), entry("dense-longer", 0, 0.42, 0.41, size=393216)]
+    monkeypatch.setattr(headline, "runs", lambda: runs + dense)
+    assert (
+        "5 passes after conversion, 2 seeds | 0.410 | 0.450 | recurrent matrices **16x smaller** |" in headline.table()
+    )
+
+
 def test_table_and_picture_hold_the_results(headline: ModuleType) -> None:
     rows = json.loads((FILE.parent / "results" / "cpu_layers.json").read_text())["rows"]
     (row,) = (
@@ -61,11 +71,8 @@ def test_table_and_picture_hold_the_results(headline: ModuleType) -> None:
         == ("lstm", 1024, 1, 1, "forward", "auto", 128)
     )  # fmt: skip
     times = row["ms"]["dense"] / row["ms"]["kruify"]
-    seeds = (FILE.parent / "recovery" / "ledger" / "g2p" / "1x").glob("dense-s*.json")
-    errors = [json.loads(file.read_text())["test"]["wer"] for file in seeds]
     table = headline.table()
     assert f"**{times:.2g}x faster**" in table
-    assert f"| {sum(errors) / len(errors):.3f} |" in table
     pytest.importorskip("matplotlib")
     picture = headline.draw()
     assert f">{times:.0f}<" in picture and picture == headline.draw()

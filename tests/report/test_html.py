@@ -23,6 +23,7 @@ from kruify.report.rows import (
     spark,
     spark_spectrum,
     times,
+    title,
     validations,
 )
 
