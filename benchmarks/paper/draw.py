@@ -10,7 +10,7 @@ from rows import ROWS, TABLES, Table, row_of
 from kruify.report.training import conditioning_svg
 
 Entry = dict[str, Any]
-PICTURED = ("copy-1000-kru", "copy-1000-kru-free", "copy-1000-lstm", "permuted-kru", "permuted-kru-free")
+PICTURED = ("copy-1000-kru", "copy-1000-lstm", "copy-200-kru", "copy-200-kru-free", "permuted-kru", "permuted-kru-free")
 
 
 def draw(entries: list[Entry], folder: Path) -> None:

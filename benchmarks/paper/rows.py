@@ -82,6 +82,10 @@ TABLES = {
         f"Under 1 % of the memory-less {memoryless(2000):.4f} bits a step.",
         lambda bits: bits < 0.01 * memoryless(2000),
     ),
+    "copy-200": Table(
+        "Copy memory, T = 200: what the penalty does",
+        f"Memory-less {memoryless(200):.3f} bits a step. One learning rate for all, so that the factors move as they like.",
+    ),
     "adding-200": Table("Adding, T = 200", "Under 0.001, memory-less 0.167.", lambda mse: mse < 0.001),
     "adding-750": Table("Adding, T = 750", "Under 0.001, memory-less 0.167.", lambda mse: mse < 0.001),
     "permuted": Table(
@@ -100,6 +104,7 @@ _ADDING = "adding:batch_size=20,train_examples=5000"
 _SLOW = {"lr": 1e-3, "factor_lr": 0.05, "schedule": "cosine", "warmup": 0.05}
 # A change of an angle of W counts T times over a sequence: what reads the state can follow only if W moves slowly.
 _COPYING = {"lr": 3e-3, "factor_lr": 0.01, "schedule": "cosine", "warmup": 0.05}
+_SAME = {"lr": 3e-3, "schedule": "cosine", "warmup": 0.05}
 _FAST = {"lr": 1e-2, "schedule": "cosine", "warmup": 0.05}
 _JSB = "jsb:dropout=0.2"
 _FREE = {"unitary_penalty": 0.0}
@@ -112,6 +117,10 @@ ROWS = [
         like="copy-1000-kru", recipe=_COPYING, rank=5),
     Row("copy-1000-kru-free", "copy-1000", "KRU without penalty", f"{_COPY},T=1000", "kru", 128, 600,
         recipe={**_COPYING, **_FREE}, rank=6),
+    Row("copy-200-kru", "copy-200", "KRU, 2x2 complex", f"{_COPY},T=200", "kru", 128, 800,
+        recipe={**_SAME, **_PENALTY}, rank=5),
+    Row("copy-200-kru-free", "copy-200", "KRU without penalty", f"{_COPY},T=200", "kru", 128, 800,
+        recipe={**_SAME, **_FREE}, rank=5),
     Row("copy-2000-kru", "copy-2000", "KRU, 2x2 complex", f"{_COPY},T=2000", "kru", 128, 600,
         recipe={**_COPYING, "factor_lr": 0.005, **_PENALTY}, rank=9),
     Row("copy-2000-lstm", "copy-2000", "LSTM of equal size", f"{_COPY},T=2000", "lstm", 0, 2000,
