@@ -84,7 +84,7 @@ TABLES = {
     ),
     "copy-200": Table(
         "Copy memory, T = 200: what the penalty does",
-        f"Memory-less {memoryless(200):.3f} bits a step. One learning rate for all, so that the factors move as they like.",
+        f"Memory-less {memoryless(200):.3f} bits a step. One learning rate for all: the factors move freely.",
     ),
     "adding-200": Table("Adding, T = 200", "Under 0.001, memory-less 0.167.", lambda mse: mse < 0.001),
     "adding-750": Table("Adding, T = 750", "Under 0.001, memory-less 0.167.", lambda mse: mse < 0.001),
