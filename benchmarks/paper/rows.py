@@ -94,7 +94,11 @@ TABLES = {
         " Fashion-MNIST, which is harder: they say how the networks compare, not what to expect here.",
         published=DIGITS,
     ),
-    "jsb": Table("JSB chorales (music21's scores)", "NLL at or under the GRU's with about 10 K parameters in all."),
+    "jsb": Table(
+        "JSB chorales (music21's scores)",
+        "NLL at or under the GRU's with about 10 K parameters in all. Not the classic split, so no published figure"
+        " stands beside these.",
+    ),
     "characters": Table("Characters, King James Bible", "Bits per character against an LSTM of equal total size."),
     "phonemes": Table("Framewise phonemes, espeak-ng", "KRU-LSTM against the dense LSTM."),
 }
@@ -133,9 +137,9 @@ ROWS = [
         recipe={**_SLOW, **_PENALTY}, rank=3),
     Row("adding-750-lstm", "adding-750", "LSTM of equal size", f"{_ADDING},T=750", "lstm", 0, 10000,
         like="adding-750-kru", recipe=_SLOW, rank=13),
-    Row("jsb-kru", "jsb", "KRU, complex", _JSB, "kru", 28, 1200, factors="7x7,2x2,2x2",
-        recipe={**_FAST, **_PENALTY}, rank=4),
-    Row("jsb-gru", "jsb", "GRU of equal size", _JSB, "gru", 0, 1200, like="jsb-kru", recipe=_FAST, rank=4),
+    Row("jsb-kru", "jsb", "KRU, complex", _JSB, "kru", 28, 4800, factors="7x7,2x2,2x2",
+        recipe={**_FAST, **_FREE}, rank=4),
+    Row("jsb-gru", "jsb", "GRU of equal size", _JSB, "gru", 0, 4800, like="jsb-kru", recipe=_FAST, rank=4),
     Row("jsb-gru-256", "jsb", "GRU 256", "jsb", "gru", 256, 1200, recipe={"lr": 4e-3}, rank=4),
     Row("permuted-kru", "permuted", "KRU, 2x2 complex", "fashion-mnist-permuted", "kru", 512, 4300,
         recipe={**_SLOW, **_PENALTY}, rank=8),
