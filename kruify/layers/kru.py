@@ -22,6 +22,7 @@ from kruify.factors import parse
 from kruify.layers import kernel, planar, reference
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.layers.steps import State, Step
+from kruify.ops.precision import autocast_to
 from kruify.ops.reference import modrelu
 
 NONLINEARITIES = ("modrelu", "tanh", "relu")
@@ -43,6 +44,8 @@ class KRU(nn.Module):
     Parameters of layer k: `weight_ih_l{k}` (hidden, inputs) and `weight_hh_l{k}` (a `KroneckerMatrix`), complex for
     a complex state; `bias_l{k}` (hidden,), real.
     """
+
+    weight_ih_l0: Tensor
 
     def __init__(
         self,
@@ -74,13 +77,13 @@ class KRU(nn.Module):
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
         self.complex_state, self.nonlinearity, self.backend = complex_state, nonlinearity, backend
-        self.state_dtype = kernel.COMPLEX[dtype] if complex_state else dtype
+        state_dtype = kernel.COMPLEX[dtype] if complex_state else dtype
         structure = parse(factors).resolve(hidden_size, hidden_size)
         for k in range(num_layers):
             inputs = input_size if k == 0 else self.output_size
-            w_ih = torch.empty(hidden_size, inputs, device=device, dtype=self.state_dtype)
+            w_ih = torch.empty(hidden_size, inputs, device=device, dtype=state_dtype)
             setattr(self, f"weight_ih_l{k}", nn.Parameter(w_ih))
-            matrix = KroneckerMatrix([structure], device, self.state_dtype)
+            matrix = KroneckerMatrix([structure], device, state_dtype)
             setattr(self, f"weight_hh_l{k}", matrix)
             if not complex_state:
                 kernel.form_of(matrix)  # planned once, here: torch.compile could not trace it
@@ -88,6 +91,11 @@ class KRU(nn.Module):
             self.register_parameter(f"bias_l{k}", b)
         self._forms = {name: planar.form(matrix, name == "cuda") for name in ("cpu", "cuda")} if complex_state else {}
         self.reset_parameters()
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Of the state, the input map and the factors."""
+        return self.weight_ih_l0.dtype
 
     @property
     def output_size(self) -> int:
@@ -118,6 +126,8 @@ class KRU(nn.Module):
 
         Raises:
             UsageError: a shape does not fit the layer.
+
+        Under torch.autocast outputs and real states have its dtype; complex states keep theirs.
         """
         if isinstance(input, PackedSequence):
             order, back = input.sorted_indices, input.unsorted_indices
@@ -163,7 +173,7 @@ class KRU(nn.Module):
             else:
                 data, final = self._run_reference(k, data, batch_sizes, h0[k])
             finals.append(final)
-        return data, torch.stack(finals)
+        return autocast_to(data), autocast_to(torch.stack(finals))
 
     def _weights(self, k: int) -> tuple[Tensor, KroneckerMatrix, Tensor | None]:
         return getattr(self, f"weight_ih_l{k}"), getattr(self, f"weight_hh_l{k}"), getattr(self, f"bias_l{k}")
@@ -187,7 +197,8 @@ class KRU(nn.Module):
         """U x for real x: two real products instead of a complex one."""
         if not self.complex_state:
             return F.linear(data, w_ih)
-        return torch.complex(F.linear(data, w_ih.real), F.linear(data, w_ih.imag))
+        parts = (F.linear(data, part).to(part.dtype) for part in (w_ih.real, w_ih.imag))  # autocast lowers a product
+        return torch.complex(*parts)
 
     def _step(self, matrix: KroneckerMatrix, bias: Tensor | None) -> Step:
         def step(gates_x: Tensor, state: State) -> State:
@@ -205,6 +216,8 @@ class KRU(nn.Module):
         shape = (self.num_layers, batch, self.hidden_size)
         if hx is None:
             return torch.zeros(shape, dtype=self.state_dtype, device=x.device)
+        if hx.is_complex() != self.complex_state:
+            raise UsageError(f"expected an initial state of {self.state_dtype}, got {hx.dtype}", "KRU")
         if tuple(hx.shape) != shape:
             raise UsageError(f"expected an initial state of shape {shape}, got {tuple(hx.shape)}", "KRU")
         return hx
