@@ -26,7 +26,7 @@ from draw import draw  # noqa: E402
 from ledger import read_all, where_and_when, write  # noqa: E402
 from rows import ROWS, Row, row_of, size_of, task_of  # noqa: E402
 
-from kruify.errors import TaskError  # noqa: E402
+from kruify.errors import KruifyError  # noqa: E402
 from kruify.finetune import Progress, Recipe, finetune  # noqa: E402
 from kruify.finetune.feed import count_batches  # noqa: E402
 from kruify.network import network_of  # noqa: E402
@@ -141,10 +141,11 @@ def main() -> None:
         print(name, flush=True)
         try:
             entry = run(row, args.fraction, args.seed, args.cache)
-        except TaskError as error:
+        except KruifyError as error:
             print(f"  left out: {error}")
             continue
         write(file, entry)
+        (args.cache / name / "state.pt").unlink(missing_ok=True)  # a changed row begins anew
         print(f"  valid {entry['valid']} test {entry['test']}", flush=True)
     if not args.list:
         draw(read_all(LEDGER), HERE)
