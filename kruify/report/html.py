@@ -113,7 +113,9 @@ def _pictures(report: Report, knee: str | None) -> str:
         ("curve", pictures.curves(report, report.metric)),
     ):
         if picture and key == "metric":
-            found.append(_figure("Accuracy against size", picture, f"{report.metric} on the {report.split} split."))
+            better = "higher" if report.higher_is_better else "lower"
+            caption = f"{report.metric} on the {report.split} split; {better} is better."
+            found.append(_figure("Accuracy against size", picture, caption))
         elif picture:
             found.append(
                 _figure(f"Training: {report.metric or 'loss'}", picture, "Validation split, after each epoch.")

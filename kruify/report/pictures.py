@@ -248,7 +248,6 @@ def tradeoff(report: Report, knee: str | None = None) -> str | None:
             axes.plot([x], [y], "o", color=color(index), markersize=8, clip_on=False, label=short(model.name, 30))
         axes.set_xscale("log")
         axes.set_xlabel("parameters of the whole model")
-        axes.set_ylabel(f"{key} ({'higher' if report.higher_is_better else 'lower'} is better)")
         _few_log_ticks(axes, [m.parameters["total"] for m in report.models])
         axes.margins(y=0.25)
         legend_above(axes)
@@ -280,7 +279,11 @@ def _bars(axes: Any, names: Sequence[str], most: float, room: float = 1.28) -> N
 
 
 def legend_above(axes: Any) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=1, handlelength=1.2, labelspacing=0.2)
+    """Names over the axes, side by side where they are short."""
+    longest = max((len(label) for label in axes.get_legend_handles_labels()[1]), default=0)
+    columns = 3 if longest <= 9 else 2 if longest <= 16 else 1
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+    axes.legend(**place, ncols=columns, handlelength=1.2, labelspacing=0.2, columnspacing=1.2)
 
 
 def compact(value: float) -> str:
