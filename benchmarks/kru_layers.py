@@ -88,9 +88,9 @@ def report(data: dict[str, Any]) -> str:
         "Written by `python benchmarks/kru_layers.py --report`; numbers in results/kru_layers.json. Processor time of"
         " one thread, the best of interleaved runs.\n",
         f"{m['cpu']}, AVX-512 {'yes' if m['avx512'] else 'no'}, torch {m['torch']}, commit {m['commit']}. Complex"
-        f" state of N units, all factors 2x2, batch {BATCH}, float32, one layer; training is forward and backward. `x` ="
-        " times faster than: the loop over time in torch (what ran before the kernels), nn.LSTM of N units, and an"
-        " nn.LSTM with no fewer parameters than the KRU layer.\n",
+        f" state of N units, all factors 2x2, batch {BATCH}, float32, one layer; training is forward and backward."
+        " `x` = times faster than: the loop over time in torch (what ran before the kernels), nn.LSTM of N units,"
+        " and an nn.LSTM with no fewer parameters than the KRU layer.\n",
         "| N | steps | inputs | parameters | | ms | loop ms | over loop | LSTM of N: ms | over it"
         " | LSTM of as many parameters | ms | over it |\n" + "|--" * 13 + "|",
     ]

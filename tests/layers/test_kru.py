@@ -9,6 +9,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from kruify.errors import UsageError
 from kruify.finetune.penalty import unitary_penalty
+from kruify.layers import KRUGRU, KRULSTM, KRURNN
+from kruify.layers.base import KRUBase
 from kruify.layers.kru import KRU, modrelu
 
 F64 = torch.float64
@@ -77,6 +79,22 @@ def test_the_papers_counts_and_a_unitary_start() -> None:
     with torch.no_grad():
         layer.weight_hh_l0.terms[0].factors[0].mul_(2)
     assert unitary_penalty(layer).item() == pytest.approx(18)  # ||4 I - I||_F^2 for 2x2
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(KRULSTM, 4), (KRUGRU, 3), (KRURNN, 1)])
+@pytest.mark.parametrize("factors", ["2x2", "4x4,2x2,2x2"])
+def test_the_gated_units_take_the_same_factors(kind: type[KRUBase], gates: int, factors: str) -> None:
+    """Each gate its own orthogonal product at the start, free of penalty; the penalty counts every gate's factors."""
+    layer = kind(3, 16, factors=factors, dtype=F64)
+    dense = layer.weight_hh_l0.to_dense().chunk(gates)
+    for k, w in enumerate(dense):
+        torch.testing.assert_close(w @ w.T, torch.eye(16, dtype=F64))
+        assert not any(torch.allclose(w, other) for other in dense[:k])
+    assert unitary_penalty(layer).item() == pytest.approx(0, abs=1e-20)
+    first = layer.weight_hh_l0.terms[0].factors[0]
+    with torch.no_grad():
+        first[gates - 1].mul_(2)
+    assert unitary_penalty(layer).item() == pytest.approx(9 * first.shape[-1])  # ||4 I - I||_F^2 of one gate's factor
 
 
 def test_modrelu_at_zero_and_its_threshold() -> None:
