@@ -115,12 +115,14 @@ def plan_budget(
         chosen = []
         for i, gate in enumerate(gates):
             chosen.append(_within_error(gate, max_error))
+            gate.search.forget()
             _tell(progress, i + 1, len(gates))
     else:
         limits = parse_budget(budget)
         pools = []
         for i, gate in enumerate(gates):
             pools.append(_pool(gate, limits))
+            gate.search.forget()
             _tell(progress, i + 1, len(gates))
         chosen = _allocate(gates, pools, limits, budget)
         if max_error is not None:

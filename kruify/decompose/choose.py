@@ -11,13 +11,11 @@ from torch import Tensor
 
 from kruify.decompose.fit import Fit, check, fit_with, metric_of
 from kruify.decompose.plain import Plain
-from kruify.decompose.rearrange import rearrange
-from kruify.decompose.svd import truncated_svd
+from kruify.decompose.quick import Quick
 from kruify.decompose.weighted import Weighted
 from kruify.errors import UsageError
 from kruify.factors import BLOCK_HEIGHTS, Shape, Structure, Term, balanced, two_factor_shapes
 
-SPECTRUM_LIMIT = 1024  # shorter side up to which all singular values of a shape are computed
 SHAPES_LIMIT = 1 << 19  # entries up to which every pair of shapes is looked at, not only the balanced ones
 SPLITS = (0.25, 0.5, 0.75)
 SEARCH_SWEEPS = 2
@@ -57,20 +55,28 @@ class Search:
         self.block = next(b for b in BLOCK_HEIGHTS if self.rows % b == 0)
         slow = isinstance(metric, Weighted) or self.matrix.numel() > SHAPES_LIMIT
         self._shortlist = 1 if slow else SHORTLIST
-        self._white = self.matrix @ metric.root if isinstance(metric, Weighted) else self.matrix
-        self._spectra: dict[tuple[Shape, ...], Tensor] = {}
+        # In the weighted norm only a guide: see `spectrum_energy`.
+        self._quick = Quick(self.matrix @ metric.root if isinstance(metric, Weighted) else self.matrix)
         self._fits: dict[Structure, float] = {}
 
     def energy(self, structure: Structure, sweeps: int = SEARCH_SWEEPS) -> float:
         """The energy that a fit of few sweeps keeps: a bound from below on what a thorough one does."""
         if structure not in self._fits:
-            self._fits[structure] = self.fitted(structure, sweeps)[1]
+            metric = self.metric if isinstance(self.metric, Weighted) else self._quick
+            self._fits[structure] = self._fitted(metric, structure, sweeps)[1]
         return self._fits[structure]
 
-    def fitted(self, structure: Structure, sweeps: int) -> tuple[Fit, float]:
-        """The fit and the share of the energy it keeps in the norm of the search."""
-        fit = fit_with(self.metric, self.matrix, structure, seed=self.seed, sweeps=sweeps)
+    def fitted(self, structure: Structure, sweeps: int = 30) -> tuple[Fit, float]:
+        """A thorough fit and the share of the energy it keeps in the norm of the search."""
+        return self._fitted(self.metric, structure, sweeps)
+
+    def _fitted(self, metric: Plain | Weighted, structure: Structure, sweeps: int) -> tuple[Fit, float]:
+        fit = fit_with(metric, self.matrix, structure, seed=self.seed, sweeps=sweeps)
         return fit, 1 - self.metric.error(self.matrix - fit.to_dense()) / self.total if self.total > 0 else 1.0
+
+    def forget(self) -> None:
+        """Frees what only further searching would use."""
+        self._quick.forget()
 
     def low_rank(self) -> tuple[Shape, Shape]:
         return (self.rows, 1), (1, self.cols)
@@ -89,14 +95,7 @@ class Search:
         columns, elsewhere a guide that treats the weight as if it could be moved into the factors."""
         if self.total == 0:
             return 1.0
-        shorter = min(shapes[0][0] * shapes[0][1], shapes[1][0] * shapes[1][1])
-        known = self._spectra.get(shapes)
-        if known is None or (len(known) < rank and len(known) < shorter):
-            tensor = rearrange(self._white, shapes)
-            all_of_them = shorter <= SPECTRUM_LIMIT
-            known = _singular_values(tensor) if all_of_them else truncated_svd(tensor, rank).weight
-            self._spectra[shapes] = known
-        return float(known[:rank].square().sum()) / self.total
+        return float(self._quick.spectrum(shapes, rank)[0][:rank].sum()) / self.total
 
     def singles(self, parameters: int, multiply_adds: int | None = None) -> list[Candidate]:
         """Sums of one shape that fit the budget, the most energy first; the first is exact, the others estimates."""
@@ -218,19 +217,12 @@ def choose(
             f"no structure of a {search.rows}x{search.cols} matrix has {parameters} parameters or fewer",
             hint="Allow more parameters or multiply-adds",
         )
-    best, best_energy = search.fitted(found[0].structure, sweeps=30)
+    best, best_energy = search.fitted(found[0].structure)
     for candidate in found[1:3]:
-        other, energy = search.fitted(candidate.structure, sweeps=30)
+        other, energy = search.fitted(candidate.structure)
         if energy > best_energy:
             best, best_energy = other, energy
     return best
-
-
-def _singular_values(matrix: Tensor) -> Tensor:
-    """All of them, through the smaller Gram matrix: several times faster, and good to 1e-8 of the largest."""
-    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-    squares: Tensor = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
-    return squares.sqrt()
 
 
 def _two(shape: Sequence[int]) -> tuple[int, int]:
