@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kruify.decompose.choose import Candidate, Search
 from kruify.decompose.fit import check, metric_of
-from kruify.decompose.weighted import SEARCH_SWEEPS, Weighted
 from kruify.errors import PlanError, TargetMissedError
 from kruify.factors import Structure, Term
 
@@ -149,8 +148,6 @@ def _gates(matrices: Matrices, seed: int) -> list[_Gate]:
         if count < 1 or weight.ndim != 2 or weight.shape[0] % count:
             raise PlanError(f"a weight of shape {tuple(weight.shape)} does not hold {count} gates", name)
         metric = metric_of(covariance, weight.shape[1])
-        if isinstance(metric, Weighted):
-            metric.sweeps = SEARCH_SWEEPS
         for number, gate in enumerate(weight.reshape(count, -1, weight.shape[1])):
             check(gate, Structure(gate.shape[0], gate.shape[1]))
             search = Search(gate, metric, seed)

@@ -57,13 +57,13 @@ class Search:
         self._shortlist = 1 if slow else SHORTLIST
         # In the weighted norm only a guide: see `spectrum_energy`.
         self._quick = Quick(self.matrix @ metric.root if isinstance(metric, Weighted) else self.matrix)
+        self._searching = metric.for_search() if isinstance(metric, Weighted) else self._quick
         self._fits: dict[Structure, float] = {}
 
     def energy(self, structure: Structure, sweeps: int = SEARCH_SWEEPS) -> float:
         """The energy that a fit of few sweeps keeps: a bound from below on what a thorough one does."""
         if structure not in self._fits:
-            metric = self.metric if isinstance(self.metric, Weighted) else self._quick
-            self._fits[structure] = self._fitted(metric, structure, sweeps)[1]
+            self._fits[structure] = self._fitted(self._searching, structure, sweeps)[1]
         return self._fits[structure]
 
     def fitted(self, structure: Structure, sweeps: int = 30) -> tuple[Fit, float]:
@@ -105,11 +105,15 @@ class Search:
             if term is not None:
                 found.append(Candidate(self._structure(term), self.spectrum_energy(shapes, term.rank)))
         if isinstance(self.metric, Weighted):  # the guide is replaced by the truth for those that matter
-            found.sort(key=_order)
             low = [c for c in found if c.structure.terms[0].factors == self.low_rank()]
-            rest = [c for c in found if c not in low][: self._shortlist + 1]
+            rest = sorted((c for c in found if c not in low), key=_order)[: self._shortlist + 1]
             found = low + [Candidate(c.structure, self.energy(c.structure)) for c in rest]
         return sorted(found, key=_order)
+
+    def every_single(self, parameters: int, multiply_adds: int | None = None) -> list[Structure]:
+        """Each pair of factor shapes that the search looks at, low rank first, with as many terms as fit the budget."""
+        terms = [self._term(shapes, parameters, multiply_adds) for shapes in [self.low_rank(), *self.shapes()]]
+        return [self._structure(term) for term in terms if term is not None]
 
     def many_factors(self, parameters: int, multiply_adds: int | None = None) -> list[Candidate]:
         """Single products of three factors and more, for budgets below what two factors need."""
@@ -196,9 +200,10 @@ def choose(
 ) -> Fit:
     """The fit that keeps the most (weighted) energy of one matrix within a budget.
 
-    Compares every pair of factor shapes with as many terms as fit, low rank among them, then sums of low rank, the
-    best Kronecker shapes, diagonal and overlay. So the result never keeps less than the best single shape, than low
-    rank or than an overlay with as many parameters.
+    Compares every pair of factor shapes (above `SHAPES_LIMIT` entries the three most balanced) with as many terms as
+    fit, low rank among them, then sums of low rank, the best Kronecker shapes, diagonal and overlay. So the result
+    never keeps less (weighted) energy than `fit` does with any of these pairs and as many terms, or, in the plain norm,
+    with an overlay of as many parameters.
 
     Args:
         matrix: (rows, cols), one gate.
@@ -217,9 +222,12 @@ def choose(
             f"no structure of a {search.rows}x{search.cols} matrix has {parameters} parameters or fewer",
             hint="Allow more parameters or multiply-adds",
         )
-    best, best_energy = search.fitted(found[0].structure)
-    for candidate in found[1:3]:
-        other, energy = search.fitted(candidate.structure)
+    structures = [candidate.structure for candidate in found[:3]]
+    if covariance is not None:  # the search has only a guide to what weighted products keep: all are fitted
+        structures += [s for s in search.every_single(parameters, multiply_adds) if s not in structures]
+    best, best_energy = search.fitted(structures[0])
+    for structure in structures[1:]:
+        other, energy = search.fitted(structure)
         if energy > best_energy:
             best, best_energy = other, energy
     return best

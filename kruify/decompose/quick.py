@@ -12,13 +12,12 @@ from torch import Tensor
 
 from kruify.decompose.plain import Plain
 from kruify.decompose.rearrange import rearrange
-from kruify.decompose.svd import truncated_svd
+from kruify.decompose.svd import follow, shorter_side, truncated_svd
 from kruify.decompose.vectors import NUMERICALLY_ZERO, VectorSum, normalised
 from kruify.factors import Shape, Term
 
 SPECTRUM_LIMIT = 2048  # shorter side up to which all singular values of a shape are computed
 ITERATIONS, TOLERANCE = 4, 1e-3  # steps of a new part, at most; they end when one captures less than this share more
-SINGLE_FROM = 1 << 20  # entries from which products are formed in single precision
 
 
 class Quick(Plain):
@@ -43,8 +42,8 @@ class Quick(Plain):
         return known
 
     def forget(self) -> None:
-        """Drops the singular vectors, the values stay."""
-        self._spectra = {shapes: (values, values.new_empty(0, 0)) for shapes, (values, _) in self._spectra.items()}
+        """Frees the singular vectors; they are found again when they are needed."""
+        self._spectra.clear()
 
     def term(self, rest: Tensor, term: Term, old: VectorSum | None, seed: int) -> VectorSum:
         if len(term.factors) != 2:
@@ -56,7 +55,7 @@ class Quick(Plain):
         basis = vectors[:, : term.rank]
         if basis.shape[1] < term.rank:  # an exact fit of the whole matrix says nothing of what is left of it
             return super().term(rest, term, old, seed)
-        side = _shorter(tensor)
+        side = shorter_side(tensor)
         image = (tensor if side == 1 else tensor.T) @ basis
         start = normalised([basis, image] if side == 0 else [image, basis])
         best, captured = float(values[: term.rank].sum()), float(image.square().sum())
@@ -70,28 +69,9 @@ class Quick(Plain):
         return start
 
 
-def follow(matrix: Tensor, start: VectorSum) -> VectorSum:
-    """One step of subspace iteration from a sum of products: never further from (m, n) `matrix`.
-
-    The vectors on the shorter side of the result are orthonormal. Large matrices are multiplied in single precision.
-    """
-    side = _shorter(matrix)
-    scale = max(float(matrix.norm()), torch.finfo(torch.float64).tiny)
-    dtype = torch.float32 if matrix.numel() >= SINGLE_FROM else torch.float64
-    work = ((matrix if side == 0 else matrix.T) / scale).to(dtype)
-    image = (start.vectors[1 - side] * (start.weight / scale)).to(dtype)
-    basis = torch.linalg.qr(work @ image)[0]
-    image = (work.T @ basis).double() * scale
-    return normalised([basis.double(), image] if side == 0 else [image, basis.double()])
-
-
-def _shorter(matrix: Tensor) -> int:
-    return 0 if matrix.shape[0] <= matrix.shape[1] else 1
-
-
 def _spectrum(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Through the smaller Gram matrix: several times faster than an SVD, and good to 1e-8 of the largest value."""
-    side = _shorter(matrix)
+    side = shorter_side(matrix)
     if matrix.shape[side] > SPECTRUM_LIMIT:
         found = truncated_svd(matrix, rank)
         return found.weight.square(), found.vectors[side]

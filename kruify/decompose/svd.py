@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from kruify.decompose.vectors import NUMERICALLY_ZERO, VectorSum
+from kruify.decompose.vectors import NUMERICALLY_ZERO, VectorSum, normalised
 
 LANCZOS_FROM = 768  # shorter side from which Lanczos wins over LAPACK for a few triplets,
 LANCZOS_FEW = 4  # ... that is, so many,
@@ -16,6 +16,7 @@ GRAM_SHARE = 8  # elsewhere, at most 1/8 of all triplets come from the Gram matr
 LANCZOS_LIMIT = 1200  # steps; beyond, the basis costs more than LAPACK
 PANEL = 16  # rows that stay in the cache between the two products with them
 ACCURACY = 2e-8  # estimated distance of the subspace found from the true one; the estimate is ten times too careful
+SINGLE_FROM = 1 << 20  # entries from which `follow` multiplies in single precision
 BACKWARD = 1e-13  # or: a residual at rounding level, where singular values lie too close to be told apart
 
 
@@ -123,3 +124,22 @@ def _misses_one(work: Tensor, right: Tensor, smallest: float, generator: torch.G
         estimate = float(image @ x)
         x = image
     return estimate > smallest * (1 + 1e-9)
+
+
+def follow(matrix: Tensor, start: VectorSum) -> VectorSum:
+    """One step of subspace iteration from a sum of products: never further from (m, n) `matrix`.
+
+    The vectors on the shorter side of the result are orthonormal. Large matrices are multiplied in single precision.
+    """
+    side = shorter_side(matrix)
+    scale = max(float(matrix.norm()), torch.finfo(torch.float64).tiny)
+    dtype = torch.float32 if matrix.numel() >= SINGLE_FROM else torch.float64
+    work = ((matrix if side == 0 else matrix.T) / scale).to(dtype)
+    image = (start.vectors[1 - side] * (start.weight / scale)).to(dtype)
+    basis = torch.linalg.qr(work @ image)[0]
+    image = (work.T @ basis).double() * scale
+    return normalised([basis.double(), image] if side == 0 else [image, basis.double()])
+
+
+def shorter_side(matrix: Tensor) -> int:
+    return 0 if matrix.shape[0] <= matrix.shape[1] else 1

@@ -6,6 +6,7 @@ Kronecker products by alternating least squares, diagonal entry by entry, overla
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -14,19 +15,23 @@ from torch import Tensor
 from kruify.decompose.nearest import nearest
 from kruify.decompose.overlay import add_overlay, heaviest
 from kruify.decompose.rearrange import rearrange, restore
+from kruify.decompose.svd import follow
 from kruify.decompose.vectors import VectorSum, normalised
 from kruify.factors import Shape, Term
 
 DAMPING = 1e-6  # of the mean variance, added to every direction: what was never excited stays near the dense matrix
 PROXIMAL = 1e-10
-SWEEPS, LATER_SWEEPS, SEARCH_SWEEPS, TOLERANCE = 60, 4, 8, 1e-5
+SWEEPS, LATER_SWEEPS, TOLERANCE = 60, 4, 1e-5
+SEARCH_SWEEPS, SEARCH_LATER_SWEEPS, SEARCH_TOLERANCE = 6, 2, 1e-3
+SYSTEMS = 1 << 24  # entries of the overlay's systems that are solved at once
 
 
 class Weighted:
     """Fits measured by tr(E C E^T), with C (cols, cols) symmetric positive semi-definite (damped by `DAMPING`)."""
 
-    def __init__(self, covariance: Tensor, sweeps: int = SWEEPS) -> None:
-        self.covariance, self.sweeps = covariance, sweeps
+    def __init__(self, covariance: Tensor) -> None:
+        self.covariance = covariance
+        self.sweeps, self.tolerance, self.searching = SWEEPS, TOLERANCE, False
         n = covariance.shape[0]
         mean = float(covariance.diagonal().mean())
         eye = torch.eye(n, dtype=torch.float64)
@@ -36,6 +41,12 @@ class Weighted:
         self.root = (vectors * root) @ vectors.T
         self.inverse_root = (vectors / root) @ vectors.T
 
+    def for_search(self) -> Weighted:
+        """The same norm, its fits good enough to compare structures: a bound from below on what thorough ones keep."""
+        found = copy.copy(self)
+        found.sweeps, found.tolerance, found.searching = SEARCH_SWEEPS, SEARCH_TOLERANCE, True
+        return found
+
     def error(self, rest: Tensor) -> float:
         return float((rest @ self.root).square().sum())
 
@@ -44,10 +55,14 @@ class Weighted:
         whole = [f for f, (_, q) in enumerate(shapes) if q == term.cols]
         if len(shapes) <= 2 and whole:
             # One factor spans all columns, so the weight passes into it and the SVD is exact again.
-            found = nearest(rearrange(rest @ self.root, shapes), term.rank, seed=seed)
-            return self._unwhiten(found, whole[-1], shapes)
+            tensor = rearrange(rest @ self.root, shapes)
+            if self.searching and old is not None and len(shapes) > 1:
+                found = follow(tensor, self._turned(old, whole[-1], shapes, self.root))
+            else:
+                found = nearest(tensor, term.rank, seed=seed)
+            return self._turned(found, whole[-1], shapes, self.inverse_root)
         if old is not None:
-            start, sweeps = old, LATER_SWEEPS
+            start, sweeps = old, SEARCH_LATER_SWEEPS if self.searching else LATER_SWEEPS
         else:
             start, sweeps = self._start(rest, term, seed), self.sweeps
         found = self._alternate(rest, shapes, start, sweeps)
@@ -89,21 +104,32 @@ class Weighted:
         return values, index
 
     def _solve(self, rest: Tensor, index: Tensor, block: int) -> tuple[Tensor, Tensor]:
-        """Best values for given places: one small system per stripe of `block` rows."""
+        """Best values for given places: one small system per stripe of `block` rows, solved many at once."""
         target = rest @ self.c
         values = torch.empty(len(index), block, dtype=torch.float64)
-        for row in torch.unique(index[:, 0]).tolist():
-            places = (index[:, 0] == row).nonzero()[:, 0]
-            columns = index[places, 1]
-            system = self.c[columns][:, columns]
-            values[places] = torch.linalg.solve(system, target[row : row + block, columns].T)
+        stripe, count = torch.unique_consecutive(index[:, 0], return_counts=True)
+        if not len(index):
+            return values, index
+        most = int(count.max())
+        together = max(1, SYSTEMS // most**2)
+        for rows, sizes, places in zip(
+            torch.split(stripe, together), torch.split(count, together), _chunks(count, together), strict=True
+        ):
+            inside = torch.arange(most) < sizes[:, None]  # (stripes, most): the others pad with the identity
+            columns = torch.zeros(len(rows), most, dtype=torch.int64)
+            columns[inside] = index[places, 1]
+            system = self.c[columns[:, :, None], columns[:, None, :]]
+            system = torch.where(inside[:, :, None] & inside[:, None, :], system, torch.eye(most, dtype=torch.float64))
+            wanted = target[rows[:, None] + torch.arange(block)]  # (stripes, block, columns)
+            wanted = wanted.gather(2, columns[:, None].expand(-1, block, -1)) * inside[:, None]
+            values[places] = torch.linalg.solve(system, wanted.mT)[inside]
         return values, index
 
-    def _unwhiten(self, found: VectorSum, factor: int, shapes: tuple[Shape, ...]) -> VectorSum:
-        """Takes the weight out of the factor that spans all columns."""
+    def _turned(self, found: VectorSum, factor: int, shapes: tuple[Shape, ...], by: Tensor) -> VectorSum:
+        """Puts the root of the weight into the factor that spans all columns, or its inverse: takes it out."""
         p, q = shapes[factor]
         vectors = list(found.vectors)
-        cube = vectors[factor].T.reshape(found.rank, p, q) @ self.inverse_root
+        cube = vectors[factor].T.reshape(found.rank, p, q) @ by
         vectors[factor] = cube.reshape(found.rank, p * q).T * found.weight
         return normalised(vectors)
 
@@ -149,7 +175,7 @@ class Weighted:
                 factors[f], inner = self._solve_factor(target, shapes, factors, f)
             before, error = error, total - inner
             factors = _evened(factors)
-            if before - error <= TOLERANCE * abs(error):
+            if before - error <= self.tolerance * abs(error):
                 break
         return normalised([f.reshape(rank, -1).T for f in factors])
 
@@ -195,6 +221,13 @@ class Weighted:
             new = torch.linalg.lstsq(lhs, right + ridge * old, driver="gelsd").solution
         inner = float((2 * new * right).sum() - (new * (system @ new)).sum())
         return new.reshape(rank, q, p).permute(0, 2, 1), inner
+
+
+def _chunks(count: Tensor, together: int) -> list[slice]:
+    """Where the blocks of each group of `together` stripes stand in an index sorted by rows."""
+    sizes = [int(part.sum()) for part in torch.split(count, together)]
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
 def _roots(covariance: Tensor) -> tuple[Tensor, Tensor]:

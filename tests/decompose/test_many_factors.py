@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from kruify.decompose.als import refine
 from kruify.decompose.nearest import nearest
 from kruify.decompose.rearrange import rearrange, restore
 from kruify.decompose.successive import higher_order_svd, successive_svd
-from kruify.factors import Structure, Term
+from kruify.factors import Structure, Term, parse
 
 SHAPES = [(2, 3), (3, 2), (4, 1), (2, 2), (1, 3), (3, 3)]
 
@@ -118,3 +119,33 @@ def test_the_heaviest_of_all_orthogonal_products_come_first():
     torch.testing.assert_close(few.weight, every.weight.sort(descending=True).values[:5])
     complete = higher_order_svd(tensor, 60)
     assert distance(tensor, complete) < 1e-12
+
+
+@pytest.mark.parametrize("spec", ["2x3,3x2,2x2", "2*(2x3,3x2,2x2)", "3x2,1x4,4x1,2x2"])
+def test_transposing_the_matrix_transposes_the_fit(spec):
+    """Three factors and more, on noise alone and on noise around a product: the same energy.
+
+    On noise without the random starts: they are seeded alike, so those of the transposed matrix are not transposed.
+    """
+    structure = parse(spec).resolve(*shape_of(spec))
+    (term,) = structure.terms
+    turned = Structure(structure.cols, structure.rows, (Term(tuple((q, p) for p, q in term.factors), term.rank),))
+    for seed in range(4):
+        w = gaussian(structure.rows, structure.cols, seed=seed)
+        tensors = rearrange(w, term.factors), rearrange(w.T, turned.terms[0].factors)
+        one, other = (nearest(t, term.rank, restarts=0) for t in tensors)
+        lost = [float((t - found.dense()).square().sum()) for t, found in zip(tensors, (one, other), strict=True)]
+        assert lost[0] == pytest.approx(lost[1], rel=1e-6)
+        product = torch.ones(1, 1, dtype=torch.float64)
+        for f, (p, q) in enumerate(term.factors):
+            product = torch.kron(product, gaussian(p, q, seed=10 * seed + f))
+        w = product / product.norm() + 0.1 * w / w.norm()
+        a, b = fit(w, structure, null=False), fit(w.T, turned, null=False)
+        assert a.energy == pytest.approx(b.energy, abs=1e-6)
+        if term.rank == 1:
+            torch.testing.assert_close(a.to_dense().T, b.to_dense(), atol=1e-4, rtol=0)
+
+
+def shape_of(spec):
+    pairs = [tuple(map(int, part.split("x"))) for part in re.findall(r"\d+x\d+", spec)]
+    return math.prod(p for p, _ in pairs), math.prod(q for _, q in pairs)
