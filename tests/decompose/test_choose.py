@@ -4,9 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from kruify.decompose import choose, fit
 from kruify.errors import UnsupportedError, UsageError
 from kruify.factors import Structure, Term, two_factor_shapes
@@ -62,26 +59,27 @@ def test_weighted_choice_beats_the_plain_one_in_output():
     assert error(weighted) < error(plain)
 
 
-@settings(max_examples=8, deadline=None)
-@given(
-    st.sampled_from([(12, 12), (8, 12), (16, 8)]),
-    st.integers(40, 90),
-    st.integers(0, 999),
-    st.sampled_from(["spread", "thin", "one sided"]),
+@pytest.mark.parametrize(
+    ("seed", "rows", "cols", "parameters", "kind"),
+    [  # of the first three a search that trusts its guide misses the best shape
+        (19, 16, 16, 80, "few directions"),
+        (27, 12, 12, 64, "one sided"),
+        (29, 12, 16, 64, "few directions"),
+        (3, 16, 8, 90, "plain"),
+    ],
 )
-def test_a_weighted_choice_never_keeps_less_than_any_single_shape(size, parameters, seed, kind):
-    rows, cols = size
-    w, h = gaussian(rows, cols, seed=seed), gaussian(30, cols, seed=seed + 1)
-    if kind == "thin":  # few directions are ever excited
-        h = h[:3]
+def test_a_weighted_choice_never_keeps_less_than_any_single_shape(seed, rows, cols, parameters, kind):
+    w, h = gaussian(rows, cols, seed=seed), gaussian(30, cols, seed=seed + 7)
+    if kind == "few directions":
+        h = h[:6]
     if kind == "one sided":
-        h = h * torch.logspace(0, -4, cols, dtype=torch.float64) + 2
+        h = h * torch.logspace(0, -3, cols, dtype=torch.float64) + 2
     c = h.T @ h / len(h)
     found = choose(w, parameters, covariance=c)
     assert found.structure.parameters <= parameters
     for structure in single_shapes(rows, cols, parameters):
         single = fit(w, structure, covariance=c, null=False).energy_weighted
-        assert found.energy_weighted >= single - 1e-5, str(structure)
+        assert found.energy_weighted >= single - 1e-5, str(structure)  # the fit's own norm is damped by 1e-6
 
 
 def test_tiny_budgets_fall_back_on_many_factors_and_impossible_ones_are_named():
