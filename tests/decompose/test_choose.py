@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from kruify.decompose import choose, fit
 from kruify.errors import UnsupportedError, UsageError
 from kruify.factors import Structure, Term, two_factor_shapes
