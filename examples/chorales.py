@@ -3,8 +3,8 @@
     python examples/chorales.py            about two minutes on one core
     python examples/chorales.py --quick    some seconds, too short for music
 
-Nats a frame in the full mode (AMD EPYC, commit 7a77304, seed 0): 9.34 dense after 60 epochs, 10.23 converted to 128x fewer
-recurrent parameters, 8.74 after 60 epochs more. The dense network gets as many for a fair comparison.
+Nats a frame in the full mode (AMD EPYC, commit 7a77304, seed 0): 9.34 dense after 60 epochs, 10.23 converted to 128x
+fewer recurrent parameters, 8.74 after 60 epochs more. The dense network gets as many for a fair comparison.
 
 Needs the package music21, whose scores are read without importing it: pip install --no-deps music21
 """
