@@ -1,11 +1,13 @@
-"""Whole layers on a GPU: kruify, cuDNN (float32, TF32, bf16), torch.compile, the torch loop; and the chip's ceilings.
+"""Whole layers on a GPU: kruify and cuDNN (float32, TF32, bf16), torch.compile, torch's loop; and the chip's ceilings.
 
     python benchmarks/cuda_layers.py --quick   LSTM 1024, 2048, 4096, B=64, T=1024: a minute or two
     python benchmarks/cuda_layers.py           H 512..4096, B 1..256, T 128 and 1024, LSTM, GRU, RNN (`make bench-gpu`)
 
 Writes benchmarks/results/cuda_layers-<GPU>.json after every measurement, so that a run that is cut short keeps what it
 had, and the table of benchmarks/cuda_layers.md. Times are medians of CUDA events, in milliseconds, input size = hidden
-size, dense W_ih. `recurrent` is the recurrence alone, on ready gates. `--seconds` bounds the whole run.
+size, dense W_ih. `recurrent` is the recurrence alone, on ready gates. TF32 is torch's switch, which kruify's kernels
+follow; bf16 is cuDNN on bf16 weights and input, and kruify on float32 ones under autocast. `--seconds` bounds the whole
+run.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 
 from kruify import layers
 from kruify.errors import KruifyError
-from kruify.ops import backend_info
+from kruify.ops import backend_info, precision
 from kruify.ops import operators as operators
 from kruify.ops.layout import Layout, TermLayout
 
@@ -131,8 +133,8 @@ def timed(layer: nn.Module, x: Tensor, training: bool, budget: float) -> float:
     return milliseconds(step, budget)
 
 
-def recurrent(kind: str, hidden: int, batch: int, steps: int, training: bool, budget: float) -> float:
-    """The recurrence alone, on ready-made gates."""
+def recurrent(kind: str, hidden: int, batch: int, steps: int, training: bool, budget: float, products: int) -> float:
+    """The recurrence alone, on ready-made gates, with products of this precision."""
     gates, (rows1, rows2) = GATES[kind], PAIRS[hidden]
     name = "rnn_tanh" if kind == "rnn" else kind
     shapes = ((rows1, rows1), (rows2, rows2))
@@ -145,7 +147,7 @@ def recurrent(kind: str, hidden: int, batch: int, steps: int, training: bool, bu
 
     def step() -> None:
         out = torch.ops.kruify.recurrence(
-            x, None, None, sizes, h0, c0, stages, None, None, None, bias, layout, name, False, training
+            x, None, None, sizes, h0, c0, stages, None, None, None, bias, layout, name, False, training, products
         )[0]
         if training:
             torch.autograd.grad(out.sum(), [x, *stages, bias])
@@ -173,13 +175,20 @@ def candidates(
         with tf32(allowed):
             return timed(dense(kind, hidden).to(dtype), x.to(dtype), training, budget)
 
-    def layer(backend: str, allowed: bool) -> float:
-        with tf32(allowed):
+    def layer(backend: str, allowed: bool, lower: bool = False) -> float:
+        casts: AbstractContextManager[Any] = torch.autocast(DEVICE, torch.bfloat16) if lower else nullcontext()
+        with tf32(allowed), casts:
             return timed(ours(kind, hidden, backend), x, training, budget)
 
+    def alone(products: int) -> float:
+        return recurrent(kind, hidden, batch, steps, training, budget, products)
+
     yield "kruify", lambda: layer("kernel", False)
-    yield "kruify_tf32_input", lambda: layer("kernel", True)
-    yield "kruify_recurrent", lambda: recurrent(kind, hidden, batch, steps, training, budget)
+    yield "kruify_tf32", lambda: layer("kernel", True)
+    yield "kruify_bf16", lambda: layer("kernel", True, lower=True)
+    yield "kruify_recurrent", lambda: alone(precision.FLOAT32)
+    yield "kruify_recurrent_tf32", lambda: alone(precision.TF32)
+    yield "kruify_recurrent_bf16", lambda: alone(precision.BF16)
     yield "cudnn_float32", lambda: cudnn(torch.float32, False)
     yield "cudnn_tf32", lambda: cudnn(torch.float32, True)
     yield "cudnn_bf16", lambda: cudnn(torch.bfloat16, True)
@@ -228,6 +237,20 @@ def table(rows: list[dict[str, Any]]) -> str:
                 cells.append(f"{alone:.1f}" if isinstance(alone, float) else "not measured")
         rows1, rows2 = PAIRS[hidden]
         lines.append(f"| LSTM {hidden} ({rows1}x{rows1},{rows2}x{rows2}) | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| layer, on tensor cores | kruify TF32 | cuDNN TF32 | ratio | recurrence alone |"
+        " kruify bf16 | cuDNN bf16 | ratio | recurrence alone |",
+        "|--|--|--|--|--|--|--|--|--|",
+    ]
+    for hidden in ISSUE:
+        for training in (False, True):
+            ms, cells = by.get(("lstm", hidden, 64, 1024, training), {}), []
+            for name in ("tf32", "bf16"):
+                a, b, alone = (ms.get(f"{who}_{name}") for who in ("kruify", "cudnn", "kruify_recurrent"))
+                ratio = b / a if isinstance(a, float) and isinstance(b, float) else None
+                cells += [f"{v:.1f}" if isinstance(v, float) else "not measured" for v in (a, b, ratio, alone)]
+            lines.append(f"| LSTM {hidden}, forward{' + backward' if training else ''} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

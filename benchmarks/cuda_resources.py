@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ CSRC = ROOT / "kruify" / "csrc"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 MENU = ((16, 16), (32, 16), (32, 32), (64, 32), (64, 64))
 KINDS = ("lstm", "gru", "rnn_tanh")
+PRECISIONS = ("float32", "tf32", "bf16")  # in the order of kruify/ops/precision.py
 # Bytes of shared memory that a block may have, multiprocessors of a usual chip, clusters.
 CHIPS = {"sm_90 (H200)": (232448, 132, 1), "sm_80 (A100)": (166912, 108, 0), "sm_89 (RTX 4090)": (101376, 128, 0)}
 
@@ -121,16 +123,17 @@ def shared_memory() -> list[dict[str, object]]:
         for kind in KINDS:
             for shape in MENU:
                 for rank in (1, 2, 4):
-                    for backward in (0, 1):
-                        options = (ctypes.c_int * 7)(processors, size, clusters, 0, 0, 0, 1)
-                        found = (ctypes.c_int * 4)()
+                    for backward, wanted in itertools.product((0, 1), range(3)):
+                        options = (ctypes.c_int * 8)(processors, size, clusters, 0, 0, 0, 1, wanted)
+                        found = (ctypes.c_int * 5)()
                         choose(KINDS.index(kind), *shape, rank, 64, options, backward, found)
                         fits = found[0] > 0
                         rows.append({
                             "chip": chip, "kind": kind, "rank": rank,
                             "stages": f"{shape[0]}x{shape[0]},{shape[1]}x{shape[1]}",
-                            "pass": "backward" if backward else "forward",
+                            "pass": "backward" if backward else "forward", "asked": PRECISIONS[wanted],
                             "kernel": "two-stage template" if fits else "general",
+                            "products": PRECISIONS[found[4]],
                             "blocks_a_row": found[0] if fits else 1, "threads": found[1],
                             "tile_columns": found[2], "shared_bytes": found[3],
                         })  # fmt: skip
@@ -149,23 +152,43 @@ def table(result: dict[str, object]) -> str:
         else:
             spilling, most = sum(k["spill_bytes"] > 0 for k in ks), max(k["registers"] for k in ks)
             lines.append(f"| {name} | {len(ks)} | {spilling} | {most} | {one['cpu_seconds']} |")
-    lines += ["", "Two-stage templates on sm_90, batch 64, one term:", ""]
+    lines += ["", "Two-stage templates on sm_90, batch 64, one term; products in float32 / TF32 / bf16:", ""]
     lines.append("| kind | stages | pass | blocks a row | threads | shared memory a block | registers | spilled |")
     lines.append("|--|--|--|--|--|--|--|--|")
     used = {k["kernel"]: k for k in compiled["sm_90"]["kernels"]} if "sm_90" in compiled else {}
     shared = result["shared_memory"]
     assert isinstance(shared, list)
     for row in shared:
-        if row["chip"] != "sm_90 (H200)" or row["rank"] != 1:
+        if row["chip"] != "sm_90 (H200)" or row["rank"] != 1 or row["asked"] != "float32":
             continue
-        gates, sizes = {"lstm": 4, "gru": 3}.get(row["kind"], 1), re.findall(r"(\d+)x", row["stages"])
-        name = f"pair_{row['pass']}_kernel<{gates}, {row['tile_columns']}, Square<{sizes[0]}, {sizes[1]}> >"
-        kernel = used.get(name, {"registers": "?", "spill_bytes": "?"})
-        lines.append(
-            f"| {row['kind']} | {row['stages']} | {row['pass']} | {row['blocks_a_row']} | {row['threads']} |"
-            f" {row['shared_bytes'] / 1024:.0f} KB | {kernel['registers']} | {kernel['spill_bytes']} |"
-        )
+        columns: list[tuple[str, ...]] = []
+        for asked in PRECISIONS:
+            one = next(r for r in shared if r == r | {k: row[k] for k in CASE} | {"asked": asked})
+            kernel = used.get(kernel_name(one), {"registers": "?", "spill_bytes": "?"})
+            kib = f"{one['shared_bytes'] / 1024:.0f}"
+            columns.append(
+                (
+                    str(one["blocks_a_row"]),
+                    str(one["threads"]),
+                    kib,
+                    str(kernel["registers"]),
+                    str(kernel["spill_bytes"]),
+                )
+            )
+        blocks, threads, size, registers, spilled = (" / ".join(column) for column in zip(*columns, strict=True))
+        what = f"| {row['kind']} | {row['stages']} | {row['pass']} "
+        lines.append(f"{what}| {blocks} | {threads} | {size} KB | {registers} | {spilled} |")
     return "\n".join(lines)
+
+
+CASE = ("chip", "kind", "rank", "stages", "pass")  # of a row of shared_memory
+
+
+def kernel_name(row: dict[str, object]) -> str:
+    """The template that a row of shared_memory runs, as the demangler writes it."""
+    gates, sizes = {"lstm": 4, "gru": 3}.get(str(row["kind"]), 1), re.findall(r"(\d+)x", str(row["stages"]))
+    numbers = {"tf32": "Tf32", "bf16": "Bf16"}.get(str(row["products"]), f"Exact<{row['tile_columns']}>")
+    return f"pair_{row['pass']}_kernel<{gates}, {numbers}, Square<{sizes[0]}, {sizes[1]}> >"
 
 
 def write_table(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from kruify.layers import kernel
 from kruify.layers.matrix import KroneckerMatrix
-from kruify.ops import stages
+from kruify.ops import precision, stages
 
 if TYPE_CHECKING:
     from kruify.layers.base import KRUBase
@@ -33,19 +34,38 @@ def pick(layer: KRUBase, steps: int, batch: int, x: Tensor) -> str:
 
 
 def _templates_take(layer: KRUBase, x: Tensor, k: int, d: int) -> bool:
-    """Whether the CUDA templates take this recurrence. The general CUDA kernel takes all others, but is not expected to
-    beat cuDNN on the dense weight. No GPU has measured this yet: benchmarks/cuda_layers.py."""
+    """Whether the CUDA templates take this recurrence, and its share of a multiprocessor's shared memory suffices
+    (csrc/cuda/README.md has the limits). The general CUDA kernel takes all others, but is not expected to beat cuDNN on
+    the dense weight. No GPU has measured this yet: benchmarks/cuda_layers.py."""
     matrix = layer.weights(k, d)["weight_hh"]
     assert isinstance(matrix, KroneckerMatrix)
-    plans = kernel.form_of(matrix).plans
-    return (
-        x.dtype == torch.float32
-        and matrix.overlay is None
-        and len(plans) == 1
-        and len(matrix.term_list()[0].gates) == matrix.gates
-        and len(plans[0].shapes) == 2
-        and all(p == q and p % 4 == 0 for p, q in plans[0].shapes)
-    )
+    plans, terms = kernel.form_of(matrix).plans, matrix.term_list()
+    if (
+        matrix.dtype != torch.float32
+        or matrix.overlay is not None
+        or len(plans) != 1
+        or len(terms[0].gates) != matrix.gates
+        or len(plans[0].shapes) != 2
+        or any(p != q for p, q in plans[0].shapes)
+    ):
+        return False
+    (rows1, _), (rows2, _) = plans[0].shapes
+    training, wanted = torch.is_grad_enabled(), precision.of_products(x.device)
+    rank, device = terms[0].term.rank, x.device.index or 0
+    fits: bool = _template_fits(matrix.gates, rank, rows1, rows2, training, wanted, device)
+    return fits
+
+
+# torch.compile cannot look into it; all of it is known then.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _template_fits(gates: int, rank: int, rows1: int, rows2: int, training: bool, wanted: int, device: int) -> bool:
+    """What the kernels themselves ask before a launch, `pair_fits` in csrc/cuda/pair_plan.h."""
+    return _template_fits_cached(gates, rank, rows1, rows2, training, wanted, device)
+
+
+@lru_cache(maxsize=256)
+def _template_fits_cached(*question: int) -> bool:
+    return bool(torch.ops.kruify.template_fits(*question))
 
 
 def _gain(matrix: object, kind: str, batch: int) -> float:

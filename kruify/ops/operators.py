@@ -25,6 +25,7 @@ _PRECISION = "int precision=0"  # of the products: ops/precision.py
 
 SCHEMAS = {
     "instruction_set": "() -> int",
+    "template_fits": "(int gates, int rank, int rows1, int rows2, bool training, int precision, int device) -> bool",
     "merge": "(Tensor[] factors, Tensor? scale, int[] groups) -> Tensor[]",
     "merge_backward": "(Tensor[] grads, Tensor[] factors, Tensor? scale, int[] groups) -> Tensor[]",
     "kron_matmul": f"(Tensor x, {_MATRIX}, {_PRECISION}) -> Tensor",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import math
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +20,8 @@ from torch import Tensor
 
 from kruify.ops.layout import Layout, TermLayout
 from kruify.ops.reference import GATES, MODRELU, WORKSPACE
+
+sys.path.insert(0, str(Path(__file__).parent))  # phase_cases, shared by the tests here
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "kruify" / "csrc"
@@ -42,7 +46,8 @@ def cached(name: str, sources: Sequence[Path], command: Sequence[str], build: Ca
 
 class Options(ctypes.Structure):
     _fields_ = [
-        (n, ctypes.c_int) for n in ("processors", "shared_memory", "clusters", "order", "cluster", "tile", "menu")
+        (n, ctypes.c_int)
+        for n in ("processors", "shared_memory", "clusters", "order", "cluster", "tile", "menu", "precision")
     ]
 
 
@@ -53,10 +58,10 @@ class _Problem(ctypes.Structure):
     ]
 
 
-def options(order: int = 0, cluster: int = 0, tile: int = 0, menu: int = 1, **chip: int) -> Options:
+def options(order: int = 0, cluster: int = 0, tile: int = 0, menu: int = 1, precision: int = 0, **chip: int) -> Options:
     """A run on an H200 unless `chip` (processors, shared_memory, clusters) says otherwise."""
     values = {"processors": 132, "shared_memory": 232448, "clusters": 1} | chip
-    return Options(order=order, cluster=cluster, tile=tile, menu=menu, **values)
+    return Options(order=order, cluster=cluster, tile=tile, menu=menu, precision=precision, **values)
 
 
 @dataclass
@@ -103,10 +108,13 @@ def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]
 
 
 class Phases:
-    """The operators as the CUDA machine would run them, on CPU tensors. `templates`: launches of two-stage kernels."""
+    """The operators as the CUDA machine would run them, on CPU tensors.
+
+    Of the last call: `templates`, launches of two-stage kernels; `tensors`, how many of them on tensor cores.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.library, self.templates = library, 0
+        self.library, self.templates, self.tensors = library, 0, 0
 
     def _problem(
         self, m: Matrix, kind: str = "lstm", sizes: Tensor | None = None, reverse: bool = False, batch: int = 0
@@ -130,7 +138,11 @@ class Phases:
 
     def _call(self, name: str, dtype: torch.dtype, *arguments: object) -> None:
         function = getattr(self.library, f"{name}_{'float' if dtype == torch.float32 else 'double'}")
-        self.templates = function(*arguments)
+        launches = function(*arguments)
+        if launches < 0:
+            self.library.what.restype = ctypes.c_char_p
+            raise RuntimeError(self.library.what().decode())
+        self.tensors, self.templates = divmod(launches, 1000)
 
     def recurrence(self, x, sizes, h0, c0, m, kind, reverse, o):  # type: ignore[no-untyped-def]
         out, h, c = (torch.full_like(t, float("nan")) for t in (x[:, : h0.shape[1]].contiguous(), h0, h0))
@@ -183,11 +195,32 @@ class Phases:
                    _pointers(grads), ctypes.c_int64(x.shape[0]))  # fmt: skip
         return grad_x, [g for g in grads if g is not None]
 
+    def merge(self, factors: Sequence[Tensor], o: Options) -> Tensor:
+        """The stage (pairs, rows, cols) of factors (pairs, P, Q)."""
+        rows, cols = (math.prod(f.shape[k] for f in factors) for k in (1, 2))
+        out = torch.full((factors[0].shape[0], rows, cols), float("nan"), dtype=factors[0].dtype)
+        self._call("merge", out.dtype, *self._chain(factors), ctypes.byref(o), ctypes.c_void_p(_pointer(out)))
+        return out
+
+    def merge_backward(self, grad: Tensor, factors: Sequence[Tensor], o: Options) -> list[Tensor]:
+        grads = [torch.full_like(f, float("nan")) for f in factors]
+        given = (ctypes.byref(o), ctypes.c_void_p(_pointer(grad)), _pointers(grads))
+        self._call("merge_backward", grad.dtype, *self._chain(factors), *given)
+        return grads
+
+    def _chain(self, factors: Sequence[Tensor]) -> tuple[object, ...]:
+        shapes = [n for f in factors for n in f.shape[1:]]
+        return factors[0].shape[0], len(factors), (ctypes.c_int * len(shapes))(*shapes), _pointers(factors)
+
+    def fits(self, kind: str, rows1: int, rows2: int, rank: int, training: bool, o: Options) -> bool:
+        """Whether the two-stage kernels take any batch."""
+        return bool(self.library.fits(GATES[kind], rank, rows1, rows2, int(training), ctypes.byref(o)))
+
     def choice(
         self, kind: str, rows1: int, rows2: int, rank: int, batch: int, backward: bool, o: Options
-    ) -> tuple[int, int, int, int]:
-        """(cluster, threads, tile columns, bytes of shared memory) that a launch takes; cluster 0: none fits."""
-        found = (ctypes.c_int * 4)()
+    ) -> tuple[int, int, int, int, int]:
+        """(cluster, threads, tile columns, bytes of shared memory, precision) of a launch; cluster 0: none fits."""
+        found = (ctypes.c_int * 5)()
         self.library.pair_choice(KINDS.index(kind), rows1, rows2, rank, batch, ctypes.byref(o), int(backward), found)
         return tuple(found)  # type: ignore[return-value]
 

@@ -4,6 +4,7 @@
 #include <functional>
 #include <memory>
 #include <numeric>
+#include <string>
 #include <vector>
 
 #include "cuda/flow.h"
@@ -23,6 +24,8 @@ struct HostBlock {
   using Phase = std::function<void(const Thread&)>;
   std::vector<std::vector<Phase>> waiting{{}};  // phases, one list between two barriers of a block
   size_t arrived = 0;                           // lists that every block has behind it at the cluster's arrival
+  std::vector<int64_t> products = std::vector<int64_t>(1024);  // of tensor cores that each thread took part in
+  inline static bool warps_agree = true;
 
   HostBlock(int threads, int ranks, int64_t bytes, int order) : threads(threads), ranks(ranks), order(order) {
     for (int r = 0; r < ranks; ++r) {
@@ -61,8 +64,12 @@ struct HostBlock {
         for (int k = 0; k < threads; ++k) {
           const int id = order == 0 ? k : order == 1 ? threads - 1 - k : static_cast<int>(static_cast<int64_t>(k) * step % threads);
           const Thread thread{id, threads, rank, ranks, reinterpret_cast<char*>(memory[rank].get())};
+          const int64_t before = emulated;
           for (const Phase& phase : waiting[list]) phase(thread);
+          products[id] = emulated - before;
         }
+        for (int id = 0; id < threads; ++id)  // mma.sync hangs where lanes of a warp go different ways
+          if (products[id] != products[id / 32 * 32]) warps_agree = false;
       }
     }
     waiting.erase(waiting.begin(), waiting.begin() + static_cast<std::ptrdiff_t>(lists));
@@ -75,29 +82,23 @@ struct HostBlock {
   }
 };
 
+// The template of a plan, float32 or for tensor cores.
 template <class F>
-void with_gates(Kind kind, const F& f) {
-  if (kind == kLstm) f(std::integral_constant<int, 4>{});
-  else if (kind == kGru) f(std::integral_constant<int, 3>{});
-  else f(std::integral_constant<int, 1>{});
-}
-
-template <class F>
-void with_tile(int tile, const F& f) {
-  if (tile == 4) f(std::integral_constant<int, 4>{});
-  else f(std::integral_constant<int, 2>{});
+void with_any_template(AnyShape s, bool menu, const PairPlan& p, Kind kind, const F& f) {
+  if (p.precision == kFloat32) with_template<false>(s, menu, p, kind, f);
+  else with_template<true>(s, menu, p, kind, f);
 }
 
 struct Options {  // mirrored in conftest.py
   int processors, shared_memory, clusters;
-  int order, cluster, tile, menu;  // cluster, tile: 0 for what the plan says
+  int order, cluster, tile, menu, precision;  // cluster, tile: 0 for what the plan says
 };
 
 struct HostMachine {
   Chip chip;
   Options options;
   std::vector<std::unique_ptr<char[]>> memory;
-  int pairs = 0, generals = 0;  // launches of the templates and of the general kernels
+  int pairs = 0, generals = 0, tensors = 0;  // launches of the templates, of the general kernels, of those on tensor cores
 
   explicit HostMachine(const Options& o) : chip{o.processors, o.shared_memory, o.clusters != 0}, options(o) {}
 
@@ -126,31 +127,27 @@ struct HostMachine {
     columns = sorted, order = from;
   }
   PairPlan forced(AnyShape s, Kind kind, PairPlan p, bool backward) const {
-    if (options.cluster) p = pair_layout(s, gates_of(kind), p.rank, options.cluster, backward);
+    if (options.cluster) p = pair_layout(s, gates_of(kind), p.rank, options.cluster, backward, p.precision);
     if (options.tile) p.tile = options.tile;
     return p;
   }
   void pair_recurrence(AnyShape s, PairPlan plan, Kind kind, const PairForward& args) {
-    ++pairs;
+    ++pairs, tensors += plan.precision != kFloat32;
     const PairPlan p = forced(s, kind, plan, false);
     for (int sample = 0; sample < args.rows.batch; ++sample) {
       HostBlock block(p.threads, p.cluster, p.bytes, options.order);
-      with_shape(s, options.menu, [&](auto shape) {
-        with_gates(kind, [&](auto g) {
-          with_tile(p.tile, [&](auto tile) { pair_forward<g.value, tile.value>(block, shape, p, args, sample); });
-        });
+      with_any_template(s, options.menu, p, kind, [&](auto g, auto numbers, auto shape) {
+        pair_forward<g.value, decltype(numbers)>(block, shape, p, args, sample);
       });
     }
   }
   void pair_recurrence_backward(AnyShape s, PairPlan plan, Kind kind, const PairBackward& args) {
-    ++pairs;
+    ++pairs, tensors += plan.precision != kFloat32;
     const PairPlan p = forced(s, kind, plan, true);
     for (int sample = 0; sample < args.rows.batch; ++sample) {
       HostBlock block(p.threads, p.cluster, p.bytes, options.order);
-      with_shape(s, options.menu, [&](auto shape) {
-        with_gates(kind, [&](auto g) {
-          with_tile(p.tile, [&](auto tile) { pair_backward<g.value, tile.value>(block, shape, p, args, sample); });
-        });
+      with_any_template(s, options.menu, p, kind, [&](auto g, auto numbers, auto shape) {
+        pair_backward<g.value, decltype(numbers)>(block, shape, p, args, sample);
       });
     }
   }
@@ -171,19 +168,21 @@ struct HostMachine {
     }
   }
   void pair_product(AnyShape s, const PairProductPlan& p, const PairProduct& args, bool backward) {
-    ++pairs;
-    for (int k = 0; k < 3; ++k) {
-      HostBlock block(p.threads, 1, p.bytes, options.order);
-      if (backward) pair_product_backward(block, s, p, args, k, 3);
-      else kruify::cuda::pair_product(block, s, p, args, k, 3);
-    }
+    ++pairs, tensors += p.precision != kFloat32;
+    for (int k = 0; k < 3; ++k)
+      with_precision(p.precision, [&](auto numbers) {
+        HostBlock block(p.threads, 1, p.bytes, options.order);
+        if (backward) pair_product_backward<decltype(numbers)>(block, s, p, args, k, 3);
+        else kruify::cuda::pair_product<decltype(numbers)>(block, s, p, args, k, 3);
+      });
   }
   void pair_gradient(AnyShape s, const PairGradientPlan& p, const PairGradient& args, int pieces, int rank) {
-    ++pairs;
+    ++pairs, tensors += p.precision != kFloat32;
     for (int r = 0; r < rank; ++r)
       for (int piece = 0; piece < pieces; ++piece) {
         HostBlock block(p.threads, 1, p.bytes, options.order);
-        kruify::cuda::pair_gradient(block, s, p, piece_of(args, s, p, piece, pieces, r));
+        const PairGradient own = piece_of(args, s, p, piece, pieces, r);
+        with_precision(p.precision, [&](auto numbers) { kruify::cuda::pair_gradient<decltype(numbers)>(block, s, p, own); });
       }
   }
 };
@@ -223,8 +222,9 @@ template <class T>
 int forward(const Problem& p, const Options& o, const T* const* in, T* const* out) {
   HostMachine machine(o);
   Matrix<T> m = matrix_of<T>(p);
-  recurrence(machine, m, Kind(p.kind), GeneralForward<T>{in[0], in[1], in[2], out[0], out[1], out[2], out[3], {p.starts, p.steps, p.batch, p.reverse != 0}});
-  return machine.pairs;
+  recurrence(machine, m, Kind(p.kind), GeneralForward<T>{in[0], in[1], in[2], out[0], out[1], out[2], out[3], {p.starts, p.steps, p.batch, p.reverse != 0}},
+             Precision(o.precision));
+  return machine.pairs + 1000 * machine.tensors;
 }
 
 template <class T>
@@ -233,43 +233,108 @@ int backward(const Problem& p, const Options& o, const T* const* in, T* const* o
   Matrix<T> m = matrix_of<T>(p);
   recurrence_backward(machine, m, Kind(p.kind),
                       GeneralBackward<T>{in[0], in[1], in[2], in[3], in[4], in[5], in[6], out[0], nullptr, out[1], out[2], {p.starts, p.steps, p.batch, p.reverse != 0}},
-                      rows, gradient_of(p, grads));
-  return machine.pairs;
+                      rows, gradient_of(p, grads), Precision(o.precision));
+  return machine.pairs + 1000 * machine.tensors;
 }
 
 template <class T>
 int multiply(const Problem& p, const Options& o, const T* x, T* y, int64_t rows) {
   HostMachine machine(o);
   Matrix<T> m = matrix_of<T>(p);
-  product(machine, m, x, rows, y);
-  return machine.pairs;
+  product(machine, m, x, rows, y, Precision(o.precision));
+  return machine.pairs + 1000 * machine.tensors;
 }
 
 template <class T>
 int multiply_backward(const Problem& p, const Options& o, const T* grad, const T* x, T* grad_x, T* const* grads, int64_t rows) {
   HostMachine machine(o);
   Matrix<T> m = matrix_of<T>(p);
-  product_backward(machine, m, grad, x, rows, grad_x, gradient_of(p, grads));
-  return machine.pairs;
+  product_backward(machine, m, grad, x, rows, grad_x, gradient_of(p, grads), Precision(o.precision));
+  return machine.pairs + 1000 * machine.tensors;
+}
+
+// A chain of `count` factors, each (pairs, P, Q).
+template <class T>
+Chain<T> chain_of(int pairs, int count, const int* shapes, const T* const* factors) {
+  Chain<T> chain{};
+  chain.pairs = pairs;
+  for (int k = 0; k < count; ++k) chain.add(factors[k], shapes[2 * k], shapes[2 * k + 1]);
+  return chain;
+}
+
+std::string last_error;
+
+// What the call returns, or -1 and its error kept.
+template <class F>
+int guarded(const F& f) {
+  try {
+    return f();
+  } catch (const std::exception& error) {
+    last_error = error.what();
+    return -1;
+  }
 }
 
 }  // namespace
 
-// Each returns how many launches of two-stage templates the call would make.
+extern "C" const char* what() { return last_error.c_str(); }
+
+// Each returns how many launches of two-stage templates the call would make, and a thousand times those on tensor cores.
 #define EXPORT(T)                                                                                                                                       \
-  extern "C" int forward_##T(const Problem* p, const Options* o, const T* const* in, T* const* out) { return forward(*p, *o, in, out); }                \
-  extern "C" int backward_##T(const Problem* p, const Options* o, const T* const* in, T* const* out, T* const* grads, int64_t rows) {                   \
-    return backward(*p, *o, in, out, grads, rows);                                                                                                      \
+  extern "C" int forward_##T(const Problem* p, const Options* o, const T* const* in, T* const* out) {                                                   \
+    return guarded([&] { return forward(*p, *o, in, out); });                                                                                           \
   }                                                                                                                                                     \
-  extern "C" int multiply_##T(const Problem* p, const Options* o, const T* x, T* y, int64_t rows) { return multiply(*p, *o, x, y, rows); }              \
+  extern "C" int backward_##T(const Problem* p, const Options* o, const T* const* in, T* const* out, T* const* grads, int64_t rows) {                   \
+    return guarded([&] { return backward(*p, *o, in, out, grads, rows); });                                                                             \
+  }                                                                                                                                                     \
+  extern "C" int multiply_##T(const Problem* p, const Options* o, const T* x, T* y, int64_t rows) {                                                     \
+    return guarded([&] { return multiply(*p, *o, x, y, rows); });                                                                                       \
+  }                                                                                                                                                     \
   extern "C" int multiply_backward_##T(const Problem* p, const Options* o, const T* grad, const T* x, T* grad_x, T* const* grads, int64_t rows) {       \
-    return multiply_backward(*p, *o, grad, x, grad_x, grads, rows);                                                                                     \
+    return guarded([&] { return multiply_backward(*p, *o, grad, x, grad_x, grads, rows); });                                                            \
+  }                                                                                                                                                     \
+  extern "C" int merge_##T(int pairs, int count, const int* shapes, const T* const* factors, const Options* o, T* out) {                                \
+    HostMachine machine(*o);                                                                                                                            \
+    machine.run(MergeChain<T>{chain_of(pairs, count, shapes, factors), out});                                                                           \
+    return 0;                                                                                                                                           \
+  }                                                                                                                                                     \
+  extern "C" int merge_backward_##T(int pairs, int count, const int* shapes, const T* const* factors, const Options* o, const T* grad, T* const* to) {  \
+    HostMachine machine(*o);                                                                                                                            \
+    chain_backward(machine, chain_of(pairs, count, shapes, factors), grad, std::vector<T*>(to, to + count));                                            \
+    return 0;                                                                                                                                           \
   }
 EXPORT(float)
 EXPORT(double)
 
-// cluster, threads, tile and bytes that a launch takes on a chip; cluster 0: none fits.
+// cluster, threads, tile, bytes and precision that a launch takes on a chip; cluster 0: none fits.
 extern "C" void pair_choice(int kind, int P1, int P2, int rank, int batch, const Options* o, int backward, int* choice) {
-  const PairPlan p = pair_plan(AnyShape{P1, P1, P2, P2}, gates_of(Kind(kind)), rank, batch, {o->processors, o->shared_memory, o->clusters != 0}, backward);
-  choice[0] = p.cluster, choice[1] = p.threads, choice[2] = p.tile, choice[3] = p.bytes;
+  const PairPlan p = pair_plan(AnyShape{P1, P1, P2, P2}, gates_of(Kind(kind)), rank, batch, {o->processors, o->shared_memory, o->clusters != 0}, backward, Precision(o->precision));
+  choice[0] = p.cluster, choice[1] = p.threads, choice[2] = p.tile, choice[3] = p.bytes, choice[4] = p.precision;
+}
+
+// Whether in all calls so far every lane of a warp took part in every product of its tensor core.
+extern "C" int warps_agree() { return HostBlock::warps_agree; }
+
+// One lane's share of an mma: left (32 lanes, 4 words), right (32 lanes, 2 words), c (4,).
+extern "C" void mma_lane(int precision, int lane, const uint32_t* left, const uint32_t* right, float* c) {
+  Left a[32];
+  Right b[32];
+  std::memcpy(a, left, sizeof a), std::memcpy(b, right, sizeof b);
+  float sum[4];
+  std::copy_n(c, 4, sum);
+  if (precision == kTf32) emulate_mma(Tf32{}, lane, sum, a, b);
+  else emulate_mma(Bf16{}, lane, sum, a, b);
+  std::copy_n(sum, 4, c);
+}
+
+// n numbers as a template keeps them, in words.
+extern "C" void rounded(int precision, const float* from, int n, float* to) {
+  for (int k = 0; k < n; ++k)
+    if (precision == kTf32) Tf32::put(to, k, from[k]);
+    else Bf16::put(to, k, from[k]);
+}
+
+extern "C" int fits(int gates, int rank, int rows1, int rows2, int training, const Options* o) {
+  const Chip chip{o->processors, o->shared_memory, o->clusters != 0};
+  return pair_fits(AnyShape{rows1, rows1, rows2, rows2}, gates, rank, chip, training != 0, Precision(o->precision));
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kruify.ops import has_kernel
+from kruify.ops import has_kernel, kron_matmul, precision
 from kruify.ops import operators as operators
 from kruify.ops.layout import Layout, TermLayout
 
@@ -12,7 +12,12 @@ GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
 
 
 def run(
-    kind: str, hidden: int, terms: list[tuple[int, list[tuple[int, int]]]], sizes: list[int], dtype: torch.dtype
+    kind: str,
+    hidden: int,
+    terms: list[tuple[int, list[tuple[int, int]]]],
+    sizes: list[int],
+    dtype: torch.dtype,
+    products: int = precision.FLOAT32,
 ) -> None:
     """Forward and backward of a recurrence and of a bare product."""
     gates = GATES[kind]
@@ -32,7 +37,8 @@ def run(
     matrix = (stages, diagonal, overlay, index, bias, layout.encode())
     x, h0 = leaf(sum(sizes), gates * hidden), leaf(sizes[0], hidden)
     c0 = leaf(sizes[0], hidden) if kind == "lstm" else None
-    out, h, _, _ = torch.ops.kruify.recurrence(x, None, None, torch.tensor(sizes), h0, c0, *matrix, kind, False, True)
+    steps = torch.tensor(sizes)
+    out, h, _, _ = torch.ops.kruify.recurrence(x, None, None, steps, h0, c0, *matrix, kind, False, True, products)
     (out.sum() + h.sum()).backward()
     torch.ops.kruify.kron_matmul(leaf(9, hidden), *matrix).sum().backward()
     torch.cuda.synchronize()
@@ -44,10 +50,16 @@ def main() -> None:
     for kind in GATES:
         for rows1, rows2 in ((16, 16), (32, 32), (64, 64), (12, 8)):
             pair = [(rows1, rows1), (rows2, rows2)]
-            run(kind, rows1 * rows2, [(1, pair)], [2, 2, 1], torch.float32)
+            for products in (precision.FLOAT32, precision.TF32, precision.BF16):
+                run(kind, rows1 * rows2, [(1, pair)], [2, 2, 1], torch.float32, products)
         run(kind, 256, [(2, [(16, 16), (16, 16)])], [140, 140], torch.float32)
         run(kind, 24, [(2, [(3, 3), (8, 8)]), (1, [(24, 1), (1, 24)])], [3, 2], torch.float32)
         run(kind, 24, [(2, [(3, 3), (8, 8)]), (1, [(24, 1), (1, 24)])], [3, 2], torch.float64)
+    factors = [(torch.randn(4, 2, 2, 2, device="cuda")).requires_grad_() for _ in range(4)]
+    scale = torch.randn(4, 2, device="cuda", requires_grad=True)
+    sum(s.sum() for s in torch.ops.kruify.merge(factors, scale, [1, 3])).backward()
+    kron_matmul(torch.randn(5, 16, device="cuda"), [f[0, 0] for f in factors]).sum().backward()
+    torch.cuda.synchronize()
     print("every kernel ran")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import kruify
 from kruify import layers
 from kruify.errors import KruifyError
-from kruify.ops import backend_info, has_kernel, reference
+from kruify.ops import backend_info, has_kernel, kron_matmul, precision, reference
 from kruify.ops import operators as operators
 
 pytestmark = [
@@ -31,6 +31,10 @@ GATES = reference.GATES
 KINDS = tuple(GATES)
 MENU = ((16, 16), (32, 16), (32, 32), (64, 32), (64, 64))
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}  # of the largest value
+LOWER = {
+    precision.TF32: 2e-3,
+    precision.BF16: 1.6e-2,
+}  # the same on tensor cores, as tests/cuda/test_tensor_cores.py has it
 
 
 def pair(kind: str, rows1: int, rows2: int, rank: int):  # type: ignore[no-untyped-def]
@@ -69,7 +73,7 @@ def inputs(m, kind, sizes, dtype=torch.float64, columns=0):  # type: ignore[no-u
     return x, w, b, batch_sizes, h0, c0
 
 
-def run(m, kind, given, reverse, device, dtype):  # type: ignore[no-untyped-def]
+def run(m, kind, given, reverse, device, dtype, products=precision.FLOAT32):  # type: ignore[no-untyped-def]
     """Outputs and gradients of everything, by the operator (cuda) or the reference (cpu)."""
     m = m.of_kind(kind)
 
@@ -84,7 +88,7 @@ def run(m, kind, given, reverse, device, dtype):  # type: ignore[no-untyped-def]
     if device == "cpu":
         out, h, c, _ = reference.recurrence(x1, w1, b1, sizes, h1, c1, *matrix, kind, reverse)
     else:
-        out, h, c, _ = torch.ops.kruify.recurrence(x1, w1, b1, sizes, h1, c1, *matrix, kind, reverse, True)
+        out, h, c, _ = torch.ops.kruify.recurrence(x1, w1, b1, sizes, h1, c1, *matrix, kind, reverse, True, products)
     results = [out, h, *([c] if kind == "lstm" else [])]
     torch.manual_seed(7)
     weights = [torch.randn(r.shape, dtype=torch.float64).to(device, dtype) for r in results]
@@ -92,14 +96,12 @@ def run(m, kind, given, reverse, device, dtype):  # type: ignore[no-untyped-def]
     return [*results, *grads]
 
 
-def parity(m, kind, sizes, reverse, dtype, columns=0):  # type: ignore[no-untyped-def]
+def parity(m, kind, sizes, reverse, dtype, columns=0, products=precision.FLOAT32):  # type: ignore[no-untyped-def]
     given = inputs(m, kind, sizes, columns=columns)
-    for k, (got, wanted) in enumerate(
-        zip(
-            run(m, kind, given, reverse, "cuda", dtype), run(m, kind, given, reverse, "cpu", torch.float64), strict=True
-        )
-    ):
-        close(f"result {k}", got, wanted, TOLERANCE[dtype])
+    found = run(m, kind, given, reverse, "cuda", dtype, products)
+    expected = run(m, kind, given, reverse, "cpu", torch.float64)
+    for k, (got, wanted) in enumerate(zip(found, expected, strict=True)):
+        close(f"result {k}", got, wanted, LOWER.get(products, TOLERANCE[dtype]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,6 +109,100 @@ def parity(m, kind, sizes, reverse, dtype, columns=0):  # type: ignore[no-untype
 @pytest.mark.parametrize("batch", [1, 5])
 def test_menu(matrix, kind, shape, batch) -> None:  # type: ignore[no-untyped-def]
     parity(matrix(*pair(kind, *shape, 1)), kind, [batch] * 7, batch == 1, torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])  # rounding may take a ReLU over its kink; its template is that of tanh
+@pytest.mark.parametrize("shape", MENU, ids=str)
+@pytest.mark.parametrize("products", LOWER)
+def test_menu_on_tensor_cores(matrix, kind, shape, products) -> None:  # type: ignore[no-untyped-def]
+    for batch in (1, 40, 150):
+        parity(matrix(*pair(kind, *shape, 1)), kind, [batch] * 4, batch == 40, torch.float32, products=products)
+
+
+@pytest.mark.parametrize("products", LOWER)
+def test_tensor_cores_off_the_menu(matrix, products) -> None:  # type: ignore[no-untyped-def]
+    m = matrix(*pair("lstm", 48, 16, 2), diagonal=(0,))
+    parity(m, "lstm", [3, 3, 2, 1], True, torch.float32, columns=10, products=products)
+
+
+@pytest.mark.parametrize("products", LOWER)
+def test_tensor_cores_are_used_and_give_the_same_bits_twice(matrix, products) -> None:  # type: ignore[no-untyped-def]
+    m = matrix(*pair("gru", 32, 32, 1))
+    given = inputs(m, "gru", [64] * 5 + [3])
+    first, second = (run(m, "gru", given, False, "cuda", torch.float32, products) for _ in range(2))
+    exact = run(m, "gru", given, False, "cuda", torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0], exact[0])
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_layers_follow_torch_s_switches(kind) -> None:  # type: ignore[no-untyped-def]
+    layer = getattr(layers, f"KRU{kind}")(48, 256, num_layers=2, factors="16x16,16x16", backend="kernel").cuda()
+    x = torch.randn(20, 6, 48, device="cuda")
+
+    def both() -> tuple[Tensor, list[Tensor]]:
+        out = layer(x)[0]
+        return out, list(torch.autograd.grad(out.float().square().mean(), list(layer.parameters())))
+
+    exact, grads = both()
+    try:
+        torch.set_float32_matmul_precision("high")
+        results = [(both(), torch.float32, 5e-3)]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for dtype, allowed in ((torch.bfloat16, 3e-2), (torch.float16, 5e-3)):
+        with torch.autocast("cuda", dtype=dtype):
+            results.append((both(), dtype, allowed))
+    for (out, found), dtype, allowed in results:
+        assert out.dtype == dtype and not torch.equal(out.float(), exact)
+        close("output", out, exact, allowed)
+        for got, wanted in zip(found, grads, strict=True):
+            assert got.dtype == torch.float32
+            close("gradient", got / wanted.abs().max(), wanted / wanted.abs().max(), 10 * allowed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_merge_and_the_product_of_plain_factors(dtype) -> None:  # type: ignore[no-untyped-def]
+    factors = [torch.randn(4, 2, *s, dtype=torch.float64) for s in ((2, 2), (2, 3), (4, 2), (2, 2))]
+    scale, plain = (
+        torch.randn(4, 2, dtype=torch.float64),
+        [torch.randn(p, p, dtype=torch.float64) for p in (4, 8, 2, 8)],
+    )
+    x = torch.randn(3, 7, 512, dtype=torch.float64)
+    results = []
+    for device, kind in (("cuda", dtype), ("cpu", torch.float64)):
+        put = lambda t, device=device, kind=kind: t.to(device, kind).requires_grad_()  # noqa: E731
+        own, weight, chain, rows = [put(f) for f in factors], put(scale), [put(f) for f in plain], put(x)
+        stages = torch.ops.kruify.merge(own, weight, [1, 3])
+        y = kron_matmul(rows, chain)
+        leaves = [*own, weight, *chain, rows]
+        grads = torch.autograd.grad(sum(s.square().sum() for s in stages) + y.square().sum(), leaves)
+        results.append([*stages, y, *grads])
+    for got, wanted in zip(*results, strict=True):
+        close("result", got, wanted, TOLERANCE[dtype])
+
+
+def test_an_overlay_that_leads_out_of_the_matrix_is_told() -> None:
+    """In a process of its own: what stops a kernel ends the context."""
+    code = """if True:
+        import torch
+        from kruify.ops import operators, Layout
+        index = torch.tensor([[2, 0]], dtype=torch.int32, device="cuda")
+        values, x = torch.ones(1, 4, device="cuda"), torch.ones(2, 4, device="cuda")
+        y = torch.ops.kruify.kron_matmul_forward(x, [], None, values, index, None, Layout(1, 4, 4, (), ()).encode())
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            print("told")
+    """
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert "told" in done.stdout and "outside its gate" in done.stderr, done.stderr[-2000:]
+
+
+def test_the_rule_asks_for_shared_memory() -> None:
+    fits = torch.ops.kruify.template_fits
+    assert fits(4, 1, 16, 16, True, precision.FLOAT32, 0)
+    assert not fits(4, 64, 64, 64, False, precision.BF16, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

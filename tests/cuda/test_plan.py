@@ -48,5 +48,15 @@ def test_forms_for_both_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         x = torch.empty(3, 8)
     monkeypatch.setattr(kernel, "form_of", lambda m: forms["cuda"])
-    assert dispatch._templates_take(layer, x, 0, 0)
-    assert not dispatch._templates_take(layer, x.double(), 0, 0)
+    asked: list[tuple[object, ...]] = []
+
+    def fits(*question: object) -> bool:
+        asked.append(question)
+        return question[4] is False
+
+    monkeypatch.setattr(dispatch, "_template_fits", fits)
+    assert not dispatch._templates_take(layer, x, 0, 0)
+    with torch.no_grad():
+        assert dispatch._templates_take(layer, x, 0, 0)
+    assert asked == [(4, 1, 16, 16, training, 0, 0) for training in (True, False)]
+    assert not dispatch._templates_take(layer.double(), x.double(), 0, 0)

@@ -41,6 +41,12 @@ T* writable(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+// Calls f with a zero of the tensors' type.
+template <class F>
+auto typed(const Tensor& like, const F& f) {
+  return like.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
+
 inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes) { return torch::stable::new_empty(like, sizes); }
 
 // The tensors of a Kronecker matrix, checked; they live as long as this does.

@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "chain.h"
 #include "matrix_layout.h"
 #include "menu.h"
 #include "pair_backward.h"
@@ -39,7 +40,6 @@ struct MatrixGradient {
 };
 
 constexpr int64_t kScratchElements = int64_t{1} << 24;  // of one intermediate: more rows are taken in chunks
-constexpr int64_t kThreadsWanted = 200000;              // enough to occupy any chip
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
@@ -47,7 +47,7 @@ template <class T, class Machine>
 void prepare_overlay(Machine& machine, Matrix<T>& m, bool by_column) {
   if (!m.overlay.values || m.overlay.row_start) return;
   int* starts = machine.template scratch<int>(m.height() + 1);
-  machine.run(OverlayRows{m.overlay.index, starts, m.overlay.blocks, m.height()});
+  machine.run(OverlayRows{m.overlay.index, starts, m.overlay.blocks, m.overlay.block, m.layout.gates, m.layout.rows, m.layout.cols});
   m.overlay.row_start = starts;
   if (by_column) machine.sort_columns(m.overlay.index, m.overlay.blocks, m.overlay.by_column, m.overlay.blocks_by_column);
 }
@@ -93,9 +93,9 @@ void apply_stage(Machine& machine, const LayoutTerm& term, const Op<T>& op, int 
   }
 }
 
-// y (rows, gates * height) = x (rows, cols) W^T + bias.
+// y (rows, gates * height) = x (rows, cols) W^T + bias. `precision`: what the products of float32 may be rounded to.
 template <class T, class Machine>
-void product(Machine& machine, Matrix<T>& m, const T* x, int64_t rows, T* y) {
+void product(Machine& machine, Matrix<T>& m, const T* x, int64_t rows, T* y, Precision precision) {
   if (rows == 0) return;
   const MatrixLayout& layout = m.layout;
   prepare_overlay(machine, m, false);
@@ -108,7 +108,7 @@ void product(Machine& machine, Matrix<T>& m, const T* x, int64_t rows, T* y) {
   for (const LayoutTerm& term : layout.terms) {
     const int rank = m.shapes[term.first].rank, pairs = static_cast<int>(term.gates.size()) * rank;
     if constexpr (std::is_same_v<T, float>) {
-      const PairProductPlan plan = is_pair(m, term, s) && aligned(x) ? pair_product_plan(s, rank, machine.chip, false) : PairProductPlan{};
+      const PairProductPlan plan = is_pair(m, term, s) && aligned(x) ? pair_product_plan(s, rank, machine.chip, false, precision) : PairProductPlan{};
       if (plan.bytes) {
         for (size_t k = 0; k < term.gates.size(); ++k)
           machine.pair_product(s, plan,
@@ -144,13 +144,9 @@ void sum_parts(Machine& machine, const T* part, T* out, int64_t outer, int64_t p
   machine.run(SumParts<T>{part, out, outer, pieces, size, accumulate});
 }
 
-inline int64_t pieces_for(int64_t rows, int64_t items) {
-  return greatest(1, least(least(rows, 512), kThreadsWanted / greatest(1, items)));
-}
-
 // Gradients of x (rows, cols; null: not wanted) and of the matrix, from the gradient (rows, gates * height) of x W^T + bias.
 template <class T, class Machine>
-void product_backward(Machine& machine, Matrix<T>& m, const T* grad, const T* x, int64_t rows, T* grad_x, const MatrixGradient<T>& to) {
+void product_backward(Machine& machine, Matrix<T>& m, const T* grad, const T* x, int64_t rows, T* grad_x, const MatrixGradient<T>& to, Precision precision) {
   const MatrixLayout& layout = m.layout;
   const int height = m.height();
   prepare_overlay(machine, m, true);
@@ -181,7 +177,7 @@ void product_backward(Machine& machine, Matrix<T>& m, const T* grad, const T* x,
     if constexpr (std::is_same_v<T, float>) {
       if (is_pair(m, term, s)) {
         const float *a = m.stages[term.first], *b = m.stages[term.first + 1];
-        const PairProductPlan plan = pair_product_plan(s, rank, machine.chip, true);
+        const PairProductPlan plan = pair_product_plan(s, rank, machine.chip, true, precision);
         if (grad_x && plan.bytes) {
           for (int k = 0; k < gates; ++k)
             machine.pair_product(s, plan,
@@ -190,7 +186,7 @@ void product_backward(Machine& machine, Matrix<T>& m, const T* grad, const T* x,
                                  true);
           x_done = true;
         }
-        const PairGradientPlan sums = pair_gradient_plan(s, machine.chip);
+        const PairGradientPlan sums = pair_gradient_plan(s, machine.chip, precision);
         if (sums.bytes) {
           const int64_t pieces = greatest(1, least((rows + sums.batch - 1) / sums.batch, (2 * machine.chip.processors + rank - 1) / rank));
           const int64_t size_a = static_cast<int64_t>(s.P1) * s.Q1, size_b = static_cast<int64_t>(s.P2) * s.Q2;
@@ -267,7 +263,7 @@ Matrix<T> densify(Machine& machine, Matrix<T>& m) {
   for (int64_t first = 0; first < cols; first += chunk) {
     const int64_t count = least(chunk, cols - first);
     machine.run(UnitRows<T>{units, count, first, cols});
-    product(machine, products, units, count, columns);
+    product(machine, products, units, count, columns, kFloat32);
     machine.run(Columns<T>{columns, dense, count, first, height, cols});
   }
   Matrix<T> full;
@@ -320,15 +316,15 @@ const T* take_threshold(Matrix<T>& m, Kind kind) {
   return is_modrelu(kind) ? std::exchange(m.bias, nullptr) : nullptr;
 }
 
-// x: (S, gates * H), the input's share of the gates.
+// x: (S, gates * H), the input's share of the gates. `precision`: what the products of float32 may be rounded to.
 template <class T, class Machine>
-void recurrence(Machine& machine, Matrix<T>& m, Kind kind, GeneralForward<T> args) {
+void recurrence(Machine& machine, Matrix<T>& m, Kind kind, GeneralForward<T> args, Precision precision) {
   if (args.rows.batch == 0) return;
   args.kind = kind, args.threshold = take_threshold(m, kind);
   AnyShape s{};
   if constexpr (std::is_same_v<T, float>) {
     if (is_pair_recurrence(m, s) && aligned(args.x)) {
-      const PairPlan plan = pair_plan(s, m.layout.gates, m.shapes[0].rank, args.rows.batch, machine.chip, false);
+      const PairPlan plan = pair_plan(s, m.layout.gates, m.shapes[0].rank, args.rows.batch, machine.chip, false, precision);
       if (plan.cluster)
         return machine.pair_recurrence(s, plan, kind, PairForward{m.stages[0], m.stages[1], diagonal_of(m), m.bias, args.x, args.h0, args.c0, args.out,
                                                                   args.h_last, args.c_last, args.workspace, args.rows, kind, args.threshold});
@@ -339,14 +335,14 @@ void recurrence(Machine& machine, Matrix<T>& m, Kind kind, GeneralForward<T> arg
 
 // Gradients; grad_product is scratch that only the GRU needs. `total`: rows S.
 template <class T, class Machine>
-void recurrence_backward(Machine& machine, Matrix<T>& m, Kind kind, GeneralBackward<T> args, int64_t total, MatrixGradient<T> to) {
+void recurrence_backward(Machine& machine, Matrix<T>& m, Kind kind, GeneralBackward<T> args, int64_t total, MatrixGradient<T> to, Precision precision) {
   args.kind = kind, args.threshold = take_threshold(m, kind);
   if (kind == kGru) args.grad_product = machine.template scratch<T>(total * m.height());
   if (args.rows.batch) {
     AnyShape s{};
     PairPlan plan{};
     if constexpr (std::is_same_v<T, float>) {
-      if (is_pair_recurrence(m, s)) plan = pair_plan(s, m.layout.gates, m.shapes[0].rank, args.rows.batch, machine.chip, true);
+      if (is_pair_recurrence(m, s)) plan = pair_plan(s, m.layout.gates, m.shapes[0].rank, args.rows.batch, machine.chip, true, precision);
       if (plan.cluster)
         machine.pair_recurrence_backward(s, plan, kind, PairBackward{m.stages[0], m.stages[1], diagonal_of(m), args.grad_out, args.grad_h, args.grad_c, args.out,
                                                                      args.workspace, args.h0, args.c0, args.grad_gates, args.grad_product, args.grad_h0,
@@ -362,7 +358,7 @@ void recurrence_backward(Machine& machine, Matrix<T>& m, Kind kind, GeneralBackw
   }
   T* before = machine.template scratch<T>(total * m.layout.cols);
   machine.run(PreviousStates<T>{args.out, args.h0, before, args.rows, m.layout.cols});
-  product_backward<T>(machine, m, kind == kGru ? args.grad_product : args.grad_gates, before, total, nullptr, to);
+  product_backward<T>(machine, m, kind == kGru ? args.grad_product : args.grad_gates, before, total, nullptr, to, precision);
 }
 
 }  // namespace kruify::cuda

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 
 #if defined(__CUDACC__)
 #define KRUIFY_HD __host__ __device__ __forceinline__
@@ -71,6 +72,17 @@ KRUIFY_HD void prefetch(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 #else
   (void)global;
+#endif
+}
+
+// Stops what goes wrong. On the GPU that is the kernel: the message goes to stderr, and the next call that waits for the
+// device raises.
+KRUIFY_HD void demand(bool right, const char* what) {
+  if (right) return;
+#if defined(__CUDA_ARCH__)
+  __assert_fail(what, __FILE__, __LINE__, "kruify");
+#else
+  throw std::runtime_error(what);
 #endif
 }
 

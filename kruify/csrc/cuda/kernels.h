@@ -9,6 +9,9 @@ namespace kruify::cuda {
 
 void launch_pair_forward(AnyShape s, const PairPlan& p, Kind kind, const PairForward& args, cudaStream_t stream);
 void launch_pair_backward(AnyShape s, const PairPlan& p, Kind kind, const PairBackward& args, cudaStream_t stream);
+// What the two above call where the plan's precision is not float32.
+void launch_tensor_forward(AnyShape s, const PairPlan& p, Kind kind, const PairForward& args, cudaStream_t stream);
+void launch_tensor_backward(AnyShape s, const PairPlan& p, Kind kind, const PairBackward& args, cudaStream_t stream);
 
 // scratch: general_scratch elements a row in global memory, or null where `bytes` of shared memory hold them.
 template <class T>

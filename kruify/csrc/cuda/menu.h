@@ -1,6 +1,8 @@
 // The shapes that have templates of their own, and how a call picks one. Balanced pairs of 256 .. 4096 hidden units.
 #pragma once
 
+#include <type_traits>
+
 #include "pair_plan.h"
 
 #define KRUIFY_CUDA_MENU(_) _(16, 16) _(32, 16) _(32, 32) _(64, 32) _(64, 64)
@@ -16,6 +18,39 @@ void with_shape(AnyShape s, bool menu, const F& f) {
   KRUIFY_CUDA_MENU(KRUIFY_ENTRY)
 #undef KRUIFY_ENTRY
   f(s);
+}
+
+template <class F>
+void with_gates(Kind kind, const F& f) {
+  if (kind == kLstm) f(std::integral_constant<int, 4>{});
+  else if (kind == kGru) f(std::integral_constant<int, 3>{});
+  else f(std::integral_constant<int, 1>{});
+}
+
+// How a plan keeps its operands. The two halves are compiled apart.
+template <bool Tensor, class F>
+void with_numbers(const PairPlan& p, const F& f) {
+  if constexpr (Tensor) {
+    if (p.precision == kTf32) f(Tf32{});
+    else f(Bf16{});
+  } else {
+    if (p.tile == 4) f(Exact<4>{});
+    else f(Exact<2>{});
+  }
+}
+
+// The kernels over many rows have tiles of four columns alone.
+template <class F>
+void with_precision(Precision precision, const F& f) {
+  if (precision == kTf32) f(Tf32{});
+  else if (precision == kBf16) f(Bf16{});
+  else f(Exact<4>{});
+}
+
+// Calls f(gates, numbers, shape) with the template of a recurrence.
+template <bool Tensor, class F>
+void with_template(AnyShape s, bool menu, const PairPlan& p, Kind kind, const F& f) {
+  with_shape(s, menu, [&](auto shape) { with_gates(kind, [&](auto gates) { with_numbers<Tensor>(p, [&](auto numbers) { f(gates, numbers, shape); }); }); });
 }
 
 }  // namespace kruify::cuda

@@ -1,15 +1,9 @@
 // The operators on CUDA tensors: check, allocate, and run flow.h on the current stream.
-#include "arguments.cuh"
+#include "factor_arguments.cuh"
 
 namespace kruify::cuda {
 
 namespace {
-
-// Calls f with a zero of the tensors' type.
-template <class F>
-auto typed(const Tensor& like, const F& f) {
-  return like.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
-}
 
 Kind kind_of(const std::string& name) {
   constexpr const char* names[] = {"lstm", "gru", "rnn_tanh", "rnn_relu", "rnn_modrelu", "rnn_modrelu_complex"};
@@ -18,14 +12,14 @@ Kind kind_of(const std::string& name) {
   STD_TORCH_CHECK(false, "kruify: unknown kind '", name, "'");
 }
 
-int precision_of(int64_t number) {
+Precision precision_of(int64_t number) {
   STD_TORCH_CHECK(number >= 0 && number <= 2, "kruify: there is no precision ", number);
-  return static_cast<int>(number);
+  return Precision(number);
 }
 
 Tensor kron_matmul(Tensor x, std::vector<Tensor> stages, Optional diagonal, Optional overlay, Optional index, Optional bias, std::vector<int64_t> layout,
-                   int64_t precision) {
-  precision_of(precision);
+                   int64_t precision_number) {
+  const Precision precision = precision_of(precision_number);
   STD_TORCH_CHECK(x.dim() > 0, "kruify: x must have at least one dimension");
   const MatrixArguments given(x, stages, diagonal, overlay, index, bias, layout);
   STD_TORCH_CHECK(x.size(x.dim() - 1) == given.layout.cols, "kruify: x has ", x.size(x.dim() - 1), " columns, W has ", given.layout.cols);
@@ -37,14 +31,14 @@ Tensor kron_matmul(Tensor x, std::vector<Tensor> stages, Optional diagonal, Opti
   typed(x, [&](auto zero) {
     using T = decltype(zero);
     Matrix<T> m = given.matrix<T>(machine);
-    product<T>(machine, m, data<T>(from), from.numel() / given.layout.cols, writable<T>(y));
+    product<T>(machine, m, data<T>(from), from.numel() / given.layout.cols, writable<T>(y), precision);
   });
   return y;
 }
 
 std::tuple<Tensor, std::vector<Tensor>> kron_matmul_backward(Tensor grad, Tensor x, std::vector<Tensor> stages, Optional diagonal, Optional overlay,
-                                                             Optional index, Optional bias, std::vector<int64_t> layout, int64_t precision) {
-  precision_of(precision);
+                                                             Optional index, Optional bias, std::vector<int64_t> layout, int64_t precision_number) {
+  const Precision precision = precision_of(precision_number);
   STD_TORCH_CHECK(x.dim() > 0, "kruify: x must have at least one dimension");
   const MatrixArguments given(x, stages, diagonal, overlay, index, bias, layout);
   STD_TORCH_CHECK(x.size(x.dim() - 1) == given.layout.cols, "kruify: x has ", x.size(x.dim() - 1), " columns, W has ", given.layout.cols);
@@ -59,9 +53,49 @@ std::tuple<Tensor, std::vector<Tensor>> kron_matmul_backward(Tensor grad, Tensor
   typed(x, [&](auto zero) {
     using T = decltype(zero);
     Matrix<T> m = given.matrix<T>(machine);
-    product_backward<T>(machine, m, data<T>(upper), data<T>(from), rows, writable<T>(grad_x), gradients<T>(given, overlay, found));
+    product_backward<T>(machine, m, data<T>(upper), data<T>(from), rows, writable<T>(grad_x), gradients<T>(given, overlay, found), precision);
   });
   return {grad_x, found};
+}
+
+std::vector<Tensor> merge(std::vector<Tensor> factors, Optional scale, std::vector<int64_t> groups) {
+  const FactorArguments given(factors, scale, groups, 4);
+  Machine machine(factors[0]);
+  return given.merged(machine);
+}
+
+std::vector<Tensor> merge_backward(std::vector<Tensor> grads, std::vector<Tensor> factors, Optional scale, std::vector<int64_t> groups) {
+  const FactorArguments given(factors, scale, groups, 4);
+  Machine machine(factors[0]);
+  return given.backward(machine, grads);
+}
+
+// One term of one gate, whose stages are the merged factors.
+std::vector<int64_t> layout_of(const std::vector<Tensor>& stages) {
+  int64_t rows = 1, cols = 1;
+  for (const Tensor& s : stages) rows *= s.size(2), cols *= s.size(3);
+  return {1, rows, cols, 0, 1, static_cast<int64_t>(stages.size()), 1, 0};
+}
+
+Tensor kron_product(Tensor x, std::vector<Tensor> factors, std::vector<int64_t> groups) {
+  const FactorArguments given(factors, std::nullopt, groups, 2);
+  Machine machine(factors[0]);
+  const std::vector<Tensor> stages = given.merged(machine);
+  return kron_matmul(x, stages, std::nullopt, std::nullopt, std::nullopt, std::nullopt, layout_of(stages), kFloat32);
+}
+
+std::tuple<Tensor, std::vector<Tensor>> kron_product_backward(Tensor grad, Tensor x, std::vector<Tensor> factors, std::vector<int64_t> groups) {
+  const FactorArguments given(factors, std::nullopt, groups, 2);
+  Machine machine(factors[0]);
+  const std::vector<Tensor> stages = given.merged(machine);
+  auto [grad_x, grads] =
+      kron_matmul_backward(grad, x, stages, std::nullopt, std::nullopt, std::nullopt, std::nullopt, layout_of(stages), kFloat32);
+  return {grad_x, given.backward(machine, grads)};
+}
+
+bool template_fits(int64_t gates, int64_t rank, int64_t rows1, int64_t rows2, bool training, int64_t precision, int64_t device) {
+  const AnyShape s{static_cast<int>(rows1), static_cast<int>(rows1), static_cast<int>(rows2), static_cast<int>(rows2)};
+  return pair_fits(s, static_cast<int>(gates), static_cast<int>(rank), chip_of(static_cast<int>(device)), training, precision_of(precision));
 }
 
 // The packed rows of a call. What the device needs of batch_sizes travels in the parameters of a launch.
@@ -94,8 +128,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Optional& bias) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_operator(Tensor x, Optional w_ih, Optional bias_ih, Tensor batch_sizes, Tensor h0, Optional c0,
                                                                std::vector<Tensor> stages, Optional diagonal, Optional overlay, Optional index, Optional bias,
                                                                std::vector<int64_t> layout, std::string kind_name, bool reverse, bool training,
-                                                               int64_t precision) {
-  precision_of(precision);
+                                                               int64_t precision_number) {
+  const Precision precision = precision_of(precision_number);
   const Kind kind = kind_of(kind_name);
   const MatrixArguments given(x, stages, diagonal, overlay, index, bias, layout, rows_a_bias(kind));
   const int64_t hidden = given.layout.rows, width = given.layout.gates * hidden;
@@ -124,7 +158,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_operator(Tensor x, Optiona
     }
     Matrix<T> m = given.matrix<T>(machine);
     recurrence<T>(machine, m, kind, GeneralForward<T>{ready, data<T>(h), data<T>(c), writable<T>(out), writable<T>(h_last), writable<T>(c_last),
-                                                      training ? writable<T>(workspace) : nullptr, rows});
+                                                      training ? writable<T>(workspace) : nullptr, rows},
+                  precision);
   });
   return {out, h_last, c_last, workspace};
 }
@@ -132,8 +167,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_operator(Tensor x, Optiona
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward_operator(
     Optional grad_out, Optional grad_h, Optional grad_c, Tensor out, Tensor workspace, Tensor batch_sizes, Tensor h0, Optional c0, std::vector<Tensor> stages,
     Optional diagonal, Optional overlay, Optional index, Optional bias, std::vector<int64_t> layout, std::string kind_name, bool reverse,
-    int64_t precision) {
-  precision_of(precision);
+    int64_t precision_number) {
+  const Precision precision = precision_of(precision_number);
   const Kind kind = kind_of(kind_name);
   const MatrixArguments given(out, stages, diagonal, overlay, index, bias, layout, rows_a_bias(kind));
   const int64_t hidden = given.layout.rows, width = given.layout.gates * hidden;
@@ -158,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward_oper
     Matrix<T> m = given.matrix<T>(machine);
     const GeneralBackward<T> args{data<T>(upper), data<T>(upper_h), data<T>(upper_c), data<T>(result), data<T>(saved), data<T>(h), data<T>(c),
                                   writable<T>(grad_gates), nullptr, writable<T>(grad_h0), writable<T>(grad_c0), rows};
-    recurrence_backward<T>(machine, m, kind, args, total, gradients<T>(given, overlay, found));
+    recurrence_backward<T>(machine, m, kind, args, total, gradients<T>(given, overlay, found), precision);
   });
   return {grad_gates, grad_h0, grad_c0, found};
 }
@@ -171,7 +206,15 @@ STABLE_TORCH_LIBRARY_IMPL(kruify, CUDA, m) {
   m.impl("kron_matmul", TORCH_BOX(&kruify::cuda::kron_matmul));
   m.impl("kron_matmul_forward", TORCH_BOX(&kruify::cuda::kron_matmul));
   m.impl("kron_matmul_backward", TORCH_BOX(&kruify::cuda::kron_matmul_backward));
+  m.impl("merge", TORCH_BOX(&kruify::cuda::merge));
+  m.impl("merge_forward", TORCH_BOX(&kruify::cuda::merge));
+  m.impl("merge_backward", TORCH_BOX(&kruify::cuda::merge_backward));
+  m.impl("kron_product", TORCH_BOX(&kruify::cuda::kron_product));
+  m.impl("kron_product_forward", TORCH_BOX(&kruify::cuda::kron_product));
+  m.impl("kron_product_backward", TORCH_BOX(&kruify::cuda::kron_product_backward));
   m.impl("recurrence", TORCH_BOX(&kruify::cuda::recurrence_operator));
   m.impl("recurrence_forward", TORCH_BOX(&kruify::cuda::recurrence_operator));
   m.impl("recurrence_backward", TORCH_BOX(&kruify::cuda::recurrence_backward_operator));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(kruify, CompositeExplicitAutograd, m) { m.impl("template_fits", TORCH_BOX(&kruify::cuda::template_fits)); }

@@ -5,7 +5,8 @@
 //   V[q1, q2]       = sum_{g, r, p2} U[g, r][q1, p2] B[g, r][p2, q2]              phase 3
 //
 // A block knows d for its own p2 alone, so V is a partial sum over the cluster (and over groups of gates, to occupy all
-// threads): each partial sum is written to the block that owns the unit, and added there in one fixed order.
+// threads): each partial sum is written to the block that owns the unit, and added there in one fixed order. `Numbers` as
+// in the forward pass: with tensor cores the factors, d and U are rounded, sums and what the host gets are float32.
 #pragma once
 
 #include "pair_forward.h"
@@ -26,15 +27,17 @@ struct PairBackward {
 };
 
 // A (pairs, rows, cols) array transposed into padded rows: to[pair][col][row], rows first.. alone.
+template <class Numbers = Exact<4>>
 KRUIFY_HD void load_columns(const Thread& t, float* to, const float* from, int pairs, int rows, int cols, int first, int count) {
   for (int e = t.id; e < pairs * count * cols; e += t.count) {
     const int k = e % cols, row = e / cols % count, pair = e / (cols * count);
-    to[(pair * cols + k) * (count + kPad) + row] = from[(static_cast<int64_t>(pair) * rows + first + row) * cols + k];
+    Numbers::put(to + (pair * cols + k) * row_words(Numbers::precision, count), row, from[(static_cast<int64_t>(pair) * rows + first + row) * cols + k]);
   }
 }
 
-template <int G, int NT, class Shape>
+template <int G, class Numbers, class Shape>
 struct PairBackwardPhases {
+  static constexpr bool exact = Numbers::precision == kFloat32;
   Shape s;
   const PairPlan& p;
   const PairBackward& args;
@@ -43,10 +46,11 @@ struct PairBackwardPhases {
   KRUIFY_HD float* at(const Thread& t, int offset) const { return reinterpret_cast<float*>(t.memory) + offset; }
   KRUIFY_HD int hidden() const { return s.P1 * s.P2; }
   KRUIFY_HD int units() const { return s.P1 * p.share; }
+  static KRUIFY_HD int words(int n) { return row_words(Numbers::precision, n); }
 
   KRUIFY_HD void load(const Thread& t) const {
-    load_columns(t, at(t, p.a), args.a, G * p.rank, s.P1, s.Q1, 0, s.P1);
-    load_columns(t, at(t, p.b), args.b, G * p.rank, s.P2, s.Q2, t.rank * p.share, p.share);
+    load_columns<Numbers>(t, at(t, p.a), args.a, G * p.rank, s.P1, s.Q1, 0, s.P1);
+    load_columns<Numbers>(t, at(t, p.b), args.b, G * p.rank, s.P2, s.Q2, t.rank * p.share, p.share);
     const int64_t row = static_cast<int64_t>(sample) * hidden();
     for (int u = t.id; u < units(); u += t.count) {
       const Split e = split<Shape>(u, p.share, p.shift);
@@ -81,7 +85,7 @@ struct PairBackwardPhases {
         const int unit = i + k * (hidden() / 2);
         const float* diagonal = args.diagonal.of(0, hidden());
         args.grad_gates[row + unit] = d[k];
-        at(t, p.d)[e.remainder * (s.P1 + kPad) + e.quotient + k * (s.P1 / 2)] = d[k];
+        Numbers::put(at(t, p.d) + e.remainder * words(s.P1), e.quotient + k * (s.P1 / 2), d[k]);
         at(t, p.carry)[u + k * count] = diagonal ? diagonal[unit] * d[k] : 0.0f;
       }
     }
@@ -112,7 +116,7 @@ struct PairBackwardPhases {
       for (int g = 0; g < G; ++g) {
         args.grad_gates[(row * G + g) * hidden() + i] = gates[g];
         if (G == 3) args.grad_product[(row * G + g) * hidden() + i] = product[g];
-        at(t, p.d)[(g * p.share + e.remainder) * (s.P1 + kPad) + e.quotient] = product[g];
+        Numbers::put(at(t, p.d) + (g * p.share + e.remainder) * words(s.P1), e.quotient, product[g]);
         if (const float* d = args.diagonal.of(g, hidden())) carry += d[i] * product[g];
       }
       at(t, p.carry)[u] = carry;
@@ -137,6 +141,17 @@ struct PairBackwardPhases {
   }
 
   KRUIFY_HD void first_factor(const Thread& t) const {
+    if constexpr (exact) first_factor_exact(t);
+    else first_factor_tensor(t);
+  }
+  template <class Block>
+  KRUIFY_HD void second_factor(const Block& block, const Thread& t) const {
+    if constexpr (exact) second_factor_exact(block, t);
+    else second_factor_tensor(block, t);
+  }
+
+  KRUIFY_HD void first_factor_exact(const Thread& t) const {
+    constexpr int NT = Numbers::tile;
     const int columns = p.share / NT, rows = s.Q1 / kTileRows, shift = p.shift - (NT == 4 ? 2 : 1);
     for (int e = t.id; e < G * p.rank * rows * columns; e += t.count) {
       const Split left = split<Shape>(e, columns, shift);
@@ -152,9 +167,21 @@ struct PairBackwardPhases {
       }
     }
   }
+  KRUIFY_HD void first_factor_tensor(const Thread& t) const {
+    const int width = words(s.P1), depth = s.P1 / Numbers::numbers;
+    share_tiles(
+        t, G * p.rank, s.Q1, p.share,
+        [&](int pair, int row, int column, int lane, auto& sum) {
+          warp_tile<Numbers>(lane, at(t, p.a) + (pair * s.Q1 + row) * width, width, at(t, p.d) + (pair / p.rank * p.share + column) * width, width, depth, sum);
+        },
+        [&](int pair, int row, int column, float first, float second) {
+          Numbers::put_pair(at(t, p.u) + (pair * s.Q1 + row) * words(p.share), column, first, second);
+        });
+  }
 
   template <class Block>
-  KRUIFY_HD void second_factor(const Block& block, const Thread& t) const {
+  KRUIFY_HD void second_factor_exact(const Block& block, const Thread& t) const {
+    constexpr int NT = Numbers::tile;
     const int columns = s.Q2 / NT, rows = s.Q1 / kTileRows, width = p.share + kPad;
     for (int e = t.id; e < p.groups * rows * columns; e += t.count) {
       const int column = e % columns, row = e / columns % rows, group = e / (columns * rows);
@@ -171,6 +198,21 @@ struct PairBackwardPhases {
       }
     }
   }
+  template <class Block>
+  KRUIFY_HD void second_factor_tensor(const Block& block, const Thread& t) const {
+    const int width = words(p.share), depth = p.share / Numbers::numbers;
+    share_tiles(
+        t, p.groups, s.Q1, s.Q2,
+        [&](int group, int row, int column, int lane, auto& sum) {
+          for (int pair = group; pair < G * p.rank; pair += p.groups)
+            warp_tile<Numbers>(lane, at(t, p.u) + (pair * s.Q1 + row) * width, width, at(t, p.b) + (pair * s.Q2 + column) * width, width, depth, sum);
+        },
+        [&](int group, int row, int column, float first, float second) {
+          const Split owner = split<Shape>(column, p.share, p.shift);
+          float* to = block.remote(t, owner.quotient, at(t, p.v)) + (t.rank * p.groups + group) * units() + row * p.share + owner.remainder;
+          to[0] = first, to[1] = second;
+        });
+  }
 
   KRUIFY_HD void finish(const Thread& t) const {
     for (int u = t.id; u < units(); u += t.count) {
@@ -182,10 +224,10 @@ struct PairBackwardPhases {
   }
 };
 
-template <int G, int NT, class Shape, class Block>
+template <int G, class Numbers, class Shape, class Block>
 KRUIFY_HD void pair_backward(Block& block, Shape s, const PairPlan& p, const PairBackward& args, int sample) {
   const int length = args.rows.length(sample);
-  const PairBackwardPhases<G, NT, Shape> phases{s, p, args, sample, length};
+  const PairBackwardPhases<G, Numbers, Shape> phases{s, p, args, sample, length};
   block.each([&](const Thread& t) { phases.load(t); });
   block.cluster_barrier();
   for (int n = length - 1; n >= 0; --n) {

@@ -5,6 +5,8 @@
 //   h, c = cell(gates)                                          phase 3
 //
 // Three barriers a step, the last one across the cluster. Everything but x, out and what the backward pass wants stays on the chip.
+// `Numbers` says how the operands of phases 1 and 2 lie in shared memory (mma.h): float32, or rounded, for tensor cores;
+// h of the block's own units, c and all sums are float32.
 #pragma once
 
 #include "gates.h"
@@ -35,15 +37,17 @@ struct PairForward {
 };
 
 // A share of a (pairs, rows, cols) array into padded rows: rows first.. of every pair.
+template <class Numbers = Exact<4>>
 KRUIFY_HD void load_rows(const Thread& t, float* to, const float* from, int pairs, int rows, int cols, int first, int count) {
   for (int e = t.id; e < pairs * count * cols; e += t.count) {
     const int k = e % cols, row = e / cols % count, pair = e / (cols * count);
-    to[(pair * count + row) * (cols + kPad) + k] = from[(static_cast<int64_t>(pair) * rows + first + row) * cols + k];
+    Numbers::put(to + (pair * count + row) * row_words(Numbers::precision, cols), k, from[(static_cast<int64_t>(pair) * rows + first + row) * cols + k]);
   }
 }
 
-template <int G, int NT, class Shape>
+template <int G, class Numbers, class Shape>
 struct PairForwardPhases {
+  static constexpr bool exact = Numbers::precision == kFloat32;
   Shape s;
   const PairPlan& p;
   const PairForward& args;
@@ -52,18 +56,21 @@ struct PairForwardPhases {
   KRUIFY_HD float* at(const Thread& t, int offset) const { return reinterpret_cast<float*>(t.memory) + offset; }
   KRUIFY_HD int hidden() const { return s.P1 * s.P2; }
   KRUIFY_HD int units() const { return s.P1 * p.share; }
-  KRUIFY_HD float* h(const Thread& t, int step) const { return at(t, p.h) + (step & 1) * s.Q1 * (s.Q2 + kPad); }
+  static KRUIFY_HD int words(int n) { return row_words(Numbers::precision, n); }
+  KRUIFY_HD float* h(const Thread& t, int step) const { return at(t, p.h) + (step & 1) * s.Q1 * words(s.Q2); }
   KRUIFY_HD float* x(const Thread& t, int step) const { return at(t, p.x) + step % p.depth * G * units(); }
 
   KRUIFY_HD void load(const Thread& t) const {
-    load_rows(t, at(t, p.a), args.a, G * p.rank, s.P1, s.Q1, 0, s.P1);
-    load_rows(t, at(t, p.b), args.b, G * p.rank, s.P2, s.Q2, t.rank * p.share, p.share);
+    load_rows<Numbers>(t, at(t, p.a), args.a, G * p.rank, s.P1, s.Q1, 0, s.P1);
+    load_rows<Numbers>(t, at(t, p.b), args.b, G * p.rank, s.P2, s.Q2, t.rank * p.share, p.share);
     const int64_t row = static_cast<int64_t>(sample) * hidden();
-    for (int e = t.id; e < hidden(); e += t.count) h(t, 0)[e / s.Q2 * (s.Q2 + kPad) + e % s.Q2] = args.h0[row + e];
-    if constexpr (G == 4) {
+    for (int e = t.id; e < hidden(); e += t.count) Numbers::put(h(t, 0) + e / s.Q2 * words(s.Q2), e % s.Q2, args.h0[row + e]);
+    if constexpr (G == 4 || !exact) {
       for (int u = t.id; u < units(); u += t.count) {
         const Split e = split<Shape>(u, p.share, p.shift);
-        at(t, p.c)[u] = args.c0[row + e.quotient * s.P2 + t.rank * p.share + e.remainder];
+        const int64_t i = row + e.quotient * s.P2 + t.rank * p.share + e.remainder;
+        if constexpr (G == 4) at(t, p.c)[u] = args.c0[i];
+        if constexpr (!exact) at(t, p.state)[u] = args.h0[i];
       }
     }
   }
@@ -81,6 +88,20 @@ struct PairForwardPhases {
   }
 
   KRUIFY_HD void second_factor(const Thread& t, int step) const {
+    if constexpr (exact) second_factor_exact(t, step);
+    else second_factor_tensor(t, step);
+    // This thread's part of the step's input gates is there; the barrier makes it everybody's.
+    if (p.depth == 4) fetch_wait<3>();
+    else if (p.depth == 2) fetch_wait<1>();
+    else fetch_wait<0>();
+  }
+  KRUIFY_HD void first_factor(const Thread& t, int step) const {
+    if constexpr (exact) first_factor_exact(t, step);
+    else first_factor_tensor(t, step);
+  }
+
+  KRUIFY_HD void second_factor_exact(const Thread& t, int step) const {
+    constexpr int NT = Numbers::tile;
     const int columns = p.share / NT, rows = s.Q1 / kTileRows, shift = p.shift - (NT == 4 ? 2 : 1);
     for (int e = t.id; e < G * p.rank * rows * columns; e += t.count) {
       const Split left = split<Shape>(e, columns, shift);
@@ -95,13 +116,19 @@ struct PairForwardPhases {
         for (int j = 0; j < NT; ++j) to[j * columns * (s.Q1 + kPad) + i * rows] = sum[i][j];
       }
     }
-    // This thread's part of the step's input gates is there; the barrier makes it everybody's.
-    if (p.depth == 4) fetch_wait<3>();
-    else if (p.depth == 2) fetch_wait<1>();
-    else fetch_wait<0>();
+  }
+  KRUIFY_HD void second_factor_tensor(const Thread& t, int step) const {
+    const int width = words(s.Q2), depth = s.Q2 / Numbers::numbers;
+    share_tiles(
+        t, 1, G * p.rank * p.share, s.Q1,
+        [&](int, int row, int column, int lane, auto& sum) {
+          warp_tile<Numbers>(lane, at(t, p.b) + row * width, width, h(t, step) + column * width, width, depth, sum);
+        },
+        [&](int, int row, int column, float first, float second) { Numbers::put_pair(at(t, p.t) + row * words(s.Q1), column, first, second); });
   }
 
-  KRUIFY_HD void first_factor(const Thread& t, int step) const {
+  KRUIFY_HD void first_factor_exact(const Thread& t, int step) const {
+    constexpr int NT = Numbers::tile;
     const int columns = p.share / NT, rows = s.P1 / kTileRows, shift = p.shift - (NT == 4 ? 2 : 1);
     for (int e = t.id; e < G * rows * columns; e += t.count) {
       const Split left = split<Shape>(e, columns, shift);
@@ -124,6 +151,21 @@ struct PairForwardPhases {
       }
     }
   }
+  KRUIFY_HD void first_factor_tensor(const Thread& t, int step) const {
+    const int width = words(s.Q1), depth = s.Q1 / Numbers::numbers;
+    share_tiles(
+        t, G, s.P1, p.share,
+        [&](int gate, int row, int column, int lane, auto& sum) {
+          for (int pair = gate * p.rank; pair < (gate + 1) * p.rank; ++pair)
+            warp_tile<Numbers>(lane, at(t, p.a) + (pair * s.P1 + row) * width, width, at(t, p.t) + (pair * p.share + column) * width, width, depth, sum);
+        },
+        [&](int gate, int row, int column, float first, float second) {
+          const bool apart = G == 3 && gate == 2;
+          float* to = (apart ? at(t, p.y) : x(t, step) + gate * units()) + row * p.share + column;
+          to[0] = apart ? first : to[0] + first;
+          to[1] = apart ? second : to[1] + second;
+        });
+  }
 
   template <class Block>
   KRUIFY_HD void modrelu(const Block& block, const Thread& t, int step) const {
@@ -134,15 +176,16 @@ struct PairForwardPhases {
       const int p2 = t.rank * p.share + e.remainder, i = e.quotient * s.P2 + p2;
       float z[2] = {}, now[2];
       for (int k = 0; k < parts; ++k) {
-        const int unit = i + k * (hidden() / 2), place = (e.quotient + k * (s.P1 / 2)) * (s.Q2 + kPad) + p2;
+        const int unit = i + k * (hidden() / 2), place = (e.quotient + k * (s.P1 / 2)) * words(s.Q2) + p2;
         z[k] = x(t, step)[u + k * count];
-        if (const float* d = args.diagonal.of(0, hidden())) z[k] += d[unit] * h(t, step)[place];
+        if (const float* d = args.diagonal.of(0, hidden())) z[k] += d[unit] * (exact ? h(t, step)[place] : at(t, p.state)[u + k * count]);
         if (args.workspace) args.workspace[row * hidden() + unit] = z[k];
       }
       modrelu_forward(z, args.threshold ? args.threshold[i] : 0.0f, now);
       for (int k = 0; k < parts; ++k) {
-        const int place = (e.quotient + k * (s.P1 / 2)) * (s.Q2 + kPad) + p2;
-        for (int rank = 0; rank < t.ranks; ++rank) block.remote(t, rank, h(t, step + 1))[place] = now[k];
+        const int place = (e.quotient + k * (s.P1 / 2)) * words(s.Q2);
+        for (int rank = 0; rank < t.ranks; ++rank) Numbers::put(block.remote(t, rank, h(t, step + 1)) + place, p2, now[k]);
+        if constexpr (!exact) at(t, p.state)[u + k * count] = now[k];
         args.out[row * hidden() + i + k * (hidden() / 2)] = now[k];
       }
     }
@@ -155,8 +198,8 @@ struct PairForwardPhases {
     for (int u = t.id; u < units(); u += t.count) {
       const Split e = split<Shape>(u, p.share, p.shift);
       const int p2 = t.rank * p.share + e.remainder, i = e.quotient * s.P2 + p2;
-      const int place = e.quotient * (s.Q2 + kPad) + p2;
-      const float before = h(t, step)[place];
+      const int place = e.quotient * words(s.Q2);
+      const float before = exact ? h(t, step)[place + p2] : at(t, p.state)[u];
       float gates[G], product[G], saved[5];
       KRUIFY_UNROLL
       for (int g = 0; g < G; ++g) {
@@ -167,7 +210,8 @@ struct PairForwardPhases {
       }
       float c = G == 4 ? at(t, p.c)[u] : 0.0f;
       const float now = cell_forward<G>(gates, product, before, c, args.kind, saved);
-      for (int rank = 0; rank < t.ranks; ++rank) block.remote(t, rank, h(t, step + 1))[place] = now;
+      for (int rank = 0; rank < t.ranks; ++rank) Numbers::put(block.remote(t, rank, h(t, step + 1)) + place, p2, now);
+      if constexpr (!exact) at(t, p.state)[u] = now;
       args.out[row * hidden() + i] = now;
       if constexpr (G == 4) at(t, p.c)[u] = c;
       if (G > 1 && args.workspace) {
@@ -183,16 +227,16 @@ struct PairForwardPhases {
       const Split e = split<Shape>(u, p.share, p.shift);
       const int p2 = t.rank * p.share + e.remainder, i = e.quotient * s.P2 + p2;
       const int64_t to = static_cast<int64_t>(sample) * hidden() + i;
-      args.h_last[to] = h(t, length)[e.quotient * (s.Q2 + kPad) + p2];
+      args.h_last[to] = exact ? h(t, length)[e.quotient * words(s.Q2) + p2] : at(t, p.state)[u];
       if constexpr (G == 4) args.c_last[to] = at(t, p.c)[u];
     }
   }
 };
 
-template <int G, int NT, class Shape, class Block>
+template <int G, class Numbers, class Shape, class Block>
 KRUIFY_HD void pair_forward(Block& block, Shape s, const PairPlan& p, const PairForward& args, int sample) {
   const int length = args.rows.length(sample);
-  const PairForwardPhases<G, NT, Shape> phases{s, p, args, sample, length};
+  const PairForwardPhases<G, Numbers, Shape> phases{s, p, args, sample, length};
   block.each([&](const Thread& t) {
     for (int n = 0; n < p.depth - 1; ++n) phases.fetch(t, n);
     phases.load(t);

@@ -4,7 +4,8 @@
 //   dB[p2, q2] = sum_{row, q1} U[p2, q1] x[q1, q2],   U[p2, q1] = sum_p1 d[p1, p2] A[p1, q1]
 //
 // A block takes one piece of the rows, keeps both sums in registers, and writes them as one part; the parts are added
-// afterwards in one order. No atomics.
+// afterwards in one order. No atomics. `Numbers` as in the recurrence: with tensor cores all operands are rounded, d and x
+// too, and both sums are float32.
 #pragma once
 
 #include "pair_product.h"
@@ -12,34 +13,42 @@
 namespace kruify::cuda {
 
 struct PairGradientPlan {
+  Precision precision;
   int batch, threads;
   int groups_a, groups_b;            // threads' groups; each takes every n-th row of a batch and writes a part of its own
   int a, b, d, dt, x, xt, t, u;      // offsets in floats
   int bytes;
 };
 
-inline PairGradientPlan pair_gradient_plan(AnyShape s, Chip chip) {
-  const int tiles_a = (s.P1 / 4) * (s.Q1 / 4), tiles_b = (s.P2 / 4) * (s.Q2 / 4);
-  if (tiles_a > 256 || tiles_b > 256) return {};
+constexpr int kWarpTiles = 2;  // tiles of 16 x 16 that a warp keeps of each sum
+
+// bytes == 0 says that it does not fit. Sizes that tensor cores do not take stay float32, and so does what has no room.
+inline PairGradientPlan pair_gradient_plan(AnyShape s, Chip chip, Precision precision = kFloat32) {
+  const bool exact = precision == kFloat32;
+  const int unit = exact ? 4 : 16, most = exact ? 256 : 8 * kWarpTiles, at_once = exact ? 256 : 8;  // tiles, by threads or by warps
+  const int tiles_a = (s.P1 / unit) * (s.Q1 / unit), tiles_b = (s.P2 / unit) * (s.Q2 / unit);
+  const bool takes = s.P1 % unit == 0 && s.Q1 % unit == 0 && s.P2 % unit == 0 && s.Q2 % unit == 0 && tiles_a <= most && tiles_b <= most;
+  auto words = [&](int n) { return row_words(precision, n); };
   for (int batch : {8, 4, 2, 1}) {
+    if (!takes) break;
     PairGradientPlan p{};
-    p.batch = batch, p.threads = 256;
-    p.groups_a = static_cast<int>(least(batch, 256 / tiles_a)), p.groups_b = static_cast<int>(least(batch, 256 / tiles_b));
-    if (batch > 1 && batch / 2 * (s.Q1 / 4) * (s.P2 / 4) >= p.threads) continue;
+    p.precision = precision, p.batch = batch, p.threads = 256;
+    p.groups_a = static_cast<int>(greatest(1, least(batch, at_once / tiles_a))), p.groups_b = static_cast<int>(greatest(1, least(batch, at_once / tiles_b)));
+    if (batch > 1 && batch / 2 * (s.Q1 / unit) * (s.P2 / unit) >= at_once) continue;
     int used = 0;
     auto take = [&](int floats) {
       const int at = used;
       used += floats;
       return at;
     };
-    p.a = take(s.Q1 * (s.P1 + kPad)), p.b = take(s.P2 * (s.Q2 + kPad));
-    p.d = take(batch * s.P1 * (s.P2 + kPad)), p.dt = take(batch * s.P2 * (s.P1 + kPad));
-    p.x = take(batch * s.Q1 * (s.Q2 + kPad)), p.xt = take(batch * s.Q2 * (s.Q1 + kPad));
-    p.t = take(batch * s.Q1 * (s.P2 + kPad)), p.u = take(batch * s.P2 * (s.Q1 + kPad));
+    p.a = take(s.Q1 * words(s.P1)), p.b = take(s.P2 * words(s.Q2));
+    p.d = take(batch * s.P1 * words(s.P2)), p.dt = take(batch * s.P2 * words(s.P1));
+    p.x = take(batch * s.Q1 * words(s.Q2)), p.xt = take(batch * s.Q2 * words(s.Q1));
+    p.t = take(batch * s.Q1 * words(s.P2)), p.u = take(batch * s.P2 * words(s.Q1));
     p.bytes = used * 4;
     if (p.bytes <= chip.shared_memory) return p;
   }
-  return {};
+  return exact ? PairGradientPlan{} : pair_gradient_plan(s, chip);
 }
 
 struct PairGradient {
@@ -59,15 +68,18 @@ KRUIFY_HD PairGradient piece_of(PairGradient args, AnyShape s, const PairGradien
   return args;
 }
 
+template <class Numbers>
 struct PairGradientPhases {
+  static constexpr bool exact = Numbers::precision == kFloat32;
   AnyShape s;
   const PairGradientPlan& p;
   const PairGradient& args;
 
   struct Sums {
-    float a[kTileRows][4], b[kTileRows][4];
+    float a[4][4], b[4][4];  // a thread's tile of 4 x 4, or its share of kWarpTiles tiles of two times 16 x 8
   };
 
+  static KRUIFY_HD int words(int n) { return row_words(Numbers::precision, n); }
   KRUIFY_HD float* at(const Thread& t, int offset) const { return reinterpret_cast<float*>(t.memory) + offset; }
 
   // Rows into shared memory, as they are and transposed; zeros behind the last one.
@@ -76,15 +88,95 @@ struct PairGradientPhases {
     for (int e = t.id; e < p.batch * size_d; e += t.count) {
       const int n = e / size_d, k = e % size_d, p1 = k / s.P2, p2 = k % s.P2;
       const float value = first + n < args.last ? args.d[(first + n) * args.d_stride + k] : 0.0f;
-      at(t, p.d)[(n * s.P1 + p1) * (s.P2 + kPad) + p2] = at(t, p.dt)[(n * s.P2 + p2) * (s.P1 + kPad) + p1] = value;
+      Numbers::put(at(t, p.d) + (n * s.P1 + p1) * words(s.P2), p2, value);
+      Numbers::put(at(t, p.dt) + (n * s.P2 + p2) * words(s.P1), p1, value);
     }
     for (int e = t.id; e < p.batch * size_x; e += t.count) {
       const int n = e / size_x, k = e % size_x, q1 = k / s.Q2, q2 = k % s.Q2;
       const float value = first + n < args.last ? args.x[(first + n) * args.x_stride + k] : 0.0f;
-      at(t, p.x)[(n * s.Q1 + q1) * (s.Q2 + kPad) + q2] = at(t, p.xt)[(n * s.Q2 + q2) * (s.Q1 + kPad) + q1] = value;
+      Numbers::put(at(t, p.x) + (n * s.Q1 + q1) * words(s.Q2), q2, value);
+      Numbers::put(at(t, p.xt) + (n * s.Q2 + q2) * words(s.Q1), q1, value);
     }
   }
   KRUIFY_HD void inner(const Thread& t) const {
+    if constexpr (exact) inner_exact(t);
+    else inner_tensor(t);
+  }
+  KRUIFY_HD void outer(const Thread& t, Sums& sums) const {
+    if constexpr (exact) {
+      outer_exact(t, sums);
+    } else {
+      add_tiles(t, at(t, p.d), s.P1, at(t, p.t), s.Q1, s.P2, p.groups_a, sums.a);
+      add_tiles(t, at(t, p.u), s.P2, at(t, p.xt), s.Q2, s.Q1, p.groups_b, sums.b);
+    }
+  }
+  KRUIFY_HD void write(const Thread& t, const Sums& sums) const {
+    if constexpr (exact) {
+      write_exact(t, sums.a, args.part_a, s.P1 / 4, s.Q1 / 4, p.groups_a);
+      write_exact(t, sums.b, args.part_b, s.P2 / 4, s.Q2 / 4, p.groups_b);
+    } else {
+      write_tiles(t, sums.a, args.part_a, s.P1, s.Q1, p.groups_a);
+      write_tiles(t, sums.b, args.part_b, s.P2, s.Q2, p.groups_b);
+    }
+  }
+
+  KRUIFY_HD void inner_tensor(const Thread& t) const {
+    const int wide = words(s.Q2), high = words(s.P1);
+    share_tiles(
+        t, p.batch, s.Q1, s.P2,
+        [&](int n, int row, int column, int lane, auto& sum) {
+          warp_tile<Numbers>(lane, at(t, p.x) + (n * s.Q1 + row) * wide, wide, at(t, p.b) + column * wide, wide, s.Q2 / Numbers::numbers, sum);
+        },
+        [&](int n, int row, int column, float first, float second) { Numbers::put_pair(at(t, p.t) + (n * s.Q1 + row) * words(s.P2), column, first, second); });
+    share_tiles(
+        t, p.batch, s.P2, s.Q1,
+        [&](int n, int row, int column, int lane, auto& sum) {
+          warp_tile<Numbers>(lane, at(t, p.dt) + (n * s.P2 + row) * high, high, at(t, p.a) + column * high, high, s.P1 / Numbers::numbers, sum);
+        },
+        [&](int n, int row, int column, float first, float second) { Numbers::put_pair(at(t, p.u) + (n * s.P2 + row) * words(s.Q1), column, first, second); });
+  }
+
+  // Calls f(group, row, column, k) for the tiles of a warp: its k-th stands in rows row.. and columns column.. of a sum.
+  template <class F>
+  KRUIFY_HD void warp_tiles(const Thread& t, int rows, int columns, int groups, const F& f) const {
+    const int across = columns / 16, tiles = rows / 16 * across;
+    KRUIFY_UNROLL
+    for (int k = 0; k < kWarpTiles; ++k) {
+      const int e = t.id / 32 + t.count / 32 * k, group = e / tiles, tile = e % tiles;
+      if (group < groups) f(group, tile / across * 16, tile % across * 16, k);
+    }
+  }
+  // sum += A B^T over the rows of a batch that the warp's group takes; A (rows, depth), B (columns, depth) of each.
+  KRUIFY_HD void add_tiles(const Thread& t, const float* a, int rows, const float* b, int columns, int depth, int groups, float (&sum)[4][4]) const {
+    const int width = words(depth);
+    warp_tiles(t, rows, columns, groups, [&](int group, int row, int column, int k) {
+      float tile[2][4];
+      copy(sum + 2 * k, tile);
+      for (int n = group; n < p.batch; n += groups)
+        warp_tile<Numbers>(t.id % 32, a + (n * rows + row) * width, width, b + (n * columns + column) * width, width, depth / Numbers::numbers, tile);
+      copy(tile, sum + 2 * k);
+    });
+  }
+  KRUIFY_HD void write_tiles(const Thread& t, const float (&sum)[4][4], float* part, int rows, int columns, int groups) const {
+    warp_tiles(t, rows, columns, groups, [&](int group, int row, int column, int k) {
+      const int lane = t.id % 32;
+      KRUIFY_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        KRUIFY_UNROLL
+        for (int i = 0; i < 4; ++i)
+          part[(static_cast<int64_t>(group) * rows + row + lane / 4 + i / 2 * 8) * columns + column + j * 8 + lane % 4 * 2 + i % 2] = sum[2 * k + j][i];
+      }
+    });
+  }
+  static KRUIFY_HD void copy(const float (*from)[4], float (*to)[4]) {
+    KRUIFY_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      KRUIFY_UNROLL
+      for (int i = 0; i < 4; ++i) to[j][i] = from[j][i];
+    }
+  }
+
+  KRUIFY_HD void inner_exact(const Thread& t) const {
     const int columns = s.P2 / 4, rows = s.Q1 / 4;
     for (int e = t.id; e < p.batch * rows * columns; e += t.count) {
       const int column = e % columns, row = e / columns % rows, n = e / (columns * rows);
@@ -107,7 +199,7 @@ struct PairGradientPhases {
       }
     }
   }
-  KRUIFY_HD void outer(const Thread& t, Sums& sums) const {
+  KRUIFY_HD void outer_exact(const Thread& t, Sums& sums) const {
     {
       const int columns = s.Q1 / 4, rows = s.P1 / 4, tile = t.id % (rows * columns), width = s.P2 + kPad;
       const int column = tile % columns, row = tile / columns;
@@ -127,7 +219,7 @@ struct PairGradientPhases {
                       columns * width, s.Q1, sums.b);
     }
   }
-  KRUIFY_HD void write(const Thread& t, const float (&sum)[kTileRows][4], float* part, int rows, int columns, int groups) const {
+  KRUIFY_HD void write_exact(const Thread& t, const float (&sum)[4][4], float* part, int rows, int columns, int groups) const {
     const int tile = t.id % (rows * columns), group = t.id / (rows * columns);
     if (group >= groups) return;
     KRUIFY_UNROLL
@@ -139,14 +231,14 @@ struct PairGradientPhases {
   }
 };
 
-template <class Block>
+template <class Numbers, class Block>
 KRUIFY_HD void pair_gradient(Block& block, AnyShape s, const PairGradientPlan& p, const PairGradient& args) {
-  const PairGradientPhases phases{s, p, args};
-  typename Block::template PerThread<PairGradientPhases::Sums> sums;
+  const PairGradientPhases<Numbers> phases{s, p, args};
+  typename Block::template PerThread<typename PairGradientPhases<Numbers>::Sums> sums;
   block.each([&](const Thread& t) {
     sums.of(t) = {};
-    load_columns(t, phases.at(t, p.a), args.a, 1, s.P1, s.Q1, 0, s.P1);
-    load_rows(t, phases.at(t, p.b), args.b, 1, s.P2, s.Q2, 0, s.P2);
+    load_columns<Numbers>(t, phases.at(t, p.a), args.a, 1, s.P1, s.Q1, 0, s.P1);
+    load_rows<Numbers>(t, phases.at(t, p.b), args.b, 1, s.P2, s.Q2, 0, s.P2);
   });
   for (int64_t first = args.first; first < args.last; first += p.batch) {
     block.barrier();
@@ -156,10 +248,7 @@ KRUIFY_HD void pair_gradient(Block& block, AnyShape s, const PairGradientPlan& p
     block.barrier();
     block.each([&](const Thread& t) { phases.outer(t, sums.of(t)); });
   }
-  block.each([&](const Thread& t) {
-    phases.write(t, sums.of(t).a, args.part_a, s.P1 / 4, s.Q1 / 4, p.groups_a);
-    phases.write(t, sums.of(t).b, args.part_b, s.P2 / 4, s.Q2 / 4, p.groups_b);
-  });
+  block.each([&](const Thread& t) { phases.write(t, sums.of(t)); });
   block.end();
 }
 

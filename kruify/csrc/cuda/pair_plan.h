@@ -6,7 +6,7 @@
 #pragma once
 
 #include "gates.h"
-#include "tile.h"
+#include "mma.h"
 
 namespace kruify::cuda {
 
@@ -17,12 +17,14 @@ struct Chip {
 };
 
 struct PairPlan {
-  int rank, cluster, threads, tile;  // tile: columns of a thread's tile, 2 or 4
+  Precision precision;               // of the products; beyond float32 on tensor cores
+  int rank, cluster, threads, tile;  // tile: columns of a thread's tile in float32, 2 or 4
   int share, shift;                  // P2 / cluster, and its logarithm (-1: no power of two)
   int depth;                         // steps of input gates on their way or in use
   int groups;                        // backward: in how many parts the sum over gates and ranks runs
   // offsets in floats
   int a, b, h, t, x, y, c;  // forward: factors, h (two buffers), after the second factor, gates, W_hn h, c
+  int state;                // forward, beyond float32: the block's own units of h, not rounded
   int d, u, v, carry;       // backward: gate gradients, after the first factor, partial sums, what passes by W
   int bytes;
 };
@@ -35,13 +37,15 @@ inline int logarithm(int n) {
 
 // The layout for one cluster size; `bytes` says whether it fits.
 template <class Shape>
-PairPlan pair_layout(Shape s, int gates, int rank, int cluster, bool backward) {
+PairPlan pair_layout(Shape s, int gates, int rank, int cluster, bool backward, Precision precision = kFloat32) {
   PairPlan p{};
-  p.rank = rank, p.cluster = cluster, p.share = s.P2 / cluster, p.shift = logarithm(p.share);
+  p.precision = precision, p.rank = rank, p.cluster = cluster, p.share = s.P2 / cluster, p.shift = logarithm(p.share);
   const int units = s.P1 * p.share;
   p.tile = gates * (s.P1 / kTileRows) * (p.share / 4) >= 256 ? 4 : 2;
-  const int tiles = gates * (s.P1 / kTileRows) * (p.share / p.tile);
+  const bool exact = precision == kFloat32;  // else a warp takes a tile of 16 x 16
+  const int tiles = exact ? gates * (s.P1 / kTileRows) * (p.share / p.tile) : 32 * gates * (s.P1 / 16) * (p.share / 16);
   p.threads = static_cast<int>(least(512, greatest(128, round_up(tiles, 32))));
+  auto words = [&](int n) { return row_words(precision, n); };
   const int pairs = gates * rank;
   int used = 0;
   auto take = [&](int floats) {
@@ -51,20 +55,21 @@ PairPlan pair_layout(Shape s, int gates, int rank, int cluster, bool backward) {
   };
   if (!backward) {
     p.depth = gates * units <= 2048 ? 4 : gates * units <= 4096 ? 2 : 1;
-    p.a = take(pairs * s.P1 * (s.Q1 + kPad));
-    p.b = take(pairs * p.share * (s.Q2 + kPad));
-    p.h = take(2 * s.Q1 * (s.Q2 + kPad));
-    p.t = take(pairs * p.share * (s.Q1 + kPad));
+    p.a = take(pairs * s.P1 * words(s.Q1));
+    p.b = take(pairs * p.share * words(s.Q2));
+    p.h = take(2 * s.Q1 * words(s.Q2));
+    p.t = take(pairs * p.share * words(s.Q1));
     p.x = take(p.depth * gates * units);
     p.y = take(gates == 3 ? units : 0);
     p.c = take(gates == 4 ? units : 0);
+    p.state = take(exact ? 0 : units);
   } else {
-    const int groups = p.threads * kTileRows * p.tile / (s.Q1 * s.Q2);
+    const int groups = (exact ? p.threads * kTileRows * p.tile : p.threads / 32 * 256) / (s.Q1 * s.Q2);
     p.groups = static_cast<int>(greatest(1, least(groups, pairs)));
-    p.a = take(pairs * s.Q1 * (s.P1 + kPad));
-    p.b = take(pairs * s.Q2 * (p.share + kPad));
-    p.d = take(gates * p.share * (s.P1 + kPad));
-    p.u = take(pairs * s.Q1 * (p.share + kPad));
+    p.a = take(pairs * s.Q1 * words(s.P1));
+    p.b = take(pairs * s.Q2 * words(p.share));
+    p.d = take(gates * p.share * words(s.P1));
+    p.u = take(pairs * s.Q1 * words(p.share));
     p.v = take(p.groups * s.Q1 * s.Q2);
     p.c = take(gates == 4 ? units : 0);
     p.carry = take(units);
@@ -81,18 +86,26 @@ inline bool pair_takes(AnyShape s) {
 }
 
 // The cluster for this batch: the smallest that fits, and larger while every row still has multiprocessors of its own.
-// cluster == 0 says that no size fits: the general kernel has to serve.
+// `precision` is what the products may be rounded to: sizes that are no multiples of 16, and what does not fit, stay
+// float32. cluster == 0 says that no size fits: the general kernel has to serve.
 template <class Shape>
-PairPlan pair_plan(Shape s, int gates, int rank, int batch, Chip chip, bool backward) {
+PairPlan pair_plan(Shape s, int gates, int rank, int batch, Chip chip, bool backward, Precision precision = kFloat32) {
   PairPlan best{};
-  const int largest = chip.clusters ? 8 : 1;
-  for (int cluster = 1; cluster <= largest && s.P2 % (4 * cluster) == 0; cluster *= 2) {
-    const PairPlan p = pair_layout(s, gates, rank, cluster, backward);
+  const int largest = chip.clusters ? 8 : 1, unit = precision == kFloat32 ? 4 : 16;
+  for (int cluster = 1; cluster <= largest && s.P1 % unit == 0 && s.P2 % (unit * cluster) == 0; cluster *= 2) {
+    const PairPlan p = pair_layout(s, gates, rank, cluster, backward, precision);
     if (p.bytes > chip.shared_memory) continue;
     const bool worth = static_cast<int64_t>(batch) * cluster <= chip.processors && s.P1 * p.share >= 128;
     if (best.cluster == 0 || worth) best = p;
   }
-  return best;
+  return best.cluster || precision == kFloat32 ? best : pair_plan(s, gates, rank, batch, chip, backward);
+}
+
+// Whether a batch of any size runs on the two-stage kernels: forward, and where asked for backward.
+inline bool pair_fits(AnyShape s, int gates, int rank, Chip chip, bool training, Precision precision) {
+  if (!pair_takes(s)) return false;
+  auto fits = [&](bool backward) { return pair_plan(s, gates, rank, 1, chip, backward, precision).cluster > 0; };
+  return fits(false) && (!training || fits(true));
 }
 
 }  // namespace kruify::cuda

@@ -1,5 +1,5 @@
 // The bare product of many rows with two stages, y[row, gate] (+)= (sum_r A[gate, r] (x) B[gate, r]) x[row], and the
-// gradient of x. A block keeps one gate's factors and takes a few rows at a time.
+// gradient of x. A block keeps one gate's factors and takes a few rows at a time. `Numbers` as in the recurrence.
 #pragma once
 
 #include "pair_forward.h"
@@ -8,17 +8,24 @@
 namespace kruify::cuda {
 
 struct PairProductPlan {
+  Precision precision;
   int rank, batch, threads;  // batch: rows at a time
   int a, b, x, t;            // offsets in floats; x: two buffers forward, one backward
   int bytes;
 };
 
-inline PairProductPlan pair_product_plan(AnyShape s, int rank, Chip chip, bool backward) {
+// bytes == 0 says that it does not fit. Sizes that tensor cores do not take stay float32, and so does what has no room.
+inline PairProductPlan pair_product_plan(AnyShape s, int rank, Chip chip, bool backward, Precision precision = kFloat32) {
+  const bool exact = precision == kFloat32;
+  const int unit = exact ? 4 : 16, at_once = exact ? 256 : 8;  // tiles, by threads or by warps
+  const bool takes = s.P1 % unit == 0 && s.Q1 % unit == 0 && s.P2 % unit == 0 && s.Q2 % unit == 0;
+  auto words = [&](int n) { return row_words(precision, n); };
   for (int batch : {8, 4, 2, 1}) {
+    if (!takes) break;
     PairProductPlan p{};
-    p.rank = rank, p.batch = batch, p.threads = 256;
-    const int tiles = backward ? (s.Q1 / 4) * (s.Q2 / 4) : (s.P1 / 4) * (s.P2 / 4);
-    if (batch > 1 && batch / 2 * tiles >= p.threads) continue;
+    p.precision = precision, p.rank = rank, p.batch = batch, p.threads = 256;
+    const int tiles = backward ? (s.Q1 / unit) * (s.Q2 / unit) : (s.P1 / unit) * (s.P2 / unit);
+    if (batch > 1 && batch / 2 * tiles >= at_once) continue;
     int used = 0;
     auto take = [&](int floats) {
       const int at = used;
@@ -26,16 +33,16 @@ inline PairProductPlan pair_product_plan(AnyShape s, int rank, Chip chip, bool b
       return at;
     };
     if (!backward) {
-      p.a = take(rank * s.P1 * (s.Q1 + kPad)), p.b = take(rank * s.P2 * (s.Q2 + kPad));
-      p.x = take(2 * batch * s.Q1 * (s.Q2 + kPad)), p.t = take(batch * rank * s.P2 * (s.Q1 + kPad));
+      p.a = take(rank * s.P1 * words(s.Q1)), p.b = take(rank * s.P2 * words(s.Q2));
+      p.x = take(2 * batch * s.Q1 * words(s.Q2)), p.t = take(batch * rank * s.P2 * words(s.Q1));
     } else {
-      p.a = take(rank * s.Q1 * (s.P1 + kPad)), p.b = take(rank * s.Q2 * (s.P2 + kPad));
-      p.x = take(batch * s.P2 * (s.P1 + kPad)), p.t = take(batch * rank * s.Q1 * (s.P2 + kPad));
+      p.a = take(rank * s.Q1 * words(s.P1)), p.b = take(rank * s.Q2 * words(s.P2));
+      p.x = take(batch * s.P2 * words(s.P1)), p.t = take(batch * rank * s.Q1 * words(s.P2));
     }
     p.bytes = used * 4;
     if (p.bytes <= chip.shared_memory) return p;
   }
-  return {};
+  return exact ? PairProductPlan{} : pair_product_plan(s, rank, chip, backward);
 }
 
 struct PairProduct {
@@ -46,24 +53,81 @@ struct PairProduct {
   bool accumulate;
 };
 
+template <class Numbers>
 struct PairProductPhases {
+  static constexpr bool exact = Numbers::precision == kFloat32;
   AnyShape s;
   const PairProductPlan& p;
   const PairProduct& args;
 
   KRUIFY_HD float* at(const Thread& t, int offset) const { return reinterpret_cast<float*>(t.memory) + offset; }
-  KRUIFY_HD float* x(const Thread& t, int64_t turn) const { return at(t, p.x) + (turn & 1) * p.batch * s.Q1 * (s.Q2 + kPad); }
+  static KRUIFY_HD int words(int n) { return row_words(Numbers::precision, n); }
+  KRUIFY_HD float* x(const Thread& t, int64_t turn) const { return at(t, p.x) + (turn & 1) * p.batch * s.Q1 * words(s.Q2); }
 
   KRUIFY_HD void fetch(const Thread& t, int64_t first, int64_t turn) const {
     const int quads = s.Q1 * s.Q2 / 4;
     for (int e = t.id; e < p.batch * quads; e += t.count) {
       const int n = e / quads, k = e % quads * 4;
-      if (first + n < args.rows)
-        fetch_quad(x(t, turn) + (n * s.Q1 + k / s.Q2) * (s.Q2 + kPad) + k % s.Q2, args.x + (first + n) * args.x_stride + k);
+      float* to = x(t, turn) + (n * s.Q1 + k / s.Q2) * words(s.Q2);
+      const bool there = first + n < args.rows;
+      if constexpr (exact) {
+        if (there) fetch_quad(to + k % s.Q2, args.x + (first + n) * args.x_stride + k);
+      } else {
+        const Quad values = there ? load_quad(args.x + (first + n) * args.x_stride + k) : Quad{};
+        Numbers::put_pair(to, k % s.Q2, values.v[0], values.v[1]);
+        Numbers::put_pair(to, k % s.Q2 + 2, values.v[2], values.v[3]);
+      }
     }
     fetch_commit();
   }
   KRUIFY_HD void second_factor(const Thread& t, int64_t first, int64_t turn) const {
+    if constexpr (exact) second_factor_exact(t, first, turn);
+    else tensor_inner(t, s.P2, s.Q1, s.Q2, at(t, p.b), x(t, turn));
+  }
+  KRUIFY_HD void first_factor(const Thread& t, int64_t first) const {
+    if constexpr (exact) first_factor_exact(t, first);
+    else tensor_outer(t, first, s.P1, s.P2, s.Q1, at(t, p.a), 0, at(t, p.t), 1);
+  }
+  KRUIFY_HD void first_transposed(const Thread& t, int64_t first) const {
+    if constexpr (exact) first_transposed_exact(t, first);
+    else tensor_inner(t, s.Q1, s.P2, s.P1, at(t, p.a), at(t, p.x));
+  }
+  KRUIFY_HD void second_transposed(const Thread& t, int64_t first) const {
+    if constexpr (exact) second_transposed_exact(t, first);
+    else tensor_outer(t, first, s.Q1, s.Q2, s.P2, at(t, p.t), 1, at(t, p.b), 0);
+  }
+
+  // t[n, r][m][k'] = sum_k factor[r][m][k] x[n][k'][k], for all rows of a batch and ranks.
+  KRUIFY_HD void tensor_inner(const Thread& t, int rows, int columns, int depth, const float* factor, const float* from) const {
+    const int width = words(depth);
+    share_tiles(
+        t, p.batch * p.rank, rows, columns,
+        [&](int e, int row, int column, int lane, auto& sum) {
+          warp_tile<Numbers>(lane, factor + (e % p.rank * rows + row) * width, width, from + (e / p.rank * columns + column) * width, width,
+                             depth / Numbers::numbers, sum);
+        },
+        [&](int e, int row, int column, float first, float second) { Numbers::put_pair(at(t, p.t) + (e * rows + row) * words(columns), column, first, second); });
+  }
+  // y[n][m][k'] (+)= sum_{r, k} left[m][k] right[k'][k]: one of them is the factor's (r), the other t's (n, r).
+  KRUIFY_HD void tensor_outer(const Thread& t, int64_t first, int rows, int columns, int depth, const float* left, int left_moves, const float* right,
+                              int right_moves) const {
+    const int width = words(depth);
+    share_tiles(
+        t, p.batch, rows, columns,
+        [&](int n, int row, int column, int lane, auto& sum) {
+          for (int r = 0; r < p.rank; ++r)
+            warp_tile<Numbers>(lane, left + ((left_moves * n * p.rank + r) * rows + row) * width, width,
+                               right + ((right_moves * n * p.rank + r) * columns + column) * width, width, depth / Numbers::numbers, sum);
+        },
+        [&](int n, int row, int column, float value, float second) {
+          if (first + n >= args.rows) return;
+          float* to = args.y + (first + n) * args.y_stride + row * columns + column;
+          to[0] = args.accumulate ? to[0] + value : value;
+          to[1] = args.accumulate ? to[1] + second : second;
+        });
+  }
+
+  KRUIFY_HD void second_factor_exact(const Thread& t, int64_t first, int64_t turn) const {
     const int columns = s.P2 / 4, rows = s.Q1 / 4, width = s.Q2 + kPad;
     for (int e = t.id; e < p.batch * p.rank * rows * columns; e += t.count) {
       const int column = e % columns, row = e / columns % rows, r = e / (columns * rows) % p.rank;
@@ -77,7 +141,7 @@ struct PairProductPhases {
         for (int j = 0; j < 4; ++j) to[j * columns * (s.Q1 + kPad) + i * rows] = sum[i][j];
     }
   }
-  KRUIFY_HD void first_factor(const Thread& t, int64_t first) const {
+  KRUIFY_HD void first_factor_exact(const Thread& t, int64_t first) const {
     const int columns = s.P2 / 4, rows = s.P1 / 4, width = s.Q1 + kPad;
     for (int e = t.id; e < p.batch * rows * columns; e += t.count) {
       const int column = e % columns, row = e / columns % rows, n = e / (columns * rows);
@@ -100,11 +164,11 @@ struct PairProductPhases {
     const int size = s.P1 * s.P2;
     for (int e = t.id; e < p.batch * size; e += t.count) {
       const int n = e / size, p1 = e % size / s.P2, p2 = e % s.P2;
-      if (first + n >= args.rows) break;
-      at(t, p.x)[(n * s.P2 + p2) * (s.P1 + kPad) + p1] = args.x[(first + n) * args.x_stride + e % size];
+      const float value = first + n < args.rows ? args.x[(first + n) * args.x_stride + e % size] : 0.0f;
+      Numbers::put(at(t, p.x) + (n * s.P2 + p2) * words(s.P1), p1, value);
     }
   }
-  KRUIFY_HD void first_transposed(const Thread& t, int64_t first) const {
+  KRUIFY_HD void first_transposed_exact(const Thread& t, int64_t first) const {
     const int columns = s.P2 / 4, rows = s.Q1 / 4, width = s.P1 + kPad;
     for (int e = t.id; e < p.batch * p.rank * rows * columns; e += t.count) {
       const int column = e % columns, row = e / columns % rows, r = e / (columns * rows) % p.rank;
@@ -118,7 +182,7 @@ struct PairProductPhases {
         for (int j = 0; j < 4; ++j) to[i * rows * (s.P2 + kPad) + j * columns] = sum[i][j];
     }
   }
-  KRUIFY_HD void second_transposed(const Thread& t, int64_t first) const {
+  KRUIFY_HD void second_transposed_exact(const Thread& t, int64_t first) const {
     const int columns = s.Q2 / 4, rows = s.Q1 / 4, width = s.P2 + kPad;
     for (int e = t.id; e < p.batch * rows * columns; e += t.count) {
       const int column = e % columns, row = e / columns % rows, n = e / (columns * rows);
@@ -138,15 +202,15 @@ struct PairProductPhases {
 };
 
 // Rows first, first + stride, ... in batches: `index` of `blocks` blocks.
-template <class Block>
+template <class Numbers, class Block>
 KRUIFY_HD void pair_product(Block& block, AnyShape s, const PairProductPlan& p, const PairProduct& args, int index, int blocks) {
-  const PairProductPhases phases{s, p, args};
+  const PairProductPhases<Numbers> phases{s, p, args};
   const int64_t stride = static_cast<int64_t>(blocks) * p.batch;
   int64_t first = static_cast<int64_t>(index) * p.batch, turn = 0;
   block.each([&, first](const Thread& t) {
     phases.fetch(t, first, 0);
-    load_rows(t, phases.at(t, p.a), args.a, p.rank, s.P1, s.Q1, 0, s.P1);
-    load_rows(t, phases.at(t, p.b), args.b, p.rank, s.P2, s.Q2, 0, s.P2);
+    load_rows<Numbers>(t, phases.at(t, p.a), args.a, p.rank, s.P1, s.Q1, 0, s.P1);
+    load_rows<Numbers>(t, phases.at(t, p.b), args.b, p.rank, s.P2, s.Q2, 0, s.P2);
   });
   for (; first < args.rows; first += stride, ++turn) {
     block.each([&, first, turn](const Thread& t) {
@@ -162,13 +226,13 @@ KRUIFY_HD void pair_product(Block& block, AnyShape s, const PairProductPlan& p, 
   block.end();
 }
 
-template <class Block>
+template <class Numbers, class Block>
 KRUIFY_HD void pair_product_backward(Block& block, AnyShape s, const PairProductPlan& p, const PairProduct& args, int index, int blocks) {
-  const PairProductPhases phases{s, p, args};
+  const PairProductPhases<Numbers> phases{s, p, args};
   const int64_t stride = static_cast<int64_t>(blocks) * p.batch;
   block.each([&](const Thread& t) {
-    load_columns(t, phases.at(t, p.a), args.a, p.rank, s.P1, s.Q1, 0, s.P1);
-    load_columns(t, phases.at(t, p.b), args.b, p.rank, s.P2, s.Q2, 0, s.P2);
+    load_columns<Numbers>(t, phases.at(t, p.a), args.a, p.rank, s.P1, s.Q1, 0, s.P1);
+    load_columns<Numbers>(t, phases.at(t, p.b), args.b, p.rank, s.P2, s.Q2, 0, s.P2);
   });
   for (int64_t first = static_cast<int64_t>(index) * p.batch; first < args.rows; first += stride) {
     block.each([&, first](const Thread& t) { phases.take_gradient(t, first); });

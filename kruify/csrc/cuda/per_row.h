@@ -6,7 +6,13 @@
 
 namespace kruify::cuda {
 
-constexpr int kMaxGates = 64;  // of one launch; the host launches again for more
+constexpr int kMaxGates = 64;               // of one launch; the host launches again for more
+constexpr int64_t kThreadsWanted = 200000;  // enough to occupy any chip
+
+// In how many pieces a sum over rows is taken where it has `items` results.
+inline int64_t pieces_for(int64_t rows, int64_t items) {
+  return greatest(1, least(least(rows, 512), kThreadsWanted / greatest(1, items)));
+}
 
 // Where the vectors of a (row, pair) start: pair = gate index * rank + r.
 template <class T>
@@ -157,13 +163,23 @@ struct OverlayGradient {
   }
 };
 
-// row_start[row] = the first block whose first row is `row` or below it.
+// row_start[row] = the first block whose first row is `row` or below it. An index that would lead out of the matrix is
+// refused here, before any other kernel reads it: the host would have to wait for the device to look at it.
 struct OverlayRows {
   const int* index;
   int* row_start;
-  int blocks, rows;
-  KRUIFY_HD int64_t items() const { return rows + 1; }
-  KRUIFY_HD void run(int64_t row) const {
+  int blocks, block, gates, height, width;
+  KRUIFY_HD int rows() const { return gates * height; }
+  KRUIFY_HD int64_t items() const { return greatest(rows() + 1, blocks); }
+  KRUIFY_HD void run(int64_t item) const {
+    if (item < blocks) {
+      const int row = index[2 * item], column = index[2 * item + 1];
+      demand(row >= 0 && row < rows() && row % height + block <= height && column >= 0 && column < width,
+             "kruify: an overlay block lies outside its gate");
+      demand(item == 0 || index[2 * item - 2] <= row, "kruify: the overlay's index does not ascend by rows");
+    }
+    if (item > rows()) return;
+    const int64_t row = item;
     int low = 0, high = blocks;
     while (low < high) {
       const int middle = (low + high) / 2;

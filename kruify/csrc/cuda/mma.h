@@ -1,0 +1,199 @@
+// Products on tensor cores: a warp's tile of C[m][n] += sum_k A[m][k] B[n][k], operands rounded to TF32 or bf16, sums in
+// float32. Both operands are rows in shared memory; a row is counted in words of 4 bytes: one TF32 number, or two of bf16.
+//
+// mma.sync.m16n8k8 (TF32) and m16n8k16 (bf16) take the same words: 16 rows of A and 8 rows of B, 8 words each, of which
+// lane l holds words l % 4 and l % 4 + 4 of row l / 4 (and of A's row l / 4 + 8); C's row l / 4 (and + 8), columns
+// 2 (l % 4) and the next (PTX ISA, "Matrix Fragments for mma.m16n8k8" and "... m16n8k16"). A sum over k has no order:
+// a lane loads words 2 (l % 4) and 2 (l % 4) + 1 of both operands instead, 8 bytes at once.
+#pragma once
+
+#include <cstring>
+
+#include "tile.h"
+
+namespace kruify::cuda {
+
+enum Precision : int { kFloat32 = 0, kTf32 = 1, kBf16 = 2 };  // as in ops/precision.py
+
+// Words between the starts of rows of n numbers in shared memory. For tensor cores an odd multiple of 32 bytes: the
+// lanes that load at one time then meet no bank twice.
+constexpr KRUIFY_HD int row_words(Precision precision, int n) {
+  if (precision == kFloat32) return n + kPad;
+  const int words = precision == kTf32 ? n : n / 2;
+  return words + (words / 8 % 2 ? 0 : 8);
+}
+
+KRUIFY_HD uint32_t bits_of(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+#endif
+}
+KRUIFY_HD float float_of(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+#endif
+}
+
+// How the templates keep operands in shared memory. `put` writes number k of a row, `put_pair` numbers k and k + 1, k even.
+template <int Columns>
+struct Exact {  // float32, by threads' tiles of `Columns` columns
+  static constexpr Precision precision = kFloat32;
+  static constexpr int tile = Columns;
+  static KRUIFY_HD void put(float* row, int k, float value) { row[k] = value; }
+};
+
+struct Tf32 {
+  static constexpr Precision precision = kTf32;
+  static constexpr int numbers = 1;  // a word
+  // Nearest, ties away from zero.
+  static KRUIFY_HD uint32_t round(float x) {
+#if defined(__CUDA_ARCH__)
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+    return bits;
+#else
+    return x == x ? (bits_of(x) + 0x1000u) & 0xffffe000u : 0x7fffe000u;
+#endif
+  }
+  static KRUIFY_HD void put(float* row, int k, float value) { row[k] = float_of(round(value)); }
+  static KRUIFY_HD void put_pair(float* row, int k, float first, float second) {
+    put(row, k, first);
+    put(row, k + 1, second);
+  }
+};
+
+struct Bf16 {
+  static constexpr Precision precision = kBf16;
+  static constexpr int numbers = 2;
+  // Nearest, ties to even.
+  static KRUIFY_HD uint16_t round(float x) {
+#if defined(__CUDA_ARCH__)
+    uint16_t bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+#else
+    const uint32_t bits = bits_of(x);
+    return static_cast<uint16_t>(x == x ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fffu);
+#endif
+  }
+  static KRUIFY_HD void put(float* row, int k, float value) { reinterpret_cast<uint16_t*>(row)[k] = round(value); }
+  static KRUIFY_HD void put_pair(float* row, int k, float first, float second) {
+    row[k / 2] = float_of(round(first) | static_cast<uint32_t>(round(second)) << 16);
+  }
+};
+
+struct Left {
+  uint32_t word[4];  // of A
+};
+struct Right {
+  uint32_t word[2];  // of B
+};
+
+KRUIFY_HD Right load_words(const float* p) {
+#if defined(__CUDA_ARCH__)
+  const uint2 words = *reinterpret_cast<const uint2*>(p);
+  return {{words.x, words.y}};
+#else
+  return {{bits_of(p[0]), bits_of(p[1])}};
+#endif
+}
+KRUIFY_HD Left take_left(int lane, const float* a, int step) {
+  const float* p = a + lane / 4 * step + lane % 4 * 2;
+  const Right low = load_words(p), high = load_words(p + 8 * step);
+  return {{low.word[0], high.word[0], low.word[1], high.word[1]}};
+}
+KRUIFY_HD Right take_right(int lane, const float* b, int step) { return load_words(b + lane / 4 * step + lane % 4 * 2); }
+
+#if defined(__CUDACC__)
+__device__ __forceinline__ void mma(Tf32, float (&c)[4], const Left& a, const Right& b) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]));
+}
+__device__ __forceinline__ void mma(Bf16, float (&c)[4], const Left& a, const Right& b) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]));
+}
+#endif
+
+// The numbers of a word, low half first; what TF32 ignores is gone.
+inline void numbers_of(Tf32, uint32_t word, float (&to)[2]) { to[0] = float_of(word & 0xffffe000u), to[1] = 0.0f; }
+inline void numbers_of(Bf16, uint32_t word, float (&to)[2]) { to[0] = float_of(word << 16), to[1] = float_of(word & 0xffff0000u); }
+
+// How often this CPU thread has emulated an mma: every lane of a warp has to meet each one.
+inline thread_local int64_t emulated = 0;
+
+// What one lane gets of an mma, from the words that all 32 lanes bring.
+template <class Format>
+void emulate_mma(Format format, int lane, float (&c)[4], const Left* left, const Right* right) {
+  ++emulated;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (int w = 0; w < 8; ++w) {
+      float a[2], b[2];
+      numbers_of(format, left[row % 8 * 4 + w % 4].word[row / 8 + w / 4 * 2], a);
+      numbers_of(format, right[column * 4 + w % 4].word[w / 4], b);
+      c[i] += a[0] * b[0] + a[1] * b[1];
+    }
+  }
+}
+
+// 16 x 8 NT of C, from the first rows of the tile in A and B on; rows lie `a_step` and `b_step` words apart.
+template <class Format, int NT>
+KRUIFY_HD void warp_tile(int lane, const float* a, int a_step, const float* b, int b_step, int words, float (&sum)[NT][4]) {
+#if defined(__CUDA_ARCH__)
+  __syncwarp();  // mma.sync wants the whole warp, wherever its lanes come from
+#endif
+  KRUIFY_UNROLL_BY(4)
+  for (int k = 0; k < words; k += 8) {
+#if defined(__CUDA_ARCH__)
+    const Left left = take_left(lane, a + k, a_step);
+    KRUIFY_UNROLL
+    for (int j = 0; j < NT; ++j) mma(Format{}, sum[j], left, take_right(lane, b + j * 8 * b_step + k, b_step));
+#else
+    Left left[32];
+    Right right[32];
+    for (int l = 0; l < 32; ++l) left[l] = take_left(l, a + k, a_step);
+    for (int j = 0; j < NT; ++j) {
+      for (int l = 0; l < 32; ++l) right[l] = take_right(l, b + j * 8 * b_step + k, b_step);
+      emulate_mma(Format{}, lane, sum[j], left, right);
+    }
+#endif
+  }
+}
+
+template <int NT, class Product, class Store>
+KRUIFY_HD void share_tiles_of(const Thread& t, int count, int rows, int columns, const Product& product, const Store& store) {
+  const int lane = t.id % 32, down = rows / 16, across = columns / (8 * NT);
+  for (int e = t.id / 32; e < count * down * across; e += t.count / 32) {
+    const int column = e % across * (8 * NT), row = e / across % down * 16, number = e / (across * down);
+    float sum[NT][4] = {};
+    product(number, row, column, lane, sum);
+    KRUIFY_UNROLL
+    for (int j = 0; j < NT; ++j) {
+      KRUIFY_UNROLL
+      for (int half = 0; half < 2; ++half)
+        store(number, row + lane / 4 + 8 * half, column + 8 * j + lane % 4 * 2, sum[j][2 * half], sum[j][2 * half + 1]);
+    }
+  }
+}
+
+// `count` products C (rows, columns), rows and columns multiples of 16, shared out to the block's warps as tiles:
+// product(number, row, column, lane, sum) fills one, store(number, row, column, first, second) takes its elements in pairs.
+template <class Product, class Store>
+KRUIFY_HD void share_tiles(const Thread& t, int count, int rows, int columns, const Product& product, const Store& store) {
+  // Wider tiles load less for each product, while there is one for every warp.
+  if (columns % 32 == 0 && count * (rows / 16) * (columns / 32) >= t.count / 32) share_tiles_of<4>(t, count, rows, columns, product, store);
+  else share_tiles_of<2>(t, count, rows, columns, product, store);
+}
+
+}  // namespace kruify::cuda
