@@ -126,7 +126,7 @@ ROWS = [
     Row("copy-200-kru-free", "copy-200", "KRU without penalty", f"{_COPY},T=200", "kru", 128, 800,
         recipe={**_SAME, **_FREE}, rank=5),
     Row("copy-2000-kru", "copy-2000", "KRU, 2x2 complex", f"{_COPY},T=2000", "kru", 128, 600,
-        recipe={**_COPYING, "factor_lr": 0.005, **_PENALTY}, rank=9),
+        recipe={**_COPYING, "factor_lr": 0.001, **_PENALTY}, rank=9),
     Row("copy-2000-lstm", "copy-2000", "LSTM of equal size", f"{_COPY},T=2000", "lstm", 0, 2000,
         like="copy-2000-kru", recipe=_COPYING, rank=12),
     Row("adding-200-kru", "adding-200", "KRU, 2x2 complex", f"{_ADDING},T=200", "kru", 512, 5000,
