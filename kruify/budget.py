@@ -8,7 +8,7 @@ from kruify.calibrate import Moments
 from kruify.checkpoint import LazyTensor
 from kruify.locate import AnyTensor, RecurrentLayer
 from kruify.plan import Plan, Structures, make_plan
-from kruify.planner import Matrices, plan_budget
+from kruify.planner import Matrices, Searches, plan_budget
 
 
 def make_budget_plan(
@@ -23,6 +23,7 @@ def make_budget_plan(
     overrides: Mapping[str, str] | None = None,
     moments: Mapping[str, Moments] | None = None,
     seed: int = 0,
+    searches: Searches | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """`make_plan` with structures that keep the most (weighted) energy within a budget.
@@ -33,6 +34,7 @@ def make_budget_plan(
         max_error: bound on the relative error of every gate; with no budget, the smallest structures that keep it.
         only, skip, overrides: patterns as in `make_plan`; overrides are set on top of what the budget gave.
         moments: full weight name -> moments of what it is applied to: energy then counts at the output.
+        searches: as in `plan_budget`.
 
     Raises:
         PlanError, TargetMissedError: the budget cannot be met; the text says what can.
@@ -43,7 +45,9 @@ def make_budget_plan(
     chosen: dict[str, Structures] = {}
     for part, limit in (("weight_hh", budget), ("weight_ih", input_budget)):
         if names[part]:
-            found = plan_budget(names[part], limit, max_error=max_error, seed=seed, progress=progress)
+            found = plan_budget(
+                names[part], limit, max_error=max_error, seed=seed, searches=searches, progress=progress
+            )
             chosen |= found.structures
     return make_plan(layers, "auto", inputs, only, skip, overrides, chosen)
 

@@ -15,6 +15,7 @@ from kruify.errors import PlanError, TargetMissedError
 from kruify.factors import Structure, Term
 
 Matrices = Mapping[str, tuple[Tensor, int, Tensor | None]]  # name -> (gates*rows, cols) weight, gates, covariance
+Searches = dict[tuple[str, int], Search]  # (name, gate) -> what was learnt of it
 LEVELS = (0.25, 0.5, 1.0, 1.75, 3.0)  # budgets tried for one gate, relative to an even share
 ERROR_LEVELS = tuple(2 ** (-k / 2) for k in range(20, -1, -1))  # shares of the dense size tried for an error bound
 PRICES = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of multiply-adds against parameters in the price of a candidate
@@ -77,6 +78,7 @@ def plan_budget(
     *,
     max_error: float | None = None,
     seed: int = 0,
+    searches: Searches | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> BudgetPlan:
     """Structures for every gate of every matrix that together keep the most (weighted) energy within a budget.
@@ -92,6 +94,8 @@ def plan_budget(
         max_error: bound on the (weighted) relative error ||W - K|| / ||W|| of every gate. Without a budget each gate
             gets the fewest parameters that were found to keep it.
         seed: of the fits of three factors and more.
+        searches: a dict that the caller keeps for further plans of the same matrices with the same seed: filled at the
+            first one, it spares the others the fits that they have in common. The plans are the same with and without.
         progress: called with (gates searched, gates in all).
 
     Returns:
@@ -108,7 +112,7 @@ def plan_budget(
         raise PlanError("a plan by budget needs a budget or an error bound", hint=f"Write for example {BUDGET_GRAMMAR}")
     if max_error is not None and not 0 <= max_error < 1:
         raise PlanError(f"an error bound lies between 0 and 1, got {max_error}")
-    gates = _gates(matrices, seed)
+    gates = _gates(matrices, seed, {} if searches is None else searches)
     if budget is None:
         assert max_error is not None
         chosen = []
@@ -141,16 +145,19 @@ class _Gate:
         return self.search.rows * self.search.cols
 
 
-def _gates(matrices: Matrices, seed: int) -> list[_Gate]:
+def _gates(matrices: Matrices, seed: int, searches: Searches) -> list[_Gate]:
     weighted = [c is not None for _, _, c in matrices.values()]
     found = []
     for name, (weight, count, covariance) in matrices.items():
         if count < 1 or weight.ndim != 2 or weight.shape[0] % count:
             raise PlanError(f"a weight of shape {tuple(weight.shape)} does not hold {count} gates", name)
-        metric = metric_of(covariance, weight.shape[1])
+        metric = None
         for number, gate in enumerate(weight.reshape(count, -1, weight.shape[1])):
-            check(gate, Structure(gate.shape[0], gate.shape[1]))
-            search = Search(gate, metric, seed)
+            search = searches.get((name, number))
+            if search is None:
+                check(gate, Structure(gate.shape[0], gate.shape[1]))
+                metric = metric or metric_of(covariance, weight.shape[1])
+                search = searches[name, number] = Search(gate, metric, seed)
             mixed = any(weighted) and not all(weighted)  # energies in different units: every gate counts alike
             found.append(_Gate(name, number, search, 1.0 if mixed else search.total))
     return found

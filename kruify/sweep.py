@@ -21,8 +21,9 @@ from kruify.convert import convert_module, plan_of
 from kruify.errors import UsageError
 from kruify.finetune import Recipe, finetune
 from kruify.finetune.result import OnProgress
-from kruify.locate import RecurrentLayer, locate
-from kruify.planner import parse_budget
+from kruify.locate import locate
+from kruify.plan import Plan
+from kruify.planner import Searches, parse_budget
 from kruify.task import Task
 
 STATE = "sweep.json"
@@ -97,6 +98,7 @@ def sweep(
     settings = Recipe().changed(seed=seed, **recipe).to_json()
     state = _State(folder, {"source": source_sha256, "task": type(task).__name__, "split": split, "recipe": settings})
     points, moments = [], None
+    searches: Searches = {}  # the budgets of a curve have half of their fits in common
     for budget in ("dense", *budgets):
         point = state.known.get(budget)
         if point is None:
@@ -107,8 +109,11 @@ def sweep(
             else:
                 moments = moments or calibrate(dense, task, seed=seed)
                 file = folder / f"{_safe(budget)}.kru.safetensors"
+                plan = make_budget_plan(
+                    dense.state_dict(), layers, budget, moments=moments, seed=seed, searches=searches
+                )
                 metrics, counts = _make(
-                    dense, layers, task, budget, moments, file, split, source_sha256, seed, device, on_progress, recipe
+                    dense, task, plan, moments, file, split, source_sha256, seed, device, on_progress, recipe
                 )
                 point = Point(budget, str(file), counts[0], counts[1], metrics)
             state.add(point)
@@ -120,9 +125,8 @@ def sweep(
 
 def _make(
     dense: nn.Module,
-    layers: Sequence[RecurrentLayer],
     task: Task,
-    budget: str,
+    plan: Plan,
     moments: Mapping[str, Moments],
     file: Path,
     split: str,
@@ -133,13 +137,12 @@ def _make(
     recipe: Mapping[str, Any],
 ) -> tuple[dict[str, float], tuple[int, int]]:
     """Writes the network of one budget; returns its metrics, its recurrent and all its parameters."""
-    plan = make_budget_plan(dense.state_dict(), layers, budget, moments=moments, seed=seed)
     converted, conversion = convert_module(dense, plan, moments=moments, seed=seed)
     outcome = finetune(
         converted,
         task,
         teacher=copy.deepcopy(dense),
-        resume=file.with_name(f"{_safe(budget)}.run"),
+        resume=file.with_name(file.name.replace(".kru.safetensors", ".run")),
         device=device,
         on_progress=on_progress,
         seed=seed,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kruify.decompose import fit
+from kruify.decompose.choose import Search
 from kruify.errors import PlanError, TargetMissedError
 from kruify.factors import parse
 from kruify.planner import Budget, parse_budget, plan_budget
@@ -51,6 +52,22 @@ def test_the_plan_keeps_within_the_budget_and_is_the_same_again(budget):
         for w, s, energy in zip(weight.chunk(gates), plan.structures[name], plan.energy[name], strict=True):
             assert parse(str(s)).resolve(s.rows, s.cols) == s
             assert fit(w, s, null=False).energy >= energy - 1e-6
+
+
+def test_what_one_budget_learnt_serves_the_next_and_changes_nothing(monkeypatch):
+    budgets = ("2x", "4x", "8x", "params=60%,macs=3x")
+    alone = [plan_budget(matrices(), budget) for budget in budgets]
+    fits = []
+    quick = Search._fitted
+    monkeypatch.setattr(Search, "_fitted", lambda *a: fits.append(a) or quick(*a))
+    searches = {}
+    for budget, wanted in zip(budgets, alone, strict=True):
+        assert plan_budget(matrices(), budget, searches=searches) == wanted
+    assert set(searches) == {("a", 0), ("a", 1), ("b", 0), ("b", 1), ("b", 2)}
+    shared = len(fits)
+    for budget in budgets:
+        plan_budget(matrices(), budget)
+    assert 0 < shared < 0.9 * (len(fits) - shared)
 
 
 def total_energy(plan):
