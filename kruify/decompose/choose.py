@@ -17,6 +17,7 @@ from kruify.errors import UsageError
 from kruify.factors import BLOCK_HEIGHTS, Shape, Structure, Term, balanced, two_factor_shapes
 
 SHAPES_LIMIT = 1 << 19  # entries up to which every pair of shapes is looked at, not only the balanced ones
+WEIGHTED_LIMIT, WEIGHTED_LIMIT_LARGE = 2048, 512  # most unknowns of a weighted least-squares step, below that and above
 SPLITS = (0.25, 0.5, 0.75)
 SEARCH_SWEEPS = 2
 WORTHWHILE = 0.75  # share of the best single shape's energy below which a shape does not enter sums
@@ -88,6 +89,8 @@ class Search:
         ]
         if self.matrix.numel() <= SHAPES_LIMIT:
             return pairs
+        if isinstance(self.metric, Weighted):  # wide factors would cost the most
+            return sorted(pairs, key=lambda s: (sum(p * q for p, q in s), max(q for _, q in s), s))[:3]
         return sorted(pairs, key=lambda s: (sum(p * q for p, q in s), s))[:3]
 
     def spectrum_energy(self, shapes: tuple[Shape, ...], rank: int) -> float:
@@ -184,6 +187,9 @@ class Search:
             rank = min(rank, multiply_adds // one.multiply_adds)
         sides = sorted(p * q for p, q in shapes)
         rank = min(rank, math.prod(sides[:-1]))  # more terms than that add nothing
+        if isinstance(self.metric, Weighted) and all(q < self.cols for _, q in shapes):
+            limit = WEIGHTED_LIMIT if self.matrix.numel() <= SHAPES_LIMIT else WEIGHTED_LIMIT_LARGE
+            rank = min(rank, limit // max(q for _, q in shapes))
         return Term(shapes, rank) if rank >= 1 else None
 
     def _structure(self, term: Term) -> Structure:
@@ -202,8 +208,9 @@ def choose(
 
     Compares every pair of factor shapes (above `SHAPES_LIMIT` entries the three most balanced) with as many terms as
     fit, low rank among them, then sums of low rank, the best Kronecker shapes, diagonal and overlay. So the result
-    never keeps less (weighted) energy than `fit` does with any of these pairs and as many terms, or, in the plain norm,
-    with an overlay of as many parameters.
+    never keeps less (weighted) energy than `fit` does with any of these pairs and as many terms (weighted: as many as
+    `WEIGHTED_LIMIT` unknowns of a least-squares step serve), or, in the plain norm, with an overlay of as many
+    parameters.
 
     Args:
         matrix: (rows, cols), one gate.

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import pytest
 import torch
 
 from kruify.decompose import choose, fit
+from kruify.decompose.fit import metric_of
 from kruify.errors import UnsupportedError, UsageError
 from kruify.factors import Structure, Term, two_factor_shapes
+
+choose_module = importlib.import_module("kruify.decompose.choose")  # the package's `choose` is the function
 
 
 def gaussian(*shape, seed=0):
@@ -81,6 +85,23 @@ def test_a_weighted_choice_never_keeps_less_than_any_single_shape(seed, rows, co
     for structure in single_shapes(rows, cols, parameters):
         single = fit(w, structure, covariance=c, null=False).energy_weighted
         assert found.energy_weighted >= single - 1e-5, str(structure)  # the fit's own norm is damped by 1e-6
+
+
+def test_weighted_terms_are_no_more_than_their_systems_serve(monkeypatch):
+    """At H = 1024 a hundred terms of 2x512,512x2 would ask for 49 GB."""
+    monkeypatch.setattr(choose_module, "SHAPES_LIMIT", 100)
+    monkeypatch.setattr(choose_module, "WEIGHTED_LIMIT_LARGE", 12)
+    w, h = gaussian(16, 16), gaussian(30, 16, seed=1)
+    search = choose_module.Search(w, metric_of(h.T @ h / 30, 16))
+    found = [s.terms[0] for s in search.every_single(200)]
+    assert [term.factors for term in found] == [
+        ((16, 1), (1, 16)),
+        ((4, 4), (4, 4)),
+        ((2, 8), (8, 2)),
+        ((8, 2), (2, 8)),
+    ]
+    assert [term.rank for term in found] == [6, 3, 1, 1]
+    assert choose(w, 200, covariance=h.T @ h / 30).structure.parameters <= 200
 
 
 def test_tiny_budgets_fall_back_on_many_factors_and_impossible_ones_are_named():
