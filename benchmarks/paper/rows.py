@@ -108,6 +108,8 @@ _ADDING = "adding:batch_size=20,train_examples=5000"
 _SLOW = {"lr": 1e-3, "factor_lr": 0.05, "schedule": "cosine", "warmup": 0.05}
 # A change of an angle of W counts T times over a sequence: what reads the state can follow only if W moves slowly.
 _COPYING = {"lr": 3e-3, "factor_lr": 0.01, "schedule": "cosine", "warmup": 0.05}
+# Thresholds of modReLU start at 0 and are what adding needs; W is held still.
+_THRESHOLDS = {"lr": 1e-2, "factor_lr": 0.01, "modrelu_lr": 1.0, "schedule": "cosine", "warmup": 0.05}
 _SAME = {"lr": 3e-3, "schedule": "cosine", "warmup": 0.05}
 _FAST = {"lr": 1e-2, "schedule": "cosine", "warmup": 0.05}
 _JSB = "jsb:dropout=0.2"
@@ -130,11 +132,11 @@ ROWS = [
     Row("copy-2000-lstm", "copy-2000", "LSTM of equal size", f"{_COPY},T=2000", "lstm", 0, 2000,
         like="copy-2000-kru", recipe=_COPYING, rank=12),
     Row("adding-200-kru", "adding-200", "KRU, 2x2 complex", f"{_ADDING},T=200", "kru", 512, 5000,
-        recipe={**_SLOW, **_PENALTY}, rank=2),
+        recipe={**_THRESHOLDS, **_PENALTY}, rank=2),
     Row("adding-200-lstm", "adding-200", "LSTM of equal size", f"{_ADDING},T=200", "lstm", 0, 5000,
         like="adding-200-kru", recipe=_SLOW, rank=7),
     Row("adding-750-kru", "adding-750", "KRU, 2x2 complex", f"{_ADDING},T=750", "kru", 512, 10000,
-        recipe={**_SLOW, **_PENALTY}, rank=3),
+        recipe={**_THRESHOLDS, **_PENALTY}, rank=3),
     Row("adding-750-lstm", "adding-750", "LSTM of equal size", f"{_ADDING},T=750", "lstm", 0, 10000,
         like="adding-750-kru", recipe=_SLOW, rank=13),
     Row("jsb-kru", "jsb", "KRU, complex", _JSB, "kru", 28, 4800, factors="7x7,2x2,2x2",

@@ -21,7 +21,7 @@ def factor_names(model: nn.Module) -> set[str]:
     return names
 
 
-def repeated_names(model: nn.Module) -> set[str]:
+def modrelu_names(model: nn.Module) -> set[str]:
     """Names of the biases of modReLU: they act on the state at every step, as the factors do."""
     return {
         f"{prefix}.{name}" if prefix else name
@@ -41,7 +41,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe, only: Collection[str] | N
         only: names of the parameters to train; None for all that require a gradient.
     """
     factors = factor_names(model)
-    slow = factors | repeated_names(model)
+    modrelu = modrelu_names(model)
+    modrelu_lr = recipe.factor_lr if recipe.modrelu_lr is None else recipe.modrelu_lr
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or (only is not None and name not in only):
@@ -49,7 +50,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe, only: Collection[str] | N
         inside = name in factors
         vector = parameter.ndim < 2 or name.endswith((".scale", ".diagonal"))
         decay = 0.0 if vector else recipe.factor_weight_decay if inside else recipe.weight_decay
-        groups.setdefault((recipe.factor_lr if name in slow else 1.0, decay), []).append(parameter)
+        share = recipe.factor_lr if inside else modrelu_lr if name in modrelu else 1.0
+        groups.setdefault((share, decay), []).append(parameter)
     return [
         {"params": p, "share": share, "weight_decay": decay}
         for (share, decay), p in sorted(groups.items(), key=lambda g: g[0])

@@ -20,8 +20,10 @@ class Recipe:
         schedule: "onecycle", "cosine", "linear" or "constant".
         warmup: share of the run in which the learning rate rises.
         weight_decay: of dense matrices; biases, diagonals and scales are never decayed.
-        factor_lr: learning rate of Kronecker factors and overlays, and of a KRU's biases, as a multiple of `lr`. Over T
-            steps a change of an angle of W counts T times, so long memories want it small.
+        factor_lr: learning rate of Kronecker factors and overlays, as a multiple of `lr`. Over T steps a change of an
+            angle of W counts T times, so long memories want it small.
+        modrelu_lr: the same for the biases of modReLU in a KRU, which act on the state at every step, too; None for
+            `factor_lr`.
         factor_weight_decay: weight decay of Kronecker factors and overlays.
         clip: gradients are scaled down to this norm; 0 for never.
         unitary_penalty: lambda of the soft unitary penalty; None for on where a plain RNN carries the state, off
@@ -58,6 +60,7 @@ class Recipe:
     warmup: float = 0.2
     weight_decay: float = 0.01
     factor_lr: float = 1.0
+    modrelu_lr: float | None = None
     factor_weight_decay: float = 0.0
     clip: float = 1.0
     unitary_penalty: float | None = None
@@ -109,6 +112,7 @@ class Recipe:
             ("warmup", not 0 <= self.warmup <= 1, "between 0 and 1"),
             ("weight_decay", self.weight_decay < 0, "0 or more"),
             ("factor_lr", self.factor_lr < 0, "0 or more"),
+            ("modrelu_lr", self.modrelu_lr is not None and self.modrelu_lr < 0, "0 or more"),
             ("factor_weight_decay", self.factor_weight_decay < 0, "0 or more"),
             ("clip", self.clip < 0, "0 or more"),
             ("unitary_penalty", self.unitary_penalty is not None and self.unitary_penalty < 0, "0 or more"),

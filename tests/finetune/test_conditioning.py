@@ -164,3 +164,6 @@ def test_what_acts_at_every_step_has_a_learning_rate_of_its_own() -> None:
         for name, end in (("bias", ""), ("weight_hh", ".terms.0.factors.0"), ("weight_hh", ".terms.0.factors.1"))
     }
     assert sum(len(group["params"]) for group in groups) == len(names)
+    groups = parameter_groups(model, Recipe(factor_lr=0.01, modrelu_lr=0.5))
+    half = {names[id(p)] for group in groups if group["share"] == 0.5 for p in group["params"]}
+    assert half == {"rnn.bias_l0", "rnn.bias_l1"}
