@@ -1,6 +1,6 @@
 """KRU layers against torch's own, int8 dynamic quantisation and the plain loop over factors, on the CPU.
 
-    python benchmarks/cpu_layers.py               everything that is missing in results/cpu_layers.json (about 10 min)
+    python benchmarks/cpu_layers.py               everything that is missing in results/cpu_layers.json (about 12 min)
     python benchmarks/cpu_layers.py --fresh       from the start
     python benchmarks/cpu_layers.py --only lstm --hidden 512 --print
     python benchmarks/cpu_layers.py --report      tables and picture from the stored results alone
@@ -58,14 +58,20 @@ def keys() -> list[Row]:
                 add(kind, hidden, batch, 1, "training")
     everything = os.cpu_count() or 1
     for kind in ("lstm", "gru", "rnn"):
-        for hidden in (512, 1024):
-            for batch in (1, 8, 32):
+        for hidden in (512, 1024, 256, 2048):
+            for batch in (1, 8, 32) if hidden < 2048 else (1, 8):
                 add(kind, hidden, batch, everything, "forward")
+        add(kind, 512, 128, everything, "forward")
+        for batch in (1, 8, 32):
+            add(kind, 512, batch, everything, "training")
+            add(kind, 1024, batch, everything, "training")
     for kind in ("lstm", "gru", "rnn"):
-        for hidden in (256, 512):
+        for hidden in (256, 512, 1024, 2048):
             add(kind, hidden, 128, 1, "forward")
-        add(kind, 2048, 1, 1, "forward")
-        add(kind, 2048, 8, 1, "forward")
+        for batch in (1, 8, 32):
+            add(kind, 2048, batch, 1, "forward")
+        for batch in (1, 8):
+            add(kind, 2048, batch, 1, "training")
     rows = list({tuple(row.items()): row for row in rows}.values())
     return rows
 
@@ -121,6 +127,34 @@ def measure(key: Row, seconds: float) -> Row:
     return {**key, "ms": {name: round(t, 4) for name, t in times.items()}}
 
 
+def gemm_rate() -> float:
+    """GFLOP/s of torch's product of two large float32 matrices on one thread."""
+    import torch
+
+    a, b = torch.randn(2048, 1024), torch.randn(1024, 2048)
+    with threads(1):
+        ms = best_times({"gemm": lambda: a @ b}, 3.0)["gemm"]
+    return 2 * a.numel() * b.shape[1] / ms / 1e6
+
+
+def product_flops(row: Row) -> float:
+    """What the products of a KRU layer with dense W_ih and one pair of factors cost, without activations."""
+    from kruify.factors import balanced
+    from kruify.ops.stages import plan
+
+    gates, hidden = {"lstm": 4, "gru": 3, "rnn": 1}[row["kind"]], row["hidden"]
+    shapes = plan(tuple(balanced(hidden, hidden, 2)), gates).shapes
+    if len(shapes) == 1:  # merged into a plain matrix
+        trailing, leading = 0, gates * hidden * hidden
+    else:
+        (p0, q0), (p1, q1) = shapes
+        trailing, leading = gates * q0 * p1 * q1, gates * p0 * q0 * p1
+    recurrent, inputs = trailing + leading, gates * hidden * row["inputs"]
+    if row["what"] == "training":  # backward: the trailing product again, and two gradients of each
+        recurrent, inputs = recurrent + 3 * trailing + 2 * leading, 3 * inputs
+    return float(2 * STEPS * row["batch"] * (recurrent + inputs))
+
+
 def report(data: dict[str, Any]) -> str:
     """Markdown tables of the ratios."""
     rows = data["rows"]
@@ -135,6 +169,13 @@ def report(data: dict[str, Any]) -> str:
     ]
     if "note" in m:
         text.append(m["note"] + "\n")
+    rate = data.get("gemm_gflops")
+    if rate:
+        text.append(
+            f"`at most`: over torch.nn if W_ih's and the Kronecker products ran at {rate:.0f} GFLOP/s, the rate of"
+            " torch's large GEMM on one thread in the same run, and activations, memory and Python took no time.\n"
+        )
+    text.append("torch has no int8 dynamic quantisation of nn.RNN.\n")
     for kind in ("lstm", "gru", "rnn"):
         for count in sorted({r["threads"] for r in rows}):
             chosen = [r for r in rows if r["kind"] == kind and r["threads"] == count and r["spec"] == "auto"]
@@ -143,17 +184,19 @@ def report(data: dict[str, Any]) -> str:
             name = {"lstm": "nn.LSTM", "gru": "nn.GRU", "rnn": "nn.RNN"}[kind]
             text.append(f"## KRU-{kind.upper()}, {count} thread{'s' * (count > 1)}\n")
             text.append(
-                f"| H | B | forward ms | {name} ms | over {name} | over int8 | over torch loop"
-                f" | training ms | {name} ms | over {name} |"
+                f"| H | B | forward ms | {name} ms | over {name} | at most | over int8 | over torch loop"
+                f" | training ms | {name} ms | over {name} | at most |"
             )
-            text.append("|--" * 10 + "|")
+            text.append("|--" * 12 + "|")
             for hidden, batch in sorted({(r["hidden"], r["batch"]) for r in chosen}):
                 cells = [str(hidden), str(batch)]
                 forward = _find(chosen, hidden, batch, "forward")
                 cells += [_ms(forward, "kruify"), _ms(forward, "dense")]
-                cells += [_ratio(forward, other) for other in ("dense", "int8", "loop")]
+                cells += [_ratio(forward, "dense"), _bound(forward, rate)]
+                cells += [_ratio(forward, other) for other in ("int8", "loop")]
                 training = _find(chosen, hidden, batch, "training")
                 cells += [_ms(training, "kruify"), _ms(training, "dense"), _ratio(training, "dense")]
+                cells.append(_bound(training, rate))
                 text.append("| " + " | ".join(cells) + " |")
             text.append("")
     others = [r for r in rows if r["spec"] != "auto"]
@@ -189,6 +232,13 @@ def _ms(row: Row | None, name: str) -> str:
 
 def _ratio(row: Row | None, other: str) -> str:
     return "" if row is None or other not in row["ms"] else f"{row['ms'][other] / row['ms']['kruify']:.1f}x"
+
+
+def _bound(row: Row | None, rate: float | None) -> str:
+    """The largest ratio over torch.nn that the multiply-adds allow."""
+    if row is None or rate is None or row["threads"] != 1:
+        return ""
+    return f"{row['ms']['dense'] * rate * 1e6 / product_flops(row):.1f}x"
 
 
 def picture(data: dict[str, Any]) -> None:
@@ -239,6 +289,8 @@ def main() -> None:
     restart_with_malloc_settings()
     ledger = Ledger(RESULTS / "cpu_layers.json", options.fresh)
     if not options.report:
+        if "gemm_gflops" not in ledger.data:
+            ledger.data["gemm_gflops"] = round(gemm_rate(), 1)
         wanted = [
             k
             for k in keys()

@@ -90,6 +90,10 @@ struct Kernels {
   void (*pack)(const Matrix<T>&);
   // y[g] (nb rows, stride ys) += W[g] x
   void (*product)(const Matrix<T>&, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys, T* scratch);
+  // out (gates * rows, cols) = W; and the gradients of what W is made of from that of W, in the operators' order.
+  void (*dense)(const Matrix<T>&, T* out, T* scratch);
+  void (*dense_backward)(const Matrix<T>&, const T* grad, T* const* grads, T* scratch);
+  int64_t (*dense_scratch)(const Matrix<T>&);
   // dx (nb rows, stride dxs) += W^T dy, and the gradients' sums in `arena`
   void (*product_backward)(const Matrix<T>&, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys, T* dx, int64_t dxs,
                            T* arena, T* scratch);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -160,13 +160,20 @@ class KRUBase(nn.Module):
 
     def recurrent_weights(self) -> list[KroneckerMatrix | Tensor]:
         """weight_hh of every layer and direction."""
-        return [getattr(self, f"weight_hh{weight_suffix(k, d)}") for k, d in self.directions()]
+        return [self._weight(f"weight_hh{weight_suffix(k, d)}") for k, d in self.directions()]  # type: ignore[misc]
 
     def weights(self, layer: int, direction: int) -> dict[str, KroneckerMatrix | Tensor | None]:
         """The weights of one layer and direction under the names weight_ih, weight_hh, bias_ih, bias_hh, weight_hr."""
         suffix = weight_suffix(layer, direction)
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-        return {name: getattr(self, name + suffix, None) for name in names}
+        return {name: self._weight(name + suffix) for name in names}
+
+    def _weight(self, name: str) -> KroneckerMatrix | Tensor | None:
+        """The attribute, without the detours of nn.Module.__getattr__ where it is a plain parameter or matrix."""
+        found: Any = self._parameters.get(name)
+        if found is None:
+            found = self._modules.get(name)
+        return getattr(self, name, None) if found is None else found
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | tuple[Tensor, Tensor] | None = None
@@ -227,7 +234,8 @@ class KRUBase(nn.Module):
     def _run_padded(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         steps, batch = x.shape[:2]
         if steps == 0 or batch == 0:
-            return x.new_zeros(steps, batch, self.output_size * self.num_directions), state
+            empty = x.new_zeros(steps, batch, self.output_size * self.num_directions)
+            return empty, tuple(s.clone() for s in state)
         path = self._pick(steps, batch, x)
         if path == "dense":
             return dense.run_padded(self, x, state)
@@ -304,7 +312,10 @@ class KRUBase(nn.Module):
     ) -> State:
         rows = self.num_layers * self.num_directions
         if hx is None:
-            return tuple(x.new_zeros(rows, batch, size) for size in self.state_sizes)
+            sizes = self.state_sizes
+            if len(set(sizes)) == 1:
+                return (x.new_zeros(rows, batch, sizes[0]),) * len(sizes)
+            return tuple(x.new_zeros(rows, batch, size) for size in sizes)
         given: State = (hx,) if isinstance(hx, Tensor) else tuple(hx)
         if len(given) != len(self.state_sizes):
             wanted = "the pair (h_0, c_0)" if self.kind == "lstm" else "h_0 alone"

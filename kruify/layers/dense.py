@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import _VF, Tensor
 
+from kruify.layers import kernel
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.layers.relabel import Relabel, relabel_of
 from kruify.layers.steps import State
+from kruify.ops import functions, has_kernel
 
 if TYPE_CHECKING:
     from kruify.layers.base import KRUBase
@@ -49,32 +51,25 @@ def flat_weights(layer: KRUBase) -> list[Tensor]:
 
 
 def _densified(matrix: KroneckerMatrix, stem: str, relabel: Relabel | None) -> Tensor:
-    """The dense weight in the outside's units; without derivatives it is kept until the matrix changes."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(matrix.device.type):
-        # torch's fused optimisers change parameters without counting a version: what was kept before a step of training
-        # is not to be trusted after it.
-        matrix.__dict__.pop("_dense_kept", None)
-        return _outside(matrix, stem, relabel)
-    numbers = [*matrix.parameters(), *matrix.buffers(), *(() if relabel is None else relabel.buffers())]
-    key = [(t.data_ptr(), t._version, t.dtype) for t in numbers]
-    kept: _Kept | None = matrix.__dict__.get("_dense_kept")
-    if kept is None or kept.key != key:
-        kept = matrix.__dict__["_dense_kept"] = _Kept(key, _outside(matrix, stem, relabel))
-    return kept.dense
+    """The dense weight in the outside's units."""
+    dense = _formed(matrix)
+    return dense if relabel is None else relabel.weight_outside(stem, dense)
 
 
-def _outside(matrix: KroneckerMatrix, stem: str, relabel: Relabel | None) -> Tensor:
-    return matrix.to_dense() if relabel is None else relabel.weight_outside(stem, matrix.to_dense())
-
-
-class _Kept:
-    """A dense weight and the state of the parameters that it was made from; copies and pickles leave it out."""
-
-    def __init__(self, key: list[tuple[int, int, torch.dtype]], dense: Tensor) -> None:
-        self.key, self.dense = key, dense
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
+def _formed(matrix: KroneckerMatrix) -> Tensor:
+    """The dense weight, by the compiled operator where there is one: it forms W faster than anything could be checked
+    that was kept from the call before."""
+    device = matrix.device.type
+    if not has_kernel(device) or device != "cpu" or matrix.dtype not in (torch.float32, torch.float64):
+        return matrix.to_dense()
+    stages, diagonal, overlay, index, _, layout = kernel.arguments(matrix, None)
+    if not torch.is_grad_enabled():
+        found: Tensor = torch.ops.kruify.dense_forward(stages, diagonal, overlay, index, layout)
+    elif functions.lean(device):
+        found = functions.dense(stages, diagonal, overlay, index, layout)
+    else:
+        found = torch.ops.kruify.dense(stages, diagonal, overlay, index, layout)
+    return found
 
 
 def _function(layer: KRUBase):  # type: ignore[no-untyped-def]  # torch does not type these

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from kruify.factors import Shape
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.layers.steps import State
-from kruify.ops import Layout, TermLayout, has_kernel, precision
+from kruify.ops import Layout, TermLayout, functions, has_kernel, precision
 from kruify.ops.stages import TermPlan, plan, plan_pair
 
 COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
@@ -25,16 +25,12 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass
 class Form:
-    """What the operators need to know of a matrix, and the merged stages of its last use without derivatives."""
+    """What the operators need to know of a matrix."""
 
     layout: list[int]
     plans: list[TermPlan]
     cost: float  # vector multiply-adds of one product with one vector
-    key: tuple[int, ...] = ()
-    stages: list[Tensor] | None = None
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"key": (), "stages": None}  # copies and pickles merge anew
+    merges: bool  # whether any stage is made of more than one factor, or takes a scale
 
 
 def form_of(matrix: KroneckerMatrix) -> Form:
@@ -54,33 +50,22 @@ def _form(matrix: KroneckerMatrix, planned: Callable[[tuple[Shape, ...], int], T
     layout = Layout(matrix.gates, matrix.rows, matrix.cols, matrix.diagonal_gates, tuple(terms))
     overlay = 0 if matrix.overlay is None else matrix.overlay.values.shape[0]
     cost = sum(p.cost for p in plans) + overlay + len(matrix.diagonal_gates) * matrix.rows / 16
-    return Form(layout.encode(), plans, cost)
+    merges = any(p.merges or m.scale is not None for p, m in zip(plans, matrix.term_list(), strict=True))
+    return Form(layout.encode(), plans, cost, merges)
 
 
 def stages_of(matrix: KroneckerMatrix) -> list[Tensor]:
-    """The merged factors of all terms. Without derivatives they are kept until a factor changes."""
+    """The factors of all terms, merged into stages. They are merged in every call: nobody can tell for certain that a
+    factor is still what it was (fused optimisers and `.data` change it without counting a version)."""
     form = form_of(matrix)
-    modules = matrix.term_list()
-    if not any(p.merges or m.scale is not None for p, m in zip(form.plans, modules, strict=True)):
-        return [m.factors[i] for p, m in zip(form.plans, modules, strict=True) for i in p.order]
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        # torch's fused optimisers change parameters without counting a version: what was kept before a step of training
-        # is not to be trusted after it.
-        form.stages = None
-        return _merge(form, matrix)
-    key = tuple(n for p in matrix.terms.parameters() for n in (p.data_ptr(), p._version))
-    if form.stages is None or form.key != key:
-        form.key, form.stages = key, _merge(form, matrix)
-    return form.stages
-
-
-def _merge(form: Form, matrix: KroneckerMatrix) -> list[Tensor]:
     stages: list[Tensor] = []
     for p, module in zip(form.plans, matrix.term_list(), strict=True):
-        factors = [module.factors[i] for i in p.order]
+        held = module.factors._parameters  # a ParameterList takes a microsecond an element
+        factors = [held[str(i)] for i in p.order] if len(held) == len(p.order) else [module.factors[i] for i in p.order]
         if p.merges or module.scale is not None:
-            factors = torch.ops.kruify.merge(factors, module.scale, p.groups)
-        stages += factors
+            operator = torch.ops.kruify.merge if torch.is_grad_enabled() else torch.ops.kruify.merge_forward
+            factors = operator(factors, module.scale, p.groups)
+        stages += factors  # type: ignore[arg-type]
     return stages
 
 
@@ -98,7 +83,7 @@ def serves(weight_hh: object, x: Tensor, projected: bool) -> bool:
 def matmul(matrix: KroneckerMatrix, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ W.T + bias through the compiled product: (..., cols) -> (..., gates * rows)."""
     operator = torch.ops.kruify.kron_matmul if torch.is_grad_enabled() else torch.ops.kruify.kron_matmul_forward
-    result: Tensor = operator(x, *_arguments(matrix, bias), precision.of_products(x.device))
+    result: Tensor = operator(x, *arguments(matrix, bias), precision.of_products(x.device))
     return result
 
 
@@ -120,19 +105,23 @@ def run_direction(
     elif data.is_cuda and torch.is_autocast_enabled("cuda"):
         # One product of torch's in autocast's precision; the operator would have it in float32.
         data, weight_ih, bias_ih = F.linear(data, weight_ih, bias_ih), None, None  # type: ignore[arg-type]
-    training = torch.is_grad_enabled()
-    operator = torch.ops.kruify.recurrence if training else torch.ops.kruify.recurrence_forward
     h0, c0 = state[0], state[1] if kind == "lstm" else None
-    out, h, c, _ = operator(
-        data, weight_ih, bias_ih, batch_sizes, h0, c0, *_arguments(matrix, bias_hh), kind, reverse, training,
-        precision.of_products(data.device),
-    )  # fmt: skip
+    call = (data, weight_ih, bias_ih, batch_sizes, h0, c0, *arguments(matrix, bias_hh), kind, reverse)
+    exact = precision.of_products(data.device)
+    if not torch.is_grad_enabled():
+        out, h, c, _ = torch.ops.kruify.recurrence_forward(*call, False, exact)
+    elif functions.lean(data.device.type):
+        out, h, c = functions.recurrence(*call, exact)
+    else:
+        out, h, c, _ = torch.ops.kruify.recurrence(*call, True, exact)
     return out, (h, c) if kind == "lstm" else (h,)
 
 
 def run_step(cell: nn.Module, weights: Weights, kind: str, x: Tensor, state: State) -> State:
     """One time step of a cell, x (batch, features): the streaming path, with as little Python as can be."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(weights["weight_ih"], Tensor):
+    # A tensor that is no parameter of the cell was computed for this call alone (torch.nn.utils.parametrize).
+    own = all(weights[name] is cell._parameters.get(name) for name in ("weight_ih", "bias_ih", "bias_hh"))
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not own or weights["weight_ih"] is None:
         return run_direction(weights, kind, x, torch.full((1,), x.shape[0]), state, reverse=False)[1]
     streaming: Streaming | None = cell.__dict__.get(_STREAMING)
     if streaming is None or not streaming.valid():
@@ -151,8 +140,7 @@ def streaming_step(cell: nn.Module, x: Tensor, state: State | None) -> State | N
 
 
 class Streaming:
-    """The arguments of a cell's operator call, put together once and used while no parameter changes its place or,
-    where factors were merged, its value."""
+    """The arguments of a cell's operator call, put together once and used while no parameter is replaced."""
 
     def __init__(self, weights: Weights, kind: str, cell: nn.Module) -> None:
         matrix = weights["weight_hh"]
@@ -163,15 +151,13 @@ class Streaming:
         self.first = (weight_ih, weights["bias_ih"])
         self.columns, self.dtype, self.device = weight_ih.shape[1], weight_ih.dtype, weight_ih.device
         self.rows, self.states = matrix.rows, 2 if kind == "lstm" else 1
-        self.last = (*_arguments(matrix, weights["bias_hh"]), kind, False, False)
+        self.last = (*arguments(matrix, weights["bias_hh"]), kind, False, False)
         self.sizes: dict[int, Tensor] = {}
         modules = list(cell.modules())
         self.held: list[tuple[dict[str, Any], str, Tensor | None]] = []
         for places in ([m._parameters for m in modules], [m._buffers for m in modules]):
             self.held += [(place, name, tensor) for place in places for name, tensor in place.items()]
-        merged = any(p.merges for p in form_of(matrix).plans) or any(m.scale is not None for m in matrix.term_list())
-        self.merged = [p for p in matrix.terms.parameters()] if merged else []
-        self.versions = [(p.data_ptr(), p._version) for p in self.merged]
+        self.merged = matrix if form_of(matrix).merges else None
 
     def fits(self, x: Tensor, state: State) -> bool:
         if x.dim() != 2 or x.shape[1] != self.columns or x.dtype is not self.dtype or x.device != self.device:
@@ -183,23 +169,24 @@ class Streaming:
         for place, name, tensor in self.held:
             if place.get(name) is not tensor:
                 return False
-        return not self.merged or self.versions == [(p.data_ptr(), p._version) for p in self.merged]
+        return True
 
     def __call__(self, x: Tensor, state: State) -> State:
         batch = x.shape[0]
         sizes = self.sizes.get(batch)
         if sizes is None:
             sizes = self.sizes[batch] = torch.full((1,), batch)
+        last = self.last if self.merged is None else (stages_of(self.merged), *self.last[1:])
         if len(state) == 2:
-            _, h, c, _ = self.operator(x, *self.first, sizes, state[0], state[1], *self.last)
+            _, h, c, _ = self.operator(x, *self.first, sizes, state[0], state[1], *last)
             return h, c
-        return (self.operator(x, *self.first, sizes, state[0], None, *self.last)[1],)
+        return (self.operator(x, *self.first, sizes, state[0], None, *last)[1],)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # copies and pickles of a cell put their own together
 
 
-def _arguments(
+def arguments(
     matrix: KroneckerMatrix, bias: Tensor | None
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None, Tensor | None, Tensor | None, list[int]]:
     overlay = matrix.overlay

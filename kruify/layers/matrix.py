@@ -180,11 +180,18 @@ class KroneckerMatrix(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        return self._some_parameter().dtype
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return self._some_parameter().device
+
+    def _some_parameter(self) -> Tensor:
+        for term in self.terms._modules.values():  # self.parameters() would take ten times as long
+            for factor in term.factors._parameters.values():  # type: ignore[union-attr]
+                if factor is not None:
+                    return factor
+        return next(self.parameters())
 
     def to_dense(self) -> Tensor:  # (gates * rows, cols)
         """The dense weight, differentiable in every parameter; in their precision under autocast, too."""

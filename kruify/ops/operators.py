@@ -20,6 +20,7 @@ from kruify.ops import library, reference
 from kruify.ops.layout import decode
 
 _MATRIX = "Tensor[] stages, Tensor? diagonal, Tensor? overlay, Tensor? overlay_index, Tensor? bias, int[] layout"
+_WEIGHTS = _MATRIX.replace("Tensor? bias, ", "")
 _STATE = "Tensor batch_sizes, Tensor h0, Tensor? c0"
 _PRECISION = "int precision=0"  # of the products: ops/precision.py
 
@@ -30,6 +31,8 @@ SCHEMAS = {
     "merge_backward": "(Tensor[] grads, Tensor[] factors, Tensor? scale, int[] groups) -> Tensor[]",
     "kron_matmul": f"(Tensor x, {_MATRIX}, {_PRECISION}) -> Tensor",
     "kron_matmul_backward": f"(Tensor grad, Tensor x, {_MATRIX}, {_PRECISION}) -> (Tensor, Tensor[])",
+    "dense": f"({_WEIGHTS}) -> Tensor",
+    "dense_backward": f"(Tensor grad, {_WEIGHTS}) -> Tensor[]",
     "kron_product": "(Tensor x, Tensor[] factors, int[] groups) -> Tensor",
     "kron_product_backward": "(Tensor grad, Tensor x, Tensor[] factors, int[] groups) -> (Tensor, Tensor[])",
     "linear_backward": "(Tensor grad, Tensor x, Tensor weight, bool needs_x, bool needs_weight) -> (Tensor, Tensor)",
@@ -42,7 +45,7 @@ SCHEMAS = {
 
 _torch: Any = torch  # torch.library and torch._check carry no types
 # The same without derivatives: registering any for an operator costs every call of it a round trip through Python.
-SCHEMAS |= {f"{name}_forward": SCHEMAS[name] for name in ("merge", "kron_matmul", "kron_product", "recurrence")}
+SCHEMAS |= {f"{name}_forward": SCHEMAS[name] for name in ("merge", "dense", "kron_matmul", "kron_product", "recurrence")}
 
 _definitions = _torch.library.Library("kruify", "DEF")
 for _name, _schema in SCHEMAS.items():
@@ -180,6 +183,90 @@ def _merge_derivative(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("kruify::merge", _merge_derivative, setup_context=_merge_context)
+
+
+# dense
+
+
+def _dense_on_flat(tensors: list[Any], overlay_index: Tensor | None, layout: list[int]) -> Tensor:
+    *stages, diagonal, overlay = tensors
+    form = decode(layout)
+    like = next(t for t in tensors if t is not None)
+    eye = torch.eye(form.cols, dtype=like.dtype, device=like.device)
+    return reference.kron_matmul(eye, stages, diagonal, overlay, overlay_index, None, layout).mT
+
+
+@_fallback("dense")
+def _dense(
+    stages: list[Tensor],
+    diagonal: Tensor | None,
+    overlay: Tensor | None,
+    overlay_index: Tensor | None,
+    layout: list[int],
+) -> Tensor:
+    return _dense_on_flat([*stages, diagonal, overlay], overlay_index, layout).contiguous()
+
+
+@_fallback("dense_backward")
+def _dense_backward(
+    grad: Tensor,
+    stages: list[Tensor],
+    diagonal: Tensor | None,
+    overlay: Tensor | None,
+    overlay_index: Tensor | None,
+    layout: list[int],
+) -> list[Tensor]:
+    with _autograd():
+        found = _gradients(
+            lambda t: [_dense_on_flat(t, overlay_index, layout)], [*stages, diagonal, overlay], [grad]
+        )
+    return [g.clone() for g in found]
+
+
+@_fake("kruify::dense")
+def _dense_fake(
+    stages: list[Tensor],
+    diagonal: Tensor | None,
+    overlay: Tensor | None,
+    overlay_index: Tensor | None,
+    layout: list[int],
+) -> Tensor:
+    form, like = decode(layout), _wanted(*stages, diagonal, overlay)
+    _torch._check(len(like) > 0, lambda: "dense: a matrix without parts")
+    return like[0].new_empty(form.gates * form.rows, form.cols)
+
+
+@_fake("kruify::dense_backward")
+def _dense_backward_fake(
+    grad: Tensor,
+    stages: list[Tensor],
+    diagonal: Tensor | None,
+    overlay: Tensor | None,
+    overlay_index: Tensor | None,
+    layout: list[int],
+) -> list[Tensor]:
+    return _grads_of(stages, diagonal, overlay)
+
+
+def dense_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
+    stages, diagonal, overlay, overlay_index, layout = inputs
+    _matrix_context(ctx, (stages, diagonal, overlay, overlay_index, None, layout))
+
+
+def dense_derivative(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    _, index, weights = _saved(ctx, 0)
+    *stages, diagonal, overlay, _ = weights
+    if torch.is_grad_enabled():
+        found = _gradients(
+            lambda t: [_dense_on_flat(t, index, ctx.layout)], [*stages, diagonal, overlay], [grad], create_graph=True
+        )
+    else:
+        found = torch.ops.kruify.dense_backward(grad, stages, diagonal, overlay, index, ctx.layout)
+    grads, of_diagonal, of_overlay, of_index, _, _ = _matrix_grads(found, weights)
+    return grads, of_diagonal, of_overlay, of_index, None
+
+
+torch.library.register_autograd("kruify::dense", dense_derivative, setup_context=dense_context)
 
 
 # kron_matmul
@@ -454,7 +541,7 @@ def _recurrence_backward_fake(
     )
 
 
-def _recurrence_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def recurrence_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, w_ih, bias_ih, batch_sizes, h0, c0, *matrix, ctx.kind, ctx.reverse, training, ctx.precision = inputs
     out, _, _, workspace = output
     ctx.set_materialize_grads(False)
@@ -463,7 +550,7 @@ def _recurrence_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     _matrix_context(ctx, tuple(matrix), x, w_ih, bias_ih, batch_sizes, h0, c0, out, workspace)
 
 
-def _recurrence_derivative(
+def recurrence_derivative(
     ctx: Any, grad_out: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None, _: Tensor | None
 ) -> tuple[Any, ...]:
     (x, w_ih, bias_ih, batch_sizes, h0, c0, out, workspace), index, weights = _saved(ctx, 8)
@@ -520,7 +607,7 @@ def _recurrence_on_flat(
     )[:3]
 
 
-torch.library.register_autograd("kruify::recurrence", _recurrence_derivative, setup_context=_recurrence_context)
+torch.library.register_autograd("kruify::recurrence", recurrence_derivative, setup_context=recurrence_context)
 
 
 # Under autocast the operators work on float32, whatever their inputs are rounded to; `precision` says how exactly.
