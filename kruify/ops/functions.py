@@ -1,5 +1,5 @@
-"""Derivatives of the operators with less Python around them than torch.library puts there, whose trees of arguments cost
-more than a short sequence takes. Under torch.compile, torch.func and autocast the operators themselves serve."""
+"""Derivatives of the operators with less Python around them than torch.library puts there: its trees of arguments take
+longer than a short sequence. Under torch.compile, torch.func and autocast the operators themselves serve."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        found = operators.recurrence_derivative(ctx, *grads, None)
+        grad_out, grad_h, grad_c = grads
+        found = operators.recurrence_derivative(ctx, grad_out, grad_h, grad_c, None)
         stages, *matrix = found[6:_MATRIX]
         return *found[:6], *matrix, None, None, None, None, *stages
 

@@ -45,7 +45,8 @@ SCHEMAS = {
 
 _torch: Any = torch  # torch.library and torch._check carry no types
 # The same without derivatives: registering any for an operator costs every call of it a round trip through Python.
-SCHEMAS |= {f"{name}_forward": SCHEMAS[name] for name in ("merge", "dense", "kron_matmul", "kron_product", "recurrence")}
+_WITHOUT = ("merge", "dense", "kron_matmul", "kron_product", "recurrence")
+SCHEMAS |= {f"{name}_forward": SCHEMAS[name] for name in _WITHOUT}
 
 _definitions = _torch.library.Library("kruify", "DEF")
 for _name, _schema in SCHEMAS.items():
