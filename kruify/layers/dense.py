@@ -60,16 +60,14 @@ def _formed(matrix: KroneckerMatrix) -> Tensor:
     """The dense weight, by the compiled operator where there is one: it forms W faster than anything could be checked
     that was kept from the call before."""
     device = matrix.device.type
-    if not has_kernel(device) or device != "cpu" or matrix.dtype not in (torch.float32, torch.float64):
+    compiled = device == "cpu" and has_kernel(device) and matrix.dtype in (torch.float32, torch.float64)
+    if not compiled or not functions.lean(device):
         return matrix.to_dense()
     stages, diagonal, overlay, index, _, layout = kernel.arguments(matrix, None)
-    if not torch.is_grad_enabled():
-        found: Tensor = torch.ops.kruify.dense_forward(stages, diagonal, overlay, index, layout)
-    elif functions.lean(device):
-        found = functions.dense(stages, diagonal, overlay, index, layout)
-    else:
-        found = torch.ops.kruify.dense(stages, diagonal, overlay, index, layout)
-    return found
+    if torch.is_grad_enabled():
+        return functions.dense(stages, diagonal, overlay, index, layout)
+    formed: Tensor = torch.ops.kruify.dense_forward(stages, diagonal, overlay, index, layout)
+    return formed
 
 
 def _function(layer: KRUBase):  # type: ignore[no-untyped-def]  # torch does not type these

@@ -218,9 +218,7 @@ def _dense_backward(
     layout: list[int],
 ) -> list[Tensor]:
     with _autograd():
-        found = _gradients(
-            lambda t: [_dense_on_flat(t, overlay_index, layout)], [*stages, diagonal, overlay], [grad]
-        )
+        found = _gradients(lambda t: [_dense_on_flat(t, overlay_index, layout)], [*stages, diagonal, overlay], [grad])
     return [g.clone() for g in found]
 
 

@@ -1,4 +1,4 @@
-"""Weights that are kept between calls without derivatives must not outlive a change of the parameters."""
+"""Nothing that is kept between calls may outlive a change of the parameters."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 from torch import Tensor
 
-from kruify.layers import KRUGRU, KRULSTM
+from kruify.layers import KRUGRU, KRULSTM, KRULSTMCell
 from kruify.ops import has_kernel
 
 
@@ -30,6 +31,17 @@ def load(layer: KRUGRU | KRULSTM, x: Tensor) -> None:
     layer.load_state_dict(state)
 
 
+def through_data(layer: KRUGRU | KRULSTM, x: Tensor) -> None:
+    for parameter in layer.parameters():
+        parameter.data.mul_(2)  # counts no version
+
+
+def in_inference_mode(layer: KRUGRU | KRULSTM, x: Tensor) -> None:
+    with torch.inference_mode():
+        layer(x)
+    train(layer, x, False)  # nothing made in inference mode may reach the backward pass
+
+
 def move_overlay(layer: KRUGRU | KRULSTM, x: Tensor) -> None:
     index = layer.weight_hh_l0.overlay.index
     index[:, 1] = (index[:, 1] + 1) % 16
@@ -39,8 +51,15 @@ def move_overlay(layer: KRUGRU | KRULSTM, x: Tensor) -> None:
 @pytest.mark.parametrize("kind", [KRUGRU, KRULSTM])
 @pytest.mark.parametrize(
     "change",
-    [lambda m, x: train(m, x, True), lambda m, x: train(m, x, False), load, move_overlay],
-    ids=["fused step", "step", "load", "overlay"],
+    [
+        lambda m, x: train(m, x, True),
+        lambda m, x: train(m, x, False),
+        load,
+        move_overlay,
+        through_data,
+        in_inference_mode,
+    ],
+    ids=["fused step", "step", "load", "overlay", "data", "inference mode"],
 )
 def test_a_change_is_seen(
     backend: str, kind: type[KRUGRU] | type[KRULSTM], change: Callable[[KRUGRU | KRULSTM, Tensor], None]
@@ -58,3 +77,41 @@ def test_a_change_is_seen(
         after = layer(x)[0]
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, fresh(layer, x), rtol=1e-10, atol=1e-12)
+
+
+def test_functional_transforms_reach_the_dense_path() -> None:
+    layer = KRULSTM(4, 16, factors="auto", backend="dense").double()
+    x, parameters = torch.randn(5, 2, 4, dtype=torch.float64), dict(layer.named_parameters())
+    found = torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x,))[0].sum())(parameters)
+    wanted = torch.autograd.grad(layer(x)[0].sum(), list(parameters.values()))
+    for actual, want in zip(found.values(), wanted, strict=True):
+        torch.testing.assert_close(actual, want)
+
+
+@pytest.mark.parametrize("spec", ["2x2", "auto"])
+def test_a_cell_sees_changes_that_count_no_version(spec: str) -> None:
+    cell = KRULSTMCell(3, 16, factors=spec)
+    x, state = torch.randn(2, 3), (torch.randn(2, 16), torch.randn(2, 16))
+    with torch.no_grad():
+        before = [cell(x, state)[0] for _ in range(2)]
+        for parameter in cell.parameters():
+            parameter.data.mul_(2)
+        after = cell(x, state)[0]
+    assert not torch.allclose(before[1], after)
+    torch.testing.assert_close(after, cell(x, state)[0])  # with derivatives: nothing kept
+
+
+def test_a_parametrised_cell_is_computed_anew() -> None:
+    class Doubled(torch.nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    cell = KRULSTMCell(3, 16, factors="auto")
+    torch.nn.utils.parametrize.register_parametrization(cell, "weight_ih", Doubled())
+    x, state = torch.randn(2, 3), (torch.randn(2, 16), torch.randn(2, 16))
+    with torch.no_grad():
+        before = [cell(x, state)[0] for _ in range(2)]
+        cell.parametrizations.weight_ih.original.mul_(3)
+        after = cell(x, state)[0]
+    assert not torch.allclose(before[1], after)
+    torch.testing.assert_close(after, cell(x, state)[0])
