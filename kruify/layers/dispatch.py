@@ -86,9 +86,10 @@ def _needed_gain(layer: KRUBase, batch: int) -> float:
     training. torch's GRU and RNN go step by step and lose nearly everywhere; its LSTM is one oneDNN call, whose GEMMs
     only a small batch starves.
     """
+    tiny = layer.hidden_size <= 32  # steps so short that forming W and calling torch.nn's function show
     if layer.kind == "lstm":
-        return 0.05 if batch <= 2 else 0.6 if batch <= 8 else 1.5
-    return 0.0 if batch <= 8 else 0.2
+        return 0.0 if batch <= 2 else (0.3 if tiny else 0.6) if batch <= 8 else 1.5
+    return 0.0 if batch <= 8 else 0.05 if tiny else 0.2
 
 
 def kernel_serves(layer: KRUBase, x: Tensor) -> bool:
