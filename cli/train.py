@@ -107,7 +107,7 @@ def train(
         network = network_of(task)
         if factors is not None and not str(network.get("cell", "kru")).startswith("kru"):
             raise UsageError(f"a cell '{network['cell']}' has no factors", "--factors", "Leave --factors out")
-        recipe = Recipe().changed(seed=seed, **given, **recipe_options(others))
+        recipe = Recipe.from_scratch().changed(seed=seed, **given, **recipe_options(others))
         if steps is not None:
             recipe = recipe.changed(epochs=steps / _steps_per_epoch(task, recipe))
         path = Path(target or _default_name(task_name, network))

@@ -41,7 +41,7 @@ def name_of(row: Row, fraction: float, seed: int) -> str:
 def run(row: Row, fraction: float, seed: int, cache: Path) -> dict[str, Any]:
     """Train and measure one row; one that was interrupted continues where it stood."""
     task = task_of(row)
-    recipe = Recipe().changed(seed=seed, **row.recipe)
+    recipe = Recipe.from_scratch().changed(seed=seed, **row.recipe)
     steps = max(1, round(fraction * row.steps))
     recipe = recipe.changed(epochs=steps / count_batches(task, seed))
     torch.manual_seed(seed)

@@ -20,8 +20,9 @@ class Recipe:
         schedule: "onecycle", "cosine", "linear" or "constant".
         warmup: share of the run in which the learning rate rises.
         weight_decay: of dense matrices; biases, diagonals and scales are never decayed.
-        factor_lr: learning rate of Kronecker factors and overlays, as a multiple of `lr`. Over T steps a change of an
-            angle of W counts T times, so long memories want it small.
+        factor_lr: learning rate of Kronecker factors and overlays, as a multiple of `lr`. What conversion put out of
+            place are they: 3 gained a point of word error on g2p-en at 16x in five epochs. Over T steps a change of an
+            angle of W counts T times, so long memories learnt from scratch want it small.
         modrelu_lr: the same for the biases of modReLU in a KRU, which act on the state at every step, too; None for
             `factor_lr`.
         factor_weight_decay: weight decay of Kronecker factors and overlays.
@@ -59,7 +60,7 @@ class Recipe:
     schedule: str = "onecycle"
     warmup: float = 0.2
     weight_decay: float = 0.01
-    factor_lr: float = 1.0
+    factor_lr: float = 3.0
     modrelu_lr: float | None = None
     factor_weight_decay: float = 0.0
     clip: float = 1.0
@@ -86,6 +87,11 @@ class Recipe:
 
     # What may differ between a run and its continuation without changing a bit of the result.
     FREE: ClassVar[tuple[str, ...]] = ("save_seconds", "save_steps")
+
+    @classmethod
+    def from_scratch(cls) -> Recipe:
+        """The defaults for a network that begins at random, whose factors are as new as all the rest."""
+        return cls(factor_lr=1.0)
 
     def changed(self, **changes: Any) -> Recipe:
         """A copy with other values.

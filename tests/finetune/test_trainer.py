@@ -62,7 +62,7 @@ def test_one_step_is_adamw_with_clipping_and_penalty() -> None:
     mine = copy.deepcopy(model)
     finetune(
         model, task, epochs=1, lr=0.1, schedule="constant", warmup=0.0, clip=0.05, unitary_penalty=0.3,
-        weight_decay=0.0, evaluate_first=False, device="cpu",
+        weight_decay=0.0, factor_lr=1.0, evaluate_first=False, device="cpu",
     )  # fmt: skip
     (batch,) = task.batches("train", seed=mix(0, "epoch", 0) % 2**31)
     loss = task.loss(task.forward(mine, batch), batch) + 0.3 * unitary_penalty(mine)
