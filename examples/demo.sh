@@ -26,7 +26,7 @@ run "kruify evaluate dense.pt --task g2p-en"
 run "kruify evaluate converted.kru.safetensors --task g2p-en"
 
 say "Fine-tuning brings it back: most of the way in these minutes, further in longer runs."
-run "kruify finetune converted.kru.safetensors --task g2p-en --epochs ${EPOCHS:-1.5} -o finetuned.kru.safetensors"
+run "kruify finetune converted.kru.safetensors --task g2p-en --epochs ${EPOCHS:-3} -o finetuned.kru.safetensors"
 run "kruify evaluate finetuned.kru.safetensors --task g2p-en"
 
 say "The account. The published network has probably seen the test words: its figure flatters it (see README)."

@@ -11,7 +11,6 @@ from torch import nn
 from kruify.api import convert, save
 from kruify.checkpoint import read, write_safetensors
 from kruify.errors import CorruptError, PlanError, TargetMissedError
-from kruify.layers.matrix import KroneckerMatrix
 from kruify.verify import verify
 
 
@@ -79,13 +78,14 @@ def test_nan(files):
 
 
 def test_layer_that_computes_something_else(files, monkeypatch):
-    original = KroneckerMatrix.to_dense
+    from kruify.layers import dense
 
-    def wrong(self: KroneckerMatrix) -> torch.Tensor:
-        dense = original(self)
-        return dense * 1.01 if dense.dtype == torch.float32 else dense
+    original = dense.flat_weights
 
-    monkeypatch.setattr(KroneckerMatrix, "to_dense", wrong)
+    def wrong(layer: nn.Module) -> list[torch.Tensor]:
+        return [w * 1.01 for w in original(layer)]
+
+    monkeypatch.setattr(dense, "flat_weights", wrong)
     monkeypatch.setattr("kruify.layers.dispatch.pick", lambda *a, **k: "dense")
     with pytest.raises(TargetMissedError, match="differs by"):
         verify(files[1])

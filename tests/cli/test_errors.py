@@ -127,7 +127,10 @@ def test_interrupt_leaves_nothing_behind(folder):
         Path("task.py").read_text() + "\n\nclass Slow(Echo):\n    def loss(self, outputs, batch):\n"
         "        import pathlib, time\n        pathlib.Path('started').touch()\n        time.sleep(60)\n"
     )
-    command = [sys.executable, "-m", "kruify", "finetune", "model.pt", "--task", "slow.py:Slow", "-o", "o.safetensors"]
+    # Whoever runs the tests may have the signal ignored, as `&` in a script does; children inherit that.
+    heard = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    heard += "runpy.run_module('kruify', run_name='__main__')"
+    command = [sys.executable, "-c", heard, "finetune", "model.pt", "--task", "slow.py:Slow", "-o", "o.safetensors"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not Path("started").exists() and time.monotonic() < deadline:
