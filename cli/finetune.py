@@ -10,17 +10,13 @@ import click
 from .console import json_option, output, progress
 from .options import key_option, model_argument, network, seed_option, task_option
 from .training import (
+    account,
     check_writable,
-    conditioning_option,
     describe,
-    device_option,
     draw_conditioning,
-    log_dir_option,
-    recipe_option,
     recipe_options,
-    resume_option,
     show,
-    tensorboard_option,
+    training_options,
 )
 
 
@@ -38,12 +34,7 @@ from .training import (
     metavar="L",
     help="Weight of the soft unitary penalty.  [default: on for a plain RNN, off for LSTM and GRU]",
 )
-@recipe_option
-@conditioning_option
-@log_dir_option
-@tensorboard_option
-@resume_option
-@device_option
+@training_options
 @seed_option
 @key_option
 @json_option
@@ -106,13 +97,4 @@ def finetune(
         show(out, target, outcome, task)
         if conditioning is not None:
             draw_conditioning(out, conditioning, outcome)
-        out.result(
-            {
-                "output": target,
-                "history": outcome.history,
-                "metrics": outcome.metrics,
-                "best_epoch": outcome.best_epoch,
-                "steps": outcome.steps,
-                "seconds": outcome.seconds,
-            }
-        )
+        out.result({"output": target, **account(outcome)})

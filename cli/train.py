@@ -12,17 +12,13 @@ import click
 from .console import json_option, output, progress
 from .options import seed_option, task_option
 from .training import (
+    account,
     check_writable,
-    conditioning_option,
     describe,
-    device_option,
     draw_conditioning,
-    log_dir_option,
-    recipe_option,
     recipe_options,
-    resume_option,
     show,
-    tensorboard_option,
+    training_options,
 )
 
 if TYPE_CHECKING:
@@ -48,12 +44,7 @@ if TYPE_CHECKING:
     metavar="L",
     help="Weight of the soft unitary penalty.  [default: 0.01 for a plain RNN and a KRU, 0 for LSTM and GRU]",
 )
-@recipe_option
-@conditioning_option
-@log_dir_option
-@tensorboard_option
-@resume_option
-@device_option
+@training_options
 @seed_option
 @json_option
 def train(
@@ -139,11 +130,7 @@ def train(
                 "task": task_name,
                 "network": network,
                 "parameters": _parameters(path),
-                "history": outcome.history,
-                "metrics": outcome.metrics,
-                "best_epoch": outcome.best_epoch,
-                "steps": outcome.steps,
-                "seconds": outcome.seconds,
+                **account(outcome),
             }
         )
 

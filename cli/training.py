@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,24 +14,32 @@ if TYPE_CHECKING:
     from kruify.finetune import FinetuneResult, Progress
     from kruify.task import Task
 
-recipe_option = click.option(
-    "--option",
-    "others",
-    metavar="NAME=VALUE",
-    multiple=True,
-    help="Any other option of kruify.finetune.Recipe, such as schedule=cosine or patience=3.",
+_OPTIONS = (
+    click.option(
+        "--option",
+        "others",
+        metavar="NAME=VALUE",
+        multiple=True,
+        help="Any other option of kruify.finetune.Recipe, such as schedule=cosine or patience=3.",
+    ),
+    click.option(
+        "--conditioning",
+        metavar="FILE.svg",
+        help="Measure condition number, spectral norm, unitarity defect and the gradient through time; "
+        "draw them there.",
+    ),
+    click.option("--log-dir", metavar="DIR", help="Write history.csv there, one line a validation."),
+    click.option("--tensorboard", is_flag=True, help="Write TensorBoard events to the --log-dir, too."),
+    click.option("--resume", metavar="DIR", help="Keep the state of the run there, and go on from it if it has one."),
+    click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1.  [default: a GPU if there is one]"),
 )
-log_dir_option = click.option("--log-dir", metavar="DIR", help="Write history.csv there, one line a validation.")
-tensorboard_option = click.option("--tensorboard", is_flag=True, help="Write TensorBoard events to the --log-dir, too.")
-resume_option = click.option(
-    "--resume", metavar="DIR", help="Keep the state of the run there, and go on from it if it has one."
-)
-conditioning_option = click.option(
-    "--conditioning",
-    metavar="FILE.svg",
-    help="Measure condition number, spectral norm, unitarity defect and the gradient through time; draw them there.",
-)
-device_option = click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1.  [default: a GPU if there is one]")
+
+
+def training_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of a run that every command that trains takes."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
 
 
 def recipe_options(pairs: tuple[str, ...]) -> dict[str, Any]:
@@ -85,6 +94,17 @@ def show(out: Output, target: str, outcome: FinetuneResult, task: Task) -> None:
         loss = "" if entry["loss"] is None else f"{entry['loss']:.4f}"
         table.add_row(f"{entry['epoch']}{best}", f"{entry['step']}", loss, *(f"{values[name]:.4f}" for name in names))
     out.show(table, f"wrote {target}: the weights of epoch {outcome.best_epoch} (*), {_metrics(outcome, task)}")
+
+
+def account(outcome: FinetuneResult) -> dict[str, Any]:
+    """The JSON keys of what happened."""
+    return {
+        "history": outcome.history,
+        "metrics": outcome.metrics,
+        "best_epoch": outcome.best_epoch,
+        "steps": outcome.steps,
+        "seconds": outcome.seconds,
+    }
 
 
 def _metrics(outcome: FinetuneResult, task: Task) -> str:

@@ -94,6 +94,16 @@ class SequenceTask(Task):
         return float(len(batch.x))
 
 
+@dataclass(eq=False)
+class FramewiseTask(SequenceTask):
+    """Sequences of different lengths; the mask says which frames count."""
+
+    def weight(self, batch: Batch) -> float:
+        """Return the number of frames that the loss is over."""
+        assert batch.mask is not None  # batches() makes one
+        return float(batch.mask.sum())
+
+
 def shuffled(count: int, size: int, seed: int) -> Iterator[Tensor]:
     """Yield the numbers below `count` in an order that follows from `seed`, `size` at a time."""
     generator = torch.Generator().manual_seed(seed)

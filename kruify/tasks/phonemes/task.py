@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kruify.errors import TaskError
 from kruify.task import check_split, evaluating, to_device
-from kruify.tasks._sequence import Batch, SequenceNetwork, SequenceTask
+from kruify.tasks._sequence import Batch, FramewiseTask, SequenceNetwork, shuffled
 from kruify.tasks.phonemes import spoken, timit
 from kruify.tasks.phonemes.features import FEATURES, with_differences
 from kruify.tasks.phonemes.labels import CLASSES, IGNORED
@@ -23,7 +23,7 @@ _EVALUATION_BATCH = 32
 
 
 @dataclass(eq=False)
-class Phonemes(SequenceTask):
+class Phonemes(FramewiseTask):
     """Frames of 10 ms, each described by 123 numbers (40 mel bands, energy, two orders of differences), 39 classes.
 
     espeak-ng speaks 650 sentences in thirteen voices, two of them heard in the test split alone: a stand-in for TIMIT,
@@ -56,11 +56,10 @@ class Phonemes(SequenceTask):
     def batches(self, split: str, *, seed: int = 0) -> Iterator[Batch]:
         """Yield x (utterances, frames, 123) float32, y (utterances, frames) int64, mask where a frame counts."""
         found = self._utterances(split)
-        order, size = torch.arange(len(found)), _EVALUATION_BATCH
+        parts: Iterable[Tensor] = torch.split(torch.arange(len(found)), _EVALUATION_BATCH)
         if split == "train":
-            order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
-            size = self.batch_size
-        for index in torch.split(order, size):
+            parts = shuffled(len(found), self.batch_size, seed)
+        for index in parts:
             chosen = [found[i] for i in index.tolist()]
             y = pad_sequence([labels for _, labels in chosen], batch_first=True, padding_value=float(IGNORED))
             yield Batch(pad_sequence([features for features, _ in chosen], batch_first=True), y, y != IGNORED)
@@ -68,11 +67,6 @@ class Phonemes(SequenceTask):
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the mean cross entropy of a frame in nats."""
         return functional.cross_entropy(outputs.flatten(0, 1), batch.y.flatten(), ignore_index=IGNORED)
-
-    def weight(self, batch: Batch) -> float:
-        """Return the number of frames that the loss is over."""
-        assert batch.mask is not None  # batches() makes one
-        return float(batch.mask.sum())
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """Return {"accuracy"} of a frame."""
