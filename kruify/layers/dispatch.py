@@ -71,11 +71,12 @@ def _template_fits_cached(*question: int) -> bool:
 def _gain(matrix: object, kind: str, batch: int) -> float:
     assert isinstance(matrix, KroneckerMatrix)
     cost = kernel.form_of(matrix).cost
-    if batch > 8 and matrix.overlay is not None:
-        # Samples are in the lanes: the cost is of numbers, not of blocks. The shares of W at which torch's own layer
-        # catches up in training were measured: about 12 % for the LSTM, 35 % for the others.
+    if matrix.overlay is not None:
+        # A block costs a multiply-add, or, with samples in the lanes, each of its numbers a share of one. The shares
+        # of W at which torch's own layer then catches up in training were measured: about 12 % for the LSTM, 35 % for
+        # the others.
         blocks, block = matrix.overlay.values.shape
-        cost += blocks * (block * (5 if kind == "lstm" else 12) / stages.LANES - 1)
+        cost += blocks * (block * (5 if kind == "lstm" else 12) / stages.LANES if batch > 8 else 1)
     return matrix.gates * matrix.rows * matrix.cols / stages.LANES / max(cost, 1.0)
 
 

@@ -29,7 +29,7 @@ class Form:
 
     layout: list[int]
     plans: list[TermPlan]
-    cost: float  # vector multiply-adds of one product with one vector
+    cost: float  # vector multiply-adds of one product with one vector, the overlay's left out
     merges: bool  # whether any stage is made of more than one factor, or takes a scale
 
 
@@ -48,8 +48,7 @@ def _form(matrix: KroneckerMatrix, planned: Callable[[tuple[Shape, ...], int], T
         plans.append(planned(module.term.factors, len(module.gates) * module.term.rank))
         terms.append(TermLayout(len(plans[-1].groups), module.gates))
     layout = Layout(matrix.gates, matrix.rows, matrix.cols, matrix.diagonal_gates, tuple(terms))
-    overlay = 0 if matrix.overlay is None else matrix.overlay.values.shape[0]
-    cost = sum(p.cost for p in plans) + overlay + len(matrix.diagonal_gates) * matrix.rows / 16
+    cost = sum(p.cost for p in plans) + len(matrix.diagonal_gates) * matrix.rows / 16
     merges = any(p.merges or m.scale is not None for p, m in zip(plans, matrix.term_list(), strict=True))
     return Form(layout.encode(), plans, cost, merges)
 
