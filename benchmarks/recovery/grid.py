@@ -128,6 +128,11 @@ METHODS: dict[str, Method] = {
     "low-rank-sparse": Method("low rank + sparse", low_rank_sparse(1)),
     "low-rank-blocks": Method("low rank + blocks of 8", low_rank_sparse(8)),
     "kron-sparse": Method("Kronecker + sparse", kronecker_sparse(1)),
+    # the same, outputs taught: to be set beside the default recipe and its controls
+    "kron-logits": Method("Kronecker, outputs taught", kronecker, teacher=True, options=TAUGHT),
+    "kron-sparse-logits": Method(
+        "Kronecker + sparse, outputs taught", kronecker_sparse(1), teacher=True, options=TAUGHT,
+    ),
     # annealed overlays
     "low-rank-sparse-anneal": Method("low rank + sparse, annealed", low_rank_sparse(1), "convert", True, {**CE,
     **ANNEAL}), "kron-sparse-anneal": Method("Kronecker + sparse, annealed", kronecker_sparse(1), "convert", True,
@@ -241,4 +246,5 @@ def grid() -> list[Cell]:
         cells += [Cell(task, m, 4, whole=True) for m in few]
     ablations = [m for m in METHODS if m.startswith(("low-rank-sparse", "kron", "low-rank-blocks"))]
     cells += [Cell("g2p", m, 16) for m in ablations if m != RECIPE]
+    cells += [Cell(task, "kron-logits", 64) for task in ("g2p", "kjv")]
     return sorted(cells, key=lambda c: (c.seed, c.times not in (1, 16), list(TASKS).index(c.task)))
