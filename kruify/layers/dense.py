@@ -63,10 +63,12 @@ def _formed(matrix: KroneckerMatrix) -> Tensor:
     compiled = device == "cpu" and has_kernel(device) and matrix.dtype in (torch.float32, torch.float64)
     if not compiled or not functions.lean(device):
         return matrix.to_dense()
-    stages, diagonal, overlay, index, _, layout = kernel.arguments(matrix, None)
+    form, rest = kernel.form_of(matrix), (matrix.diagonal, *kernel.overlay_of(matrix))
+    parameters = kernel.parameters_of(matrix, form)
     if torch.is_grad_enabled():
-        return functions.dense(stages, diagonal, overlay, index, layout)
-    formed: Tensor = torch.ops.kruify.dense_forward(stages, diagonal, overlay, index, layout)
+        return functions.dense(form.assembly, rest, parameters)
+    stages = form.assembly.stages(parameters)
+    formed: Tensor = torch.ops.kruify.dense_forward(stages, *rest, form.layout)
     return formed
 
 

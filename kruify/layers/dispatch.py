@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kruify.layers import kernel
 from kruify.layers.matrix import KroneckerMatrix
-from kruify.ops import precision, stages
+from kruify.ops import precision
 
 if TYPE_CHECKING:
     from kruify.layers.base import KRUBase
@@ -70,27 +70,23 @@ def _template_fits_cached(*question: int) -> bool:
 
 def _gain(matrix: object, kind: str, batch: int) -> float:
     assert isinstance(matrix, KroneckerMatrix)
-    cost = kernel.form_of(matrix).cost
-    if matrix.overlay is not None:
-        # A block costs a multiply-add, or, with samples in the lanes, each of its numbers a share of one. The shares
-        # of W at which torch's own layer then catches up in training were measured: about 12 % for the LSTM, 35 % for
-        # the others.
-        blocks, block = matrix.overlay.values.shape
-        cost += blocks * (block * (5 if kind == "lstm" else 12) / stages.LANES if batch > 8 else 1)
-    return matrix.gates * matrix.rows * matrix.cols / stages.LANES / max(cost, 1.0)
+    form = kernel.form_of(matrix)
+    return form.dense / max(kernel.work(form, kind, batch)[0], 1.0)
 
 
 def _needed_gain(layer: KRUBase, batch: int) -> float:
     """The gain from which on the kernel beats the densified layer: thresholds read off benchmarks/dispatch_rule.py.
 
     Measured on a Zen 5 with AVX-512 for hidden sizes 16 to 512, one to sixteen terms, batches 1, 8 and 64, forward and
-    training. torch's GRU and RNN go step by step and lose nearly everywhere; its LSTM is one oneDNN call, whose GEMMs
-    only a small batch starves.
+    training. torch's GRU and RNN go step by step and lose everywhere; its LSTM is one oneDNN call, whose GEMMs only a
+    small batch or a small layer starves.
     """
-    tiny = layer.hidden_size <= 32  # steps so short that forming W and calling torch.nn's function show
-    if layer.kind == "lstm":
-        return 0.0 if batch <= 2 else (0.3 if tiny else 0.6) if batch <= 8 else 1.5
-    return 0.0 if batch <= 8 else 0.05 if tiny else 0.2
+    hidden = layer.hidden_size
+    if layer.kind != "lstm" or batch <= 2:
+        return 0.0
+    if torch.is_grad_enabled():
+        return 1.5 if batch > 8 else 0.4 if hidden <= 64 else 0.6
+    return 0.7 if hidden <= (64 if batch > 8 else 128) else 1.5 if batch > 8 else 1.05
 
 
 def kernel_serves(layer: KRUBase, x: Tensor) -> bool:

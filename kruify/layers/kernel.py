@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kruify.factors import Shape
-from kruify.layers.matrix import KroneckerMatrix
+from kruify.layers.matrix import KroneckerMatrix, KroneckerTerm
 from kruify.layers.steps import State
 from kruify.ops import Layout, TermLayout, functions, has_kernel, precision
-from kruify.ops.stages import TermPlan, plan, plan_pair
+from kruify.ops.functions import Assembly
+from kruify.ops.stages import LANES, TermPlan, plan, plan_pair
 
 COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 Weights = dict[str, KroneckerMatrix | Tensor | None]
@@ -25,12 +26,19 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass
 class Form:
-    """What the operators need to know of a matrix."""
+    """What the operators need to know of a matrix. Costs are vector multiply-adds of one product with one vector."""
 
-    layout: list[int]
+    assembly: Assembly
+    whole: Assembly  # the same, W formed first
     plans: list[TermPlan]
-    cost: float  # vector multiply-adds of one product with one vector, the overlay's left out
-    merges: bool  # whether any stage is made of more than one factor, or takes a scale
+    cost: float  # of the terms and the diagonal
+    dense: float  # of W itself
+    blocks: int  # of the overlay
+    block: int
+
+    @property
+    def layout(self) -> list[int]:
+        return self.assembly.layout
 
 
 def form_of(matrix: KroneckerMatrix) -> Form:
@@ -43,29 +51,61 @@ def form_of(matrix: KroneckerMatrix) -> Form:
 
 
 def _form(matrix: KroneckerMatrix, planned: Callable[[tuple[Shape, ...], int], TermPlan]) -> Form:
-    plans, terms = [], []
+    gates, rows, cols = matrix.gates, matrix.rows, matrix.cols
+    plans, terms, parts = [], [], []
     for module in matrix.term_list():
-        plans.append(planned(module.term.factors, len(module.gates) * module.term.rank))
-        terms.append(TermLayout(len(plans[-1].groups), module.gates))
-    layout = Layout(matrix.gates, matrix.rows, matrix.cols, matrix.diagonal_gates, tuple(terms))
-    cost = sum(p.cost for p in plans) + len(matrix.diagonal_gates) * matrix.rows / 16
-    merges = any(p.merges or m.scale is not None for p, m in zip(plans, matrix.term_list(), strict=True))
-    return Form(layout.encode(), plans, cost, merges)
+        p = planned(module.term.factors, len(module.gates) * module.term.rank)
+        scaled = module.scale is not None
+        plans.append(p)
+        terms.append(TermLayout(len(p.groups), module.gates))
+        parts.append((len(p.order), p.groups if p.merges or scaled else None, scaled))
+    layout = Layout(gates, rows, cols, matrix.diagonal_gates, tuple(terms)).encode()
+    assembly = Assembly(tuple(parts), layout)
+    plain = Layout(gates, rows, cols, (), (TermLayout(1, tuple(range(gates))),)).encode()
+    cost = sum(p.cost for p in plans) + len(matrix.diagonal_gates) * rows / LANES
+    blocks, block = (0, 0) if matrix.overlay is None else matrix.overlay.values.shape
+    dense = gates * -(-rows // LANES) * cols
+    return Form(assembly, replace(assembly, whole=plain), plans, cost, dense, blocks, block)
+
+
+def parameters_of(matrix: KroneckerMatrix, form: Form) -> list[Tensor]:
+    """Factors, and scales where there are any, of all terms, as the form's assemblies take them."""
+    found: list[Tensor] = []
+    for p, module in zip(form.plans, matrix.terms._modules.values(), strict=True):
+        assert isinstance(module, KroneckerTerm)
+        held = module.factors._parameters  # a ParameterList takes a microsecond an element
+        found += [held[str(i)] for i in p.order] if len(held) == len(p.order) else [module.factors[i] for i in p.order]  # type: ignore[misc]
+        if module.scale is not None:
+            found.append(module.scale)
+    return found
 
 
 def stages_of(matrix: KroneckerMatrix) -> list[Tensor]:
     """The factors of all terms, merged into stages. They are merged in every call: nobody can tell for certain that a
     factor is still what it was (fused optimisers and `.data` change it without counting a version)."""
     form = form_of(matrix)
-    stages: list[Tensor] = []
-    for p, module in zip(form.plans, matrix.term_list(), strict=True):
-        held = module.factors._parameters  # a ParameterList takes a microsecond an element
-        factors = [held[str(i)] for i in p.order] if len(held) == len(p.order) else [module.factors[i] for i in p.order]
-        if p.merges or module.scale is not None:
-            operator = torch.ops.kruify.merge if torch.is_grad_enabled() else torch.ops.kruify.merge_forward
-            factors = operator(factors, module.scale, p.groups)
-        stages += factors  # type: ignore[arg-type]
-    return stages
+    parameters = parameters_of(matrix, form)
+    if not torch.is_grad_enabled():
+        return form.assembly.stages(parameters)
+    return form.assembly.differentiable_stages(parameters)
+
+
+def work(form: Form, kind: str, batch: int) -> tuple[float, bool]:
+    """What the kernel takes for a product with one of `batch` vectors, in vector multiply-adds, and whether it is less
+    with W formed first. Weights read off benchmarks/dispatch_rule.py."""
+    cost = form.cost
+    if form.blocks:
+        # A block costs a multiply-add, or, with samples in the lanes, each of its numbers a share of one. The shares
+        # of W at which torch's own layer then catches up in training were measured: about 12 % for the LSTM, 35 % for
+        # the others.
+        cost += form.blocks * (form.block * (5 if kind == "lstm" else 12) / LANES if batch > 8 else 1)
+    # Few samples wait for W from the cache. With derivatives its gradient is summed up sample by sample; a large one
+    # leaves the L2 cache.
+    gates, rows, cols = form.layout[:3]
+    few = max(0.0, 1 - batch / 8)
+    weight = 2 + (gates * rows * cols > 1 << 16) + 2 * few if torch.is_grad_enabled() else 1 + 3 * few
+    whole = weight * form.dense + 250 * gates * few
+    return (whole, True) if whole < cost else (cost, False)
 
 
 def serves(weight_hh: object, x: Tensor, projected: bool) -> bool:
@@ -105,14 +145,16 @@ def run_direction(
         # One product of torch's in autocast's precision; the operator would have it in float32.
         data, weight_ih, bias_ih = F.linear(data, weight_ih, bias_ih), None, None  # type: ignore[arg-type]
     h0, c0 = state[0], state[1] if kind == "lstm" else None
-    call = (data, weight_ih, bias_ih, batch_sizes, h0, c0, *arguments(matrix, bias_hh), kind, reverse)
-    exact = precision.of_products(data.device)
-    if not torch.is_grad_enabled():
-        out, h, c, _ = torch.ops.kruify.recurrence_forward(*call, False, exact)
-    elif functions.lean(data.device.type):
-        out, h, c = functions.recurrence(*call, exact)
+    first = (data, weight_ih, bias_ih, batch_sizes, h0, c0)
+    exact, form = precision.of_products(data.device), form_of(matrix)
+    assembly = form.whole if not data.is_cuda and work(form, kind, h0.shape[0])[1] else form.assembly
+    if torch.is_grad_enabled() and functions.lean(data.device.type):
+        rest = (bias_hh, matrix.diagonal, *overlay_of(matrix))
+        out, h, c = functions.recurrence(assembly, kind, reverse, exact, first, rest, parameters_of(matrix, form))
     else:
-        out, h, c, _ = torch.ops.kruify.recurrence(*call, True, exact)
+        given = arguments(matrix, bias_hh) if assembly is form.assembly else whole_arguments(matrix, bias_hh)
+        operator = torch.ops.kruify.recurrence if torch.is_grad_enabled() else torch.ops.kruify.recurrence_forward
+        out, h, c, _ = operator(*first, *given, kind, reverse, torch.is_grad_enabled(), exact)
     return out, (h, c) if kind == "lstm" else (h,)
 
 
@@ -156,7 +198,7 @@ class Streaming:
         self.held: list[tuple[dict[str, Any], str, Tensor | None]] = []
         for places in ([m._parameters for m in modules], [m._buffers for m in modules]):
             self.held += [(place, name, tensor) for place in places for name, tensor in place.items()]
-        self.merged = matrix if form_of(matrix).merges else None
+        self.merged = matrix if any(groups for _, groups, _ in form_of(matrix).assembly.terms) else None
 
     def fits(self, x: Tensor, state: State) -> bool:
         if x.dim() != 2 or x.shape[1] != self.columns or x.dtype is not self.dtype or x.device != self.device:
@@ -185,9 +227,25 @@ class Streaming:
         return type(None), ()  # copies and pickles of a cell put their own together
 
 
-def arguments(
-    matrix: KroneckerMatrix, bias: Tensor | None
-) -> tuple[list[Tensor], Tensor | None, Tensor | None, Tensor | None, Tensor | None, list[int]]:
+Arguments = tuple[list[Tensor], Tensor | None, Tensor | None, Tensor | None, Tensor | None, list[int]]
+
+
+def arguments(matrix: KroneckerMatrix, bias: Tensor | None) -> Arguments:
+    """The matrix as the operators take it."""
+    return stages_of(matrix), matrix.diagonal, *overlay_of(matrix), bias, form_of(matrix).layout
+
+
+def whole_arguments(matrix: KroneckerMatrix, bias: Tensor | None) -> Arguments:
+    """The matrix as one plain stage."""
+    stages, diagonal, values, index, _, layout = arguments(matrix, None)
+    operator = torch.ops.kruify.dense if torch.is_grad_enabled() else torch.ops.kruify.dense_forward
+    dense = operator(stages, diagonal, values, index, layout).view(matrix.gates, 1, matrix.rows, matrix.cols)
+    plain = form_of(matrix).whole.whole
+    assert plain is not None
+    return [dense], None, None, None, bias, plain
+
+
+def overlay_of(matrix: KroneckerMatrix) -> tuple[Tensor | None, Tensor | None]:
+    """Values and index, None where there is no overlay."""
     overlay = matrix.overlay
-    values, index = (None, None) if overlay is None else (overlay.values, overlay.index)
-    return stages_of(matrix), matrix.diagonal, values, index, bias, form_of(matrix).layout
+    return (None, None) if overlay is None else (overlay.values, overlay.index)

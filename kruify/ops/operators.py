@@ -90,7 +90,7 @@ def _wanted(*tensors: Tensor | None) -> list[Tensor]:
     return [t for t in tensors if t is not None]
 
 
-def _gradients(
+def gradients(
     function: Callable[[list[Tensor | None]], Sequence[Tensor | None]],
     inputs: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
@@ -139,7 +139,7 @@ def _merge_backward(
         return reference.merge(inputs[:-1], inputs[-1], groups)
 
     with _autograd():
-        return [g.clone() for g in _gradients(function, [*factors, scale], grads)]
+        return [g.clone() for g in gradients(function, [*factors, scale], grads)]
 
 
 @_fake("kruify::merge")
@@ -172,7 +172,7 @@ def _merge_derivative(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     saved = list(ctx.saved_tensors)
     scale = saved.pop() if ctx.scaled else None
     if torch.is_grad_enabled():
-        found = _gradients(
+        found = gradients(
             lambda t: reference.merge(t[:-1], t[-1], ctx.groups),  # type: ignore[arg-type]
             [*saved, scale],
             grads,
@@ -189,7 +189,7 @@ torch.library.register_autograd("kruify::merge", _merge_derivative, setup_contex
 # dense
 
 
-def _dense_on_flat(tensors: list[Any], overlay_index: Tensor | None, layout: list[int]) -> Tensor:
+def dense_on_flat(tensors: list[Any], overlay_index: Tensor | None, layout: list[int]) -> Tensor:
     *stages, diagonal, overlay = tensors
     form = decode(layout)
     like = next(t for t in tensors if t is not None)
@@ -205,7 +205,7 @@ def _dense(
     overlay_index: Tensor | None,
     layout: list[int],
 ) -> Tensor:
-    return _dense_on_flat([*stages, diagonal, overlay], overlay_index, layout).contiguous()
+    return dense_on_flat([*stages, diagonal, overlay], overlay_index, layout).contiguous()
 
 
 @_fallback("dense_backward")
@@ -218,7 +218,7 @@ def _dense_backward(
     layout: list[int],
 ) -> list[Tensor]:
     with _autograd():
-        found = _gradients(lambda t: [_dense_on_flat(t, overlay_index, layout)], [*stages, diagonal, overlay], [grad])
+        found = gradients(lambda t: [dense_on_flat(t, overlay_index, layout)], [*stages, diagonal, overlay], [grad])
     return [g.clone() for g in found]
 
 
@@ -247,17 +247,17 @@ def _dense_backward_fake(
     return _grads_of(stages, diagonal, overlay)
 
 
-def dense_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
+def _dense_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
     stages, diagonal, overlay, overlay_index, layout = inputs
     _matrix_context(ctx, (stages, diagonal, overlay, overlay_index, None, layout))
 
 
-def dense_derivative(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _dense_derivative(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     _, index, weights = _saved(ctx, 0)
     *stages, diagonal, overlay, _ = weights
     if torch.is_grad_enabled():
-        found = _gradients(
-            lambda t: [_dense_on_flat(t, index, ctx.layout)], [*stages, diagonal, overlay], [grad], create_graph=True
+        found = gradients(
+            lambda t: [dense_on_flat(t, index, ctx.layout)], [*stages, diagonal, overlay], [grad], create_graph=True
         )
     else:
         found = torch.ops.kruify.dense_backward(grad, stages, diagonal, overlay, index, ctx.layout)
@@ -265,7 +265,7 @@ def dense_derivative(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grads, of_diagonal, of_overlay, of_index, None
 
 
-torch.library.register_autograd("kruify::dense", dense_derivative, setup_context=dense_context)
+torch.library.register_autograd("kruify::dense", _dense_derivative, setup_context=_dense_context)
 
 
 # kron_matmul
@@ -280,7 +280,7 @@ def _kron_matmul(x: Tensor, *rest: Any) -> Tensor:
 def _kron_matmul_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, list[Tensor]]:
     stages, diagonal, overlay, overlay_index, bias, layout = rest[:6]
     with _autograd():
-        found = _gradients(
+        found = gradients(
             lambda t: [_kron_on_flat(t, overlay_index, layout)], [x, *stages, diagonal, overlay, bias], [grad]
         )
     return found[0], [g.clone() for g in found[1:]]
@@ -338,7 +338,7 @@ def _kron_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _kron_derivative(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (x,), index, weights = _saved(ctx, 1)
     if torch.is_grad_enabled():
-        grad_x, *found = _gradients(
+        grad_x, *found = gradients(
             lambda t: [_kron_on_flat(t, index, ctx.layout)], [x, *weights], [grad], create_graph=True
         )
     else:
@@ -371,7 +371,7 @@ def _kron_product_backward(
     grad: Tensor, x: Tensor, factors: list[Tensor], groups: list[int]
 ) -> tuple[Tensor, list[Tensor]]:
     with _autograd():
-        grad_x, *grads = _gradients(lambda t: [_plain_product(t)], [x, *factors], [grad])
+        grad_x, *grads = gradients(lambda t: [_plain_product(t)], [x, *factors], [grad])
     return grad_x.clone(), [g.clone() for g in grads]
 
 
@@ -399,7 +399,7 @@ def _kron_product_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 def kron_product_derivative(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, *factors = ctx.saved_tensors
     if torch.is_grad_enabled():
-        grad_x, *grads = _gradients(lambda t: [_plain_product(t)], [x, *factors], [grad], create_graph=True)
+        grad_x, *grads = gradients(lambda t: [_plain_product(t)], [x, *factors], [grad], create_graph=True)
     else:
         grad_x, grads = torch.ops.kruify.kron_product_backward(grad, x, factors, ctx.groups)
     return grad_x, grads, None
@@ -540,7 +540,7 @@ def _recurrence_backward_fake(
     )
 
 
-def recurrence_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _recurrence_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, w_ih, bias_ih, batch_sizes, h0, c0, *matrix, ctx.kind, ctx.reverse, training, ctx.precision = inputs
     out, _, _, workspace = output
     ctx.set_materialize_grads(False)
@@ -549,7 +549,7 @@ def recurrence_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     _matrix_context(ctx, tuple(matrix), x, w_ih, bias_ih, batch_sizes, h0, c0, out, workspace)
 
 
-def recurrence_derivative(
+def _recurrence_derivative(
     ctx: Any, grad_out: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None, _: Tensor | None
 ) -> tuple[Any, ...]:
     (x, w_ih, bias_ih, batch_sizes, h0, c0, out, workspace), index, weights = _saved(ctx, 8)
@@ -558,7 +558,7 @@ def recurrence_derivative(
     if torch.is_grad_enabled():
         call = (batch_sizes, index, ctx.layout, ctx.kind, ctx.reverse)
         found = iter(
-            _gradients(
+            gradients(
                 lambda t: _recurrence_on_flat(t, *call),
                 [x, w_ih, bias_ih, h0, c0, *weights],
                 [grad_out, grad_h, None if c0 is None else grad_c],
@@ -574,18 +574,35 @@ def recurrence_derivative(
             _contiguous(grad_out), _contiguous(grad_h), _contiguous(grad_c), out, workspace, batch_sizes, h0, c0,
             stages, diagonal, overlay, index, bias, ctx.layout, ctx.kind, ctx.reverse, ctx.precision,
         )  # fmt: skip
-        needs_x, needs_w, needs_b = ctx.needs_input_grad[:3]
-        grad_x, grad_w, grad_b = grad_gates, None, None
-        if w_ih is not None:
-            found_x, found_w = torch.ops.kruify.linear_backward(grad_gates, x, w_ih, needs_x, needs_w)
-            grad_x, grad_w = found_x if needs_x else None, found_w if needs_w else None
-        if bias_ih is not None and needs_b:
-            # Both biases enter the gates alike, except for the GRU's last gate and modReLU.
-            apart = bias is None or ctx.kind in ("gru", *reference.MODRELU)
-            grad_b = grad_gates.sum(0) if apart else grads[-1].clone()
+        of_bias = None if bias is None else grads[-1]
+        needs = ctx.needs_input_grad[:3]
+        grad_x, grad_w, grad_b = input_gradients(grad_gates, x, w_ih, bias_ih, of_bias, ctx.kind, needs)
     grad_c0 = None if c0 is None else grad_c0
     first = [grad_x, grad_w, grad_b, None, grad_h0, grad_c0]
     return _one_an_input(ctx, *first, *_matrix_grads(grads, weights), None, None, None, None)
+
+
+def input_gradients(
+    grad_gates: Tensor,  # (S, gates * H)
+    x: Tensor,
+    w_ih: Tensor | None,
+    bias_ih: Tensor | None,
+    grad_bias: Tensor | None,  # of bias_hh, if there is one
+    kind: str,
+    needs: tuple[bool, ...],  # which of x, w_ih, bias_ih want theirs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, w_ih and bias_ih from that of x W_ih^T + b_ih."""
+    needs_x, needs_w, needs_b = needs
+    grad_x: Tensor | None = grad_gates
+    grad_w = grad_b = None
+    if w_ih is not None:
+        grad_x, grad_w = torch.ops.kruify.linear_backward.default(grad_gates, x, w_ih, needs_x, needs_w)
+        grad_x, grad_w = grad_x if needs_x else None, grad_w if needs_w else None
+    if bias_ih is not None and needs_b:
+        # Both biases enter the gates alike, except for the GRU's last gate and modReLU.
+        apart = grad_bias is None or kind in ("gru", *reference.MODRELU)
+        grad_b = grad_gates.sum(0) if grad_bias is None or apart else grad_bias.clone()
+    return grad_x, grad_w, grad_b
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -606,7 +623,7 @@ def _recurrence_on_flat(
     )[:3]
 
 
-torch.library.register_autograd("kruify::recurrence", recurrence_derivative, setup_context=recurrence_context)
+torch.library.register_autograd("kruify::recurrence", _recurrence_derivative, setup_context=_recurrence_context)
 
 
 # Under autocast the operators work on float32, whatever their inputs are rounded to; `precision` says how exactly.
