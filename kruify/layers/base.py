@@ -165,8 +165,9 @@ class KRUBase(nn.Module):
     def weights(self, layer: int, direction: int) -> dict[str, KroneckerMatrix | Tensor | None]:
         """The weights of one layer and direction under the names weight_ih, weight_hh, bias_ih, bias_hh, weight_hr."""
         suffix = weight_suffix(layer, direction)
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-        return {name: self._weight(name + suffix) for name in names}
+        weights = {name: self._weight(name + suffix) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+        weights["weight_hr"] = self._weight("weight_hr" + suffix) if self.proj_size else None
+        return weights
 
     def _weight(self, name: str) -> KroneckerMatrix | Tensor | None:
         """The attribute, without the detours of nn.Module.__getattr__ where it is a plain parameter or matrix."""
@@ -203,7 +204,8 @@ class KRUBase(nn.Module):
         self._check_features(x)
         state = self._initial_state(hx, x, x.shape[1], unbatched)
         output, state = self._run_padded(x, state)
-        output, state = autocast_to(output), tuple(map(autocast_to, state))
+        if torch.is_autocast_enabled(x.device.type):
+            output, state = autocast_to(output), tuple(map(autocast_to, state))
         if unbatched:
             output, state = output.squeeze(1), tuple(s.squeeze(1) for s in state)
         elif self.batch_first:
@@ -238,6 +240,8 @@ class KRUBase(nn.Module):
             return empty, tuple(s.clone() for s in state)
         path = self._pick(steps, batch, x)
         if path == "dense":
+            if dense.in_one_node(self, x):
+                return self._run_layers(x, None, state)
             return dense.run_padded(self, x, state)
         batch_sizes = torch.full((steps,), batch) if path == "kernel" else [batch] * steps
         output, state = self._run_layers(x.reshape(steps * batch, -1), batch_sizes, state)
@@ -262,8 +266,8 @@ class KRUBase(nn.Module):
 
     def _run_layers(
         self,
-        data: Tensor,  # (sum of batch_sizes, features), packed
-        batch_sizes: list[int] | Tensor,  # a tensor asks for the compiled kernels
+        data: Tensor,  # (sum of batch_sizes, features), packed; (time, batch, features) without batch_sizes
+        batch_sizes: list[int] | Tensor | None,  # a tensor asks for the compiled kernels, None for torch's
         state: State,  # each (layers * directions, batch, size)
     ) -> tuple[Tensor, State]:
         finals: list[State] = []
@@ -282,7 +286,7 @@ class KRUBase(nn.Module):
         return data, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
 
     def _run_direction(
-        self, data: Tensor, batch_sizes: list[int] | Tensor, state: State, layer: int, direction: int
+        self, data: Tensor, batch_sizes: list[int] | Tensor | None, state: State, layer: int, direction: int
     ) -> tuple[Tensor, State]:
         relabel = relabel_of(self, weight_suffix(layer, direction)) if self.relabelled else None
         if relabel is None:
@@ -291,10 +295,12 @@ class KRUBase(nn.Module):
         return relabel.output_outside(output), relabel.state_outside(final)
 
     def _run_inside(
-        self, data: Tensor, batch_sizes: list[int] | Tensor, state: State, layer: int, direction: int
+        self, data: Tensor, batch_sizes: list[int] | Tensor | None, state: State, layer: int, direction: int
     ) -> tuple[Tensor, State]:
         """One layer and direction in the units of its matrices."""
         w = self.weights(layer, direction)
+        if batch_sizes is None:
+            return dense.run_direction(w, data, state, reverse=direction == 1)
         if isinstance(batch_sizes, Tensor):
             return kernel.run_direction(w, self.kernel_kind, data, batch_sizes, state, reverse=direction == 1)
         weight_hh = w["weight_hh"]

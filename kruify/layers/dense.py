@@ -11,7 +11,7 @@ from kruify.layers import kernel
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.layers.relabel import Relabel, relabel_of
 from kruify.layers.steps import State
-from kruify.ops import functions, has_kernel
+from kruify.ops import functions, has_kernel, onednn
 
 if TYPE_CHECKING:
     from kruify.layers.base import KRUBase
@@ -35,6 +35,40 @@ def run_packed(layer: KRUBase, data: Tensor, batch_sizes: Tensor, state: State) 
         data, batch_sizes, hx, flat, layer.bias, layer.num_layers, layer.dropout, layer.training, layer.bidirectional
     )
     return result[0], tuple(result[1:])
+
+
+def in_one_node(layer: KRUBase, x: Tensor) -> bool:
+    """Whether `run_direction` serves: torch's LSTM kernel with derivatives, and less around it than torch.lstm has."""
+    if not (layer.kind == "lstm" and layer.bias and torch.is_grad_enabled() and functions.lean("cpu")):
+        return False
+    if x.dtype != torch.float32 or x.is_cuda or layer.proj_size or not (has_kernel("cpu") and onednn.available()):
+        return False
+    return all(_plain_around(layer.weights(k, d), x) for k, d in layer.directions())
+
+
+def _plain_around(weights: kernel.Weights, x: Tensor) -> bool:
+    """A Kronecker recurrent matrix, all else plain tensors, of one dtype on one device."""
+    matrix, others = weights["weight_hh"], [weights[name] for name in ("weight_ih", "bias_ih", "bias_hh")]
+    return (
+        isinstance(matrix, KroneckerMatrix)
+        and matrix.dtype == x.dtype
+        and all(isinstance(t, Tensor) and t.dtype == x.dtype and t.device == x.device for t in others)
+    )
+
+
+def run_direction(
+    weights: kernel.Weights,
+    x: Tensor,  # (time, batch, features)
+    state: State,  # h, c (batch, size)
+    reverse: bool,
+) -> tuple[Tensor, State]:
+    """One layer and direction of an LSTM, padded."""
+    matrix = weights["weight_hh"]
+    assert isinstance(matrix, KroneckerMatrix)
+    first = (x, weights["weight_ih"], weights["bias_ih"], weights["bias_hh"], *state)
+    form, rest = kernel.form_of(matrix), (matrix.diagonal, *kernel.overlay_of(matrix))
+    out, h, c = onednn.lstm(form.assembly, reverse, first, rest, kernel.parameters_of(matrix, form))  # type: ignore[arg-type]
+    return out, (h, c)
 
 
 def flat_weights(layer: KRUBase) -> list[Tensor]:

@@ -145,7 +145,7 @@ def run_direction(
         # One product of torch's in autocast's precision; the operator would have it in float32.
         data, weight_ih, bias_ih = F.linear(data, weight_ih, bias_ih), None, None  # type: ignore[arg-type]
     h0, c0 = state[0], state[1] if kind == "lstm" else None
-    first = (data, weight_ih, bias_ih, batch_sizes, h0, c0)
+    first: Any = (data, weight_ih, bias_ih, batch_sizes, h0, c0)
     exact, form = precision.of_products(data.device), form_of(matrix)
     assembly = form.whole if not data.is_cuda and work(form, kind, h0.shape[0])[1] else form.assembly
     if torch.is_grad_enabled() and functions.lean(data.device.type):

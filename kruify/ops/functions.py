@@ -53,7 +53,8 @@ class Assembly:
         return self._each_term(reference.merge, parameters)
 
     def _each_term(self, merge: Any, parameters: Sequence[Tensor]) -> list[Tensor]:
-        stages, at = [], 0
+        stages: list[Tensor] = []
+        at = 0
         for count, groups, scaled in self.terms:
             factors, at = parameters[at : at + count], at + count + scaled
             if groups is not None:
@@ -63,7 +64,8 @@ class Assembly:
 
     def backward(self, grads: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
         """Gradients of the stages -> those of the parameters."""
-        found, stage, at = [], 0, 0
+        found: list[Tensor] = []
+        stage = at = 0
         for count, groups, scaled in self.terms:
             factors, at = parameters[at : at + count], at + count + scaled
             size = count if groups is None else len(groups)
@@ -137,7 +139,7 @@ class _Recurrence(torch.autograd.Function):
         return (
             *(None, None, None, None),
             *(*of_input, None, grad_h0, None if c0 is None else grad_c0, grad_bias),
-            *_spread(assembly, found, diagonal, overlay, parameters),
+            *spread(assembly, found, diagonal, overlay, parameters),
         )
 
 
@@ -151,7 +153,7 @@ def _recurrence_twice(call: Any, saved: Sequence[Any], grads: Any) -> list[Optio
         matrix = (stages, diagonal, overlay, index, bias, assembly.layout)
         return reference.recurrence(x, w_ih, bias_ih, sizes, h0, c0, *matrix, kind, reverse)[:3]
 
-    return _twice(function, saved, (3, 9), [*grads[:2], None if saved[5] is None else grads[2]])
+    return twice(function, saved, (3, 9), [*grads[:2], None if saved[5] is None else grads[2]])
 
 
 def dense(assembly: Assembly, rest: tuple[Optional, ...], parameters: Sequence[Tensor]) -> Tensor:
@@ -179,12 +181,12 @@ class _Dense(torch.autograd.Function):
                 stages = assembly.reference_stages(t[3:])
                 return [operators.dense_on_flat([*stages, t[0], t[1]], index, assembly.layout)]
 
-            return None, *_twice(function, saved[:count], (2,), grads)
+            return None, *twice(function, saved[:count], (2,), grads)
         found = _ops.dense_backward.default(grads[0], list(saved[count:]), diagonal, overlay, index, assembly.layout)
-        return None, *_spread(assembly, found, diagonal, overlay, parameters)
+        return None, *spread(assembly, found, diagonal, overlay, parameters)
 
 
-def _spread(
+def spread(
     assembly: Assembly, found: list[Tensor], diagonal: Optional, overlay: Optional, parameters: Sequence[Tensor]
 ) -> tuple[Optional, ...]:
     """Gradients as the operators order them, stages, diagonal, overlay -> of diagonal, overlay, index, parameters."""
@@ -193,7 +195,7 @@ def _spread(
     return grad_diagonal, grad_overlay, None, *assembly.backward(found, parameters)
 
 
-def _twice(function: Any, saved: Sequence[Any], integers: tuple[int, ...], grads: Any) -> list[Optional]:
+def twice(function: Any, saved: Sequence[Any], integers: tuple[int, ...], grads: Any) -> list[Optional]:
     """First derivatives that can be differentiated again, through the reference."""
     inputs = [None if i in integers else t for i, t in enumerate(saved)]
     found = iter(operators.gradients(function, inputs, grads, create_graph=True))

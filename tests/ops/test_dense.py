@@ -9,7 +9,8 @@ import torch
 from ops_cases import MATRICES, cast, differentiable, recurrence_arguments, replace
 from torch import Tensor
 
-from kruify.ops import functions, reference
+from kruify.layers import KRULSTM, dense
+from kruify.ops import Layout, TermLayout, functions, reference
 from kruify.ops.layout import decode
 
 OPERATOR = torch.ops.kruify.dense
@@ -57,3 +58,45 @@ def test_gradcheck_twice(matrix: str) -> None:
 @pytest.mark.parametrize("matrix", ["tiny", "chain", "overlay"])
 def test_opcheck(matrix: str) -> None:
     torch.library.opcheck(OPERATOR, arguments(matrix))
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"batch_first": True}])
+def test_torchs_lstm_in_one_node(options: dict[str, Any]) -> None:
+    """Outputs, gradients and second derivatives through torch's kernel as through the loop."""
+    torch.manual_seed(0)
+    layer = KRULSTM(3, 16, factors="2x2+diag+sparse:5%", **options)
+    x, state = torch.randn(4, 5, 3, requires_grad=True), None
+    found = []
+    for backend in ("dense", "reference"):
+        layer.backend = backend  # type: ignore[assignment]
+        out, state = layer(x)
+        assert backend == "reference" or dense.in_one_node(layer, x)
+        loss = out.square().sum() + state[0].sum() + (3 * state[1]).sum()
+        first = torch.autograd.grad(loss, [x, *layer.parameters()], create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), list(layer.parameters()))
+        found.append([out, *state, *first, *second])
+    for actual, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
+@pytest.mark.parametrize("matrix", ["pair", "chain", "tiny"])
+def test_recurrence_on_the_formed_weight(kind: str, matrix: str) -> None:
+    """With W formed first: what the factors themselves give, and derivatives twice."""
+    given = recurrence_arguments(kind, matrix, (3, 3, 2, 1))
+    first, (stages, diagonal, overlay, index, bias, layout) = given[:6], given[6:12]
+    terms = tuple((term.stages, None, False) for term in decode(layout).terms)
+    gates = layout[0]
+    whole = Layout(gates, *layout[1:3], (), (TermLayout(1, tuple(range(gates))),)).encode()
+    tensors, results = differentiable([*first, stages, diagonal, overlay, bias]), []
+    for plain in (None, whole):
+        form = functions.Assembly(terms, layout, plain)
+        out, h, c = functions.recurrence(form, kind, False, 0, tuple(first), (bias, diagonal, overlay, index), stages)
+        loss = (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum() + h.sum() + c.sum()
+        grads = torch.autograd.grad(loss, tensors, create_graph=True)
+        again = torch.autograd.grad(grads[0].square().sum(), tensors, allow_unused=True, materialize_grads=True)
+        results.append([out, h, c, *torch.autograd.grad(loss, tensors, retain_graph=True), *grads, *again])
+    for actual, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-11)
