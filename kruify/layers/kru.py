@@ -26,6 +26,8 @@ from kruify.ops.precision import autocast_to
 from kruify.ops.reference import modrelu
 
 NONLINEARITIES = ("modrelu", "tanh", "relu")
+STARTS = ("linear", "small")
+SMALL_THRESHOLD = 0.01
 
 
 class KRU(nn.Module):
@@ -38,6 +40,12 @@ class KRU(nn.Module):
         factors: spec of the recurrent matrix (kruify.factors), "2x2" for the smallest, 8 log2(N) real numbers.
         complex_state: complex factors, input map and state; False for the real unit.
         nonlinearity: "modrelu"; for a real state also "tanh" and "relu".
+        start: of W_ih and the biases. "linear": W_ih with variance 1/inputs, biases zero, so that modReLU does nothing
+            yet and the layer is a linear isometry of its state. "small" is that of Arjovsky, Shah & Bengio, "Unitary
+            Evolution Recurrent Neural Networks" (ICML 2016): W_ih, real and imaginary parts alike, uniform as Glorot &
+            Bengio have it, biases uniform in +-0.01. With few inputs states are several times smaller then, so that
+            modReLU's thresholds, which a step of Adam moves by the learning rate, soon are as large: what is no linear
+            function of the inputs (adding) needs that.
         backend: "auto" takes the compiled kernels where they serve, else a loop over time; "kernel" and "reference"
             force one of them.
 
@@ -59,6 +67,7 @@ class KRU(nn.Module):
         factors: str = "2x2",
         complex_state: bool = True,
         nonlinearity: str = "modrelu",
+        start: str = "linear",
         backend: Literal["auto", "kernel", "reference"] = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -69,6 +78,8 @@ class KRU(nn.Module):
         if nonlinearity not in NONLINEARITIES or (complex_state and nonlinearity != "modrelu"):
             allowed = "'modrelu'" if complex_state else "'modrelu', 'tanh' or 'relu'"
             raise UsageError(f"nonlinearity must be {allowed}, got '{nonlinearity}'", "KRU")
+        if start not in STARTS:
+            raise UsageError(f"start must be 'linear' or 'small', got '{start}'", "KRU")
         if backend not in ("auto", "kernel", "reference"):
             raise UsageError(f"backend must be 'auto', 'kernel' or 'reference', got '{backend}'", "KRU")
         dtype = dtype or torch.get_default_dtype()
@@ -77,6 +88,7 @@ class KRU(nn.Module):
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
         self.complex_state, self.nonlinearity, self.backend = complex_state, nonlinearity, backend
+        self.start = start
         state_dtype = kernel.COMPLEX[dtype] if complex_state else dtype
         structure = parse(factors).resolve(hidden_size, hidden_size)
         for k in range(num_layers):
@@ -104,15 +116,21 @@ class KRU(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Factors Haar distributed over the unitary group, W_ih with variance 1/inputs, biases zero."""
+        """Factors Haar distributed over the unitary group; W_ih and biases as `start` says."""
         for k in range(self.num_layers):
             w_ih: Tensor = getattr(self, f"weight_ih_l{k}")
-            w_ih.normal_(std=w_ih.shape[1] ** -0.5)
+            small = self.start == "small"
+            if small:
+                bound = (6 / sum(w_ih.shape)) ** 0.5
+                (torch.view_as_real(w_ih) if self.complex_state else w_ih).uniform_(-bound, bound)
+            else:
+                w_ih.normal_(std=w_ih.shape[1] ** -0.5)
             matrix: KroneckerMatrix = getattr(self, f"weight_hh_l{k}")
             for term in matrix.term_list():
                 term.reset_parameters()
             if self.bias:
-                getattr(self, f"bias_l{k}").zero_()
+                bias: Tensor = getattr(self, f"bias_l{k}")
+                bias.uniform_(-SMALL_THRESHOLD, SMALL_THRESHOLD) if small else bias.zero_()
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None

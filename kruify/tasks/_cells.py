@@ -11,11 +11,13 @@ from kruify.errors import TaskError
 CELLS = ("rnn", "lstm", "gru", "kru-rnn", "kru-lstm", "kru-gru", "kru", "kru-real")
 
 
-def recurrent(cell: str, input_size: int, hidden_size: int, *, factors: str = "auto", **options: Any) -> nn.Module:
+def recurrent(
+    cell: str, input_size: int, hidden_size: int, *, factors: str = "auto", start: str = "linear", **options: Any
+) -> nn.Module:
     """Return a recurrent layer with nn.LSTM's interface: nn.RNN, nn.LSTM, nn.GRU, or a kru layer with `factors`.
 
-    "kru" is the Kronecker Recurrent Unit as published, its state complex, "kru-real" the same with a real state; the
-    other kru cells are torch's with Kronecker recurrent matrices.
+    "kru" is the Kronecker Recurrent Unit as published, its state complex, "kru-real" the same with a real state, both
+    begun as `start` says; the other kru cells are torch's with Kronecker recurrent matrices.
 
     `options` go to the constructor (num_layers, batch_first, dropout ...). TaskError for an unknown cell.
     """
@@ -27,7 +29,8 @@ def recurrent(cell: str, input_size: int, hidden_size: int, *, factors: str = "a
     from kruify import layers  # dense networks do not need it
 
     if cell in ("kru", "kru-real"):
-        return layers.KRU(input_size, hidden_size, factors=factors, complex_state=cell == "kru", **options)
+        complex_state = cell == "kru"
+        return layers.KRU(input_size, hidden_size, factors=factors, complex_state=complex_state, start=start, **options)
     kru: type[nn.Module] = getattr(layers, "KRU" + cell.removeprefix("kru-").upper())
     return kru(input_size, hidden_size, factors=factors, **options)
 

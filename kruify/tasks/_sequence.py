@@ -35,6 +35,7 @@ class SequenceNetwork(nn.Module):
             inputs,
             options.hidden,
             factors=options.factors,
+            start=options.start,
             num_layers=options.layers,
             dropout=between,
             batch_first=True,
@@ -74,6 +75,7 @@ class SequenceTask(Task):
         hidden: hidden size.
         cell: "lstm", "gru", "rnn", "kru-" and one of them, or the unit itself: "kru" (complex), "kru-real".
         factors: factor spec of a kru cell.
+        start: how the weights of a "kru" or "kru-real" begin, "linear" or "small" (kruify.layers.KRU).
         layers: recurrent layers.
         dropout: on the outputs of every recurrent layer.
         batch_size: examples in a training batch.
@@ -82,6 +84,7 @@ class SequenceTask(Task):
     hidden: int = 128
     cell: str = "lstm"
     factors: str = "auto"
+    start: str = "linear"
     layers: int = 1
     dropout: float = 0.0
     batch_size: int = 64

@@ -24,10 +24,13 @@ class Adding(SequenceTask):
 
     Args:
         T: steps, at least 2.
+        shortest: the length of every training batch is drawn between this and T, so that what the marks mean can be
+            learnt where there is little to remember; 0 for T steps always. "valid" and "test" have T steps.
         train_examples: freshly drawn sequences in an epoch.
     """
 
     T: int = 100
+    shortest: int = 0
     train_examples: int = 6400
     cell: str = "rnn"
 
@@ -38,6 +41,8 @@ class Adding(SequenceTask):
     def __post_init__(self) -> None:
         if self.T < 2:
             raise TaskError(f"adding cannot have T={self.T}", hint="T is at least 2")
+        if self.shortest and not 2 <= self.shortest <= self.T:
+            raise TaskError(f"adding cannot have shortest={self.shortest}", hint="It is 0, or from 2 to T")
 
     def model(self) -> SequenceNetwork:
         return SequenceNetwork(2, 1, self, last=True)
@@ -46,12 +51,15 @@ class Adding(SequenceTask):
         return self.train_examples if check_split(split) == "train" else _EXAMPLES[split]
 
     def batches(self, split: str, *, seed: int = 0) -> Iterator[Batch]:
-        """Yield x (batch, T, 2) float32 of numbers and marks, y (batch, 1). "train" is drawn anew for every seed."""
+        """Yield x (batch, steps, 2) float32, numbers and marks, y (batch, 1). "train" is drawn anew for every seed."""
         train = check_split(split) == "train"
         generator = torch.Generator().manual_seed(seed if train else _SEEDS[split])
         size = self.batch_size if train else _EVALUATION_BATCH
         for start in range(0, self.examples(split), size):
-            yield _draw(min(size, self.examples(split) - start), self.T, generator)
+            steps = self.T
+            if train and self.shortest:
+                steps = int(torch.randint(self.shortest, self.T + 1, (), generator=generator))
+            yield _draw(min(size, self.examples(split) - start), steps, generator)
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         return functional.mse_loss(outputs, batch.y)

@@ -97,6 +97,20 @@ def test_the_gated_units_take_the_same_factors(kind: type[KRUBase], gates: int, 
     assert unitary_penalty(layer).item() == pytest.approx(9 * first.shape[-1])  # ||4 I - I||_F^2 of one gate's factor
 
 
+@pytest.mark.parametrize("complex_state", [True, False])
+def test_starts(complex_state: bool) -> None:
+    torch.manual_seed(0)
+    linear = KRU(4, 1024, factors="32x32", complex_state=complex_state)
+    assert not linear.bias_l0.any()
+    assert float(linear.weight_ih_l0.detach().abs().square().mean()) == pytest.approx(1 / 4, rel=0.1)
+    small = KRU(4, 1024, factors="32x32", complex_state=complex_state, start="small")
+    parts = (small.weight_ih_l0.real, small.weight_ih_l0.imag) if complex_state else (small.weight_ih_l0,)
+    for part, bound in [(p, (6 / 1028) ** 0.5) for p in parts] + [(small.bias_l0, 0.01)]:
+        assert bound * 0.98 < float(part.detach().max()) <= bound
+        assert -bound <= float(part.detach().min()) < -0.98 * bound
+        assert float(part.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
 def test_modrelu_at_zero_and_its_threshold() -> None:
     z = torch.tensor([0.0, 3 + 4j, 0.3j], requires_grad=True)
     value = modrelu(z, torch.tensor([-1.0, -1.0, -1.0]))
@@ -111,6 +125,7 @@ def test_modrelu_at_zero_and_its_threshold() -> None:
         ({"hidden_size": 6}, "Specs that fit"),
         ({"nonlinearity": "tanh"}, "must be 'modrelu'"),
         ({"num_layers": 0}, "at least 1"),
+        ({"start": "glorot"}, "'linear' or 'small'"),
         ({"dtype": torch.float16}, "float32 or float64"),
     ],
 )

@@ -78,6 +78,24 @@ def test_adding_sequences(T: int) -> None:
         assert (first, second) == ({0}, {1, 2})
 
 
+def test_adding_of_mixed_lengths() -> None:
+    task = Adding(T=6, shortest=4, train_examples=200, batch_size=5)
+    lengths = [x.shape[1] for x, _, _ in task.batches("train", seed=1)]
+    assert set(lengths) == {4, 5, 6}
+    assert lengths == [x.shape[1] for x, _, _ in task.batches("train", seed=1)]
+    for x, y, _ in task.batches("train", seed=1):
+        torch.testing.assert_close((x[..., 0] * x[..., 1]).sum(1, keepdim=True), y)
+        half = x.shape[1] // 2
+        assert (x[:, :half, 1].sum(1) == 1).all() and (x[:, half:, 1].sum(1) == 1).all()
+    assert {x.shape[1] for x, _, _ in task.batches("valid")} == {6}
+
+
+@pytest.mark.parametrize("shortest", [1, 7, -2])
+def test_adding_refuses_lengths_beyond_its_own(shortest: int) -> None:
+    with pytest.raises(TaskError, match=f"shortest={shortest}"):
+        Adding(T=6, shortest=shortest)
+
+
 def test_adding_chance_is_what_it_says() -> None:
     assert Adding(T=10).evaluate(Fixed(torch.ones(1)), "test")["mse"] == pytest.approx(1 / 6, rel=0.03)
 

@@ -37,6 +37,12 @@ def test_state_dict_names_and_last() -> None:
     torch.testing.assert_close(model(x), expected)
 
 
+@pytest.mark.parametrize("cell", ["kru", "kru-real"])
+def test_start_reaches_the_unit(cell: str) -> None:
+    assert CopyMemory(cell=cell, hidden=8, factors="2x2").model().rnn.start == "linear"
+    assert CopyMemory(cell=cell, hidden=8, factors="2x2", start="small").model().rnn.start == "small"
+
+
 def test_unknown_cell() -> None:
     with pytest.raises(TaskError, match=r'no cell "lstn"\. Cells are rnn, lstm, gru, kru-rnn'):
         recurrent("lstn", 2, 2)
