@@ -124,7 +124,7 @@ def shared_memory() -> list[dict[str, object]]:
             for shape in MENU:
                 for rank in (1, 2, 4):
                     for backward, wanted in itertools.product((0, 1), range(3)):
-                        options = (ctypes.c_int * 8)(processors, size, clusters, 0, 0, 0, 1, wanted)
+                        options = (ctypes.c_int * 9)(processors, size, clusters, 0, 0, 0, 1, wanted, 0)
                         found = (ctypes.c_int * 5)()
                         choose(KINDS.index(kind), *shape, rank, 64, options, backward, found)
                         fits = found[0] > 0

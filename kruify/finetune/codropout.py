@@ -65,5 +65,5 @@ class CoMatrixDropout:
         yield overlay.values, mask[overlay.coordinates()[0]].view_as(overlay.values)
 
     def _draw(self, count: int, generator: torch.Generator, like: Tensor) -> Tensor:
-        kept = torch.rand(count, generator=generator) >= self.share
+        kept = torch.rand(count, generator=generator, device="cpu") >= self.share
         return (kept / (1 - self.share)).to(like.device, like.dtype)

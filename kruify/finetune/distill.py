@@ -119,7 +119,8 @@ def output_distance(outputs: Tensor, targets: Tensor, kind: str, temperature: fl
         return functional.mse_loss(outputs, targets) / variance
     if kind == "sigmoid":
         soft = torch.sigmoid(targets / temperature)
-        entropy = functional.binary_cross_entropy(soft, soft, reduction="none")
+        # Not binary_cross_entropy(soft, soft): autocast on CUDA refuses it.
+        entropy = functional.binary_cross_entropy_with_logits(targets / temperature, soft, reduction="none")
         cross = functional.binary_cross_entropy_with_logits(outputs / temperature, soft, reduction="none")
         divergence = temperature**2 * (cross - entropy)
         return (divergence.sum(-1) if divergence.ndim > 1 else divergence).mean()

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kruify.errors import UsageError
+
+PATIENCE = timedelta(hours=12)  # the others wait while the main process validates; NCCL would give up after 10 minutes
 
 
 class Processes:
@@ -32,20 +35,22 @@ class Processes:
         try:
             from accelerate import Accelerator
             from accelerate.state import AcceleratorState
+            from accelerate.utils import InitProcessGroupKwargs
         except ImportError as error:
             raise UsageError(
                 "fine-tuning needs the package accelerate, which is not installed",
                 hint="pip install 'kruify[finetune]'",
             ) from error
         wanted = None if device is None else torch.device(device)
-        if wanted is not None and wanted.type == "cuda" and not torch.cuda.is_available():
+        if wanted is not None and wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
             raise UsageError(f"there is no device {wanted} here", "fine-tuning", "Use --device cpu")
         # accelerate keeps one state a process and refuses a second Accelerator with other settings: forget the last
         # one's.
         AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
         # It joins processes on CPUs only if it is told that CPUs are meant.
         cpu = wanted.type == "cpu" if wanted is not None else not torch.accelerator.is_available()
-        self._accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+        patience = InitProcessGroupKwargs(timeout=PATIENCE)
+        self._accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patience])
         self.count: int = self._accelerator.num_processes
         self.rank: int = self._accelerator.process_index
         self.is_main: bool = self._accelerator.is_main_process

@@ -243,7 +243,7 @@ class KRUBase(nn.Module):
             if dense.in_one_node(self, x):
                 return self._run_layers(x, None, state)
             return dense.run_padded(self, x, state)
-        batch_sizes = torch.full((steps,), batch) if path == "kernel" else [batch] * steps
+        batch_sizes = torch.full((steps,), batch, device="cpu") if path == "kernel" else [batch] * steps
         output, state = self._run_layers(x.reshape(steps * batch, -1), batch_sizes, state)
         return output.reshape(steps, batch, -1), state
 

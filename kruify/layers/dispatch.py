@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,20 +51,8 @@ def _templates_take(layer: KRUBase, x: Tensor, k: int, d: int) -> bool:
     (rows1, _), (rows2, _) = plans[0].shapes
     training, wanted = torch.is_grad_enabled(), precision.of_products(x.device)
     rank, device = terms[0].term.rank, x.device.index or 0
-    fits: bool = _template_fits(matrix.gates, rank, rows1, rows2, training, wanted, device)
+    fits: bool = kernel.template_fits(matrix.gates, rank, rows1, rows2, training, wanted, device)
     return fits
-
-
-# torch.compile cannot look into it; all of it is known then.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _template_fits(gates: int, rank: int, rows1: int, rows2: int, training: bool, wanted: int, device: int) -> bool:
-    """What the kernels themselves ask before a launch, `pair_fits` in csrc/cuda/pair_plan.h."""
-    return _template_fits_cached(gates, rank, rows1, rows2, training, wanted, device)
-
-
-@lru_cache(maxsize=256)
-def _template_fits_cached(*question: int) -> bool:
-    return bool(torch.ops.kruify.template_fits(*question))
 
 
 def _gain(matrix: object, kind: str, batch: int) -> float:

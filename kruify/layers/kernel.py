@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -108,10 +109,25 @@ def work(form: Form, kind: str, batch: int) -> tuple[float, bool]:
     return (whole, True) if whole < cost else (cost, False)
 
 
+# torch.compile cannot look into it; all of it is known then.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def template_fits(gates: int, rank: int, rows1: int, rows2: int, training: bool, wanted: int, device: int) -> bool:
+    """Whether the CUDA templates take a recurrence on GPU number `device`: what the kernels themselves ask before a
+    launch, `pair_fits` in csrc/cuda/pair_plan.h."""
+    return _template_fits_cached(gates, rank, rows1, rows2, training, wanted, device)
+
+
+@lru_cache(maxsize=256)
+def _template_fits_cached(*question: int) -> bool:
+    return bool(torch.ops.kruify.template_fits(*question))
+
+
 def serves(weight_hh: object, x: Tensor, projected: bool) -> bool:
     """Whether the compiled kernels can run a layer with this recurrent matrix on this input."""
     if not isinstance(weight_hh, KroneckerMatrix) or projected or not has_kernel(x.device.type):
         return False
+    if x.is_cuda and not template_fits(1, 1, 4, 4, False, precision.FLOAT32, x.device.index):
+        return False  # a GPU that the library was not compiled for: what fits nowhere else fits not even the smallest
     dtype = weight_hh.dtype
     if x.dtype in COMPLEX:
         return dtype in (x.dtype, COMPLEX[x.dtype])
@@ -163,7 +179,7 @@ def run_step(cell: nn.Module, weights: Weights, kind: str, x: Tensor, state: Sta
     # A tensor that is no parameter of the cell was computed for this call alone (torch.nn.utils.parametrize).
     own = all(weights[name] is cell._parameters.get(name) for name in ("weight_ih", "bias_ih", "bias_hh"))
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not own or weights["weight_ih"] is None:
-        return run_direction(weights, kind, x, torch.full((1,), x.shape[0]), state, reverse=False)[1]
+        return run_direction(weights, kind, x, torch.full((1,), x.shape[0], device="cpu"), state, reverse=False)[1]
     streaming: Streaming | None = cell.__dict__.get(_STREAMING)
     if streaming is None or not streaming.valid():
         streaming = cell.__dict__[_STREAMING] = Streaming(weights, kind, cell)
@@ -216,7 +232,7 @@ class Streaming:
         batch = x.shape[0]
         sizes = self.sizes.get(batch)
         if sizes is None:
-            sizes = self.sizes[batch] = torch.full((1,), batch)
+            sizes = self.sizes[batch] = torch.full((1,), batch, device="cpu")
         last = self.last if self.merged is None else (stages_of(self.merged), *self.last[1:])
         if len(state) == 2:
             _, h, c, _ = self.operator(x, *self.first, sizes, state[0], state[1], *last)

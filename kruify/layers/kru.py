@@ -160,7 +160,7 @@ class KRU(nn.Module):
         x = input.unsqueeze(1) if unbatched else input.transpose(0, 1) if self.batch_first else input
         steps, batch = x.shape[:2]
         h0 = self._initial_state(hx.unsqueeze(1) if unbatched and hx is not None else hx, x, batch)
-        batch_sizes = torch.full((steps,), batch) if self._is_compiled(x) else [batch] * steps
+        batch_sizes = torch.full((steps,), batch, device="cpu") if self._is_compiled(x) else [batch] * steps
         output, final = self._run(x.reshape(steps * batch, x.shape[2]), batch_sizes, h0)
         output = output.reshape(steps, batch, self.output_size)
         if unbatched:

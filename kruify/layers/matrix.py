@@ -160,7 +160,8 @@ class KroneckerMatrix(nn.Module):
         generator = torch.Generator().manual_seed(overlay.values.shape[0])
         block, picked = overlay.values.shape[1], []
         for gate, s in enumerate(self.structures):
-            cells = torch.randperm(s.rows // block * s.cols, generator=generator)[: s.sparse_blocks].sort().values
+            cells = torch.randperm(s.rows // block * s.cols, generator=generator, device="cpu")
+            cells = cells[: s.sparse_blocks].sort().values
             rows = gate * s.rows + cells // s.cols * block
             picked.append(torch.stack([rows, cells % s.cols], dim=1))
         overlay.index.copy_(torch.cat(picked))

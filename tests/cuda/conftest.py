@@ -47,7 +47,7 @@ def cached(name: str, sources: Sequence[Path], command: Sequence[str], build: Ca
 class Options(ctypes.Structure):
     _fields_ = [
         (n, ctypes.c_int)
-        for n in ("processors", "shared_memory", "clusters", "order", "cluster", "tile", "menu", "precision")
+        for n in ("processors", "shared_memory", "clusters", "order", "cluster", "tile", "menu", "precision", "skipped")
     ]
 
 
@@ -58,10 +58,9 @@ class _Problem(ctypes.Structure):
     ]
 
 
-def options(order: int = 0, cluster: int = 0, tile: int = 0, menu: int = 1, precision: int = 0, **chip: int) -> Options:
-    """A run on an H200 unless `chip` (processors, shared_memory, clusters) says otherwise."""
-    values = {"processors": 132, "shared_memory": 232448, "clusters": 1} | chip
-    return Options(order=order, cluster=cluster, tile=tile, menu=menu, precision=precision, **values)
+def options(**given: int) -> Options:
+    """A run on an H200 by the menu, unless `given` says otherwise."""
+    return Options(**({"processors": 132, "shared_memory": 232448, "clusters": 1, "menu": 1} | given))
 
 
 @dataclass
@@ -212,6 +211,15 @@ class Phases:
         shapes = [n for f in factors for n in f.shape[1:]]
         return factors[0].shape[0], len(factors), (ctypes.c_int * len(shapes))(*shapes), _pointers(factors)
 
+    def races(self) -> tuple[int, str]:
+        """Clashes of threads since the last call, and one of them; of a library that watches (fixture `races`)."""
+        self.library.races_found.restype, self.library.race.restype = ctypes.c_int64, ctypes.c_char_p
+        return self.library.races_found(), self.library.race().decode()
+
+    def barriers(self) -> int:
+        """The most barriers that a block of a kernel has met since the last call."""
+        return int(self.library.barriers())
+
     def fits(self, kind: str, rows1: int, rows2: int, rank: int, training: bool, o: Options) -> bool:
         """Whether the two-stage kernels take any batch."""
         return bool(self.library.fits(GATES[kind], rank, rows1, rows2, int(training), ctypes.byref(o)))
@@ -230,14 +238,38 @@ def phases() -> Phases:
     compiler = next((c for c in ("g++", "c++", "clang++") if shutil.which(c)), None)
     if compiler is None:
         pytest.skip("no C++ compiler to build the phases with")
-    source = Path(__file__).with_name("phases.cpp")
-    command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", f"-I{CSRC}", str(source)]
+    return _built(compiler, "phases.so", [("phases.cpp", ())])
 
-    def build(target: Path) -> None:
-        done = subprocess.run([*command, "-o", str(target)], check=False, capture_output=True, text=True)
+
+@pytest.fixture(scope="session")
+def races() -> Phases:
+    """The phases with every access to memory watched; much slower."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++, whose -fsanitize=thread tells of every access")
+    return _built(
+        "g++", "races.so", [("phases.cpp", ("-DKRUIFY_RACES", "-fsanitize=thread")), ("races.cpp", ("-DKRUIFY_RACES",))]
+    )
+
+
+def _built(compiler: str, name: str, parts: list[tuple[str, tuple[str, ...]]]) -> Phases:
+    """The library of these sources, each with flags of its own."""
+    folder = Path(__file__).parent
+    command = [compiler, "-std=c++20", "-O1", "-fPIC", "-Wall", "-Werror", f"-I{CSRC}"]
+
+    def run(arguments: Sequence[str]) -> None:
+        done = subprocess.run(arguments, check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
 
-    return Phases(ctypes.CDLL(str(cached("phases.so", [source, *sorted((CSRC / "cuda").glob("*.h"))], command, build))))
+    def build(target: Path) -> None:
+        objects = [f"{target}.{k}.o" for k in range(len(parts))]
+        for (source, flags), output in zip(parts, objects, strict=True):
+            run([*command, *flags, "-c", str(folder / source), "-o", output])
+        run([compiler, "-shared", *objects, "-o", str(target)])
+        for output in objects:
+            os.unlink(output)
+
+    sources = [*folder.glob("*.cpp"), *folder.glob("*.h"), *(CSRC / "cuda").glob("*.h")]
+    return Phases(ctypes.CDLL(str(cached(name, sorted(sources), [*command, repr(parts)], build))))
 
 
 @pytest.fixture(name="options", scope="session")

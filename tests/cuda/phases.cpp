@@ -5,9 +5,11 @@
 #include <memory>
 #include <numeric>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/flow.h"
+#include "races.h"
 
 using namespace kruify::cuda;
 
@@ -17,45 +19,75 @@ namespace {
 //
 // Phases are kept until a barrier demands their results; then every thread goes as far as it may before the next one
 // starts, and, in a cluster, every block before the next one. A missing barrier thus shows too: a thread that runs ahead
-// finds what the others have not written yet, or overwrites what they have not read.
+// finds what the others have not written yet, or overwrites what they have not read. Copies from global memory arrive when
+// their thread waits for them. Built with KRUIFY_RACES (races.h), every access of every thread is compared with the others'.
 struct HostBlock {
   int threads, ranks, order;  // order 0: threads ascending; 1: descending; 2: scattered
+  int skipped;                // which barrier, from 1, is none for races.h
+  size_t size;                // of a block's memory, in bytes
   std::vector<std::unique_ptr<double[]>> memory;
-  using Phase = std::function<void(const Thread&)>;
+  std::vector<Copies> on_their_way;  // of the threads of all ranks
+  struct Phase {
+    std::function<void(const Thread&)> run;
+    races::Place place;
+  };
   std::vector<std::vector<Phase>> waiting{{}};  // phases, one list between two barriers of a block
+  races::Place place{};
+  int barriers = 0;
+  bool arrival_skipped = false;
   size_t arrived = 0;                           // lists that every block has behind it at the cluster's arrival
   std::vector<int64_t> products = std::vector<int64_t>(1024);  // of tensor cores that each thread took part in
   inline static bool warps_agree = true;
+  inline static int most_barriers = 0;  // of any block so far
 
-  HostBlock(int threads, int ranks, int64_t bytes, int order) : threads(threads), ranks(ranks), order(order) {
+  HostBlock(int threads, int ranks, int64_t bytes, int order, int skipped = 0)
+      : threads(threads), ranks(ranks), order(order), skipped(skipped), size(bytes / 8 * 8 + 16), on_their_way(threads * ranks) {
     for (int r = 0; r < ranks; ++r) {
-      memory.emplace_back(new double[bytes / 8 + 2]);
-      std::memset(memory.back().get(), 0xff, bytes / 8 * 8 + 16);
+      memory.emplace_back(new double[size / 8]);
+      std::memset(memory.back().get(), 0xff, size);
+      races::own(memory.back().get(), size);
     }
+    races::own(on_their_way.data(), on_their_way.size() * sizeof(Copies));
+    races::ignore(&emulated, sizeof emulated);
   }
   template <class State>
   struct PerThread {
     std::vector<State> states = std::vector<State>(1024);
+    PerThread() { races::own(states.data(), states.size() * sizeof(State)); }
     State& of(const Thread& t) { return states[t.id]; }
   };
-  void each(Phase phase) { waiting.back().push_back(std::move(phase)); }
+  void each(std::function<void(const Thread&)> phase) { waiting.back().push_back({std::move(phase), place}); }
   void barrier() {
-    if (ranks == 1) run(waiting.size());
+    const bool real = ++barriers != skipped;
+    place.interval += real;
+    if (ranks == 1) run(waiting.size(), real);
     else waiting.emplace_back();
   }
-  void cluster_barrier() { run(waiting.size()); }
+  void cluster_barrier() {
+    const bool real = ++barriers != skipped;
+    place.interval += real, place.arrived += real, place.waited += real;
+    run(waiting.size(), real);
+  }
   void cluster_arrive() {
     if (ranks == 1) return;
+    arrival_skipped = ++barriers == skipped;
+    place.arrived += !arrival_skipped;
     waiting.emplace_back();
     arrived = waiting.size() - 1;
   }
   void cluster_wait() {
     if (ranks == 1) return;
-    run(arrived);  // nobody passes before all have arrived, but what lies between may run late
+    place.waited += !arrival_skipped;
+    run(arrived, false);  // nobody passes before all have arrived, but what lies between may run late
   }
-  void end() { run(waiting.size()); }
-  // The first lists, block by block, list by list, thread by thread.
-  void run(size_t lists) {
+  void end() {
+    run(waiting.size(), false);
+    for (int r = 0; r < ranks && ranks > 1; ++r) races::gone(r, memory[r].get(), size, {r, -1, place.interval, place.arrived, place.waited});
+    races::meet();
+    most_barriers = std::max(most_barriers, barriers);
+  }
+  // The first lists, block by block, list by list, thread by thread. `met`: all threads are at one place then.
+  void run(size_t lists, bool met) {
     for (int r = 0; r < ranks; ++r) {
       const int rank = order == 1 ? ranks - 1 - r : r;
       for (size_t list = 0; list < lists; ++list) {
@@ -65,7 +97,13 @@ struct HostBlock {
           const int id = order == 0 ? k : order == 1 ? threads - 1 - k : static_cast<int>(static_cast<int64_t>(k) * step % threads);
           const Thread thread{id, threads, rank, ranks, reinterpret_cast<char*>(memory[rank].get())};
           const int64_t before = emulated;
-          for (const Phase& phase : waiting[list]) phase(thread);
+          copies = &on_their_way[rank * threads + id];
+          for (const Phase& phase : waiting[list]) {
+            races::enter({rank, id, phase.place.interval, phase.place.arrived, phase.place.waited});
+            phase.run(thread);
+            races::leave();
+          }
+          copies = nullptr;
           products[id] = emulated - before;
         }
         for (int id = 0; id < threads; ++id)  // mma.sync hangs where lanes of a warp go different ways
@@ -75,6 +113,7 @@ struct HostBlock {
     waiting.erase(waiting.begin(), waiting.begin() + static_cast<std::ptrdiff_t>(lists));
     if (waiting.empty()) waiting.emplace_back();
     arrived = 0;
+    if (met) races::meet();
   }
   template <class T>
   T* remote(const Thread& t, int rank, T* local) const {
@@ -92,6 +131,7 @@ void with_any_template(AnyShape s, bool menu, const PairPlan& p, Kind kind, cons
 struct Options {  // mirrored in conftest.py
   int processors, shared_memory, clusters;
   int order, cluster, tile, menu, precision;  // cluster, tile: 0 for what the plan says
+  int skipped;                                // a barrier that races.h does not count, from 1; 0: none
 };
 
 struct HostMachine {
@@ -116,7 +156,19 @@ struct HostMachine {
   template <class Item>
   void run(const Item& item) {
     const int64_t n = item.items();
-    for (int64_t k = 0; k < n; ++k) item.run(options.order ? n - 1 - k : k);
+    races::launch();
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t number = options.order ? n - 1 - k : k;
+      races::unit(number);
+      races::enter({});
+      run_one(item, number);
+      races::leave();
+      races::meet();
+    }
+  }
+  template <class Item>
+  [[gnu::noinline]] static void run_one(const Item& item, int64_t number) {
+    item.run(number);
   }
   void sort_columns(const int* index, int blocks, const int*& columns, const int64_t*& order) {
     int* sorted = scratch<int>(blocks);
@@ -134,8 +186,10 @@ struct HostMachine {
   void pair_recurrence(AnyShape s, PairPlan plan, Kind kind, const PairForward& args) {
     ++pairs, tensors += plan.precision != kFloat32;
     const PairPlan p = forced(s, kind, plan, false);
+    races::launch();
     for (int sample = 0; sample < args.rows.batch; ++sample) {
-      HostBlock block(p.threads, p.cluster, p.bytes, options.order);
+      races::unit(sample);
+      HostBlock block(p.threads, p.cluster, p.bytes, options.order, options.skipped);
       with_any_template(s, options.menu, p, kind, [&](auto g, auto numbers, auto shape) {
         pair_forward<g.value, decltype(numbers)>(block, shape, p, args, sample);
       });
@@ -144,8 +198,10 @@ struct HostMachine {
   void pair_recurrence_backward(AnyShape s, PairPlan plan, Kind kind, const PairBackward& args) {
     ++pairs, tensors += plan.precision != kFloat32;
     const PairPlan p = forced(s, kind, plan, true);
+    races::launch();
     for (int sample = 0; sample < args.rows.batch; ++sample) {
-      HostBlock block(p.threads, p.cluster, p.bytes, options.order);
+      races::unit(sample);
+      HostBlock block(p.threads, p.cluster, p.bytes, options.order, options.skipped);
       with_any_template(s, options.menu, p, kind, [&](auto g, auto numbers, auto shape) {
         pair_backward<g.value, decltype(numbers)>(block, shape, p, args, sample);
       });
@@ -154,33 +210,41 @@ struct HostMachine {
   template <class T>
   void general_recurrence(const Program<T>& m, Kind kind, const GeneralForward<T>& args) {
     ++generals;
+    races::launch();
     for (int sample = 0; sample < args.rows.batch; ++sample) {
-      HostBlock block(64, 1, general_scratch(m) * int64_t(sizeof(T)), options.order);
+      races::unit(sample);
+      HostBlock block(64, 1, general_scratch(m) * int64_t(sizeof(T)), options.order, options.skipped);
       with_gates(kind, [&](auto g) { general_forward<g.value>(block, m, args, sample); });
     }
   }
   template <class T>
   void general_recurrence_backward(const Program<T>& m, Kind kind, const GeneralBackward<T>& args) {
     ++generals;
+    races::launch();
     for (int sample = 0; sample < args.rows.batch; ++sample) {
-      HostBlock block(64, 1, general_scratch(m) * int64_t(sizeof(T)), options.order);
+      races::unit(sample);
+      HostBlock block(64, 1, general_scratch(m) * int64_t(sizeof(T)), options.order, options.skipped);
       with_gates(kind, [&](auto g) { general_backward<g.value>(block, m, args, sample); });
     }
   }
   void pair_product(AnyShape s, const PairProductPlan& p, const PairProduct& args, bool backward) {
     ++pairs, tensors += p.precision != kFloat32;
+    races::launch();
     for (int k = 0; k < 3; ++k)
       with_precision(p.precision, [&](auto numbers) {
-        HostBlock block(p.threads, 1, p.bytes, options.order);
+        races::unit(k);
+        HostBlock block(p.threads, 1, p.bytes, options.order, options.skipped);
         if (backward) pair_product_backward<decltype(numbers)>(block, s, p, args, k, 3);
         else kruify::cuda::pair_product<decltype(numbers)>(block, s, p, args, k, 3);
       });
   }
   void pair_gradient(AnyShape s, const PairGradientPlan& p, const PairGradient& args, int pieces, int rank) {
     ++pairs, tensors += p.precision != kFloat32;
+    races::launch();
     for (int r = 0; r < rank; ++r)
       for (int piece = 0; piece < pieces; ++piece) {
-        HostBlock block(p.threads, 1, p.bytes, options.order);
+        races::unit(static_cast<int64_t>(r) * pieces + piece);
+        HostBlock block(p.threads, 1, p.bytes, options.order, options.skipped);
         const PairGradient own = piece_of(args, s, p, piece, pieces, r);
         with_precision(p.precision, [&](auto numbers) { kruify::cuda::pair_gradient<decltype(numbers)>(block, s, p, own); });
       }
@@ -333,6 +397,11 @@ extern "C" void rounded(int precision, const float* from, int n, float* to) {
     if (precision == kTf32) Tf32::put(to, k, from[k]);
     else Bf16::put(to, k, from[k]);
 }
+
+// Races since the last call; what the last one was; the most barriers that a block has met since the last call.
+extern "C" int64_t races_found() { return races::found(); }
+extern "C" const char* race() { return races::example(); }
+extern "C" int barriers() { return std::exchange(HostBlock::most_barriers, 0); }
 
 extern "C" int fits(int gates, int rank, int rows1, int rows2, int training, const Options* o) {
   const Chip chip{o->processors, o->shared_memory, o->clusters != 0};

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kruify.layers import KRULSTM, dispatch, kernel
-from kruify.ops import library
+from kruify.ops import library, precision
 from kruify.ops.stages import plan, plan_pair
 
 
@@ -54,9 +55,31 @@ def test_forms_for_both_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(question)
         return question[4] is False
 
-    monkeypatch.setattr(dispatch, "_template_fits", fits)
+    monkeypatch.setattr(kernel, "template_fits", fits)
     assert not dispatch._templates_take(layer, x, 0, 0)
     with torch.no_grad():
         assert dispatch._templates_take(layer, x, 0, 0)
     assert asked == [(4, 1, 16, 16, training, 0, 0) for training in (True, False)]
     assert not dispatch._templates_take(layer.double(), x.double(), 0, 0)
+
+
+@pytest.mark.parametrize("compiled_for", [True, False])
+def test_a_gpu_that_the_library_was_not_compiled_for_is_left_to_torch(
+    monkeypatch: pytest.MonkeyPatch, compiled_for: bool
+) -> None:
+    """There the smallest template does not fit: the library holds no code to run."""
+    monkeypatch.setattr(library, "_devices", {"cpu", "cuda"})
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(kernel, "template_fits", lambda *question: asked.append(question) or compiled_for)
+    matrix = KRULSTM(8, 256, factors="2x2").weight_hh_l0
+    x = SimpleNamespace(device=torch.device("cuda", 3), is_cuda=True, dtype=torch.float32)
+    assert kernel.serves(matrix, x, False) == compiled_for  # type: ignore[arg-type]
+    assert asked == [(1, 1, 4, 4, False, precision.FLOAT32, 3)]
+
+
+@pytest.mark.parametrize("rank", [1, 7, 8, 15, 16])
+@pytest.mark.parametrize("shape", [(4096, 4), (4, 4096), (16384, 16384)], ids=str)
+def test_what_is_far_too_large_does_not_fit(phases, options, shape, rank) -> None:  # type: ignore[no-untyped-def]
+    """Also where the bytes are more than an int counts."""
+    for training in (False, True):
+        assert not phases.fits("lstm", *shape, rank, training, options())

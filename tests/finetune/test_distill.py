@@ -89,6 +89,15 @@ def test_sigmoid_distance_is_the_kl_of_bernoullis() -> None:
     assert output_distance(a, b, "sigmoid").item() == pytest.approx(kl.item(), rel=1e-9)
 
 
+def test_no_distance_calls_what_autocast_on_cuda_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """binary_cross_entropy of probabilities raises there."""
+    refused = lambda *_, **__: pytest.fail("binary_cross_entropy was called")  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "binary_cross_entropy", refused)
+    a, b = torch.randn(2, 5, 6)
+    for kind in ("softmax", "sigmoid", "values"):
+        output_distance(a, b, kind)
+
+
 def hidden_error(task: LayeredDelay, student: nn.Module, teacher: nn.Module) -> float:
     total = 0.0
     for batch in task.batches("valid"):

@@ -273,3 +273,10 @@ def test_complex_unit_trains_with_its_penalty_and_resumes(tmp_path: Path) -> Non
     with pytest.raises(Stop):
         finetune(model(), task, resume=tmp_path, on_progress=interrupt, save_steps=4, **options)
     assert same(finetune(model(), task, resume=tmp_path, **options).model.state_dict(), whole.model.state_dict())
+
+
+def test_a_gpu_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    task = Delay(count=2)
+    with pytest.raises(UsageError, match="no device cuda:2 here"):
+        finetune(task.kronecker(), task, **{**QUICK, "device": "cuda:2"})

@@ -19,6 +19,13 @@ namespace kruify::cuda {
 
 using torch::stable::Tensor;
 
+template <class Item>
+__global__ void __launch_bounds__(256) items_kernel(const __grid_constant__ Item item) {
+  const int64_t count = item.items();
+  for (int64_t k = blockIdx.x * int64_t{256} + threadIdx.x; k < count; k += gridDim.x * int64_t{256}) item.run(k);
+}
+
+// The current GPU, which is number `device`. No room at all where this library holds no code for it.
 inline Chip chip_of(int device) {
   static std::mutex mutex;
   static std::vector<Chip> known;
@@ -27,18 +34,19 @@ inline Chip chip_of(int device) {
   Chip& chip = known[device];
   if (!chip.processors) {
     int major = 0;
+    cudaFuncAttributes code{};
+    const cudaError_t found = cudaFuncGetAttributes(&code, items_kernel<Upload>);
+    const bool runs = found != cudaErrorNoKernelImageForDevice && found != cudaErrorInvalidDeviceFunction;
+    if (runs) check(found, "asking for the kernels");
+    else cudaGetLastError();
     check(cudaDeviceGetAttribute(&chip.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "asking the GPU for its size");
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking the GPU for its size");
     check(cudaDeviceGetAttribute(&chip.processors, cudaDevAttrMultiProcessorCount, device), "asking the GPU for its size");
-    chip.clusters = major >= 9;
+    // Code that the driver translated from the PTX of an older chip knows nothing of clusters.
+    chip.clusters = major >= 9 && code.ptxVersion >= 90;
+    if (!runs) chip.shared_memory = 0;
   }
   return chip;
-}
-
-template <class Item>
-__global__ void __launch_bounds__(256) items_kernel(const __grid_constant__ Item item) {
-  const int64_t count = item.items();
-  for (int64_t k = blockIdx.x * int64_t{256} + threadIdx.x; k < count; k += gridDim.x * int64_t{256}) item.run(k);
 }
 
 class Machine {
@@ -51,8 +59,9 @@ class Machine {
     // The guard sets the device of torch's CUDA runtime; this library carries one of its own.
     check(cudaSetDevice(device), "choosing the GPU");
     chip = chip_of(device);
+    if (!aoti_torch_get_current_cuda_stream) throw std::runtime_error("kruify: the kernels were built beside a torch without CUDA: build them again beside this one");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
@@ -82,7 +91,7 @@ class Machine {
     const Tensor column = torch::stable::contiguous(torch::stable::select(overlay_index, 1, 1));
     using torch::stable::detail::from;
     std::array<StableIValue, 4> stack{from(column), from(std::optional<bool>(true)), from(int64_t{0}), from(false)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
     kept_.push_back(torch::stable::detail::to<Tensor>(stack[0]));
     columns = static_cast<const int*>(kept_.back().data_ptr());
     kept_.push_back(torch::stable::detail::to<Tensor>(stack[1]));

@@ -94,6 +94,8 @@ std::tuple<Tensor, std::vector<Tensor>> kron_product_backward(Tensor grad, Tenso
 }
 
 bool template_fits(int64_t gates, int64_t rank, int64_t rows1, int64_t rows2, bool training, int64_t precision, int64_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int>(device));
+  check(cudaSetDevice(static_cast<int>(device)), "choosing the GPU");
   const AnyShape s{static_cast<int>(rows1), static_cast<int>(rows1), static_cast<int>(rows2), static_cast<int>(rows2)};
   return pair_fits(s, static_cast<int>(gates), static_cast<int>(rank), chip_of(static_cast<int>(device)), training, precision_of(precision));
 }
@@ -121,7 +123,7 @@ Rows rows_of(Machine& machine, const Tensor& batch_sizes, int64_t total, int64_t
 Tensor linear(const Tensor& x, const Tensor& weight, const Optional& bias) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

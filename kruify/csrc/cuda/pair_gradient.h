@@ -26,7 +26,7 @@ constexpr int kWarpTiles = 2;  // tiles of 16 x 16 that a warp keeps of each sum
 inline PairGradientPlan pair_gradient_plan(AnyShape s, Chip chip, Precision precision = kFloat32) {
   const bool exact = precision == kFloat32;
   const int unit = exact ? 4 : 16, most = exact ? 256 : 8 * kWarpTiles, at_once = exact ? 256 : 8;  // tiles, by threads or by warps
-  const int tiles_a = (s.P1 / unit) * (s.Q1 / unit), tiles_b = (s.P2 / unit) * (s.Q2 / unit);
+  const int64_t tiles_a = int64_t{s.P1 / unit} * (s.Q1 / unit), tiles_b = int64_t{s.P2 / unit} * (s.Q2 / unit);
   const bool takes = s.P1 % unit == 0 && s.Q1 % unit == 0 && s.P2 % unit == 0 && s.Q2 % unit == 0 && tiles_a <= most && tiles_b <= most;
   auto words = [&](int n) { return row_words(precision, n); };
   for (int batch : {8, 4, 2, 1}) {
@@ -35,17 +35,13 @@ inline PairGradientPlan pair_gradient_plan(AnyShape s, Chip chip, Precision prec
     p.precision = precision, p.batch = batch, p.threads = 256;
     p.groups_a = static_cast<int>(greatest(1, least(batch, at_once / tiles_a))), p.groups_b = static_cast<int>(greatest(1, least(batch, at_once / tiles_b)));
     if (batch > 1 && batch / 2 * (s.Q1 / unit) * (s.P2 / unit) >= at_once) continue;
-    int used = 0;
-    auto take = [&](int floats) {
-      const int at = used;
-      used += floats;
-      return at;
-    };
-    p.a = take(s.Q1 * words(s.P1)), p.b = take(s.P2 * words(s.Q2));
-    p.d = take(batch * s.P1 * words(s.P2)), p.dt = take(batch * s.P2 * words(s.P1));
-    p.x = take(batch * s.Q1 * words(s.Q2)), p.xt = take(batch * s.Q2 * words(s.Q1));
-    p.t = take(batch * s.Q1 * words(s.P2)), p.u = take(batch * s.P2 * words(s.Q1));
-    p.bytes = used * 4;
+    Room room;
+    auto take = [&](int64_t matrices, int rows, int columns) { return room.take(matrices * rows * words(columns)); };
+    p.a = take(1, s.Q1, s.P1), p.b = take(1, s.P2, s.Q2);
+    p.d = take(batch, s.P1, s.P2), p.dt = take(batch, s.P2, s.P1);
+    p.x = take(batch, s.Q1, s.Q2), p.xt = take(batch, s.Q2, s.Q1);
+    p.t = take(batch, s.Q1, s.P2), p.u = take(batch, s.P2, s.Q1);
+    p.bytes = room.bytes();
     if (p.bytes <= chip.shared_memory) return p;
   }
   return exact ? PairGradientPlan{} : pair_gradient_plan(s, chip);

@@ -16,6 +16,18 @@ struct Chip {
   bool clusters;      // compute capability 9.0 and above
 };
 
+// Shared memory dealt out piece by piece, counted in floats. Matrices may be far larger than any chip has room for: then
+// the offsets mean nothing, and `bytes` says 2^31 - 1.
+struct Room {
+  int64_t used = 0;
+  int take(int64_t floats) {
+    const int at = static_cast<int>(least(used, INT32_MAX));
+    used += round_up(floats, 4);
+    return at;
+  }
+  int bytes() const { return static_cast<int>(least(used * 4, INT32_MAX)); }
+};
+
 struct PairPlan {
   Precision precision;               // of the products; beyond float32 on tensor cores
   int rank, cluster, threads, tile;  // tile: columns of a thread's tile in float32, 2 or 4
@@ -46,20 +58,16 @@ PairPlan pair_layout(Shape s, int gates, int rank, int cluster, bool backward, P
   const int tiles = exact ? gates * (s.P1 / kTileRows) * (p.share / p.tile) : 32 * gates * (s.P1 / 16) * (p.share / 16);
   p.threads = static_cast<int>(least(512, greatest(128, round_up(tiles, 32))));
   auto words = [&](int n) { return row_words(precision, n); };
-  const int pairs = gates * rank;
-  int used = 0;
-  auto take = [&](int floats) {
-    const int at = used;
-    used += static_cast<int>(round_up(floats, 4));
-    return at;
-  };
+  const int64_t pairs = static_cast<int64_t>(gates) * rank;
+  Room room;
+  auto take = [&](int64_t floats) { return room.take(floats); };
   if (!backward) {
     p.depth = gates * units <= 2048 ? 4 : gates * units <= 4096 ? 2 : 1;
     p.a = take(pairs * s.P1 * words(s.Q1));
     p.b = take(pairs * p.share * words(s.Q2));
-    p.h = take(2 * s.Q1 * words(s.Q2));
+    p.h = take(int64_t{2} * s.Q1 * words(s.Q2));
     p.t = take(pairs * p.share * words(s.Q1));
-    p.x = take(p.depth * gates * units);
+    p.x = take(static_cast<int64_t>(p.depth) * gates * units);
     p.y = take(gates == 3 ? units : 0);
     p.c = take(gates == 4 ? units : 0);
     p.state = take(exact ? 0 : units);
@@ -68,13 +76,13 @@ PairPlan pair_layout(Shape s, int gates, int rank, int cluster, bool backward, P
     p.groups = static_cast<int>(greatest(1, least(groups, pairs)));
     p.a = take(pairs * s.Q1 * words(s.P1));
     p.b = take(pairs * s.Q2 * words(p.share));
-    p.d = take(gates * p.share * words(s.P1));
+    p.d = take(static_cast<int64_t>(gates) * p.share * words(s.P1));
     p.u = take(pairs * s.Q1 * words(p.share));
-    p.v = take(p.groups * s.Q1 * s.Q2);
+    p.v = take(static_cast<int64_t>(p.groups) * s.Q1 * s.Q2);
     p.c = take(gates == 4 ? units : 0);
     p.carry = take(units);
   }
-  p.bytes = used * 4;
+  p.bytes = room.bytes();
   return p;
 }
 

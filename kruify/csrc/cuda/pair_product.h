@@ -24,22 +24,18 @@ inline PairProductPlan pair_product_plan(AnyShape s, int rank, Chip chip, bool b
     if (!takes) break;
     PairProductPlan p{};
     p.precision = precision, p.rank = rank, p.batch = batch, p.threads = 256;
-    const int tiles = backward ? (s.Q1 / unit) * (s.Q2 / unit) : (s.P1 / unit) * (s.P2 / unit);
+    const int64_t tiles = backward ? int64_t{s.Q1 / unit} * (s.Q2 / unit) : int64_t{s.P1 / unit} * (s.P2 / unit);
     if (batch > 1 && batch / 2 * tiles >= at_once) continue;
-    int used = 0;
-    auto take = [&](int floats) {
-      const int at = used;
-      used += floats;
-      return at;
-    };
+    Room room;
+    auto take = [&](int64_t matrices, int rows, int columns) { return room.take(matrices * rows * words(columns)); };
     if (!backward) {
-      p.a = take(rank * s.P1 * words(s.Q1)), p.b = take(rank * s.P2 * words(s.Q2));
-      p.x = take(2 * batch * s.Q1 * words(s.Q2)), p.t = take(batch * rank * s.P2 * words(s.Q1));
+      p.a = take(rank, s.P1, s.Q1), p.b = take(rank, s.P2, s.Q2);
+      p.x = take(2 * batch, s.Q1, s.Q2), p.t = take(static_cast<int64_t>(batch) * rank, s.P2, s.Q1);
     } else {
-      p.a = take(rank * s.Q1 * words(s.P1)), p.b = take(rank * s.Q2 * words(s.P2));
-      p.x = take(batch * s.P2 * words(s.P1)), p.t = take(batch * rank * s.Q1 * words(s.P2));
+      p.a = take(rank, s.Q1, s.P1), p.b = take(rank, s.Q2, s.P2);
+      p.x = take(batch, s.P2, s.P1), p.t = take(static_cast<int64_t>(batch) * rank, s.Q1, s.P2);
     }
-    p.bytes = used * 4;
+    p.bytes = room.bytes();
     if (p.bytes <= chip.shared_memory) return p;
   }
   return exact ? PairProductPlan{} : pair_product_plan(s, rank, chip, backward);
