@@ -2,8 +2,8 @@
 //
 // A kernel is written as a sequence of phases: `block.each(f)` runs f(thread) for every thread of a block, and
 // `block.barrier()` stands between phases. On the GPU `each` calls f once, in each thread; in tests/cuda a block is a
-// loop over all threads, so that index arithmetic, races inside a phase and missing barriers show on a CPU. Phases may
-// run late there: they capture loop variables by value, and `block.end()` closes the kernel.
+// loop over all threads, so that index arithmetic, races inside a phase, missing barriers and missing waits show on a CPU.
+// Phases may run late there: they capture loop variables by value, and `block.end()` closes the kernel.
 #pragma once
 
 #include <cmath>
