@@ -48,26 +48,33 @@ class Distillation:
                 "Give the dense network that was converted, or distill_hidden=0 for a teacher of another shape",
             )
 
-    def loss(self, batch: Any) -> Tensor:
+    def loss(self, batch: Any, over: float = 0.0) -> Tensor:
         """(1 - a) * task loss + a * distance of the outputs + b * distance of the hidden states; the task loss falls
-        away with `distill_only`."""
+        away with `distill_only`.
+
+        Args:
+            over: share of the last phase that is over; a and b fall with it where the recipe has `distill_until`.
+        """
         recipe = self.recipe
+        taught = 1.0 if recipe.distill_until is None else max(0.0, 1 - over / recipe.distill_until)
+        if not taught:
+            return self.task.loss(self.task.forward(self.model, batch), batch)
         wanted = self.layers if recipe.distill_hidden else []
         with evaluating(self.teacher), recorded(self.teacher, wanted) as theirs:
             targets = self.task.forward(self.teacher, batch)
         with recorded(self.model, wanted) as ours:
             outputs = self.task.forward(self.model, batch)
-        share = 1.0 if recipe.distill_only else recipe.distill_logits
+        share = 1.0 if recipe.distill_only else taught * recipe.distill_logits
         loss = outputs.new_zeros(())
         if share < 1:
             loss = loss + (1 - share) * self.task.loss(outputs, batch)
         if share > 0:
             loss = loss + share * output_distance(outputs, targets, output_kind(self.task), recipe.temperature)
         if wanted:
-            loss = loss + recipe.distill_hidden * hidden_distance(ours, theirs)
+            loss = loss + taught * recipe.distill_hidden * hidden_distance(ours, theirs)
         return loss
 
-    def healing(self, batch: Any) -> Tensor:
+    def healing(self, batch: Any, over: float = 0.0) -> Tensor:
         """Every converted layer by itself: the teacher's inputs go in, the teacher's outputs should come out.
 
         No error of one layer reaches another, and no labels are needed.

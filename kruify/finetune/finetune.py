@@ -91,7 +91,7 @@ def finetune(
 def phases_of(model: nn.Module, task: Task, teacher: nn.Module | None, recipe: Recipe) -> list[Phase]:
     """The stages of a run: healing (with a teacher), the Kronecker matrices alone, everything."""
 
-    def supervised(batch: Any) -> Tensor:
+    def supervised(batch: Any, over: float) -> Tensor:
         return task.loss(task.forward(model, batch), batch)
 
     phases = []
@@ -105,7 +105,8 @@ def phases_of(model: nn.Module, task: Task, teacher: nn.Module | None, recipe: R
         if recipe.distill_only or recipe.distill_logits or recipe.distill_hidden:
             objective, taught = distillation.loss, True
     if factors := factor_names(model):
-        phases.append(Phase("warm", recipe.warm_epochs, recipe.lr, objective, factors, taught=taught))
+        first = lambda batch, over: objective(batch, 0.0)  # noqa: E731 - `distill_until` is of the last phase
+        phases.append(Phase("warm", recipe.warm_epochs, recipe.lr, first, factors, taught=taught))
     phases.append(Phase("train", recipe.epochs, recipe.lr, objective, anneals=True, taught=taught))
     return phases
 

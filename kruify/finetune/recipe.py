@@ -39,6 +39,8 @@ class Recipe:
             labels.
         distill_hidden: weight of the distance to the teacher's hidden states, 0 for none. Off by default: with it (1.0)
             and outputs together, g2p-en at 16x ended no better after five epochs than without, and it costs time.
+        distill_until: share of the last phase in which both of these fall to 0 along a line, so that the network can
+            become better than its teacher (teacher annealing, Clark et al. 2019); None for never.
         temperature: of the outputs that are compared.
         distill_only: no labels at all: outputs and hidden states of the teacher alone.
         heal_epochs: before all else every converted layer learns by itself to answer the teacher's inputs with the
@@ -73,6 +75,7 @@ class Recipe:
     evaluate_first: bool = True
     distill_logits: float = 0.5
     distill_hidden: float = 0.0
+    distill_until: float | None = None
     temperature: float = 1.0
     distill_only: bool = False
     heal_epochs: float = 0.0
@@ -126,6 +129,8 @@ class Recipe:
             ("ema", not 0 <= self.ema < 1, "from 0 to below 1"),
             ("distill_logits", not 0 <= self.distill_logits <= 1, "between 0 and 1"),
             ("distill_hidden", self.distill_hidden < 0, "0 or more"),
+            ("distill_until", self.distill_until is not None and not 0 < self.distill_until <= 1, "above 0, at most 1"),
+            ("distill_until", self.distill_until is not None and self.distill_only, "None where there are no labels"),
             ("temperature", self.temperature <= 0, "above 0"),
             ("heal_epochs", self.heal_epochs < 0, "0 or more"),
             ("heal_lr", self.heal_lr is not None and self.heal_lr <= 0, "above 0"),

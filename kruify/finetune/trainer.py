@@ -43,7 +43,7 @@ class Phase:
     """One stage of a run.
 
     Attributes:
-        objective: batch (on the device) -> scalar loss.
+        objective: batch (on the device), share of the phase that is over -> scalar loss.
         only: names of the parameters that it trains; None for all.
         anneals: whether overlays are pruned in it.
         taught: whether the objective compares with a teacher.
@@ -52,7 +52,7 @@ class Phase:
     name: str
     epochs: float
     lr: float
-    objective: Callable[[Any], Tensor]
+    objective: Callable[[Any, float], Tensor]
     only: Collection[str] | None = None
     anneals: bool = False
     taught: bool = False
@@ -200,12 +200,13 @@ class Trainer:
         for parameter in trained:
             parameter.grad = None
         weight_sum = loss_sum = 0.0
+        over = self.step / self._phase_steps(phase)
         with self.dropout.applied(self.recipe.seed, self.phase, self.step) if self.dropout else nullcontext():
             for number, batch in batches:
                 seed_all(self.recipe.seed, "step", self.phase, self.step // self.steps_per_epoch, number)
                 weight = float(self.task.weight(batch))
                 with self.processes.autocast():
-                    loss = phase.objective(to_device(batch, self.processes.device))
+                    loss = phase.objective(to_device(batch, self.processes.device), over)
                 (loss if weight == 1.0 else loss * weight).backward()  # type: ignore[no-untyped-call]
                 weight_sum, loss_sum = weight_sum + weight, loss_sum + weight * float(loss.detach())
         weight_sum, loss_sum = self.processes.sum_gradients(trained, [weight_sum, loss_sum])

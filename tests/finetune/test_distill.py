@@ -14,8 +14,11 @@ from kruify.api import convert
 from kruify.errors import UsageError
 from kruify.finetune import finetune
 from kruify.finetune.distill import Distillation, output_distance
+from kruify.finetune.finetune import phases_of
+from kruify.finetune.processes import Processes
 from kruify.finetune.recipe import Recipe
 from kruify.finetune.recurrent import recorded, recurrent_layers, tensors_of
+from kruify.finetune.trainer import Phase, Trainer
 
 QUICK: dict[str, Any] = {"epochs": 2, "lr": 1e-2, "device": "cpu"}
 
@@ -70,6 +73,48 @@ def test_loss_is_the_sum_of_its_parts() -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_the_teacher_falls_silent() -> None:
+    task, teacher, student = pair()
+    (batch, *_) = task.batches("train")
+    recipe = Recipe(distill_logits=0.3, distill_hidden=0.7, distill_until=0.5)
+    distillation = Distillation(student, teacher, task, recipe)
+    by_labels = task.loss(task.forward(student, batch), batch)
+    start, middle, end = (distillation.loss(batch, over).item() for over in (0.0, 0.25, 0.5))
+    # Every share falls along a line, and so does their sum.
+    assert middle == pytest.approx((start + end) / 2, rel=1e-12)
+    assert end == distillation.loss(batch, 1.0).item() == by_labels.item() != start
+    calls: list[int] = []
+    distillation.teacher.register_forward_hook(lambda *_: calls.append(1))
+    distillation.loss(batch, 0.5)
+    assert not calls  # nor is time spent on it
+
+
+def test_without_labels_it_may_not_fall_silent() -> None:
+    with pytest.raises(UsageError, match="distill_until must be None where there are no labels"):
+        Recipe().changed(distill_only=True, distill_until=0.5)
+    with pytest.raises(UsageError, match="distill_until must be above 0"):
+        Recipe().changed(distill_until=0.0)
+
+
+def test_it_falls_silent_in_the_last_phase_alone() -> None:
+    task, teacher, student = pair()
+    recipe = Recipe(epochs=2, warm_epochs=1, distill_until=1.0)
+    _, warm, train = phases_of(student, task, teacher, recipe)
+    (batch, *_) = task.batches("train")
+    silent = task.loss(task.forward(student, batch), batch).item()
+    assert warm.objective(batch, 1.0).item() == warm.objective(batch, 0.0).item() != silent
+    assert train.objective(batch, 1.0).item() == silent
+    shares: list[float] = []
+
+    def objective(batch: Any, over: float) -> Tensor:
+        shares.append(over)
+        return train.objective(batch, over)
+
+    seen = Phase("train", 2, 1e-3, objective)
+    Trainer(student, task, [seen], recipe, Processes("cpu", "no")).run()
+    assert shares == [i / len(shares) for i in range(len(shares))]
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid", "values"])
