@@ -1,6 +1,7 @@
 // What the operators demand of their arguments, and how a checked matrix becomes plain pointers.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
@@ -84,17 +85,29 @@ Tensor checked(const char* what, const Tensor& t, torch::headeronly::ScalarType 
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+inline int64_t times(int64_t a, int64_t b) {
+  int64_t result;
+  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &result), "kruify: sizes overflow");
+  return result;
+}
+
 // Uninitialised, contiguous, dtype and device of `like`; without the way through the dispatcher.
-inline Tensor empty_like(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  int64_t strides[4], stride = 1;
-  const int64_t* shape = sizes.begin();
-  for (int64_t d = int64_t(sizes.size()); d-- > 0; stride *= shape[d]) strides[d] = stride;
+inline Tensor empty_like(const Tensor& like, const int64_t* shape, int64_t dims) {
+  STD_TORCH_CHECK(dims <= 64, "kruify: a tensor of ", dims, " dimensions");
+  int64_t strides[64], stride = 1;
+  for (int64_t d = dims; d-- > 0; stride = times(stride, std::max<int64_t>(shape[d], 1))) strides[d] = stride;
   int32_t dtype;
   AtenTensorHandle result;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), shape, strides, dtype, aoti_torch_device_type_cpu(), 0, &result));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, shape, strides, dtype, aoti_torch_device_type_cpu(), 0, &result));
   return Tensor(result);
 }
+
+inline Tensor empty_like(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return empty_like(like, sizes.begin(), int64_t(sizes.size()));
+}
+
+inline Tensor empty_as(const Tensor& like) { return empty_like(like, like.sizes().data(), like.dim()); }
 
 template <class T>
 const T* pointer(const Tensor& t) {
@@ -143,12 +156,6 @@ class LayoutReader {
   const std::vector<int64_t>& code_;
   size_t at_ = 0;
 };
-
-inline int64_t times(int64_t a, int64_t b) {
-  int64_t result;
-  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &result), "kruify: sizes overflow");
-  return result;
-}
 
 template <class T>
 CheckedMatrix<T>::CheckedMatrix(const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay,
@@ -268,7 +275,7 @@ template <class T>
 std::vector<Tensor> CheckedMatrix<T>::empty_gradients() const {
   std::vector<Tensor> grads;
   grads.reserve(parameters_.size());
-  for (const Tensor& t : parameters_) grads.push_back(torch::stable::new_empty(t, t.sizes()));
+  for (const Tensor& t : parameters_) grads.push_back(empty_as(t));
   return grads;
 }
 

@@ -83,7 +83,9 @@ def calls(rng: Randomness) -> tuple[str, list[Any]]:
     arguments[6] = matrix_arguments[0]
     gates, hidden = matrix_arguments[-1][0], matrix_arguments[-1][1]
     x = torch.randn(rng.randrange(4), hidden, dtype=dtype)
-    name = rng.choice(["recurrence", "recurrence_backward", "kron_matmul", "kron_matmul_backward", "merge", "linear"])
+    name = rng.choice(
+        ["recurrence", "recurrence_backward", "kron_matmul", "kron_matmul_backward", "dense", "merge", "linear"]
+    )
     if name == "recurrence":
         return "recurrence_forward", arguments
     if name == "recurrence_backward":
@@ -93,6 +95,11 @@ def calls(rng: Randomness) -> tuple[str, list[Any]]:
         return "kron_matmul_forward", [x, *matrix_arguments]
     if name == "kron_matmul_backward":
         return name, [torch.randn(x.shape[0], gates * hidden, dtype=dtype), x, *matrix_arguments]
+    if name == "dense":
+        weights = [*matrix_arguments[:4], matrix_arguments[-1]]
+        if rng.random() < 0.5:
+            return "dense_forward", weights
+        return "dense_backward", [torch.randn(gates * hidden, hidden, dtype=dtype), *weights]
     if name == "merge":
         factors = [torch.randn(2, 3, rng.randint(1, 4), rng.randint(1, 4), dtype=dtype) for _ in range(3)]
         scale = torch.randn(2, 3, dtype=dtype) if rng.random() < 0.5 else None

@@ -48,6 +48,15 @@ def test_weight_and_gradients(matrix: str, lean: bool) -> None:
             assert (actual.double() - wanted).norm() <= tolerance * wanted.norm()
 
 
+@pytest.mark.usefixtures("compiled")
+def test_a_weight_too_large_to_count_is_refused_before_memory_is_asked_for() -> None:
+    stages = [torch.zeros(1, 1, 1024, 1024) for _ in range(3)]
+    layout = Layout(1, 1024**3, 1024**3, (), (TermLayout(3, (0,)),)).encode()
+    for call in (OPERATOR, torch.ops.kruify.dense_forward):
+        with pytest.raises(RuntimeError, match="sizes overflow"):
+            call(stages, None, None, None, layout)
+
+
 @pytest.mark.parametrize("matrix", ["tiny", "chain"])
 def test_gradcheck_twice(matrix: str) -> None:
     given = arguments(matrix)
