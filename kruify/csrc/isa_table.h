@@ -16,16 +16,27 @@ void axpy(int64_t n, const T* x, T* y) {
 template <class T>
 void thin_gemm(int64_t rows, int64_t N, int64_t K, const T* x, const T* w, const T* bias, T* out, int64_t ldo) {
   constexpr int W = kWidth<T>;
+  constexpr int U = 8;  // vectors of x in registers: w is read in the order in which it lies in memory
   int64_t n = 0;
   for (; n + W <= N; n += W)
     for (int64_t s = 0; s < rows; ++s) {
       Vec<T> total[W] = {};
-      auto add = [&](int64_t k, auto get) __attribute__((always_inline)) {
-        const Vec<T> v = get(x + s * K + k);
+      int64_t k = 0;
+      for (; k + U * W <= K; k += U * W) {
+        Vec<T> v[U];
+#pragma GCC unroll 8
+        for (int u = 0; u < U; ++u) v[u] = load(x + s * K + k + u * W);
 #pragma GCC unroll 16
-        for (int j = 0; j < W; ++j) total[j] += v * get(w + (n + j) * K + k);
+        for (int j = 0; j < W; ++j)
+#pragma GCC unroll 8
+          for (int u = 0; u < U; ++u) total[j] += v[u] * load(w + (n + j) * K + k + u * W);
+      }
+      auto add = [&](int64_t i, auto get) __attribute__((always_inline)) {
+        const Vec<T> v = get(x + s * K + k + i);
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) total[j] += v * get(w + (n + j) * K + k + i);
       };
-      for_vectors<T>(K, [&](int64_t k, auto get, auto) __attribute__((always_inline)) { add(k, get); });
+      for_vectors<T>(K - k, [&](int64_t i, auto get, auto) __attribute__((always_inline)) { add(i, get); });
       store(out + s * ldo + n, sums<T>(total) + (bias ? load(bias + n) : Vec<T>{}));
     }
   for (; n < N; ++n)
