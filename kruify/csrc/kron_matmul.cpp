@@ -25,7 +25,7 @@ Tensor run(const Tensor& x_given, const std::vector<Tensor>& stages, const Optio
   const Tensor x = x_given.is_contiguous() ? x_given : torch::stable::contiguous(x_given);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = width;
-  Tensor y = torch::stable::new_empty(x, shape);
+  Tensor y = empty_like(x, shape.data(), x.dim());
   Buffer<T> packed(w.packed_size);
   w.pack(packed.data());
   const int64_t tile = m.overlay ? kTile : 8, tiles = (rows + tile - 1) / tile;
@@ -66,7 +66,7 @@ Gradients run_backward(const Tensor& grad_given, const Tensor& x_given, const st
                   "kruify::kron_matmul_backward: the gradient has another shape or dtype than the output");
   const Tensor x = x_given.is_contiguous() ? x_given : torch::stable::contiguous(x_given);
   const Tensor grad = grad_given.is_contiguous() ? grad_given : torch::stable::contiguous(grad_given);
-  Tensor grad_x = torch::stable::new_empty(x, x.sizes());
+  Tensor grad_x = empty_as(x);
   std::fill_n(mutable_pointer<T>(grad_x), grad_x.numel(), T(0));
   Buffer<T> packed(w.packed_size);
   w.pack(packed.data());

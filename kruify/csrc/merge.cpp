@@ -140,7 +140,7 @@ std::vector<Tensor> run_backward(const std::vector<Tensor>& grads_given, const s
             groups[k].p, groups[k].q);
   const std::vector<Tensor> factors = contiguous(all), grads = contiguous(grads_given);
   for (const Tensor& t : factors) {
-    results.push_back(torch::stable::new_empty(t, t.sizes()));
+    results.push_back(empty_as(t));
     std::fill_n(mutable_pointer<T>(results.back()), t.numel(), T(0));
   }
   const int64_t n = products(given[0]);
