@@ -51,13 +51,15 @@ def compress(
     exit code is 6.
     """
     with output(json_only) as out:
-        from kruify.api import save
-        from kruify.checkpoint import read
+        from kruify.api import refuse_converted, save
+        from kruify.checkpoint import check_model_target, read
         from kruify.compress import compress as run
         from kruify.errors import TargetMissedError
         from kruify.task import load_task
 
         checkpoint = read(model, key=key)
+        refuse_converted(checkpoint)
+        check_model_target(target, *checkpoint.files)
         task = load_task(task_name)
         dense = network(checkpoint, task)
         options = {name: value for name, value in (("epochs", epochs), ("lr", lr)) if value is not None}

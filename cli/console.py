@@ -32,15 +32,18 @@ class Output:
         self._stdout = sys.stdout
 
     def show(self, *renderables: RenderableType) -> None:
-        """Prints text (rich markup) or tables on stdout."""
-        if not self.json_only:
-            console = _console(self._stdout)
-            for renderable in renderables:
-                console.print(renderable, highlight=False)
+        """Prints lines or tables on stdout. A line is never broken: paths and hashes are there to be copied."""
+        if self.json_only:
+            return
+        from rich.text import Text
+
+        console = _console(self._stdout)
+        for renderable in renderables:
+            console.print(renderable, soft_wrap=isinstance(renderable, str | Text))
 
     def note(self, text: str) -> None:
         """Prints one line on stderr."""
-        _console(sys.stderr).print(text, highlight=False, soft_wrap=True, markup=False)
+        _console(sys.stderr).print(text, soft_wrap=True)
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
@@ -103,9 +106,9 @@ def progress(description: str) -> Iterator[Advance]:
 
 
 def _console(file: Any) -> Console:
-    from rich.console import Console
+    from .plain import PlainConsole
 
-    console = Console(file=file)
+    console = PlainConsole(file)
     if console.is_terminal or "COLUMNS" in os.environ:
         return console
-    return Console(file=file, width=WIDTH)
+    return PlainConsole(file, width=WIDTH)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from kruify.locate import Located, RecurrentLayer
     from kruify.plan import Plan
 
+LOSSLESS = 1e-3
+"""||W-K|| / ||W|| below this is rounding, of half precision at most."""
+
 
 @click.command()
 @model_argument
@@ -103,16 +106,20 @@ def convert(
         raise click.UsageError("--relabel-seconds goes with --relabel")
     pairs = [_pair(item) for item in overrides]
     with output(json_only) as out:
-        from kruify.api import default_output, found
-        from kruify.checkpoint import read
+        from kruify.api import default_output, found, refuse_converted
+        from kruify.checkpoint import check_model_target, check_target, read
         from kruify.convert import check_plan, expected
         from kruify.errors import UsageError
         from kruify.locate import locate_checkpoint
         from kruify.plan import make_plan
 
         checkpoint = read(model, key=key)
-        if checkpoint.is_kruify:
-            raise UsageError("it is converted already", model, "Convert the dense checkpoint that it was made from")
+        refuse_converted(checkpoint)
+        path = Path(target) if target else default_output(model)
+        if not dry_run:
+            check_model_target(path, *checkpoint.files)
+        if plan_out:
+            check_target(plan_out, *checkpoint.files)
         for sentence in checkpoint.dropped:
             out.note(f"note: {sentence}")
         located = locate_checkpoint(checkpoint, subclasses=subclasses)
@@ -139,12 +146,11 @@ def convert(
             _show(out, model, result)
             out.show("Dry run: nothing was decomposed or written.")
         else:
-            path = Path(target) if target else default_output(model)
             conversion = _convert(checkpoint, plan, located, moments, unitary, searched, seed)
             _write(path, conversion, checkpoint, seed)
             result = _result(path, conversion)
             _show(out, model, result)
-            _warn(out, path)
+            _advise(out, path, result)
         out.result(result)
 
 
@@ -245,13 +251,10 @@ def _convert(
 
 
 def _write(path: Path, conversion: Conversion, checkpoint: Checkpoint, seed: int) -> None:
-    from kruify.checkpoint import ORIGIN, metadata_for, origin, write_safetensors, write_torch
+    from kruify.checkpoint import ORIGIN, metadata_for, origin, write_model
 
     extra = {ORIGIN: origin(checkpoint)}  # so that `kruify export --to dense` can write the original kind again
     metadata = metadata_for(conversion.plan.to_json(), source_sha256=checkpoint.sha256, seed=seed, extra=extra)
-    if path.suffix in (".pt", ".pth"):
-        write_torch(path, conversion.tensors, metadata)
-        return
     total, written = sum(tensor.nbytes for tensor in conversion.tensors.values()), 0
     with progress("writing") as advance:
 
@@ -260,7 +263,7 @@ def _write(path: Path, conversion: Conversion, checkpoint: Checkpoint, seed: int
             written += count
             advance(written, total, "writing")
 
-        write_safetensors(path, conversion.tensors, metadata, progress=more)
+        write_model(path, conversion.tensors, metadata, progress=more)
 
 
 def _result(path: Path | None, account: Conversion | Expected) -> dict[str, Any]:
@@ -320,10 +323,24 @@ def _relabelled(row: dict[str, Any]) -> str:
     )
 
 
-def _warn(out: Output, path: Path) -> None:
+def _advise(out: Output, path: Path, result: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    out.show(f"wrote {path}")
+    if result["parameters"]["recurrent_ratio"] <= 1:
+        rows, cols = result["matrices"][0]["shape"]
+        out.show(
+            f"Nothing became smaller. Low rank fits every size, prime ones too: "
+            f"--factors '{max(1, cols // 32)}*({rows}x1,1x{cols})'"
+        )
+    if all(m["relative_error"] < LOSSLESS for m in result["matrices"]):
+        out.show("The factors keep all of every matrix: it computes what the dense model does.")
+        return
     out.show(
-        f"wrote {path}",
-        "[bold]Not ready to use:[/bold] trained recurrent matrices have little Kronecker structure: conversion alone\n"
-        "destroys accuracy, and fine-tuning brings it back:\n"
-        f"  kruify finetune {path} --task TASK -o OUT",
+        Text.assemble(
+            ("Not ready to use:", "bold"),
+            " trained recurrent matrices have little Kronecker structure: conversion alone\n"
+            "destroys accuracy, and fine-tuning brings it back:\n"
+            f"  kruify finetune {path} --task TASK -o OUT",
+        )
     )

@@ -17,6 +17,8 @@ from .options import key_option, model_argument, network, split_option, task_opt
 def evaluate(model: str, task_name: str, split: str, key: str | None, json_only: bool) -> None:
     """Measure what MODEL, dense or converted, achieves on a task."""
     with output(json_only) as out:
+        from rich.text import Text
+
         from kruify.checkpoint import read
         from kruify.task import load_task
 
@@ -28,5 +30,5 @@ def evaluate(model: str, task_name: str, split: str, key: str | None, json_only:
         examples = task.examples(split)
         counted = "" if examples is None else f" ({examples:,} examples)"
         values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        out.show(f"{model} on {split}{counted}: [bold]{values}[/bold]")
+        out.show(Text.assemble(f"{model} on {split}{counted}: ", (values, "bold")))
         out.result({"metrics": metrics, "split": split, "examples": examples})

@@ -65,12 +65,13 @@ def export(
     if task_name and layout:
         raise click.UsageError("with --task the network tells: no --batch-first or --nonlinearity")
     with output(json_only) as out:
-        from kruify.checkpoint import read
+        from kruify.checkpoint import check_target, read
         from kruify.export import TOLERANCE, export_dense, export_layers, export_network
 
         limit = TOLERANCE if tolerance is None else tolerance
         path = Path(target)
         checkpoint = read(model, key=key)
+        check_target(path, *checkpoint.files, *filter(None, [original]))
         with out.waiting("exporting and comparing"):
             if to == "dense":
                 files = [export_dense(checkpoint, path, source=Path(original) if original else None, tolerance=limit)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,7 +10,6 @@ from .console import json_option, output, progress
 from .options import key_option, model_argument, network, seed_option, task_option
 from .training import (
     account,
-    check_writable,
     describe,
     draw_conditioning,
     recipe_options,
@@ -66,18 +64,22 @@ def finetune(
     if distill_only:
         given["distill_only"] = True
     with output(json_only) as out:
-        from kruify.checkpoint import read
+        from kruify.checkpoint import check_model_target, check_target, read
         from kruify.finetune import Recipe
         from kruify.finetune import finetune as run
         from kruify.finetune.written import write_trained
         from kruify.task import load_task
 
         checkpoint = read(model, key=key)
+        dense = read(teacher) if teacher else None
+        inputs = (*checkpoint.files, *(dense.files if dense else ()))
+        check_model_target(target, *inputs)
+        if conditioning is not None:
+            check_target(conditioning, *inputs)
         task = load_task(task_name)
         recipe = Recipe().changed(seed=seed, **given, **recipe_options(others))
         net = network(checkpoint, task)
-        teacher_net = network(read(teacher), task) if teacher else None
-        check_writable(Path(target))
+        teacher_net = network(dense, task) if dense else None
         with progress("starting") as advance:
             outcome = run(
                 net,

@@ -83,7 +83,7 @@ def _show_file(out: Output, found: dict[str, Any]) -> None:
     if foreign := [name for name in found["globals"] if not name.startswith(("torch.", "collections.", "builtins."))]:
         out.show(f"names code that was not run: {', '.join(foreign[:10])}")
     for name, count in found["nonfinite"].items():
-        out.show(f"{name} has {count:,} entries that are NaN or infinite")
+        out.show(f"{name} has {count:,} {'entry that is' if count == 1 else 'entries that are'} NaN or infinite")
 
 
 def _layers(inspection: Inspection) -> list[dict[str, Any]]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
+import warnings
 from typing import Any
 
 import click
 
-from kruify.errors import KruifyError, TaskError
+from kruify.errors import KruifyError, TaskError, UsageError, printable
 
 from .compress import compress
 from .convert import convert
@@ -33,14 +36,18 @@ class Commands(click.Group):
         return list(self.commands)  # in the order of use, not of the alphabet
 
     def invoke(self, ctx: click.Context) -> Any:
+        interrupts = _count_interrupts()
         try:
+            # torch says once for all layers that oneDNN has no projections; that is nothing to act on.
+            warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise
-        except (KeyboardInterrupt, click.Abort):
-            click.echo("kruify: interrupted; nothing was left half-written", err=True)
-            raise click.exceptions.Exit(INTERRUPTED) from None
-        except Exception as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            # Interrupted imports may end in errors of their own.
+            if interrupts or isinstance(error, KeyboardInterrupt | click.Abort):
+                click.echo("kruify: interrupted; nothing was left half-written", err=True)
+                raise click.exceptions.Exit(INTERRUPTED) from None
             if os.environ.get("KRUIFY_DEBUG", "0") not in ("", "0"):
                 traceback.print_exc()
             sentence, exit_code = explain(error)
@@ -48,19 +55,34 @@ class Commands(click.Group):
             raise click.exceptions.Exit(exit_code) from error
 
 
-def explain(error: Exception) -> tuple[str, int]:
+def _count_interrupts() -> list[int]:
+    """From now on every Ctrl-C is noted in the list, beside what it does anyway."""
+    noted: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, note)
+    return noted
+
+
+def explain(error: BaseException) -> tuple[str, int]:
     """One sentence about an exception, and the exit code."""
     if isinstance(error, KruifyError):
         return str(error), error.exit_code
     name = type(error).__name__
-    text = " ".join(f"{name}: {error}".split())
+    text = printable(" ".join(f"{name}: {error}".split()))
     if line := _line_of_task_file(error):
         return f"{line}: the task failed: {text[:300]}. KRUIFY_DEBUG=1 shows the traceback", TaskError.exit_code
+    if isinstance(error, OSError) and error.errno is not None:  # a full disk, a closed terminal: no bug
+        return f"{error.filename or 'standard output'}: {os.strerror(error.errno)}", UsageError.exit_code
     bug = f"this is a bug in kruify: {text[:300]}. Run again with KRUIFY_DEBUG=1 and report the traceback"
     return bug, KruifyError.exit_code
 
 
-def _line_of_task_file(error: Exception) -> str | None:
+def _line_of_task_file(error: BaseException) -> str | None:
     """`file:line` where the error passed through a task file of the user's, if it did."""
     line = None
     trace = error.__traceback__

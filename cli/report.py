@@ -31,10 +31,12 @@ def report(
 ) -> None:
     """Compare checkpoints with DENSE: parameters, bytes, multiply-adds, latency, the task's metrics."""
     with output(json_only) as out:
-        from kruify.checkpoint import atomic_file
+        from kruify.checkpoint import atomic_file, check_target
         from kruify.report import build_report, tables, to_html, to_markdown
         from kruify.task import load_task
 
+        for target in filter(None, (html_file, markdown_file)):
+            check_target(target, dense, *kru)
         task = load_task(task_name) if task_name else None
         with progress("reading") as advance:
             made = build_report(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -52,11 +53,15 @@ def sweep(
     """
     options = {name: value for name, value in (("epochs", epochs), ("lr", lr)) if value is not None}
     with output(json_only) as out:
-        from kruify.checkpoint import atomic_file, read
+        from kruify.api import refuse_converted
+        from kruify.checkpoint import atomic_file, check_target, read
         from kruify.sweep import sweep as run
         from kruify.task import load_task
 
         checkpoint = read(model, key=key)
+        refuse_converted(checkpoint)
+        if html_file:
+            check_target(html_file, *checkpoint.files)
         task = load_task(task_name)
         with progress("starting") as advance:
             done = run(
@@ -100,22 +105,24 @@ def _line(point: Point, task: Task) -> str:
 
 def _show(out: Output, done: Sweep) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=f"{done.metric}, {done.split} split", title_justify="left")
     for heading in ("budget", "recurrent parameters", "smaller", "all parameters", done.metric):
         table.add_column(heading, justify="right")
     table.add_column("")
     values = [point.metrics[done.metric] for point in done.points]
-    low, span = min(values), (max(values) - min(values)) or 1.0
+    known = [value for value in values if math.isfinite(value)]
+    low, span = min(known, default=0.0), (max(known, default=0.0) - min(known, default=0.0)) or 1.0
     first = done.points[0].recurrent_parameters
     for index, (point, value) in enumerate(zip(done.points, values, strict=True)):
-        bar = "\u2588" * (1 + round(23 * (value - low) / span))
+        bar = "\u2588" * (1 + round(23 * (value - low) / span)) if math.isfinite(value) else ""
         table.add_row(
             point.budget,
             f"{point.recurrent_parameters:,}",
             f"{first / max(1, point.recurrent_parameters):.1f}x",
             f"{point.total_parameters:,}",
             f"{value:.4f}",
-            f"{bar} [bold]knee[/bold]" if index == done.knee else bar,
+            Text.assemble(bar, " ", ("knee", "bold")) if index == done.knee else bar,
         )
     out.show(table)

@@ -49,13 +49,10 @@ def tasks(name: str | None, target: str | None, json_only: bool) -> None:
 
 def _export(name: str, path: Path) -> int:
     """Writes the network; returns its number of parameters."""
-    from kruify.checkpoint import write_safetensors, write_torch
-    from kruify.errors import UsageError
+    from kruify.checkpoint import check_model_target, write_model
     from kruify.task import load_task
 
-    if path.suffix not in (".pt", ".pth", ".safetensors"):
-        raise UsageError(f"the ending '{path.suffix}' is unknown", path, "Write .pt, .pth or .safetensors")
+    check_model_target(path)
     tensors = load_task(name).published()
-    write = write_safetensors if path.suffix == ".safetensors" else write_torch
-    write(path, tensors)
+    write_model(path, tensors)
     return sum(tensor.numel() for tensor in tensors.values())

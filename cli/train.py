@@ -13,7 +13,6 @@ from .console import json_option, output, progress
 from .options import seed_option, task_option
 from .training import (
     account,
-    check_writable,
     describe,
     draw_conditioning,
     recipe_options,
@@ -88,6 +87,7 @@ def train(
     with output(json_only) as out:
         import torch
 
+        from kruify.checkpoint import check_model_target, check_target
         from kruify.errors import UsageError
         from kruify.finetune import Recipe, finetune
         from kruify.finetune.written import write_trained
@@ -102,7 +102,9 @@ def train(
         if steps is not None:
             recipe = recipe.changed(epochs=steps / _steps_per_epoch(task, recipe))
         path = Path(target or _default_name(task_name, network))
-        check_writable(path)
+        check_model_target(path)
+        if conditioning is not None:
+            check_target(conditioning)
         torch.manual_seed(seed)
         with progress("starting") as advance:
             outcome = finetune(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -64,14 +63,6 @@ def recipe_options(pairs: tuple[str, ...]) -> dict[str, Any]:
         except (ValueError, KeyError):
             raise UsageError(f"--option {pair} is not {name or 'NAME'}={default}", "fine-tuning") from None
     return values
-
-
-def check_writable(path: Path) -> None:
-    """Fails before the training, not after it."""
-    from kruify.errors import UsageError
-
-    if not path.parent.is_dir():
-        raise UsageError(f"there is no folder {path.parent}", path, "Make it first")
 
 
 def describe(now: Progress, task: Task) -> str:

@@ -11,7 +11,7 @@ from typing import overload
 from torch import nn
 
 from kruify.calibrate import calibrate
-from kruify.checkpoint import Checkpoint, LazyTensor, metadata_for, read, write_safetensors
+from kruify.checkpoint import Checkpoint, LazyTensor, metadata_for, read, write_model
 from kruify.convert import (
     Conversion,
     Progress,
@@ -136,17 +136,23 @@ def found(located: Located, where: object) -> list[RecurrentLayer]:
     )
 
 
+def refuse_converted(checkpoint: Checkpoint) -> None:
+    """Raises `UsageError` for a file that kruify has converted, where a dense one is asked for."""
+    if checkpoint.is_kruify:
+        raise UsageError("it is converted already", checkpoint.path, "Name the dense checkpoint that it was made from")
+
+
 def save(model: nn.Module, path: Path_, *, source_sha256: str = "", seed: int = 0) -> None:
-    """Writes a module with KRU layers as a `.kru.safetensors` file, all or nothing.
+    """Writes a module with KRU layers, all or nothing: as safetensors, or for torch.load where `path` ends in .pt.
 
     Raises:
-        UsageError: the module has no KRU layer.
+        UsageError: the module has no KRU layer, or the file cannot be written.
     """
     plan = plan_of(model)
     if not plan.layers:
         raise UsageError("the model has no KRU layer", type(model).__name__, "Convert it first with kruify.convert")
     metadata = metadata_for(plan.to_json(), source_sha256=source_sha256, seed=seed)
-    write_safetensors(path, model.state_dict(), metadata)
+    write_model(path, model.state_dict(), metadata)
 
 
 @overload

@@ -23,7 +23,14 @@ class KruifyError(Exception):
         text = what if where is None else f"{where}: {what}"
         if hint:
             text = f"{text}. {hint}"
-        super().__init__(" ".join(text.split()))
+        super().__init__(printable(" ".join(text.split())))
+
+
+def printable(text: str) -> str:
+    """`text` with control characters written out (\\x1b), so that a name in a file cannot drive a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 class UsageError(KruifyError):

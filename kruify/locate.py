@@ -136,7 +136,7 @@ def locate_checkpoint(checkpoint: Checkpoint, *, subclasses: bool = False) -> Lo
     return Located([layer for layer in found.layers if layer.name not in foreign], skipped)
 
 
-_WEIGHT_HH = re.compile(r"(?:(?P<prefix>.*)\.)?weight_hh(?P<suffix>_l0)?")
+_WEIGHT_HH = re.compile(r"(?:(?P<prefix>.+)\.)?weight_hh(?P<suffix>_l0)?", re.DOTALL)
 
 
 def _locate_tensors(tensors: Mapping[str, AnyTensor], hints: Hints) -> Located:
@@ -183,7 +183,7 @@ def _read_layer(
         hidden_size=hidden,
         num_layers=count,
         bidirectional=not cell and f"{dot}weight_hh_l0_reverse" in tensors,
-        bias=f"{dot}bias_hh{first}" in tensors,
+        bias=any(f"{dot}bias_{part}{first}" in tensors for part in ("ih", "hh")),
         proj_size=0 if w_hr is None else w_hr.shape[0],
         batch_first=hints.get("batch_first"),
         dropout=hints.get("dropout"),

@@ -66,6 +66,8 @@ def test_hints_fill_what_tensors_cannot_tell() -> None:
     [
         ({"weight_ih_l0": None}, "no weight_ih_l0 beside it"),
         ({"weight_hh_l0": torch.zeros(10, 5)}, "10 rows for hidden size 5: not 1, 3 or 4 gates"),
+        ({"bias_hh_l0": None}, "bias_hh_l0 is missing"),
+        ({"bias_ih_l0": None}, "bias_ih_l0 is missing"),
         ({"bias_ih_l0": torch.zeros(3)}, "bias_ih_l0 has shape (3,), expected (20,)"),
         ({"weight_ih_l1": None}, "weight_ih_l1 is missing"),
         ({"weight_hh_l0": torch.zeros(20, 5, dtype=torch.int8)}, "int8, not floating point"),
@@ -88,3 +90,12 @@ def test_subclasses_are_skipped_with_a_reason() -> None:
     assert not located.layers
     assert located.skipped[0][0] == "body.layer"
     assert "Odd is a subclass of torch.nn.LSTM" in located.skipped[0][1]
+
+
+def test_odd_names() -> None:
+    def named(prefix: str) -> dict[str, torch.Tensor]:
+        return {f"{prefix}{name}": tensor for name, tensor in nn.LSTM(4, 5).state_dict().items()}
+
+    (found,) = locate(named("two\nlines.")).layers
+    assert found.name == "two\nlines"
+    assert locate(named(".")).layers == []

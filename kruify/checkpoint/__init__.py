@@ -5,6 +5,7 @@ from kruify.checkpoint.file_format import SCHEMA, metadata_for
 from kruify.checkpoint.modules import ModuleHint
 from kruify.checkpoint.original import NEEDS_SOURCE, ORIGIN, origin, write_original
 from kruify.checkpoint.reading import read
+from kruify.checkpoint.target import check_model_target, check_target, write_model
 from kruify.checkpoint.tensors import LazyTensor, Tensors
 from kruify.checkpoint.writing import atomic_file, write_safetensors, write_torch
 
@@ -17,9 +18,12 @@ __all__ = [
     "ModuleHint",
     "Tensors",
     "atomic_file",
+    "check_model_target",
+    "check_target",
     "metadata_for",
     "origin",
     "read",
+    "write_model",
     "write_original",
     "write_safetensors",
     "write_torch",

@@ -97,7 +97,8 @@ class Archive:
             raise CorruptError(f"its archive has the entry {name[:80]} twice", self.path, AGAIN)
         if len(name) > limits.NAME or entry.orig_filename != name:
             raise UnsafeError("its archive has an entry with an unusable name", self.path)
-        if name.startswith("/") or "\\" in name or ":" in name or ".." in name.split("/"):
+        # torch names the folder in the archive after the file, which may well be called 10:30.pt.
+        if name.startswith("/") or "\\" in name or name[1:3] == ":/" or ".." in name.split("/"):
             raise UnsafeError(f"its archive has an entry named {name[:80]!r}, outside of the archive", self.path)
         if entry.flag_bits & _ENCRYPTED:
             raise CorruptError(f"its entry {name[:80]} is encrypted", self.path)

@@ -61,11 +61,16 @@ class Checkpoint:
     globals: tuple[str, ...] = ()
     shards: tuple[Path, ...] = ()
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that it is read from."""
+        return (self.path, *self.shards)
+
     @cached_property
     def sha256(self) -> str:
         """Hexadecimal SHA-256 of the file's bytes, followed by those of its shards."""
         digest = hashlib.sha256()
-        for path in (self.path, *self.shards):
+        for path in self.files:
             with path.open("rb") as file:
                 while chunk := file.read(CHUNK):
                     digest.update(chunk)

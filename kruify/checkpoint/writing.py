@@ -1,7 +1,6 @@
 """Write checkpoints all or nothing: a temporary file beside the target, flushed to disk, then renamed over it.
 
-A reader sees the old file whole or the new one whole, also after a crash or a full disk. The input is never opened for
-writing, so it may be the output too.
+A reader sees the old file whole or the new one whole, also after a crash or a full disk.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from kruify.checkpoint import ORIGIN, Checkpoint, metadata_for, write_safetensors
+from kruify.checkpoint import ORIGIN, Checkpoint, metadata_for, write_model
 from kruify.convert import plan_of
 from kruify.finetune.recipe import Recipe
 from kruify.finetune.result import FinetuneResult
@@ -24,7 +24,8 @@ def write_trained(
 ) -> None:
     """Write the network with its plan, history and recipe, and the hashes of every file on the way.
 
-    A network without Kronecker matrices becomes an ordinary state dict with the same notes.
+    A network without Kronecker matrices becomes an ordinary state dict with the same notes. The ending decides between
+    safetensors and torch.save's format.
 
     Args:
         source: the file that was fine-tuned; None for a network trained from scratch.
@@ -37,7 +38,7 @@ def write_trained(
     if network is not None or KEY in before:
         told[KEY] = json.dumps(network) if network is not None else before[KEY]
     if not plan.layers:
-        write_safetensors(path, state, told)
+        write_model(path, state, told)
         return
     extra = dict(told)
     dense = before.get("kruify.source_sha256", "")
@@ -45,4 +46,4 @@ def write_trained(
         earlier = json.loads(before.get("kruify.parents", "[]"))
         parents = [*(earlier or [dense]), source.sha256]
         extra = {"kruify.parents": json.dumps(parents), ORIGIN: before.get(ORIGIN, ""), **told}
-    write_safetensors(path, state, metadata_for(plan.to_json(), source_sha256=dense, seed=recipe.seed, extra=extra))
+    write_model(path, state, metadata_for(plan.to_json(), source_sha256=dense, seed=recipe.seed, extra=extra))

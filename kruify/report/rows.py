@@ -110,10 +110,12 @@ def comparison(report: Report) -> list[Row]:
 
 
 def _change(before: float, after: float, better: str) -> str:
-    if not before or not after or abs(after / before - 1) < 0.005:
+    if not before or not after:
         return ""
     worse = {"smaller": "larger", "fewer": "more", "faster": "slower"}[better]
-    return f"{factor(before / after)}x {better}" if after < before else f"{factor(after / before)}x {worse}"
+    ratio, word = (before / after, better) if after < before else (after / before, worse)
+    text = factor(ratio)
+    return "" if text == "1.0" else f"{text}x {word}"
 
 
 def whole(value: float) -> str:

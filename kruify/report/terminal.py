@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from rich.console import RenderableType
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from kruify.report.report import ModelReport, Report
 from kruify.report.rows import (
@@ -28,14 +28,17 @@ IN_PLAN = "factors"  # of GATE_COLUMNS: too wide for a terminal, and the plan ha
 
 
 def tables(report: Report) -> list[RenderableType]:
-    """How the files were made, gates, training; then the comparison and the headline, which stay in sight."""
+    """How the files were made, gates, training; then the comparison and the headline, which stay in sight.
+
+    Their strings are plain text: print them on a console without markup.
+    """
     parts: list[RenderableType] = [_made(report), *(_gates(model) for model in report.models)]
     if any(model.history for model in report.models):
         parts.append(_training(report))
     parts.append(_comparison(report))
     for headline in headlines(report):
-        figures = "; ".join(f"[bold]{figure}[/bold] {meaning}" for figure, meaning in headline.figures)
-        parts.append(f"{escape(headline.model)}: {figures}")
+        figures = (Text.assemble((figure, "bold"), f" {meaning}") for figure, meaning in headline.figures)
+        parts.append(Text(f"{headline.model}: ") + Text("; ").join(figures))
     return parts
 
 
@@ -56,20 +59,18 @@ def _made(report: Report) -> Table:
         if lines := plan(model):
             entries.append(("plan", "\n".join(lines)))
         for place, (label, text) in enumerate(entries):
-            table.add_row(
-                "" if place else escape(model.name), label, escape(text), end_section=place == len(entries) - 1
-            )
+            table.add_row("" if place else model.name, label, text, end_section=place == len(entries) - 1)
     return table
 
 
 def _gates(model: ModelReport) -> Table:
     kept = [place for place, column in enumerate(GATE_COLUMNS) if column != IN_PLAN]
     heads = [GATE_COLUMNS[place].replace(" ", "\n") for place in kept]  # leaves more room for names
-    table = _table(f"{escape(model.name)}: recurrent matrices", "gate", *heads, "singular\nvalues")
+    table = _table(f"{model.name}: recurrent matrices", "gate", *heads, "singular\nvalues")
     for entry in model.recurrent_matrices:
         cells = gate_cells(entry)
         curve = spark_spectrum(entry.singular_values)
-        table.add_row(escape(f"{entry.name} {entry.gate}"), *(escape(cells[place]) for place in kept), curve)
+        table.add_row(f"{entry.name} {entry.gate}", *(cells[place] for place in kept), curve)
     return table
 
 
@@ -80,16 +81,15 @@ def _training(report: Report) -> Table:
             known = [v for v in values if math.isfinite(v)]
             if not known:
                 continue
-            table.add_row(escape(model.name), escape(name), *(metric(v) for v in (known[0], known[-1])), spark(known))
+            table.add_row(model.name, name, *(metric(v) for v in (known[0], known[-1])), spark(known))
     return table
 
 
 def _comparison(report: Report) -> Table:
     said = " ".join(sentence for sentence in (judged(report), measured(report)) if sentence)
-    table = _table("comparison", "", *(escape(model.name) for model in report.models), caption=escape(said))
+    table = _table("comparison", "", *(model.name for model in report.models), caption=said)
     for row in comparison(report):
         cells = (f"{v} ({c})" if c else v for v, c in zip(row.values, row.changes, strict=True))
         main = report.metric is not None and row.label.startswith(f"{report.metric},")
-        label = escape(row.label)
-        table.add_row(f"[bold]{label}[/bold]" if main else label, *cells)
+        table.add_row(Text(row.label, "bold") if main else row.label, *cells)
     return table

@@ -207,3 +207,9 @@ def test_every_truncation_of_a_legacy_file_is_corrupt(tmp_path: Path) -> None:
         (tmp_path / "a.pt").write_bytes(data[:keep])
         with pytest.raises(CorruptError):
             read(tmp_path / "a.pt")
+
+
+def test_a_file_may_be_called_by_the_time_of_day(tmp_path: Path) -> None:
+    """torch names the folder inside the archive after the file."""
+    torch.save({"w": torch.ones(2)}, tmp_path / "10:30:00.pt")
+    assert torch.equal(read(tmp_path / "10:30:00.pt").tensors["w"], torch.ones(2))

@@ -22,7 +22,12 @@ def test_wrapper_ties_and_broken_numbers(tmp_path, run, run_json):
     assert result["nonfinite"] == {"a.bias": 1}
     assert result["bytes"] == path.stat().st_size
     text = run("inspect", str(path)).stdout
-    for words in ("stands under state_dict", "begin with module.", "b.weight is tied to a.weight", "1 entries that"):
+    for words in (
+        "stands under state_dict",
+        "begin with module.",
+        "b.weight is tied to a.weight",
+        "1 entry that is NaN",
+    ):
         assert words in text
 
 

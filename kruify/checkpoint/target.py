@@ -1,0 +1,71 @@
+"""Where output may go, asked before the work begins, and the kind of file that the ending of a name asks for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from kruify.checkpoint.tensors import LazyTensor
+from kruify.checkpoint.writing import Progress, write_safetensors, write_torch
+from kruify.errors import UsageError
+
+TORCH = (".pt", ".pth", ".ckpt", ".bin")
+"""Endings that promise what torch.load opens."""
+FOREIGN = (".onnx", ".keras", ".h5", ".npz", ".pt2", ".json")
+"""Endings that promise what no state dict is; any other, or none, stands for safetensors."""
+
+
+def check_target(path: str | os.PathLike[str], *inputs: str | os.PathLike[str]) -> None:
+    """Fails before hours of work, not after them.
+
+    Args:
+        inputs: files that are read: none of them is overwritten.
+
+    Raises:
+        UsageError: `path` is one of `inputs` or a folder, or its folder is missing or read-only.
+    """
+    path = Path(path)
+    if path.exists() and any(os.path.exists(given) and path.samefile(given) for given in inputs):
+        raise UsageError("it is read and would be overwritten", path, "Name another file to write to")
+    if path.is_dir():
+        raise UsageError("it is a folder", path, "Name a file to write to")
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {path.parent}", path, "Make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"the folder {path.parent} cannot be written to", path, "Name a file in another one")
+
+
+def check_model_target(path: str | os.PathLike[str], *inputs: str | os.PathLike[str]) -> None:
+    """`check_target` for `write_model`.
+
+    Raises:
+        UsageError: also where the ending is that of another kind of file.
+    """
+    check_target(path, *inputs)
+    if Path(path).suffix.lower() in FOREIGN:
+        raise UsageError(
+            f"the ending '{Path(path).suffix}' stands for another kind of file", path, "Write .safetensors or .pt"
+        )
+
+
+def write_model(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor | LazyTensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the kind of file that the ending asks for: `write_torch` for .pt and its like, else `write_safetensors`.
+
+    Raises:
+        UsageError: the file cannot be written, or the ending is that of another kind of file.
+    """
+    check_model_target(path)
+    if Path(path).suffix.lower() in TORCH:
+        write_torch(path, tensors, metadata)
+    else:
+        write_safetensors(path, tensors, metadata, progress=progress)

@@ -1,0 +1,148 @@
+"""Where output may go, what kind of file it becomes, and names that would like to be more than names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from kruify.checkpoint import read
+
+TUNE = ("--task", "task.py:Echo", "--epochs", "0.4")
+CONVERT = ("convert", "model.pt", "--factors", "2x2")
+
+
+@pytest.mark.parametrize("prefix", ["net[v1]", "net[/red]", "net[bold]", "net:warning:"])
+def test_a_name_is_no_markup(prefix, folder, run):
+    torch.save(
+        {f"{prefix}.{name}": t for name, t in nn.GRU(3, 8).state_dict().items()}, f"{prefix}.pt".replace("/", "")
+    )
+    (file,) = (p.name for p in folder.glob("net*.pt"))
+    for command in (("inspect", file), ("convert", file, "--factors", "2x2")):
+        result = run(*command)
+        assert result.exit_code == 0, result.stderr
+        assert file in result.stdout
+        assert prefix in result.stdout
+
+
+def test_a_name_does_not_drive_the_terminal(folder, run):
+    torch.save({f"a\x1b[31m\x9b.{name}": t for name, t in nn.GRU(3, 8).state_dict().items()}, "esc.pt")
+    torch.save({"b\x1b]0;x\x07.weight_hh_l0": torch.zeros(24, 8)}, "skipped.pt")
+    result = run("inspect", "esc.pt")
+    assert r"a\x1b[31m\x9b" in result.stdout
+    passed = run("convert", "skipped.pt", "--factors", "2x2")
+    assert passed.exit_code == 2
+    for text in (result.stdout, run("inspect", "skipped.pt").stdout, passed.stderr):
+        assert not {"\x1b", "\x07", "\x9b"} & set(text)
+
+
+def test_paths_and_hashes_stay_whole(folder, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    long = folder / ("folder-" * 15)
+    long.mkdir()
+    result = run(*CONVERT, "-o", str(long / "small.kru.safetensors"))
+    assert f"wrote {long / 'small.kru.safetensors'}\n" in result.stdout
+    assert read(long / "small.kru.safetensors").sha256 in run("verify", str(long / "small.kru.safetensors")).stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        (*CONVERT, "-o", "model.pt"),
+        (*CONVERT, "-o", "link.pt"),
+        (*CONVERT, "--dry-run", "--plan-out", "model.pt"),
+        ("finetune", "model.pt", *TUNE, "-o", "model.pt"),
+        ("finetune", "small.kru.safetensors", *TUNE, "--teacher", "model.pt", "-o", "model.pt"),
+        ("finetune", "model.pt", *TUNE, "-o", "new.pt", "--conditioning", "model.pt"),
+        ("compress", "model.pt", *TUNE, "--budget", "2x", "-o", "model.pt"),
+        ("sweep", "model.pt", *TUNE, "--budgets", "2x", "--html", "model.pt"),
+        ("report", "model.pt", "small.kru.safetensors", "--markdown", "model.pt"),
+        ("export", "small.kru.safetensors", "--to", "dense", "-o", "small.kru.safetensors"),
+    ],
+)
+def test_what_is_read_is_not_overwritten(command, folder, run):
+    run(*CONVERT, "-o", "small.kru.safetensors")
+    os.symlink("model.pt", "link.pt")
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    result = run(*command)
+    assert result.exit_code == 2
+    assert "it is read and would be overwritten" in result.stderr
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        (*CONVERT, "-o"),
+        (*CONVERT, "--plan-out"),
+        ("finetune", "model.pt", *TUNE, "-o"),
+        ("finetune", "model.pt", *TUNE, "-o", "new.pt", "--conditioning"),
+        ("train", *TUNE, "-o"),
+        ("train", *TUNE, "-o", "new.pt", "--conditioning"),
+        ("compress", "model.pt", *TUNE, "--budget", "2x", "-o"),
+        ("sweep", "model.pt", *TUNE, "--budgets", "2x", "--html"),
+        ("report", "model.pt", "model.pt", "--html"),
+        ("export", "model.pt", "--to", "torch", "-o"),
+        ("tasks", "--export", "g2p-en", "-o"),
+    ],
+)
+@pytest.mark.parametrize(("place", "sentence"), [("nowhere/x", "there is no folder nowhere"), (".", "it is a folder")])
+def test_a_place_that_cannot_be_written_is_told_before_the_work(place, sentence, command, folder, run):
+    before = sorted(folder.iterdir())
+    result = run(*command, place)
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+    assert result.stdout == ""
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_folder_that_cannot_be_written(folder, run, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may run as root, who may do everything
+    assert "cannot be written to" in run(*CONVERT).stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        CONVERT,
+        ("finetune", "model.pt", *TUNE),
+        ("train", *TUNE),
+        ("compress", "model.pt", *TUNE, "--budget", "2x", "--attempts", "1"),
+    ],
+)
+def test_the_ending_decides_on_the_kind_of_file(command, folder, run):
+    for ending in (".pt", ".ckpt", ".safetensors"):
+        result = run(*command, "-o", f"out{ending}")
+        assert result.exit_code == 0, result.stderr
+        assert read(f"out{ending}").format == ("safetensors" if ending == ".safetensors" else "torch")
+        assert run("evaluate", f"out{ending}", "--task", "task.py:Echo").exit_code == 0
+    torch.load("out.pt", weights_only=True)
+    result = run(*command, "-o", "out.onnx")
+    assert result.exit_code == 2
+    assert "'.onnx' stands for another kind of file" in result.stderr
+    assert not Path("out.onnx").exists()
+
+
+def test_dense_is_asked_for(folder, run):
+    run(*CONVERT)
+    for command in (
+        ("convert", "--factors", "2x2"),
+        ("compress", *TUNE, "--budget", "2x", "-o", "x"),
+        ("sweep", *TUNE),
+    ):
+        result = run(command[0], "model.kru.safetensors", *command[1:])
+        assert result.exit_code == 2
+        assert "it is converted already" in result.stderr
+
+
+def test_a_size_without_divisors(folder, run, run_json):
+    torch.save(nn.GRU(3, 251).state_dict(), "prime.pt")
+    text = run("convert", "prime.pt", "--factors", "auto").stdout
+    assert "Not ready to use" not in text
+    assert "it computes what the dense model does" in text
+    (spec,) = [line.split("'")[1] for line in text.splitlines() if "Nothing became smaller" in line]
+    assert run_json("convert", "prime.pt", "--factors", spec)["parameters"]["recurrent_ratio"] > 10
+    assert "Not ready to use" in run("convert", "prime.pt", "--factors", spec).stdout
