@@ -55,7 +55,7 @@ def compress(
         from kruify.checkpoint import check_model_target, read
         from kruify.compress import compress as run
         from kruify.errors import TargetMissedError
-        from kruify.task import load_task
+        from kruify.task import load_task, measure
 
         checkpoint = read(model, key=key)
         refuse_converted(checkpoint)
@@ -77,7 +77,7 @@ def compress(
                 **options,
             )
         save(done.model, target, source_sha256=checkpoint.sha256, seed=seed)
-        metrics = task.evaluate(done.model, "test")
+        metrics = measure(task, done.model, "test")
         _show(out, done, task, metrics, target)
         out.result(
             {

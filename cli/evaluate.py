@@ -20,13 +20,13 @@ def evaluate(model: str, task_name: str, split: str, key: str | None, json_only:
         from rich.text import Text
 
         from kruify.checkpoint import read
-        from kruify.task import load_task
+        from kruify.task import load_task, measure
 
         checkpoint = read(model, key=key)
         task = load_task(task_name)
         net = network(checkpoint, task)
         with out.waiting(f"evaluating on {split}"):
-            metrics = task.evaluate(net, split)
+            metrics = measure(task, net, split)
         examples = task.examples(split)
         counted = "" if examples is None else f" ({examples:,} examples)"
         values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

@@ -92,7 +92,7 @@ def train(
         from kruify.finetune import Recipe, finetune
         from kruify.finetune.written import write_trained
         from kruify.network import network_of
-        from kruify.task import load_task
+        from kruify.task import fresh_model, load_task
 
         task = load_task(task_name, **wanted)
         network = network_of(task)
@@ -108,7 +108,7 @@ def train(
         torch.manual_seed(seed)
         with progress("starting") as advance:
             outcome = finetune(
-                task.model(),
+                fresh_model(task),
                 task,
                 recipe=recipe,
                 resume=resume,

@@ -61,7 +61,8 @@ def recipe_options(pairs: tuple[str, ...]) -> dict[str, Any]:
             else:
                 values[name] = text
         except (ValueError, KeyError):
-            raise UsageError(f"--option {pair} is not {name or 'NAME'}={default}", "fine-tuning") from None
+            example = f"{name}={default or 1}" if name in defaults else "patience=3"
+            raise UsageError(f"--option {pair} cannot be read", hint=f"Write for example --option {example}") from None
     return values
 
 

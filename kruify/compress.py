@@ -19,7 +19,7 @@ from kruify.finetune.result import OnProgress
 from kruify.locate import RecurrentLayer, locate
 from kruify.plan import Plan
 from kruify.planner import parse_budget
-from kruify.task import Task
+from kruify.task import Task, measure
 
 GROWTH = 2.0  # a layer that costs too much gets so many times its parameters
 DENSE_FROM = 0.5  # a layer that would keep more than this share of its parameters is left dense
@@ -93,7 +93,7 @@ def compress(
     moments = calibrate(dense, task, seed=seed)
     tensors = dense.state_dict()
     plan = make_budget_plan(tensors, layers, budget, moments=moments, seed=seed)
-    result = Compressed(dense, task.evaluate(dense, "valid"))
+    result = Compressed(dense, measure(task, dense, "valid", known=True))
     learnt: dict[str, Tensor] = {}
     while True:
         converted, conversion = convert_module(dense, plan, moments=moments, seed=seed)
@@ -102,7 +102,7 @@ def compress(
         student = finetune(
             converted, task, teacher=teacher, device=device, on_progress=on_progress, seed=seed, **recipe
         ).model
-        attempt = _attempt(plan, layers, conversion, task, result.baseline, task.evaluate(student, "valid"))
+        attempt = _attempt(plan, layers, conversion, task, result.baseline, measure(task, student, "valid"))
         result = _with(result, attempt, student, max_drop)
         if on_attempt is not None:
             on_attempt(attempt)

@@ -16,7 +16,7 @@ from kruify.checkpoint import Checkpoint
 from kruify.convert import load_tensors, swap
 from kruify.errors import CorruptError, TaskError
 from kruify.plan import Plan
-from kruify.task import Task
+from kruify.task import Task, fresh_model
 
 KEY = "kruify.network"
 OPTIONS: dict[str, type] = {"cell": str, "hidden": int, "factors": str, "layers": int}
@@ -36,7 +36,7 @@ def load_network(checkpoint: Checkpoint, task: Task) -> nn.Module:
         PlanError: the plan of a converted file does not fit it.
         TaskError: the file holds another network of the task, and the task has no such options.
     """
-    model = as_noted(checkpoint, task).model()
+    model = fresh_model(as_noted(checkpoint, task))
     if text := checkpoint.metadata.get("kruify.plan"):
         model = swap(model, Plan.from_json(text, f"plan in {checkpoint.path}"))
     load_tensors(model, checkpoint.tensors, checkpoint.path)

@@ -24,7 +24,7 @@ from kruify.finetune.result import OnProgress
 from kruify.locate import locate
 from kruify.plan import Plan
 from kruify.planner import Searches, parse_budget
-from kruify.task import Task
+from kruify.task import Task, measure
 
 STATE = "sweep.json"
 
@@ -94,7 +94,10 @@ def sweep(
     if not layers:
         raise UsageError("there is no RNN, LSTM or GRU layer to convert", type(dense).__name__)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the folder cannot be made ({error.strerror})", folder, "Name another one") from None
     settings = Recipe().changed(seed=seed, **recipe).to_json()
     state = _State(folder, {"source": source_sha256, "task": type(task).__name__, "split": split, "recipe": settings})
     points, moments = [], None
@@ -105,7 +108,7 @@ def sweep(
             if budget == "dense":
                 count = sum(layer.recurrent_parameters for layer in layers)
                 total = sum(p.numel() for p in dense.parameters())
-                point = Point("dense", None, count, total, task.evaluate(dense, split))
+                point = Point("dense", None, count, total, measure(task, dense, split, known=True))
             else:
                 moments = moments or calibrate(dense, task, seed=seed)
                 file = folder / f"{_safe(budget)}.kru.safetensors"
@@ -153,7 +156,7 @@ def _make(
     metadata = metadata_for(plan_of(model).to_json(), source_sha256=source_sha256, seed=seed, extra=told)
     write_safetensors(file, model.state_dict(), metadata)
     counts = int(conversion.parameters["recurrent_after"]), sum(p.numel() for p in model.parameters())
-    return task.evaluate(model, split), counts
+    return measure(task, model, split), counts
 
 
 class _State:

@@ -26,11 +26,12 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import re
 import sys
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -106,7 +107,7 @@ class Task(ABC):
         with evaluating(model) as device:
             for batch in self.batches(split):
                 batch = to_device(batch, device)
-                losses.append(float(self.loss(self.forward(model, batch), batch)))
+                losses.append(float(_one_number(self.loss(self.forward(model, batch), batch), self)))
         if not losses:
             raise TaskError(f'split "{split}" has no batches', where=type(self).__name__)
         return {"loss": sum(losses) / len(losses)}
@@ -141,6 +142,68 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
     finally:
         for module in was_training:
             module.training = True
+
+
+def fresh_model(task: Task) -> nn.Module:
+    """Return `task.model()`; TaskError where that is no module."""
+    model = task.model()
+    if not isinstance(model, nn.Module):
+        raise TaskError(f"model() gave {_a(model)}, not a torch.nn.Module", where=type(task).__name__)
+    return model
+
+
+def measure(task: Task, model: nn.Module, split: str, *, known: bool = False) -> dict[str, float]:
+    """Return `task.evaluate(model, split)` as plain numbers, `task.metric` among them.
+
+    Args:
+        known: whether everything that follows compares with this metric, so that NaN will not do.
+
+    Raises:
+        TaskError: it is something else.
+    """
+    where = type(task).__name__
+    found: Any = task.evaluate(model, split)
+    if not isinstance(found, Mapping):
+        raise TaskError(f'evaluate() gave {_a(found)}, not a dict such as {{"{task.metric}": 0.5}}', where=where)
+    metrics: dict[str, float] = {}
+    for name, value in found.items():
+        try:
+            metrics[str(name)] = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise TaskError(f"evaluate() gave {_a(value)} as '{name}', not a number", where=where) from None
+    if task.metric not in metrics:
+        raise TaskError(
+            f"evaluate() gave {', '.join(metrics) or 'nothing'}, but not the metric '{task.metric}'", where=where
+        )
+    if known and math.isnan(metrics[task.metric]):
+        raise TaskError(
+            f"evaluate() gave NaN as '{task.metric}' on the {split} split, so nothing can be compared with it",
+            where=where,
+            hint="See that the split has batches and the network finite outputs",
+        )
+    return metrics
+
+
+def check_loss(loss: Any, task: Task) -> Tensor:
+    """Return `loss` if training can use it: one number with a gradient; TaskError otherwise."""
+    if not _one_number(loss, task).requires_grad:
+        raise TaskError(
+            "loss() gave a number without a gradient",
+            where=type(task).__name__,
+            hint="Compute it from `outputs` without detach(), item() or argmax()",
+        )
+    return cast(Tensor, loss)
+
+
+def _one_number(loss: Any, task: Task) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
+        raise TaskError(f"loss() gave {_a(loss)}{shape}, not one number in a tensor", where=type(task).__name__)
+    return loss
+
+
+def _a(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -229,6 +292,11 @@ def _from_file(file: Path, cls_name: str) -> type[Task]:
         methods = ", ".join(f"{method}()" for method in missing)
         hint = "Write what is missing; `pydoc kruify.task` explains each"
         raise TaskError(f'"{cls_name}" lacks {methods}', where=file, hint=hint)
+    takes = inspect.signature(found.batches).parameters
+    if "seed" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        raise TaskError(
+            f'batches() of "{cls_name}" takes no seed', where=file, hint="Write batches(self, split, *, seed=0)"
+        )
     return found
 
 

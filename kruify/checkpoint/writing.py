@@ -148,11 +148,19 @@ def write_torch(
             tree = {part: tree}
         tree = {**(extras or {}), **tree, **({"kruify": dict(metadata)} if metadata else {})}
     with atomic_file(path) as file:
-        try:
-            torch.save(tree, file, _use_new_zipfile_serialization=not legacy)
-        except RuntimeError as error:
-            # torch reports a full disk as an error of its own, raised while it handles the real one.
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        save_tree(tree, file, legacy=legacy)
+
+
+def save_tree(tree: Any, file: BinaryIO, *, legacy: bool = False) -> None:
+    """torch.save that reports a full disk as an OSError, and not as an error of torch's, raised while it handles that.
+
+    Args:
+        legacy: the format of before torch 1.6.
+    """
+    try:
+        torch.save(tree, file, _use_new_zipfile_serialization=not legacy)
+    except RuntimeError as error:
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def as_lazy(tensors: Mapping[str, Tensor | LazyTensor]) -> dict[str, LazyTensor]:

@@ -8,7 +8,7 @@ gives that adds up N batches a step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -41,9 +41,7 @@ class Processes:
                 "fine-tuning needs the package accelerate, which is not installed",
                 hint="pip install 'kruify[finetune]'",
             ) from error
-        wanted = None if device is None else torch.device(device)
-        if wanted is not None and wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-            raise UsageError(f"there is no device {wanted} here", "fine-tuning", "Use --device cpu")
+        wanted = None if device is None else _there(device)
         # accelerate keeps one state a process and refuses a second Accelerator with other settings: forget the last
         # one's.
         AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
@@ -109,6 +107,18 @@ class Processes:
     def wait(self) -> None:
         """Return when every process has come this far."""
         self._accelerator.wait_for_everyone()
+
+
+def _there(device: torch.device | str) -> torch.device:
+    """The device, if this machine has it."""
+    counts = {"cpu": 1}
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        counts[accelerator.type] = torch.accelerator.device_count()
+    with suppress(RuntimeError):  # torch's for a name that it does not know
+        wanted = torch.device(device)
+        if (wanted.index or 0) < counts.get(wanted.type, 0):
+            return wanted
+    raise UsageError(f"there is no device {device} here", "fine-tuning", "Use --device cpu")
 
 
 def _reals(tensor: Tensor) -> Tensor:

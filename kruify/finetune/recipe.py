@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -114,6 +115,10 @@ class Recipe:
 
     def check(self) -> None:
         """Raises UsageError for a value that makes no sense."""
+        for name, value in self.to_json().items():
+            endless = value == math.inf and name in ("epochs", "heal_epochs", "warm_epochs", "lr", "heal_lr")
+            if isinstance(value, float) and (math.isnan(value) or endless):
+                raise UsageError(f"{name} must be a number, got {value}", "fine-tuning")
         for name, wrong, expected in (
             ("epochs", self.epochs < 0, "0 or more"),
             ("lr", self.lr <= 0, "above 0"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kruify.checkpoint.writing import atomic_file
+from kruify.checkpoint.writing import atomic_file, save_tree
 from kruify.errors import CorruptError, UsageError
 from kruify.finetune.recipe import Recipe
 
@@ -20,7 +20,7 @@ FILE = "state.pt"
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Write `state` to `folder`, all or nothing."""
     with atomic_file(folder / FILE) as file:
-        torch.save({"format": FORMAT, **state}, file)
+        save_tree({"format": FORMAT, **state}, file)
 
 
 def load_state(folder: Path) -> dict[str, Any] | None:

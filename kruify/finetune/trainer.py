@@ -13,15 +13,15 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from kruify.errors import TaskError, UsageError
+from kruify.errors import UsageError
 from kruify.finetune.anneal import OverlayAnnealing
 from kruify.finetune.codropout import CoMatrixDropout
-from kruify.finetune.conditioning import measure
+from kruify.finetune.conditioning import measure as measure_conditioning
 from kruify.finetune.ema import Average
 from kruify.finetune.feed import Batch, count_batches, groups
 from kruify.finetune.groups import parameter_groups
@@ -33,7 +33,7 @@ from kruify.finetune.recipe import Recipe
 from kruify.finetune.result import FinetuneResult, OnProgress, Progress
 from kruify.finetune.schedule import lr_factor
 from kruify.finetune.state import check_same_run, load_state, save_state
-from kruify.task import Task, to_device
+from kruify.task import Task, check_loss, measure, to_device
 
 MAX_SKIPPED = 20  # steps in a row whose gradient is not finite, after which a run counts as diverged
 
@@ -161,7 +161,7 @@ class Trainer:
     def _run_epoch(self, phase: Phase, steps: int) -> None:
         """From the current position to the end of its epoch, or of the phase."""
         assert self.optimizer is not None
-        in_phase = self.step // self.steps_per_epoch
+        first, in_phase = self.step, self.step // self.steps_per_epoch
         end = min((in_phase + 1) * self.steps_per_epoch, steps)
         feed = groups(
             self.task,
@@ -186,6 +186,8 @@ class Trainer:
             if self.step == end:
                 break
             self._save_if_due()
+        if self.step > first and not self.weight_sum:
+            self._diverged(phase, "no step of the epoch has a")
         self.step = end  # an epoch that came out shorter than counted ends all the same
         lr = phase.lr * lr_factor(self.recipe.schedule, self.step / steps, self.recipe.warmup)
         self._validate(phase.name, lr)
@@ -206,7 +208,7 @@ class Trainer:
                 seed_all(self.recipe.seed, "step", self.phase, self.step // self.steps_per_epoch, number)
                 weight = float(self.task.weight(batch))
                 with self.processes.autocast():
-                    loss = phase.objective(to_device(batch, self.processes.device), over)
+                    loss = check_loss(phase.objective(to_device(batch, self.processes.device), over), self.task)
                 (loss if weight == 1.0 else loss * weight).backward()  # type: ignore[no-untyped-call]
                 weight_sum, loss_sum = weight_sum + weight, loss_sum + weight * float(loss.detach())
         weight_sum, loss_sum = self.processes.sum_gradients(trained, [weight_sum, loss_sum])
@@ -221,16 +223,17 @@ class Trainer:
         if not math.isfinite(loss_sum) or not math.isfinite(float(norm)):
             self._skipped += 1
             if self._skipped >= MAX_SKIPPED:
-                hint = f"Lower lr (it is {phase.lr:g}) or the clipping norm"
-                raise UsageError(
-                    f"training diverged: {MAX_SKIPPED} steps in a row have no finite gradient", "fine-tuning", hint
-                )
+                self._diverged(phase, f"{MAX_SKIPPED} steps in a row have no")
             return
         self._skipped = 0
         self.loss_sum, self.weight_sum = self.loss_sum + loss_sum, self.weight_sum + weight_sum
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.model)
+
+    def _diverged(self, phase: Phase, what: str) -> NoReturn:
+        hint = f"Lower lr (it is {phase.lr:g}) or the clipping norm"
+        raise UsageError(f"training diverged: {what} finite gradient", "fine-tuning", hint)
 
     # ------------------------------------------------------------------ validation
 
@@ -246,13 +249,8 @@ class Trainer:
     def _judge(self, phase: str, lr: float) -> None:
         metrics: dict[str, float] = {}
         if self.processes.is_main:
-            metrics = {name: float(value) for name, value in self.task.evaluate(self.model, "valid").items()}
+            metrics = measure(self.task, self.model, "valid", known=not self.history)
         metrics = self.processes.from_main(metrics)
-        if self.task.metric not in metrics:
-            names = ", ".join(metrics) or "nothing"
-            raise TaskError(
-                f"evaluate() gave {names}, but not the metric '{self.task.metric}'", type(self.task).__name__
-            )
         with torch.no_grad():
             penalty = float(unitary_penalty(self.model))
         entry: dict[str, Any] = {
@@ -265,7 +263,7 @@ class Trainer:
             "metrics": metrics,
         }
         if self.conditioning:
-            found = measure(self.model, self.task, self.recipe.seed) if self.processes.is_main else {}
+            found = measure_conditioning(self.model, self.task, self.recipe.seed) if self.processes.is_main else {}
             entry["conditioning"] = self.processes.from_main(found)
         self.history.append(entry)
         if self.logs is not None and self.processes.is_main:

@@ -22,7 +22,7 @@ from kruify.evaluate import (
 from kruify.network import load_network
 from kruify.report.details import agreeing, history, made, peak_memory, with_energies
 from kruify.report.report import ModelReport, Report
-from kruify.task import Task
+from kruify.task import Task, measure
 
 Progress = Callable[[float, float, str], None]  # models done, models in all, what is going on
 
@@ -55,7 +55,7 @@ def build_report(
     metrics = []
     for index, checkpoint in enumerate(checkpoints):
         tell(index, total, f"evaluating {checkpoint.path}")
-        metrics.append({} if task is None else task.evaluate(load_network(checkpoint, task), split))
+        metrics.append({} if task is None else measure(task, load_network(checkpoint, task), split))
     tell(len(files), total, "measuring latency")
     load = os.getloadavg()[0]
     latency = measure_latency(layers, threads=threads, seconds=latency_seconds)
