@@ -76,6 +76,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     text = printable(" ".join(f"{name}: {error}".split()))
     if line := _line_of_task_file(error):
         return f"{line}: the task failed: {text[:300]}. KRUIFY_DEBUG=1 shows the traceback", TaskError.exit_code
+    if isinstance(error, MemoryError) or "can't allocate memory" in text or name == "OutOfMemoryError":
+        return "there is not enough memory for this; give a smaller rank, batch or network", UsageError.exit_code
     if isinstance(error, OSError) and error.errno is not None:  # a full disk, a closed terminal: no bug
         return f"{error.filename or 'standard output'}: {os.strerror(error.errno)}", UsageError.exit_code
     bug = f"this is a bug in kruify: {text[:300]}. Run again with KRUIFY_DEBUG=1 and report the traceback"

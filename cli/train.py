@@ -89,6 +89,7 @@ def train(
 
         from kruify.checkpoint import check_model_target, check_target
         from kruify.errors import UsageError
+        from kruify.evaluate import count_network
         from kruify.finetune import Recipe, finetune
         from kruify.finetune.written import write_trained
         from kruify.network import network_of
@@ -131,7 +132,7 @@ def train(
                 "output": str(path),
                 "task": task_name,
                 "network": network,
-                "parameters": _parameters(path),
+                "parameters": count_network(outcome.model),
                 **account(outcome),
             }
         )
@@ -152,10 +153,3 @@ def _default_name(task_name: str, network: dict[str, Any]) -> str:
         base = task_class(task_name).__name__
     parts = [base, *(str(network[name]) for name in ("cell", "hidden") if name in network)]
     return "-".join(parts) + ".safetensors"
-
-
-def _parameters(path: Path) -> dict[str, int]:
-    from kruify.checkpoint import read
-    from kruify.evaluate import count_parameters, layers_of
-
-    return count_parameters(layers_of(read(path)))

@@ -108,7 +108,9 @@ def calibrate(
         TaskError: the task has no batch in that split, or the model gives NaN or infinite states.
     """
     found: dict[str, Moments] = {}
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.RNNBase | nn.RNNCellBase)}
+    layers = {
+        n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.RNNBase | nn.RNNCellBase)
+    }
     handles = [
         module.register_forward_pre_hook(_hook(f"{name}." if name else "", found), with_kwargs=True)
         for name, module in layers.items()

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kruify.checkpoint import Checkpoint
+from kruify.checkpoint import Checkpoint, LazyTensor
+from kruify.checkpoint.tensors import ties
 from kruify.conditioning import conditioning, exact
-from kruify.convert import build_layer, load_tensors
+from kruify.convert import build_dense, build_layer, load_tensors, plan_of
 from kruify.factors import Structure
 from kruify.layers.base import KRUBase
 from kruify.layers.cells import KRUCellBase
 from kruify.layers.relabel import Units, relabel_of
-from kruify.locate import MODULES, RecurrentLayer, locate_checkpoint
+from kruify.locate import RecurrentLayer, locate, locate_checkpoint
 from kruify.plan import LayerPlan, Plan, Structures
 
 BATCHES = (1, 32)
@@ -48,7 +48,7 @@ class Layers:
         if matrices:
             module: nn.Module = build_layer(LayerPlan(layer, matrices, self.relabelled.get(layer.name, {})))
         else:
-            module = dense_layer(layer)
+            module = build_dense(layer)
         prefix = f"{layer.name}." if layer.name else ""
         wanted = module.state_dict()
         tensors = self.checkpoint.tensors
@@ -74,35 +74,31 @@ def _first(layer: RecurrentLayer, order: dict[str, int]) -> int:
     return min((i for name, i in order.items() if name.startswith(prefix)), default=0)
 
 
-def dense_layer(layer: RecurrentLayer) -> nn.Module:
-    """The torch.nn layer of this description, its numbers random."""
-    cls = next(cls for cls, key in MODULES.items() if key == (layer.kind, layer.cell))
-    options: dict[str, Any] = {"bias": layer.bias, "dtype": getattr(torch, layer.dtype)}
-    if layer.kind == "rnn":
-        options["nonlinearity"] = layer.nonlinearity or "tanh"
-    if not layer.cell:
-        options |= {"num_layers": layer.num_layers, "bidirectional": layer.bidirectional}
-        options["batch_first"] = bool(layer.batch_first)
-        if layer.kind == "lstm":
-            options["proj_size"] = layer.proj_size
-    return cls(layer.input_size, layer.hidden_size, **options)
-
-
 def count_parameters(layers: Layers) -> dict[str, int]:
     """Trainable numbers in the file: recurrent matrices, input matrices, all other tensors, total.
 
     A tensor that stands in the file under two names counts once, a complex number twice.
     """
-    checkpoint = layers.checkpoint
+    return _count(layers.checkpoint.tensors.lazy, [layer for layer, _ in layers.items])
+
+
+def count_network(model: nn.Module) -> dict[str, int]:
+    """`count_parameters` of a network in memory."""
+    layers = [item.layer for item in plan_of(model).layers] + locate(model).layers
+    return _count({name: LazyTensor.of(tensor) for name, tensor in model.state_dict().items()}, layers)
+
+
+def _count(tensors: Mapping[str, LazyTensor], layers: Sequence[RecurrentLayer]) -> dict[str, int]:
     counts = {"recurrent": 0, "input": 0, "other": 0}
-    for name, tensor in checkpoint.tensors.lazy.items():
-        if tensor.reals and name not in checkpoint.ties:
+    tied = ties(tensors)
+    for name, tensor in tensors.items():
+        if tensor.reals and name not in tied:
             counts[_part(name, layers)] += tensor.reals
     return {**counts, "total": sum(counts.values())}
 
 
-def _part(name: str, layers: Layers) -> str:
-    for layer, _ in layers.items:
+def _part(name: str, layers: Sequence[RecurrentLayer]) -> str:
+    for layer in layers:
         for suffix in layer.suffixes:
             for stem, part in (("weight_hh", "recurrent"), ("weight_ih", "input")):
                 weight = layer.full_name(stem + suffix)

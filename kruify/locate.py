@@ -215,7 +215,8 @@ def _mismatch(tensors: Mapping[str, AnyTensor], layer: RecurrentLayer) -> str | 
 
 def _locate_modules(module: nn.Module, subclasses: bool) -> Located:
     found = Located([], [])
-    for name, child in module.named_modules():
+    # A layer that stands in several places has all their names, as in the state dict.
+    for name, child in module.named_modules(remove_duplicate=False):
         if type(child) in MODULES or (subclasses and isinstance(child, tuple(MODULES))):
             found.layers.append(describe(name, child))
         elif isinstance(child, tuple(MODULES)):

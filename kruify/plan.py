@@ -35,6 +35,10 @@ class LayerPlan:
     matrices: dict[str, Structures]
     relabelled: dict[str, Units] = field(default_factory=dict)
 
+    def alike(self, other: LayerPlan) -> bool:
+        """Whether both make the same of a layer, whatever its name."""
+        return self.matrices == other.matrices and not self.relabelled and not other.relabelled
+
 
 @dataclass(frozen=True)
 class Plan:

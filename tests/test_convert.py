@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import kruify
-from kruify.convert import convert_tensors, densify_tensors, plan_of
-from kruify.errors import CorruptError, PlanError, UsageError
+from kruify.checkpoint import read
+from kruify.convert import convert_tensors, densify_tensors, expected, plan_of
+from kruify.errors import CorruptError, PlanError, UnsupportedError, UsageError
 from kruify.layers import KRULSTM, KRURNNCell
-from kruify.locate import locate
+from kruify.locate import locate, locate_checkpoint
 from kruify.plan import make_plan
 from kruify.task import Task
 
@@ -254,3 +255,73 @@ def test_loading_into_the_wrong_model(tmp_path: Path) -> None:
         kruify.load(path, into=nn.Linear(2, 2))
     with pytest.raises(CorruptError, match="do not fit Net"):
         kruify.load(path, into=Net(nn.LSTM(5, 8, dtype=F64), 9))
+
+
+class Twice(nn.Module):
+    """One layer in two places, and one matrix for embedding and output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 16)
+        self.rnn = nn.GRU(16, 16)
+        self.again = nn.ModuleDict({"rnn": self.rnn})
+        self.out = nn.Linear(16, 7)
+        self.out.weight = self.embedding.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.again["rnn"](self.rnn(self.embedding(x))[0])[0])
+
+
+def test_a_layer_in_two_places_stays_one_and_counts_once(tmp_path):
+    model, x = Twice(), torch.randint(7, (5, 3))
+    exact, _ = kruify.convert(model, "16*(4x4,4x4)")
+    torch.testing.assert_close(exact(x), model(x), atol=1e-5, rtol=0)
+
+    small, account = kruify.convert(model, "4x4")
+    assert isinstance(small, Twice)
+    assert small.again["rnn"] is small.rnn
+    before = sum(p.numel() for p in model.parameters())
+    after = sum(p.numel() for p in small.parameters())
+    assert account.parameters["total_before"] == before
+    assert account.parameters["total_after"] == after == before - 3 * (256 - 32)
+    assert (account.parameters["recurrent_before"], account.parameters["recurrent_after"]) == (768, 96)
+
+    kruify.save(small, tmp_path / "small.kru.safetensors")
+    loaded = kruify.load(tmp_path / "small.kru.safetensors", into=Twice())
+    assert loaded.again["rnn"] is loaded.rnn
+    assert torch.equal(loaded(x), small(x))
+    dense = kruify.densify(small)
+    assert dense.again["rnn"] is dense.rnn
+    assert type(dense.rnn) is nn.GRU
+    torch.testing.assert_close(dense(x), small(x), atol=1e-5, rtol=0)
+
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    checkpoint = read(tmp_path / "model.pt")
+    located = locate_checkpoint(checkpoint)
+    plan = make_plan(located.layers, "4x4")
+    from_file = convert_tensors(checkpoint.tensors.lazy, plan, located)
+    assert from_file.parameters == account.parameters == expected(checkpoint.tensors.lazy, plan, located).parameters
+    unlike = make_plan(located.layers, "4x4", overrides={"again.*": "2x2"})
+    assert convert_tensors(checkpoint.tensors.lazy, unlike, located).parameters["recurrent_after"] == 96 + 3 * 16
+    assert expected(checkpoint.tensors.lazy, unlike, located).parameters["recurrent_after"] == 96 + 3 * 16
+
+
+def test_a_file_of_another_network_says_what_differs(tmp_path):
+    net = nn.ModuleDict({"rnn": nn.GRU(3, 8), "out": nn.Linear(8, 2)})
+    torch.save({f"net.{name}": tensor for name, tensor in net.state_dict().items()}, tmp_path / "a.pt")
+    with pytest.raises(CorruptError) as wrapped:
+        kruify.load(tmp_path / "a.pt", into=net)
+    assert "rnn.weight_ih_l0 and 5 more are missing; net.rnn.weight_ih_l0 and 5 more are not known to it" in str(
+        wrapped.value
+    )
+    assert "The names of the file begin with 'net.'" in str(wrapped.value)
+    torch.save({**net.state_dict(), "out.weight": torch.zeros(3, 8)}, tmp_path / "b.pt")
+    with pytest.raises(CorruptError, match=r"out\.weight is 3x8, not 2x8"):
+        kruify.load(tmp_path / "b.pt", into=net)
+
+
+def test_broken_numbers_are_named():
+    net = Net(nn.LSTM(5, 8), 8)
+    net.rnn.weight_hh_l0.data[3, 2] = float("nan")
+    with pytest.raises(UnsupportedError, match=r"rnn\.weight_hh_l0: it has 1 entry that is NaN or infinite"):
+        kruify.convert(net, "2x2")
