@@ -28,7 +28,7 @@ LOSSLESS = 1e-3
 @model_argument
 @click.option("--factors", metavar="SPEC", help="Factors of every recurrent matrix, such as 4*(16x16,16x16), or auto.")
 @click.option(
-    "-o", "--output", "target", metavar="OUT", help="File to write. Default: MODEL.kru.safetensors beside it."
+    "-o", "--output", "target", metavar="OUT", help="File to write.  [default: MODEL.kru.safetensors beside it]"
 )
 @click.option(
     "--input-factors", metavar="SPEC", help="Factors of the input matrices W_ih too; they stay dense without."
@@ -85,7 +85,7 @@ def convert(
     key: str | None,
     json_only: bool,
 ) -> None:
-    """Put sums of Kronecker products where MODEL's dense recurrent matrices are, and write the result.
+    """Put sums of Kronecker products in place of recurrent matrices.
 
     SPEC is a factor spec: 2x2 | 32x32,16x16 | 4*(32x32,16x16)+8*(512x1,1x512) | ...+diag | ...+sparse:2% |
     auto | auto:3. A GLOB is matched with layer names (encoder), matrix names (encoder.weight_hh_l0) and gate names

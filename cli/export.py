@@ -49,7 +49,7 @@ def export(
     key: str | None,
     json_only: bool,
 ) -> None:
-    """Write MODEL in a form that runs without kruify; then run what was written and compare it with the layers.
+    """Write MODEL in a form that runs without kruify, and compare it.
 
     \b
     dense  for nn.LSTM, nn.GRU, nn.RNN: the kind of file that was converted, or a state dict (.pt, .safetensors)
@@ -57,7 +57,8 @@ def export(
     torch  the same as torch.export programs (.pt2)
 
     Factors stay factors, batch and time are dynamic. Several layers give several files: OUT with the layer's name
-    before its ending. A file that differs by more than the tolerance is deleted, and the exit code is 6.
+    before its ending. What was written is run and compared with the layers; a file that differs by more than the
+    tolerance is deleted, and the exit code is 6.
     """
     layout = batch_first is not None or nonlinearity is not None
     if to == "dense" and (dense or task_name or layout):

@@ -55,7 +55,7 @@ def finetune(
     key: str | None,
     json_only: bool,
 ) -> None:
-    """Train MODEL on a task, keep the weights that validate best, and write them.
+    """Train MODEL on a task, and write the weights that validate best.
 
     A dense MODEL may be given too: a fair comparison trains the dense network as long.
     """

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @key_option
 @json_option
 def inspect(model: str | None, backend: bool, key: str | None, json_only: bool) -> None:
-    """Show what is inside MODEL, what would be converted, and what not and why."""
+    """Show what is in MODEL: what can be converted, what not and why."""
     if model is None and not backend:
         raise click.UsageError("name a MODEL, or give --backend")
     with output(json_only) as out:

@@ -29,7 +29,10 @@ def report(
     key: str | None,
     json_only: bool,
 ) -> None:
-    """Compare checkpoints with DENSE: parameters, bytes, multiply-adds, latency, the task's metrics."""
+    """Compare checkpoints with DENSE: size, speed, accuracy.
+
+    Parameters, bytes, multiply-adds, latency, and with --task its metrics.
+    """
     with output(json_only) as out:
         from kruify.checkpoint import atomic_file, check_target
         from kruify.report import build_report, tables, to_html, to_markdown

@@ -47,8 +47,9 @@ def sweep(
     key: str | None,
     json_only: bool,
 ) -> None:
-    """Convert and fine-tune MODEL under several budgets: the trade-off curve, and its knee.
+    """Draw the trade-off curve of MODEL under several budgets.
 
+    Each budget is converted and fine-tuned; the knee is where more compression begins to cost.
     An interrupted sweep goes on where it stopped when the same command is given again.
     """
     options = {name: value for name, value in (("epochs", epochs), ("lr", lr)) if value is not None}

@@ -14,7 +14,7 @@ from .console import json_option, output
 @click.option("-o", "--output", "target", metavar="FILE", help="File for --export: .pt, .pth or .safetensors.")
 @json_option
 def tasks(name: str | None, target: str | None, json_only: bool) -> None:
-    """List the built-in tasks, or write a task's published network to a file."""
+    """List the built-in tasks, or write a task's published network."""
     if (name is None) != (target is None):
         raise click.UsageError("--export NAME and -o FILE belong together")
     with output(json_only) as out:

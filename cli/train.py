@@ -66,7 +66,7 @@ def train(
     seed: int,
     json_only: bool,
 ) -> None:
-    """Train a network from scratch on a task: a Kronecker Recurrent Unit, its gated relatives, or torch's own cells.
+    """Train a network from scratch on a task.
 
     \b
     kru       the unit as published: complex state, complex unitary factors, modReLU

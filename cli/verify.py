@@ -12,7 +12,10 @@ from .console import json_option, output
 @click.option("--source", metavar="DENSE", help="The dense checkpoint that FILE should come from.")
 @json_option
 def verify(file: str, source: str | None, json_only: bool) -> None:
-    """Check a converted FILE end to end: bytes, plan, numbers, and that its layers compute what it says."""
+    """Check a converted FILE end to end.
+
+    Its bytes, plan and numbers, and that its layers compute what it says.
+    """
     with output(json_only) as out:
         from kruify.verify import verify as check
 

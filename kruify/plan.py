@@ -232,8 +232,8 @@ def _weight_names(layer: RecurrentLayer) -> list[str]:
 
 
 def _names(layer: RecurrentLayer, weight: str) -> list[str]:
-    """What a pattern may match to mean this matrix, most exact first."""
-    return [layer.full_name(weight), weight, layer.name]
+    """What a pattern may match to mean this matrix, most exact first. A bare layer has no name."""
+    return [name for name in (layer.full_name(weight), weight, layer.name) if name]
 
 
 def _any_match(names: Sequence[str], patterns: Sequence[str]) -> bool:

@@ -179,8 +179,10 @@ def test_a_unitary_start() -> None:
     # The best scale of a product of orthogonal factors Q leaves ||W||^2 - 8 scale^2, whatever Q is.
     assert error == pytest.approx(net.weight_hh_l0.square().sum().item() - 8 * scale**2)
     assert scale > 0
-    gated, _ = kruify.convert(nn.LSTM(5, 8, dtype=F64), "4x4,2x2", unitary=True)
-    assert kruify.unitary_penalty(gated).item() > 0.1  # gated cells are fitted freely
+    both, _ = kruify.convert(nn.ModuleList([net, nn.LSTM(5, 8, dtype=F64)]), "4x4,2x2", unitary=True)
+    assert kruify.unitary_penalty(both[1]).item() > 0.1  # gated cells are fitted freely
+    with pytest.raises(UsageError, match="there is no plain RNN"):
+        kruify.convert(nn.LSTM(5, 8), "4x4,2x2", unitary=True)
 
 
 def test_save_load_and_densify(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def build_layer(
 def build_kru(
     layer: RecurrentLayer, spec: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> KRU:
+    """The `KRU` of a description, its numbers still random."""
     return KRU(
         layer.input_size,
         layer.hidden_size,
@@ -96,10 +97,12 @@ def plan_of(model: nn.Module) -> Plan:
 
 
 def matrices_of(module: Factored) -> dict[str, Structures]:
+    """Name within the layer -> structures of the gates, as in `LayerPlan.matrices`."""
     return {n: child.structures for n, child in module.named_children() if isinstance(child, KroneckerMatrix)}
 
 
 def relabelled_of(module: Factored) -> dict[str, Units]:
+    """As in `LayerPlan.relabelled`."""
     children = module.named_children()
     return {f"weight_hh{n.removeprefix('relabel')}": c.units for n, c in children if isinstance(c, Relabel)}
 

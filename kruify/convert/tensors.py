@@ -12,7 +12,7 @@ from kruify.conditioning import exact
 from kruify.convert.account import Conversion, GateResult, count_parameters, gate_counts, gate_results
 from kruify.convert.check import check_plan, load_tensors, loaded
 from kruify.decompose import Fit, Relabelling, fit
-from kruify.errors import PlanError, UnsupportedError
+from kruify.errors import PlanError, UnsupportedError, UsageError
 from kruify.layers import KroneckerMatrix
 from kruify.layers.assign import assign
 from kruify.locate import AnyTensor, Located
@@ -46,12 +46,16 @@ def convert_tensors(
 
     Raises:
         PlanError: a layer or a matrix of the plan is not in the tensors, or has another size.
+        UnsupportedError: a matrix has entries that are NaN or infinite.
+        UsageError: `unitary` for a plan without plain RNNs.
     """
     check_plan(plan, located)
     converted = dict(tensors)
     relabels = tensors_inside(converted, plan)
     results: list[GateResult] = []
     todo = list(plan.matrices())
+    if unitary and not any(_has_own_scale(weight, structures) for _, weight, structures in todo):
+        raise UsageError("there is no plain RNN to fit orthogonal factors to", hint="Leave --unitary out")
     for done, (layer, weight, structures) in enumerate(todo, 1):
         name = layer.full_name(weight)
         dense = loaded(converted.pop(name))
@@ -59,7 +63,7 @@ def convert_tensors(
         known = (moments or {}).get(name)
         if known is not None and name in relabels:
             known = moments_inside(known, relabels[name])
-        orthogonal = unitary and structures[0].scaled and weight.startswith("weight_hh")
+        orthogonal = unitary and _has_own_scale(weight, structures)
         covariance = None if known is None or orthogonal else known.weight(layer.bias)
         matrix, fits = decompose_matrix(dense, structures, name, covariance=covariance, unitary=orthogonal, seed=seed)
         if known is not None and layer.bias:
@@ -75,6 +79,11 @@ def convert_tensors(
     converted = {name: converted[name] for name in _in_order(tensors, converted, relabels)}
     counts = count_parameters(tensors, converted, located)
     return Conversion(plan, converted, results, counts, relabel_account(plan, searched))
+
+
+def _has_own_scale(weight: str, structures: Structures) -> bool:
+    """Whether it is the recurrent matrix of a plain RNN."""
+    return structures[0].scaled and weight.startswith("weight_hh")
 
 
 def _check_finite(dense: Tensor, name: str) -> None:

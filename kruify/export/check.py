@@ -88,7 +88,7 @@ def require(found: float, tolerance: float, path: Path) -> None:
         raise TargetMissedError(
             f"the exported file differs from what it was made of by {found:.2g}, above {tolerance:.2g}",
             path,
-            "The file was deleted. Report this, or allow more with --tolerance",
+            "The new file was deleted. Report this, or allow more with --tolerance",
         )
 
 
@@ -111,6 +111,10 @@ def staged(path: Path) -> Iterator[Path]:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
+    except UsageError as error:
+        if str(error.where) != name:
+            raise
+        raise UsageError(error.what, path, error.hint) from None  # what cannot be written has the name that was given
     except OSError as error:
         raise UsageError(f"it cannot be written ({error.strerror})", path, "Check the folder") from None
     finally:

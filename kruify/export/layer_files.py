@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -86,9 +87,16 @@ def export_torch(
         shapes = tuple({axis: dims[name] for axis, name in axes.items()} for axes in interface.axes())
         with quiet(), torch.no_grad():
             program = torch.export.export(traced.eval(), tuple(example), dynamic_shapes=(shapes,), strict=False)
-            torch.export.save(program, file)
+            save_program(program, file)
 
     return _write(module, interface, Path(path), write, run_torch, tolerance)
+
+
+def save_program(program: torch.export.ExportedProgram, file: Path) -> None:
+    """torch.export.save by way of the memory: on a full disk torch's own writer ends the process."""
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    file.write_bytes(buffer.getbuffer())
 
 
 class _Flat(nn.Module):

@@ -33,6 +33,7 @@ from kruify.export.layer_files import (
     require_package,
     run_onnx,
     run_torch,
+    save_program,
 )
 from kruify.export.scan_layer import traceable
 from kruify.export.shapes import interface_of, no_kru
@@ -316,8 +317,8 @@ def _trace(
                 file.write_bytes(network_model(network, layers, example).SerializeToString())
                 return
             program = torch.export.export(network, tuple(example), dynamic_shapes=(dynamic,), strict=False)
-            torch.export.save(program, file)
-    except UnsupportedError:
+            save_program(program, file)
+    except (UnsupportedError, OSError):
         raise
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

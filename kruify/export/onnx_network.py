@@ -14,6 +14,7 @@ from typing import Any
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from kruify.errors import UnsupportedError
 from kruify.export.onnx_layer import layer_model
@@ -34,6 +35,8 @@ class Gap(nn.Module):
         self.index, self.interface = index, interface
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Tensor, Any]:
+        if isinstance(input, PackedSequence):
+            raise UnsupportedError("a packed sequence cannot be traced", "ONNX", "Export the layer alone")
         if not isinstance(input, Tensor) or input.dim() != 3:
             raise UnsupportedError("only (batch, time, features) and (time, batch, features) can be traced", "ONNX")
         layer = self.interface.layer

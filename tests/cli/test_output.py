@@ -146,3 +146,42 @@ def test_a_size_without_divisors(folder, run, run_json):
     (spec,) = [line.split("'")[1] for line in text.splitlines() if "Nothing became smaller" in line]
     assert run_json("convert", "prime.pt", "--factors", spec)["parameters"]["recurrent_ratio"] > 10
     assert "Not ready to use" in run("convert", "prime.pt", "--factors", spec).stdout
+
+
+def test_a_full_disk_while_exporting(folder, run, monkeypatch):
+    def full(self, data):
+        raise OSError(28, "No space left on device", str(self))
+
+    run(*CONVERT, "-o", "small.kru.safetensors")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    before = sorted(folder.iterdir())
+    for to in ("onnx", "torch"):
+        result = run("export", "small.kru.safetensors", "-o", "out.bin", "--to", to)
+        assert result.exit_code == 2, result.stderr
+        assert "out.bin: it cannot be written (No space left on device)" in result.stderr
+    assert sorted(folder.iterdir()) == before
+
+
+def test_an_earlier_file_survives_an_export_that_differs(folder, run):
+    run(*CONVERT, "-o", "small.kru.safetensors")
+    Path("rnn.pt2").write_text("an earlier file")
+    assert run("export", "small.kru.safetensors", "-o", "rnn.pt2", "--to", "torch", "--tolerance", "-1").exit_code == 6
+    assert Path("rnn.pt2").read_text() == "an earlier file"
+
+
+def test_unitary_needs_a_plain_rnn(folder, run):
+    assert "there is no plain RNN" in run(*CONVERT, "--unitary").stderr
+    torch.save(nn.RNN(3, 8).state_dict(), "rnn.pt")
+    assert run("convert", "rnn.pt", "--factors", "2x2", "--unitary").exit_code == 0
+
+
+def test_the_nearest_name_of_a_bare_layer(folder, run):
+    torch.save(nn.LSTM(3, 8).state_dict(), "bare.pt")
+    result = run("convert", "bare.pt", "--factors", "2x2", "--only", "weigth_hh_l0")
+    assert "the nearest name is 'weight_hh_l0'" in result.stderr
+
+
+def test_commands_are_listed_in_whole_sentences(run):
+    listed = run("--help").stdout.split("Commands:")[1].strip().splitlines()
+    assert len(listed) == 11
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed)
