@@ -105,12 +105,12 @@ TABLES = {
 
 _COPY = "copy-memory:batch_size=20,train_examples=2000"
 # Mixed lengths in training alone: at T steps from the beginning thresholds only learn to silence the state.
-_ADDING = "adding:batch_size=20,train_examples=5000,start=small,shortest=10"
+_ADDING = "adding:batch_size=20,train_examples=20000,start=small,shortest=10"
 _SLOW = {"lr": 1e-3, "factor_lr": 0.05, "schedule": "cosine", "warmup": 0.05}
 # A change of an angle of W counts T times over a sequence: what reads the state can follow only if W moves slowly.
 _COPYING = {"lr": 3e-3, "factor_lr": 0.01, "schedule": "cosine", "warmup": 0.05}
 # Thresholds of modReLU are what adding needs: they move as fast as the rest, W slowly.
-_THRESHOLDS = {"lr": 2e-3, "factor_lr": 0.1, "modrelu_lr": 1.0, "schedule": "cosine", "warmup": 0.05}
+_THRESHOLDS = {"lr": 6e-3, "factor_lr": 0.05, "modrelu_lr": 1.0, "schedule": "cosine", "warmup": 0.05}
 _SAME = {"lr": 3e-3, "schedule": "cosine", "warmup": 0.05}
 _PIXELS = "fashion-mnist-permuted:batch_size=32"
 _FAST = {"lr": 1e-2, "schedule": "cosine", "warmup": 0.05}
@@ -133,14 +133,14 @@ ROWS = [
         recipe={**_COPYING, "factor_lr": 0.001, **_PENALTY}, rank=9),
     Row("copy-2000-lstm", "copy-2000", "LSTM of equal size", f"{_COPY},T=2000", "lstm", 0, 2000,
         like="copy-2000-kru", recipe=_COPYING, rank=12),
-    Row("adding-200-kru", "adding-200", "KRU, 2x2 complex", f"{_ADDING},T=200", "kru", 128, 10000,
+    Row("adding-200-kru", "adding-200", "KRU, 2x2 complex", f"{_ADDING},T=200", "kru", 128, 20000,
         recipe={**_THRESHOLDS, **_PENALTY}, rank=2),
-    Row("adding-200-lstm", "adding-200", "LSTM of equal size", f"{_ADDING},T=200", "lstm", 0, 10000,
-        like="adding-200-kru", recipe=_SLOW, rank=7),
-    Row("adding-750-kru", "adding-750", "KRU, 2x2 complex", f"{_ADDING},T=750", "kru", 128, 10000,
+    Row("adding-200-lstm", "adding-200", "LSTM of equal size", f"{_ADDING},T=200", "lstm", 0, 20000,
+        like="adding-200-kru", recipe=_THRESHOLDS, rank=7),
+    Row("adding-750-kru", "adding-750", "KRU, 2x2 complex", f"{_ADDING},T=750", "kru", 128, 20000,
         recipe={**_THRESHOLDS, **_PENALTY}, rank=3),
-    Row("adding-750-lstm", "adding-750", "LSTM of equal size", f"{_ADDING},T=750", "lstm", 0, 10000,
-        like="adding-750-kru", recipe=_SLOW, rank=13),
+    Row("adding-750-lstm", "adding-750", "LSTM of equal size", f"{_ADDING},T=750", "lstm", 0, 20000,
+        like="adding-750-kru", recipe=_THRESHOLDS, rank=13),
     Row("jsb-kru", "jsb", "KRU, complex", _JSB, "kru", 28, 4800, factors="7x7,2x2,2x2",
         recipe={**_FAST, **_FREE}, rank=4),
     Row("jsb-gru", "jsb", "GRU of equal size", _JSB, "gru", 0, 4800, like="jsb-kru", recipe=_FAST, rank=4),
