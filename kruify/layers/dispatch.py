@@ -58,7 +58,7 @@ def _templates_take(layer: KRUBase, x: Tensor, k: int, d: int) -> bool:
 def _gain(matrix: object, kind: str, batch: int) -> float:
     assert isinstance(matrix, KroneckerMatrix)
     form = kernel.form_of(matrix)
-    return form.dense / max(kernel.work(form, kind, batch)[0], 1.0)
+    return form.dense / max(kernel.work(matrix, form, kind, batch)[0], 1.0)
 
 
 def _needed_gain(layer: KRUBase, batch: int) -> float:

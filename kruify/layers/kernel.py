@@ -34,8 +34,6 @@ class Form:
     plans: list[TermPlan]
     cost: float  # of the terms and the diagonal
     dense: float  # of W itself
-    blocks: int  # of the overlay
-    block: int
 
     @property
     def layout(self) -> list[int]:
@@ -64,9 +62,8 @@ def _form(matrix: KroneckerMatrix, planned: Callable[[tuple[Shape, ...], int], T
     assembly = Assembly(tuple(parts), layout)
     plain = Layout(gates, rows, cols, (), (TermLayout(1, tuple(range(gates))),)).encode()
     cost = sum(p.cost for p in plans) + len(matrix.diagonal_gates) * rows / LANES
-    blocks, block = (0, 0) if matrix.overlay is None else matrix.overlay.values.shape
     dense = gates * -(-rows // LANES) * cols
-    return Form(assembly, replace(assembly, whole=plain), plans, cost, dense, blocks, block)
+    return Form(assembly, replace(assembly, whole=plain), plans, cost, dense)
 
 
 def parameters_of(matrix: KroneckerMatrix, form: Form) -> list[Tensor]:
@@ -91,15 +88,16 @@ def stages_of(matrix: KroneckerMatrix) -> list[Tensor]:
     return form.assembly.differentiable_stages(parameters)
 
 
-def work(form: Form, kind: str, batch: int) -> tuple[float, bool]:
+def work(matrix: KroneckerMatrix, form: Form, kind: str, batch: int) -> tuple[float, bool]:
     """What the kernel takes for a product with one of `batch` vectors, in vector multiply-adds, and whether it is less
     with W formed first. Weights read off benchmarks/dispatch_rule.py."""
     cost = form.cost
-    if form.blocks:
+    if matrix.overlay is not None:
+        blocks, block = matrix.overlay.values.shape  # not the form's: an overlay that is annealed changes its size
         # A block costs a multiply-add, or, with samples in the lanes, each of its numbers a share of one. The shares
         # of W at which torch's own layer then catches up in training were measured: about 12 % for the LSTM, 35 % for
         # the others.
-        cost += form.blocks * (form.block * (5 if kind == "lstm" else 12) / LANES if batch > 8 else 1)
+        cost += blocks * (block * (5 if kind == "lstm" else 12) / LANES if batch > 8 else 1)
     # Few samples wait for W from the cache. With derivatives its gradient is summed up sample by sample; a large one
     # leaves the L2 cache.
     gates, rows, cols = form.layout[:3]
@@ -163,7 +161,7 @@ def run_direction(
     h0, c0 = state[0], state[1] if kind == "lstm" else None
     first: Any = (data, weight_ih, bias_ih, batch_sizes, h0, c0)
     exact, form = precision.of_products(data.device), form_of(matrix)
-    assembly = form.whole if not data.is_cuda and work(form, kind, h0.shape[0])[1] else form.assembly
+    assembly = form.whole if not data.is_cuda and work(matrix, form, kind, h0.shape[0])[1] else form.assembly
     if torch.is_grad_enabled() and functions.lean(data.device.type):
         rest = (bias_hh, matrix.diagonal, *overlay_of(matrix))
         out, h, c = functions.recurrence(assembly, kind, reverse, exact, first, rest, parameters_of(matrix, form))

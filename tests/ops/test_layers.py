@@ -109,6 +109,16 @@ def test_rule_prefers_the_kernel_where_it_saves_work_and_dense_where_not() -> No
     assert dispatch.pick(KRULSTM(8, 16, proj_size=4), 100, 1, x) == "dense"
 
 
+@pytest.mark.usefixtures("compiled")
+def test_rule_sees_an_overlay_that_changed_its_size() -> None:
+    annealed, pruned = (KRULSTM(8, 128, factors=f"sparse:{share}%:1") for share in (50, 2))
+    x = torch.zeros(3, 16, 8)
+    assert [dispatch.pick(layer, 3, 16, x) for layer in (annealed, pruned)] == ["dense", "kernel"]
+    overlay, small = (layer.weight_hh_l0.overlay for layer in (annealed, pruned))
+    overlay.values, overlay.index = torch.nn.Parameter(small.values.detach()), small.index
+    assert dispatch.pick(annealed, 3, 16, x) == "kernel"
+
+
 def test_forced_kernel_refuses_what_it_cannot_run() -> None:
     layer = KRULSTM(3, 8, proj_size=4, factors="auto", backend="kernel")
     with pytest.raises(UsageError, match="backend='auto'"):
