@@ -7,7 +7,6 @@ matter more than the logits).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.nn import functional
 from kruify.errors import UsageError
 from kruify.finetune.recipe import Recipe
 from kruify.finetune.recurrent import Call, recorded, recurrent_layers
+from kruify.finetune.teacher import prepared
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.task import Task, evaluating
 
@@ -38,8 +38,7 @@ class Distillation:
     def __init__(self, model: nn.Module, teacher: nn.Module, task: Task, recipe: Recipe) -> None:
         self.model, self.task, self.recipe = model, task, recipe
         device = next(model.parameters()).device
-        self.teacher = copy.deepcopy(teacher).to(device).requires_grad_(False).eval()
-        students, teachers = recurrent_layers(model), recurrent_layers(self.teacher)
+        students, teachers = recurrent_layers(model), recurrent_layers(teacher)
         self.layers = [n for n, module in students.items() if n in teachers and _size(module) == _size(teachers[n])]
         if not self.layers and (recipe.distill_hidden or recipe.heal_epochs):
             raise UsageError(
@@ -47,6 +46,7 @@ class Distillation:
                 "fine-tuning",
                 "Give the dense network that was converted, or distill_hidden=0 for a teacher of another shape",
             )
+        self.teacher = prepared(teacher, device, self.converted())
 
     def loss(self, batch: Any, over: float = 0.0) -> Tensor:
         """(1 - a) * task loss + a * distance of the outputs + b * distance of the hidden states; the task loss falls
