@@ -41,20 +41,20 @@ KRUIFY_INLINE void packed_rows(int64_t M, int64_t K, int64_t columns, const T* a
   if (m < M) gemm<T, UnitK>(M - m, columns, K, a + m * step, as, panel, kPanel, c + m * ldc, ldc, accumulate, bias);
 }
 
-// C[m0:m1] = A[m0:m1] B + bias.
+// C[m0:m1] = A[m0:m1] B + bias, or += A[m0:m1] B.
 template <class T>
 inline void big_gemm(int64_t m0, int64_t m1, int64_t N, int64_t K, const T* a, int64_t rs, int64_t cs, const T* packed,
-                     const T* bias, T* c, int64_t ldc, T* scratch) {
+                     const T* bias, T* c, int64_t ldc, bool accumulate, T* scratch) {
   for (int64_t m = m0; m < m1; m += kBlockM) {
     const int64_t rows = min64(kBlockM, m1 - m);
     for (int64_t k = 0; k < K || k == 0; k += kBlockK) {
       const int64_t depth = min64(kBlockK, K - k);
-      const bool few = cs == 1 && N <= 4 * kPanel;
-      const int64_t ld = few ? depth + 16 : rows;
-      if (few) {  // the block as it is, (rows, depth): too few panels to pay for a transposition
-        for (int64_t i = 0; i < rows; ++i)
-          for_vectors<T>(depth, [&](int64_t j, auto get, auto put) { put(scratch + i * ld + j, get(a + (m + i) * rs + k + j)); });
-      } else if (cs == 1) {  // else as (depth, rows): element (i, k) at scratch[k * rows + i]
+      const T* block = scratch;
+      int64_t ld = rows;
+      const bool direct = N <= 4 * kPanel && (rs == 1 || cs == 1);
+      if (direct) {  // where it stands: too few panels to pay for a copy
+        block = a + m * rs + k * cs, ld = cs == 1 ? rs : cs;
+      } else if (cs == 1) {  // as (depth, rows): element (i, k) at scratch[k * rows + i]
         transpose(rows, depth, a + m * rs + k, rs, scratch, rows);
       } else if (rs == 1) {
         for (int64_t j = 0; j < depth; ++j)
@@ -68,8 +68,8 @@ inline void big_gemm(int64_t m0, int64_t m1, int64_t N, int64_t K, const T* a, i
       for (int64_t n = 0; n < N; n += kPanel) {
         const int64_t columns = min64(kPanel, N - n);
         T* out = c + m * ldc + n;
-        const auto multiply = few ? &packed_rows<T, kTall, true> : &packed_rows<T, kTall, false>;
-        multiply(rows, depth, columns, scratch, ld, packed + n * K + k * kPanel, out, ldc, k > 0, bias ? bias + n : nullptr);
+        const auto multiply = direct && cs == 1 ? &packed_rows<T, kTall, true> : &packed_rows<T, kTall, false>;
+        multiply(rows, depth, columns, block, ld, packed + n * K + k * kPanel, out, ldc, accumulate || k > 0, bias ? bias + n : nullptr);
       }
     }
   }

@@ -18,15 +18,15 @@ class PackedB {
     });
   }
 
-  // C (M, N) = A (M, K) B + bias, element (m, k) of A at a[m * rs + k * cs].
-  void multiply(int64_t M, const T* a, int64_t rs, int64_t cs, const T* bias, T* c, int64_t ldc) const {
+  // C (M, N) = A (M, K) B + bias, or += A B; element (m, k) of A at a[m * rs + k * cs].
+  void multiply(int64_t M, const T* a, int64_t rs, int64_t cs, const T* bias, T* c, int64_t ldc, bool accumulate = false) const {
     if (M == 0) return;
     const int64_t threads = M * N_ * K_ < (1 << 18) ? 1 : torch::stable::get_num_threads();
     const int64_t share = ((M + threads - 1) / threads + 5) / 6 * 6;
     parallel((M + share - 1) / share, [&](int64_t i) {
       Buffer<T> scratch(kBigGemmScratch);
       const int64_t end = (i + 1) * share < M ? (i + 1) * share : M;
-      kernels<T>().big_gemm(i * share, end, N_, K_, a, rs, cs, memory_.data(), bias, c, ldc, scratch.data());
+      kernels<T>().big_gemm(i * share, end, N_, K_, a, rs, cs, memory_.data(), bias, c, ldc, accumulate, scratch.data());
     });
   }
 
@@ -34,5 +34,20 @@ class PackedB {
   int64_t K_, N_;
   Buffer<T> memory_;
 };
+
+// C (M, N) = A (M, K) w^T + bias, w (N, K), for so few rows that every panel of w is packed right before its only use.
+template <class T>
+void multiply_by_panels(int64_t M, int64_t N, int64_t K, const T* a, const T* w, const T* bias, T* c, int64_t ldc) {
+  const int64_t panels = (N + kPanel - 1) / kPanel, threads = M * N * K < (1 << 18) ? 1 : torch::stable::get_num_threads();
+  const int64_t workers = threads < panels ? threads : panels;
+  parallel(workers, [&](int64_t worker) {
+    Buffer<T> packed(kPanel * K), scratch(kBigGemmScratch);
+    for (int64_t i = panels * worker / workers; i < panels * (worker + 1) / workers; ++i) {
+      const int64_t n = i * kPanel, columns = N - n < kPanel ? N - n : kPanel;
+      kernels<T>().pack_b(K, columns, w + n * K, 1, K, packed.data(), 0, kPanel);
+      kernels<T>().big_gemm(0, M, columns, K, a, K, 1, packed.data(), bias + n, c + n, ldc, false, scratch.data());
+    }
+  });
+}
 
 }  // namespace kruify

@@ -55,7 +55,7 @@ enum class Kind : int { kLstm, kGru, kRnnTanh, kRnnRelu, kModRelu, kModReluCompl
 
 inline bool is_modrelu(Kind kind) { return kind == Kind::kModRelu || kind == Kind::kModReluComplex; }
 
-// One layer in one direction. Row of (t, b) in every (S, ...) array: starts[t] + b, less `first_row` in `gates`.
+// One layer in one direction. Row of (t, b) in every (S, ...) array: starts[t] + b, less `first_row` in `gates` and `grad_gates`.
 template <class T>
 struct Sequence {
   Kind kind;
@@ -64,11 +64,12 @@ struct Sequence {
   int64_t steps, batch, hidden;
   const int64_t* sizes;
   const int64_t* starts;
+  int64_t gates_ld, first_row;  // of `gates` or `grad_gates`
+  int64_t together;             // samples that go through a product side by side
   Matrix<T> matrix;
   const T* threshold;  // of modReLU, or null: its bias, and not one of the matrix
   // forward
   T* gates;           // the input's share, overwritten by the activated gates
-  int64_t gates_ld, first_row;
   T* h;               // (B, H) running state, in the end hT
   T* c;               // (B, H)
   T* out;             // (S, H)
@@ -78,7 +79,7 @@ struct Sequence {
   const T* h0;
   const T* c0;
   const T* out_in;
-  T* grad_gates;      // (S, gates * H)
+  T* grad_gates;      // (rows, gates * H)
   T* grad_h;          // (B, H) running gradient, in the end grad_h0
   T* grad_c;
 };
@@ -101,13 +102,12 @@ struct Kernels {
   void (*unpack)(const Matrix<T>&, const T* arena, T* const* grads);
   // Steps [t0, t1) in time, samples [b0, b1).
   void (*forward)(const Sequence<T>&, int64_t t0, int64_t t1, int64_t b0, int64_t b1, T* scratch);
-  // All steps of samples [b0, b1).
-  void (*backward)(const Sequence<T>&, int64_t b0, int64_t b1, T* arena, T* scratch);
-  // C[m0:m1] = A B + bias with B packed by pack_b.
+  void (*backward)(const Sequence<T>&, int64_t t0, int64_t t1, int64_t b0, int64_t b1, T* arena, T* scratch);
+  // C[m0:m1] = A B + bias, or += A B, with B packed by pack_b.
   int64_t (*packed_b_size)(int64_t K, int64_t N);
   void (*pack_b)(int64_t K, int64_t N, const T* b, int64_t rs, int64_t cs, T* packed, int64_t n0, int64_t n1);
   void (*big_gemm)(int64_t m0, int64_t m1, int64_t N, int64_t K, const T* a, int64_t rs, int64_t cs, const T* packed,
-                   const T* bias, T* c, int64_t ldc, T* scratch);
+                   const T* bias, T* c, int64_t ldc, bool accumulate, T* scratch);
   // out = x w^T + bias for few rows, w (N, K) as it is.
   void (*thin_gemm)(int64_t rows, int64_t N, int64_t K, const T* x, const T* w, const T* bias, T* out, int64_t ldo);
   void (*axpy)(int64_t n, const T* x, T* y);  // y += x

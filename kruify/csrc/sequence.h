@@ -1,4 +1,5 @@
-// The time loop: a thread takes a few samples through all their steps, without waiting for anybody.
+// The time loop: a thread takes a few samples through a stretch of steps, without waiting for anybody. Step by step, so that
+// what the samples read and write lies in a row.
 #pragma once
 
 #include "cells.h"
@@ -117,14 +118,18 @@ inline void forward(const Sequence<T>& s, int64_t t0, int64_t t1, int64_t b0, in
           put(y[2] + b * ys + u, m.bias ? get(m.bias + 2 * H + u) : Vec<T>{});
         });
     }
-    product(m, nb, s.h + b0 * H, H, y, ys, scratch);
-    for (int64_t b = 0; b < nb; ++b) {
-      T *h = s.h + (b0 + b) * H, *out = s.out + (row + b) * H;
-      if (s.kind == Kind::kGru) step_gru(H, s.training, gates + b * ys, h, out);
-      else if (s.kind == Kind::kLstm && s.training) step_lstm<T, true>(H, gates + b * ys, s.c + (b0 + b) * H, h, out);
-      else if (s.kind == Kind::kLstm) step_lstm<T, false>(H, gates + b * ys, s.c + (b0 + b) * H, h, out);
-      else if (is_modrelu(s.kind)) step_modrelu(H, s.kind == Kind::kModReluComplex, s.threshold, gates + b * ys, h, out);
-      else step_rnn(H, s.kind == Kind::kRnnRelu, gates + b * ys, h, out);
+    for (int64_t b = 0, next; b < nb; b = next) {
+      next = min64(nb, b + s.together);
+      product(m, next - b, s.h + (b0 + b) * H, H, y, ys, scratch);
+      for (int g = 0; g < m.gates; ++g) y[g] += s.together * ys;
+      for (int64_t k = b; k < next; ++k) {
+        T *h = s.h + (b0 + k) * H, *out = s.out + (row + k) * H;
+        if (s.kind == Kind::kGru) step_gru(H, s.training, gates + k * ys, h, out);
+        else if (s.kind == Kind::kLstm && s.training) step_lstm<T, true>(H, gates + k * ys, s.c + (b0 + k) * H, h, out);
+        else if (s.kind == Kind::kLstm) step_lstm<T, false>(H, gates + k * ys, s.c + (b0 + k) * H, h, out);
+        else if (is_modrelu(s.kind)) step_modrelu(H, s.kind == Kind::kModReluComplex, s.threshold, gates + k * ys, h, out);
+        else step_rnn(H, s.kind == Kind::kRnnRelu, gates + k * ys, h, out);
+      }
     }
   }
 }
@@ -183,36 +188,36 @@ KRUIFY_INLINE void prefetch(const T* p, int64_t n) {
 }
 
 template <class T>
-inline void backward(const Sequence<T>& s, int64_t b0, int64_t b1, T* arena, T* scratch) {
-  const int64_t H = s.hidden, G = s.matrix.gates;
+inline void backward(const Sequence<T>& s, int64_t t0, int64_t t1, int64_t b0, int64_t b1, T* arena, T* scratch) {
+  const int64_t H = s.hidden, ys = s.gates_ld;
   const Matrix<T>& m = s.matrix;
   T* dn = scratch + m.scratch;  // GRU: gradients of W_hn h + b_hn, rows as far apart as those of grad_gates
-  for (int64_t i = 0; i < s.steps; ++i) {
-    const int64_t t = s.reverse ? i : s.steps - 1 - i;
+  for (int64_t i = t0; i < t1; ++i) {
+    const int64_t t = s.reverse ? i : t1 - 1 - (i - t0);
     const int64_t end = min64(b1, s.sizes[t]);
     // Samples [b0, known) have a step before this one; for the others it is the first, and h0 stands before it.
     const int64_t known = !s.reverse ? (t > 0 ? end : b0) : t + 1 < s.steps ? min64(end, s.sizes[t + 1]) : b0;
     for (int64_t b = b0, next; b < end; b = next) {
       const bool first = b >= known;
-      next = first ? end : known;
+      next = min64(first ? end : known, b + s.together);
       const int64_t row = s.starts[t] + b, before = first ? b : s.starts[s.reverse ? t + 1 : t - 1] + b;
       const T* h0 = (first ? s.h0 : s.out_in) + before * H;
       T* dy[kMaxGates];
-      for (int g = 0; g < G; ++g) dy[g] = s.grad_gates + row * G * H + g * H;
+      for (int g = 0; g < m.gates; ++g) dy[g] = s.grad_gates + (row - s.first_row) * ys + g * H;
       for (int64_t k = 0; k < next - b; ++k) {
         const T* c0 = s.kind != Kind::kLstm ? nullptr : first ? s.c0 + (b + k) * H : s.workspace + (before + k) * 5 * H + 4 * H;
-        backward_cell(s, row + k, h0 + k * H, c0, dy[0] + k * G * H, dn + k * G * H, s.grad_h + (b + k) * H,
+        backward_cell(s, row + k, h0 + k * H, c0, dy[0] + k * ys, dn + k * ys, s.grad_h + (b + k) * H,
                       s.grad_c ? s.grad_c + (b + k) * H : nullptr, arena + m.grad_bias);
       }
       if (s.kind == Kind::kGru) dy[2] = dn;
       if (!first) {
         // What the next step reads, while the products of this one run.
-        const int64_t n = (next - b) * H;
-        if (s.grad_out) prefetch(s.grad_out + before * H, n);
-        prefetch(s.workspace + before * s.saved * H, n * s.saved);
-        if (2 * before >= row) prefetch(s.out_in + (2 * before - row) * H, n);
+        const int64_t n = (next - b) * H, ahead = next < end ? s.starts[t] + next : s.starts[s.reverse ? t + 1 : t - 1] + b0;
+        if (s.grad_out) prefetch(s.grad_out + ahead * H, n);
+        prefetch(s.workspace + ahead * s.saved * H, n * s.saved);
+        if (next < end) prefetch(h0 + (next - b) * H, n);
       }
-      product_backward(m, next - b, h0, H, dy, G * H, s.grad_h + b * H, H, arena, scratch);
+      product_backward(m, next - b, h0, H, dy, ys, s.grad_h + b * H, H, arena, scratch);
     }
   }
 }

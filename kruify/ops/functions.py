@@ -117,7 +117,7 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         assembly, kind, reverse, precision = ctx.call
         saved, count = ctx.saved_tensors, ctx.count
-        x, w_ih, bias_ih, sizes, h0, c0, bias, diagonal, overlay, index, *parameters = saved[:count]
+        x, w_ih, _, sizes, h0, c0, bias, diagonal, overlay, index, *parameters = saved[:count]
         if torch.is_grad_enabled():
             return None, None, None, None, *_recurrence_twice(ctx.call, saved[:count], grads)
         out, workspace, *stages = saved[count:]
@@ -126,12 +126,12 @@ class _Recurrence(torch.autograd.Function):
             dense, *stages = stages
             weights = ([dense], None, None, None, bias, assembly.whole)
         grad_out, grad_h, grad_c = (g if g is None or g.is_contiguous() else g.contiguous() for g in grads)
-        grad_gates, grad_h0, grad_c0, found = _ops.recurrence_backward.default(
-            grad_out, grad_h, grad_c, out, workspace, sizes, h0, c0, *weights, kind, reverse, precision
+        wanted = ctx.needs_input_grad[4:7]
+        *of_input, grad_h0, grad_c0, found = _ops.layer_backward.default(
+            *(grad_out, grad_h, grad_c, x, w_ih, out, workspace, sizes, h0, c0, *weights),
+            *(kind, reverse, *wanted, precision),
         )
-        of_input = operators.input_gradients(
-            grad_gates, x, w_ih, bias_ih, None if bias is None else found[-1], kind, ctx.needs_input_grad[4:7]
-        )
+        of_input = [g if w else None for g, w in zip(of_input, wanted, strict=True)]
         grad_bias = None if bias is None else found.pop()
         if assembly.whole is not None:
             dense_grad = found[0].view(-1, assembly.layout[2])

@@ -35,12 +35,15 @@ SCHEMAS = {
     "dense_backward": f"(Tensor grad, {_WEIGHTS}) -> Tensor[]",
     "kron_product": "(Tensor x, Tensor[] factors, int[] groups) -> Tensor",
     "kron_product_backward": "(Tensor grad, Tensor x, Tensor[] factors, int[] groups) -> (Tensor, Tensor[])",
-    "linear_backward": "(Tensor grad, Tensor x, Tensor weight, bool needs_x, bool needs_weight) -> (Tensor, Tensor)",
     "recurrence": f"(Tensor x, Tensor? w_ih, Tensor? bias_ih, {_STATE}, {_MATRIX}, str kind,"
     f" bool reverse, bool training, {_PRECISION}) -> (Tensor out, Tensor hT, Tensor cT, Tensor workspace)",
     "recurrence_backward": "(Tensor? grad_out, Tensor? grad_hT, Tensor? grad_cT, Tensor out, Tensor workspace,"
     f" {_STATE}, {_MATRIX}, str kind, bool reverse, {_PRECISION})"
     " -> (Tensor grad_gates, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_matrix)",
+    "layer_backward": "(Tensor? grad_out, Tensor? grad_hT, Tensor? grad_cT, Tensor x, Tensor? w_ih, Tensor out,"
+    f" Tensor workspace, {_STATE}, {_MATRIX}, str kind, bool reverse, bool needs_x, bool needs_w_ih,"
+    f" bool needs_bias_ih, {_PRECISION}) -> (Tensor grad_x, Tensor grad_w_ih, Tensor grad_bias_ih, Tensor grad_h0,"
+    " Tensor grad_c0, Tensor[] grad_matrix)",
 }
 
 _torch: Any = torch  # torch.library and torch._check carry no types
@@ -408,27 +411,6 @@ def kron_product_derivative(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd("kruify::kron_product", kron_product_derivative, setup_context=_kron_product_context)
 
 
-# linear_backward
-
-
-@_fallback("linear_backward")
-def _linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
-) -> tuple[Tensor, Tensor]:
-    grad_x = grad @ weight if needs_x else x.new_empty(0, x.shape[1])
-    return grad_x, grad.T @ x if needs_weight else weight.new_empty(0, weight.shape[1])
-
-
-@_fake("kruify::linear_backward")
-def _linear_backward_fake(
-    grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
-) -> tuple[Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape[0] if needs_x else 0, x.shape[1]),
-        weight.new_empty(weight.shape[0] if needs_weight else 0, weight.shape[1]),
-    )
-
-
 # recurrence
 
 
@@ -540,6 +522,47 @@ def _recurrence_backward_fake(
     )
 
 
+@_fallback("layer_backward")
+def _layer_backward(
+    grad_out: Tensor | None,
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    x: Tensor,
+    w_ih: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    *call, needs_x, needs_w, needs_b = rest[:16]
+    precision = rest[16] if len(rest) > 16 else 0
+    grad_gates, grad_h0, grad_c0, grads = torch.ops.kruify.recurrence_backward(
+        grad_out, grad_h, grad_c, *call, precision
+    )
+    grad_x, grad_w = grad_gates, grad_gates.new_empty(0)
+    if w_ih is not None:
+        grad_x = grad_gates @ w_ih if needs_x else x.new_empty(0, x.shape[1])
+        grad_w = grad_gates.T @ x if needs_w else w_ih.new_empty(0, w_ih.shape[1])
+    grad_b = grad_gates.sum(0) if needs_b else grad_gates.new_empty(0)
+    return grad_x, grad_w, grad_b, grad_h0, grad_c0, grads
+
+
+@_fake("kruify::layer_backward")
+def _layer_backward_fake(
+    grad_out: Tensor | None,
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    x: Tensor,
+    w_ih: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    *call, needs_x, needs_w, needs_b = rest[:16]
+    grad_gates, grad_h0, grad_c0, grads = _recurrence_backward_fake(grad_out, grad_h, grad_c, *call)
+    grad_x, grad_w = grad_gates, x.new_empty(0)
+    if w_ih is not None:
+        grad_x = x.new_empty(x.shape[0] if needs_x else 0, x.shape[1])
+        grad_w = w_ih.new_empty(w_ih.shape[0] if needs_w else 0, w_ih.shape[1])
+    grad_b = x.new_empty(grad_gates.shape[1] if needs_b else 0)
+    return grad_x, grad_w, grad_b, grad_h0, grad_c0, grads
+
+
 def _recurrence_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, w_ih, bias_ih, batch_sizes, h0, c0, *matrix, ctx.kind, ctx.reverse, training, ctx.precision = inputs
     out, _, _, workspace = output
@@ -570,39 +593,15 @@ def _recurrence_derivative(
         grads = list(found)
     else:
         *stages, diagonal, overlay, bias = weights
-        grad_gates, grad_h0, grad_c0, grads = torch.ops.kruify.recurrence_backward(
-            _contiguous(grad_out), _contiguous(grad_h), _contiguous(grad_c), out, workspace, batch_sizes, h0, c0,
-            stages, diagonal, overlay, index, bias, ctx.layout, ctx.kind, ctx.reverse, ctx.precision,
+        wanted = ctx.needs_input_grad[:3]
+        *of_input, grad_h0, grad_c0, grads = torch.ops.kruify.layer_backward(
+            _contiguous(grad_out), _contiguous(grad_h), _contiguous(grad_c), x, w_ih, out, workspace, batch_sizes,
+            h0, c0, stages, diagonal, overlay, index, bias, ctx.layout, ctx.kind, ctx.reverse, *wanted, ctx.precision,
         )  # fmt: skip
-        of_bias = None if bias is None else grads[-1]
-        needs = ctx.needs_input_grad[:3]
-        grad_x, grad_w, grad_b = input_gradients(grad_gates, x, w_ih, bias_ih, of_bias, ctx.kind, needs)
+        grad_x, grad_w, grad_b = (g if w else None for g, w in zip(of_input, wanted, strict=True))
     grad_c0 = None if c0 is None else grad_c0
     first = [grad_x, grad_w, grad_b, None, grad_h0, grad_c0]
     return _one_an_input(ctx, *first, *_matrix_grads(grads, weights), None, None, None, None)
-
-
-def input_gradients(
-    grad_gates: Tensor,  # (S, gates * H)
-    x: Tensor,
-    w_ih: Tensor | None,
-    bias_ih: Tensor | None,
-    grad_bias: Tensor | None,  # of bias_hh, if there is one
-    kind: str,
-    needs: tuple[bool, ...],  # which of x, w_ih, bias_ih want theirs
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, w_ih and bias_ih from that of x W_ih^T + b_ih."""
-    needs_x, needs_w, needs_b = needs
-    grad_x: Tensor | None = grad_gates
-    grad_w = grad_b = None
-    if w_ih is not None:
-        grad_x, grad_w = torch.ops.kruify.linear_backward.default(grad_gates, x, w_ih, needs_x, needs_w)
-        grad_x, grad_w = grad_x if needs_x else None, grad_w if needs_w else None
-    if bias_ih is not None and needs_b:
-        # Both biases enter the gates alike, except for the GRU's last gate and modReLU.
-        apart = grad_bias is None or kind in ("gru", *reference.MODRELU)
-        grad_b = grad_gates.sum(0) if grad_bias is None or apart else grad_bias.clone()
-    return grad_x, grad_w, grad_b
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -84,13 +84,19 @@ def calls(rng: Randomness) -> tuple[str, list[Any]]:
     gates, hidden = matrix_arguments[-1][0], matrix_arguments[-1][1]
     x = torch.randn(rng.randrange(4), hidden, dtype=dtype)
     name = rng.choice(
-        ["recurrence", "recurrence_backward", "kron_matmul", "kron_matmul_backward", "dense", "merge", "linear"]
+        [
+            *("recurrence", "recurrence_backward", "layer_backward", "kron_matmul", "kron_matmul_backward"),
+            *("dense", "merge"),
+        ]
     )
     if name == "recurrence":
         return "recurrence_forward", arguments
-    if name == "recurrence_backward":
+    if name in ("recurrence_backward", "layer_backward"):
         out, h, c, workspace = torch.ops.kruify.recurrence_forward(*arguments)
-        return name, [torch.randn_like(out), h, c if kind == "lstm" else None, out, workspace, *arguments[3:-1]]
+        grads, rest = [torch.randn_like(out), h, c if kind == "lstm" else None], [out, workspace, *arguments[3:-1]]
+        if name == "recurrence_backward":
+            return name, [*grads, *rest]
+        return name, [*grads, *arguments[:2], *rest, *(rng.random() < 0.7 for _ in range(3))]
     if name == "kron_matmul":
         return "kron_matmul_forward", [x, *matrix_arguments]
     if name == "kron_matmul_backward":
@@ -100,15 +106,12 @@ def calls(rng: Randomness) -> tuple[str, list[Any]]:
         if rng.random() < 0.5:
             return "dense_forward", weights
         return "dense_backward", [torch.randn(gates * hidden, hidden, dtype=dtype), *weights]
-    if name == "merge":
-        factors = [torch.randn(2, 3, rng.randint(1, 4), rng.randint(1, 4), dtype=dtype) for _ in range(3)]
-        scale = torch.randn(2, 3, dtype=dtype) if rng.random() < 0.5 else None
-        if rng.random() < 0.5:
-            return "merge_forward", [factors, scale, [2, 1]]
-        grads = torch.ops.kruify.merge_forward(factors, scale, [2, 1])
-        return "merge_backward", [grads, factors, scale, [2, 1]]
-    shapes = ((5, 7), (5, 3), (7, 3))
-    return "linear_backward", [*(torch.randn(s, dtype=dtype) for s in shapes), True, True]
+    factors = [torch.randn(2, 3, rng.randint(1, 4), rng.randint(1, 4), dtype=dtype) for _ in range(3)]
+    scale = torch.randn(2, 3, dtype=dtype) if rng.random() < 0.5 else None
+    if rng.random() < 0.5:
+        return "merge_forward", [factors, scale, [2, 1]]
+    grads = torch.ops.kruify.merge_forward(factors, scale, [2, 1])
+    return "merge_backward", [grads, factors, scale, [2, 1]]
 
 
 def fuzz(seed: int, rounds: int) -> Counter[str]:

@@ -1,4 +1,4 @@
-"""merge, kron_matmul and linear_backward against torch.kron and dense matrices."""
+"""merge and kron_matmul against torch.kron and dense matrices."""
 
 from __future__ import annotations
 
@@ -145,16 +145,6 @@ def test_second_derivatives_and_opcheck() -> None:
     assert torch.autograd.gradgradcheck(
         lambda x, *s: OPS.kron_matmul(x, list(s), *arguments[1:]), [x, *stages], fast_mode=True
     )
-
-
-@pytest.mark.parametrize(("rows", "width", "inputs"), [(1, 1, 1), (7, 50, 3), (200, 130, 70), (0, 4, 4)])
-def test_linear_backward(rows: int, width: int, inputs: int) -> None:
-    grad, x = torch.randn(rows, width, dtype=torch.float64), torch.randn(rows, inputs, dtype=torch.float64)
-    weight = torch.randn(width, inputs, dtype=torch.float64)
-    grad_x, grad_weight = OPS.linear_backward(grad, x, weight, True, True)
-    torch.testing.assert_close(grad_x, grad @ weight)
-    torch.testing.assert_close(grad_weight, grad.T @ x)
-    assert OPS.linear_backward(grad, x, weight, False, False)[0].numel() == 0
 
 
 def test_plan_merges_what_is_tiny_and_keeps_what_is_good() -> None:

@@ -30,6 +30,27 @@ def assert_near(actual: Tensor, wanted: Tensor, tolerance: float) -> None:
     assert (actual.double() - wanted).norm() <= tolerance * wanted.norm() + 1e-30
 
 
+def follow_reference(wide: list[Any]) -> None:
+    """Outputs and gradients of the operator in both precisions, against the reference's in float64."""
+    want = expected(wide)
+    upstream = [torch.randn_like(t) for t in want]
+    want_grads = torch.autograd.grad(want, differentiable(wide), upstream, allow_unused=True, materialize_grads=True)
+    for dtype, tolerance in DTYPES:
+        arguments = cast(wide, dtype)
+        actual = outputs(arguments)
+        for a, w in zip(actual, want, strict=True):
+            assert_near(a, w, tolerance)
+        grads = torch.autograd.grad(
+            actual,
+            differentiable(arguments),
+            [u.to(dtype) for u in upstream],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for a, w in zip(grads, want_grads, strict=True):
+            assert_near(a, w, tolerance)
+
+
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
@@ -38,26 +59,34 @@ def assert_near(actual: Tensor, wanted: Tensor, tolerance: float) -> None:
 def test_outputs_and_gradients(kind: str, matrix: str, reverse: bool) -> None:
     for sizes in BATCHES[:1] if matrix == "257" else BATCHES:
         projected = len(sizes) == 3
-        wide = recurrence_arguments(kind, matrix, sizes, reverse, projected=projected, extras=len(sizes) != 4)
-        want = expected(wide)
-        upstream = [torch.randn_like(t) for t in want]
-        want_grads = torch.autograd.grad(
-            want, differentiable(wide), upstream, allow_unused=True, materialize_grads=True
+        follow_reference(
+            recurrence_arguments(kind, matrix, sizes, reverse, projected=projected, extras=len(sizes) != 4)
         )
-        for dtype, tolerance in DTYPES:
-            arguments = cast(wide, dtype)
-            actual = outputs(arguments)
-            for a, w in zip(actual, want, strict=True):
-                assert_near(a, w, tolerance)
-            grads = torch.autograd.grad(
-                actual,
-                differentiable(arguments),
-                [u.to(dtype) for u in upstream],
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            for a, w in zip(grads, want_grads, strict=True):
-                assert_near(a, w, tolerance)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_more_steps_than_the_kernels_take_at_once(kind: str, reverse: bool) -> None:
+    follow_reference(recurrence_arguments(kind, "256", (90, 90, 60, 60, 60, 11, 11, 2), reverse))
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("inputs", [1, 70, 300])
+@pytest.mark.parametrize("kind", GATES)
+def test_layer_backward(kind: str, inputs: int) -> None:
+    x, weight, *rest = [a.detach() if isinstance(a, Tensor) else a for a in recurrence_arguments(kind, "50", (9, 9, 3))]
+    x, weight = torch.randn(x.shape[0], inputs, dtype=x.dtype), torch.randn(weight.shape[0], inputs, dtype=x.dtype)
+    out, h, c, workspace = torch.ops.kruify.recurrence_forward(x, weight, *rest)
+    upstream = [torch.randn_like(t) for t in (out, h, c)]
+    given, saved = [*upstream[:2], upstream[2] if kind == "lstm" else None], [out, workspace, *rest[1:-1]]
+    of_gates, *want = torch.ops.kruify.recurrence_backward(*given, *saved)
+    for wanted in ((True, True, True), (False, True, False), (True, False, True)):
+        *of_input, h0, c0, matrix = torch.ops.kruify.layer_backward(*given, x, weight, *saved, *wanted)
+        torch.testing.assert_close([h0, c0, matrix], want)
+        found = [g for g, w in zip(of_input, wanted, strict=True) if w or g.numel()]
+        products = (of_gates @ weight, of_gates.T @ x, of_gates.sum(0))
+        torch.testing.assert_close(found, [p for p, w in zip(products, wanted, strict=True) if w])
 
 
 @pytest.mark.usefixtures("compiled")
