@@ -8,6 +8,8 @@ import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -36,36 +38,43 @@ class Commands(click.Group):
         return list(self.commands)  # in the order of use, not of the alphabet
 
     def invoke(self, ctx: click.Context) -> Any:
-        interrupts = _count_interrupts()
-        try:
-            # torch says once for all layers that oneDNN has no projections; that is nothing to act on.
-            warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
-            raise
-        except (Exception, KeyboardInterrupt, SystemExit) as error:
-            # Interrupted imports may end in errors of their own.
-            if interrupts or isinstance(error, KeyboardInterrupt | click.Abort):
-                click.echo("kruify: interrupted; nothing was left half-written", err=True)
-                raise click.exceptions.Exit(INTERRUPTED) from None
-            if os.environ.get("KRUIFY_DEBUG", "0") not in ("", "0"):
-                traceback.print_exc()
-            sentence, exit_code = explain(error)
-            click.echo(f"kruify: {sentence}", err=True)
-            raise click.exceptions.Exit(exit_code) from error
+        with _noted_interrupts() as interrupts:
+            try:
+                # torch says once for all layers that oneDNN has no projections; that is nothing to act on.
+                warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
+                return super().invoke(ctx)
+            except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
+                raise
+            except (Exception, KeyboardInterrupt, SystemExit) as error:
+                # Interrupted imports may end in errors of their own.
+                if interrupts or isinstance(error, KeyboardInterrupt | click.Abort):
+                    click.echo("kruify: interrupted; nothing was left half-written", err=True)
+                    raise click.exceptions.Exit(INTERRUPTED) from None
+                if os.environ.get("KRUIFY_DEBUG", "0") not in ("", "0"):
+                    traceback.print_exc()
+                sentence, exit_code = explain(error)
+                click.echo(f"kruify: {sentence}", err=True)
+                raise click.exceptions.Exit(exit_code) from error
 
 
-def _count_interrupts() -> list[int]:
-    """From now on every Ctrl-C is noted in the list, beside what it does anyway."""
+@contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """Every Ctrl-C is noted in the list, beside what it does anyway: nothing in a shell's background jobs."""
     noted: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         noted.append(number)
         signal.default_int_handler(number, frame)
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, note)
-    return noted
+    heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not heard or threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def explain(error: BaseException) -> tuple[str, int]:

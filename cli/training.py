@@ -83,7 +83,7 @@ def show(out: Output, target: str, outcome: FinetuneResult, task: Task) -> None:
     for entry in outcome.history:
         values: dict[str, Any] = entry["metrics"]
         best = " *" if entry["epoch"] == outcome.best_epoch else ""
-        loss = "" if entry["loss"] is None else f"{entry['loss']:#.5g}"
+        loss = "" if entry["loss"] is None else f"{entry['loss']:.4f}"
         table.add_row(f"{entry['epoch']}{best}", f"{entry['step']}", loss, *(f"{values[name]:.4f}" for name in names))
     out.show(table, f"wrote {target}: the weights of epoch {outcome.best_epoch} (*), {_metrics(outcome, task)}")
 

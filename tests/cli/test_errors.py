@@ -142,6 +142,20 @@ def test_interrupt_leaves_nothing_behind(folder):
     assert {p.name for p in folder.iterdir()} - {"__pycache__"} == {"model.pt", "task.py", "slow.py", "started"}
 
 
+def test_a_background_job_stays_deaf_to_ctrl_c(run, monkeypatch):
+    heard = []
+    monkeypatch.setattr("click.Group.invoke", lambda self, ctx: heard.append(signal.getsignal(signal.SIGINT)))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        run("tasks")
+        assert heard == [signal.SIG_IGN]
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        run("tasks")
+        assert heard[1] is not signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_help_does_not_import_torch():
     code = "import sys; from kruify.cli.main import cli; cli(['--help'], standalone_mode=False); "
     code += "sys.exit('torch' in sys.modules or 'rich' in sys.modules)"
