@@ -165,8 +165,8 @@ def _read_layer(
         return f"weight_hh{first} has no weight_ih{first} beside it"
     if len(weight_hh.shape) != 2 or len(weight_ih.shape) != 2:
         return f"weight_hh{first} is no matrix but has shape {tuple(weight_hh.shape)}"
-    if not weight_hh.dtype.is_floating_point:
-        return f"weights are {_dtype_name(weight_hh)}, not floating point"
+    if not weight_hh.dtype.is_floating_point or weight_hh.dtype.itemsize == 1:
+        return f"weights are {_dtype_name(weight_hh)}, which no layer of torch.nn computes in"
     w_hr = None if cell else tensors.get(f"{dot}weight_hr{first}")
     hidden = weight_hh.shape[1] if w_hr is None else w_hr.shape[-1]
     gates, rest = divmod(weight_hh.shape[0], hidden) if hidden else (0, 1)

@@ -70,7 +70,8 @@ def test_hints_fill_what_tensors_cannot_tell() -> None:
         ({"bias_ih_l0": None}, "bias_ih_l0 is missing"),
         ({"bias_ih_l0": torch.zeros(3)}, "bias_ih_l0 has shape (3,), expected (20,)"),
         ({"weight_ih_l1": None}, "weight_ih_l1 is missing"),
-        ({"weight_hh_l0": torch.zeros(20, 5, dtype=torch.int8)}, "int8, not floating point"),
+        ({"weight_hh_l0": torch.zeros(20, 5, dtype=torch.int8)}, "int8, which no layer"),
+        ({"weight_hh_l0": torch.zeros(20, 5, dtype=torch.float8_e5m2)}, "float8_e5m2, which no layer"),
         ({"weight_hh_l0": torch.zeros(20, 5, 1)}, "no matrix"),
     ],
 )
