@@ -107,6 +107,8 @@ def test_usage_of_click(run):
     assert run("inspect").exit_code == 2
     assert run("bananas").exit_code == 2
     assert run("evaluate", "model.pt").exit_code == 2
+    for seed in ("-1", str(2**32)):
+        assert "--seed" in run("convert", "model.pt", "--factors", "2x2", "--seed", seed).stderr
 
 
 def test_subprocess_end_to_end(folder):
