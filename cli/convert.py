@@ -119,7 +119,7 @@ def convert(
         if not dry_run:
             check_model_target(path, *checkpoint.files)
         if plan_out:
-            check_target(plan_out, *checkpoint.files)
+            check_target(plan_out, *checkpoint.files, *([] if dry_run else [path]))
         for sentence in checkpoint.dropped:
             out.note(f"note: {sentence}")
         located = locate_checkpoint(checkpoint, subclasses=subclasses)

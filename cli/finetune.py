@@ -75,7 +75,7 @@ def finetune(
         inputs = (*checkpoint.files, *(dense.files if dense else ()))
         check_model_target(target, *inputs)
         if conditioning is not None:
-            check_target(conditioning, *inputs)
+            check_target(conditioning, target, *inputs)
         task = load_task(task_name)
         recipe = Recipe().changed(seed=seed, **given, **recipe_options(others))
         net = network(checkpoint, task)

@@ -38,8 +38,10 @@ def report(
         from kruify.report import build_report, tables, to_html, to_markdown
         from kruify.task import load_task
 
+        taken = [dense, *kru]
         for target in filter(None, (html_file, markdown_file)):
-            check_target(target, dense, *kru)
+            check_target(target, *taken)
+            taken.append(target)
         task = load_task(task_name) if task_name else None
         with progress("reading") as advance:
             made = build_report(

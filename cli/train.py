@@ -105,7 +105,7 @@ def train(
         path = Path(target or _default_name(task_name, network))
         check_model_target(path)
         if conditioning is not None:
-            check_target(conditioning)
+            check_target(conditioning, path)
         torch.manual_seed(seed)
         with progress("starting") as advance:
             outcome = finetune(

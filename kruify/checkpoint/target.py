@@ -14,22 +14,22 @@ from kruify.errors import UsageError
 
 TORCH = (".pt", ".pth", ".ckpt", ".bin")
 """Endings that promise what torch.load opens."""
-FOREIGN = (".onnx", ".keras", ".h5", ".npz", ".pt2", ".json")
+FOREIGN = (".onnx", ".keras", ".h5", ".npz", ".pt2", ".json", ".py")
 """Endings that promise what no state dict is; any other, or none, stands for safetensors."""
 
 
-def check_target(path: str | os.PathLike[str], *inputs: str | os.PathLike[str]) -> None:
+def check_target(path: str | os.PathLike[str], *taken: str | os.PathLike[str]) -> None:
     """Fails before hours of work, not after them.
 
     Args:
-        inputs: files that are read: none of them is overwritten.
+        taken: files that the same command reads, and others that it writes: none of them is overwritten.
 
     Raises:
-        UsageError: `path` is one of `inputs` or a folder, or its folder is missing or read-only.
+        UsageError: `path` is one of `taken` or a folder, or its folder is missing or read-only.
     """
     path = Path(path)
-    if path.exists() and any(os.path.exists(given) and path.samefile(given) for given in inputs):
-        raise UsageError("it is read and would be overwritten", path, "Name another file to write to")
+    if os.path.realpath(path) in map(os.path.realpath, taken):
+        raise UsageError("the same command reads or writes it, too", path, "Name another file to write to")
     if path.is_dir():
         raise UsageError("it is a folder", path, "Name a file to write to")
     folder = Path(os.path.realpath(path)).parent
@@ -39,13 +39,13 @@ def check_target(path: str | os.PathLike[str], *inputs: str | os.PathLike[str]) 
         raise UsageError(f"the folder {path.parent} cannot be written to", path, "Name a file in another one")
 
 
-def check_model_target(path: str | os.PathLike[str], *inputs: str | os.PathLike[str]) -> None:
+def check_model_target(path: str | os.PathLike[str], *taken: str | os.PathLike[str]) -> None:
     """`check_target` for `write_model`.
 
     Raises:
         UsageError: also where the ending is that of another kind of file.
     """
-    check_target(path, *inputs)
+    check_target(path, *taken)
     if Path(path).suffix.lower() in FOREIGN:
         raise UsageError(
             f"the ending '{Path(path).suffix}' stands for another kind of file", path, "Write .safetensors or .pt"

@@ -61,15 +61,19 @@ def test_paths_and_hashes_stay_whole(folder, run, monkeypatch):
         ("sweep", "model.pt", *TUNE, "--budgets", "2x", "--html", "model.pt"),
         ("report", "model.pt", "small.kru.safetensors", "--markdown", "model.pt"),
         ("export", "small.kru.safetensors", "--to", "dense", "-o", "small.kru.safetensors"),
+        (*CONVERT, "-o", "out", "--plan-out", "./out"),
+        ("finetune", "model.pt", *TUNE, "-o", "out", "--conditioning", "out"),
+        ("train", *TUNE, "-o", "out", "--conditioning", "out"),
+        ("report", "model.pt", "small.kru.safetensors", "--markdown", "out", "--html", "out"),
     ],
 )
-def test_what_is_read_is_not_overwritten(command, folder, run):
+def test_nothing_is_overwritten_that_the_command_reads_or_writes(command, folder, run):
     run(*CONVERT, "-o", "small.kru.safetensors")
     os.symlink("model.pt", "link.pt")
     before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
     result = run(*command)
     assert result.exit_code == 2
-    assert "it is read and would be overwritten" in result.stderr
+    assert "the same command reads or writes it, too" in result.stderr
     assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
 
 
