@@ -25,13 +25,14 @@ def check_target(path: str | os.PathLike[str], *taken: str | os.PathLike[str]) -
         taken: files that the same command reads, and others that it writes: none of them is overwritten.
 
     Raises:
-        UsageError: `path` is one of `taken` or a folder, or its folder is missing or read-only.
+        UsageError: `path` is one of `taken`, a folder or a device, or its folder is missing or read-only.
     """
     path = Path(path)
     if os.path.realpath(path) in map(os.path.realpath, taken):
         raise UsageError("the same command reads or writes it, too", path, "Name another file to write to")
-    if path.is_dir():
-        raise UsageError("it is a folder", path, "Name a file to write to")
+    if path.exists() and not path.is_file():
+        what = "it is a folder" if path.is_dir() else "it is not a regular file"
+        raise UsageError(what, path, "Name a file to write to")
     folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
         raise UsageError(f"there is no folder {path.parent}", path, "Make it first")

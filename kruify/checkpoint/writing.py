@@ -57,7 +57,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         UsageError: the folder is missing or read-only, the disk is full, or `path` is a folder.
     """
     target = Path(os.path.realpath(path))
-    if target.is_symlink() or target.is_dir() or (target.exists() and not target.is_file()):
+    if target.is_symlink() or (target.exists() and not target.is_file()):
         raise UsageError("it is not a regular file", path, "Name a file to write to")
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".tmp", dir=target.parent)

@@ -93,7 +93,14 @@ def test_nothing_is_overwritten_that_the_command_reads_or_writes(command, folder
         ("tasks", "--export", "g2p-en", "-o"),
     ],
 )
-@pytest.mark.parametrize(("place", "sentence"), [("nowhere/x", "there is no folder nowhere"), (".", "it is a folder")])
+@pytest.mark.parametrize(
+    ("place", "sentence"),
+    [
+        ("nowhere/x", "there is no folder nowhere"),
+        (".", "it is a folder"),
+        (os.devnull, "it is not a regular file"),
+    ],
+)
 def test_a_place_that_cannot_be_written_is_told_before_the_work(place, sentence, command, folder, run):
     before = sorted(folder.iterdir())
     result = run(*command, place)
