@@ -217,7 +217,14 @@ class Cell:
         base = setup.teacher if method.start in ("scratch", "smaller") else setup.student
         epochs = {"epochs": self.epochs} if self.epochs else {}
         own = dict(item.split("=") for item in self.changes.split(",")) if self.changes else {}
-        return {**base, **method.options, **epochs, **{k: number(v) for k, v in own.items()}, "seed": self.seed}
+        return {
+            "distill_until": None,
+            **base,
+            **method.options,
+            **epochs,
+            **{k: number(v) for k, v in own.items()},
+            "seed": self.seed,
+        }
 
     @staticmethod
     def parse(text: str) -> Cell:

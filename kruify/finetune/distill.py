@@ -56,7 +56,8 @@ class Distillation:
             over: share of the last phase that is over; a and b fall with it where the recipe has `distill_until`.
         """
         recipe = self.recipe
-        taught = 1.0 if recipe.distill_until is None else max(0.0, 1 - over / recipe.distill_until)
+        until = None if recipe.distill_only else recipe.distill_until
+        taught = 1.0 if until is None else max(0.0, 1 - over / until)
         if not taught:
             return self.task.loss(self.task.forward(self.model, batch), batch)
         wanted = self.layers if recipe.distill_hidden else []
