@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .console import Output, json_option, output, progress
-from .options import key_option, model_argument, network, seed_option, task_option
+from .options import device_option, given, key_option, lr_option, model_argument, network, seed_option, task_option
 
 if TYPE_CHECKING:
     from kruify.compress import Attempt, Compressed
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 )
 @click.option("--attempts", type=int, default=4, show_default=True, help="At most so many rounds of fine-tuning.")
 @click.option("--epochs", type=float, help="Passes over the train split in each round.  [default: 5]")
-@click.option("--lr", type=float, help="Peak learning rate of AdamW.  [default: 0.002]")
-@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1.  [default: a GPU if there is one]")
+@lr_option
+@device_option
 @click.option("-o", "--output", "target", metavar="OUT", required=True, help="File to write.")
 @seed_option
 @key_option
@@ -62,7 +62,6 @@ def compress(
         check_model_target(target, *checkpoint.files)
         task = load_task(task_name)
         dense = network(checkpoint, task)
-        options = {name: value for name, value in (("epochs", epochs), ("lr", lr)) if value is not None}
         with progress("starting") as advance:
             done = run(
                 dense,
@@ -74,7 +73,7 @@ def compress(
                 device=device,
                 on_progress=lambda now: advance(now.step, now.steps, f"epoch {now.epoch}/{now.epochs}"),
                 on_attempt=lambda attempt: out.note(_line(attempt, task)),
-                **options,
+                **given(epochs=epochs, lr=lr),
             )
         save(done.model, target, source_sha256=checkpoint.sha256, seed=seed)
         metrics = measure(task, done.model, "test")

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from .console import json_option, output, progress
-from .options import key_option, model_argument, network, seed_option, task_option
-from .training import (
-    account,
-    describe,
-    draw_conditioning,
-    recipe_options,
-    show,
-    training_options,
-)
+from .options import given, key_option, lr_option, model_argument, network, seed_option, task_option
+from .training import account, describe, draw_conditioning, recipe_options, show, training_options
 
 
 @click.command()
@@ -25,7 +16,7 @@ from .training import (
 @click.option("--teacher", metavar="DENSE", help="Learn from this dense checkpoint, too (distillation).")
 @click.option("--distill-only", is_flag=True, help="Learn from the teacher alone, without labels.")
 @click.option("--epochs", type=float, help="Passes over the train split; fractions are allowed.  [default: 5]")
-@click.option("--lr", type=float, help="Peak learning rate of AdamW.  [default: 0.002]")
+@lr_option
 @click.option(
     "--unitary-penalty",
     type=float,
@@ -59,10 +50,6 @@ def finetune(
 
     A dense MODEL may be given too: a fair comparison trains the dense network as long.
     """
-    options: dict[str, Any] = {"epochs": epochs, "lr": lr, "unitary_penalty": unitary_penalty}
-    given = {name: value for name, value in options.items() if value is not None}
-    if distill_only:
-        given["distill_only"] = True
     with output(json_only) as out:
         from kruify.checkpoint import check_model_target, check_target, read
         from kruify.finetune import Recipe
@@ -77,7 +64,8 @@ def finetune(
         if conditioning is not None:
             check_target(conditioning, target, *inputs)
         task = load_task(task_name)
-        recipe = Recipe().changed(seed=seed, **given, **recipe_options(others))
+        options = given(epochs=epochs, lr=lr, unitary_penalty=unitary_penalty, distill_only=distill_only or None)
+        recipe = Recipe().changed(seed=seed, **options, **recipe_options(others))
         net = network(checkpoint, task)
         teacher_net = network(dense, task) if dense else None
         with progress("starting") as advance:

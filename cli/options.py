@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,6 +23,13 @@ split_option = click.option(
 seed_option = click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of everything random."
 )
+lr_option = click.option("--lr", type=float, help="Peak learning rate of AdamW.  [default: 0.002]")
+device_option = click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1.  [default: a GPU if there is one]")
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given on the command line; the others keep the defaults of what is called."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def network(checkpoint: Checkpoint, task: Task) -> nn.Module:

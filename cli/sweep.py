@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING
 import click
 
 from .console import Output, json_option, output, progress
-from .options import key_option, model_argument, network, seed_option, split_option, task_option
+from .options import (
+    device_option,
+    given,
+    key_option,
+    lr_option,
+    model_argument,
+    network,
+    seed_option,
+    split_option,
+    task_option,
+)
 
 if TYPE_CHECKING:
     from kruify.sweep import Point, Sweep
@@ -26,9 +36,9 @@ if TYPE_CHECKING:
 )
 @click.option("--dir", "folder", metavar="DIR", help="Where networks and state go.  [default: MODEL.sweep beside it]")
 @click.option("--epochs", type=float, help="Passes over the train split for each network.  [default: 5]")
-@click.option("--lr", type=float, help="Peak learning rate of AdamW.  [default: 0.002]")
+@lr_option
 @click.option("--html", "html_file", metavar="FILE", help="Write a report on all networks, the knee marked.")
-@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1.  [default: a GPU if there is one]")
+@device_option
 @split_option
 @seed_option
 @key_option
@@ -52,7 +62,6 @@ def sweep(
     Each budget is converted and fine-tuned; the knee is where more compression begins to cost.
     An interrupted sweep goes on where it stopped when the same command is given again.
     """
-    options = {name: value for name, value in (("epochs", epochs), ("lr", lr)) if value is not None}
     with output(json_only) as out:
         from kruify.api import refuse_converted
         from kruify.checkpoint import atomic_file, check_target, read
@@ -77,7 +86,7 @@ def sweep(
                 device=device,
                 on_progress=lambda now: advance(now.step, now.steps, f"epoch {now.epoch}/{now.epochs}"),
                 on_point=lambda point: out.note(_line(point, task)),
-                **options,
+                **given(epochs=epochs, lr=lr),
             )
         _show(out, done)
         if html_file:

@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import json_option, output, progress
-from .options import seed_option, task_option
-from .training import (
-    account,
-    describe,
-    draw_conditioning,
-    recipe_options,
-    show,
-    training_options,
-)
+from .options import given, lr_option, seed_option, task_option
+from .training import account, describe, draw_conditioning, recipe_options, show, training_options
 
 if TYPE_CHECKING:
     from kruify.finetune import Recipe
@@ -34,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", "target", metavar="OUT", help="File to write.  [default: TASK-CELL-N.safetensors]")
 @click.option("--epochs", type=float, help="Passes over the train split; fractions are allowed.  [default: 5]")
 @click.option("--steps", type=click.IntRange(1), help="Optimiser steps, instead of --epochs.")
-@click.option("--lr", type=float, help="Peak learning rate of AdamW.  [default: 0.002]")
+@lr_option
 @click.option(
     "--penalty",
     "--unitary-penalty",
@@ -80,10 +73,6 @@ def train(
     """
     if epochs is not None and steps is not None:
         raise click.UsageError("--epochs and --steps say the same thing twice; give one")
-    options = {"cell": cell, "hidden": hidden, "factors": factors, "layers": layers}
-    wanted = {name: value for name, value in options.items() if value is not None}
-    changes: dict[str, Any] = {"epochs": epochs, "lr": lr, "unitary_penalty": penalty}
-    given = {name: value for name, value in changes.items() if value is not None}
     with output(json_only) as out:
         import torch
 
@@ -95,11 +84,12 @@ def train(
         from kruify.network import network_of
         from kruify.task import fresh_model, load_task
 
-        task = load_task(task_name, **wanted)
+        task = load_task(task_name, **given(cell=cell, hidden=hidden, factors=factors, layers=layers))
         network = network_of(task)
         if factors is not None and not str(network.get("cell", "kru")).startswith("kru"):
             raise UsageError(f"a cell '{network['cell']}' has no factors", "--factors", "Leave --factors out")
-        recipe = Recipe.from_scratch().changed(seed=seed, **given, **recipe_options(others))
+        options = given(epochs=epochs, lr=lr, unitary_penalty=penalty)
+        recipe = Recipe.from_scratch().changed(seed=seed, **options, **recipe_options(others))
         if steps is not None:
             recipe = recipe.changed(epochs=steps / _steps_per_epoch(task, recipe))
         path = Path(target or _default_name(task_name, network))

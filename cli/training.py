@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import Output
+from .options import device_option
 
 if TYPE_CHECKING:
     from kruify.finetune import FinetuneResult, Progress
@@ -30,7 +31,7 @@ _OPTIONS = (
     click.option("--log-dir", metavar="DIR", help="Write history.csv there, one line a validation."),
     click.option("--tensorboard", is_flag=True, help="Write TensorBoard events to the --log-dir, too."),
     click.option("--resume", metavar="DIR", help="Keep the state of the run there, and go on from it if it has one."),
-    click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1.  [default: a GPU if there is one]"),
+    device_option,
 )
 
 

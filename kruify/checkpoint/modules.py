@@ -44,7 +44,6 @@ class ModuleTree(dict[str, Any]):
         super().__init__()
         self.cls = cls
         self.hints: dict[str, ModuleHint] = {}
-        self.untensored: list[str] = []
 
 
 def resolve(node: Any, where: object, code: Mapping[str, str] | None = None, depth: int = 0) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kruify.conditioning import conditioning, exact
 from kruify.finetune.randomness import isolated, mix, seed_all
-from kruify.finetune.recurrent import recurrent_layers
+from kruify.finetune.recurrent import RECURRENT
 from kruify.layers import KRU
 from kruify.layers.steps import GATES
 from kruify.task import Task, device_of, to_device
@@ -37,8 +37,7 @@ def measure(model: nn.Module, task: Task, seed: int) -> dict[str, Any]:
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> recurrent layer or cell."""
-    found = recurrent_layers(model)
-    return {name: module for name, module in model.named_modules() if name in found or isinstance(module, KRU)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, (*RECURRENT, KRU))}
 
 
 def matrices(model: nn.Module) -> Iterator[dict[str, Any]]:

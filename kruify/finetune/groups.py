@@ -14,21 +14,22 @@ from kruify.layers.matrix import KroneckerMatrix
 
 def factor_names(model: nn.Module) -> set[str]:
     """Names of the parameters that belong to Kronecker matrices: factors, scales, diagonals, overlays."""
-    names = set()
-    for prefix, module in model.named_modules():
-        if isinstance(module, KroneckerMatrix):
-            names |= {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()}
-    return names
+    return {
+        name
+        for prefix, module in model.named_modules()
+        if isinstance(module, KroneckerMatrix)
+        for name, _ in module.named_parameters(prefix)
+    }
 
 
 def modrelu_names(model: nn.Module) -> set[str]:
     """Names of the biases of modReLU: they act on the state at every step, as the factors do."""
     return {
-        f"{prefix}.{name}" if prefix else name
+        name
         for prefix, module in model.named_modules()
         if isinstance(module, KRU)
-        for name, _ in module.named_parameters(recurse=False)
-        if name.startswith("bias")
+        for name, _ in module.named_parameters(prefix, recurse=False)
+        if name.rpartition(".")[2].startswith("bias")
     }
 
 

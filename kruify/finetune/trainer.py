@@ -35,6 +35,7 @@ from kruify.finetune.schedule import lr_factor
 from kruify.finetune.state import check_same_run, load_state, save_state
 from kruify.task import Task, check_loss, measure, to_device
 
+SAVED = ("phase", "step", "history", "best", "stale", "loss_sum", "weight_sum", "finished", "stopped_early")
 MAX_SKIPPED = 20  # steps in a row whose gradient is not finite, after which a run counts as diverged
 
 
@@ -87,7 +88,7 @@ class Trainer:
         self.steps_per_epoch = math.ceil(self.batches / self.group)
         self.average: Average | None = None
         self.dropout = CoMatrixDropout(model, recipe.overlay_dropout) if recipe.overlay_dropout else None
-        # What a saved state holds, beside the tensors:
+        # What a saved state holds (SAVED), beside the tensors:
         self.phase, self.step = 0, 0
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
@@ -307,17 +308,9 @@ class Trainer:
                 "shapes": self._shapes(),
                 "batches": [self.batches, self.group],
                 "phases": self._outline(),
-                "phase": self.phase,
-                "step": self.step,
-                "history": self.history,
-                "best": self.best,
-                "stale": self.stale,
-                "loss_sum": self.loss_sum,
-                "weight_sum": self.weight_sum,
+                **{name: getattr(self, name) for name in SAVED},
                 "skipped": self._skipped,
                 "seconds": self._seconds(),
-                "finished": self.finished,
-                "stopped_early": self.stopped_early,
                 "model": self.model.state_dict(),
                 "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
                 "average": None if average is None else {"updates": average.updates, "shadow": average.shadow},
@@ -342,17 +335,7 @@ class Trainer:
             raise UsageError(
                 "the run in this folder had a teacher, or had none", self.folder, "Give the same --teacher"
             )
-        for name in (
-            "phase",
-            "step",
-            "history",
-            "best",
-            "stale",
-            "loss_sum",
-            "weight_sum",
-            "finished",
-            "stopped_early",
-        ):
+        for name in SAVED:
             setattr(self, name, saved[name])
         self._skipped, self.seconds_before = saved["skipped"], saved["seconds"]
         self._load(saved["model"])

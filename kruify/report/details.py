@@ -17,7 +17,6 @@ from kruify.checkpoint import Checkpoint
 from kruify.decompose import null_energy
 from kruify.evaluate import BATCHES, Layers, MatrixHealth, gate_matrices, runner
 
-ONLY_CPU = [ProfilerActivity.CPU]
 TOLD = {  # metadata -> how a report calls it
     "kruify.version": "kruify",
     "kruify.torch": "torch",

@@ -31,10 +31,7 @@ def to_markdown(report: Report) -> str:
     lines += ["", "## Comparison", ""]
     lines += _table(
         ["", *(m.name for m in report.models)],
-        [
-            [row.label, *(f"{v} ({c})" if c else v for v, c in zip(row.values, row.changes, strict=True))]
-            for row in comparison(report)
-        ],
+        [[row.label, *row.cells] for row in comparison(report)],
     )
     lines += ["", *(sentence for sentence in (judged(report), measured(report)) if sentence)]
     for model in report.models:

@@ -23,6 +23,11 @@ class Row:
     values: list[str]
     changes: list[str]
 
+    @property
+    def cells(self) -> list[str]:
+        """Each value with its change in brackets."""
+        return [f"{v} ({c})" if c else v for v, c in zip(self.values, self.changes, strict=True)]
+
 
 @dataclass(frozen=True)
 class Headline:

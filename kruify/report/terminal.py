@@ -89,7 +89,6 @@ def _comparison(report: Report) -> Table:
     said = " ".join(sentence for sentence in (judged(report), measured(report)) if sentence)
     table = _table("comparison", "", *(model.name for model in report.models), caption=said)
     for row in comparison(report):
-        cells = (f"{v} ({c})" if c else v for v, c in zip(row.values, row.changes, strict=True))
         main = report.metric is not None and row.label.startswith(f"{report.metric},")
-        table.add_row(Text(row.label, "bold") if main else row.label, *cells)
+        table.add_row(Text(row.label, "bold") if main else row.label, *row.cells)
     return table
