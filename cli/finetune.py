@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from .console import json_option, output, progress
-from .options import given, key_option, lr_option, model_argument, network, seed_option, task_option
+from .options import key_option, lr_option, model_argument, network, seed_option, task_option
 from .training import account, describe, draw_conditioning, recipe_options, show, training_options
 
 
@@ -64,8 +64,10 @@ def finetune(
         if conditioning is not None:
             check_target(conditioning, target, *inputs)
         task = load_task(task_name)
-        options = given(epochs=epochs, lr=lr, unitary_penalty=unitary_penalty, distill_only=distill_only or None)
-        recipe = Recipe().changed(seed=seed, **options, **recipe_options(others))
+        options = recipe_options(
+            others, seed=seed, epochs=epochs, lr=lr, unitary_penalty=unitary_penalty, distill_only=distill_only or None
+        )
+        recipe = Recipe().changed(**options)
         net = network(checkpoint, task)
         teacher_net = network(dense, task) if dense else None
         with progress("starting") as advance:

@@ -88,8 +88,8 @@ def train(
         network = network_of(task)
         if factors is not None and not str(network.get("cell", "kru")).startswith("kru"):
             raise UsageError(f"a cell '{network['cell']}' has no factors", "--factors", "Leave --factors out")
-        options = given(epochs=epochs, lr=lr, unitary_penalty=penalty)
-        recipe = Recipe.from_scratch().changed(seed=seed, **options, **recipe_options(others))
+        options = recipe_options(others, seed=seed, epochs=epochs, lr=lr, unitary_penalty=penalty)
+        recipe = Recipe.from_scratch().changed(**options)
         if steps is not None:
             recipe = recipe.changed(epochs=steps / _steps_per_epoch(task, recipe))
         path = Path(target or _default_name(task_name, network))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import Output
-from .options import device_option
+from .options import device_option, given
 
 if TYPE_CHECKING:
     from kruify.finetune import FinetuneResult, Progress
@@ -42,15 +42,22 @@ def training_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def recipe_options(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """NAME=VALUE with the value in the type of the recipe's default."""
+def recipe_options(pairs: tuple[str, ...], **said: Any) -> dict[str, Any]:
+    """What was said with options of their own, and NAME=VALUE with the value in the type of the recipe's default.
+
+    Raises:
+        UsageError: a pair cannot be read, or sets what is set already.
+    """
     from kruify.errors import UsageError
     from kruify.finetune import Recipe
 
     defaults = Recipe().to_json()
-    values: dict[str, Any] = {}
+    values = given(**said)
     for pair in pairs:
         name, equals, text = pair.partition("=")
+        if name in values:
+            hint = f"Use --{name.replace('_', '-')} alone" if name in said else "Give it once"
+            raise UsageError(f"--option {pair} sets {name} a second time", hint=hint)
         default = defaults.get(name, "")
         try:
             if not equals:
