@@ -52,6 +52,7 @@ void bind(Sequence<T>& s, const Matrix<T>& m) {
 }
 
 constexpr int64_t kChunkBytes = 3 << 18;  // of input gates, or their gradients, that stay in the L2 cache between GEMM and time loop
+constexpr int64_t kSideBySide = 8;        // samples that share what a product reads of a plain or thin matrix
 constexpr int64_t kFewRows = 192;         // up to which W_ih is packed panel by panel
 
 // Steps that are done together, [t0, t1) after `done` of all in the order of the walk: as many as have `limit` rows.
@@ -71,11 +72,17 @@ struct Tiles {
     const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), batch));
     const int64_t share = (batch + threads - 1) / threads;
     together = std::max<int64_t>(1, std::min(share, side_by_side));
-    tile = std::max<int64_t>(1, std::min<int64_t>(share, std::max<int64_t>(side_by_side, 8)));
+    tile = std::max<int64_t>(1, std::min<int64_t>(share, std::max(side_by_side, kSideBySide)));
     count = (batch + tile - 1) / tile;
     workers = std::max<int64_t>(1, std::min(threads, count));
   }
 };
+
+template <class T>
+bool has_term(const Matrix<T>& m, std::initializer_list<TermKind> kinds) {
+  const auto one_of = [&](const Term<T>& t) { return std::find(kinds.begin(), kinds.end(), t.kind) != kinds.end(); };
+  return std::any_of(m.term, m.term + m.terms, one_of);
+}
 
 template <class T>
 void copy_rows(const Tensor& from, T* to) {
@@ -138,10 +145,8 @@ Outputs run(const Tensor& x_given, const Optional& w_ih_given, const Optional& b
   if (w_ih && !few) packed_ih.emplace(inputs, width, pointer<T>(*w_ih), 1, inputs);
 
   // One sample at a time suffices where the trailing products fill the registers.
-  bool thin = w.matrix.overlay != nullptr;
-  for (int t = 0; t < w.matrix.terms; ++t)
-    thin |= w.matrix.term[t].kind == TermKind::kDense || w.matrix.term[t].kind == TermKind::kLowRank;
-  const Tiles tiles(batch, w.matrix.overlay ? kTile : thin ? 8 : 1);
+  const bool thin = has_term<T>(w.matrix, {TermKind::kDense, TermKind::kLowRank});
+  const Tiles tiles(batch, w.matrix.overlay ? kTile : thin ? kSideBySide : 1);
   s.together = tiles.together;
   const int64_t scratch_size = w.matrix.scratch + 16;
   Buffer<T> scratch(tiles.workers * scratch_size);
@@ -252,7 +257,7 @@ Gradients run_backward(const std::optional<Inputs>& inputs, const Optional& grad
   s.workspace = pointer<T>(workspace), s.out_in = pointer<T>(out);
   s.h0 = pointer<T>(h0), s.c0 = c0 ? pointer<T>(*c0) : nullptr;
   s.grad_h = mutable_pointer<T>(grad_h), s.grad_c = c0 ? mutable_pointer<T>(grad_c) : nullptr;
-  const Tiles tiles(batch, w.matrix.overlay ? kTile : 1);
+  const Tiles tiles(batch, w.matrix.overlay ? kTile : has_term<T>(w.matrix, {TermKind::kDense}) ? kSideBySide : 1);
   s.together = tiles.together;
   // A chunk's gradients are used while they are in the cache; where they are an output they are one chunk.
   s.gates_ld = projected ? width + 16 : width;  // a power of two would put all rows of a column into the same few cache lines

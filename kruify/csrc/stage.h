@@ -129,14 +129,16 @@ inline void product(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* c
 // Backward. dW is summed in a thread's arena in the layout the GEMMs write best: of a pair or chain the trailing stage
 // as (q, n p), the others as given; of a low-rank term both with the long index last; a dense one as (gates, p, q).
 
+// All samples at once: each of them alone would read and write all of dW.
 template <class T>
-inline void backward_dense(const Term<T>& term, const T* x, T* const* dy, T* dx, T* arena) {
+inline void backward_dense(const Term<T>& term, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys, T* dx, int64_t dxs,
+                           T* arena) {
   const int64_t p = term.p[0], q = term.q[0];
   for (int g = 0; g < term.gates; ++g) {
     const T* d = dy[term.gate[g]];
     for (int r = 0; r < term.rank; ++r)
-      gemm<T, true>(1, q, p, d, p, term.w[0] + (int64_t(g) * term.rank + r) * p * q, q, dx, q, true);
-    gemm<T, false>(p, q, 1, d, p, x, q, arena + term.grad[0] + g * p * q, q, true);
+      gemm<T, true>(nb, q, p, d, ys, term.w[0] + (int64_t(g) * term.rank + r) * p * q, q, dx, dxs, true);
+    gemm<T, false>(p, q, nb, d, ys, x, xs, arena + term.grad[0] + g * p * q, q, true);
   }
 }
 
@@ -200,13 +202,13 @@ inline void backward_chain(const Term<T>& term, const T* x, T* const* dy, T* dx,
   gemm<T, false>(q2, ld, q0 * q1, x, q2, dt, ld, arena + term.grad[2], ld, true);
 }
 
-// One sample's share of everything but the overlay.
+// One sample's share of everything but dense terms and the overlay.
 template <class T>
 inline void backward_sample(const Matrix<T>& m, const T* x, T* const* dy, T* dx, T* arena, T* scratch) {
   for (int t = 0; t < m.terms; ++t) {
     const Term<T>& term = m.term[t];
     switch (term.kind) {
-      case TermKind::kDense: backward_dense(term, x, dy, dx, arena); break;
+      case TermKind::kDense: break;
       case TermKind::kLowRank: backward_low_rank(term, x, dy, dx, arena, scratch); break;
       case TermKind::kPair: backward_pair(term, x, dy, dx, arena, scratch); break;
       case TermKind::kChain: backward_chain(term, x, dy, dx, arena, scratch); break;
@@ -237,6 +239,8 @@ inline void product_backward(const Matrix<T>& m, int64_t nb, const T* x, int64_t
     for (int g = 0; g < m.gates; ++g) one[g] = dy[g] + s * ys;
     backward_sample(m, x + s * xs, one, dx + s * dxs, arena, scratch);
   }
+  for (int t = 0; t < m.terms; ++t)
+    if (m.term[t].kind == TermKind::kDense) backward_dense(m.term[t], nb, x, xs, dy, ys, dx, dxs, arena);
   if (m.overlay) backward_overlay(m, nb, x, xs, dy, ys, dx, dxs, arena + m.grad_overlay, scratch);
 }
 

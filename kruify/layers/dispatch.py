@@ -72,7 +72,7 @@ def _needed_gain(layer: KRUBase, batch: int) -> float:
     if layer.kind != "lstm" or batch <= 2:
         return 0.0
     if torch.is_grad_enabled():
-        return 1.5 if batch > 8 else 0.4 if hidden <= 64 else 0.6
+        return (1.0 if hidden <= 256 else 1.5) if batch > 8 else 0.4 if hidden <= 64 else 0.55
     return 0.7 if hidden <= (64 if batch > 8 else 128) else 1.5 if batch > 8 else 1.05
 
 

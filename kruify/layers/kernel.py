@@ -98,12 +98,12 @@ def work(matrix: KroneckerMatrix, form: Form, kind: str, batch: int) -> tuple[fl
         # of W at which torch's own layer then catches up in training were measured: about 12 % for the LSTM, 35 % for
         # the others.
         cost += blocks * (block * (5 if kind == "lstm" else 12) / LANES if batch > 8 else 1)
-    # Few samples wait for W from the cache. With derivatives its gradient is summed up sample by sample; a large one
-    # leaves the L2 cache.
+    # Few samples wait for W from the cache, and in training for its gradient, which is read and written for up to eight
+    # of them together; a small W waits in a nearer cache.
     gates, rows, cols = form.layout[:3]
     few = max(0.0, 1 - batch / 8)
-    weight = 2 + (gates * rows * cols > 1 << 16) + 2 * few if torch.is_grad_enabled() else 1 + 3 * few
-    whole = weight * form.dense + 250 * gates * few
+    waits = 0.7 if torch.is_grad_enabled() and gates * rows * cols < 1 << 16 else 3
+    whole = (1 + waits * few**2) * form.dense + 100 * gates * few
     return (whole, True) if whole < cost else (cost, False)
 
 
