@@ -58,7 +58,8 @@ def finetune(
         from kruify.task import load_task
 
         checkpoint = read(model, key=key)
-        dense = read(teacher) if teacher else None
+        # A converted MODEL has one state dict, so the key is that of its teacher.
+        dense = read(teacher, key=key if checkpoint.is_kruify else None) if teacher else None
         inputs = (*checkpoint.files, *(dense.files if dense else ()))
         check_model_target(target, *inputs)
         if conditioning is not None:

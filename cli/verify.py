@@ -5,13 +5,15 @@ from __future__ import annotations
 import click
 
 from .console import json_option, output
+from .options import key_option
 
 
 @click.command()
 @click.argument("file", metavar="FILE")
 @click.option("--source", metavar="DENSE", help="The dense checkpoint that FILE should come from.")
+@key_option
 @json_option
-def verify(file: str, source: str | None, json_only: bool) -> None:
+def verify(file: str, source: str | None, key: str | None, json_only: bool) -> None:
     """Check a converted FILE end to end.
 
     Its bytes, plan and numbers, and that its layers compute what it says.
@@ -20,7 +22,7 @@ def verify(file: str, source: str | None, json_only: bool) -> None:
         from kruify.verify import verify as check
 
         with out.waiting(f"verifying {file}"):
-            checks = check(file, source)
+            checks = check(file, source, key=key)
         for item in checks:
             out.show(f"{item.name}: {item.detail}")
         out.show(f"{file} is in order")

@@ -31,11 +31,12 @@ class Check:
     detail: str
 
 
-def verify(path: str | PathLike[str], source: str | PathLike[str] | None = None) -> list[Check]:
+def verify(path: str | PathLike[str], source: str | PathLike[str] | None = None, key: str | None = None) -> list[Check]:
     """Opens, rebuilds and runs a converted file.
 
     Args:
         source: the dense checkpoint that it should come from.
+        key: the nested entry of `source` that holds the state dict, where it has several.
 
     Raises:
         CorruptError: the file is damaged, a tensor is missing, has another shape, or is not finite; it is not made from
@@ -54,7 +55,7 @@ def verify(path: str | PathLike[str], source: str | PathLike[str] | None = None)
     checks.append(_finite(checkpoint))
     checks += _layers(checkpoint)
     if source is not None:
-        checks.append(_source(checkpoint, dense, read(source)))
+        checks.append(_source(checkpoint, dense, read(source, key=key)))
     return checks
 
 

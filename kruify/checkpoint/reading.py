@@ -46,7 +46,8 @@ def read(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
 
     Args:
         path: a file.
-        key: the nested entry that holds the state dict, dotted; needed only where several could be meant.
+        key: the nested entry that holds the state dict, dotted; needed only where several could be meant. A file that
+            kruify wrote has one state dict, whatever the key of its source was.
 
     Raises:
         UsageError: there is no such file, or `key` is needed or wrong.
@@ -92,7 +93,7 @@ def read_contents(path: Path, key: str | None) -> Contents:
         raise CorruptError(
             "it is not a checkpoint that kruify knows", path, "Give a PyTorch, safetensors, ONNX, Keras or .npz file"
         )
-    if key is not None and contents.key is None:
+    if key is not None and contents.key is None and not any(name.startswith("kruify.") for name in contents.metadata):
         raise UsageError(f"it is not nested, so there is no --key {key}", path, "Leave --key out")
     contents.size = contents.size or size
     return contents
@@ -150,7 +151,8 @@ def _from_torch(path: Path, kind: str, found: torch_file.TorchFile, key: str | N
     check_tree(found.root, path)
     root = resolve(found.root, path, found.code if kind == "torchscript" else None)
     names = tuple(sorted(found.globals))
-    chosen = find_state_dict(root, key, path)
+    ours = isinstance(root, Mapping) and "kruify" in root
+    chosen = find_state_dict(root, None if ours else key, path)
     metadata: dict[str, str] = {}
     extras = dict(chosen.extras)
     if isinstance(own := extras.get("kruify"), dict):

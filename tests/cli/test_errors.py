@@ -61,6 +61,23 @@ def test_missing_key(folder, run):
     assert "nobody" in one_sentence(run("inspect", "two.pt", "--key", "nobody"), 2)
 
 
+@pytest.mark.parametrize("small", ["small.kru.safetensors", "small.pt"])
+def test_one_key_for_all_files_of_a_command(small, folder, run):
+    """A file that was converted with --key has one state dict, and needs none."""
+    state = torch.load("model.pt")
+    torch.save({"generator": state, "discriminator": state}, "two.pt")
+    for command in (
+        ("convert", "two.pt", "--factors", "2x2", "-o", small),
+        ("verify", small, "--source", "two.pt"),
+        ("finetune", small, "--task", "task.py:Echo", "--epochs", "0.4", "--teacher", "two.pt", "-o", "tuned.pt"),
+        ("report", "two.pt", small, "tuned.pt"),
+        ("sweep", "two.pt", "--task", "task.py:Echo", "--budgets", "2x", "--epochs", "0.4", "--html", "sweep.html"),
+    ):
+        result = run(*command, "--key", "generator")
+        assert result.exit_code == 0, (command, result.stderr)
+    assert "no state dict under --key generator" in run("report", "two.pt", "model.pt", "--key", "generator").stderr
+
+
 def test_shape_mismatch_with_the_task(folder, run):
     state = torch.load("model.pt")
     torch.save({**state, "out.weight": torch.zeros(2, 9)}, "other.pt")
