@@ -63,6 +63,8 @@ def export(
     layout = batch_first is not None or nonlinearity is not None
     if to == "dense" and (dense or task_name or layout):
         raise click.UsageError("--to dense writes a state dict: no --dense, --task, --batch-first or --nonlinearity")
+    if to != "dense" and original:
+        raise click.UsageError("--original goes with --to dense")
     if task_name and layout:
         raise click.UsageError("with --task the network tells: no --batch-first or --nonlinearity")
     with output(json_only) as out:

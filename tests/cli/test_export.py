@@ -33,7 +33,11 @@ def test_torch_program_runs(folder, run_json):
 
 def test_refusals(folder, run):
     torch.save(nn.Linear(2, 2).state_dict(), "plain.pt")
-    for arguments in (["model.pt", "--to", "dense"], ["plain.pt", "--to", "torch"]):
+    for arguments in (
+        ["model.pt", "--to", "dense"],
+        ["plain.pt", "--to", "torch"],
+        ["model.pt", "--to", "torch", "--original", "missing.pt"],
+    ):
         result = run("export", *arguments, "-o", "out.pt")
         assert result.exit_code == 2, result.stderr
         assert not Path("out.pt").exists()
