@@ -103,15 +103,16 @@ def test_rule_prefers_the_kernel_where_it_saves_work_and_dense_where_not() -> No
     x = torch.zeros(1, 1, 8)
     big = KRULSTM(8, 512)
     assert dispatch.pick(big, 100, 1, x) == dispatch.pick(big, 100, 64, x) == "kernel"
-    prime = KRULSTM(8, 127)  # one factor, which is the dense matrix
+    prime = KRULSTM(8, 521)  # one factor, which is the dense matrix
     assert dispatch.pick(prime, 100, 64, x) == "dense"
-    assert dispatch.pick(KRULSTM(8, 64, factors="16*auto"), 100, 64, x) == "dense"
+    many, small = KRULSTM(8, 512, factors="16*auto"), KRULSTM(8, 64, factors="16*auto")
+    assert [dispatch.pick(layer, 100, 64, x) for layer in (many, small)] == ["dense", "kernel"]
     assert dispatch.pick(KRULSTM(8, 16, proj_size=4), 100, 1, x) == "dense"
 
 
 @pytest.mark.usefixtures("compiled")
 def test_rule_sees_an_overlay_that_changed_its_size() -> None:
-    annealed, pruned = (KRULSTM(8, 128, factors=f"sparse:{share}%:1") for share in (50, 2))
+    annealed, pruned = (KRULSTM(8, 512, factors=f"sparse:{share}%:1") for share in (50, 2))
     x = torch.zeros(3, 16, 8)
     assert [dispatch.pick(layer, 3, 16, x) for layer in (annealed, pruned)] == ["dense", "kernel"]
     overlay, small = (layer.weight_hh_l0.overlay for layer in (annealed, pruned))
