@@ -144,7 +144,7 @@ ROWS = [
     Row("jsb-kru", "jsb", "KRU, complex", _JSB, "kru", 28, 4800, factors="7x7,2x2,2x2",
         recipe={**_FAST, **_FREE}, rank=4),
     Row("jsb-kru-gru", "jsb", "KRU-GRU", _JSB, "kru-gru", 27, 4800, factors="9x9,3x3", recipe=_FAST, rank=4),
-    # At the KRU's 1e-2 it stays at the unigrams' level for half its steps, at 3e-3 for ever.
+    # At the KRU's 1e-2 it stays at the unigrams' level for half its steps, at 3e-3 for all of 2,400.
     Row("jsb-gru", "jsb", "GRU of equal size", _JSB, "gru", 0, 4800, like="jsb-kru", recipe={**_FAST, "lr": 3e-2},
         rank=4),
     Row("jsb-gru-256", "jsb", "GRU 256", "jsb", "gru", 256, 1200, recipe={"lr": 4e-3}, rank=4),
