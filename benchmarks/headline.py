@@ -26,8 +26,8 @@ Entry = dict[str, Any]
 HIDDEN, BATCHES = (256, 512, 1024, 2048), (1, 8, 32)
 TASK = "g2p"
 DENSE = "dense"
-SERIES = {  # name in the picture -> methods of recovery/grid.py
-    "kruify": ("kron", "low-rank-"),
+SERIES = {  # name in the picture -> methods of recovery/grid.py, also with "recipe-" before them
+    "kruify": ("recipe", "kron", "low-rank-"),
     "low rank": ("low-rank",),
     "magnitude pruning": ("pruned",),
     "smaller dense": ("smaller",),
@@ -52,6 +52,7 @@ def runs() -> list[Entry]:
 
 
 def series_of(method: str) -> str | None:
+    method = method.removeprefix("recipe-")
     if method in ("dense", "dense-longer"):  # from scratch, and trained on as long as a converted one
         return DENSE
     exact = {names[0]: series for series, names in SERIES.items() if len(names) == 1}

@@ -41,6 +41,8 @@ def test_runs_are_chosen_by_the_validation_split(headline: ModuleType) -> None:
         entry("low-rank-sparse", 0, 0.45, 0.44, epochs=12),
         entry("low-rank-sparse", 1, 0.47, 0.46, epochs=12),
         entry("low-rank", 0, 0.55, 0.54),
+        entry("recipe-low-rank", 0, 0.53, 0.52),  # trained in another way, the same structure
+        entry("recipe-random", 0, 0.10, 0.10),
         entry("low-rank-sparse-anneal", 0, 0.48, 0.30),
         entry("random", 0, 0.10, 0.10),  # a control, in no series
         entry("dense", 0, 0.40, 0.41, size=393216),
@@ -52,6 +54,8 @@ def test_runs_are_chosen_by_the_validation_split(headline: ModuleType) -> None:
         headline.DENSE: [393216],
     }
     assert [e["test"]["wer"] for e in found["kruify"][24576]] == [0.44, 0.46]
+    assert [e["test"]["wer"] for e in found["low rank"][24576]] == [0.52]
+    assert headline.series_of("recipe") == "kruify"
 
 
 def test_accuracy_in_the_table_is_the_mean_over_seeds(headline: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
