@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING
 import click
 
 from .console import Output, json_option, output, progress
-from .options import device_option, given, key_option, lr_option, model_argument, network, seed_option, task_option
+from .options import (
+    NUMBER,
+    device_option,
+    given,
+    key_option,
+    lr_option,
+    model_argument,
+    network,
+    seed_option,
+    task_option,
+)
 
 if TYPE_CHECKING:
     from kruify.compress import Attempt, Compressed
@@ -20,10 +30,10 @@ if TYPE_CHECKING:
 @task_option
 @click.option("--budget", metavar="B", required=True, help="16x, params=10%, macs=10%, or params=8x,macs=50%.")
 @click.option(
-    "--max-drop", type=float, metavar="D", help="How much worse the task's metric may get, in its own units (0.01)."
+    "--max-drop", type=NUMBER, metavar="D", help="How much worse the task's metric may get, in its own units (0.01)."
 )
 @click.option("--attempts", type=int, default=4, show_default=True, help="At most so many rounds of fine-tuning.")
-@click.option("--epochs", type=float, help="Passes over the train split in each round.  [default: 5]")
+@click.option("--epochs", type=NUMBER, help="Passes over the train split in each round.  [default: 5]")
 @lr_option
 @device_option
 @click.option("-o", "--output", "target", metavar="OUT", required=True, help="File to write.")

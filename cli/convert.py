@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import Output, json_option, output, progress
-from .options import key_option, model_argument, network, seed_option
+from .options import NUMBER, key_option, model_argument, network, seed_option
 
 if TYPE_CHECKING:
     from kruify.calibrate import Moments
@@ -35,7 +35,7 @@ LOSSLESS = 1e-3
 )
 @click.option("--budget", metavar="B", help="Choose the factors: 10x, params=25%, macs=10%, or params=8x,macs=50%.")
 @click.option("--input-budget", metavar="B", help="The same for the input matrices W_ih.")
-@click.option("--max-error", type=float, metavar="E", help="Bound on the error ||W-K||/||W|| of each gate.")
+@click.option("--max-error", type=NUMBER, metavar="E", help="Bound on the error ||W-K||/||W|| of each gate.")
 @click.option("--only", metavar="GLOB", multiple=True, help="Convert only layers or matrices that match.")
 @click.option("--skip", metavar="GLOB", multiple=True, help="Leave layers or matrices that match dense.")
 @click.option("--set", "overrides", metavar="GLOB=SPEC", multiple=True, help="Other factors for what matches.")
@@ -52,7 +52,7 @@ LOSSLESS = 1e-3
 )
 @click.option(
     "--relabel-seconds",
-    type=float,
+    type=NUMBER,
     metavar="N",
     help="Time limit of that search, a layer and direction.  [default: 60]",
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from .console import json_option, output
-from .options import key_option, model_argument, network
+from .options import NUMBER, key_option, model_argument, network
 
 if TYPE_CHECKING:
     from kruify.export import Exported
@@ -33,7 +33,7 @@ OPTIONS = {
     help="Of plain RNNs, where the file does not tell.  [default: tanh]",
 )
 @click.option("--original", metavar="FILE", help="The file that was converted, to write its kind again (ONNX, Keras).")
-@click.option("--tolerance", type=float, metavar="X", help="Largest difference allowed.  [default: 1e-5]")
+@click.option("--tolerance", type=NUMBER, metavar="X", help="Largest difference allowed.  [default: 1e-5]")
 @key_option
 @json_option
 def export(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from .console import json_option, output, progress
-from .options import key_option, lr_option, model_argument, network, seed_option, task_option
+from .options import NUMBER, key_option, lr_option, model_argument, network, seed_option, task_option
 from .training import account, describe, draw_conditioning, recipe_options, show, training_options
 
 
@@ -15,11 +15,11 @@ from .training import account, describe, draw_conditioning, recipe_options, show
 @click.option("-o", "--output", "target", metavar="OUT", required=True, help="File to write.")
 @click.option("--teacher", metavar="DENSE", help="Learn from this dense checkpoint, too (distillation).")
 @click.option("--distill-only", is_flag=True, help="Learn from the teacher alone, without labels.")
-@click.option("--epochs", type=float, help="Passes over the train split; fractions are allowed.  [default: 5]")
+@click.option("--epochs", type=NUMBER, help="Passes over the train split; fractions are allowed.  [default: 5]")
 @lr_option
 @click.option(
     "--unitary-penalty",
-    type=float,
+    type=NUMBER,
     metavar="L",
     help="Weight of the soft unitary penalty.  [default: on for a plain RNN, off for LSTM and GRU]",
 )

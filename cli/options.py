@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +12,19 @@ if TYPE_CHECKING:
 
     from kruify.checkpoint import Checkpoint
     from kruify.task import Task
+
+
+class Number(click.types.FloatParamType):
+    """A float that can be compared: every comparison with nan fails, so a bound of nan would bind nothing."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return number
+
+
+NUMBER = Number()
 
 model_argument = click.argument("model", metavar="MODEL")
 key_option = click.option("--key", metavar="NAME", help="The entry of the file that holds the state dict, if several.")
@@ -23,7 +37,7 @@ split_option = click.option(
 seed_option = click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of everything random."
 )
-lr_option = click.option("--lr", type=float, help="Peak learning rate of AdamW.  [default: 0.002]")
+lr_option = click.option("--lr", type=NUMBER, help="Peak learning rate of AdamW.  [default: 0.006; from scratch 0.002]")
 device_option = click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1.  [default: a GPU if there is one]")
 
 

@@ -12,6 +12,7 @@ import click
 
 from .console import Output, json_option, output, progress
 from .options import (
+    NUMBER,
     device_option,
     given,
     key_option,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     "--budgets", metavar="B,B,...", default="2x,4x,8x,16x", show_default=True, help="As for convert --budget."
 )
 @click.option("--dir", "folder", metavar="DIR", help="Where networks and state go.  [default: MODEL.sweep beside it]")
-@click.option("--epochs", type=float, help="Passes over the train split for each network.  [default: 5]")
+@click.option("--epochs", type=NUMBER, help="Passes over the train split for each network.  [default: 5]")
 @lr_option
 @click.option("--html", "html_file", metavar="FILE", help="Write a report on all networks, the knee marked.")
 @device_option

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import json_option, output, progress
-from .options import given, lr_option, seed_option, task_option
+from .options import NUMBER, given, lr_option, seed_option, task_option
 from .training import account, describe, draw_conditioning, recipe_options, show, training_options
 
 if TYPE_CHECKING:
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 @click.option("--factors", metavar="SPEC", help="Factors of the recurrent matrices of a kru cell.")
 @click.option("--layers", type=click.IntRange(1), metavar="N", help="Recurrent layers.")
 @click.option("-o", "--output", "target", metavar="OUT", help="File to write.  [default: TASK-CELL-N.safetensors]")
-@click.option("--epochs", type=float, help="Passes over the train split; fractions are allowed.  [default: 5]")
+@click.option("--epochs", type=NUMBER, help="Passes over the train split; fractions are allowed.  [default: 5]")
 @click.option("--steps", type=click.IntRange(1), help="Optimiser steps, instead of --epochs.")
 @lr_option
 @click.option(
     "--penalty",
     "--unitary-penalty",
     "penalty",
-    type=float,
+    type=NUMBER,
     metavar="L",
     help="Weight of the soft unitary penalty.  [default: 0.01 for a plain RNN and a KRU, 0 for LSTM and GRU]",
 )

@@ -15,7 +15,6 @@ from kruify.factors import Shape
 
 LANES = 16  # float32 in a 512-bit register
 CALL = 24  # what one small GEMM costs before it starts, in vector multiply-adds
-MAX_STAGES = 3
 
 
 @dataclass(frozen=True)

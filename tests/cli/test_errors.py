@@ -186,3 +186,18 @@ def test_help_does_not_import_torch():
 def test_the_function_convert_is_not_hidden_by_the_module_convert():
     code = "import kruify.convert, kruify; assert callable(kruify.convert); assert not hasattr(kruify, 'nonsense')"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (("compress", "model.pt", "--task", "task.py:Echo", "--budget", "2x", "-o", "x.pt"), "--max-drop"),
+        (("finetune", "model.pt", "--task", "task.py:Echo", "-o", "x.pt"), "--lr"),
+        (("export", "model.pt", "--to", "onnx", "-o", "x.onnx"), "--tolerance"),
+        (("convert", "model.pt", "--budget", "2x"), "--max-error"),
+    ],
+)
+def test_nan_bounds_nothing_and_is_refused(command, option, folder, run):
+    result = run(*command, option, "nan")
+    assert result.exit_code == 2
+    assert "'nan' is not a number" in result.stderr
