@@ -17,8 +17,9 @@ class Recipe:
 
     Attributes:
         epochs: passes over the train split, end to end; fractions are allowed.
-        lr: peak learning rate of AdamW. What conversion put out of place has a long way to go: 6e-3 ended better than
-            2e-3 (factors at 6e-3) on three of four tasks of benchmarks/recovery, by 5 % on King James.
+        lr: peak learning rate of AdamW. What conversion put out of place has a long way to go: 6e-3 and a teacher that
+            falls silent ended better than 2e-3 (factors at 6e-3) and one that does not on all four tasks of
+            benchmarks/recovery. In fewer than about five passes the latter is better.
         schedule: "onecycle", "cosine", "linear" or "constant".
         warmup: share of the run in which the learning rate rises.
         weight_decay: of dense matrices; biases, diagonals and scales are never decayed.
