@@ -9,19 +9,14 @@ const Tensor& some_part(const std::vector<Tensor>& stages, const Optional& diago
   return !stages.empty() ? stages[0] : diagonal ? *diagonal : *overlay;
 }
 
-// W, and twice a gate of it in scratch memory, must be a size that can be counted in bytes.
-template <class T>
-void check_size(int64_t rows, int64_t cols) {
-  times(times(rows, cols), 4 * int64_t(sizeof(T)));
-}
-
 template <class T>
 Tensor run(const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay, const Optional& index,
            const std::vector<int64_t>& layout) {
   const Tensor& like = some_part(stages, diagonal, overlay);
   const CheckedMatrix<T> w(stages, diagonal, overlay, index, std::nullopt, layout, like.scalar_type());
   const int64_t rows = times(w.matrix.gates, w.matrix.rows);
-  check_size<T>(rows, w.matrix.cols);
+  // W, and twice a gate of it in scratch memory, must be a size that can be counted in bytes.
+  times(times(rows, w.matrix.cols), 4 * int64_t(sizeof(T)));
   Tensor out = empty_like(like, {rows, w.matrix.cols});
   Buffer<T> scratch(kernels<T>().dense_scratch(w.matrix));
   kernels<T>().dense(w.matrix, mutable_pointer<T>(out), scratch.data());

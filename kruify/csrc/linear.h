@@ -5,6 +5,9 @@
 
 namespace kruify {
 
+// Threads that a product of so many multiply-adds pays for.
+inline int64_t threads_for(int64_t multiply_adds) { return multiply_adds < (1 << 18) ? 1 : torch::stable::get_num_threads(); }
+
 // B packed for big_gemm; element (k, n) of the source at b[k * rs + n * cs].
 template <class T>
 class PackedB {
@@ -21,7 +24,7 @@ class PackedB {
   // C (M, N) = A (M, K) B + bias, or += A B; element (m, k) of A at a[m * rs + k * cs].
   void multiply(int64_t M, const T* a, int64_t rs, int64_t cs, const T* bias, T* c, int64_t ldc, bool accumulate = false) const {
     if (M == 0) return;
-    const int64_t threads = M * N_ * K_ < (1 << 18) ? 1 : torch::stable::get_num_threads();
+    const int64_t threads = threads_for(M * N_ * K_);
     const int64_t share = ((M + threads - 1) / threads + 5) / 6 * 6;
     parallel((M + share - 1) / share, [&](int64_t i) {
       Buffer<T> scratch(kBigGemmScratch);
@@ -38,7 +41,7 @@ class PackedB {
 // C (M, N) = A (M, K) w^T + bias, w (N, K), for so few rows that every panel of w is packed right before its only use.
 template <class T>
 void multiply_by_panels(int64_t M, int64_t N, int64_t K, const T* a, const T* w, const T* bias, T* c, int64_t ldc) {
-  const int64_t panels = (N + kPanel - 1) / kPanel, threads = M * N * K < (1 << 18) ? 1 : torch::stable::get_num_threads();
+  const int64_t panels = (N + kPanel - 1) / kPanel, threads = threads_for(M * N * K);
   const int64_t workers = threads < panels ? threads : panels;
   parallel(workers, [&](int64_t worker) {
     Buffer<T> packed(kPanel * K), scratch(kBigGemmScratch);

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kruify.convert import convert_module
-from kruify.locate import MODULES, locate
+from kruify.locate import locate
 from kruify.ops import has_kernel
 from kruify.plan import make_plan
 
@@ -20,11 +20,7 @@ def prepared(teacher: nn.Module, device: torch.device, converted: Collection[str
     On a CPU its layers `converted` become kruify's, W_hh whole as their only factor: torch's GRU takes twice the time
     of kruify's kernels there, and no layer takes less.
     """
-    layers = [
-        layer
-        for layer in locate(teacher).layers
-        if layer.name in converted and isinstance(teacher.get_submodule(layer.name), tuple(MODULES))
-    ]
+    layers = [layer for layer in locate(teacher).layers if layer.name in converted]
     if layers and device.type == "cpu" and has_kernel("cpu"):
         whole = {layer.name or "*": "x".join(map(str, layer.shape("weight_hh"))) for layer in layers}
         teacher, _ = convert_module(teacher, make_plan(layers, overrides=whole))

@@ -176,12 +176,13 @@ class Trainer:
         )
         self.model.train()
         for batches in feed:
-            share = lr_factor(self.recipe.schedule, self.step / steps, self.recipe.warmup)
+            over = self.step / steps
+            share = lr_factor(self.recipe.schedule, over, self.recipe.warmup)
             for group in self.optimizer.param_groups:
                 group["lr"] = phase.lr * group["share"] * share
             if phase.anneals and self.annealing is not None:
-                self.annealing.prune(self.step / steps, self.optimizer, self.average)
-            self._one_step(phase, batches)
+                self.annealing.prune(over, self.optimizer, self.average)
+            self._one_step(phase, batches, over)
             self.step += 1
             self._report(phase, phase.lr * share)
             if self.step == end:
@@ -197,13 +198,12 @@ class Trainer:
             self.finished = self.stopped_early = True
         self._save()
 
-    def _one_step(self, phase: Phase, batches: list[Batch]) -> None:
+    def _one_step(self, phase: Phase, batches: list[Batch], over: float) -> None:
         assert self.optimizer is not None
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         for parameter in trained:
             parameter.grad = None
         weight_sum = loss_sum = 0.0
-        over = self.step / self._phase_steps(phase)
         with self.dropout.applied(self.recipe.seed, self.phase, self.step) if self.dropout else nullcontext():
             for number, batch in batches:
                 seed_all(self.recipe.seed, "step", self.phase, self.step // self.steps_per_epoch, number)

@@ -522,6 +522,7 @@ def _recurrence_backward_fake(
     )
 
 
+@_fake("kruify::layer_backward")  # every part of it has a fake of its own
 @_fallback("layer_backward")
 def _layer_backward(
     grad_out: Tensor | None,
@@ -541,25 +542,6 @@ def _layer_backward(
         grad_x = grad_gates @ w_ih if needs_x else x.new_empty(0, x.shape[1])
         grad_w = grad_gates.T @ x if needs_w else w_ih.new_empty(0, w_ih.shape[1])
     grad_b = grad_gates.sum(0) if needs_b else grad_gates.new_empty(0)
-    return grad_x, grad_w, grad_b, grad_h0, grad_c0, grads
-
-
-@_fake("kruify::layer_backward")
-def _layer_backward_fake(
-    grad_out: Tensor | None,
-    grad_h: Tensor | None,
-    grad_c: Tensor | None,
-    x: Tensor,
-    w_ih: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    *call, needs_x, needs_w, needs_b = rest[:16]
-    grad_gates, grad_h0, grad_c0, grads = _recurrence_backward_fake(grad_out, grad_h, grad_c, *call)
-    grad_x, grad_w = grad_gates, x.new_empty(0)
-    if w_ih is not None:
-        grad_x = x.new_empty(x.shape[0] if needs_x else 0, x.shape[1])
-        grad_w = w_ih.new_empty(w_ih.shape[0] if needs_w else 0, w_ih.shape[1])
-    grad_b = x.new_empty(grad_gates.shape[1] if needs_b else 0)
     return grad_x, grad_w, grad_b, grad_h0, grad_c0, grads
 
 
