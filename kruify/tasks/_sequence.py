@@ -52,7 +52,9 @@ class SequenceNetwork(nn.Module):
     def run(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Return the predictions and the state behind the last step, given the one before the first."""
         if self.one_hot:
-            x = functional.one_hot(x, self.inputs).to(self.fc.weight.dtype)
+            weight: object = self.fc.weight  # a method where the network is quantised to int8
+            dtype = weight.dtype if isinstance(weight, Tensor) else torch.get_default_dtype()
+            x = functional.one_hot(x, self.inputs).to(dtype)
         outputs, state = self.rnn(x, state)
         if self.last:
             outputs = outputs[:, -1]

@@ -37,6 +37,13 @@ def test_state_dict_names_and_last() -> None:
     torch.testing.assert_close(model(x), expected)
 
 
+def test_quantised_dynamically_to_int8() -> None:
+    model = CopyMemory(cell="lstm", hidden=16).model().eval()
+    x = torch.randint(10, (3, 7))
+    int8 = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.Linear})
+    torch.testing.assert_close(int8(x), model(x), atol=0.05, rtol=0)
+
+
 @pytest.mark.parametrize("cell", ["kru", "kru-real"])
 def test_start_reaches_the_unit(cell: str) -> None:
     assert CopyMemory(cell=cell, hidden=8, factors="2x2").model().rnn.start == "linear"
