@@ -115,6 +115,7 @@ _SAME = {"lr": 3e-3, "schedule": "cosine", "warmup": 0.05}
 _PIXELS = "fashion-mnist-permuted:batch_size=32"
 _FAST = {"lr": 1e-2, "schedule": "cosine", "warmup": 0.05}
 _JSB = "jsb:dropout=0.2"
+_MOVING = {**_SLOW, "factor_lr": 1.0}  # W learns as fast as the rest, so that the penalty has something to do
 _FREE = {"unitary_penalty": 0.0}
 _PENALTY = {"unitary_penalty": 1e-2}
 
@@ -153,6 +154,10 @@ ROWS = [
     Row("permuted-lstm", "permuted", "LSTM 128", _PIXELS, "lstm", 128, 17190, recipe=_SLOW, rank=10),
     Row("permuted-kru-free", "permuted", "KRU without penalty", _PIXELS, "kru", 512, 17190,
         recipe={**_SLOW, **_FREE}, rank=14),
+    Row("permuted-kru-moving", "permuted", "KRU, W as fast as the rest", _PIXELS, "kru", 512, 17190,
+        recipe={**_MOVING, **_PENALTY}, rank=14),
+    Row("permuted-kru-moving-free", "permuted", "KRU, W as fast as the rest, without penalty", _PIXELS, "kru", 512,
+        17190, recipe={**_MOVING, **_FREE}, rank=14),
     Row("characters-kru-lstm", "characters", "KRU-LSTM", "king-james", "kru-lstm", 256, 9000, factors="auto",
         recipe={"lr": 3e-3}, rank=11),
     Row("characters-lstm", "characters", "LSTM of equal size", "king-james", "lstm", 0, 9000,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from kruify.errors import TaskError
 
@@ -38,3 +39,12 @@ def recurrent(
 def output_size(layer: Any) -> int:
     """Return the features of the layer's output: twice the hidden size where the state is complex."""
     return int(getattr(layer, "output_size", layer.hidden_size))
+
+
+def last_output(state: Any) -> Tensor:
+    """Return the last layer's output behind the last step (batch, features), of the state behind it.
+
+    The same numbers as `outputs[:, -1]`, but derivatives then need no zeros for all the other steps.
+    """
+    h: Tensor = (state[0] if isinstance(state, tuple) else state)[-1]
+    return torch.cat([h.real, h.imag], dim=-1) if h.is_complex() else h

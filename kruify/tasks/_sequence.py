@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kruify.task import Task
-from kruify.tasks._cells import output_size, recurrent
+from kruify.tasks._cells import last_output, output_size, recurrent
 
 
 class SequenceNetwork(nn.Module):
@@ -57,7 +57,7 @@ class SequenceNetwork(nn.Module):
             x = functional.one_hot(x, self.inputs).to(dtype)
         outputs, state = self.rnn(x, state)
         if self.last:
-            outputs = outputs[:, -1]
+            outputs = last_output(state)
         return self.fc(self.dropout(outputs)), state
 
 

@@ -32,9 +32,13 @@ def test_state_dict_names_and_last() -> None:
         *(f"rnn.{kind}_{end}_l0" for kind in ("weight", "bias") for end in ("ih", "hh")),
         *("fc.weight", "fc.bias"),
     }
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_last_prediction_alone(cell: str) -> None:
+    model = SequenceNetwork(3, 2, CopyMemory(cell=cell, hidden=6, layers=2, factors="auto"), last=True).eval()
     x = torch.randn(4, 6, 3)
-    expected = model.fc(model.rnn(x)[0][:, -1])
-    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model(x), model.fc(model.rnn(x)[0][:, -1]), rtol=0, atol=0)
 
 
 def test_quantised_dynamically_to_int8() -> None:
