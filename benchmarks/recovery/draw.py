@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from grid import METHODS, TASKS
+from grid import ABLATIONS, METHODS, TASKS
 
 Entry = dict[str, Any]
 
@@ -39,7 +39,7 @@ def grouped(entries: list[Entry]) -> dict[tuple[str, float, float, str], list[En
         setup, method = TASKS[e["task"]], METHODS[e["method"]]
         base = setup.teacher if method.start in ("scratch", "smaller") else setup.student
         usual = {**base, **method.options}
-        further = ", ".join(f"{k} {v:g}" for k, v in e["options"].items() if k not in named and usual.get(k) != v)
+        further = ", ".join(f"{k} {shown(v)}" for k, v in e["options"].items() if k not in named and usual.get(k) != v)
         whole = "whole model" if e.get("whole") else ""
         notes = ", ".join(part for part in (whole, further) if part)
         groups[e["method"], e["times"], e["options"]["epochs"], notes].append(e)
@@ -86,7 +86,22 @@ def table(entries: list[Entry]) -> list[str]:
             cells.append(f"{speed['1']:.3f} / {speed['32']:.3f}" if speed else "")
             lines.append(row(cells))
         lines.append("")
+    return lines + ablations({e["cell"]: e for e in entries})
+
+
+def ablations(entries: dict[str, Entry]) -> list[str]:
+    """The default recipe with one thing changed at a time."""
+    task = next(iter(ABLATIONS.values())).task
+    lines = [f"## What each ingredient of the default recipe is worth ({task}, 16x, one seed)", ""]
+    lines += [row([task, "valid", "test"]), "|---|---|---|"]
+    for title, cell in ABLATIONS.items():
+        e = entries.get(cell.key)
+        lines.append(row([title, *(f"{e[s][e['metric']]:.3f}" if e else "not run yet" for s in ("valid", "test"))]))
     return lines
+
+
+def shown(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def row(cells: list[str]) -> str:
