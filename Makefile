@@ -14,7 +14,7 @@ CSRC := $(shell find kruify/csrc -type f)
 # Several threads on several processes would wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: setup demo test lint types clean test-gpu bench-gpu cuda-all
+.PHONY: setup demo test lint types clean test-gpu bench-gpu cuda-all test-arm
 
 setup: $(VENV)/.built
 
@@ -54,6 +54,10 @@ test-gpu:
 
 bench-gpu:
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/cuda_layers.py
+
+# The kernels on 64-bit ARM, under qemu; needs root, on Debian.
+test-arm:
+	PYTHON=$(PYTHON) bash tests/arm/emulated.sh
 
 # Every CUDA architecture, and what the kernels take of it; needs nvcc, no GPU.
 cuda-all: $(VENV)/.built

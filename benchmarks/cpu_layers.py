@@ -1,6 +1,6 @@
 """KRU layers against torch's own, int8 dynamic quantisation and the plain loop over factors, on the CPU.
 
-    python benchmarks/cpu_layers.py               everything that is missing in results/cpu_layers.json (about 12 min)
+    python benchmarks/cpu_layers.py               everything that is missing in results/cpu_layers.json (about 5 min)
     python benchmarks/cpu_layers.py --fresh       from the start
     python benchmarks/cpu_layers.py --only lstm --hidden 512 --print
     python benchmarks/cpu_layers.py --report      tables and picture from the stored results alone
@@ -72,6 +72,9 @@ def keys() -> list[Row]:
             add(kind, 2048, batch, 1, "forward")
         for batch in (1, 8):
             add(kind, 2048, batch, 1, "training")
+        for hidden in (256, 512, 1024, 2048):
+            for inputs in (16, 128):
+                add(kind, hidden, 1, 1, "cell", inputs=inputs)
     rows = list({tuple(row.items()): row for row in rows}.values())
     return rows
 
@@ -82,6 +85,8 @@ def contenders(key: Row) -> dict[str, Callable[[], object]]:
 
     from kruify import layers
 
+    if key["what"] == "cell":
+        return cells(key)
     kru_class = {"lstm": layers.KRULSTM, "gru": layers.KRUGRU, "rnn": layers.KRURNN}[key["kind"]]
     dense_class = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[key["kind"]]
     spec, _, input_factors = key["spec"].partition("/input ")
@@ -119,6 +124,28 @@ def contenders(key: Row) -> dict[str, Callable[[], object]]:
         loop = kru_class(key["inputs"], key["hidden"], factors=spec, backend="reference")
         found["loop"] = infer(loop)
     return found
+
+
+def cells(key: Row) -> dict[str, Callable[[], object]]:
+    """One step a call, as a stream is answered."""
+    import torch
+    from torch import nn
+
+    from kruify import layers
+
+    name = {"lstm": "LSTMCell", "gru": "GRUCell", "rnn": "RNNCell"}[key["kind"]]
+    x, h = torch.randn(key["batch"], key["inputs"]), torch.zeros(key["batch"], key["hidden"])
+    state = (h, h.clone()) if key["kind"] == "lstm" else h
+
+    def answer(cell: nn.Module) -> Callable[[], object]:
+        def call() -> object:
+            with torch.no_grad():
+                return cell(x, state)
+
+        return call
+
+    kru = getattr(layers, f"KRU{name}")(key["inputs"], key["hidden"], factors=key["spec"])
+    return {"kruify": answer(kru), "dense": answer(getattr(nn, name)(key["inputs"], key["hidden"]))}
 
 
 def measure(key: Row, seconds: float) -> Row:
@@ -163,7 +190,7 @@ def report(data: dict[str, Any]) -> str:
     text = [
         "# KRU layers on the CPU\n",
         "Written by `python benchmarks/cpu_layers.py --report`; numbers in results/cpu_layers.json."
-        " Best times, contenders interleaved.\n",
+        " Best times, contenders interleaved in turns of 5 ms.\n",
         f"{m['cpu']}, AVX-512 {'yes' if m['avx512'] else 'no'}, {m['cores']} cores, torch {m['torch']},"
         f" commit {m['commit']}, T={STEPS}, input {INPUTS}, float32, dense W_ih, balanced two factors, one term."
         " `x` = times faster than.\n",
@@ -179,7 +206,8 @@ def report(data: dict[str, Any]) -> str:
     text.append("torch has no int8 dynamic quantisation of nn.RNN.\n")
     for kind in ("lstm", "gru", "rnn"):
         for count in sorted({r["threads"] for r in rows}):
-            chosen = [r for r in rows if r["kind"] == kind and r["threads"] == count and r["spec"] == "auto"]
+            chosen = [r for r in rows if (r["kind"], r["threads"], r["spec"]) == (kind, count, "auto")]
+            chosen = [r for r in chosen if r["what"] != "cell"]
             if not chosen:
                 continue
             name = {"lstm": "nn.LSTM", "gru": "nn.GRU", "rnn": "nn.RNN"}[kind]
@@ -220,7 +248,21 @@ def report(data: dict[str, Any]) -> str:
                 f"| {r['spec']} | {r['inputs']} | {r['hidden']} | {r['batch']}"
                 f" | {_ms(r, 'kruify')} | {_ms(r, 'dense')} | {_ratio(r, 'dense')} | {cost} |"
             )
+    text += ["", *cell_table([r for r in rows if r["what"] == "cell"])]
     return "\n".join(text) + "\n"
+
+
+def cell_table(rows: list[Row]) -> list[str]:
+    text = [
+        "## One step a call: the cells, B = 1, 1 thread\n",
+        "| cell | H | input | us | torch.nn us | over torch.nn |",
+    ]
+    text.append("|--" * 6 + "|")
+    for r in rows:
+        us = (f"{1e3 * r['ms'][name]:.1f}" for name in ("kruify", "dense"))
+        size = f"KRU-{r['kind'].upper()} | {r['hidden']} | {r['inputs']}"
+        text.append(f"| {size} | {' | '.join(us)} | {_ratio(r, 'dense')} |")
+    return text
 
 
 def _find(rows: list[Row], hidden: int, batch: int, what: str) -> Row | None:

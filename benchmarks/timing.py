@@ -1,4 +1,5 @@
-"""Interleaved timing: every contender runs in turn, many times, and the best time of each counts.
+"""Interleaved timing: every contender runs in turn, many times, and the best time of each counts. A turn is some
+milliseconds of calls, so that weights lie in the caches as they do where one network runs on and on.
 
 What runs beside us on the machine hits all contenders alike, so ratios of one row hold where absolute times do not.
 On one thread the clock is the processor time of that thread, which does not run while others have the core.
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+TURN = 5e-3  # seconds that a contender runs before the next one's
 # glibc hands big tensors back to the system at once, and faulting their pages in again would be timed with them.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 
@@ -38,7 +40,7 @@ def best_times(contenders: dict[str, Callable[[], object]], seconds: float, thre
         start = clock()
         function()
         best[name] = clock() - start
-        repeats[name] = max(1, int(3e-4 / max(best[name], 1e-7)))
+        repeats[name] = max(1, int(TURN / max(best[name], 1e-7)))
     rounds, end = 0, clock() + seconds
     gc.disable()
     try:
