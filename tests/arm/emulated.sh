@@ -50,6 +50,6 @@ chroot "$root" /bin/bash -c '
     export OMP_NUM_THREADS=1
     KRUIFY_REQUIRE_KERNELS=1 python3 setup.py -q build_ext --inplace
     python3 -c "import platform, torch, kruify; print(platform.machine(), torch.__version__, kruify.backend_info())"
-    python3 -m pytest -q -p no:cacheprovider tests/ops tests/layers tests/test_kronecker.py \
+    python3 -m pytest -p no:cacheprovider tests/ops tests/layers tests/test_kronecker.py \
         -k "not compile and not dtype_is_that and not autocast"
 '
