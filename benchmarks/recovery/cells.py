@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from alternation import alternate
 from grid import METHODS, TASKS, Cell
 from ledger import where_and_when
+from timing import best_times
 from torch import nn
 
 from kruify.api import convert
@@ -156,18 +156,13 @@ def counts(model: nn.Module) -> dict[str, int]:
 
 
 @torch.no_grad()
-def latency(model: nn.Module, batch: int, steps: int = 32, repeats: int = 15) -> float:
-    """Median milliseconds a time step of all recurrent layers together, one thread, `steps` steps a call."""
+def latency(model: nn.Module, batch: int, steps: int = 32, seconds: float = 0.15) -> float:
+    """Milliseconds a time step of all recurrent layers together, one thread, `steps` steps a call, the best of many."""
     total = 0.0
     for layer in recurrent_layers(model).values():
         x = torch.randn(steps, batch, layer.input_size)
         if layer.batch_first:
             x = x.transpose(0, 1).contiguous()
         layer.eval()
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            layer(x)
-            times.append(time.perf_counter() - start)
-        total += statistics.median(times) / steps * 1000
+        total += best_times({"layer": lambda layer=layer, x=x: layer(x)}, seconds)["layer"] / steps
     return total
