@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from timing import RESULTS, Ledger, best_times, restart_with_malloc_settings, threads
+from timing import HOW, RESULTS, Ledger, best_times, restart_with_malloc_settings, threads, without_grad
 
 STEPS, INPUTS = 128, 128
 Row = dict[str, Any]
@@ -85,13 +85,15 @@ def contenders(key: Row) -> dict[str, Callable[[], object]]:
 
     from kruify import layers
 
-    if key["what"] == "cell":
-        return cells(key)
-    kru_class = {"lstm": layers.KRULSTM, "gru": layers.KRUGRU, "rnn": layers.KRURNN}[key["kind"]]
-    dense_class = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[key["kind"]]
+    name = key["kind"].upper() + ("Cell" if key["what"] == "cell" else "")
+    kru_class, dense_class = getattr(layers, f"KRU{name}"), getattr(nn, name)
     spec, _, input_factors = key["spec"].partition("/input ")
     kru = kru_class(key["inputs"], key["hidden"], factors=spec, input_factors=input_factors or None)
     dense = dense_class(key["inputs"], key["hidden"])
+    if key["what"] == "cell":  # one step a call, as a stream is answered
+        x, h = torch.randn(key["batch"], key["inputs"]), torch.zeros(key["batch"], key["hidden"])
+        state = (h, h.clone()) if key["kind"] == "lstm" else h
+        return {"kruify": without_grad(kru, x, state), "dense": without_grad(dense, x, state)}
     x = torch.randn(STEPS, key["batch"], key["inputs"])
     if key["what"] == "training":
         x.requires_grad_()
@@ -103,13 +105,7 @@ def contenders(key: Row) -> dict[str, Callable[[], object]]:
         return {"kruify": train(kru), "dense": train(dense)}
 
     def infer(layer: nn.Module) -> Callable[[], object]:
-        layer.eval()
-
-        def call() -> object:
-            with torch.no_grad():
-                return layer(x)
-
-        return call
+        return without_grad(layer.eval(), x)
 
     found = {"kruify": infer(kru), "dense": infer(dense)}
     if key["kind"] != "rnn" and key["threads"] == 1 and key["spec"] == "auto":
@@ -124,28 +120,6 @@ def contenders(key: Row) -> dict[str, Callable[[], object]]:
         loop = kru_class(key["inputs"], key["hidden"], factors=spec, backend="reference")
         found["loop"] = infer(loop)
     return found
-
-
-def cells(key: Row) -> dict[str, Callable[[], object]]:
-    """One step a call, as a stream is answered."""
-    import torch
-    from torch import nn
-
-    from kruify import layers
-
-    name = {"lstm": "LSTMCell", "gru": "GRUCell", "rnn": "RNNCell"}[key["kind"]]
-    x, h = torch.randn(key["batch"], key["inputs"]), torch.zeros(key["batch"], key["hidden"])
-    state = (h, h.clone()) if key["kind"] == "lstm" else h
-
-    def answer(cell: nn.Module) -> Callable[[], object]:
-        def call() -> object:
-            with torch.no_grad():
-                return cell(x, state)
-
-        return call
-
-    kru = getattr(layers, f"KRU{name}")(key["inputs"], key["hidden"], factors=key["spec"])
-    return {"kruify": answer(kru), "dense": answer(getattr(nn, name)(key["inputs"], key["hidden"]))}
 
 
 def measure(key: Row, seconds: float) -> Row:
@@ -185,12 +159,11 @@ def product_flops(row: Row) -> float:
 
 def report(data: dict[str, Any]) -> str:
     """Markdown tables of the ratios."""
-    rows = data["rows"]
+    rows = [r for r in data["rows"] if r["what"] != "cell"]
     m = data["machine"]
     text = [
         "# KRU layers on the CPU\n",
-        "Written by `python benchmarks/cpu_layers.py --report`; numbers in results/cpu_layers.json."
-        " Best times, contenders interleaved in turns of 5 ms.\n",
+        f"Written by `python benchmarks/cpu_layers.py --report`; numbers in results/cpu_layers.json. {HOW}\n",
         f"{m['cpu']}, AVX-512 {'yes' if m['avx512'] else 'no'}, {m['cores']} cores, torch {m['torch']},"
         f" commit {m['commit']}, T={STEPS}, input {INPUTS}, float32, dense W_ih, balanced two factors, one term."
         " `x` = times faster than.\n",
@@ -206,8 +179,7 @@ def report(data: dict[str, Any]) -> str:
     text.append("torch has no int8 dynamic quantisation of nn.RNN.\n")
     for kind in ("lstm", "gru", "rnn"):
         for count in sorted({r["threads"] for r in rows}):
-            chosen = [r for r in rows if (r["kind"], r["threads"], r["spec"]) == (kind, count, "auto")]
-            chosen = [r for r in chosen if r["what"] != "cell"]
+            chosen = [r for r in rows if r["kind"] == kind and r["threads"] == count and r["spec"] == "auto"]
             if not chosen:
                 continue
             name = {"lstm": "nn.LSTM", "gru": "nn.GRU", "rnn": "nn.RNN"}[kind]
@@ -248,7 +220,7 @@ def report(data: dict[str, Any]) -> str:
                 f"| {r['spec']} | {r['inputs']} | {r['hidden']} | {r['batch']}"
                 f" | {_ms(r, 'kruify')} | {_ms(r, 'dense')} | {_ratio(r, 'dense')} | {cost} |"
             )
-    text += ["", *cell_table([r for r in rows if r["what"] == "cell"])]
+    text += ["", *cell_table([r for r in data["rows"] if r["what"] == "cell"])]
     return "\n".join(text) + "\n"
 
 
@@ -256,8 +228,8 @@ def cell_table(rows: list[Row]) -> list[str]:
     text = [
         "## One step a call: the cells, B = 1, 1 thread\n",
         "| cell | H | input | us | torch.nn us | over torch.nn |",
+        "|--" * 6 + "|",
     ]
-    text.append("|--" * 6 + "|")
     for r in rows:
         us = (f"{1e3 * r['ms'][name]:.1f}" for name in ("kruify", "dense"))
         size = f"KRU-{r['kind'].upper()} | {r['hidden']} | {r['inputs']}"

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from timing import RESULTS, Ledger, best_times, restart_with_malloc_settings, threads
+from timing import RESULTS, Ledger, best_times, restart_with_malloc_settings, threads, without_grad
 
 STEPS = 32
 SPECS = ("auto", "4*auto", "16*auto", "auto+8*({h}x1,1x{h})+sparse:2%")
@@ -49,14 +49,9 @@ def contenders(key: dict[str, Any]) -> tuple[dict[str, Callable[[], object]], st
     upstream = torch.randn(STEPS, key["batch"], hidden)
 
     def call(layer: nn.Module) -> Callable[[], object]:
-        def train() -> object:
-            return layer(x)[0].backward(upstream)
-
-        def infer() -> object:
-            with torch.no_grad():
-                return layer(x)
-
-        return train if key["what"] == "training" else infer
+        if key["what"] == "training":
+            return lambda: layer(x)[0].backward(upstream)
+        return without_grad(layer, x)
 
     return {name: call(layer) for name, layer in made.items()}, picked
 

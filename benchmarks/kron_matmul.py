@@ -18,10 +18,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from timing import RESULTS, Ledger, best_times, restart_with_malloc_settings, threads
+from timing import HOW, RESULTS, Ledger, best_times, restart_with_malloc_settings, threads, without_grad
 
 Row = dict[str, Any]
-OURS = ("kruify", "nothing")
+NO_RIVALS = ("kruify", "nothing")
 
 
 def keys() -> list[Row]:
@@ -99,27 +99,19 @@ def contenders(key: Row) -> dict[str, Callable[[], object]]:
         found["nothing"] = lambda: nothing()(x, *factors)
         return {name: (lambda f=f: f().backward(upstream)) for name, f in found.items()}
 
-    def without_grad(function: Callable[[], Any]) -> Callable[[], Any]:
-        def call() -> Any:
-            with torch.no_grad():
-                return function()
-
-        return call
-
     return {name: without_grad(f) for name, f in found.items()}
 
 
 def ratio(row: Row) -> float:
     """Over the best rival."""
-    return min(t for n, t in row["ms"].items() if n not in OURS) / row["ms"]["kruify"]
+    return min(t for n, t in row["ms"].items() if n not in NO_RIVALS) / row["ms"]["kruify"]
 
 
 def report(data: dict[str, Any]) -> str:
     m = data["machine"]
     text = [
         "# The bare Kronecker product on the CPU\n",
-        "Written by `python benchmarks/kron_matmul.py --report`; numbers in results/kron_matmul.json."
-        " Best times, contenders interleaved in turns of 5 ms.\n",
+        f"Written by `python benchmarks/kron_matmul.py --report`; numbers in results/kron_matmul.json. {HOW}\n",
         f"{m['cpu']}, AVX-512 {'yes' if m['avx512'] else 'no'}, torch {m['torch']},"
         f" commit {m['commit']}, one thread, float32.\n",
     ]

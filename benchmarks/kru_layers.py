@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from timing import RESULTS, Ledger, best_times, restart_with_malloc_settings, threads
+from timing import RESULTS, Ledger, best_times, restart_with_malloc_settings, threads, without_grad
 
 BATCH = 20
 Row = dict[str, Any]
@@ -59,12 +59,7 @@ def contenders(key: Row) -> tuple[dict[str, Callable[[], object]], Row]:
 
     def call(layer: nn.Module) -> Callable[[], object]:
         if key["what"] == "forward":
-
-            def forward() -> object:
-                with torch.no_grad():
-                    return layer(x)
-
-            return forward
+            return without_grad(layer, x)
         with torch.no_grad():
             upstream = torch.randn_like(layer(x)[0])
         return lambda: layer(x)[0].backward(upstream)

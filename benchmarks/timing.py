@@ -21,6 +21,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 TURN = 5e-3  # seconds that a contender runs before the next one's
+HOW = f"Best times, contenders interleaved in turns of {1e3 * TURN:g} ms."
 # glibc hands big tensors back to the system at once, and faulting their pages in again would be timed with them.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 
@@ -29,6 +30,17 @@ def restart_with_malloc_settings() -> None:
     """Runs this process again with the allocator settings above; glibc reads them only at the start."""
     if any(os.environ.get(name) != value for name, value in MALLOC.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
+
+
+def without_grad(function: Callable[..., object], *arguments: object) -> Callable[[], object]:
+    """A contender: the function's answer to these arguments, no derivatives recorded."""
+    import torch
+
+    def call() -> object:
+        with torch.no_grad():
+            return function(*arguments)
+
+    return call
 
 
 def best_times(contenders: dict[str, Callable[[], object]], seconds: float, threads: int = 1) -> dict[str, float]:

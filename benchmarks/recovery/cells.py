@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,5 +165,5 @@ def latency(model: nn.Module, batch: int, steps: int = 32, seconds: float = 0.15
         if layer.batch_first:
             x = x.transpose(0, 1).contiguous()
         layer.eval()
-        total += best_times({"layer": lambda layer=layer, x=x: layer(x)}, seconds)["layer"] / steps
+        total += best_times({"layer": partial(layer, x)}, seconds)["layer"] / steps
     return total

@@ -250,11 +250,11 @@ def number(text: str) -> float | int | str:
 RECIPE = "recipe"
 CONTROLS = ("recipe-dense", "recipe-low-rank", "recipe-pruned", "recipe-pruned-gradual", "recipe-random", "smaller")
 # What each ingredient of the default recipe is worth on g2p: the recipe with one thing changed.
-_UNTAUGHT = "lr=6e-3,factor_lr=1"  # the recipe's rate, for methods whose own is another
+_RATE = "lr=6e-3,factor_lr=1"  # the recipe's rate, for methods whose own is another
 ABLATIONS = {
     "default recipe": Cell("g2p", RECIPE, 16),
-    "no teacher": Cell("g2p", "low-rank-sparse", 16, changes=_UNTAUGHT),
-    "a teacher that does not fall silent": Cell("g2p", "low-rank-sparse-logits", 16, changes=_UNTAUGHT),
+    "no teacher": Cell("g2p", "low-rank-sparse", 16, changes=_RATE),
+    "a teacher that does not fall silent": Cell("g2p", "low-rank-sparse-logits", 16, changes=_RATE),
     "rate 2e-3, factors at 6e-3": Cell("g2p", RECIPE, 16, changes="lr=2e-3,factor_lr=3"),
     "constant rate": Cell("g2p", RECIPE, 16, changes="schedule=constant"),
     "gradients not clipped": Cell("g2p", RECIPE, 16, changes="clip=0"),

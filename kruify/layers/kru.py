@@ -24,6 +24,7 @@ from kruify.layers.matrix import KroneckerMatrix
 from kruify.layers.steps import State, Step
 from kruify.ops.precision import autocast_to
 from kruify.ops.reference import modrelu
+from kruify.ops.reference import planar as planar_form
 
 NONLINEARITIES = ("modrelu", "tanh", "relu")
 STARTS = ("linear", "small")
@@ -209,7 +210,7 @@ class KRU(nn.Module):
     def _run_reference(self, k: int, data: Tensor, batch_sizes: list[int], h0: Tensor) -> tuple[Tensor, Tensor]:
         w_ih, matrix, bias = self._weights(k)
         h, (final,) = reference.run(self._step(matrix, bias), self._project(data, w_ih), batch_sizes, (h0,))
-        return (torch.cat([h.real, h.imag], dim=-1) if self.complex_state else h), final
+        return planar_form(h), final
 
     def _project(self, data: Tensor, w_ih: Tensor) -> Tensor:
         """U x for real x: two real products instead of a complex one."""

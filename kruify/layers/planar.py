@@ -51,7 +51,7 @@ def run(
     training = torch.is_grad_enabled()
     operator = torch.ops.kruify.recurrence if training else torch.ops.kruify.recurrence_forward
     stages = _stages(form, matrix)
-    h0, w_ih = torch.cat([h0.real, h0.imag], dim=1), torch.cat([w_ih.real, w_ih.imag])
+    h0, w_ih = reference.planar(h0), torch.cat([w_ih.real, w_ih.imag])
     kind = "rnn_modrelu_complex"
     out, h, _, _ = operator(
         data, w_ih, None, batch_sizes, h0, None, stages, None, None, None, bias, form.layout, kind, False, training,

@@ -195,7 +195,7 @@ def cell(
         return n + z * (h - n), c, torch.cat([r, z, n, hn], dim=-1)
     total = x + product
     if kind in MODRELU:
-        return planar(modrelu(state_of(total, kind), bias), kind), c, total
+        return planar(modrelu(state_of(total, kind), bias)), c, total
     return total.relu() if kind == "rnn_relu" else total.tanh(), c, x[:, :0]
 
 
@@ -213,7 +213,7 @@ def modrelu_backward(total: Tensor, bias: Tensor | None, grad: Tensor, kind: str
     length = size if bias is None else size + bias
     along = (unit.conj() * grad).real * unit if z.is_complex() else grad
     result = along + length / size * (grad - along)
-    return planar(result.masked_fill((size == 0) | (length <= 0), 0), kind)
+    return planar(result.masked_fill((size == 0) | (length <= 0), 0))
 
 
 def modrelu_bias_backward(total: Tensor, grad_total: Tensor, kind: str) -> Tensor:
@@ -230,8 +230,9 @@ def state_of(planes: Tensor, kind: str) -> Tensor:
     return torch.complex(real.contiguous(), imaginary.contiguous())
 
 
-def planar(state: Tensor, kind: str) -> Tensor:
-    return torch.cat([state.real, state.imag], dim=-1) if kind == "rnn_modrelu_complex" else state
+def planar(state: Tensor) -> Tensor:
+    """The way back: the real parts of a complex state followed by its imaginary ones; a real one as it is."""
+    return torch.cat([state.real, state.imag], dim=-1) if state.is_complex() else state
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:

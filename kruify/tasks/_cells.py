@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kruify.errors import TaskError
+from kruify.ops.reference import planar
 
 CELLS = ("rnn", "lstm", "gru", "kru-rnn", "kru-lstm", "kru-gru", "kru", "kru-real")
 
@@ -46,5 +46,4 @@ def last_output(state: Any) -> Tensor:
 
     The same numbers as `outputs[:, -1]`, but derivatives then need no zeros for all the other steps.
     """
-    h: Tensor = (state[0] if isinstance(state, tuple) else state)[-1]
-    return torch.cat([h.real, h.imag], dim=-1) if h.is_complex() else h
+    return planar((state[0] if isinstance(state, tuple) else state)[-1])

@@ -30,10 +30,10 @@ if [ ! -e "$root/.ready" ]; then
     # torch 2.10 is the last whose wheel for ARM runs without CUDA's libraries.
     echo "torch and what the tests need"
     options=(--quiet --dest "$folder/wheels" --python-version 3.11 --only-binary=:all:)
-    for glibc in 28 27 17; do options+=(--platform "manylinux_2_${glibc}_aarch64"); done
-    "$python" -m pip download "${options[@]}" --platform manylinux2014_aarch64 --no-deps torch==2.10.0 sympy mpmath networkx \
+    for glibc in _2_28 _2_27 _2_17 2014; do options+=(--platform "manylinux${glibc}_aarch64"); done
+    "$python" -m pip download "${options[@]}" --no-deps torch==2.10.0 sympy mpmath networkx \
         jinja2 markupsafe fsspec filelock typing-extensions "setuptools>=77"
-    "$python" -m pip download "${options[@]}" --platform manylinux2014_aarch64 numpy scipy tensorly click safetensors rich \
+    "$python" -m pip download "${options[@]}" numpy scipy tensorly click safetensors rich \
         pytest hypothesis
     mkdir -p "$packages"
     for wheel in "$folder"/wheels/*.whl; do unzip -q -o "$wheel" -d "$packages"; done

@@ -26,7 +26,7 @@ def test_every_cell_by_name(cell: str, layers: int) -> None:
     assert model.rnn.num_layers == layers
 
 
-def test_state_dict_names_and_last() -> None:
+def test_state_dict_names() -> None:
     model = SequenceNetwork(3, 2, CopyMemory(cell="lstm", hidden=5), last=True)
     assert set(model.state_dict()) == {
         *(f"rnn.{kind}_{end}_l0" for kind in ("weight", "bias") for end in ("ih", "hh")),
