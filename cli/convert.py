@@ -88,8 +88,8 @@ def convert(
     """Put sums of Kronecker products in place of recurrent matrices.
 
     SPEC is a factor spec: 2x2 | 32x32,16x16 | 4*(32x32,16x16)+8*(512x1,1x512) | ...+diag | ...+sparse:2% |
-    auto | auto:3. A GLOB is matched with layer names (encoder), matrix names (encoder.weight_hh_l0) and gate names
-    (encoder.weight_hh_l0.r).
+    auto | auto:3 | stacked:SPEC (all gates of a layer as one matrix). A GLOB is matched with layer names (encoder),
+    matrix names (encoder.weight_hh_l0) and gate names (encoder.weight_hh_l0.r).
 
     Conversion alone destroys a trained network's accuracy; `kruify finetune` brings it back.
     """

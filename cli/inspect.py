@@ -88,6 +88,8 @@ def _show_file(out: Output, found: dict[str, Any]) -> None:
 
 def _layers(inspection: Inspection) -> list[dict[str, Any]]:
     """The layers with their parameters, and for converted ones the factors."""
+    from kruify.plan import by_gate
+
     converted = {item.layer.name: item for item in inspection.plan.layers} if inspection.plan else {}
     layers = []
     for layer in inspection.layers:
@@ -102,7 +104,7 @@ def _layers(inspection: Inspection) -> list[dict[str, Any]]:
             size = sum(s.parameters for s in structures) if structures else len(layer.gates) * rows * cols
             counts[weight[:9]] += layer.reals * size
         factors = {
-            weight: dict(zip(layer.gates, map(str, structures), strict=True))
+            weight: {gate: str(s) for gate, s in by_gate(layer, structures).items()}
             for weight, structures in item.matrices.items()
         }
         values = {**asdict(layer), "recurrent_parameters": counts["weight_hh"]}

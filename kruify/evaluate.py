@@ -133,7 +133,7 @@ class MatrixHealth:
         spectral_norm: largest singular value.
         unitarity_defect: ||W^H W - I||_F / sqrt(N), 0 for an orthogonal or unitary matrix.
         factors: the structure as a spec, "dense" for a dense matrix.
-        parameters: trainable numbers of this gate.
+        parameters: trainable numbers of this gate; of stacked gates an equal share.
         dense_parameters: rows times columns.
         singular_values: descending; at most 64 of them, evenly spread over all.
         energy: 1 - ||W - K||^2 / ||W||^2 against the same gate of the first model of a report, as both stand in their
@@ -175,8 +175,8 @@ def matrix_health(layers: Layers, progress: Callable[[str], None] | None = None)
 def gate_matrices(layers: Layers) -> Iterator[tuple[str, str, Tensor, Structure | None]]:
     """(name of the recurrent matrix, gate, the dense (rows, cols) it stands for, its structure if factored).
 
-    In float64, complex128 for a complex matrix. Rows and columns of a relabelled one stand in the order of the dense
-    layer's units.
+    Stacked gates all come with the structure of the stack. In float64, complex128 for a complex matrix. Rows and
+    columns of a relabelled one stand in the order of the dense layer's units.
     """
     for (layer, matrices), module in zip(layers.items, layers.modules(), strict=True):
         for suffix in layer.suffixes:
@@ -184,7 +184,8 @@ def gate_matrices(layers: Layers) -> Iterator[tuple[str, str, Tensor, Structure 
             dense = exact(weight)
             relabel = relabel_of(module, suffix) if isinstance(module, KRUBase | KRUCellBase) else None
             dense = dense if relabel is None else relabel.weight_outside("weight_hh", dense)
-            structures = matrices.get(f"weight_hh{suffix}") or (None,) * len(layer.gates)
+            structures: Sequence[Structure | None] = matrices.get(f"weight_hh{suffix}") or (None,)
+            structures = [s for s in structures for _ in range(len(layer.gates) // len(structures))]
             for gate, matrix, structure in zip(
                 layer.gates, torch.split(dense, layer.hidden_size), structures, strict=True
             ):
@@ -201,7 +202,7 @@ def _health(name: str, gate: str, matrix: Tensor, structure: Structure | None) -
         spectral_norm=measured.spectral_norm,
         unitarity_defect=measured.unitarity_defect,
         factors="dense" if structure is None else str(structure),
-        parameters=reals * (matrix.numel() if structure is None else structure.parameters),
+        parameters=reals * (matrix.numel() if structure is None else structure.parameters // structure.gates),
         dense_parameters=reals * matrix.numel(),
         singular_values=_sample(measured.singular_values),
     )

@@ -9,6 +9,8 @@
     ...+sparse:2%           an overlay of the largest entries of what is left, in blocks of 8 rows x 1 column
     ...+sparse:2%:1         the same with blocks of 1 (any block height that divides the rows)
     auto, auto:3            balanced shapes for the size at hand (two factors; three); 4*auto is a sum of four
+    stacked:26*(2048x1,1x512)   the gates of an LSTM with 512 units seen as one matrix, as torch stacks them: every gate
+                            has its own rows of the first factor, all share the other factors
 
 A `Spec` is what was written; `Spec.resolve(rows, cols)` turns it into the `Structure` of one matrix.
 """
@@ -26,6 +28,7 @@ from kruify.errors import FactorSpecError
 Shape = tuple[int, int]  # (rows, columns) of one factor
 
 GRAMMAR = "'2x2', '32x32,16x16', '4*(32x32,16x16)+8*(512x1,1x512)+diag+sparse:2%', 'auto' or 'auto:3'"
+STACKED = "stacked:"
 BLOCK_HEIGHTS = (8, 4, 2, 1)  # overlay blocks a SIMD lane can take, best first
 
 
@@ -77,6 +80,7 @@ class Structure:
     sparse_blocks: int = 0
     block: int = 1  # rows of one overlay block; it is one column wide
     scaled: bool = False  # one separate scalar per product, instead of scale folded into the factors
+    gates: int = 1  # gates stacked in the rows; all share every factor but the first
 
     @property
     def parameters(self) -> int:
@@ -101,7 +105,7 @@ class Structure:
             parts.append("diag")
         if self.sparse_blocks:
             parts.append(f"sparse:{self._sparse_percent()}%:{self.block}")
-        return "+".join(parts)
+        return (STACKED if self.gates > 1 else "") + "+".join(parts)
 
     def _sparse_percent(self) -> str:
         """The shortest percentage that resolves to the same number of blocks again."""
@@ -118,13 +122,18 @@ class _Product:
     factors: tuple[Shape, ...]
     rank: int
 
-    def resolve(self, rows: int, cols: int) -> Term:
+    def resolve(self, rows: int, cols: int, gates: int = 1) -> Term:
         factors = self.factors
         if len(factors) == 1:
             factors = _repeat(factors[0], rows, cols) or factors
         term = Term(factors, self.rank)
         if (term.rows, term.cols) != (rows, cols):
             raise _misfit(factors, rows, cols)
+        if factors[0][0] % gates:
+            raise FactorSpecError(
+                f"the first factor's {factors[0][0]} rows are not shared out among {gates} gates",
+                hint=f"Put a factor first whose rows are a multiple of {gates}",
+            )
         return term
 
 
@@ -133,8 +142,10 @@ class _Auto:
     count: int
     rank: int
 
-    def resolve(self, rows: int, cols: int) -> Term:
-        return Term(balanced(rows, cols, self.count), self.rank)
+    def resolve(self, rows: int, cols: int, gates: int = 1) -> Term:
+        """Of stacked gates: balanced for one, its first factor as often as there are gates."""
+        (p, q), *rest = balanced(rows // gates, cols, self.count)
+        return Term(((gates * p, q), *rest), self.rank)
 
 
 @dataclass(frozen=True)
@@ -147,22 +158,23 @@ class Spec:
     sparse_fraction: float = 0.0
     block: int | None = None
 
-    def resolve(self, rows: int, cols: int) -> Structure:
-        """The structure of a (rows, cols) matrix.
+    def resolve(self, rows: int, cols: int, gates: int = 1) -> Structure:
+        """The structure of a (rows, cols) matrix, which holds `gates` gates of rows / gates rows each.
 
         Raises:
             FactorSpecError: the factors do not multiply to the size; the text names the nearest specs that do.
         """
-        terms = tuple(p.resolve(rows, cols) for p in self.products)
-        structure = Structure(rows, cols, terms, self.diagonal)
+        terms = tuple(p.resolve(rows, cols, gates) for p in self.products)
+        structure = Structure(rows, cols, terms, self.diagonal, gates=gates)
         if not self.sparse_fraction:
             return structure
-        block = self.block or next(b for b in BLOCK_HEIGHTS if rows % b == 0)
-        if rows % block:
+        high = rows // gates  # a block lies within one gate
+        block = self.block or next(b for b in BLOCK_HEIGHTS if high % b == 0)
+        if high % block:
             raise FactorSpecError(
-                f"overlay blocks of {block} rows do not divide {rows} rows",
+                f"overlay blocks of {block} rows do not divide {high} rows",
                 self.text,
-                f"Try sparse:...%:{next(b for b in BLOCK_HEIGHTS if rows % b == 0)}",
+                f"Try sparse:...%:{next(b for b in BLOCK_HEIGHTS if high % b == 0)}",
             )
         blocks = round(self.sparse_fraction * rows * cols / block)
         return replace(structure, sparse_blocks=max(1, min(blocks, rows * cols // block)), block=block)
@@ -183,13 +195,16 @@ def parse(text: str) -> Spec:
     Raises:
         FactorSpecError: the text is not in the grammar.
     """
-    compact = re.sub(r"\s+", "", text).lower()
+    compact = _compact(text)
     if not compact:
         raise FactorSpecError("the factor spec is empty", hint=f"Write for example {GRAMMAR}")
+    stacked = stacks(text)
     products: list[_Product | _Auto] = []
     diagonal, fraction, block = False, 0.0, None
-    for part in compact.split("+"):
+    for part in compact.removeprefix(STACKED).split("+"):
         if part == "diag":
+            if stacked:
+                raise FactorSpecError("stacked gates have no diagonal", text)
             if diagonal:
                 raise FactorSpecError("the diagonal is named twice", text)
             diagonal = True
@@ -204,6 +219,15 @@ def parse(text: str) -> Spec:
     if not products and not diagonal and not fraction:
         raise FactorSpecError("the spec names no factors", text, f"Write for example {GRAMMAR}")
     return Spec(text, tuple(products), diagonal, fraction, block)
+
+
+def stacks(text: str) -> bool:
+    """Whether a spec is of the gates of a matrix stacked, not of each gate."""
+    return _compact(text).startswith(STACKED)
+
+
+def _compact(text: str) -> str:
+    return re.sub(r"\s+", "", text).lower()
 
 
 def _parse_product(part: str, text: str) -> _Product | _Auto:

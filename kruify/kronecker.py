@@ -4,6 +4,8 @@ The factors of one term are stacked: `factors[f]` has shape (gates, rank, P_f, Q
 
     W[g] = sum_r scale[g, r] * factors[0][g, r] (x) factors[1][g, r] (x) ...        (prod P_f, prod Q_f)
 
+Gates may share a factor: it is then (1, rank, P_f, Q_f).
+
 A product with a vector never forms W: with the vector seen as a tensor of shape (Q_0, Q_1, ...), factor f acts on
 mode f alone (Van Loan, "The ubiquitous Kronecker product", 2000, section 2).
 """
@@ -24,6 +26,7 @@ def to_dense(
     scale: Tensor | None = None,  # (gates, rank)
 ) -> Tensor:  # (gates, rows, cols)
     """The dense matrices that the stacked factors stand for, one a gate."""
+    factors = _by_gate(factors)
     product = factors[0] if scale is None else factors[0] * scale[..., None, None]
     if len(factors) == 1:
         return product.sum(dim=1)
@@ -35,6 +38,11 @@ def to_dense(
     p, q = last.shape[-2:]
     flat = product.reshape(gates, rank, m * n).transpose(1, 2) @ last.reshape(gates, rank, p * q)
     return flat.reshape(gates, m, n, p, q).permute(0, 1, 3, 2, 4).reshape(gates, m * p, n * q)
+
+
+def _by_gate(factors: Sequence[Tensor]) -> Sequence[Tensor]:
+    gates = max(factor.shape[0] for factor in factors)
+    return [factor.expand(gates, -1, -1, -1) for factor in factors]
 
 
 def kron(a: Tensor, b: Tensor) -> Tensor:
@@ -49,6 +57,7 @@ def matmul(
     scale: Tensor | None = None,  # (gates, rank)
 ) -> Tensor:  # (..., gates, rows)
     """W[g] @ x for every gate, without forming W: one mode product per factor, the cheapest order first."""
+    factors = _by_gate(factors)
     gates, rank = factors[0].shape[:2]
     shapes = [(f.shape[-2], f.shape[-1]) for f in factors]
     sizes = [q for _, q in shapes]

@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 
 from kruify.errors import FactorSpecError, PlanError, UnsupportedError
-from kruify.factors import Structure, parse
+from kruify.factors import Structure, parse, stacks
 from kruify.layers.relabel import Units, is_relabelling, odd_gates
 from kruify.locate import KRU_KINDS, RecurrentLayer
 
-SCHEMA = 2  # 1: no relabelling; it is still what a plan without one is written as
-Structures = tuple[Structure, ...]  # one a gate
+SCHEMA = 3  # 1: no relabelling, 2: no stacked gates; a plan is written as the first that can say it
+ALL = "all"  # the name of all gates of a matrix stacked
+Structures = tuple[Structure, ...]  # one a gate, or one of all gates stacked
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class LayerPlan:
     """One layer and the matrices of it that become Kronecker sums; matrices that are not named stay dense.
 
     Attributes:
-        matrices: weight name within the layer, such as "weight_hh_l0" -> one structure a gate.
+        matrices: weight name within the layer, such as "weight_hh_l0" -> one structure a gate, or one of all gates
+            stacked.
         relabelled: recurrent weight name -> order and signs of the hidden units inside the layer
             (kruify.layers.relabel).
     """
@@ -45,7 +47,7 @@ class Plan:
     layers: list[LayerPlan] = field(default_factory=list)
 
     def matrices(self) -> Iterator[tuple[RecurrentLayer, str, Structures]]:
-        """(layer, weight name within it, one structure a gate), in order."""
+        """(layer, weight name within it, its structures), in order."""
         for item in self.layers:
             for weight, structures in item.matrices.items():
                 yield item.layer, weight, structures
@@ -57,7 +59,7 @@ class Plan:
                 "matrices": {
                     weight: {
                         "scale": structures[0].scaled,
-                        "gates": {gate: str(s) for gate, s in zip(item.layer.gates, structures, strict=True)},
+                        "gates": {gate: str(s) for gate, s in by_gate(item.layer, structures).items()},
                         **({"units": " ".join(map(str, item.relabelled[weight]))} if weight in item.relabelled else {}),
                     }
                     for weight, structures in item.matrices.items()
@@ -65,7 +67,8 @@ class Plan:
             }
             for item in self.layers
         ]
-        schema = SCHEMA if any(item.relabelled for item in self.layers) else 1
+        stacked = any(s.gates > 1 for _, _, structures in self.matrices() for s in structures)
+        schema = 3 if stacked else 2 if any(item.relabelled for item in self.layers) else 1
         return json.dumps({"schema": schema, "layers": layers}, indent=indent)
 
     @staticmethod
@@ -88,6 +91,12 @@ class Plan:
         if schema > SCHEMA:
             raise UnsupportedError(f"plan schema {schema} is newer than this kruify ({SCHEMA})", where, "Update kruify")
         return Plan([_read_layer(item, where) for item in data["layers"]])
+
+
+def by_gate(layer: RecurrentLayer, structures: Structures) -> dict[str, Structure]:
+    """Structures by the names of their gates, one of stacked gates by `ALL`."""
+    names = (ALL,) if structures[0].gates > 1 else layer.gates
+    return dict(zip(names, structures, strict=True))
 
 
 def _read_layer(data: object, where: str) -> LayerPlan:
@@ -115,12 +124,15 @@ def _read_layer(data: object, where: str) -> LayerPlan:
         specs = entry.get("gates") if isinstance(entry, dict) else None
         if (
             not isinstance(specs, dict)
-            or set(specs) != set(gates)
+            or set(specs) not in ({ALL}, set(gates))
             or not all(isinstance(s, str) for s in specs.values())
         ):
-            raise PlanError(f"'{layer.full_name(weight)}' needs one spec for each gate: {', '.join(gates)}", where)
+            raise PlanError(
+                f"'{layer.full_name(weight)}' needs one spec for each gate, {', '.join(gates)}, or one for '{ALL}'",
+                where,
+            )
         scaled = bool(entry.get("scale", False))
-        matrices[weight] = tuple(_resolve(specs[g], layer, weight, g, scaled) for g in gates)
+        matrices[weight] = _resolve([specs.get(g) or specs[ALL] for g in gates], layer, weight, scaled)
         if "units" in entry:
             relabelled[weight] = _read_units(entry["units"], layer, weight, where)
     return LayerPlan(layer, matrices, relabelled)
@@ -196,14 +208,13 @@ def make_plan(
             # A pattern for a layer means its recurrent matrices; input matrices must be named, as in '*weight_ih*'.
             meant = {p: s for p, s in overrides.items() if weight.startswith("weight_hh") or "weight_ih" in p}
             given = (chosen or {}).get(layer.full_name(weight)) if default else None
-            defaults = [str(s) for s in given] if given else [default] * len(layer.gates)
+            defaults = [str(s) for s in given] if given else [default]
+            defaults *= len(layer.gates) // len(defaults)
             specs = [_override(names, g, meant) or d for g, d in zip(layer.gates, defaults, strict=True)]
             if all(spec in (None, "dense") for spec in specs):
                 continue
-            matrices[weight] = tuple(
-                _resolve(_gate_spec(spec, layer, weight), layer, weight, gate, layer.kind == "rnn")
-                for gate, spec in zip(layer.gates, specs, strict=True)
-            )
+            written = [_gate_spec(spec, layer, weight) for spec in specs]
+            matrices[weight] = _resolve(written, layer, weight, layer.kind == "rnn")
         if matrices:
             plans.append(LayerPlan(layer, matrices))
     return Plan(plans)
@@ -216,14 +227,25 @@ def _gate_spec(spec: str | None, layer: RecurrentLayer, weight: str) -> str:
     return spec
 
 
-def _resolve(spec: str, layer: RecurrentLayer, weight: str, gate: str, scaled: bool) -> Structure:
-    rows, cols = layer.shape(weight)
+def _resolve(specs: Sequence[str], layer: RecurrentLayer, weight: str, scaled: bool) -> Structures:
+    """One spec a gate -> structures. A plain RNN's one gate is stacked already."""
+    (rows, cols), count = layer.shape(weight), len(layer.gates)
+    if count == 1 or not any(map(stacks, specs)):
+        return tuple(
+            _resolve_one(spec, rows, cols, 1, f"{layer.full_name(weight)} gate {gate}", scaled)
+            for gate, spec in zip(layer.gates, specs, strict=True)
+        )
+    if len(set(specs)) > 1:
+        hint = "Give all of them the same spec"
+        raise FactorSpecError("gates are stacked all together or not at all", layer.full_name(weight), hint)
+    return (_resolve_one(specs[0], count * rows, cols, count, f"{layer.full_name(weight)} stacked gates", scaled),)
+
+
+def _resolve_one(spec: str, rows: int, cols: int, gates: int, where: str, scaled: bool) -> Structure:
     try:
-        structure = parse(spec).resolve(rows, cols)
+        structure = parse(spec).resolve(rows, cols, gates)
     except FactorSpecError as error:
-        raise FactorSpecError(
-            error.what, f"{layer.full_name(weight)} gate {gate} ({rows}x{cols})", error.hint
-        ) from None
+        raise FactorSpecError(error.what, f"{where} ({rows}x{cols})", error.hint) from None
     return replace(structure, scaled=scaled)
 
 

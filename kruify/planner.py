@@ -15,7 +15,7 @@ from kruify.errors import PlanError, TargetMissedError
 from kruify.factors import Structure, Term
 
 Matrices = Mapping[str, tuple[Tensor, int, Tensor | None]]  # name -> (gates*rows, cols) weight, gates, covariance
-Searches = dict[tuple[str, int], Search]  # (name, gate) -> what was learnt of it
+Searches = dict[tuple[str, int], Search]  # (name, gate, -1 for all stacked) -> what was learnt of it
 LEVELS = (0.25, 0.5, 1.0, 1.75, 3.0)  # budgets tried for one gate, relative to an even share
 ERROR_LEVELS = tuple(2 ** (-k / 2) for k in range(20, -1, -1))  # shares of the dense size tried for an error bound
 PRICES = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of multiply-adds against parameters in the price of a candidate
@@ -36,8 +36,8 @@ class BudgetPlan:
     """What `plan_budget` decided.
 
     Attributes:
-        structures: name -> one structure a gate.
-        energy: name -> the (weighted) share of its energy that each gate is estimated to keep.
+        structures: name -> one structure a gate, or one of all gates stacked.
+        energy: name -> the (weighted) share of its energy that each structure is estimated to keep.
         parameters, multiply_adds: of all matrices together, after.
         dense_parameters: before; a dense matrix takes as many multiply-adds.
     """
@@ -86,7 +86,8 @@ def plan_budget(
     Every gate is tried at several sizes; then the budget goes, step by step, to the gate that gains the most energy per
     cost. Parameters and multiply-adds are separate costs (eight balanced terms at H = 256 take as many multiply-adds
     as the dense gate), and a budget may bind both. Energy is counted in the units of the matrices, so that a gate with
-    large weights counts for more; weighted where every matrix has a covariance.
+    large weights counts for more; weighted where every matrix has a covariance. A budget alone is planned twice, gate
+    by gate and with the gates of each matrix stacked, and the plan that keeps more is taken.
 
     Args:
         matrices: name -> (weight (gates * rows, cols), number of gates, covariance (cols, cols) or None).
@@ -96,7 +97,7 @@ def plan_budget(
         seed: of the fits of three factors and more.
         searches: a dict that the caller keeps for further plans of the same matrices with the same seed: filled at the
             first one, it spares the others the fits that they have in common. The plans are the same with and without.
-        progress: called with (gates searched, gates in all).
+        progress: called with (gates and stacks searched, how many there are).
 
     Returns:
         the plan; the same for the same input.
@@ -112,7 +113,8 @@ def plan_budget(
         raise PlanError("a plan by budget needs a budget or an error bound", hint=f"Write for example {BUDGET_GRAMMAR}")
     if max_error is not None and not 0 <= max_error < 1:
         raise PlanError(f"an error bound lies between 0 and 1, got {max_error}")
-    gates = _gates(matrices, seed, {} if searches is None else searches)
+    searches = {} if searches is None else searches
+    gates = _gates(matrices, seed, searches)
     if budget is None:
         assert max_error is not None
         chosen = []
@@ -120,21 +122,28 @@ def plan_budget(
             chosen.append(_within_error(gate, max_error))
             gate.search.forget()
             _tell(progress, i + 1, len(gates))
-    else:
-        limits = parse_budget(budget)
-        pools = []
-        for i, gate in enumerate(gates):
-            pools.append(_pool(gate, limits))
-            gate.search.forget()
-            _tell(progress, i + 1, len(gates))
-        chosen = _allocate(gates, pools, limits, budget)
-        if max_error is not None:
-            _check_error(gates, chosen, max_error, budget)
+        return _collect(matrices, gates, chosen)
+    limits = parse_budget(budget)
+    # A bound on the error is one for every gate: a stack could keep it and one of its gates not.
+    stacks = _stacks(matrices, seed, searches) if max_error is None else []
+    total = len(gates) + len(stacks)
+    chosen = _allocated(gates, limits, budget, lambda done: _tell(progress, done, total))
+    if max_error is not None:
+        _check_error(gates, chosen, max_error, budget)
+    if stacks:
+        try:
+            other = _allocated(stacks, limits, budget, lambda done: _tell(progress, len(gates) + done, total))
+        except PlanError:  # the smallest stack is too large
+            other = None
+        if other is not None and _kept(stacks, other) > _kept(gates, chosen):
+            gates, chosen = stacks, other
     return _collect(matrices, gates, chosen)
 
 
 @dataclass
 class _Gate:
+    """One gate, or all gates of a matrix stacked."""
+
     name: str
     number: int
     search: Search
@@ -163,6 +172,21 @@ def _gates(matrices: Matrices, seed: int, searches: Searches) -> list[_Gate]:
     return found
 
 
+def _stacks(matrices: Matrices, seed: int, searches: Searches) -> list[_Gate]:
+    """The matrices with their gates stacked; none where no matrix has several."""
+    if all(count == 1 for _, count, _ in matrices.values()):
+        return []
+    found = []
+    mixed = len({c is None for _, _, c in matrices.values()}) > 1
+    for name, (weight, count, covariance) in matrices.items():
+        search = searches.get((name, -1))
+        if search is None:
+            metric = metric_of(covariance, weight.shape[1])
+            search = searches[name, -1] = Search(weight, metric, seed, count)
+        found.append(_Gate(name, -1, search, float(count) if mixed else search.total))
+    return found
+
+
 def _tell(progress: Callable[[int, int], None] | None, done: int, total: int) -> None:
     if progress is not None:
         progress(done, total)
@@ -170,7 +194,7 @@ def _tell(progress: Callable[[int, int], None] | None, done: int, total: int) ->
 
 def _dense(gate: _Gate) -> Candidate:
     rows, cols = gate.search.rows, gate.search.cols
-    return Candidate(Structure(rows, cols, (Term(((rows, cols),)),)), 1.0)
+    return Candidate(Structure(rows, cols, (Term(((rows, cols),)),), gates=gate.search.gates), 1.0)
 
 
 def _pool(gate: _Gate, limits: Budget) -> list[Candidate]:
@@ -198,6 +222,20 @@ def _smallest(gate: _Gate) -> list[Candidate]:
     found = search.singles(search.rows + search.cols)[:1]
     found += search.many_factors(min(c.parameters for c in found) - 1) if found else search.many_factors(gate.dense)
     return found
+
+
+def _allocated(gates: list[_Gate], limits: Budget, budget: str, tell: Callable[[int], None]) -> list[Candidate]:
+    pools = []
+    for i, gate in enumerate(gates):
+        pools.append(_pool(gate, limits))
+        gate.search.forget()
+        tell(i + 1)
+    return _allocate(gates, pools, limits, budget)
+
+
+def _kept(gates: list[_Gate], chosen: list[Candidate]) -> float:
+    """The share of all energy."""
+    return _worth(gates, chosen) / max(sum(gate.scale for gate in gates), 1e-300)
 
 
 def _allocate(gates: list[_Gate], pools: list[list[Candidate]], limits: Budget, budget: str) -> list[Candidate]:

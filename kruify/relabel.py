@@ -57,7 +57,7 @@ def relabel_plan(
 
     The energy is the unweighted one of the plan's recurrent matrices; factored input matrices follow. The hidden units
     of a layer with a projection are relabelled, the projected ones are not. Signs change only where the cell allows it
-    (kruify.layers.relabel). Matrices that the plan relabels already keep that.
+    (kruify.layers.relabel). Matrices that the plan relabels already keep that; stacked gates are left in their order.
 
     Args:
         tensors: the dense weights by full name.
@@ -76,7 +76,7 @@ def relabel_plan(
     for item in plan.layers:
         relabelled = dict(item.relabelled)
         for weight, structures in item.matrices.items():
-            if not weight.startswith("weight_hh") or weight in relabelled:
+            if not weight.startswith("weight_hh") or weight in relabelled or structures[0].gates > 1:
                 continue
             name = item.layer.full_name(weight)
             tensor = tensors[name]

@@ -327,3 +327,47 @@ def test_broken_numbers_are_named():
     net.rnn.weight_hh_l0.data[3, 2] = float("nan")
     with pytest.raises(UnsupportedError, match=r"rnn\.weight_hh_l0: it has 1 entry that is NaN or infinite"):
         kruify.convert(net, "2x2")
+
+
+@pytest.mark.parametrize("cell", [False, True])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_stacked_gates(kind: str, cell: bool, tmp_path: Path) -> None:
+    gates = {"lstm": 4, "gru": 3}[kind]
+    layer = (nn.LSTMCell if kind == "lstm" else nn.GRUCell)(5, 8, dtype=F64) if cell else CLASSES[kind](5, 8, dtype=F64)
+    net = Net(layer, 8)
+    exact, account = kruify.convert(net, f"stacked:8*({8 * gates}x1,1x8)")
+    torch.testing.assert_close(dict(kruify.densify(exact).state_dict()), dict(net.state_dict()), rtol=0, atol=1e-12)
+    (row,) = account.matrices
+    assert (row.gate, row.shape, row.terms) == ("all", (8 * gates, 8), 8)
+    assert row.energy == pytest.approx(1, abs=1e-12)
+
+    spec = f"stacked:2*({8 * gates}x1,1x8)+sparse:12.5%:2"
+    small, account = kruify.convert(net, spec)
+    held = sum(p.numel() for n, p in small.rnn.named_parameters() if n.startswith("weight_hh"))
+    assert account.matrices[0].parameters_after == held == account.parameters["recurrent_after"]
+    assert account.parameters["total_after"] == sum(p.numel() for p in small.parameters())
+    weight = net.rnn.weight_hh if cell else net.rnn.weight_hh_l0
+    matrix = small.rnn.weight_hh if cell else small.rnn.weight_hh_l0
+    error = float((matrix.to_dense() - weight).detach().norm() / weight.norm())
+    assert account.matrices[0].relative_error == pytest.approx(error, abs=1e-9)
+    by_gate, _ = kruify.convert(net, "2*(8x1,1x8)+sparse:12.5%:2")
+    assert sum(p.numel() for p in by_gate.parameters()) > sum(p.numel() for p in small.parameters())
+
+    kruify.save(small, tmp_path / "net.kru.safetensors")
+    loaded = kruify.load(tmp_path / "net.kru.safetensors", into=Net(copy.deepcopy(layer), 8))
+    x = torch.randn(4, 5, dtype=F64) if cell else torch.randn(4, 3, 5, dtype=F64)
+    torch.testing.assert_close(loaded.rnn(x), small.rnn(x), rtol=0, atol=0)
+    assert plan_of(loaded) == plan_of(small)
+    back = densify_tensors(small.state_dict(), plan_of(small))
+    torch.testing.assert_close(back, dict(kruify.densify(small).state_dict()), rtol=0, atol=1e-12)
+    plan = make_plan(locate(net).layers, spec)
+    dry = expected(net.state_dict(), plan, locate(net))
+    assert dry.parameters == account.parameters
+
+
+def test_stacked_input_gates(tmp_path: Path) -> None:
+    net = nn.LSTM(6, 8, dtype=F64)
+    exact, _ = kruify.convert(net, "auto", input_factors="stacked:6*(32x1,1x6)")
+    torch.testing.assert_close(exact.weight_ih_l0.to_dense(), net.weight_ih_l0, rtol=0, atol=1e-12)
+    x = torch.randn(4, 3, 6, dtype=F64)
+    torch.testing.assert_close(exact(x), kruify.densify(exact)(x), rtol=0, atol=1e-12)

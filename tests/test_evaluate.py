@@ -88,7 +88,7 @@ def test_layers_come_in_the_order_of_the_file(tmp_path):
     assert [(layer.name, bool(matrices)) for layer, matrices in items] == [("z", False), ("a", True), ("m", False)]
 
 
-@pytest.mark.parametrize("factors", [None, "4x4,2x2", "2x2+diag"])
+@pytest.mark.parametrize("factors", [None, "4x4,2x2", "2x2+diag", "stacked:8*(24x1,1x8)"])
 def test_matrix_health_equals_numpy(factors, tmp_path):
     net = Net(nn.GRU(3, 8, bidirectional=True))
     if factors:
@@ -107,6 +107,8 @@ def test_matrix_health_equals_numpy(factors, tmp_path):
     assert entry.spectral_norm == pytest.approx(np.linalg.norm(weight, 2), rel=1e-5)
     defect = np.linalg.norm(weight.T @ weight - np.eye(8)) / 8**0.5
     assert entry.unitarity_defect == pytest.approx(defect, rel=1e-5)
+    matrices = sum(p.numel() for n, p in net.named_parameters() if "weight_hh" in n)
+    assert sum(h.parameters for h in health) == matrices - matrices % 3
 
 
 def test_health_of_special_matrices(tmp_path):

@@ -135,3 +135,44 @@ def test_two_factor_shapes_are_all_pairs() -> None:
     assert set(two_factor_shapes(4, 2)) == {
         ((1, 2), (4, 1)), ((2, 1), (2, 2)), ((2, 2), (2, 1)), ((4, 1), (1, 2)),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "gates", "factors"),
+    [
+        ("stacked:26*(2048x1,1x512)", 4, ((2048, 1), (1, 512))),
+        ("stacked:128x32,16x16", 4, ((128, 32), (16, 16))),
+        ("stacked:auto", 4, ((128, 32), (16, 16))),
+        ("Stacked: auto:3 + sparse:2%", 4, ((32, 8), (8, 8), (8, 8))),
+        ("stacked:auto", 3, ((96, 32), (16, 16))),
+    ],
+)
+def test_stacked_gates_are_one_matrix(text: str, gates: int, factors: tuple[tuple[int, int], ...]) -> None:
+    structure = parse(text).resolve(gates * 512, 512, gates)
+    assert (structure.gates, structure.terms[0].factors) == (gates, factors)
+    assert structure.parameters < sum(parse("26*(512x1,1x512)").resolve(512, 512).parameters for _ in range(gates))
+    assert parse(str(structure)).resolve(gates * 512, 512, gates) == structure
+    assert str(structure).startswith("stacked:")
+
+
+def test_what_stacked_gates_count() -> None:
+    structure = parse("stacked:2*(64x4,4x4)+sparse:1.5625%:2").resolve(256, 16, 4)
+    assert structure.parameters == 2 * (64 * 4 + 16) + 64
+    assert structure.multiply_adds == 2 * (4 * 4 * 4 + 4 * 64 * 4) + 64
+    assert parse("stacked:sparse:10%").resolve(3 * 50, 50, 3).block == 2  # within one gate
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stacked:16x16,16x16", "multiply to 256x256, not to 768x256"),
+        ("stacked:16x16,48x16", "first factor's 16 rows are not shared out among 3 gates"),
+        ("stacked:2x2", "do not fill a 768x256 matrix"),
+        ("stacked:auto+diag", "stacked gates have no diagonal"),
+        ("stacked:", "not a factor spec"),
+    ],
+)
+def test_stacked_gates_that_do_not_fit(text: str, words: str) -> None:
+    with pytest.raises(FactorSpecError) as caught:
+        parse(text).resolve(768, 256, 3)
+    assert words in str(caught.value)

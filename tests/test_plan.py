@@ -120,3 +120,47 @@ def test_edited_plans_are_checked(change: Any, error: type[KruifyError], words: 
     with pytest.raises(error) as caught:
         Plan.from_json(broken(quiet))
     assert words in str(caught.value)
+
+
+def test_stacked_gates_are_one_structure() -> None:
+    plan = make_plan(layers(), "stacked:auto", overrides={"encoder.weight_hh_l0": "2x2"})
+    found = specs(plan)
+    assert found["encoder.weight_hh_l0"] == ["2x2,2x2,2x2,2x2"] * 4
+    assert found["encoder.weight_hh_l1"] == ["stacked:16x4,4x4"]
+    assert found["decoder.weight_hh_l0"] == ["stacked:12x4,2x2"]
+    text = plan.to_json()
+    assert json.loads(text)["schema"] == 3
+    assert json.loads(text)["layers"][1]["matrices"]["weight_hh_l0"]["gates"] == {"all": "stacked:12x4,2x2"}
+    assert Plan.from_json(text) == plan
+    assert make_plan(layers(), "auto", chosen={n: s for n, s in _chosen(plan)}) == make_plan(
+        layers(), "stacked:auto", overrides={"encoder.weight_hh_l0": "2x2"}
+    )
+
+
+def _chosen(plan: Plan) -> Any:
+    return [(layer.full_name(weight), structures) for layer, weight, structures in plan.matrices()]
+
+
+def test_a_plain_rnn_has_nothing_to_stack() -> None:
+    rnn = locate(nn.ModuleDict({"c": nn.RNN(3, 4)})).layers
+    assert specs(make_plan(rnn, "stacked:auto")) == {"c.weight_hh_l0": ["2x2,2x2"]}
+
+
+def test_one_spec_may_stand_for_all_gates() -> None:
+    data = json.loads(make_plan(layers(), "auto").to_json())
+    data["layers"][1]["matrices"]["weight_hh_l0"]["gates"] = {"all": "2x2"}
+    assert specs(Plan.from_json(json.dumps(data)))["decoder.weight_hh_l0"] == ["2x2,2x2,2x2"] * 3
+
+
+@pytest.mark.parametrize(
+    ("factors", "overrides", "words"),
+    [
+        ("stacked:auto", {"decoder.weight_hh_l0.n": "dense"}, "decoder.weight_hh_l0: gates are stacked all together"),
+        ("auto", {"decoder.weight_hh_l0.n": "stacked:auto"}, "stacked all together or not at all"),
+        ("stacked:4x4,2x2", {}, "encoder.weight_hh_l0 stacked gates (64x16)"),
+    ],
+)
+def test_stacked_gates_that_do_not_go_together(factors: str, overrides: dict[str, str], words: str) -> None:
+    with pytest.raises(FactorSpecError) as caught:
+        make_plan(layers(), factors, overrides=overrides)
+    assert words in str(caught.value)

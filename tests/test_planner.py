@@ -45,12 +45,13 @@ def test_the_plan_keeps_within_the_budget_and_is_the_same_again(budget):
         assert plan.parameters <= limits.parameters * plan.dense_parameters
     if limits.multiply_adds is not None:
         assert plan.multiply_adds <= limits.multiply_adds * plan.dense_parameters
-    assert {n: len(s) for n, s in plan.structures.items()} == {"a": 2, "b": 3}
+    assert {n: sum(s.gates for s in found) for n, found in plan.structures.items()} == {"a": 2, "b": 3}
     assert plan.parameters == sum(s.parameters for gates in plan.structures.values() for s in gates)
     assert plan_budget(matrices(), budget) == plan
-    for name, (weight, gates, _) in matrices().items():
-        for w, s, energy in zip(weight.chunk(gates), plan.structures[name], plan.energy[name], strict=True):
-            assert parse(str(s)).resolve(s.rows, s.cols) == s
+    for name, (weight, _, _) in matrices().items():
+        found = plan.structures[name]
+        for w, s, energy in zip(weight.chunk(len(found)), found, plan.energy[name], strict=True):
+            assert parse(str(s)).resolve(s.rows, s.cols, s.gates) == s
             assert fit(w, s, null=False).energy >= energy - 1e-6
 
 
@@ -63,7 +64,7 @@ def test_what_one_budget_learnt_serves_the_next_and_changes_nothing(monkeypatch)
     searches = {}
     for budget, wanted in zip(budgets, alone, strict=True):
         assert plan_budget(matrices(), budget, searches=searches) == wanted
-    assert set(searches) == {("a", 0), ("a", 1), ("b", 0), ("b", 1), ("b", 2)}
+    assert set(searches) == {("a", 0), ("a", 1), ("a", -1), ("b", 0), ("b", 1), ("b", 2), ("b", -1)}
     shared = len(fits)
     for budget in budgets:
         plan_budget(matrices(), budget)
@@ -72,8 +73,8 @@ def test_what_one_budget_learnt_serves_the_next_and_changes_nothing(monkeypatch)
 
 def total_energy(plan):
     lost = 0.0
-    for name, (weight, gates, _) in matrices().items():
-        for w, s in zip(weight.chunk(gates), plan[name], strict=True):
+    for name, (weight, _, _) in matrices().items():
+        for w, s in zip(weight.chunk(len(plan[name])), plan[name], strict=True):
             lost += float((w - fit(w, s, null=False).to_dense()).square().sum())
     return 1 - lost / sum(float(w.square().sum()) for w, _, _ in matrices().values())
 
@@ -128,7 +129,7 @@ def test_what_cannot_be_planned_is_named():
 def test_progress_counts_gates():
     seen = []
     plan_budget(matrices(), "4x", progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(i + 1, 5) for i in range(5)]
+    assert seen == [(i + 1, 7) for i in range(7)]  # five gates and two stacks
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(50, 50), (257, 257), (26, 65), (1, 7), (7, 1)])
@@ -137,3 +138,26 @@ def test_sizes_without_handsome_divisors_are_planned_too(rows, cols):
     assert plan.parameters <= plan.dense_parameters
     structure = parse("auto").resolve(rows, cols)
     assert 0 < fit(gaussian(rows, cols), structure, null=False).energy <= 1 + 1e-12
+
+
+def common_inputs(gates=3):
+    """Gates that read the same two directions of h, and write wherever they like."""
+    return gaussian(gates * 24, 2, seed=5) @ gaussian(2, 24, seed=6)
+
+
+def test_gates_with_something_in_common_are_stacked():
+    plan = plan_budget({"w": (common_inputs(), 3, None)}, "params=12%")
+    (structure,) = plan.structures["w"]
+    assert structure.gates == 3 and plan.energy["w"][0] > 0.999  # gate by gate rank 2 takes 17 %
+    assert fit(common_inputs(), structure, null=False).energy > 0.999
+
+
+def test_gates_without_anything_in_common_are_not():
+    apart = torch.cat([gaussian(24, 2, seed=i) @ gaussian(2, 24, seed=i + 9) for i in range(3)])
+    plan = plan_budget({"w": (apart, 3, None)}, "params=17%")
+    assert len(plan.structures["w"]) == 3 and min(plan.energy["w"]) > 0.999
+
+
+def test_every_gate_keeps_an_error_bound_so_that_it_is_not_given_to_a_stack():
+    plan = plan_budget({"w": (common_inputs(), 3, None)}, "params=50%", max_error=0.1)
+    assert len(plan.structures["w"]) == 3

@@ -232,7 +232,7 @@ def test_edited_units_are_checked(layer: nn.Module, weight: str, units: Any, wor
     data["layers"][0]["matrices"][weight]["units"] = units
     with pytest.raises(PlanError, match=words):
         Plan.from_json(json.dumps(data))
-    data["schema"] = 3
+    data["schema"] = 4
     with pytest.raises(UnsupportedError, match="newer"):
         Plan.from_json(json.dumps(data))
 
@@ -319,3 +319,8 @@ def test_an_overlay_that_begins_dense_begins_as_the_dense_network() -> None:
 def test_a_search_without_time_is_refused() -> None:
     with pytest.raises(UsageError, match="time limit"):
         kruify.convert(Net(), "auto", relabel=True, relabel_seconds=0)
+
+
+def test_stacked_gates_keep_their_order() -> None:
+    converted, account = kruify.convert(planted(), "stacked:12x4,2x2", relabel=True)
+    assert account.relabelled == [] and not any("relabel" in name for name in converted.state_dict())

@@ -11,13 +11,13 @@ from kruify.checkpoint.tensors import ties
 from kruify.checkpoint.writing import as_lazy
 from kruify.decompose import Fit, Relabelling
 from kruify.locate import AnyTensor, Located, RecurrentLayer
-from kruify.plan import Plan, Structures
+from kruify.plan import Plan, Structures, by_gate
 from kruify.relabel import RelabelResult, relabel_account
 
 
 @dataclass(frozen=True)
 class GateCounts:
-    """What a plan makes of one gate of one matrix, known before any work."""
+    """What a plan makes of one gate of one matrix, or of all gates stacked ("all"), known before any work."""
 
     name: str
     layer: str
@@ -127,7 +127,7 @@ def gate_counts(layer: RecurrentLayer, weight: str, structures: Structures) -> l
             parameters_before=s.dense_parameters,
             parameters_after=s.parameters,
         )
-        for gate, s in zip(layer.gates, structures, strict=True)
+        for gate, s in by_gate(layer, structures).items()
     ]
 
 

@@ -22,10 +22,11 @@ def check_plan(plan: Plan, located: Located) -> None:
         suffix = weight.removeprefix("weight_ih").removeprefix("weight_hh")
         if (actual.kind, actual.cell) != (layer.kind, layer.cell) or suffix not in actual.suffixes:
             raise PlanError(f"the plan's '{layer.full_name(weight)}' does not fit the {actual.kind} in the model")
-        if (structures[0].rows, structures[0].cols) != actual.shape(weight):
+        rows, cols = structures[0].rows // structures[0].gates, structures[0].cols
+        if (rows, cols) != actual.shape(weight):
             have = "x".join(map(str, actual.shape(weight)))
             raise PlanError(
-                f"the plan is made for {structures[0].rows}x{structures[0].cols} gates, the model has {have}",
+                f"the plan is made for {rows}x{cols} gates, the model has {have}",
                 layer.full_name(weight),
             )
     for item in plan.layers:

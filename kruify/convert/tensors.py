@@ -102,7 +102,7 @@ def decompose_matrix(
     unitary: bool = False,
     seed: int = 0,
 ) -> tuple[KroneckerMatrix, list[Fit]]:
-    """One stacked weight (gates * rows, cols) -> its `KroneckerMatrix` in the dtype of the weight, one `Fit` a gate."""
+    """One weight (gates * rows, cols) -> its `KroneckerMatrix` in the dtype of the weight, one `Fit` a structure."""
     rows, cols = structures[0].rows, structures[0].cols
     if tuple(dense.shape) != (rows * len(structures), cols):
         raise PlanError(f"the plan is made for {rows}x{cols} gates, the tensor is {tuple(dense.shape)}", name)

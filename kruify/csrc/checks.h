@@ -188,7 +188,8 @@ CheckedMatrix<T>::CheckedMatrix(const std::vector<Tensor>& stages, const Optiona
       const int64_t rank = f ? term.rank : given.size(1);
       STD_TORCH_CHECK(rank >= 1 && rank < kHuge, "kruify: a term needs a rank above 0");
       term.rank = int(rank);
-      tensors_.push_back(checked("a stage", given, dtype, term.gates, rank, -1, -1));
+      if (f && f == term.stages - 1) term.shared = term.gates > 1 && given.size(0) == 1;
+      tensors_.push_back(checked("a stage", given, dtype, term.shared ? 1 : term.gates, rank, -1, -1));
       parameters_.push_back(tensors_.back());
       term.p[f] = given.size(2), term.q[f] = given.size(3);
       STD_TORCH_CHECK(term.p[f] >= 1 && term.q[f] >= 1, "kruify: a stage is empty");
@@ -211,7 +212,8 @@ CheckedMatrix<T>::CheckedMatrix(const std::vector<Tensor>& stages, const Optiona
     if (scratch > m.scratch) m.scratch = scratch;
     for (int f = 0; f < term.stages; ++f) {
       // A dense term's ranks are added up, in the packed copy and in the gradient.
-      const int64_t size = times(term.kind == TermKind::kDense ? term.gates : n, times(term.p[f], term.q[f]));
+      const int64_t count = term.kind == TermKind::kDense ? term.gates : f == term.stages - 1 ? term.trailing() : n;
+      const int64_t size = times(count, times(term.p[f], term.q[f]));
       term.grad[f] = m.grad_size;
       m.grad_size += (size + 15) / 16 * 16;
       packed_size += (size + 15) / 16 * 16;
@@ -265,8 +267,8 @@ void CheckedMatrix<T>::pack(T* memory) {
   for (Term<T>& term : terms_)
     for (int f = 0; f < term.stages; ++f) {
       term.packed[f] = memory;
-      const int64_t n = term.kind == TermKind::kDense ? term.gates : term.products();
-      memory += (n * term.p[f] * term.q[f] + 15) / 16 * 16;
+      const int64_t size = term.kind == TermKind::kDense ? term.gates * term.p[f] * term.q[f] : term.size(f);
+      memory += (size + 15) / 16 * 16;
     }
   kernels<T>().pack(matrix);
 }

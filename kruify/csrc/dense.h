@@ -57,7 +57,7 @@ inline Share<T> share_of(const Term<T>& term, int gate, T* memory) {
   const int last = term.stages - 1;
   Share<T> s{term.p[0], term.q[0], term.p[last], term.q[last]};
   s.a = term.w[0] + int64_t(gate) * term.rank * s.outer();
-  s.b = term.w[last] + int64_t(gate) * term.rank * s.inner();
+  s.b = term.w[last] + term.place(int64_t(gate) * term.rank) * s.inner();
   if (term.stages == 3) {
     const int64_t first = s.outer(), second = term.p[1] * term.q[1], size = first * second;
     for (int64_t i = 0; i < term.rank * size; ++i) memory[i] = 0;
@@ -81,7 +81,7 @@ inline void dense(const Matrix<T>& m, T* out, T* scratch) {
       T* w = out + term.gate[g] * size;
       if (term.kind == TermKind::kLowRank) {
         gemm<T, false>(m.rows, m.cols, term.rank, term.w[0] + g * term.rank * m.rows, m.rows,
-                       term.w[1] + g * term.rank * m.cols, m.cols, w, m.cols, true);
+                       term.w[1] + term.place(g * term.rank) * m.cols, m.cols, w, m.cols, true);
         continue;
       }
       if (term.kind == TermKind::kDense) {
@@ -116,9 +116,10 @@ inline void dense_backward(const Matrix<T>& m, const T* grad, T* const* grads, T
     for (int g = 0; g < term.gates; ++g) {
       const T* dw = grad + term.gate[g] * size;
       if (term.kind == TermKind::kLowRank) {
-        T *du = grads[0] + g * term.rank * m.rows, *dv = grads[1] + g * term.rank * m.cols;
-        const T *u = term.w[0] + g * term.rank * m.rows, *v = term.w[1] + g * term.rank * m.cols;
-        gemm<T, true>(term.rank, m.cols, m.rows, u, m.rows, dw, m.cols, dv, m.cols, false);
+        const int64_t at = term.place(g * term.rank) * m.cols;
+        T *du = grads[0] + g * term.rank * m.rows, *dv = grads[1] + at;
+        const T *u = term.w[0] + g * term.rank * m.rows, *v = term.w[1] + at;
+        gemm<T, true>(term.rank, m.cols, m.rows, u, m.rows, dw, m.cols, dv, m.cols, term.again(g * term.rank));
         for (int64_t r = 0; r < term.rank; ++r)
           for (int64_t i = 0; i < m.rows; ++i) {
             Vec<T> total{};
@@ -137,7 +138,8 @@ inline void dense_backward(const Matrix<T>& m, const T* grad, T* const* grads, T
         for (int64_t j = 0; j < s.q0; ++j)
           for (int64_t k = 0; k < s.p1; ++k, r += s.q1) copy(s.q1, dw + (i * s.p1 + k) * m.cols + j * s.q1, r);
       const int64_t start = int64_t(g) * term.rank;
-      gemm<T, true>(term.rank, s.inner(), s.outer(), s.a, s.outer(), s.r, s.inner(), grads[last] + start * s.inner(), s.inner(), false);
+      gemm<T, true>(term.rank, s.inner(), s.outer(), s.a, s.outer(), s.r, s.inner(), grads[last] + term.place(start) * s.inner(),
+                    s.inner(), term.again(start));
       transpose(s.outer(), s.inner(), s.r, s.inner(), s.rt, s.outer());
       const bool chain = term.stages == 3;
       T* da = chain ? s.da : grads[0] + start * s.outer();

@@ -17,11 +17,13 @@ enum class TermKind : int {
 };
 
 // W[gate] += sum_r stage0[g, r] (x) stage1[g, r] (x) ...; `w` (gates, rank, p, q) as given, `packed` as the forward pass
-// reads it: the trailing stage as (q, gates, rank, p), the others as (gates, rank, q, p).
+// reads it: the trailing stage as (q, gates, rank, p), the others as (gates, rank, q, p). Gates may share the trailing
+// stage of two or three: it is then that of one gate, and so is what it makes of x.
 template <class T>
 struct Term {
   TermKind kind;
   int stages, gates, rank;
+  bool shared;  // the trailing stage
   int gate[kMaxGates];
   int64_t p[kMaxStages], q[kMaxStages];
   const T* w[kMaxStages];
@@ -29,7 +31,10 @@ struct Term {
   int64_t grad[kMaxStages];  // offset of the gradient's sum in a thread's arena, same layouts as `packed` or `w`
 
   int64_t products() const { return int64_t(gates) * rank; }
-  int64_t size(int f) const { return products() * p[f] * q[f]; }
+  int64_t trailing() const { return shared ? rank : products(); }  // products that the trailing stage tells apart
+  int64_t place(int64_t product) const { return shared ? product % rank : product; }  // among those
+  bool again(int64_t product) const { return shared && product >= rank; }  // whether another gate was there before
+  int64_t size(int f) const { return (f == stages - 1 ? trailing() : products()) * p[f] * q[f]; }
 };
 
 template <class T>

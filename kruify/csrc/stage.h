@@ -23,7 +23,7 @@ inline void pack(const Matrix<T>& m) {
     }
     const int64_t p = term.p[last], q = term.q[last];
     if (term.kind != TermKind::kDense) {
-      transpose(n * p, q, term.w[last], q, term.packed[last], n * p);
+      transpose(term.trailing() * p, q, term.w[last], q, term.packed[last], term.trailing() * p);
       continue;
     }
     T* sum = term.packed[0];  // (q, gates, p), ranks added up
@@ -48,12 +48,12 @@ inline void product_dense(const Term<T>& term, int64_t nb, const T* x, int64_t x
 template <class T>
 inline void product_low_rank(const Term<T>& term, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys,
                              T* scratch) {
-  const int64_t n = term.products(), p = term.p[0];
+  const int64_t n = term.trailing(), p = term.p[0];
   for (int64_t s = 0; s < nb; s += 16) {
     const int64_t rows = min64(16, nb - s);
     gemm<T, true>(rows, n, term.q[1], x + s * xs, xs, term.packed[1], n, scratch, n, false);
     for (int g = 0; g < term.gates; ++g)
-      gemm<T, true>(rows, p, term.rank, scratch + g * term.rank, n, term.packed[0] + int64_t(g) * term.rank * p, p,
+      gemm<T, true>(rows, p, term.rank, scratch + term.place(g * term.rank), n, term.packed[0] + int64_t(g) * term.rank * p, p,
                     y[term.gate[g]] + s * ys, ys, true);
   }
 }
@@ -64,24 +64,24 @@ inline int64_t padded(int64_t width) { return width + 16; }
 template <class T>
 inline void product_pair(const Term<T>& term, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys, T* scratch) {
   const int64_t p0 = term.p[0], q0 = term.q[0], p1 = term.p[1], q1 = term.q[1], n = term.products();
-  const int64_t width = n * p1, ld = padded(width);
+  const int64_t width = term.trailing() * p1, ld = padded(width);
   for (int64_t s = 0; s < nb; ++s) {
     gemm<T, true>(q0, width, q1, x + s * xs, q1, term.packed[1], width, scratch, ld, false);
     for (int64_t i = 0; i < n; ++i)
-      gemm<T, false>(p0, p1, q0, term.packed[0] + i * p0 * q0, p0, scratch + i * p1, ld,
+      gemm<T, false>(p0, p1, q0, term.packed[0] + i * p0 * q0, p0, scratch + term.place(i) * p1, ld,
                      y[term.gate[i / term.rank]] + s * ys, p1, true);
   }
 }
 
-// The two inner results of a chain: T (q0 q1, n p2) from the trailing stage, U[i] (q0, p1, p2) from the middle one.
+// The two inner results of a chain: T (q0 q1, trailing p2) from the trailing stage, U[i] (q0, p1, p2) from the middle one.
 template <class T>
 inline void chain_inner(const Term<T>& term, const T* x, T* t, T* u) {
   const int64_t q0 = term.q[0], p1 = term.p[1], q1 = term.q[1], p2 = term.p[2], q2 = term.q[2];
-  const int64_t n = term.products(), ld = n * p2;
+  const int64_t n = term.products(), ld = term.trailing() * p2;
   gemm<T, true>(q0 * q1, ld, q2, x, q2, term.packed[2], ld, t, ld, false);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < q0; ++j)
-      gemm<T, false>(p1, p2, q1, term.packed[1] + i * p1 * q1, p1, t + j * q1 * ld + i * p2, ld,
+      gemm<T, false>(p1, p2, q1, term.packed[1] + i * p1 * q1, p1, t + j * q1 * ld + term.place(i) * p2, ld,
                      u + (i * q0 + j) * p1 * p2, p2, false);
 }
 
@@ -89,7 +89,7 @@ template <class T>
 inline void product_chain(const Term<T>& term, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys,
                           T* scratch) {
   const int64_t p0 = term.p[0], q0 = term.q[0], tail = term.p[1] * term.p[2];
-  T* u = scratch + q0 * term.q[1] * term.products() * term.p[2];
+  T* u = scratch + q0 * term.q[1] * term.trailing() * term.p[2];
   for (int64_t s = 0; s < nb; ++s) {
     chain_inner(term, x + s * xs, scratch, u);
     for (int64_t i = 0; i < term.products(); ++i)
@@ -127,7 +127,7 @@ inline void product(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* c
 }
 
 // Backward. dW is summed in a thread's arena in the layout the GEMMs write best: of a pair or chain the trailing stage
-// as (q, n p), the others as given; of a low-rank term both with the long index last; a dense one as (gates, p, q).
+// as (q, trailing p), the others as given; of a low-rank term both with the long index last; a dense one as (gates, p, q).
 
 // All samples at once: each of them alone would read and write all of dW.
 template <class T>
@@ -144,21 +144,23 @@ inline void backward_dense(const Term<T>& term, int64_t nb, const T* x, int64_t 
 
 template <class T>
 inline void backward_low_rank(const Term<T>& term, const T* x, T* const* dy, T* dx, T* arena, T* scratch) {
-  const int64_t n = term.products(), p = term.p[0], q = term.q[1], rank = term.rank;
+  const int64_t n = term.trailing(), p = term.p[0], q = term.q[1], rank = term.rank;
   T *t = scratch, *dt = scratch + n;
   gemm<T, true>(1, n, q, x, q, term.packed[1], n, t, n, false);
   for (int g = 0; g < term.gates; ++g) {
     const T* d = dy[term.gate[g]];
     const T* a = term.packed[0] + g * rank * p;  // (rank, p)
+    const int64_t at = term.place(g * rank);
     for (int64_t r = 0; r < rank; ++r) {
       Vec<T> total[4] = {};
       int64_t i = 0;
       for (; i + 4 * kWidth<T> <= p; i += 4 * kWidth<T>)
         for (int u = 0; u < 4; ++u) total[u] += load(d + i + u * kWidth<T>) * load(a + r * p + i + u * kWidth<T>);
       for_vectors<T>(p - i, [&](int64_t j, auto get, auto) { total[0] += get(d + i + j) * get(a + r * p + i + j); });
-      dt[g * rank + r] = sum<T>(total[0] + total[1] + (total[2] + total[3]));
+      const T found = sum<T>(total[0] + total[1] + (total[2] + total[3]));
+      dt[at + r] = term.again(g * rank) ? dt[at + r] + found : found;
     }
-    gemm<T, false>(rank, p, 1, t + g * rank, rank, d, p, arena + term.grad[0] + g * rank * p, p, true);
+    gemm<T, false>(rank, p, 1, t + at, rank, d, p, arena + term.grad[0] + g * rank * p, p, true);
   }
   gemm<T, true>(1, q, n, dt, n, term.w[1], q, dx, q, true);
   gemm<T, false>(n, q, 1, dt, n, x, q, arena + term.grad[1], q, true);
@@ -167,14 +169,14 @@ inline void backward_low_rank(const Term<T>& term, const T* x, T* const* dy, T* 
 template <class T>
 inline void backward_pair(const Term<T>& term, const T* x, T* const* dy, T* dx, T* arena, T* scratch) {
   const int64_t p0 = term.p[0], q0 = term.q[0], p1 = term.p[1], q1 = term.q[1], n = term.products();
-  const int64_t width = n * p1, ld = padded(width);
+  const int64_t width = term.trailing() * p1, ld = padded(width);
   T *xt = scratch, *tt = xt + q0 * q1, *dt = tt + q0 * width;
   transpose(q0, q1, x, q1, xt, q0);
-  gemm<T, false>(width, q0, q1, term.packed[1], width, xt, q0, tt, q0, false);  // T transposed: (n p1, q0)
+  gemm<T, false>(width, q0, q1, term.packed[1], width, xt, q0, tt, q0, false);  // T transposed: (trailing p1, q0)
   for (int64_t i = 0; i < n; ++i) {
     const T* d = dy[term.gate[i / term.rank]];
-    gemm<T, false>(q0, p1, p0, term.w[0] + i * p0 * q0, q0, d, p1, dt + i * p1, ld, false);
-    gemm<T, true>(p0, q0, p1, d, p1, tt + i * p1 * q0, q0, arena + term.grad[0] + i * p0 * q0, q0, true);
+    gemm<T, false>(q0, p1, p0, term.w[0] + i * p0 * q0, q0, d, p1, dt + term.place(i) * p1, ld, term.again(i));
+    gemm<T, true>(p0, q0, p1, d, p1, tt + term.place(i) * p1 * q0, q0, arena + term.grad[0] + i * p0 * q0, q0, true);
   }
   gemm<T, true>(q0, q1, width, dt, ld, term.w[1], q1, dx, q1, true);
   gemm<T, false>(q1, width, q0, x, q1, dt, ld, arena + term.grad[1], width, true);
@@ -183,7 +185,7 @@ inline void backward_pair(const Term<T>& term, const T* x, T* const* dy, T* dx, 
 template <class T>
 inline void backward_chain(const Term<T>& term, const T* x, T* const* dy, T* dx, T* arena, T* scratch) {
   const int64_t p0 = term.p[0], q0 = term.q[0], p1 = term.p[1], q1 = term.q[1], p2 = term.p[2], q2 = term.q[2];
-  const int64_t n = term.products(), ld = n * p2, tail = p1 * p2;
+  const int64_t n = term.products(), ld = term.trailing() * p2, tail = p1 * p2;
   T *t = scratch, *u = t + q0 * q1 * ld, *dt = u + n * q0 * tail, *du = dt + q0 * q1 * ld, *ut = du + q0 * tail;
   chain_inner(term, x, t, u);
   for (int64_t i = 0; i < n; ++i) {
@@ -192,8 +194,9 @@ inline void backward_chain(const Term<T>& term, const T* x, T* const* dy, T* dx,
     transpose(q0, tail, u + i * q0 * tail, tail, ut, q0);
     gemm<T, true>(p0, q0, tail, d, tail, ut, q0, arena + term.grad[0] + i * p0 * q0, q0, true);
     for (int64_t j = 0; j < q0; ++j) {
-      T* inner = t + j * q1 * ld + i * p2;  // (q1, p2)
-      gemm<T, false>(q1, p2, p1, term.w[1] + i * p1 * q1, q1, du + j * tail, p2, dt + j * q1 * ld + i * p2, ld, false);
+      const int64_t at = j * q1 * ld + term.place(i) * p2;
+      T* inner = t + at;  // (q1, p2)
+      gemm<T, false>(q1, p2, p1, term.w[1] + i * p1 * q1, q1, du + j * tail, p2, dt + at, ld, term.again(i));
       transpose(q1, p2, inner, ld, ut, q1);
       gemm<T, true>(p1, q1, p2, du + j * tail, p2, ut, q1, arena + term.grad[1] + i * p1 * q1, q1, true);
     }
@@ -261,7 +264,7 @@ inline void unpack(const Matrix<T>& m, const T* arena, T* const* grads) {
       if (term.kind == TermKind::kDense) {
         for (int64_t i = 0; i < n; ++i) copy(p * q, sum + i / term.rank * p * q, *grads + i * p * q);
       } else if (f == last && term.kind != TermKind::kLowRank) {
-        transpose(q, n * p, sum, n * p, *grads, q);
+        transpose(q, term.trailing() * p, sum, term.trailing() * p, *grads, q);
       } else {
         copy(term.size(f), sum, *grads);  // of a low-rank term p or q is 1: (n, long) either way
       }

@@ -44,16 +44,17 @@ class Search:
     """Looks for structures of one matrix; what is learnt at one budget serves the next.
 
     Args:
-        matrix: (rows, cols), one gate.
+        matrix: (rows, cols), one gate, or `gates` of them stacked.
         metric: the norm, as `metric_of` makes it.
     """
 
-    def __init__(self, matrix: Tensor, metric: Plain | Weighted, seed: int = 0) -> None:
+    def __init__(self, matrix: Tensor, metric: Plain | Weighted, seed: int = 0, gates: int = 1) -> None:
+        self.gates = gates
         self.matrix = matrix.detach().to("cpu", torch.float64)
         self.rows, self.cols = self.matrix.shape
         self.metric, self.seed = metric, seed
         self.total = metric.error(self.matrix)
-        self.block = next(b for b in BLOCK_HEIGHTS if self.rows % b == 0)
+        self.block = next(b for b in BLOCK_HEIGHTS if self.rows // gates % b == 0)
         slow = isinstance(metric, Weighted) or self.matrix.numel() > SHAPES_LIMIT
         self._shortlist = 1 if slow else SHORTLIST
         # In the weighted norm only a guide: see `spectrum_energy`.
@@ -85,7 +86,9 @@ class Search:
     def shapes(self) -> list[tuple[Shape, ...]]:
         """Pairs of factors worth trying, low rank left out: all, or for large matrices those near the balance."""
         pairs: list[tuple[Shape, ...]] = [
-            s for s in two_factor_shapes(self.rows, self.cols) if s not in (self.low_rank(), self.low_rank()[::-1])
+            s
+            for s in two_factor_shapes(self.rows, self.cols)
+            if s not in (self.low_rank(), self.low_rank()[::-1]) and s[0][0] % self.gates == 0
         ]
         if self.matrix.numel() <= SHAPES_LIMIT:
             return pairs
@@ -122,8 +125,9 @@ class Search:
         """Single products of three factors and more, for budgets below what two factors need."""
         found: list[Candidate] = []
         for count in range(3, max(self.rows, self.cols).bit_length()):
-            shapes = balanced(self.rows, self.cols, count)
-            structure = Structure(self.rows, self.cols, (Term(shapes),))
+            (p, q), *rest = balanced(self.rows // self.gates, self.cols, count)
+            shapes = ((self.gates * p, q), *rest)
+            structure = self._structure(Term(shapes))
             if len(shapes) < 3 or any(c.structure == structure for c in found):
                 continue
             if _fits(structure, parameters, multiply_adds):
@@ -146,7 +150,8 @@ class Search:
                 plans += [([(low, share), (k, 1 - share)], 0.0, False) for k in kron]
             plans.append(([(low, share)], 1 - share, False))
         plans += [([(k, 0.5)], 0.5, False) for k in kron[:1]]
-        plans += [([(low, 1.0)], 0.0, True), ([(low, 0.5)], 0.5, True)]
+        if self.gates == 1:
+            plans += [([(low, 1.0)], 0.0, True), ([(low, 0.5)], 0.5, True)]
         plans += [([(low, 0.34), (k, 0.33)], 0.33, False) for k in kron[:1]]
         seen = set()
         for shares, overlay, diagonal in plans:
@@ -166,7 +171,8 @@ class Search:
                 spare = min(spare, adds - sum(t.multiply_adds for t in terms))
             blocks = max(0, spare) // self.block if overlay else 0
             blocks = min(blocks, self.rows * self.cols // self.block)
-            structure = Structure(self.rows, self.cols, tuple(terms), diagonal, blocks, self.block if blocks else 1)
+            block = self.block if blocks else 1
+            structure = Structure(self.rows, self.cols, tuple(terms), diagonal, blocks, block, gates=self.gates)
             if (terms or blocks or diagonal) and structure not in seen and left > 0:
                 seen.add(structure)
                 yield structure
@@ -193,7 +199,7 @@ class Search:
         return Term(shapes, rank) if rank >= 1 else None
 
     def _structure(self, term: Term) -> Structure:
-        return Structure(self.rows, self.cols, (term,))
+        return Structure(self.rows, self.cols, (term,), gates=self.gates)
 
 
 def choose(

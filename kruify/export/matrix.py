@@ -64,7 +64,7 @@ def _terms(graph: Graph, weight: KroneckerMatrix, x: str, gates: Gates, name: st
 
 def _term(graph: Graph, term: KroneckerTerm, x: str, order: Sequence[int], name: str) -> str:
     """(n, cols) -> (n, gates, rows): one MatMul a factor."""
-    factors = [factor.detach()[list(order)] for factor in term.factors]
+    factors = [factor.detach().expand(len(term.gates), -1, -1, -1)[list(order)] for factor in term.factors]
     if term.scale is not None:
         factors[0] = factors[0] * term.scale.detach()[list(order)][..., None, None]
     count, rank = factors[0].shape[:2]

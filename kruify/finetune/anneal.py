@@ -34,14 +34,14 @@ class _Item:
 
     @property
     def possible(self) -> int:
-        """Blocks of one gate if it were dense."""
-        return self.matrix.rows // self.overlay.values.shape[1] * self.matrix.cols
+        """Blocks of one structure, a gate or all stacked, if it were dense."""
+        return self.matrix.structures[0].rows // self.overlay.values.shape[1] * self.matrix.cols
 
     def gate(self) -> Tensor:  # (blocks,) int64
-        return (self.overlay.index[:, 0] // self.matrix.rows).long()
+        return (self.overlay.index[:, 0] // self.matrix.structures[0].rows).long()
 
     def counts(self) -> list[int]:
-        counts: list[int] = torch.bincount(self.gate(), minlength=self.matrix.gates).tolist()
+        counts: list[int] = torch.bincount(self.gate(), minlength=len(self.final)).tolist()
         return counts
 
 
@@ -86,7 +86,7 @@ class OverlayAnnealing:
             wanted = [max(n, round(self.start * item.possible)) if n else 0 for n in item.final]
             index = torch.arange(len(blocks), device=blocks.device)
             where = torch.stack([index // matrix.cols * block, index % matrix.cols], dim=1).to(torch.int32)
-            keep = strongest(blocks, where[:, 0] // matrix.rows, wanted)
+            keep = strongest(blocks, where[:, 0] // matrix.structures[0].rows, wanted)
             overlay.values = nn.Parameter(blocks[keep].clone())
             overlay.index = where[keep].contiguous()
 
@@ -134,7 +134,7 @@ class OverlayAnnealing:
         offset, gates, first = 0, [], []
         for item, norm in zip(self.items, norms, strict=True):
             gate = item.gate()
-            for g in range(item.matrix.gates):
+            for g in range(len(item.final)):
                 mine = (gate == g).nonzero().squeeze(1)
                 if not len(mine):
                     continue
@@ -148,7 +148,7 @@ class OverlayAnnealing:
         counts, offset = [], 0
         for item, gate in zip(self.items, gates, strict=True):
             mine = kept[offset : offset + len(gate)]
-            counts.append(torch.bincount(gate[mine], minlength=item.matrix.gates).tolist())
+            counts.append(torch.bincount(gate[mine], minlength=len(item.final)).tolist())
             offset += len(gate)
         return counts
 

@@ -13,7 +13,7 @@ from kruify.layers.matrix import KroneckerMatrix, group_terms
 
 @torch.no_grad()
 def assign(matrix: KroneckerMatrix, fits: Sequence[Fit]) -> None:
-    """Copies one `Fit` per gate into the stacked parameters, in place.
+    """Copies one `Fit` per gate, or that of all gates stacked, into the parameters, in place.
 
     Where the structure is scaled, the scale stays separate and the factors keep the norms of orthogonal ones; else it
     is folded into the factors in equal shares. A product with scale 0 gets a zero first factor and keeps the others,
@@ -30,6 +30,10 @@ def assign(matrix: KroneckerMatrix, fits: Sequence[Fit]) -> None:
             places = [i for i, t in enumerate(fits[gate].structure.terms) if t == term]
             products = fits[gate].terms[places[occurrence]]
             scale, factors = products if scaled else _folded(products)
+            if module.stacked:
+                first = module.factors[0]
+                first.copy_(factors[0].reshape(first.shape[1], first.shape[0], *first.shape[2:]).transpose(0, 1))
+                factors = [first[row], *factors[1:]]
             for parameter, factor in zip(module.factors, factors, strict=True):
                 parameter[row].copy_(factor)
             if module.scale is not None:
@@ -41,7 +45,7 @@ def assign(matrix: KroneckerMatrix, fits: Sequence[Fit]) -> None:
             matrix.diagonal[row].copy_(diagonal)
     if matrix.overlay is not None:
         parts = [(gate, f.overlay) for gate, f in enumerate(fits) if f.overlay is not None]
-        offset = torch.tensor([matrix.rows, 0])
+        offset = torch.tensor([matrix.structures[0].rows, 0])
         # Sorted within a gate, and gates follow each other in rows: sorted over all.
         matrix.overlay.index.copy_(torch.cat([overlay[1] + gate * offset for gate, overlay in parts]))
         matrix.overlay.values.copy_(torch.cat([overlay[0] for _, overlay in parts]))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from kruify.errors import UsageError
-from kruify.factors import Structure, parse
+from kruify.factors import Structure, parse, stacks
 from kruify.layers import dense, dispatch, kernel, reference
 from kruify.layers.matrix import KroneckerMatrix, reset_like_torch
 from kruify.layers.relabel import relabel_of
@@ -35,14 +35,17 @@ def build_weight(
     """A (gates * rows, cols) weight: Kronecker where `factors` speaks of it (by spec or by name), else dense."""
     structures: Sequence[Structure] | None
     if isinstance(factors, str):
-        structures = [parse(factors).resolve(rows, cols)] * gates
+        if gates > 1 and stacks(factors):
+            structures = [parse(factors).resolve(gates * rows, cols, gates)]
+        else:
+            structures = [parse(factors).resolve(rows, cols)] * gates
     else:
         structures = None if factors is None else factors.get(name)
     if structures is None:
         return nn.Parameter(torch.empty(gates * rows, cols, device=device, dtype=dtype))
-    if len(structures) != gates or any((s.rows, s.cols) != (rows, cols) for s in structures):
+    if sum(s.gates for s in structures) != gates or any((s.rows, s.cols) != (s.gates * rows, cols) for s in structures):
         raise UsageError(
-            f"expected {gates} structures of {rows}x{cols}, one a gate, got "
+            f"expected {gates} structures of {rows}x{cols}, one a gate, or one of {gates * rows}x{cols}, got "
             + ", ".join(f"{s.rows}x{s.cols}" for s in structures),
             name,
         )
@@ -66,8 +69,8 @@ class KRUBase(nn.Module):
     `weight_hh_l0.terms.0.factors.1` and so on; `weight_ih_*` is dense unless `input_factors` is given.
 
     Args:
-        factors: spec of the recurrent matrices (kruify.factors), or structures by weight name, one a gate. Weights
-            that a mapping does not name stay dense.
+        factors: spec of the recurrent matrices (kruify.factors), or structures by weight name, one a gate or one of all
+            gates stacked. Weights that a mapping does not name stay dense.
         input_factors: spec of the input matrices W_ih; None keeps them dense.
         backend: "auto" picks the fastest by a measured rule (kruify.layers.dispatch); "reference", "dense" and
             "kernel" force one path.

@@ -53,7 +53,7 @@ def _form(matrix: KroneckerMatrix, planned: Callable[[tuple[Shape, ...], int], T
     gates, rows, cols = matrix.gates, matrix.rows, matrix.cols
     plans, terms, parts = [], [], []
     for module in matrix.term_list():
-        p = planned(module.term.factors, len(module.gates) * module.term.rank)
+        p = planned(module.shapes, len(module.gates) * module.term.rank)
         scaled = module.scale is not None
         plans.append(p)
         terms.append(TermLayout(len(p.groups), module.gates))
@@ -72,10 +72,18 @@ def parameters_of(matrix: KroneckerMatrix, form: Form) -> list[Tensor]:
     for p, module in zip(form.plans, matrix.terms._modules.values(), strict=True):
         assert isinstance(module, KroneckerTerm)
         held = module.factors._parameters  # a ParameterList takes a microsecond an element
-        found += [held[str(i)] for i in p.order] if len(held) == len(p.order) else [module.factors[i] for i in p.order]  # type: ignore[misc]
+        factors = [held[str(i)] for i in p.order] if len(held) == len(p.order) else [module.factors[i] for i in p.order]
+        found += _by_gate(factors, p) if module.stacked else factors  # type: ignore[arg-type]
         if module.scale is not None:
             found.append(module.scale)
     return found
+
+
+def _by_gate(factors: list[Tensor], p: TermPlan) -> list[Tensor]:
+    """What stacked gates share, repeated for each; but for the trailing stage, which the CPU's kernels take once."""
+    once = len(factors) - 1 if factors[0].device.type == "cpu" and not p.merges else 0
+    gates = factors[0].shape[0]
+    return [factor if f == once else factor.expand(gates, -1, -1, -1) for f, factor in enumerate(factors)]
 
 
 def stages_of(matrix: KroneckerMatrix) -> list[Tensor]:

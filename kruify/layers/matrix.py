@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kruify import kronecker
 from kruify.errors import UsageError
-from kruify.factors import Structure, Term
+from kruify.factors import Shape, Structure, Term
 
 
 class KroneckerTerm(nn.Module):
@@ -17,9 +17,13 @@ class KroneckerTerm(nn.Module):
 
     Attributes:
         gates: the gates of the matrix that this term belongs to, ascending.
-        factors: one parameter per factor, each (len(gates), rank, P_f, Q_f).
+        factors: one parameter per factor, each (len(gates), rank, P_f, Q_f); of stacked gates the first holds the rows
+            of each gate, (gates, rank, P_0 / gates, Q_0), and the others belong to all, (1, rank, P_f, Q_f).
         scale: a parameter (len(gates), rank), or None where the scale is folded into the factors.
+        stacked: whether the term is one of stacked gates.
     """
+
+    stacked = False  # on the class for terms pickled without it
 
     def __init__(
         self,
@@ -28,12 +32,14 @@ class KroneckerTerm(nn.Module):
         scaled: bool,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        stacked: bool = False,
     ) -> None:
         super().__init__()
-        self.term, self.gates = term, gates
+        self.term, self.gates, self.stacked = term, gates, stacked
         shape = (len(gates), term.rank)
         self.factors = nn.ParameterList(
-            nn.Parameter(torch.empty(*shape, p, q, device=device, dtype=dtype)) for p, q in term.factors
+            nn.Parameter(torch.empty(1 if stacked and f else shape[0], term.rank, p, q, device=device, dtype=dtype))
+            for f, (p, q) in enumerate(self.shapes)
         )
         self.scale: nn.Parameter | None
         if scaled:
@@ -57,6 +63,12 @@ class KroneckerTerm(nn.Module):
                 self.scale.fill_(self.term.rank**-0.5)
             else:
                 self.factors[0].mul_(self.term.rank**-0.5)
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """(P_f, Q_f) of the factors that one gate's product is made of."""
+        (p, q), *rest = self.term.factors
+        return ((p // len(self.gates), q), *rest) if self.stacked else self.term.factors
 
     def to_dense(self) -> Tensor:  # (len(gates), rows, cols)
         return kronecker.to_dense(list(self.factors), self.scale)
@@ -115,7 +127,12 @@ class KroneckerMatrix(nn.Module):
     Terms that several gates have in common are stacked into one `KroneckerTerm`, so that one kernel call serves all.
 
     Args:
-        structures: one a gate, in the gate order of the layer; all of the same (rows, cols).
+        structures: one a gate, in the gate order of the layer, all of the same (rows, cols); or one of all gates
+            stacked.
+
+    Attributes:
+        rows, cols: of one gate.
+        structures: as given.
 
     Raises:
         UsageError: the structures differ in size, or their overlays in block height.
@@ -135,9 +152,15 @@ class KroneckerMatrix(nn.Module):
         if len(heights) > 1:
             raise UsageError(f"the overlays of one matrix must have one block height, got {sorted(heights)}")
         self.structures = tuple(structures)
-        self.rows, self.cols = sizes.pop()
+        if len(structures) > 1 and any(s.gates > 1 for s in structures):
+            raise UsageError("a structure of stacked gates stands alone")
+        rows, self.cols = sizes.pop()
+        stacked = structures[0].gates
+        self.rows = rows // stacked
         self.terms = nn.ModuleList(
             KroneckerTerm(term, gates, scaled, device, dtype)
+            if stacked == 1
+            else KroneckerTerm(term, tuple(range(stacked)), scaled, device, dtype, stacked=True)
             for (term, scaled, _), gates in group_terms(structures).items()
         )
         self.diagonal_gates = tuple(g for g, s in enumerate(structures) if s.diagonal)
@@ -159,20 +182,20 @@ class KroneckerMatrix(nn.Module):
         take the largest entries of."""
         generator = torch.Generator().manual_seed(overlay.values.shape[0])
         block, picked = overlay.values.shape[1], []
-        for gate, s in enumerate(self.structures):
+        for place, s in enumerate(self.structures):
             cells = torch.randperm(s.rows // block * s.cols, generator=generator, device="cpu")
             cells = cells[: s.sparse_blocks].sort().values
-            rows = gate * s.rows + cells // s.cols * block
+            rows = place * s.rows + cells // s.cols * block
             picked.append(torch.stack([rows, cells % s.cols], dim=1))
         overlay.index.copy_(torch.cat(picked))
-
-    @property
-    def gates(self) -> int:
-        return len(self.structures)
 
     def term_list(self) -> list[KroneckerTerm]:
         """`terms`, with the type that a ModuleList forgets."""
         return [term for term in self.terms if isinstance(term, KroneckerTerm)]
+
+    @property
+    def gates(self) -> int:
+        return sum(s.gates for s in self.structures)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -94,6 +94,9 @@ def test_relu(tmp_path: Path) -> None:
         "2*(2x2)+3*(8x1,1x8)+diag+sparse:10%",
         "sparse:20%:2",
         "diag",
+        "stacked:3*(24x1,1x8)+sparse:10%",
+        "stacked:2*(12x2,2x4)",
+        "stacked:6x2,2x2,2x2",
     ],
 )
 def test_every_structure(tmp_path: Path, spec: str) -> None:

@@ -21,6 +21,7 @@ from kruify.plan import Plan, make_plan
 CASES: dict[str, tuple[Any, str]] = {
     "lstm, two layers, projection": (nn.LSTM(5, 8, 2, proj_size=4), "2*(4x2,2x2)+diag+sparse:10%"),
     "gru, bidirectional, batch first": (nn.GRU(5, 8, bidirectional=True, batch_first=True), "2*(8x1,1x8)"),
+    "lstm, stacked gates": (nn.LSTM(5, 8), "stacked:2*(32x1,1x8)+sparse:10%"),
     "rnn": (nn.RNN(5, 8, nonlinearity="relu"), "2x2"),
 }
 

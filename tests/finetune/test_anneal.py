@@ -124,3 +124,24 @@ def test_pooled_overlays_share_their_blocks() -> None:
     rebuilt.load_state_dict(result.model.state_dict())
     assert task.evaluate(rebuilt, "valid") == result.metrics
     assert [s.sparse_blocks for s in before.rnn.weight_hh_l1.structures] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_the_overlay_of_stacked_gates_is_one(pooled: bool) -> None:
+    task, teacher, student = converted("stacked:12x4,2x2+sparse:12.5%:2")
+    final = blocks(student)
+    assert final == [12, 12]
+    annealing = OverlayAnnealing(student, teacher.state_dict(), start=1.0, until=0.5)
+    annealing.grow()
+    assert blocks(student) == [96, 96]
+    for name, module in student.named_modules():
+        if isinstance(module, KroneckerMatrix):
+            torch.testing.assert_close(module.to_dense(), teacher.state_dict()[name], rtol=1e-12, atol=1e-12)
+    result = finetune(
+        convert(teacher, "stacked:12x4,2x2+sparse:12.5%:2")[0],
+        task, teacher=teacher, epochs=2, overlay_start=1.0, overlay_pooled=pooled, overlay_dropout=0.1, device="cpu",
+    )  # fmt: skip
+    assert sum(blocks(result.model)) == sum(final) and (pooled or blocks(result.model) == final)
+    rebuilt = swap(task.model(), plan_of(result.model))
+    rebuilt.load_state_dict(result.model.state_dict())
+    assert task.evaluate(rebuilt, "valid") == result.metrics
