@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 )
 @click.option("--attempts", type=int, default=4, show_default=True, help="At most so many rounds of fine-tuning.")
 @click.option("--epochs", type=NUMBER, help="Passes over the train split in each round.  [default: 5]")
+@click.option(
+    "--trial",
+    type=NUMBER,
+    metavar="SHARE",
+    help="Share of the epochs for which each structure is tried first; 0 for no trial.  [default: 0.1]",
+)
 @lr_option
 @device_option
 @click.option("-o", "--output", "target", metavar="OUT", required=True, help="File to write.")
@@ -47,6 +53,7 @@ def compress(
     max_drop: float | None,
     attempts: int,
     epochs: float | None,
+    trial: float | None,
     lr: float | None,
     device: str | None,
     target: str,
@@ -55,6 +62,9 @@ def compress(
     json_only: bool,
 ) -> None:
     """Plan, convert, fine-tune and evaluate in one go.
+
+    The structure that keeps the most energy and one that is half low rank, half single entries are each trained for a
+    short while; the one that validates better is taken.
 
     With --max-drop, layers that cost too much get more parameters, or stay dense, until the loss is within the
     contract on the validation split. If it cannot be reached the nearest network is written all the same, and the
@@ -83,7 +93,7 @@ def compress(
                 device=device,
                 on_progress=lambda now: advance(now.step, now.steps, f"epoch {now.epoch}/{now.epochs}"),
                 on_attempt=lambda attempt: out.note(_line(attempt, task)),
-                **given(epochs=epochs, lr=lr),
+                **given(epochs=epochs, trial=trial, lr=lr),
             )
         save(done.model, target, source_sha256=checkpoint.sha256, seed=seed)
         metrics = measure(task, done.model, "test")
@@ -94,6 +104,7 @@ def compress(
                 "within": done.within,
                 "best": done.best,
                 "baseline": done.baseline,
+                "trials": [asdict(trial) for trial in done.trials],
                 "attempts": [asdict(attempt) for attempt in done.attempts],
                 "metrics": metrics,
             }
@@ -127,5 +138,7 @@ def _show(out: Output, done: Compressed, task: Task, metrics: dict[str, float], 
             f"{attempt.metrics[task.metric]:.4f}",
             f"{attempt.drop:.4f}",
         )
+    for trial in done.trials:
+        out.show(f"trial of {', '.join(trial.factors)}: {task.metric} {trial.metrics[task.metric]:.4f}")
     figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     out.show(table, f"wrote {target} (*): {figures} on the test split")

@@ -20,6 +20,7 @@ from kruify.locate import RecurrentLayer, locate
 from kruify.plan import Plan
 from kruify.planner import parse_budget
 from kruify.task import Task, measure
+from kruify.trial import SHARE, Trial, candidate_plans, choose_plan
 
 GROWTH = 2.0  # a layer that costs too much gets so many times its parameters
 DENSE_FROM = 0.5  # a layer that would keep more than this share of its parameters is left dense
@@ -44,13 +45,18 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Compressed:
-    """The network of the last attempt within the contract, or else of the nearest one."""
+    """The network of the last attempt within the contract, or else of the nearest one.
+
+    Attributes:
+        trials: of the structures that were tried before the first attempt.
+    """
 
     model: nn.Module
     baseline: dict[str, float]
     attempts: list[Attempt] = field(default_factory=list)
     best: int = 0  # index of the attempt that `model` is from
     within: bool = False
+    trials: list[Trial] = field(default_factory=list)
 
 
 def compress(
@@ -60,6 +66,7 @@ def compress(
     *,
     max_drop: float | None = None,
     attempts: int = 4,
+    trial: float = SHARE,
     seed: int = 0,
     device: str | torch.device | None = None,
     on_progress: OnProgress | None = None,
@@ -68,7 +75,8 @@ def compress(
 ) -> Compressed:
     """A converted and fine-tuned copy of `dense` that loses at most `max_drop` of the task's metric.
 
-    The budget is planned over all recurrent matrices, weighed by the activations on the task. If the network validates
+    The budget is planned over all recurrent matrices, weighed by the activations on the task, and the structures that
+    recover best in a short trial are taken (kruify.trial). If the network validates
     worse than allowed after fine-tuning, the layer whose matrices lost most of their output gets twice the parameters
     (or stays dense), the other layers keep what they learnt, and fine-tuning starts again.
 
@@ -77,6 +85,7 @@ def compress(
         budget: "16x", "params=10%", ... (kruify.planner.parse_budget).
         max_drop: in units of `task.metric`, on the validation split; None takes the first attempt as it is.
         attempts: at most so many rounds of fine-tuning.
+        trial: share of the epochs for which every candidate structure is tried; 0 takes what keeps the most energy.
         on_attempt: called after every round.
         recipe: options of kruify.finetune.Recipe, such as epochs.
 
@@ -86,14 +95,21 @@ def compress(
     """
     if attempts < 1:
         raise UsageError(f"at least one attempt is needed, got {attempts}", "compress")
+    if not 0 <= trial <= 1:
+        raise UsageError(f"a trial takes a share of the epochs between 0 and 1, got {trial}", "compress")
     parse_budget(budget)
     layers = locate(dense).layers
     if not layers:
         raise UsageError("there is no RNN, LSTM or GRU layer to compress", type(dense).__name__)
     moments = calibrate(dense, task, seed=seed)
     tensors = dense.state_dict()
-    plan = make_budget_plan(tensors, layers, budget, moments=moments, seed=seed)
-    result = Compressed(dense, measure(task, dense, "valid", known=True))
+    baseline = measure(task, dense, "valid", known=True)
+    plans = candidate_plans(tensors, layers, budget, moments=moments, seed=seed)
+    plan, trials = choose_plan(
+        dense, task, plans if trial else plans[:1], moments=moments, share=trial, seed=seed, device=device,
+        on_progress=on_progress, **recipe,
+    )  # fmt: skip
+    result = Compressed(dense, baseline, trials=trials)
     learnt: dict[str, Tensor] = {}
     while True:
         converted, conversion = convert_module(dense, plan, moments=moments, seed=seed)
@@ -146,7 +162,8 @@ def _with(result: Compressed, attempt: Attempt, student: nn.Module, max_drop: fl
     attempts = [*result.attempts, attempt]
     within = max_drop is None or attempt.drop <= max_drop
     if within or not result.attempts or attempt.drop < result.attempts[result.best].drop:
-        return Compressed(copy.deepcopy(student), result.baseline, attempts, len(attempts) - 1, within)
+        best = len(attempts) - 1
+        return replace(result, model=copy.deepcopy(student), attempts=attempts, best=best, within=within)
     return replace(result, attempts=attempts)
 
 

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from kruify.compress import Attempt, compress
 from kruify.errors import PlanError, UsageError
 from kruify.finetune import finetune
+from kruify.locate import locate
+from kruify.plan import Plan, make_plan
 from kruify.task import Task
+from kruify.trial import candidate_plans, choose_plan, half_and_half
 
 
 class Net(nn.Module):
@@ -95,3 +98,58 @@ def test_refused(trained: nn.Module) -> None:
         compress(nn.Linear(2, 2), Delay(), "4x")
     with pytest.raises(UsageError, match="at least one attempt"):
         compress(trained, Delay(), "4x", attempts=0)
+
+
+# --- Trials: which structure a task recovers from best is found by training each for a short while.
+
+
+def numbers(plan: Plan) -> int:
+    return sum(s.parameters for _, _, structures in plan.matrices() for s in structures)
+
+
+@pytest.mark.parametrize(("budget", "limit"), [("4x", 0.25), ("params=25%,macs=50%", 0.25), ("macs=20%", 0.2)])
+def test_candidates_keep_within_the_budget(trained: nn.Module, budget: str, limit: float) -> None:
+    planned, mixed = candidate_plans(trained.state_dict(), locate(trained).layers, budget)
+    dense = 2 * 3 * 16 * 16
+    if budget != "macs=20%":
+        assert numbers(planned) <= limit * dense
+    assert limit * dense - 4 <= numbers(mixed) <= limit * dense
+    for _, _, (structure,) in mixed.matrices():
+        (term,) = structure.terms
+        assert term.factors == ((48, 1), (1, 16)) and structure.block == 1
+        # Half and half, but that low rank comes in whole products of 64 numbers.
+        assert 0 <= structure.sparse_blocks - term.parameters <= 2 * 64
+
+
+def test_where_not_even_rank_one_fits_there_is_nothing_to_try(trained: nn.Module) -> None:
+    assert half_and_half(16, 16, 3, 0.1) is None
+    assert half_and_half(16, 16, 3, 0.2) == "stacked:1*(48x1,1x16)+sparse:11.58854167%:1"
+    assert len(candidate_plans(trained.state_dict(), locate(trained).layers, "params=10%")) == 1
+
+
+@pytest.mark.parametrize("higher", [False, True])
+def test_the_plan_that_validates_best_is_taken(trained: nn.Module, higher: bool) -> None:
+    class Either(Delay):
+        higher_is_better = higher
+
+    layers = locate(trained).layers
+    plans = [make_plan(layers, spec) for spec in ("16x1,1x16", "16*(16x1,1x16)", "2x2")]
+    before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    plan, trials = choose_plan(trained, Either(), plans, share=0.2, epochs=2.0, device="cpu")
+    torch.testing.assert_close(dict(trained.state_dict()), before, rtol=0, atol=0)
+    losses = [trial.metrics["loss"] for trial in trials]
+    assert [trial.factors for trial in trials] == [["16x1,1x16"], ["16*(16x1,1x16)"], ["2x2,2x2,2x2,2x2"]]
+    assert plan is plans[losses.index((max if higher else min)(losses))]
+    assert losses[1] == min(losses)  # nothing was lost
+    assert choose_plan(trained, Either(), plans[:1]) == (plans[0], [])
+
+
+def test_compress_tries_before_it_trains(trained: nn.Module) -> None:
+    done = compress(trained, Delay(), "4x", epochs=1, device="cpu")
+    assert len(done.trials) == 2
+    best = min(done.trials, key=lambda trial: trial.metrics["loss"])
+    built = {str(s) for m in done.model.modules() for s in getattr(m, "structures", ())}
+    assert built == set(best.factors)
+    assert compress(trained, Delay(), "4x", epochs=0.5, trial=0, device="cpu").trials == []
+    with pytest.raises(UsageError, match="share of the epochs"):
+        compress(trained, Delay(), "4x", trial=2)

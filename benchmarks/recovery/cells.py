@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,15 @@ from timing import best_times
 from torch import nn
 
 from kruify.api import convert
-from kruify.convert import swap
+from kruify.calibrate import Moments, calibrate
+from kruify.convert import convert_module, swap
 from kruify.finetune import Progress, finetune
 from kruify.finetune.recurrent import recurrent_layers
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.locate import locate
 from kruify.plan import Plan, make_plan
 from kruify.task import Task, load_task
+from kruify.trial import candidate_plans, choose_plan
 
 
 def run(cell: Cell, cache: Path, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
@@ -46,7 +50,13 @@ def run(cell: Cell, cache: Path, on_progress: Callable[[Progress], None] | None 
         assert teacher is not None
         teacher, entry["alternation"] = alternate(teacher, task, plan_of(cell, teacher), options, on_progress)
         options |= {"epochs": options["epochs"] / 2}
-    model, task = build(cell, task, teacher)
+    if method.tried:
+        assert teacher is not None
+        plan, moments, entry["trials"] = tried(cell, task, teacher, cache / cell.key, on_progress)
+        entry["plan"] = plan.to_json()
+        model = convert_module(teacher, plan, moments=moments, seed=cell.seed)[0]
+    else:
+        model, task = build(cell, task, teacher)
     if method.start == "int8":
         entry["valid"] = task.evaluate(model, "valid")
     else:
@@ -80,6 +90,23 @@ def run(cell: Cell, cache: Path, on_progress: Callable[[Progress], None] | None 
         "seconds": round(time.monotonic() - started, 1),
         **where_and_when(),
     }
+
+
+def tried(
+    cell: Cell, task: Task, teacher: nn.Module, folder: Path, on_progress: Callable[[Progress], None] | None
+) -> tuple[Plan, dict[str, Moments], list[dict[str, Any]]]:
+    """The plan that `kruify compress` would train, and what it was chosen on; kept in `folder` for the next time."""
+    moments, file = calibrate(teacher, task, seed=cell.seed), folder / "trials.json"
+    if not file.exists():
+        layers, budget = locate(teacher).layers, f"params={100 / cell.times:.8f}%"
+        plans = candidate_plans(teacher.state_dict(), layers, budget, moments=moments, seed=cell.seed)
+        plan, trials = choose_plan(
+            teacher, task, plans, moments=moments, device="cpu", on_progress=on_progress, **cell.options
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"plan": plan.to_json(), "trials": [asdict(trial) for trial in trials]}))
+    known = json.loads(file.read_text())
+    return Plan.from_json(known["plan"]), moments, known["trials"]
 
 
 def build(cell: Cell, task: Task, teacher: nn.Module | None) -> tuple[nn.Module, Task]:

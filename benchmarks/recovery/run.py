@@ -28,8 +28,10 @@ from cells import build, latency, run, weights_file  # noqa: E402
 from draw import draw  # noqa: E402
 from grid import METHODS, TASKS, Cell, grid  # noqa: E402
 
+from kruify.convert import swap  # noqa: E402
 from kruify.errors import TaskError  # noqa: E402
 from kruify.finetune import Progress  # noqa: E402
+from kruify.plan import Plan  # noqa: E402
 from kruify.task import load_task  # noqa: E402
 
 LEDGER = HERE / "ledger"
@@ -85,7 +87,10 @@ def measure(cache: Path) -> None:
             continue
         cell = Cell(entry["task"], entry["method"], entry["times"], entry["seed"], whole=entry.get("whole", False))
         task = load_task(TASKS[cell.task].name)
-        model, _ = build(cell, task, task.model())
+        if "plan" in entry:
+            model = swap(task.model(), Plan.from_json(entry["plan"]))
+        else:
+            model, _ = build(cell, task, task.model())
         entry["latency_ms_per_step"] = {str(b): round(latency(model, b), 4) for b in (1, 32)}
         ledger.write(path, entry)
         print(entry["cell"], entry["latency_ms_per_step"], flush=True)

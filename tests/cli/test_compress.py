@@ -12,13 +12,14 @@ def test_within_the_contract(folder, run_json):
     )  # fmt: skip
     assert result["within"] is True
     assert result["attempts"][0]["recurrent_ratio"] >= 2
+    assert [set(trial) for trial in result["trials"]] == [{"factors", "metrics"}] * 2
     assert read("small.kru.safetensors").is_kruify
 
 
 def test_out_of_reach(folder, run):
     result = run(
         "compress", "model.pt", "--task", "task.py:Echo", "--budget", "2x", "--epochs", "0", "--max-drop", "-100",
-        "--attempts", "1", "-o", "small.kru.safetensors",
+        "--attempts", "1", "--trial", "0", "-o", "small.kru.safetensors",
     )  # fmt: skip
     assert result.exit_code == 6
     assert "the nearest of 1 attempts loses" in result.stderr

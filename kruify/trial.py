@@ -1,0 +1,114 @@
+"""Which of several plans a network recovers from best: each is fine-tuned for a short while.
+
+The energy that a structure keeps tells how good it is before fine-tuning, not how well it learns. A network that moves
+far from its teacher does better with few large parts (low rank), one that stays near it with single entries beside
+them: on g2p-en and King James the ranking by energy is the same, the one after training is not (benchmarks/recovery).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kruify.budget import make_budget_plan
+from kruify.calibrate import Moments
+from kruify.convert import convert_module
+from kruify.finetune import Recipe, finetune
+from kruify.finetune.result import OnProgress
+from kruify.locate import RecurrentLayer
+from kruify.plan import Plan, make_plan
+from kruify.planner import parse_budget
+from kruify.task import Task, measure
+
+SHARE = 0.1  # of the epochs, for each candidate
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate: its specs, each named once, and the metrics on the validation split after its short training."""
+
+    factors: list[str]
+    metrics: dict[str, float]
+
+
+def candidate_plans(
+    tensors: Mapping[str, Tensor],
+    layers: Sequence[RecurrentLayer],
+    budget: str,
+    *,
+    moments: Mapping[str, Moments] | None = None,
+    seed: int = 0,
+) -> list[Plan]:
+    """What keeps the most energy (kruify.budget), then half low rank of stacked gates, half single entries.
+
+    Raises:
+        PlanError: the budget cannot be met.
+    """
+    planned = make_budget_plan(tensors, layers, budget, moments=moments, seed=seed)
+    limits = parse_budget(budget)
+    # Both parts take a multiply-add a number, so that one share serves both limits.
+    share = min(limit for limit in (limits.parameters, limits.multiply_adds) if limit is not None)
+    specs = {
+        layer.full_name(weight): spec
+        for layer in layers
+        for weight in (f"weight_hh{suffix}" for suffix in layer.suffixes)
+        if (spec := half_and_half(*layer.shape(weight), len(layer.gates), share)) is not None
+    }
+    mixed = make_plan(layers, "dense", overrides=specs)
+    complete = sum(len(item.matrices) for item in mixed.layers) == sum(len(layer.suffixes) for layer in layers)
+    return [planned, mixed] if complete and mixed != planned else [planned]
+
+
+def half_and_half(rows: int, cols: int, gates: int, share: float) -> str | None:
+    """A spec of `gates` gates of (rows, cols), half of its numbers low rank and half single entries; None where not
+    even rank 1 fits."""
+    numbers = int(share * gates * rows * cols)
+    one = gates * rows + cols
+    rank = numbers // (2 * one)
+    entries = numbers - rank * one
+    percent = 100 * entries / (gates * rows * cols)
+    return f"stacked:{rank}*({gates * rows}x1,1x{cols})+sparse:{percent:.8f}%:1" if rank else None
+
+
+def choose_plan(
+    dense: nn.Module,
+    task: Task,
+    plans: Sequence[Plan],
+    *,
+    moments: Mapping[str, Moments] | None = None,
+    share: float = SHARE,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    on_progress: OnProgress | None = None,
+    **recipe: Any,
+) -> tuple[Plan, list[Trial]]:
+    """The plan that validates best after `share` of the recipe's epochs; of equal ones the first.
+
+    Args:
+        dense: the trained network; it is the teacher, and is left alone.
+        recipe: options of kruify.finetune.Recipe, for the whole run that the trials are for.
+
+    Returns:
+        the plan, and one trial a plan; a single plan is not tried.
+    """
+    if len(plans) == 1:
+        return plans[0], []
+    epochs = Recipe().changed(**recipe).epochs * share
+    trials = []
+    for plan in plans:
+        student = convert_module(dense, plan, moments=moments, seed=seed)[0]
+        options = {**recipe, "epochs": epochs, "evaluate_first": False}
+        teacher = copy.deepcopy(dense)
+        student = finetune(
+            student, task, teacher=teacher, device=device, on_progress=on_progress, seed=seed, **options
+        ).model
+        specs = dict.fromkeys(str(s) for _, _, structures in plan.matrices() for s in structures)
+        trials.append(Trial(list(specs), measure(task, student, "valid")))
+    sign = -1 if task.higher_is_better else 1
+    best = min(range(len(plans)), key=lambda i: sign * trials[i].metrics[task.metric])
+    return plans[best], trials
