@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kruify.factors import Shape
 from kruify.layers.matrix import KroneckerMatrix, KroneckerTerm
 from kruify.layers.steps import State
 from kruify.ops import Layout, TermLayout, functions, has_kernel, precision
@@ -43,17 +42,26 @@ class Form:
 def form_of(matrix: KroneckerMatrix) -> Form:
     forms: dict[str, Form] | None = matrix.__dict__.get(_CACHE)
     if forms is None:
-        forms = matrix.__dict__[_CACHE] = {"cpu": _form(matrix, plan)}
+        forms = matrix.__dict__[_CACHE] = {"cpu": _form(matrix, _cpu_plan)}
         if has_kernel("cuda"):
-            forms["cuda"] = _form(matrix, plan_pair)
+            forms["cuda"] = _form(matrix, _cuda_plan)
     return forms["cuda" if "cuda" in forms and matrix.device.type == "cuda" else "cpu"]
 
 
-def _form(matrix: KroneckerMatrix, planned: Callable[[tuple[Shape, ...], int], TermPlan]) -> Form:
+def _cpu_plan(term: KroneckerTerm) -> TermPlan:
+    gates = len(term.gates)
+    return plan(term.shapes, gates * term.term.rank, sharing=gates if term.stacked else 1)
+
+
+def _cuda_plan(term: KroneckerTerm) -> TermPlan:
+    return plan_pair(term.shapes, len(term.gates) * term.term.rank)
+
+
+def _form(matrix: KroneckerMatrix, planned: Callable[[KroneckerTerm], TermPlan]) -> Form:
     gates, rows, cols = matrix.gates, matrix.rows, matrix.cols
     plans, terms, parts = [], [], []
     for module in matrix.term_list():
-        p = planned(module.shapes, len(module.gates) * module.term.rank)
+        p = planned(module)
         scaled = module.scale is not None
         plans.append(p)
         terms.append(TermLayout(len(p.groups), module.gates))

@@ -32,8 +32,9 @@ class TermPlan:
 
 
 @lru_cache(maxsize=1024)
-def plan(shapes: tuple[Shape, ...], products: int, keep_order: bool = False) -> TermPlan:
-    """The cheapest stages for `products` (gates x rank) Kronecker products of these factor shapes."""
+def plan(shapes: tuple[Shape, ...], products: int, keep_order: bool = False, sharing: int = 1) -> TermPlan:
+    """The cheapest stages for `products` (gates x rank) Kronecker products of these factor shapes. Where `sharing`
+    gates have the trailing factor in common it is applied once, unless it is merged with others."""
     order = tuple(range(len(shapes)))
     if not keep_order and len(shapes) == 2 and shapes[0][0] == shapes[1][1] == 1:
         order = (1, 0)  # a row times a column: the factors commute, and the column comes first
@@ -45,7 +46,8 @@ def plan(shapes: tuple[Shape, ...], products: int, keep_order: bool = False) -> 
             part = ordered[start : start + size]
             merged.append((math.prod(p for p, _ in part), math.prod(q for _, q in part)))
             start += size
-        candidates.append(TermPlan(order, groups, tuple(merged), _cost(tuple(merged), products)))
+        trailing = products // sharing if 1 < len(groups) == len(ordered) else products
+        candidates.append(TermPlan(order, groups, tuple(merged), _cost(tuple(merged), products, trailing)))
     return min(candidates, key=lambda c: (c.cost, len(c.groups)))
 
 
@@ -96,17 +98,19 @@ def _vectors(n: int) -> int:
     return -(-n // LANES)
 
 
-def _cost(stages: tuple[Shape, ...], products: int) -> float:
-    """Vector multiply-adds and calls of one product; a plain matrix counts double, it is read from the cache."""
+def _cost(stages: tuple[Shape, ...], products: int, trailing: int | None = None) -> float:
+    """Vector multiply-adds and calls of one product; a plain matrix counts double, it is read from the cache. The last
+    of several stages has `trailing` products, all where it is None."""
+    trailing = products if trailing is None else trailing
     (p0, q0), (p_last, q_last) = stages[0], stages[-1]
     if len(stages) == 1:
         return 2.0 * products * _vectors(p0) * q0 + CALL * products
     if len(stages) == 2 and q0 == 1 and p_last == 1:
-        return 2.0 * (_vectors(products) * q_last + products * _vectors(p0)) + CALL * products
-    cost = float(q0 * _vectors(products * p_last) * q_last)
+        return 2.0 * (_vectors(trailing) * q_last + products * _vectors(p0)) + CALL * products
+    cost = float(q0 * _vectors(trailing * p_last) * q_last)
     if len(stages) == 2:
         return cost + products * (p0 * q0 * _vectors(p_last) + CALL) + CALL
     p1, q1 = stages[1]
-    cost = q0 * q1 * _vectors(products * p_last) * q_last
+    cost = q0 * q1 * _vectors(trailing * p_last) * q_last
     cost += products * q0 * (p1 * q1 * _vectors(p_last) + CALL)
     return cost + products * (p0 * q0 * _vectors(p1 * p_last) + CALL)

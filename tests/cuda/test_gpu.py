@@ -161,6 +161,20 @@ def test_layers_follow_torch_s_switches(kind) -> None:  # type: ignore[no-untype
             close("gradient", got / wanted.abs().max(), wanted / wanted.abs().max(), 10 * allowed)
 
 
+@pytest.mark.parametrize("spec", ["stacked:3*auto", "stacked:2*auto:3+sparse:5%:1"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_stacked_gates(kind, spec) -> None:  # type: ignore[no-untyped-def]
+    layer = getattr(layers, f"KRU{kind}")(12, 64, factors=spec, dtype=torch.float64, backend="kernel")
+    x = torch.randn(9, 5, 12, dtype=torch.float64)
+    expected = layer(x)[0]
+    wanted = torch.autograd.grad(expected.square().mean(), list(layer.parameters()))
+    layer = layer.cuda()
+    out = layer(x.cuda())[0]
+    found = torch.autograd.grad(out.square().mean(), list(layer.parameters()))
+    for got, want in zip((out, *found), (expected, *wanted), strict=True):
+        torch.testing.assert_close(got.cpu(), want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_merge_and_the_product_of_plain_factors(dtype) -> None:  # type: ignore[no-untyped-def]
     factors = [torch.randn(4, 2, *s, dtype=torch.float64) for s in ((2, 2), (2, 3), (4, 2), (2, 2))]

@@ -20,6 +20,7 @@ MATRICES: dict[str, tuple[int, list[tuple[int, tuple[int, ...] | None, list[tupl
     "257": (257, [(1, None, [(257, 257)])]),
     "256": (256, [(1, None, [(16, 16), (16, 16)])]),
     "dense": (40, [(2, None, [(40, 40)]), (2, None, [(5, 4), (2, 5), (4, 2)])]),
+    "shared": (48, [(3, None, [(48, 1), (1, 48)]), (2, None, [(8, 6), (6, 8)]), (1, None, [(4, 3), (3, 4), (4, 4)])]),
     "row-column": (32, [(1, None, [(1, 32), (32, 1)])]),
     "overlay": (24, []),
 }
@@ -46,7 +47,9 @@ def recurrence_arguments(
     for rank, chosen, factors in shapes:
         chosen = tuple(range(gates)) if chosen is None else tuple(g for g in chosen if g < gates) or (0,)
         terms.append(TermLayout(len(factors), chosen))
-        stages += [random(len(chosen), rank, p, q, scale=(rank * q) ** -0.5) for p, q in factors]
+        for f, (p, q) in enumerate(factors):
+            alone = matrix == "shared" and f == len(factors) - 1  # one trailing stage for all gates
+            stages.append(random(1 if alone else len(chosen), rank, p, q, scale=(rank * q) ** -0.5))
     block = next(b for b in (8, 3, 2, 1) if hidden % b == 0)
     rows = torch.randint(0, gates * hidden // block, (20,)).sort().values * block
     index = torch.stack([rows, torch.randint(0, hidden, (20,))], dim=1).int()

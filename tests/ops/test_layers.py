@@ -14,7 +14,7 @@ from kruify.layers.base import KRUBase
 
 pytestmark = pytest.mark.usefixtures("compiled")
 LAYERS = [(KRULSTM, {}), (KRUGRU, {}), (KRURNN, {}), (KRURNN, {"nonlinearity": "relu"})]
-SPECS = ["2x2", "2*(4x2,4x8)+16x1,1x16+diag+sparse:5%"]
+SPECS = ["2x2", "2*(4x2,4x8)+16x1,1x16+diag+sparse:5%", "stacked:2*auto+sparse:5%"]
 
 
 def same(layer: KRUBase, x: object) -> None:

@@ -21,7 +21,7 @@ def dense_term(stages: list[Tensor]) -> Tensor:  # (gates, rows, cols), by torch
     gates, rank = stages[0].shape[:2]
     return torch.stack(
         [
-            sum(functools.reduce(torch.kron, [s[g, r] for s in stages]) for r in range(rank))  # type: ignore[misc]
+            sum(functools.reduce(torch.kron, [s[g % len(s), r] for s in stages]) for r in range(rank))  # type: ignore[misc]
             for g in range(gates)
         ]
     )
