@@ -287,7 +287,9 @@ def _show(out: Output, model: str, result: dict[str, Any]) -> None:
     from rich.table import Table
 
     specs = {m["factors"] for m in result["matrices"]}
-    title = f"{model}: {specs.pop()} in every gate" if len(specs) == 1 else model
+    title = model
+    if len(specs) == 1:
+        title += f": {spec}" if (spec := specs.pop()).startswith("stacked:") else f": {spec} in every gate"
     caption = "null: the energy that an unstructured matrix of this size keeps; error: ||W - K|| / ||W||"
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for heading in ("matrix", "gate", "size", *(["factors"] if specs else [])):

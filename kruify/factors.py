@@ -128,7 +128,7 @@ class _Product:
             factors = _repeat(factors[0], rows, cols) or factors
         term = Term(factors, self.rank)
         if (term.rows, term.cols) != (rows, cols):
-            raise _misfit(factors, rows, cols)
+            raise _misfit(factors, rows, cols, gates)
         if factors[0][0] % gates:
             raise FactorSpecError(
                 f"the first factor's {factors[0][0]} rows are not shared out among {gates} gates",
@@ -312,8 +312,8 @@ def two_factor_shapes(rows: int, cols: int) -> Iterator[tuple[Shape, Shape]]:
                 yield (p, q), (rows // p, cols // q)
 
 
-def suggestions(factors: Sequence[Shape], rows: int, cols: int, limit: int = 3) -> list[str]:
-    """Specs that fit (rows, cols), the nearest to `factors` first."""
+def suggestions(factors: Sequence[Shape], rows: int, cols: int, limit: int = 3, gates: int = 1) -> list[str]:
+    """Specs that fit (rows, cols), which holds `gates` gates, the nearest to `factors` first."""
 
     def distance(candidate: Sequence[Shape]) -> float:
         wanted = list(factors) + [factors[-1]] * max(0, len(candidate) - len(factors))
@@ -325,16 +325,18 @@ def suggestions(factors: Sequence[Shape], rows: int, cols: int, limit: int = 3) 
     candidates: list[tuple[Shape, ...]] = [*two_factor_shapes(rows, cols)]
     candidates += [balanced(rows, cols, count) for count in (2, 3, 4)]
     candidates += [power for d in _divisors(rows)[1:] if (power := _repeat((d, d), rows, cols))]
+    candidates = [c for c in candidates if c[0][0] % gates == 0]
     names = {c: f"{c[0][0]}x{c[0][1]}" if len(set(c)) == 1 else str(Term(c)) for c in candidates}
     return [names[c] for c in sorted(names, key=lambda c: (distance(c), names[c]))[:limit]]
 
 
-def _misfit(factors: Sequence[Shape], rows: int, cols: int) -> FactorSpecError:
+def _misfit(factors: Sequence[Shape], rows: int, cols: int, gates: int) -> FactorSpecError:
     spec = ",".join(f"{p}x{q}" for p, q in factors)
     if len(factors) == 1:
         what = f"factors {spec} repeated do not fill a {rows}x{cols} matrix"
     else:
         made = f"{math.prod(p for p, _ in factors)}x{math.prod(q for _, q in factors)}"
         what = f"factors {spec} multiply to {made}, not to {rows}x{cols}"
-    fitting = ", ".join(repr(s) for s in suggestions(factors, rows, cols))
-    return FactorSpecError(what, hint=f"Specs that fit: {fitting} or 'auto'")
+    prefix = STACKED if gates > 1 else ""
+    fitting = ", ".join(f"'{prefix}{s}'" for s in suggestions(factors, rows, cols, gates=gates))
+    return FactorSpecError(what, hint=f"Specs that fit: {fitting} or '{prefix}auto'")

@@ -165,7 +165,7 @@ def test_what_stacked_gates_count() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("stacked:16x16,16x16", "multiply to 256x256, not to 768x256"),
+        ("stacked:16x16,16x16", "multiply to 256x256, not to 768x256. Specs that fit: 'stacked:24x16,32x16'"),
         ("stacked:16x16,48x16", "first factor's 16 rows are not shared out among 3 gates"),
         ("stacked:2x2", "do not fill a 768x256 matrix"),
         ("stacked:auto+diag", "stacked gates have no diagonal"),
