@@ -65,6 +65,8 @@ def _terms(graph: Graph, weight: KroneckerMatrix, x: str, gates: Gates, name: st
 def _term(graph: Graph, term: KroneckerTerm, x: str, order: Sequence[int], name: str) -> str:
     """(n, cols) -> (n, gates, rows): one MatMul a factor."""
     factors = [factor.detach().expand(len(term.gates), -1, -1, -1)[list(order)] for factor in term.factors]
+    if term.stacked and application_order(term.shapes) == [1, 0]:
+        factors[1] = term.factors[1].detach()  # one for all gates
     if term.scale is not None:
         factors[0] = factors[0] * term.scale.detach()[list(order)][..., None, None]
     count, rank = factors[0].shape[:2]
@@ -112,11 +114,12 @@ def _first_factor(graph: Graph, y: str, factor: Tensor, m: int, s: int, label: s
 
 
 def _last_factor(graph: Graph, y: str, factor: Tensor, m: int, s: int, label: str) -> str:
-    """(n, gates * rank, m, q, s) up to reshaping -> (n, gates, m * p * s), summed over the terms."""
+    """(n, gates * rank, m, q, s) up to reshaping -> (n, gates, m * p * s), summed over the terms. What came of a factor
+    that gates share stands there once."""
     count, rank, p, q = factor.shape
-    if m == 1:  # sum over rank and q at once: (gates, p, rank * q) times (n, gates, rank * q, s)
+    if m == 1:  # sum over rank and q at once: (gates, p, rank * q) times (n, gates or 1, rank * q, s)
         merged = factor.transpose(1, 2).reshape(count, p, rank * q)
-        y = graph.add("MatMul", graph.constant(merged, label), graph.reshape(y, (0, count, rank * q, s)))
+        y = graph.add("MatMul", graph.constant(merged, label), graph.reshape(y, (0, -1, rank * q, s)))
         return graph.reshape(y, (0, count, p * s))
     y = graph.reshape(y, (0, count, rank, m, q, s) if s > 1 else (0, count, rank, m, q))
     if s > 1:

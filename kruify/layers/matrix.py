@@ -157,10 +157,9 @@ class KroneckerMatrix(nn.Module):
         rows, self.cols = sizes.pop()
         stacked = structures[0].gates
         self.rows = rows // stacked
+        all_gates = tuple(range(stacked))
         self.terms = nn.ModuleList(
-            KroneckerTerm(term, gates, scaled, device, dtype)
-            if stacked == 1
-            else KroneckerTerm(term, tuple(range(stacked)), scaled, device, dtype, stacked=True)
+            KroneckerTerm(term, gates if stacked == 1 else all_gates, scaled, device, dtype, stacked > 1)
             for (term, scaled, _), gates in group_terms(structures).items()
         )
         self.diagonal_gates = tuple(g for g, s in enumerate(structures) if s.diagonal)

@@ -169,12 +169,16 @@ def test_cells_are_one_step(tmp_path: Path, kind: Any, make: Any) -> None:
         np.testing.assert_allclose(a, b.numpy(), atol=1e-5)
 
 
-def test_the_factors_are_what_is_stored(tmp_path: Path) -> None:
-    """A 64x64 gate in two 8x8 factors: the recurrent matrix must not appear in full."""
-    model, _ = kruify.convert(nn.LSTM(4, 64), "8x8,8x8")
+@pytest.mark.parametrize(
+    ("spec", "numbers"),
+    [("8x8,8x8", 4 * 2 * 64), ("stacked:3*(256x1,1x64)", 3 * (256 + 64)), ("stacked:2*(32x8,8x8)", 2 * (256 + 64))],
+)
+def test_the_factors_are_what_is_stored(tmp_path: Path, spec: str, numbers: int) -> None:
+    """The recurrent matrix must not appear in full, nor a factor once for every gate that shares it."""
+    model, _ = kruify.convert(nn.LSTM(4, 64), spec)
     proto = onnx.load(export_onnx(model, tmp_path / "layer.onnx").path)
     sizes = {t.name: int(np.prod(t.dims)) for t in proto.graph.initializer}
-    assert sum(size for name, size in sizes.items() if "weight_hh" in name) == 4 * 2 * 64
+    assert sum(size for name, size in sizes.items() if "weight_hh" in name) == numbers
     assert max(sizes.values()) == 4 * 64 * 4  # weight_ih
 
 
