@@ -322,8 +322,8 @@ def planner() -> list[Row]:
 
     def energy(structures: dict[str, tuple[Structure, ...]]) -> float:
         kept = 0.0
-        for name, (weight, count, _) in matrices.items():
-            for w, s in zip(weight.double().chunk(count), structures[name], strict=True):
+        for name, (weight, _, _) in matrices.items():
+            for w, s in zip(weight.double().chunk(len(structures[name])), structures[name], strict=True):
                 kept += fit(w, s, null=False).energy * float(w.square().sum())
         return kept / total
 
