@@ -76,9 +76,9 @@ def compress(
     """A converted and fine-tuned copy of `dense` that loses at most `max_drop` of the task's metric.
 
     The budget is planned over all recurrent matrices, weighed by the activations on the task, and the structures that
-    recover best in a short trial are taken (kruify.trial). If the network validates
-    worse than allowed after fine-tuning, the layer whose matrices lost most of their output gets twice the parameters
-    (or stays dense), the other layers keep what they learnt, and fine-tuning starts again.
+    recover best in a short trial are taken (kruify.trial). If the network validates worse than allowed after
+    fine-tuning, the layer whose matrices lost most of their output gets twice the parameters (or stays dense), the
+    other layers keep what they learnt, and fine-tuning starts again.
 
     Args:
         dense: the trained network; it is the teacher, and is left alone.

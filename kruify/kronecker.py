@@ -26,7 +26,7 @@ def to_dense(
     scale: Tensor | None = None,  # (gates, rank)
 ) -> Tensor:  # (gates, rows, cols)
     """The dense matrices that the stacked factors stand for, one a gate."""
-    factors = _by_gate(factors)
+    factors = _repeated(factors)
     product = factors[0] if scale is None else factors[0] * scale[..., None, None]
     if len(factors) == 1:
         return product.sum(dim=1)
@@ -40,7 +40,7 @@ def to_dense(
     return flat.reshape(gates, m, n, p, q).permute(0, 1, 3, 2, 4).reshape(gates, m * p, n * q)
 
 
-def _by_gate(factors: Sequence[Tensor]) -> Sequence[Tensor]:
+def _repeated(factors: Sequence[Tensor]) -> Sequence[Tensor]:
     gates = max(factor.shape[0] for factor in factors)
     return [factor.expand(gates, -1, -1, -1) for factor in factors]
 
@@ -57,7 +57,7 @@ def matmul(
     scale: Tensor | None = None,  # (gates, rank)
 ) -> Tensor:  # (..., gates, rows)
     """W[g] @ x for every gate, without forming W: one mode product per factor, the cheapest order first."""
-    factors = _by_gate(factors)
+    factors = _repeated(factors)
     gates, rank = factors[0].shape[:2]
     shapes = [(f.shape[-2], f.shape[-1]) for f in factors]
     sizes = [q for _, q in shapes]

@@ -132,7 +132,7 @@ def _read_layer(data: object, where: str) -> LayerPlan:
                 where,
             )
         scaled = bool(entry.get("scale", False))
-        matrices[weight] = _resolve([specs.get(g) or specs[ALL] for g in gates], layer, weight, scaled)
+        matrices[weight] = _resolve([specs[ALL if ALL in specs else g] for g in gates], layer, weight, scaled)
         if "units" in entry:
             relabelled[weight] = _read_units(entry["units"], layer, weight, where)
     return LayerPlan(layer, matrices, relabelled)

@@ -106,6 +106,11 @@ def broken(change: Any) -> str:
         (lambda d: d["layers"][1]["matrices"].update(weight_hh_l7={}), PlanError, "nearest name is 'weight_hh_l0'"),
         (lambda d: d["layers"][1]["matrices"]["weight_hh_l0"]["gates"].pop("r"), PlanError, "one spec for each gate"),
         (
+            lambda d: d["layers"][1]["matrices"]["weight_hh_l0"]["gates"].update(r=""),
+            FactorSpecError,
+            "decoder.weight_hh_l0 gate r (8x8)",
+        ),
+        (
             lambda d: d["layers"][1]["matrices"]["weight_hh_l0"]["gates"].update(r="3x3"),
             FactorSpecError,
             "decoder.weight_hh_l0 gate r (8x8)",

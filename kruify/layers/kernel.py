@@ -81,13 +81,13 @@ def parameters_of(matrix: KroneckerMatrix, form: Form) -> list[Tensor]:
         assert isinstance(module, KroneckerTerm)
         held = module.factors._parameters  # a ParameterList takes a microsecond an element
         factors = [held[str(i)] for i in p.order] if len(held) == len(p.order) else [module.factors[i] for i in p.order]
-        found += _by_gate(factors, p) if module.stacked else factors  # type: ignore[arg-type]
+        found += _repeated(factors, p) if module.stacked else factors  # type: ignore[arg-type]
         if module.scale is not None:
             found.append(module.scale)
     return found
 
 
-def _by_gate(factors: list[Tensor], p: TermPlan) -> list[Tensor]:
+def _repeated(factors: list[Tensor], p: TermPlan) -> list[Tensor]:
     """What stacked gates share, repeated for each; but for the trailing stage, which the CPU's kernels take once."""
     once = len(factors) - 1 if factors[0].device.type == "cpu" and not p.merges else 0
     gates = factors[0].shape[0]
