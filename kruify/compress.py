@@ -20,7 +20,7 @@ from kruify.locate import RecurrentLayer, locate
 from kruify.plan import Plan
 from kruify.planner import parse_budget
 from kruify.task import Task, measure
-from kruify.trial import SHARE, Trial, candidate_plans, choose_plan
+from kruify.trial import SHARE, Trial, candidates, choose
 
 GROWTH = 2.0  # a layer that costs too much gets so many times its parameters
 DENSE_FROM = 0.5  # a layer that would keep more than this share of its parameters is left dense
@@ -104,15 +104,16 @@ def compress(
     moments = calibrate(dense, task, seed=seed)
     tensors = dense.state_dict()
     baseline = measure(task, dense, "valid", known=True)
-    plans = candidate_plans(tensors, layers, budget, moments=moments, seed=seed)
-    plan, trials = choose_plan(
-        dense, task, plans if trial else plans[:1], moments=moments, share=trial, seed=seed, device=device,
-        on_progress=on_progress, **recipe,
+    found = candidates(tensors, layers, budget, moments=moments, seed=seed)
+    chosen, trials = choose(
+        dense, task, found if trial else found[:1], share=trial, seed=seed, device=device, on_progress=on_progress,
+        **recipe,
     )  # fmt: skip
+    plan = chosen.plan
     result = Compressed(dense, baseline, trials=trials)
     learnt: dict[str, Tensor] = {}
     while True:
-        converted, conversion = convert_module(dense, plan, moments=moments, seed=seed)
+        converted, conversion = convert_module(dense, plan, moments=chosen.moments, seed=seed)
         converted.load_state_dict({**converted.state_dict(), **learnt})
         teacher = copy.deepcopy(dense)
         student = finetune(

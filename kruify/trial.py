@@ -1,4 +1,4 @@
-"""Which of several plans a network recovers from best: each is fine-tuned for a short while.
+"""Which of several conversions a network recovers from best: each is fine-tuned for a short while.
 
 The energy that a structure keeps tells how good it is before fine-tuning, not how well it learns. A network that moves
 far from its teacher does better with few large parts (low rank), one that stays near it with single entries beside
@@ -29,6 +29,14 @@ SHARE = 0.1  # of the epochs, for each candidate
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A conversion to try: a plan, and the moments that its fit is weighted with (None for a plain fit)."""
+
+    plan: Plan
+    moments: Mapping[str, Moments] | None = None
+
+
+@dataclass(frozen=True)
 class Trial:
     """One candidate: its specs, each named once, and the metrics on the validation split after its short training."""
 
@@ -36,15 +44,18 @@ class Trial:
     metrics: dict[str, float]
 
 
-def candidate_plans(
+def candidates(
     tensors: Mapping[str, Tensor],
     layers: Sequence[RecurrentLayer],
     budget: str,
     *,
     moments: Mapping[str, Moments] | None = None,
     seed: int = 0,
-) -> list[Plan]:
+) -> list[Candidate]:
     """What keeps the most energy (kruify.budget), then half low rank of stacked gates, half single entries.
+
+    The second is fitted plainly. Weighted with the moments its entries crowd into the columns that the layer drives
+    most, which is a better start and a worse end: g2p-en at 16x has 0.461 word error (valid) instead of 0.448.
 
     Raises:
         PlanError: the budget cannot be met.
@@ -61,7 +72,7 @@ def candidate_plans(
     }
     mixed = make_plan(layers, "dense", overrides=specs)
     complete = sum(len(item.matrices) for item in mixed.layers) == sum(len(layer.suffixes) for layer in layers)
-    return [planned, mixed] if complete and mixed != planned else [planned]
+    return [Candidate(planned, moments), *([Candidate(mixed)] if complete else [])]
 
 
 def half_and_half(rows: int, cols: int, gates: int, share: float) -> str | None:
@@ -75,40 +86,39 @@ def half_and_half(rows: int, cols: int, gates: int, share: float) -> str | None:
     return f"stacked:{rank}*({gates * rows}x1,1x{cols})+sparse:{percent:.8f}%:1" if rank else None
 
 
-def choose_plan(
+def choose(
     dense: nn.Module,
     task: Task,
-    plans: Sequence[Plan],
+    found: Sequence[Candidate],
     *,
-    moments: Mapping[str, Moments] | None = None,
     share: float = SHARE,
     seed: int = 0,
     device: str | torch.device | None = None,
     on_progress: OnProgress | None = None,
     **recipe: Any,
-) -> tuple[Plan, list[Trial]]:
-    """The plan that validates best after `share` of the recipe's epochs; of equal ones the first.
+) -> tuple[Candidate, list[Trial]]:
+    """The candidate that validates best after `share` of the recipe's epochs; of equal ones the first.
 
     Args:
         dense: the trained network; it is the teacher, and is left alone.
         recipe: options of kruify.finetune.Recipe, for the whole run that the trials are for.
 
     Returns:
-        the plan, and one trial a plan; a single plan is not tried.
+        the candidate, and one trial each; a single candidate is not tried.
     """
-    if len(plans) == 1:
-        return plans[0], []
+    if len(found) == 1:
+        return found[0], []
     epochs = Recipe().changed(**recipe).epochs * share
     trials = []
-    for plan in plans:
-        student = convert_module(dense, plan, moments=moments, seed=seed)[0]
+    for candidate in found:
+        student = convert_module(dense, candidate.plan, moments=candidate.moments, seed=seed)[0]
         options = {**recipe, "epochs": epochs, "evaluate_first": False}
         teacher = copy.deepcopy(dense)
         student = finetune(
             student, task, teacher=teacher, device=device, on_progress=on_progress, seed=seed, **options
         ).model
-        specs = dict.fromkeys(str(s) for _, _, structures in plan.matrices() for s in structures)
+        specs = dict.fromkeys(str(s) for _, _, structures in candidate.plan.matrices() for s in structures)
         trials.append(Trial(list(specs), measure(task, student, "valid")))
     sign = -1 if task.higher_is_better else 1
-    best = min(range(len(plans)), key=lambda i: sign * trials[i].metrics[task.metric])
-    return plans[best], trials
+    best = min(range(len(found)), key=lambda i: sign * trials[i].metrics[task.metric])
+    return found[best], trials

@@ -15,7 +15,7 @@ from kruify.finetune import finetune
 from kruify.locate import locate
 from kruify.plan import Plan, make_plan
 from kruify.task import Task
-from kruify.trial import candidate_plans, choose_plan, half_and_half
+from kruify.trial import Candidate, candidates, choose, half_and_half
 
 
 class Net(nn.Module):
@@ -109,7 +109,7 @@ def numbers(plan: Plan) -> int:
 
 @pytest.mark.parametrize(("budget", "limit"), [("4x", 0.25), ("params=25%,macs=50%", 0.25), ("macs=20%", 0.2)])
 def test_candidates_keep_within_the_budget(trained: nn.Module, budget: str, limit: float) -> None:
-    planned, mixed = candidate_plans(trained.state_dict(), locate(trained).layers, budget)
+    planned, mixed = [c.plan for c in candidates(trained.state_dict(), locate(trained).layers, budget)]
     dense = 2 * 3 * 16 * 16
     if budget != "macs=20%":
         assert numbers(planned) <= limit * dense
@@ -124,7 +124,7 @@ def test_candidates_keep_within_the_budget(trained: nn.Module, budget: str, limi
 def test_where_not_even_rank_one_fits_there_is_nothing_to_try(trained: nn.Module) -> None:
     assert half_and_half(16, 16, 3, 0.1) is None
     assert half_and_half(16, 16, 3, 0.2) == "stacked:1*(48x1,1x16)+sparse:11.58854167%:1"
-    assert len(candidate_plans(trained.state_dict(), locate(trained).layers, "params=10%")) == 1
+    assert len(candidates(trained.state_dict(), locate(trained).layers, "params=10%")) == 1
 
 
 @pytest.mark.parametrize("higher", [False, True])
@@ -133,15 +133,15 @@ def test_the_plan_that_validates_best_is_taken(trained: nn.Module, higher: bool)
         higher_is_better = higher
 
     layers = locate(trained).layers
-    plans = [make_plan(layers, spec) for spec in ("16x1,1x16", "16*(16x1,1x16)", "2x2")]
+    found = [Candidate(make_plan(layers, spec)) for spec in ("16x1,1x16", "16*(16x1,1x16)", "2x2")]
     before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
-    plan, trials = choose_plan(trained, Either(), plans, share=0.2, epochs=2.0, device="cpu")
+    chosen, trials = choose(trained, Either(), found, share=0.2, epochs=2.0, device="cpu")
     torch.testing.assert_close(dict(trained.state_dict()), before, rtol=0, atol=0)
     losses = [trial.metrics["loss"] for trial in trials]
     assert [trial.factors for trial in trials] == [["16x1,1x16"], ["16*(16x1,1x16)"], ["2x2,2x2,2x2,2x2"]]
-    assert plan is plans[losses.index((max if higher else min)(losses))]
+    assert chosen is found[losses.index((max if higher else min)(losses))]
     assert losses[1] == min(losses)  # nothing was lost
-    assert choose_plan(trained, Either(), plans[:1]) == (plans[0], [])
+    assert choose(trained, Either(), found[:1]) == (found[0], [])
 
 
 def test_compress_tries_before_it_trains(trained: nn.Module) -> None:

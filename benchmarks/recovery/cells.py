@@ -18,7 +18,7 @@ from timing import best_times
 from torch import nn
 
 from kruify.api import convert
-from kruify.calibrate import Moments, calibrate
+from kruify.calibrate import calibrate
 from kruify.convert import convert_module, swap
 from kruify.finetune import Progress, finetune
 from kruify.finetune.recurrent import recurrent_layers
@@ -26,7 +26,7 @@ from kruify.layers.matrix import KroneckerMatrix
 from kruify.locate import locate
 from kruify.plan import Plan, make_plan
 from kruify.task import Task, load_task
-from kruify.trial import candidate_plans, choose_plan
+from kruify.trial import Candidate, candidates, choose
 
 
 def run(cell: Cell, cache: Path, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
@@ -52,9 +52,9 @@ def run(cell: Cell, cache: Path, on_progress: Callable[[Progress], None] | None 
         options |= {"epochs": options["epochs"] / 2}
     if method.tried:
         assert teacher is not None
-        plan, moments, entry["trials"] = tried(cell, task, teacher, cache / cell.key, on_progress)
-        entry["plan"] = plan.to_json()
-        model = convert_module(teacher, plan, moments=moments, seed=cell.seed)[0]
+        chosen, entry["trials"] = tried(cell, task, teacher, cache / cell.key, on_progress)
+        entry |= {"plan": chosen.plan.to_json(), "weighted": chosen.moments is not None}
+        model = convert_module(teacher, chosen.plan, moments=chosen.moments, seed=cell.seed)[0]
     else:
         model, task = build(cell, task, teacher)
     if method.start == "int8":
@@ -94,19 +94,18 @@ def run(cell: Cell, cache: Path, on_progress: Callable[[Progress], None] | None 
 
 def tried(
     cell: Cell, task: Task, teacher: nn.Module, folder: Path, on_progress: Callable[[Progress], None] | None
-) -> tuple[Plan, dict[str, Moments], list[dict[str, Any]]]:
-    """The plan that `kruify compress` would train, and what it was chosen on; kept in `folder` for the next time."""
+) -> tuple[Candidate, list[dict[str, Any]]]:
+    """What `kruify compress` would train, and what it was chosen on; kept in `folder` for the next time."""
     moments, file = calibrate(teacher, task, seed=cell.seed), folder / "trials.json"
     if not file.exists():
         layers, budget = locate(teacher).layers, f"params={100 / cell.times:.8f}%"
-        plans = candidate_plans(teacher.state_dict(), layers, budget, moments=moments, seed=cell.seed)
-        plan, trials = choose_plan(
-            teacher, task, plans, moments=moments, device="cpu", on_progress=on_progress, **cell.options
-        )
+        found = candidates(teacher.state_dict(), layers, budget, moments=moments, seed=cell.seed)
+        chosen, trials = choose(teacher, task, found, device="cpu", on_progress=on_progress, **cell.options)
+        known = {"plan": chosen.plan.to_json(), "weighted": chosen.moments is not None}
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"plan": plan.to_json(), "trials": [asdict(trial) for trial in trials]}))
+        file.write_text(json.dumps({**known, "trials": [asdict(trial) for trial in trials]}))
     known = json.loads(file.read_text())
-    return Plan.from_json(known["plan"]), moments, known["trials"]
+    return Candidate(Plan.from_json(known["plan"]), moments if known["weighted"] else None), known["trials"]
 
 
 def build(cell: Cell, task: Task, teacher: nn.Module | None) -> tuple[nn.Module, Task]:
