@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import _VF, Tensor
@@ -21,7 +21,7 @@ def run_padded(layer: KRUBase, x: Tensor, state: State) -> tuple[Tensor, State]:
     """(time, batch, features) through torch.lstm, torch.gru, torch.rnn_tanh or torch.rnn_relu."""
     flat = flat_weights(layer)
     hx = list(state) if layer.kind == "lstm" else state[0]
-    result = _function(layer)(
+    result = _function(layer, x)(
         x, hx, flat, layer.bias, layer.num_layers, layer.dropout, layer.training, layer.bidirectional, False
     )
     return result[0], tuple(result[1:])
@@ -31,7 +31,7 @@ def run_packed(layer: KRUBase, data: Tensor, batch_sizes: Tensor, state: State) 
     """Packed data (sum of batch_sizes, features) through the same functions."""
     flat = flat_weights(layer)
     hx = list(state) if layer.kind == "lstm" else state[0]
-    result = _function(layer)(
+    result = _function(layer, data)(
         data, batch_sizes, hx, flat, layer.bias, layer.num_layers, layer.dropout, layer.training, layer.bidirectional
     )
     return result[0], tuple(result[1:])
@@ -106,7 +106,19 @@ def _formed(matrix: KroneckerMatrix) -> Tensor:
     return formed
 
 
-def _function(layer: KRUBase):  # type: ignore[no-untyped-def]  # torch does not type these
+def breaks_the_graph(layer: KRUBase, x: Tensor) -> bool:
+    """Whether torch.compile leaves torch's own layer out of its graph: oneDNN's LSTM cannot be traced in training."""
+    return layer.kind == "lstm" and not x.is_cuda and torch.is_grad_enabled()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _untraced_lstm(*arguments: Any) -> Any:
+    return _VF.lstm(*arguments)
+
+
+def _function(layer: KRUBase, x: Tensor):  # type: ignore[no-untyped-def]  # torch does not type these
     if layer.kind == "rnn":
         return _VF.rnn_relu if layer.nonlinearity == "relu" else _VF.rnn_tanh
+    if torch.compiler.is_compiling() and breaks_the_graph(layer, x):
+        return _untraced_lstm
     return {"lstm": _VF.lstm, "gru": _VF.gru}[layer.kind]

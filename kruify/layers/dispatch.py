@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kruify.layers import kernel
+from kruify.layers import dense, kernel
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.ops import precision
 
@@ -25,6 +25,8 @@ def pick(layer: KRUBase, steps: int, batch: int, x: Tensor) -> str:
     if kernel_serves(layer, x):
         if x.is_cuda:
             return "kernel" if all(_templates_take(layer, x, k, d) for k, d in layer.directions()) else "dense"
+        if torch.compiler.is_compiling() and dense.breaks_the_graph(layer, x):
+            return "kernel"
         gains = [_gain(matrix, layer.kind, batch) for matrix in layer.recurrent_weights()]
         return "kernel" if min(gains) >= _needed_gain(layer, batch) else "dense"
     if steps == 1 and batch <= 8 and layer.hidden_size >= 512:
