@@ -107,24 +107,24 @@ def numbers(plan: Plan) -> int:
     return sum(s.parameters for _, _, structures in plan.matrices() for s in structures)
 
 
-@pytest.mark.parametrize(("budget", "limit"), [("4x", 0.25), ("params=25%,macs=50%", 0.25), ("macs=20%", 0.2)])
+@pytest.mark.parametrize(("budget", "limit"), [("4x", 0.25), ("params=25%,macs=50%", 0.25), ("macs=40%", 0.4)])
 def test_candidates_keep_within_the_budget(trained: nn.Module, budget: str, limit: float) -> None:
     planned, mixed = [c.plan for c in candidates(trained.state_dict(), locate(trained).layers, budget)]
     dense = 2 * 3 * 16 * 16
-    if budget != "macs=20%":
+    if budget != "macs=40%":
         assert numbers(planned) <= limit * dense
-    assert limit * dense - 4 <= numbers(mixed) <= limit * dense
-    for _, _, (structure,) in mixed.matrices():
+    assert limit * dense - 6 <= numbers(mixed) <= limit * dense
+    for structure in (s for _, _, structures in mixed.matrices() for s in structures):
         (term,) = structure.terms
-        assert term.factors == ((48, 1), (1, 16)) and structure.block == 1
-        # Half and half, but that low rank comes in whole products of 64 numbers.
-        assert 0 <= structure.sparse_blocks - term.parameters <= 2 * 64
+        assert term.factors == ((16, 1), (1, 16)) and structure.block == 1
+        # Half and half, but that low rank comes in whole products of 32 numbers.
+        assert 0 <= structure.sparse_blocks - term.parameters <= 2 * 32
 
 
 def test_where_not_even_rank_one_fits_there_is_nothing_to_try(trained: nn.Module) -> None:
-    assert half_and_half(16, 16, 3, 0.1) is None
-    assert half_and_half(16, 16, 3, 0.2) == "stacked:1*(48x1,1x16)+sparse:11.58854167%:1"
-    assert len(candidates(trained.state_dict(), locate(trained).layers, "params=10%")) == 1
+    assert half_and_half(16, 16, 0.2) is None
+    assert half_and_half(16, 16, 0.25) == "1*(16x1,1x16)+sparse:12.50000000%:1"
+    assert len(candidates(trained.state_dict(), locate(trained).layers, "params=20%")) == 1
 
 
 @pytest.mark.parametrize("higher", [False, True])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from alternation import alternate
-from grid import METHODS, TASKS, Cell
+from grid import BY_GATE, METHODS, TASKS, Cell
 from ledger import where_and_when
 from timing import best_times
 from torch import nn
@@ -29,10 +29,17 @@ from kruify.task import Task, load_task
 from kruify.trial import Candidate, candidates, choose
 
 
-def run(cell: Cell, cache: Path, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
+def run(
+    cell: Cell,
+    cache: Path,
+    on_progress: Callable[[Progress], None] | None = None,
+    known: Callable[[Cell], dict[str, Any] | None] = lambda cell: None,
+) -> dict[str, Any]:
     """Train and measure one cell; an interrupted one continues where it stood.
 
     Args:
+        known: the entry of another cell if there is one. Where a trial chooses what has been trained gate by gate, with
+            the same options and seed, it is that run.
         cache: folder for weights and states of runs; not for git, everything in it can be made again.
     """
     setup, method = TASKS[cell.task], METHODS[cell.method]
@@ -54,6 +61,10 @@ def run(cell: Cell, cache: Path, on_progress: Callable[[Progress], None] | None 
         assert teacher is not None
         chosen, entry["trials"] = tried(cell, task, teacher, cache / cell.key, on_progress)
         entry |= {"plan": chosen.plan.to_json(), "weighted": chosen.moments is not None}
+        twin = replace(cell, method=BY_GATE)
+        same = known(twin)
+        if same and chosen.plan == plan_of(twin, teacher) and not chosen.moments and same["options"] == cell.options:
+            return {**same, **entry, "cell": cell.key, "method": cell.method, "same_run_as": twin.key}
         model = convert_module(teacher, chosen.plan, moments=chosen.moments, seed=cell.seed)[0]
     else:
         model, task = build(cell, task, teacher)
