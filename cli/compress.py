@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     "--trial",
     type=NUMBER,
     metavar="SHARE",
-    help="Share of the epochs for which each structure is tried first; 0 for no trial.  [default: 0.1]",
+    help="Share of the epochs for which each structure is tried first; 0 for no trial.  [default: 0.25]",
 )
 @lr_option
 @device_option

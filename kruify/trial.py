@@ -25,7 +25,7 @@ from kruify.plan import Plan, make_plan
 from kruify.planner import parse_budget
 from kruify.task import Task, measure
 
-SHARE = 0.1  # of the epochs, for each candidate
+SHARE = 0.25  # of the epochs, for each candidate: a tenth chose what ends 2.6 % worse on King James
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class Method:
 
     Attributes:
         spec: structure of the recurrent matrices; None where they stay dense, or are `tried`.
-        tried: several structures are trained for a tenth of the epochs, and the one that validates best is taken
+        tried: several structures are trained for a quarter of the epochs, and the one that validates best is taken
             (kruify.trial): what `kruify compress` does.
         start: "convert" from the dense network, "alternate" (learning-compression, then convert), "random", "dense"
             (it stays dense), "smaller" (dense with fewer units) or "int8".
