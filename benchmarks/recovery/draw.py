@@ -90,10 +90,9 @@ def table(entries: list[Entry]) -> list[str]:
 
 
 def ablations(entries: dict[str, Entry]) -> list[str]:
-    """The default recipe, its structure gate by gate, and that with one thing changed at a time."""
+    """The default recipe with one thing changed at a time."""
     task = next(iter(ABLATIONS.values())).task
     lines = [f"## What each ingredient of the default recipe is worth ({task}, 16x, one seed)", ""]
-    lines += ["A row with a dash is the one above the first of them with this changed.", ""]
     lines += [row([task, "valid", "test"]), "|---|---|---|"]
     for title, cell in ABLATIONS.items():
         e = entries.get(cell.key)
