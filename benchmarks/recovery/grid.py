@@ -263,7 +263,7 @@ CONTROLS = (
     "recipe-random",
     "smaller",
 )
-# What each ingredient of the default recipe is worth on g2p, where the trial takes the structure BY_GATE: one thing changed.
+# What each ingredient of the default recipe is worth on g2p, where the trial takes BY_GATE: one thing changed.
 _RATE = "lr=6e-3,factor_lr=1"  # the recipe's rate, for methods whose own is another
 ABLATIONS = {
     "default recipe": Cell("g2p", RECIPE, 16),
