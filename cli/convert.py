@@ -286,10 +286,12 @@ def _rows(gates: Sequence[GateCounts]) -> list[dict[str, Any]]:
 def _show(out: Output, model: str, result: dict[str, Any]) -> None:
     from rich.table import Table
 
+    from kruify.factors import stacks
+
     specs = {m["factors"] for m in result["matrices"]}
     title = model
     if len(specs) == 1:
-        title += f": {spec}" if (spec := specs.pop()).startswith("stacked:") else f": {spec} in every gate"
+        title += f": {spec}" if stacks(spec := specs.pop()) else f": {spec} in every gate"
     caption = "null: the energy that an unstructured matrix of this size keeps; error: ||W - K|| / ||W||"
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for heading in ("matrix", "gate", "size", *(["factors"] if specs else [])):

@@ -143,9 +143,7 @@ class _Auto:
     rank: int
 
     def resolve(self, rows: int, cols: int, gates: int = 1) -> Term:
-        """Of stacked gates: balanced for one, its first factor as often as there are gates."""
-        (p, q), *rest = balanced(rows // gates, cols, self.count)
-        return Term(((gates * p, q), *rest), self.rank)
+        return Term(balanced(rows, cols, self.count, gates), self.rank)
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,7 @@ def parse(text: str) -> Spec:
     compact = _compact(text)
     if not compact:
         raise FactorSpecError("the factor spec is empty", hint=f"Write for example {GRAMMAR}")
-    stacked = stacks(text)
+    stacked = compact.startswith(STACKED)
     products: list[_Product | _Auto] = []
     diagonal, fraction, block = False, 0.0, None
     for part in compact.removeprefix(STACKED).split("+"):
@@ -293,15 +291,16 @@ def balanced_split(n: int, count: int) -> tuple[int, ...]:
     return best
 
 
-def balanced(rows: int, cols: int, count: int) -> tuple[Shape, ...]:
+def balanced(rows: int, cols: int, count: int, gates: int = 1) -> tuple[Shape, ...]:
     """`count` factor shapes that multiply to (rows, cols), as square and as equal as the sizes allow.
 
     Sizes without divisors are served too: 257 with two factors is 257x257 and 1x1, which is the dense matrix; the 1x1
-    factors are left out.
+    factors are left out. Of stacked gates: the shapes for one, its first factor as often as there are gates.
     """
-    split_rows, split_cols = balanced_split(rows, count), balanced_split(cols, count)
+    split_rows, split_cols = balanced_split(rows // gates, count), balanced_split(cols, count)
     shapes = tuple((p, q) for p, q in zip(split_rows, split_cols, strict=True) if (p, q) != (1, 1))
-    return shapes or ((1, 1),)
+    (p, q), *rest = shapes or ((1, 1),)
+    return (gates * p, q), *rest
 
 
 def two_factor_shapes(rows: int, cols: int) -> Iterator[tuple[Shape, Shape]]:

@@ -125,7 +125,8 @@ def plan_budget(
         return _collect(matrices, gates, chosen)
     limits = parse_budget(budget)
     # A bound on the error is one for every gate: a stack could keep it and one of its gates not.
-    stacks = _stacks(matrices, seed, searches) if max_error is None else []
+    several = any(count > 1 for _, count, _ in matrices.values())
+    stacks = _gates(matrices, seed, searches, stacked=True) if several and max_error is None else []
     total = len(gates) + len(stacks)
     chosen = _allocated(gates, limits, budget, lambda done: _tell(progress, done, total))
     if max_error is not None:
@@ -154,36 +155,24 @@ class _Gate:
         return self.search.rows * self.search.cols
 
 
-def _gates(matrices: Matrices, seed: int, searches: Searches) -> list[_Gate]:
+def _gates(matrices: Matrices, seed: int, searches: Searches, stacked: bool = False) -> list[_Gate]:
+    """Every gate of every matrix, or every matrix with its gates stacked."""
     weighted = [c is not None for _, _, c in matrices.values()]
+    mixed = any(weighted) and not all(weighted)  # energies in different units: every gate counts alike
     found = []
     for name, (weight, count, covariance) in matrices.items():
         if count < 1 or weight.ndim != 2 or weight.shape[0] % count:
             raise PlanError(f"a weight of shape {tuple(weight.shape)} does not hold {count} gates", name)
-        metric = None
-        for number, gate in enumerate(weight.reshape(count, -1, weight.shape[1])):
-            search = searches.get((name, number))
+        together = count if stacked else 1
+        for number, part in enumerate(weight.reshape(count // together, -1, weight.shape[1])):
+            key = (name, -1 if together > 1 else number)
+            search = searches.get(key)
             if search is None:
-                check(gate, Structure(gate.shape[0], gate.shape[1]))
-                metric = metric or metric_of(covariance, weight.shape[1])
-                search = searches[name, number] = Search(gate, metric, seed)
-            mixed = any(weighted) and not all(weighted)  # energies in different units: every gate counts alike
-            found.append(_Gate(name, number, search, 1.0 if mixed else search.total))
-    return found
-
-
-def _stacks(matrices: Matrices, seed: int, searches: Searches) -> list[_Gate]:
-    """The matrices with their gates stacked; none where no matrix has several."""
-    if all(count == 1 for _, count, _ in matrices.values()):
-        return []
-    found = []
-    mixed = len({c is None for _, _, c in matrices.values()}) > 1
-    for name, (weight, count, covariance) in matrices.items():
-        search = searches.get((name, -1))
-        if search is None:
-            metric = metric_of(covariance, weight.shape[1])
-            search = searches[name, -1] = Search(weight, metric, seed, count)
-        found.append(_Gate(name, -1, search, float(count) if mixed else search.total))
+                check(part, Structure(*part.shape))
+                first = searches.get((name, 0))  # one norm serves all of a matrix
+                metric = metric_of(covariance, weight.shape[1]) if first is None else first.metric
+                search = searches[key] = Search(part, metric, seed, together)
+            found.append(_Gate(*key, search, float(together) if mixed else search.total))
     return found
 
 

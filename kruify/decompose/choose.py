@@ -125,8 +125,7 @@ class Search:
         """Single products of three factors and more, for budgets below what two factors need."""
         found: list[Candidate] = []
         for count in range(3, max(self.rows, self.cols).bit_length()):
-            (p, q), *rest = balanced(self.rows // self.gates, self.cols, count)
-            shapes = ((self.gates * p, q), *rest)
+            shapes = balanced(self.rows, self.cols, count, self.gates)
             structure = self._structure(Term(shapes))
             if len(shapes) < 3 or any(c.structure == structure for c in found):
                 continue

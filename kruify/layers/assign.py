@@ -30,12 +30,10 @@ def assign(matrix: KroneckerMatrix, fits: Sequence[Fit]) -> None:
             places = [i for i, t in enumerate(fits[gate].structure.terms) if t == term]
             products = fits[gate].terms[places[occurrence]]
             scale, factors = products if scaled else _folded(products)
-            if module.stacked:
-                first = module.factors[0]
-                first.copy_(factors[0].reshape(first.shape[1], first.shape[0], *first.shape[2:]).transpose(0, 1))
-                factors = [first[row], *factors[1:]]
             for parameter, factor in zip(module.factors, factors, strict=True):
-                parameter[row].copy_(factor)
+                # (gates, rank, P, Q): the one fit of stacked gates holds the rows of them all
+                own = parameter if module.stacked else parameter[row : row + 1]
+                own.copy_(factor.reshape(term.rank, len(own), *own.shape[2:]).transpose(0, 1))
             if module.scale is not None:
                 module.scale[row].copy_(scale)
     if matrix.diagonal is not None:
