@@ -19,6 +19,7 @@ from .options import (
     seed_option,
     task_option,
 )
+from .training import others_option, recipe_options, resume_option
 
 if TYPE_CHECKING:
     from kruify.compress import Attempt, Compressed
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     help="Share of the epochs for which each structure is tried first; 0 for no trial.  [default: 0.25]",
 )
 @lr_option
+@others_option
+@resume_option
 @device_option
 @click.option("-o", "--output", "target", metavar="OUT", required=True, help="File to write.")
 @seed_option
@@ -55,6 +58,8 @@ def compress(
     epochs: float | None,
     trial: float | None,
     lr: float | None,
+    others: tuple[str, ...],
+    resume: str | None,
     device: str | None,
     target: str,
     seed: int,
@@ -89,11 +94,12 @@ def compress(
                 budget,
                 max_drop=max_drop,
                 attempts=attempts,
-                seed=seed,
                 device=device,
                 on_progress=lambda now: advance(now.step, now.steps, f"epoch {now.epoch}/{now.epochs}"),
                 on_attempt=lambda attempt: out.note(_line(attempt, task)),
-                **given(epochs=epochs, trial=trial, lr=lr),
+                resume=resume,
+                **given(trial=trial),
+                **recipe_options(others, seed=seed, epochs=epochs, lr=lr),
             )
         save(done.model, target, source_sha256=checkpoint.sha256, seed=seed)
         metrics = measure(task, done.model, "test")

@@ -14,7 +14,6 @@ from .console import Output, json_option, output, progress
 from .options import (
     NUMBER,
     device_option,
-    given,
     key_option,
     lr_option,
     model_argument,
@@ -23,6 +22,7 @@ from .options import (
     split_option,
     task_option,
 )
+from .training import others_option, recipe_options
 
 if TYPE_CHECKING:
     from kruify.sweep import Point, Sweep
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 @click.option("--dir", "folder", metavar="DIR", help="Where networks and state go.  [default: MODEL.sweep beside it]")
 @click.option("--epochs", type=NUMBER, help="Passes over the train split for each network.  [default: 5]")
 @lr_option
+@others_option
 @click.option("--html", "html_file", metavar="FILE", help="Write a report on all networks, the knee marked.")
 @device_option
 @split_option
@@ -51,6 +52,7 @@ def sweep(
     folder: str | None,
     epochs: float | None,
     lr: float | None,
+    others: tuple[str, ...],
     html_file: str | None,
     device: str | None,
     split: str,
@@ -83,11 +85,10 @@ def sweep(
                 folder or f"{model}.sweep",
                 split=split,
                 source_sha256=checkpoint.sha256,
-                seed=seed,
                 device=device,
                 on_progress=lambda now: advance(now.step, now.steps, f"epoch {now.epoch}/{now.epochs}"),
                 on_point=lambda point: out.note(_line(point, task)),
-                **given(epochs=epochs, lr=lr),
+                **recipe_options(others, seed=seed, epochs=epochs, lr=lr),
             )
         _show(out, done)
         if html_file:

@@ -14,14 +14,18 @@ if TYPE_CHECKING:
     from kruify.finetune import FinetuneResult, Progress
     from kruify.task import Task
 
+others_option = click.option(
+    "--option",
+    "others",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="Any other option of kruify.finetune.Recipe, such as schedule=cosine or patience=3.",
+)
+resume_option = click.option(
+    "--resume", metavar="DIR", help="Keep the state of the run there, and go on from it if it has one."
+)
 _OPTIONS = (
-    click.option(
-        "--option",
-        "others",
-        metavar="NAME=VALUE",
-        multiple=True,
-        help="Any other option of kruify.finetune.Recipe, such as schedule=cosine or patience=3.",
-    ),
+    others_option,
     click.option(
         "--conditioning",
         metavar="FILE.svg",
@@ -30,7 +34,7 @@ _OPTIONS = (
     ),
     click.option("--log-dir", metavar="DIR", help="Write history.csv there, one line a validation."),
     click.option("--tensorboard", is_flag=True, help="Write TensorBoard events to the --log-dir, too."),
-    click.option("--resume", metavar="DIR", help="Keep the state of the run there, and go on from it if it has one."),
+    resume_option,
     device_option,
 )
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,15 +15,17 @@ from torch import Tensor, nn
 
 from kruify.budget import make_budget_plan
 from kruify.calibrate import Moments, calibrate
+from kruify.checkpoint import tensor_bytes
 from kruify.convert import Conversion, convert_module
 from kruify.errors import UsageError
-from kruify.finetune import finetune
+from kruify.finetune import Recipe, finetune
 from kruify.finetune.result import OnProgress
 from kruify.locate import RecurrentLayer, locate
 from kruify.plan import Plan
 from kruify.planner import parse_budget
+from kruify.record import Record
 from kruify.task import Task, measure
-from kruify.trial import SHARE, Trial, candidates, choose
+from kruify.trial import SHARE, Candidate, Trial, candidates, choose
 
 GROWTH = 2.0  # a layer that costs too much gets so many times its parameters
 DENSE_FROM = 0.5  # a layer that would keep more than this share of its parameters is left dense
@@ -71,6 +76,7 @@ def compress(
     device: str | torch.device | None = None,
     on_progress: OnProgress | None = None,
     on_attempt: Callable[[Attempt], None] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     **recipe: Any,
 ) -> Compressed:
     """A converted and fine-tuned copy of `dense` that loses at most `max_drop` of the task's metric.
@@ -87,10 +93,12 @@ def compress(
         attempts: at most so many rounds of fine-tuning.
         trial: share of the epochs for which every candidate structure is tried; 0 takes what keeps the most energy.
         on_attempt: called after every round.
+        resume: a folder for the state of trials and rounds. If it is empty or missing compression begins, else it goes
+            on and ends with the same bits as if it had never been interrupted; `max_drop` and `attempts` may differ.
         recipe: options of kruify.finetune.Recipe, such as epochs.
 
     Raises:
-        UsageError: no recurrent layer, or a bad option.
+        UsageError: no recurrent layer, a bad option, or `resume` holds another compression.
         PlanError: the budget cannot be met.
     """
     if attempts < 1:
@@ -98,26 +106,43 @@ def compress(
     if not 0 <= trial <= 1:
         raise UsageError(f"a trial takes a share of the epochs between 0 and 1, got {trial}", "compress")
     parse_budget(budget)
+    settings = Recipe().changed(seed=seed, **recipe).to_json()
     layers = locate(dense).layers
     if not layers:
         raise UsageError("there is no RNN, LSTM or GRU layer to compress", type(dense).__name__)
-    moments = calibrate(dense, task, seed=seed)
     tensors = dense.state_dict()
+    folder = None if resume is None else Path(resume)
+    record = None
+    if folder is not None:
+        asked = {"task": type(task).__name__, "budget": budget, "trial": trial, "recipe": settings}
+        record = Record(folder, "compression", {"model": _digest(tensors), **asked})
+    moments = calibrate(dense, task, seed=seed)
     baseline = measure(task, dense, "valid", known=True)
-    found = candidates(tensors, layers, budget, moments=moments, seed=seed)
-    chosen, trials = choose(
-        dense, task, found if trial else found[:1], share=trial, seed=seed, device=device, on_progress=on_progress,
-        **recipe,
-    )  # fmt: skip
+    if record is not None and record.found:
+        chosen, trials = _from_json(record.found, moments)
+    else:
+        found = candidates(tensors, layers, budget, moments=moments, seed=seed)
+        chosen, trials = choose(
+            dense, task, found if trial else found[:1], share=trial, seed=seed, device=device, on_progress=on_progress,
+            resume=folder, **recipe,
+        )  # fmt: skip
+        if record is not None:
+            record.keep(**_to_json(chosen, trials))
     plan = chosen.plan
     result = Compressed(dense, baseline, trials=trials)
     learnt: dict[str, Tensor] = {}
     while True:
         converted, conversion = convert_module(dense, plan, moments=chosen.moments, seed=seed)
         converted.load_state_dict({**converted.state_dict(), **learnt})
-        teacher = copy.deepcopy(dense)
         student = finetune(
-            converted, task, teacher=teacher, device=device, on_progress=on_progress, seed=seed, **recipe
+            converted,
+            task,
+            teacher=copy.deepcopy(dense),
+            resume=None if folder is None else folder / f"attempt-{len(result.attempts) + 1}",
+            device=device,
+            on_progress=on_progress,
+            seed=seed,
+            **recipe,
         ).model
         attempt = _attempt(plan, layers, conversion, task, result.baseline, measure(task, student, "valid"))
         result = _with(result, attempt, student, max_drop)
@@ -131,6 +156,26 @@ def compress(
             return result
         state = student.state_dict()
         learnt = {n: t for n, t in state.items() if not n.startswith(f"{worst}.")} if worst else {}
+
+
+def _to_json(chosen: Candidate, trials: list[Trial]) -> dict[str, Any]:
+    weighted = chosen.moments is not None
+    return {"plan": chosen.plan.to_json(), "weighted": weighted, "trials": [asdict(trial) for trial in trials]}
+
+
+def _from_json(known: Mapping[str, Any], moments: Mapping[str, Moments]) -> tuple[Candidate, list[Trial]]:
+    chosen = Candidate(Plan.from_json(known["plan"]), moments if known["weighted"] else None)
+    return chosen, [Trial(**trial) for trial in known["trials"]]
+
+
+def _digest(tensors: Mapping[str, Any]) -> str:
+    """What tells one network from another of equal shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor):
+            digest.update(name.encode())
+            digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
 
 
 def _attempt(

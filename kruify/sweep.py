@@ -16,7 +16,7 @@ from torch import nn
 
 from kruify.budget import make_budget_plan
 from kruify.calibrate import Moments, calibrate
-from kruify.checkpoint import atomic_file, metadata_for, write_safetensors
+from kruify.checkpoint import metadata_for, write_safetensors
 from kruify.convert import convert_module, plan_of
 from kruify.errors import UsageError
 from kruify.finetune import Recipe, finetune
@@ -24,9 +24,8 @@ from kruify.finetune.result import OnProgress
 from kruify.locate import locate
 from kruify.plan import Plan
 from kruify.planner import Searches, parse_budget
+from kruify.record import Record
 from kruify.task import Task, measure
-
-STATE = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -94,16 +93,15 @@ def sweep(
     if not layers:
         raise UsageError("there is no RNN, LSTM or GRU layer to convert", type(dense).__name__)
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"the folder cannot be made ({error.strerror})", folder, "Name another one") from None
     settings = Recipe().changed(seed=seed, **recipe).to_json()
-    state = _State(folder, {"source": source_sha256, "task": type(task).__name__, "split": split, "recipe": settings})
+    record = Record(
+        folder, "sweep", {"model": source_sha256, "task": type(task).__name__, "split": split, "recipe": settings}
+    )
+    known = _known(record)
     points, moments = [], None
     searches: Searches = {}  # the budgets of a curve have half of their fits in common
     for budget in ("dense", *budgets):
-        point = state.known.get(budget)
+        point = known.get(budget)
         if point is None:
             if budget == "dense":
                 count = sum(layer.recurrent_parameters for layer in layers)
@@ -119,11 +117,21 @@ def sweep(
                     dense, task, plan, moments, file, split, source_sha256, seed, device, on_progress, recipe
                 )
                 point = Point(budget, str(file), counts[0], counts[1], metrics)
-            state.add(point)
+            known[budget] = point
+            record.keep(points=[asdict(p) for p in known.values()])
         points.append(point)
         if on_point is not None:
             on_point(point)
     return Sweep(points, task.metric, task.higher_is_better, split, knee(points, task.metric, task.higher_is_better))
+
+
+def _known(record: Record) -> dict[str, Point]:
+    """The points whose networks are still there, by budget."""
+    try:
+        points = [Point(**entry) for entry in record.found.get("points", [])]
+    except TypeError as error:
+        raise UsageError(f"it is no record of a sweep ({error})", record.file, "Name another folder") from None
+    return {p.budget: p for p in points if p.file is None or Path(p.file).exists()}
 
 
 def _make(
@@ -157,33 +165,6 @@ def _make(
     write_safetensors(file, model.state_dict(), metadata)
     counts = int(conversion.parameters["recurrent_after"]), sum(p.numel() for p in model.parameters())
     return measure(task, model, split), counts
-
-
-class _State:
-    """What a folder knows of a sweep, written after every point."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.file, self.settings = folder / STATE, settings
-        self.known: dict[str, Point] = {}
-        if not self.file.exists():
-            return
-        try:
-            data = json.loads(self.file.read_text(encoding="utf-8"))
-            same = data["settings"] == settings
-            self.known = {entry["budget"]: Point(**entry) for entry in data["points"]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"it is no record of a sweep ({error})", self.file, "Name another folder") from None
-        if not same:
-            raise UsageError(
-                "the folder holds a sweep of another model, task or recipe", folder, "Name another folder with --dir"
-            )
-        self.known = {b: p for b, p in self.known.items() if p.file is None or Path(p.file).exists()}
-
-    def add(self, point: Point) -> None:
-        self.known[point.budget] = point
-        data = {"settings": self.settings, "points": [asdict(p) for p in self.known.values()]}
-        with atomic_file(self.file) as file:
-            file.write(json.dumps(data, indent=2).encode())
 
 
 def knee(points: Sequence[Point], metric: str, higher_is_better: bool) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,12 +93,14 @@ def choose(
     seed: int = 0,
     device: str | torch.device | None = None,
     on_progress: OnProgress | None = None,
+    resume: Path | None = None,
     **recipe: Any,
 ) -> tuple[Candidate, list[Trial]]:
     """The candidate that validates best after `share` of the recipe's epochs; of equal ones the first.
 
     Args:
         dense: the trained network; it is the teacher, and is left alone.
+        resume: a folder for the states of the trials, which go on where they stopped.
         recipe: options of kruify.finetune.Recipe, for the whole run that the trials are for.
 
     Returns:
@@ -107,12 +110,17 @@ def choose(
         return found[0], []
     epochs = Recipe().changed(**recipe).epochs * share
     trials = []
-    for candidate in found:
+    for number, candidate in enumerate(found, 1):
         student = convert_module(dense, candidate.plan, moments=candidate.moments, seed=seed)[0]
-        options = {**recipe, "epochs": epochs, "evaluate_first": False}
-        teacher = copy.deepcopy(dense)
         student = finetune(
-            student, task, teacher=teacher, device=device, on_progress=on_progress, seed=seed, **options
+            student,
+            task,
+            teacher=copy.deepcopy(dense),
+            resume=None if resume is None else resume / f"trial-{number}",
+            device=device,
+            on_progress=on_progress,
+            seed=seed,
+            **{**recipe, "epochs": epochs, "evaluate_first": False},
         ).model
         specs = dict.fromkeys(str(s) for _, _, structures in candidate.plan.matrices() for s in structures)
         trials.append(Trial(list(specs), measure(task, student, "valid")))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from kruify.compress import Attempt, compress
+from kruify.compress import Attempt, Compressed, compress
 from kruify.errors import PlanError, UsageError
-from kruify.finetune import finetune
+from kruify.finetune import Progress, finetune
 from kruify.locate import locate
 from kruify.plan import Plan, make_plan
 from kruify.task import Task
@@ -153,3 +154,60 @@ def test_compress_tries_before_it_trains(trained: nn.Module) -> None:
     assert compress(trained, Delay(), "4x", epochs=0.5, trial=0, device="cpu").trials == []
     with pytest.raises(UsageError, match="share of the epochs"):
         compress(trained, Delay(), "4x", trial=2)
+
+
+# --- Going on where it stopped.
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [2, 8, 14, 40])  # in the first trial, in the second, in the first attempt, the second
+def test_resumed_it_ends_with_the_same_bits(trained: nn.Module, tmp_path: Path, at: int) -> None:
+    def run(stop: int | None = None, resume: Path | None = tmp_path) -> tuple[Compressed, int]:
+        seen = 0
+
+        def count(progress: Progress) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == stop:
+                raise Stop
+
+        options = {"max_drop": -1.0, "attempts": 2, "epochs": 2, "save_steps": 1, "device": "cpu"}
+        return compress(trained, Delay(), "4x", resume=resume, on_progress=count, **options), seen
+
+    whole, steps = run(resume=None)
+    with pytest.raises(Stop):
+        run(stop=at)
+    torch.rand(5)
+    resumed, rest = run()
+    assert rest < steps
+    torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+    assert (resumed.attempts, resumed.trials, resumed.best) == (whole.attempts, whole.trials, whole.best)
+    again, none = run()
+    assert none == 0 and again.attempts == whole.attempts
+
+
+def test_a_finished_compression_can_be_given_another_attempt(trained: nn.Module, tmp_path: Path) -> None:
+    options = {"max_drop": -1.0, "epochs": 0.25, "device": "cpu", "resume": tmp_path}
+    one = compress(trained, Delay(), "16x", attempts=1, **options)
+    two = compress(trained, Delay(), "16x", attempts=2, **options)
+    assert two.attempts[:1] == one.attempts and len(two.attempts) == 2
+
+
+def test_the_state_of_another_compression_is_refused(trained: nn.Module, tmp_path: Path) -> None:
+    options = {"epochs": 0.25, "device": "cpu", "resume": tmp_path}
+    compress(trained, Delay(), "4x", **options)
+    other = copy.deepcopy(trained)
+    with torch.no_grad():
+        other.out.bias.add_(1e-3)
+    with pytest.raises(UsageError, match="other model"):
+        compress(other, Delay(), "4x", **options)
+    with pytest.raises(UsageError, match="other budget"):
+        compress(trained, Delay(), "8x", **options)
+    with pytest.raises(UsageError, match="other trial, recipe"):
+        compress(trained, Delay(), "4x", trial=0, lr=1e-3, **options)
+    (tmp_path / "compression.json").write_text("[]")
+    with pytest.raises(UsageError, match="no record of a compression"):
+        compress(trained, Delay(), "4x", **options)

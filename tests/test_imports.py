@@ -13,7 +13,7 @@ PACKAGE = Path(kruify.errors.__file__).parent
 ORDER = [
     "errors", "factors", "kronecker", "ops", "decompose", "layers", "conditioning", "checkpoint", "locate", "plan",
     "planner", "task", "calibrate", "budget", "relabel", "convert", "network", "finetune", "tasks", "evaluate",
-    "report", "export", "verify", "trial", "compress", "sweep", "api", "__init__", "cli", "__main__",
+    "report", "export", "verify", "record", "trial", "compress", "sweep", "api", "__init__", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def test_sweep_and_going_on(tmp_path: Path) -> None:
     both = sweep(task.model(), task, ["2x", "params=25%"], tmp_path / "s", epochs=1)
     assert both.points[:2] == first.points and both.knee is not None
     assert task.evaluations == done + 1  # only the new network
-    with pytest.raises(UsageError, match="another model"):
+    with pytest.raises(UsageError, match="other recipe"):
         sweep(task.model(), task, ["2x"], tmp_path / "s", epochs=2)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from alternation import alternate
+from gradual import START, finetune_gradually
 from grid import BY_GATE, METHODS, TASKS, Cell
 from ledger import where_and_when
 from timing import best_times
@@ -23,7 +24,7 @@ from kruify.convert import convert_module, swap
 from kruify.finetune import Progress, finetune
 from kruify.finetune.recurrent import recurrent_layers
 from kruify.layers.matrix import KroneckerMatrix
-from kruify.locate import locate
+from kruify.locate import RecurrentLayer, locate
 from kruify.plan import Plan, make_plan
 from kruify.task import Task, load_task
 from kruify.trial import Candidate, candidates, choose
@@ -71,16 +72,21 @@ def run(
     if method.start == "int8":
         entry["valid"] = task.evaluate(model, "valid")
     else:
-        result = finetune(
-            model,
-            task,
-            teacher=teacher if method.teacher else None,
-            resume=cache / cell.key,
-            device="cpu",
-            evaluate_first=False,
-            on_progress=on_progress,
-            **options,
-        )
+        taught_by = teacher if method.teacher else None
+        if method.start == "gradual":
+            assert teacher is not None
+            result = finetune_gradually(model, plan_of(cell, teacher), task, taught_by, options, on_progress)
+        else:
+            result = finetune(
+                model,
+                task,
+                teacher=taught_by,
+                resume=cache / cell.key,
+                device="cpu",
+                evaluate_first=False,
+                on_progress=on_progress,
+                **options,
+            )
         entry |= {"valid": result.metrics, "history": result.history, "train_seconds": round(result.seconds, 1)}
         torch.save(model.state_dict(), weights_file(cell, cache))
         (cache / cell.key / "state.pt").unlink(missing_ok=True)
@@ -111,7 +117,9 @@ def tried(
     if not file.exists():
         layers, budget = locate(teacher).layers, f"params={100 / cell.times:.8f}%"
         found = candidates(teacher.state_dict(), layers, budget, moments=moments, seed=cell.seed)
-        chosen, trials = choose(teacher, task, found, device="cpu", on_progress=on_progress, **cell.options)
+        chosen, trials = choose(
+            teacher, task, found, device="cpu", on_progress=on_progress, resume=folder, **cell.options
+        )
         known = {"plan": chosen.plan.to_json(), "weighted": chosen.moments is not None}
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({**known, "trials": [asdict(trial) for trial in trials]}))
@@ -135,7 +143,8 @@ def build(cell: Cell, task: Task, teacher: nn.Module | None) -> tuple[nn.Module,
         model = task.model()
         model.load_state_dict(teacher.state_dict())
         return model, task
-    plan = plan_of(cell, teacher)
+    larger = replace(cell, times=cell.times / START) if method.start == "gradual" else cell
+    plan = plan_of(larger, teacher)
     if method.start == "random":
         return swap(task.model(), plan), task
     return convert(teacher, plan=plan, seed=cell.seed)[0], task
@@ -143,16 +152,22 @@ def build(cell: Cell, task: Task, teacher: nn.Module | None) -> tuple[nn.Module,
 
 def plan_of(cell: Cell, dense: nn.Module) -> Plan:
     """The structure of every matrix that the cell's method and budget ask for."""
-    spec = METHODS[cell.method].spec
+    method = METHODS[cell.method]
+    spec = method.spec
     assert spec is not None
+
+    def wanted(layer: RecurrentLayer, weight: str) -> str:
+        rows, cols = layer.shape(weight)
+        return f"stacked:{spec(len(layer.gates) * rows, cols, times)}" if method.stacked else spec(rows, cols, times)
+
     layers, times = locate(dense).layers, matrix_times(cell, dense)
     weights = [("weight_hh", True), ("weight_ih", cell.whole)]
     specs = {
-        layer.full_name(weight + suffix): spec(*layer.shape(weight + suffix), times)
+        layer.full_name(weight + suffix): wanted(layer, weight + suffix)
         for layer in layers
         for suffix in layer.suffixes
-        for weight, wanted in weights
-        if wanted
+        for weight, factored in weights
+        if factored
     }
     return make_plan(layers, "auto", None, (), (), specs)
 

@@ -97,10 +97,11 @@ class Method:
         spec: structure of the recurrent matrices; None where they stay dense, or are `tried`.
         tried: several structures are trained for a quarter of the epochs, and the one that validates best is taken
             (kruify.trial): what `kruify compress` does.
-        start: "convert" from the dense network, "alternate" (learning-compression, then convert), "random", "dense"
-            (it stays dense), "smaller" (dense with fewer units) or "int8".
+        start: "convert" from the dense network, "alternate" (learning-compression, then convert), "gradual" (more terms
+            than may be kept), "random", "dense" (it stays dense), "smaller" (dense with fewer units) or "int8".
         teacher: whether the dense network teaches.
         options: of the recipe, beside those of the task.
+        stacked: `spec` is of the gates of a matrix as one.
         title: in tables and pictures.
     """
 
@@ -110,6 +111,7 @@ class Method:
     teacher: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     tried: bool = False
+    stacked: bool = False
 
 
 CE = {"distill_logits": 0.0, "distill_hidden": 0.0}  # overlays may be annealed without anything else being taught
@@ -126,6 +128,12 @@ METHODS: dict[str, Method] = {
     ),
     "recipe-dense": Method("dense, trained on as long, default recipe", start="dense", options=RATE),
     "recipe-low-rank": Method("low rank, default recipe", low_rank, teacher=True, options=DEFAULT),
+    "recipe-stacked": Method(
+        "low rank of stacked gates, default recipe", low_rank, teacher=True, options=DEFAULT, stacked=True
+    ),
+    "recipe-low-rank-gradual": Method(
+        "low rank, terms falling, default recipe", low_rank, "gradual", teacher=True, options=DEFAULT
+    ),
     "recipe-pruned": Method("magnitude pruning, default recipe", sparse(1), teacher=True, options=DEFAULT),
     "recipe-pruned-gradual": Method(
         "magnitude pruning, gradual, default recipe", sparse(1), teacher=True, options={**DEFAULT, **ANNEAL}

@@ -7,7 +7,7 @@ from kruify.checkpoint.original import NEEDS_SOURCE, ORIGIN, origin, write_origi
 from kruify.checkpoint.reading import read
 from kruify.checkpoint.target import check_model_target, check_target, write_model
 from kruify.checkpoint.tensors import LazyTensor, Tensors
-from kruify.checkpoint.writing import atomic_file, write_safetensors, write_torch
+from kruify.checkpoint.writing import atomic_file, tensor_bytes, write_safetensors, write_torch
 
 __all__ = [
     "NEEDS_SOURCE",
@@ -23,6 +23,7 @@ __all__ = [
     "metadata_for",
     "origin",
     "read",
+    "tensor_bytes",
     "write_model",
     "write_original",
     "write_safetensors",

@@ -24,3 +24,16 @@ def test_out_of_reach(folder, run):
     assert result.exit_code == 6
     assert "the nearest of 1 attempts loses" in result.stderr
     assert read("small.kru.safetensors").is_kruify  # the nearest network is kept all the same
+
+
+def test_resumed_with_options_of_the_recipe(folder, run, run_json):
+    command = (
+        "compress", "model.pt", "--task", "task.py:Echo", "--budget", "2x", "--epochs", "0.5", "--resume", "state",
+        "--option", "ema=0.5", "-o", "small.kru.safetensors",
+    )  # fmt: skip
+    first = run_json(*command)
+    assert run_json(*command) == first  # nothing is trained again
+    other = run(*command, "--option", "clip=0.5")
+    assert other.exit_code == 2 and "other recipe" in other.stderr
+    twice = run(*command, "--option", "epochs=3")
+    assert twice.exit_code == 2 and "a second time" in twice.stderr
