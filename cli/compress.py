@@ -19,7 +19,7 @@ from .options import (
     seed_option,
     task_option,
 )
-from .training import others_option, recipe_options, resume_option
+from .training import others_option, recipe_options, resume_option, trial_option
 
 if TYPE_CHECKING:
     from kruify.compress import Attempt, Compressed
@@ -35,12 +35,7 @@ if TYPE_CHECKING:
 )
 @click.option("--attempts", type=int, default=4, show_default=True, help="At most so many rounds of fine-tuning.")
 @click.option("--epochs", type=NUMBER, help="Passes over the train split in each round.  [default: 5]")
-@click.option(
-    "--trial",
-    type=NUMBER,
-    metavar="SHARE",
-    help="Share of the epochs for which each structure is tried first; 0 for no trial.  [default: 0.25]",
-)
+@trial_option
 @lr_option
 @others_option
 @resume_option

@@ -14,6 +14,7 @@ from .console import Output, json_option, output, progress
 from .options import (
     NUMBER,
     device_option,
+    given,
     key_option,
     lr_option,
     model_argument,
@@ -22,7 +23,7 @@ from .options import (
     split_option,
     task_option,
 )
-from .training import others_option, recipe_options
+from .training import others_option, recipe_options, trial_option
 
 if TYPE_CHECKING:
     from kruify.sweep import Point, Sweep
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 )
 @click.option("--dir", "folder", metavar="DIR", help="Where networks and state go.  [default: MODEL.sweep beside it]")
 @click.option("--epochs", type=NUMBER, help="Passes over the train split for each network.  [default: 5]")
+@trial_option
 @lr_option
 @others_option
 @click.option("--html", "html_file", metavar="FILE", help="Write a report on all networks, the knee marked.")
@@ -51,6 +53,7 @@ def sweep(
     budgets: str,
     folder: str | None,
     epochs: float | None,
+    trial: float | None,
     lr: float | None,
     others: tuple[str, ...],
     html_file: str | None,
@@ -62,7 +65,8 @@ def sweep(
 ) -> None:
     """Draw the trade-off curve of MODEL under several budgets.
 
-    Each budget is converted and fine-tuned; the knee is where more compression begins to cost.
+    Each budget is converted, with the structure that validates best in a short trial, and fine-tuned; the knee is
+    where more compression begins to cost.
     An interrupted sweep goes on where it stopped when the same command is given again.
     """
     with output(json_only) as out:
@@ -88,6 +92,7 @@ def sweep(
                 device=device,
                 on_progress=lambda now: advance(now.step, now.steps, f"epoch {now.epoch}/{now.epochs}"),
                 on_point=lambda point: out.note(_line(point, task)),
+                **given(trial=trial),
                 **recipe_options(others, seed=seed, epochs=epochs, lr=lr),
             )
         _show(out, done)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import Output
-from .options import device_option, given
+from .options import NUMBER, device_option, given
 
 if TYPE_CHECKING:
     from kruify.finetune import FinetuneResult, Progress
@@ -23,6 +23,12 @@ others_option = click.option(
 )
 resume_option = click.option(
     "--resume", metavar="DIR", help="Keep the state of the run there, and go on from it if it has one."
+)
+trial_option = click.option(
+    "--trial",
+    type=NUMBER,
+    metavar="SHARE",
+    help="Share of the epochs for which each structure is tried first; 0 for no trial.  [default: 0.25]",
 )
 _OPTIONS = (
     others_option,

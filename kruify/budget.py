@@ -42,11 +42,18 @@ def make_budget_plan(
     inputs = "auto" if input_budget else None
     everything = make_plan(layers, "auto", inputs, only, skip)
     names = {part: _matrices(everything, tensors, part, moments) for part in ("weight_hh", "weight_ih")}
+    scaled = {layer.full_name(weight) for layer, weight, structures in everything.matrices() if structures[0].scaled}
     chosen: dict[str, Structures] = {}
     for part, limit in (("weight_hh", budget), ("weight_ih", input_budget)):
         if names[part]:
             found = plan_budget(
-                names[part], limit, max_error=max_error, seed=seed, searches=searches, progress=progress
+                names[part],
+                limit,
+                max_error=max_error,
+                seed=seed,
+                scaled=scaled,
+                searches=searches,
+                progress=progress,
             )
             chosen |= found.structures
     return make_plan(layers, "auto", inputs, only, skip, overrides, chosen)

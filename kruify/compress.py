@@ -25,7 +25,7 @@ from kruify.plan import Plan
 from kruify.planner import parse_budget
 from kruify.record import Record
 from kruify.task import Task, measure
-from kruify.trial import SHARE, Candidate, Trial, candidates, choose
+from kruify.trial import SHARE, Candidate, Trial, candidates, check_share, choose
 
 GROWTH = 2.0  # a layer that costs too much gets so many times its parameters
 DENSE_FROM = 0.5  # a layer that would keep more than this share of its parameters is left dense
@@ -103,8 +103,7 @@ def compress(
     """
     if attempts < 1:
         raise UsageError(f"at least one attempt is needed, got {attempts}", "compress")
-    if not 0 <= trial <= 1:
-        raise UsageError(f"a trial takes a share of the epochs between 0 and 1, got {trial}", "compress")
+    check_share(trial)
     parse_budget(budget)
     settings = Recipe().changed(seed=seed, **recipe).to_json()
     layers = locate(dense).layers
@@ -123,9 +122,8 @@ def compress(
     else:
         found = candidates(tensors, layers, budget, moments=moments, seed=seed)
         chosen, trials = choose(
-            dense, task, found if trial else found[:1], share=trial, seed=seed, device=device, on_progress=on_progress,
-            resume=folder, **recipe,
-        )  # fmt: skip
+            dense, task, found, share=trial, seed=seed, device=device, on_progress=on_progress, resume=folder, **recipe
+        )
         if record is not None:
             record.keep(**_to_json(chosen, trials))
     plan = chosen.plan

@@ -93,6 +93,12 @@ class Plan:
         return Plan([_read_layer(item, where) for item in data["layers"]])
 
 
+def keeps_scales(layer: RecurrentLayer) -> bool:
+    """Whether each product keeps a scale beside its factors: a plain RNN carries its state through W alone, and with
+    the scale apart the factors can stay near unitary."""
+    return layer.kind == "rnn"
+
+
 def by_gate(layer: RecurrentLayer, structures: Structures) -> dict[str, Structure]:
     """Structures by the names of their gates, one of stacked gates by `ALL`."""
     names = (ALL,) if structures[0].gates > 1 else layer.gates
@@ -214,7 +220,7 @@ def make_plan(
             if all(spec in (None, "dense") for spec in specs):
                 continue
             written = [_gate_spec(spec, layer, weight) for spec in specs]
-            matrices[weight] = _resolve(written, layer, weight, layer.kind == "rnn")
+            matrices[weight] = _resolve(written, layer, weight, keeps_scales(layer))
         if matrices:
             plans.append(LayerPlan(layer, matrices))
     return Plan(plans)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -78,6 +78,7 @@ def plan_budget(
     *,
     max_error: float | None = None,
     seed: int = 0,
+    scaled: Collection[str] = (),
     searches: Searches | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> BudgetPlan:
@@ -95,6 +96,7 @@ def plan_budget(
         max_error: bound on the (weighted) relative error ||W - K|| / ||W|| of every gate. Without a budget each gate
             gets the fewest parameters that were found to keep it.
         seed: of the fits of three factors and more.
+        scaled: names of the matrices whose products have a scale of their own, which counts as a parameter.
         searches: a dict that the caller keeps for further plans of the same matrices with the same seed: filled at the
             first one, it spares the others the fits that they have in common. The plans are the same with and without.
         progress: called with (gates and stacks searched, how many there are).
@@ -114,7 +116,7 @@ def plan_budget(
     if max_error is not None and not 0 <= max_error < 1:
         raise PlanError(f"an error bound lies between 0 and 1, got {max_error}")
     searches = {} if searches is None else searches
-    gates = _gates(matrices, seed, searches)
+    gates = _gates(matrices, seed, scaled, searches)
     if budget is None:
         assert max_error is not None
         chosen = []
@@ -126,7 +128,7 @@ def plan_budget(
     limits = parse_budget(budget)
     # A bound on the error is one for every gate: a stack could keep it and one of its gates not.
     several = any(count > 1 for _, count, _ in matrices.values())
-    stacks = _gates(matrices, seed, searches, stacked=True) if several and max_error is None else []
+    stacks = _gates(matrices, seed, scaled, searches, stacked=True) if several and max_error is None else []
     total = len(gates) + len(stacks)
     chosen = _allocated(gates, limits, budget, lambda done: _tell(progress, done, total))
     if max_error is not None:
@@ -155,7 +157,9 @@ class _Gate:
         return self.search.rows * self.search.cols
 
 
-def _gates(matrices: Matrices, seed: int, searches: Searches, stacked: bool = False) -> list[_Gate]:
+def _gates(
+    matrices: Matrices, seed: int, scaled: Collection[str], searches: Searches, stacked: bool = False
+) -> list[_Gate]:
     """Every gate of every matrix, or every matrix with its gates stacked."""
     weighted = [c is not None for _, _, c in matrices.values()]
     mixed = any(weighted) and not all(weighted)  # energies in different units: every gate counts alike
@@ -171,7 +175,7 @@ def _gates(matrices: Matrices, seed: int, searches: Searches, stacked: bool = Fa
                 check(part, Structure(*part.shape))
                 first = searches.get((name, 0))  # one norm serves all of a matrix
                 metric = metric_of(covariance, weight.shape[1]) if first is None else first.metric
-                search = searches[key] = Search(part, metric, seed, together)
+                search = searches[key] = Search(part, metric, seed, together, name in scaled)
             found.append(_Gate(*key, search, float(together) if mixed else search.total))
     return found
 

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from kruify.budget import make_budget_plan
-from kruify.calibrate import Moments, calibrate
+from kruify.calibrate import calibrate
 from kruify.checkpoint import metadata_for, write_safetensors
 from kruify.convert import convert_module, plan_of
 from kruify.errors import UsageError
 from kruify.finetune import Recipe, finetune
 from kruify.finetune.result import OnProgress
 from kruify.locate import locate
-from kruify.plan import Plan
 from kruify.planner import Searches, parse_budget
 from kruify.record import Record
 from kruify.task import Task, measure
+from kruify.trial import SHARE, Candidate, Trial, candidates, check_share, choose
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class Point:
         file: the converted and fine-tuned network; None for the dense one.
         recurrent_parameters, total_parameters: numbers in it.
         metrics: on the split of the sweep.
+        trials: of the structures that were tried for this budget.
     """
 
     budget: str
@@ -44,6 +44,7 @@ class Point:
     recurrent_parameters: int
     total_parameters: int
     metrics: dict[str, float]
+    trials: list[Trial] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def sweep(
     folder: str | PathLike[str],
     *,
     split: str = "test",
+    trial: float = SHARE,
     source_sha256: str = "",
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -71,7 +73,8 @@ def sweep(
     on_point: Callable[[Point], None] | None = None,
     **recipe: Any,
 ) -> Sweep:
-    """Plans, converts, fine-tunes and evaluates `dense` under each budget.
+    """Plans, converts, fine-tunes and evaluates `dense` under each budget, with the structure that recovers best in a
+    short trial (kruify.trial).
 
     The folder keeps every network and what is known so far: an interrupted sweep goes on where it stopped, inside a
     fine-tuning run, too, and further budgets can be added to a finished one.
@@ -79,24 +82,25 @@ def sweep(
     Args:
         dense: the trained network; it is the teacher, and is left alone.
         budgets: such as "2x", "4x", "params=10%" (kruify.planner.parse_budget).
+        trial: share of the epochs for which every candidate structure is tried; 0 takes what keeps the most energy.
         recipe: options of kruify.finetune.Recipe, such as epochs.
 
     Raises:
-        UsageError: a budget is given twice, no recurrent layer, or the folder holds another sweep.
+        UsageError: a budget is given twice, no recurrent layer, a bad option, or the folder holds another sweep.
         PlanError: a budget cannot be met.
     """
     for budget in budgets:
         parse_budget(budget)
     if not budgets or len(set(budgets)) != len(budgets):
         raise UsageError(f"a sweep takes different budgets, got {', '.join(budgets) or 'none'}")
+    check_share(trial)
+    settings = Recipe().changed(seed=seed, **recipe).to_json()
     layers = locate(dense).layers
     if not layers:
         raise UsageError("there is no RNN, LSTM or GRU layer to convert", type(dense).__name__)
     folder = Path(folder)
-    settings = Recipe().changed(seed=seed, **recipe).to_json()
-    record = Record(
-        folder, "sweep", {"model": source_sha256, "task": type(task).__name__, "split": split, "recipe": settings}
-    )
+    asked = {"task": type(task).__name__, "split": split, "trial": trial, "recipe": settings}
+    record = Record(folder, "sweep", {"model": source_sha256, **asked})
     known = _known(record)
     points, moments = [], None
     searches: Searches = {}  # the budgets of a curve have half of their fits in common
@@ -109,14 +113,10 @@ def sweep(
                 point = Point("dense", None, count, total, measure(task, dense, split, known=True))
             else:
                 moments = moments or calibrate(dense, task, seed=seed)
+                found = candidates(dense.state_dict(), layers, budget, moments=moments, seed=seed, searches=searches)
                 file = folder / f"{_safe(budget)}.kru.safetensors"
-                plan = make_budget_plan(
-                    dense.state_dict(), layers, budget, moments=moments, seed=seed, searches=searches
-                )
-                metrics, counts = _make(
-                    dense, task, plan, moments, file, split, source_sha256, seed, device, on_progress, recipe
-                )
-                point = Point(budget, str(file), counts[0], counts[1], metrics)
+                training = {"seed": seed, "device": device, "on_progress": on_progress, **recipe}
+                point = _make(dense, task, budget, found, trial, file, split, source_sha256, training)
             known[budget] = point
             record.keep(points=[asdict(p) for p in known.values()])
         points.append(point)
@@ -128,8 +128,11 @@ def sweep(
 def _known(record: Record) -> dict[str, Point]:
     """The points whose networks are still there, by budget."""
     try:
-        points = [Point(**entry) for entry in record.found.get("points", [])]
-    except TypeError as error:
+        points = [
+            Point(**{**entry, "trials": [Trial(**t) for t in entry["trials"]]})
+            for entry in record.found.get("points", [])
+        ]
+    except (TypeError, KeyError) as error:
         raise UsageError(f"it is no record of a sweep ({error})", record.file, "Name another folder") from None
     return {p.budget: p for p in points if p.file is None or Path(p.file).exists()}
 
@@ -137,34 +140,32 @@ def _known(record: Record) -> dict[str, Point]:
 def _make(
     dense: nn.Module,
     task: Task,
-    plan: Plan,
-    moments: Mapping[str, Moments],
+    budget: str,
+    found: Sequence[Candidate],
+    trial: float,
     file: Path,
     split: str,
     source_sha256: str,
-    seed: int,
-    device: str | torch.device | None,
-    on_progress: OnProgress | None,
-    recipe: Mapping[str, Any],
-) -> tuple[dict[str, float], tuple[int, int]]:
-    """Writes the network of one budget; returns its metrics, its recurrent and all its parameters."""
-    converted, conversion = convert_module(dense, plan, moments=moments, seed=seed)
-    outcome = finetune(
-        converted,
-        task,
-        teacher=copy.deepcopy(dense),
-        resume=file.with_name(file.name.replace(".kru.safetensors", ".run")),
-        device=device,
-        on_progress=on_progress,
-        seed=seed,
-        **recipe,
-    )
+    training: Mapping[str, Any],
+) -> Point:
+    """Writes the network of one budget."""
+    run = file.with_name(file.name.replace(".kru.safetensors", ".run"))
+    chosen, trials = choose(dense, task, found, share=trial, resume=run, **training)
+    converted, conversion = convert_module(dense, chosen.plan, moments=chosen.moments, seed=training["seed"])
+    outcome = finetune(converted, task, teacher=copy.deepcopy(dense), resume=run, **training)
     model = outcome.model.cpu()
     told = {"kruify.history": json.dumps(outcome.history)}
-    metadata = metadata_for(plan_of(model).to_json(), source_sha256=source_sha256, seed=seed, extra=told)
+    plan = plan_of(model).to_json()
+    metadata = metadata_for(plan, source_sha256=source_sha256, seed=training["seed"], extra=told)
     write_safetensors(file, model.state_dict(), metadata)
-    counts = int(conversion.parameters["recurrent_after"]), sum(p.numel() for p in model.parameters())
-    return measure(task, model, split), counts
+    return Point(
+        budget,
+        str(file),
+        recurrent_parameters=int(conversion.parameters["recurrent_after"]),
+        total_parameters=sum(p.numel() for p in model.parameters()),
+        metrics=measure(task, model, split),
+        trials=trials,
+    )
 
 
 def knee(points: Sequence[Point], metric: str, higher_is_better: bool) -> int | None:

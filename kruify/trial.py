@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from kruify.budget import make_budget_plan
 from kruify.calibrate import Moments
 from kruify.convert import convert_module
+from kruify.errors import UsageError
 from kruify.finetune import Recipe, finetune
 from kruify.finetune.result import OnProgress
 from kruify.locate import RecurrentLayer
-from kruify.plan import Plan, make_plan
-from kruify.planner import parse_budget
+from kruify.plan import Plan, keeps_scales, make_plan
+from kruify.planner import Searches, parse_budget
 from kruify.task import Task, measure
 
 SHARE = 0.25  # of the epochs, for each candidate: a tenth chose what ends 2.6 % worse on King James
@@ -45,6 +46,12 @@ class Trial:
     metrics: dict[str, float]
 
 
+def check_share(share: float) -> None:
+    """Raises UsageError for a share of the epochs that makes no sense."""
+    if not 0 <= share <= 1:
+        raise UsageError(f"a trial takes a share of the epochs between 0 and 1, got {share}")
+
+
 def candidates(
     tensors: Mapping[str, Tensor],
     layers: Sequence[RecurrentLayer],
@@ -52,6 +59,7 @@ def candidates(
     *,
     moments: Mapping[str, Moments] | None = None,
     seed: int = 0,
+    searches: Searches | None = None,
 ) -> list[Candidate]:
     """What keeps the most energy (kruify.budget), then half low rank and half single entries in every gate.
 
@@ -61,7 +69,7 @@ def candidates(
     Raises:
         PlanError: the budget cannot be met.
     """
-    planned = make_budget_plan(tensors, layers, budget, moments=moments, seed=seed)
+    planned = make_budget_plan(tensors, layers, budget, moments=moments, seed=seed, searches=searches)
     limits = parse_budget(budget)
     # Both parts take a multiply-add a number, so that one share serves both limits.
     share = min(limit for limit in (limits.parameters, limits.multiply_adds) if limit is not None)
@@ -69,18 +77,18 @@ def candidates(
         layer.full_name(weight): spec
         for layer in layers
         for weight in (f"weight_hh{suffix}" for suffix in layer.suffixes)
-        if (spec := half_and_half(*layer.shape(weight), share)) is not None
+        if (spec := half_and_half(*layer.shape(weight), share, keeps_scales(layer))) is not None
     }
     mixed = make_plan(layers, "dense", overrides=specs)
     complete = sum(len(item.matrices) for item in mixed.layers) == sum(len(layer.suffixes) for layer in layers)
     return [Candidate(planned, moments), *([Candidate(mixed)] if complete else [])]
 
 
-def half_and_half(rows: int, cols: int, share: float) -> str | None:
+def half_and_half(rows: int, cols: int, share: float, scaled: bool = False) -> str | None:
     """A spec of one gate, half of its numbers low rank and half single entries; None where not even rank 1 fits."""
-    numbers = int(share * rows * cols)
-    rank = numbers // (2 * (rows + cols))
-    percent = 100 * (numbers - rank * (rows + cols)) / (rows * cols)
+    numbers, one = int(share * rows * cols), rows + cols + scaled
+    rank = numbers // (2 * one)
+    percent = 100 * (numbers - rank * one) / (rows * cols)
     return f"{rank}*({rows}x1,1x{cols})+sparse:{percent:.8f}%:1" if rank else None
 
 
@@ -104,9 +112,9 @@ def choose(
         recipe: options of kruify.finetune.Recipe, for the whole run that the trials are for.
 
     Returns:
-        the candidate, and one trial each; a single candidate is not tried.
+        the candidate, and one trial each. A single candidate is not tried; with a share of 0 the first is taken.
     """
-    if len(found) == 1:
+    if len(found) == 1 or not share:
         return found[0], []
     epochs = Recipe().changed(**recipe).epochs * share
     trials = []

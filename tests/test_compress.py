@@ -122,6 +122,16 @@ def test_candidates_keep_within_the_budget(trained: nn.Module, budget: str, limi
         assert 0 <= structure.sparse_blocks - term.parameters <= 2 * 32
 
 
+@pytest.mark.parametrize("budget", ["2x", "4x", "8x"])
+def test_the_scales_of_a_plain_rnn_count(budget: str) -> None:
+    torch.manual_seed(0)
+    net = nn.RNN(3, 16, num_layers=2)
+    found = candidates(net.state_dict(), locate(net).layers, budget)
+    assert len(found) == (2 if budget == "2x" else 1)
+    for candidate in found:
+        assert numbers(candidate.plan) <= 2 * 16 * 16 / float(budget[:-1])
+
+
 def test_where_not_even_rank_one_fits_there_is_nothing_to_try(trained: nn.Module) -> None:
     assert half_and_half(16, 16, 0.2) is None
     assert half_and_half(16, 16, 0.25) == "1*(16x1,1x16)+sparse:12.50000000%:1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,10 +47,13 @@ class Search:
     Args:
         matrix: (rows, cols), one gate, or `gates` of them stacked.
         metric: the norm, as `metric_of` makes it.
+        scaled: every product has a number of its own beside its factors (factors.Structure).
     """
 
-    def __init__(self, matrix: Tensor, metric: Plain | Weighted, seed: int = 0, gates: int = 1) -> None:
-        self.gates = gates
+    def __init__(
+        self, matrix: Tensor, metric: Plain | Weighted, seed: int = 0, gates: int = 1, scaled: bool = False
+    ) -> None:
+        self.gates, self.scaled = gates, scaled
         self.matrix = matrix.detach().to("cpu", torch.float64)
         self.rows, self.cols = self.matrix.shape
         self.metric, self.seed = metric, seed
@@ -164,14 +168,14 @@ class Search:
                     terms.append(term)
             if len(terms) < len(shares):
                 continue
-            used = sum(t.parameters for t in terms)
+            used = sum(t.parameters + t.rank * self.scaled for t in terms)
             spare = left - used
             if adds is not None:
                 spare = min(spare, adds - sum(t.multiply_adds for t in terms))
             blocks = max(0, spare) // self.block if overlay else 0
             blocks = min(blocks, self.rows * self.cols // self.block)
             block = self.block if blocks else 1
-            structure = Structure(self.rows, self.cols, tuple(terms), diagonal, blocks, block, gates=self.gates)
+            structure = self._structure(*terms, diagonal=diagonal, sparse_blocks=blocks, block=block)
             if (terms or blocks or diagonal) and structure not in seen and left > 0:
                 seen.add(structure)
                 yield structure
@@ -187,7 +191,7 @@ class Search:
 
     def _term(self, shapes: tuple[Shape, ...], parameters: int, multiply_adds: int | None) -> Term | None:
         one = Term(shapes)
-        rank = parameters // one.parameters
+        rank = parameters // (one.parameters + self.scaled)
         if multiply_adds is not None:
             rank = min(rank, multiply_adds // one.multiply_adds)
         sides = sorted(p * q for p, q in shapes)
@@ -197,8 +201,8 @@ class Search:
             rank = min(rank, limit // max(q for _, q in shapes))
         return Term(shapes, rank) if rank >= 1 else None
 
-    def _structure(self, term: Term) -> Structure:
-        return Structure(self.rows, self.cols, (term,), gates=self.gates)
+    def _structure(self, *terms: Term, **rest: Any) -> Structure:
+        return Structure(self.rows, self.cols, terms, scaled=self.scaled, gates=self.gates, **rest)
 
 
 def choose(
