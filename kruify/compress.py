@@ -111,21 +111,19 @@ def compress(
         raise UsageError("there is no RNN, LSTM or GRU layer to compress", type(dense).__name__)
     tensors = dense.state_dict()
     folder = None if resume is None else Path(resume)
-    record = None
-    if folder is not None:
-        asked = {"task": type(task).__name__, "budget": budget, "trial": trial, "recipe": settings}
-        record = Record(folder, "compression", {"model": _digest(tensors), **asked})
+    asked = {"task": type(task).__name__, "budget": budget, "trial": trial, "recipe": settings}
+    record = Record(folder, "compression", {"model": _digest(tensors), **asked})
     moments = calibrate(dense, task, seed=seed)
     baseline = measure(task, dense, "valid", known=True)
-    if record is not None and record.found:
-        chosen, trials = _from_json(record.found, moments)
+    if record.found:
+        chosen, trials = record.read(lambda found: _from_json(found, moments))
     else:
         found = candidates(tensors, layers, budget, moments=moments, seed=seed)
+        record.keep()
         chosen, trials = choose(
             dense, task, found, share=trial, seed=seed, device=device, on_progress=on_progress, resume=folder, **recipe
         )
-        if record is not None:
-            record.keep(**_to_json(chosen, trials))
+        record.keep(**_to_json(chosen, trials))
     plan = chosen.plan
     result = Compressed(dense, baseline, trials=trials)
     learnt: dict[str, Tensor] = {}
@@ -161,9 +159,9 @@ def _to_json(chosen: Candidate, trials: list[Trial]) -> dict[str, Any]:
     return {"plan": chosen.plan.to_json(), "weighted": weighted, "trials": [asdict(trial) for trial in trials]}
 
 
-def _from_json(known: Mapping[str, Any], moments: Mapping[str, Moments]) -> tuple[Candidate, list[Trial]]:
-    chosen = Candidate(Plan.from_json(known["plan"]), moments if known["weighted"] else None)
-    return chosen, [Trial(**trial) for trial in known["trials"]]
+def _from_json(found: Mapping[str, Any], moments: Mapping[str, Moments]) -> tuple[Candidate, list[Trial]]:
+    chosen = Candidate(Plan.from_json(found["plan"]), moments if found["weighted"] else None)
+    return chosen, [Trial(**trial) for trial in found["trials"]]
 
 
 def _digest(tensors: Mapping[str, Any]) -> str:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kruify.checkpoint import atomic_file
 from kruify.errors import UsageError
+
+Found = TypeVar("Found")
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
 
 
 class Record:
     """One JSON file in a folder: the settings that a job began with, and what it has found so far.
 
     Args:
-        folder: made if it is missing.
+        folder: made if it is missing; None for a job that leaves no state.
         job: "sweep" for `sweep.json`.
         settings: what may not differ between a job and its continuation; numbers, texts, lists and dicts of them.
 
@@ -26,28 +29,45 @@ class Record:
         UsageError: the folder cannot be made, its record cannot be read, or is of a job with other settings.
     """
 
-    def __init__(self, folder: Path, job: str, settings: Mapping[str, Any]) -> None:
-        self.file, self.settings = folder / f"{job}.json", dict(settings)
-        self.found: dict[str, Any] = {}
+    def __init__(self, folder: Path | None, job: str, settings: Mapping[str, Any]) -> None:
+        self.file = None if folder is None else folder / f"{job}.json"
+        self.job, self.settings, self.found = job, dict(settings), dict[str, Any]()
+        if folder is None or self.file is None:
+            return
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"the folder cannot be made ({error.strerror})", folder, "Name another one") from None
         if not self.file.exists():
-            self.keep()
             return
         try:
             data = json.loads(self.file.read_text(encoding="utf-8"))
             before = dict(data.pop("settings"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"it is no record of a {job} ({error})", self.file, "Name another folder") from None
+        except (OSError, *_UNREADABLE) as error:
+            raise self._broken(error) from None
         if different := [name for name, value in self.settings.items() if before.get(name) != value]:
             what = ", ".join(different)
             raise UsageError(f"the folder holds another {job} (other {what})", folder, "Name another folder")
         self.found = data
 
+    def read(self, parse: Callable[[Mapping[str, Any]], Found]) -> Found:
+        """What `parse` makes of `found`.
+
+        Raises:
+            UsageError: it cannot, for want of a key for instance.
+        """
+        try:
+            return parse(self.found)
+        except _UNREADABLE as error:
+            raise self._broken(error) from None
+
+    def _broken(self, error: Exception) -> UsageError:
+        return UsageError(f"it is no record of a {self.job} ({error!r})", self.file, "Name another folder")
+
     def keep(self, **found: Any) -> None:
-        """Add to what is known, and write it, all or nothing."""
+        """Add to what is known, and write it, all or nothing. From the first time on the folder is this job's."""
         self.found |= found
+        if self.file is None:
+            return
         with atomic_file(self.file) as file:
             file.write(json.dumps({"settings": self.settings, **self.found}, indent=2).encode())

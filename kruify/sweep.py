@@ -101,7 +101,7 @@ def sweep(
     folder = Path(folder)
     asked = {"task": type(task).__name__, "split": split, "trial": trial, "recipe": settings}
     record = Record(folder, "sweep", {"model": source_sha256, **asked})
-    known = _known(record)
+    known = record.read(_known)
     points, moments = [], None
     searches: Searches = {}  # the budgets of a curve have half of their fits in common
     for budget in ("dense", *budgets):
@@ -125,15 +125,9 @@ def sweep(
     return Sweep(points, task.metric, task.higher_is_better, split, knee(points, task.metric, task.higher_is_better))
 
 
-def _known(record: Record) -> dict[str, Point]:
+def _known(found: Mapping[str, Any]) -> dict[str, Point]:
     """The points whose networks are still there, by budget."""
-    try:
-        points = [
-            Point(**{**entry, "trials": [Trial(**t) for t in entry["trials"]]})
-            for entry in record.found.get("points", [])
-        ]
-    except (TypeError, KeyError) as error:
-        raise UsageError(f"it is no record of a sweep ({error})", record.file, "Name another folder") from None
+    points = [Point(**{**p, "trials": [Trial(**t) for t in p["trials"]]}) for p in found.get("points", [])]
     return {p.budget: p for p in points if p.file is None or Path(p.file).exists()}
 
 

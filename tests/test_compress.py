@@ -208,6 +208,8 @@ def test_a_finished_compression_can_be_given_another_attempt(trained: nn.Module,
 
 def test_the_state_of_another_compression_is_refused(trained: nn.Module, tmp_path: Path) -> None:
     options = {"epochs": 0.25, "device": "cpu", "resume": tmp_path}
+    with pytest.raises(PlanError):  # nothing has been done yet: the folder is still free
+        compress(trained, Delay(), "10000x", **options)
     compress(trained, Delay(), "4x", **options)
     other = copy.deepcopy(trained)
     with torch.no_grad():
@@ -218,6 +220,8 @@ def test_the_state_of_another_compression_is_refused(trained: nn.Module, tmp_pat
         compress(trained, Delay(), "8x", **options)
     with pytest.raises(UsageError, match="other trial, recipe"):
         compress(trained, Delay(), "4x", trial=0, lr=1e-3, **options)
-    (tmp_path / "compression.json").write_text("[]")
-    with pytest.raises(UsageError, match="no record of a compression"):
-        compress(trained, Delay(), "4x", **options)
+    record = tmp_path / "compression.json"
+    for broken in ("[]", record.read_text().replace('"weighted"', '"heavy"')):
+        record.write_text(broken)
+        with pytest.raises(UsageError, match="no record of a compression"):
+            compress(trained, Delay(), "4x", **options)
