@@ -16,7 +16,7 @@ from kruify.finetune import Progress, finetune
 from kruify.locate import locate
 from kruify.plan import Plan, make_plan
 from kruify.task import Task
-from kruify.trial import Candidate, candidates, choose, half_and_half
+from kruify.trial import Candidate, candidates, choose, first_of_the_best, half_and_half
 
 
 class Net(nn.Module):
@@ -155,12 +155,23 @@ def test_the_plan_that_validates_best_is_taken(trained: nn.Module, higher: bool)
     assert choose(trained, Either(), found[:1]) == (found[0], [])
 
 
+def test_a_small_lead_is_none() -> None:
+    nan, inf = float("nan"), float("inf")
+    assert first_of_the_best([2.00, 1.98], dense=1.5) == 0  # 0.02 of 0.48
+    assert first_of_the_best([2.00, 1.90], dense=1.5) == 1
+    assert first_of_the_best([1.90, 2.00], dense=1.5) == 0
+    assert first_of_the_best([2.00, 1.98], dense=2.5) == 1  # both are better than the dense network
+    assert first_of_the_best([-0.88, -0.90], dense=-0.91) == 1  # accuracies
+    assert first_of_the_best([nan, 1.0, nan], dense=0.5) == 1
+    assert first_of_the_best([nan, inf], dense=nan) == 0
+
+
 def test_compress_tries_before_it_trains(trained: nn.Module) -> None:
     done = compress(trained, Delay(), "4x", epochs=1, device="cpu")
     assert len(done.trials) == 2
-    best = min(done.trials, key=lambda trial: trial.metrics["loss"])
+    best = first_of_the_best([trial.metrics["loss"] for trial in done.trials], done.baseline["loss"])
     built = {str(s) for m in done.model.modules() for s in getattr(m, "structures", ())}
-    assert built == set(best.factors)
+    assert built == set(done.trials[best].factors)
     assert compress(trained, Delay(), "4x", epochs=0.5, trial=0, device="cpu").trials == []
     with pytest.raises(UsageError, match="share of the epochs"):
         compress(trained, Delay(), "4x", trial=2)
