@@ -135,8 +135,8 @@ def choose(
         specs = dict.fromkeys(str(s) for _, _, structures in candidate.plan.matrices() for s in structures)
         trials.append(Trial(list(specs), measure(task, student, "valid")))
     sign = -1 if task.higher_is_better else 1
-    lost = sign * measure(task, dense, "valid", known=True)[task.metric]
-    return found[first_of_the_best([sign * trial.metrics[task.metric] for trial in trials], lost)], trials
+    dense_loss = sign * measure(task, dense, "valid", known=True)[task.metric]
+    return found[first_of_the_best([sign * trial.metrics[task.metric] for trial in trials], dense_loss)], trials
 
 
 def first_of_the_best(losses: Sequence[float], dense: float) -> int:
