@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from kruify.budget import make_budget_plan
 from kruify.calibrate import Moments, calibrate
-from kruify.checkpoint import tensor_bytes
 from kruify.convert import Conversion, convert_module
 from kruify.errors import UsageError
 from kruify.finetune import Recipe, finetune
@@ -23,7 +21,7 @@ from kruify.finetune.result import OnProgress
 from kruify.locate import RecurrentLayer, locate
 from kruify.plan import Plan
 from kruify.planner import parse_budget
-from kruify.record import Record
+from kruify.record import Record, fingerprint
 from kruify.task import Task, measure
 from kruify.trial import SHARE, Candidate, Trial, candidates, check_share, choose
 
@@ -112,7 +110,7 @@ def compress(
     tensors = dense.state_dict()
     folder = None if resume is None else Path(resume)
     asked = {"task": type(task).__name__, "budget": budget, "trial": trial, "recipe": settings}
-    record = Record(folder, "compression", {"model": _digest(tensors), **asked})
+    record = Record(folder, "compression", {"model": fingerprint(tensors), **asked})
     moments = calibrate(dense, task, seed=seed)
     baseline = measure(task, dense, "valid", known=True)
     if record.found:
@@ -162,16 +160,6 @@ def _to_json(chosen: Candidate, trials: list[Trial]) -> dict[str, Any]:
 def _from_json(found: Mapping[str, Any], moments: Mapping[str, Moments]) -> tuple[Candidate, list[Trial]]:
     chosen = Candidate(Plan.from_json(found["plan"]), moments if found["weighted"] else None)
     return chosen, [Trial(**trial) for trial in found["trials"]]
-
-
-def _digest(tensors: Mapping[str, Any]) -> str:
-    """What tells one network from another of equal shapes."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor):
-            digest.update(name.encode())
-            digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
 
 
 def _attempt(

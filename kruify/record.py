@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kruify.checkpoint import atomic_file
+from torch import Tensor
+
+from kruify.checkpoint import atomic_file, tensor_bytes
 from kruify.errors import UsageError
 
 Found = TypeVar("Found")
@@ -71,3 +74,13 @@ class Record:
             return
         with atomic_file(self.file) as file:
             file.write(json.dumps({"settings": self.settings, **self.found}, indent=2).encode())
+
+
+def fingerprint(state: Mapping[str, Any]) -> str:
+    """sha256 of the tensors in a state dict and their names: what tells a network from another of equal shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        if isinstance(tensor, Tensor):
+            digest.update(name.encode())
+            digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()

@@ -22,7 +22,7 @@ from kruify.finetune import Recipe, finetune
 from kruify.finetune.result import OnProgress
 from kruify.locate import locate
 from kruify.planner import Searches, parse_budget
-from kruify.record import Record
+from kruify.record import Record, fingerprint
 from kruify.task import Task, measure
 from kruify.trial import SHARE, Candidate, Trial, candidates, check_share, choose
 
@@ -100,7 +100,7 @@ def sweep(
         raise UsageError("there is no RNN, LSTM or GRU layer to convert", type(dense).__name__)
     folder = Path(folder)
     asked = {"task": type(task).__name__, "split": split, "trial": trial, "recipe": settings}
-    record = Record(folder, "sweep", {"model": source_sha256, **asked})
+    record = Record(folder, "sweep", {"model": fingerprint(dense.state_dict()), **asked})
     known = record.read(_known)
     points, moments = [], None
     searches: Searches = {}  # the budgets of a curve have half of their fits in common

@@ -65,6 +65,11 @@ def test_sweep_and_going_on(tmp_path: Path) -> None:
     assert task.evaluations == done + 1  # only the new network
     with pytest.raises(UsageError, match="other recipe"):
         sweep(task.model(), task, ["2x"], tmp_path / "s", epochs=2)
+    other = task.model()
+    with torch.no_grad():
+        next(other.parameters()).add_(1e-3)
+    with pytest.raises(UsageError, match="other model"):
+        sweep(other, task, ["2x"], tmp_path / "s", epochs=1)
 
 
 def test_refusals(tmp_path: Path) -> None:
