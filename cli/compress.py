@@ -24,6 +24,7 @@ from .training import others_option, recipe_options, resume_option, trial_option
 if TYPE_CHECKING:
     from kruify.compress import Attempt, Compressed
     from kruify.task import Task
+    from kruify.trial import Trial
 
 
 @click.command()
@@ -91,6 +92,7 @@ def compress(
                 attempts=attempts,
                 device=device,
                 on_progress=lambda now: advance(now.step, now.steps, f"epoch {now.epoch}/{now.epochs}"),
+                on_trial=lambda trial: out.note(_trial(trial, task)),
                 on_attempt=lambda attempt: out.note(_line(attempt, task)),
                 resume=resume,
                 **given(trial=trial),
@@ -120,6 +122,10 @@ def compress(
             )
 
 
+def _trial(trial: Trial, task: Task) -> str:
+    return f"trial of {', '.join(trial.factors)}: {task.metric} {trial.metrics[task.metric]:.4f}"
+
+
 def _line(attempt: Attempt, task: Task) -> str:
     return f"{attempt.recurrent_ratio:.1f}x smaller: {task.metric} worse by {attempt.drop:.4f} on the validation split"
 
@@ -140,6 +146,6 @@ def _show(out: Output, done: Compressed, task: Task, metrics: dict[str, float], 
             f"{attempt.drop:.4f}",
         )
     for trial in done.trials:
-        out.show(f"trial of {', '.join(trial.factors)}: {task.metric} {trial.metrics[task.metric]:.4f}")
+        out.show(_trial(trial, task))
     figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     out.show(table, f"wrote {target} (*): {figures} on the test split")

@@ -73,6 +73,7 @@ def compress(
     seed: int = 0,
     device: str | torch.device | None = None,
     on_progress: OnProgress | None = None,
+    on_trial: Callable[[Trial], None] | None = None,
     on_attempt: Callable[[Attempt], None] | None = None,
     resume: str | os.PathLike[str] | None = None,
     **recipe: Any,
@@ -90,6 +91,7 @@ def compress(
         max_drop: in units of `task.metric`, on the validation split; None takes the first attempt as it is.
         attempts: at most so many rounds of fine-tuning.
         trial: share of the epochs for which every candidate structure is tried; 0 takes what keeps the most energy.
+        on_trial: called after every trial.
         on_attempt: called after every round.
         resume: a folder for the state of trials and rounds. If it is empty or missing compression begins, else it goes
             on and ends with the same bits as if it had never been interrupted; `max_drop` and `attempts` may differ.
@@ -119,8 +121,9 @@ def compress(
         found = candidates(tensors, layers, budget, moments=moments, seed=seed)
         record.keep()
         chosen, trials = choose(
-            dense, task, found, share=trial, seed=seed, device=device, on_progress=on_progress, resume=folder, **recipe
-        )
+            dense, task, found, share=trial, seed=seed, device=device, on_progress=on_progress, on_trial=on_trial,
+            resume=folder, **recipe,
+        )  # fmt: skip
         record.keep(**_to_json(chosen, trials))
     plan = chosen.plan
     result = Compressed(dense, baseline, trials=trials)

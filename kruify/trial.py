@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,7 @@ def choose(
     seed: int = 0,
     device: str | torch.device | None = None,
     on_progress: OnProgress | None = None,
+    on_trial: Callable[[Trial], None] | None = None,
     resume: Path | None = None,
     **recipe: Any,
 ) -> tuple[Candidate, list[Trial]]:
@@ -110,6 +111,7 @@ def choose(
 
     Args:
         dense: the trained network; it is the teacher, and is left alone.
+        on_trial: called after every trial.
         resume: a folder for the states of the trials, which go on where they stopped.
         recipe: options of kruify.finetune.Recipe, for the whole run that the trials are for.
 
@@ -134,6 +136,8 @@ def choose(
         ).model
         specs = dict.fromkeys(str(s) for _, _, structures in candidate.plan.matrices() for s in structures)
         trials.append(Trial(list(specs), measure(task, student, "valid")))
+        if on_trial is not None:
+            on_trial(trials[-1])
     sign = -1 if task.higher_is_better else 1
     dense_loss = sign * measure(task, dense, "valid", known=True)[task.metric]
     return found[first_of_the_best([sign * trial.metrics[task.metric] for trial in trials], dense_loss)], trials

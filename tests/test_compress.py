@@ -16,7 +16,7 @@ from kruify.finetune import Progress, finetune
 from kruify.locate import locate
 from kruify.plan import Plan, make_plan
 from kruify.task import Task
-from kruify.trial import Candidate, candidates, choose, first_of_the_best, half_and_half
+from kruify.trial import Candidate, Trial, candidates, choose, first_of_the_best, half_and_half
 
 
 class Net(nn.Module):
@@ -167,8 +167,9 @@ def test_a_small_lead_is_none() -> None:
 
 
 def test_compress_tries_before_it_trains(trained: nn.Module) -> None:
-    done = compress(trained, Delay(), "4x", epochs=1, device="cpu")
-    assert len(done.trials) == 2
+    told: list[Trial] = []
+    done = compress(trained, Delay(), "4x", epochs=1, device="cpu", on_trial=told.append)
+    assert len(done.trials) == 2 and told == done.trials
     best = first_of_the_best([trial.metrics["loss"] for trial in done.trials], done.baseline["loss"])
     built = {str(s) for m in done.model.modules() for s in getattr(m, "structures", ())}
     assert built == set(done.trials[best].factors)
