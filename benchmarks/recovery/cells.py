@@ -68,7 +68,8 @@ def run(
             return {**same, **entry, "cell": cell.key, "method": cell.method, "same_run_as": twin.key}
         model = convert_module(teacher, chosen.plan, moments=chosen.moments, seed=cell.seed)[0]
     else:
-        model, task = build(cell, task, teacher)
+        begun = replace(cell, times=cell.times / START) if method.start == "gradual" else cell
+        model, task = build(begun, task, teacher)
     if method.start == "int8":
         entry["valid"] = task.evaluate(model, "valid")
     else:
@@ -128,7 +129,7 @@ def tried(
 
 
 def build(cell: Cell, task: Task, teacher: nn.Module | None) -> tuple[nn.Module, Task]:
-    """The network of a cell before training, and the task that it is trained on."""
+    """A network of the size of a cell's, before training, and the task that it is trained on."""
     setup, method = TASKS[cell.task], METHODS[cell.method]
     torch.manual_seed(cell.seed)
     if method.start == "scratch":
@@ -143,8 +144,7 @@ def build(cell: Cell, task: Task, teacher: nn.Module | None) -> tuple[nn.Module,
         model = task.model()
         model.load_state_dict(teacher.state_dict())
         return model, task
-    larger = replace(cell, times=cell.times / START) if method.start == "gradual" else cell
-    plan = plan_of(larger, teacher)
+    plan = plan_of(cell, teacher)
     if method.start == "random":
         return swap(task.model(), plan), task
     return convert(teacher, plan=plan, seed=cell.seed)[0], task
