@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from kruify.plan import Plan
 from kruify.planner import parse_budget
 from kruify.record import Record, fingerprint
 from kruify.task import Task, measure
-from kruify.trial import SHARE, Candidate, Trial, candidates, check_share, choose
+from kruify.trial import SHARE, Trial, candidates, check_share, choose, from_json, to_json
 
 GROWTH = 2.0  # a layer that costs too much gets so many times its parameters
 DENSE_FROM = 0.5  # a layer that would keep more than this share of its parameters is left dense
@@ -115,32 +115,24 @@ def compress(
     record = Record(folder, "compression", {"model": fingerprint(tensors), **asked})
     moments = calibrate(dense, task, seed=seed)
     baseline = measure(task, dense, "valid", known=True)
+    training = {"seed": seed, "device": device, "on_progress": on_progress, **recipe}
     if record.found:
-        chosen, trials = record.read(lambda found: _from_json(found, moments))
+        chosen, trials = record.read(lambda found: from_json(found, moments))
     else:
         found = candidates(tensors, layers, budget, moments=moments, seed=seed)
         record.keep()
         chosen, trials = choose(
-            dense, task, found, share=trial, seed=seed, device=device, on_progress=on_progress, on_trial=on_trial,
-            resume=folder, **recipe,
-        )  # fmt: skip
-        record.keep(**_to_json(chosen, trials))
+            dense, task, found, share=trial, baseline=baseline, on_trial=on_trial, resume=folder, **training
+        )
+        record.keep(**to_json(chosen, trials))
     plan = chosen.plan
     result = Compressed(dense, baseline, trials=trials)
     learnt: dict[str, Tensor] = {}
     while True:
         converted, conversion = convert_module(dense, plan, moments=chosen.moments, seed=seed)
         converted.load_state_dict({**converted.state_dict(), **learnt})
-        student = finetune(
-            converted,
-            task,
-            teacher=copy.deepcopy(dense),
-            resume=None if folder is None else folder / f"attempt-{len(result.attempts) + 1}",
-            device=device,
-            on_progress=on_progress,
-            seed=seed,
-            **recipe,
-        ).model
+        state_of = None if folder is None else folder / f"attempt-{len(result.attempts) + 1}"
+        student = finetune(converted, task, teacher=copy.deepcopy(dense), resume=state_of, **training).model
         attempt = _attempt(plan, layers, conversion, task, result.baseline, measure(task, student, "valid"))
         result = _with(result, attempt, student, max_drop)
         if on_attempt is not None:
@@ -153,16 +145,6 @@ def compress(
             return result
         state = student.state_dict()
         learnt = {n: t for n, t in state.items() if not n.startswith(f"{worst}.")} if worst else {}
-
-
-def _to_json(chosen: Candidate, trials: list[Trial]) -> dict[str, Any]:
-    weighted = chosen.moments is not None
-    return {"plan": chosen.plan.to_json(), "weighted": weighted, "trials": [asdict(trial) for trial in trials]}
-
-
-def _from_json(found: Mapping[str, Any], moments: Mapping[str, Moments]) -> tuple[Candidate, list[Trial]]:
-    chosen = Candidate(Plan.from_json(found["plan"]), moments if found["weighted"] else None)
-    return chosen, [Trial(**trial) for trial in found["trials"]]
 
 
 def _attempt(

@@ -35,8 +35,9 @@ class Record:
     def __init__(self, folder: Path | None, job: str, settings: Mapping[str, Any]) -> None:
         self.file = None if folder is None else folder / f"{job}.json"
         self.job, self.settings, self.found = job, dict(settings), dict[str, Any]()
-        if folder is None or self.file is None:
+        if self.file is None:
             return
+        folder = self.file.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

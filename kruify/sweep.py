@@ -103,6 +103,7 @@ def sweep(
     record = Record(folder, "sweep", {"model": fingerprint(dense.state_dict()), **asked})
     known = record.read(_known)
     points, moments = [], None
+    training = {"seed": seed, "device": device, "on_progress": on_progress, **recipe}
     searches: Searches = {}  # the budgets of a curve have half of their fits in common
     for budget in ("dense", *budgets):
         point = known.get(budget)
@@ -115,7 +116,6 @@ def sweep(
                 moments = moments or calibrate(dense, task, seed=seed)
                 found = candidates(dense.state_dict(), layers, budget, moments=moments, seed=seed, searches=searches)
                 file = folder / f"{_safe(budget)}.kru.safetensors"
-                training = {"seed": seed, "device": device, "on_progress": on_progress, **recipe}
                 point = _make(dense, task, budget, found, trial, file, split, source_sha256, training)
             known[budget] = point
             record.keep(points=[asdict(p) for p in known.values()])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ def choose(
     found: Sequence[Candidate],
     *,
     share: float = SHARE,
+    baseline: Mapping[str, float] | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     on_progress: OnProgress | None = None,
@@ -111,6 +112,7 @@ def choose(
 
     Args:
         dense: the trained network; it is the teacher, and is left alone.
+        baseline: metrics of `dense` on the validation split, where they are known.
         on_trial: called after every trial.
         resume: a folder for the states of the trials, which go on where they stopped.
         recipe: options of kruify.finetune.Recipe, for the whole run that the trials are for.
@@ -139,8 +141,21 @@ def choose(
         if on_trial is not None:
             on_trial(trials[-1])
     sign = -1 if task.higher_is_better else 1
-    dense_loss = sign * measure(task, dense, "valid", known=True)[task.metric]
-    return found[first_of_the_best([sign * trial.metrics[task.metric] for trial in trials], dense_loss)], trials
+    baseline = baseline or measure(task, dense, "valid", known=True)
+    losses = [sign * trial.metrics[task.metric] for trial in trials]
+    return found[first_of_the_best(losses, sign * baseline[task.metric])], trials
+
+
+def to_json(chosen: Candidate, trials: Sequence[Trial]) -> dict[str, Any]:
+    """What `choose` gave, but for the moments, which `calibrate` gives again."""
+    weighted = chosen.moments is not None
+    return {"plan": chosen.plan.to_json(), "weighted": weighted, "trials": [asdict(trial) for trial in trials]}
+
+
+def from_json(found: Mapping[str, Any], moments: Mapping[str, Moments]) -> tuple[Candidate, list[Trial]]:
+    """The other way."""
+    chosen = Candidate(Plan.from_json(found["plan"]), moments if found["weighted"] else None)
+    return chosen, [Trial(**trial) for trial in found["trials"]]
 
 
 def first_of_the_best(losses: Sequence[float], dense: float) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from kruify.layers.matrix import KroneckerMatrix
 from kruify.locate import RecurrentLayer, locate
 from kruify.plan import Plan, make_plan
 from kruify.task import Task, load_task
-from kruify.trial import Candidate, candidates, choose
+from kruify.trial import Candidate, candidates, choose, from_json, to_json
 
 
 def run(
@@ -60,8 +60,8 @@ def run(
         options |= {"epochs": options["epochs"] / 2}
     if method.tried:
         assert teacher is not None
-        chosen, entry["trials"] = tried(cell, task, teacher, cache / cell.key, on_progress)
-        entry |= {"plan": chosen.plan.to_json(), "weighted": chosen.moments is not None}
+        chosen, kept = tried(cell, task, teacher, cache / cell.key, on_progress)
+        entry |= kept
         twin = replace(cell, method=BY_GATE)
         same = known(twin)
         if same and chosen.plan == plan_of(twin, teacher) and not chosen.moments and same["options"] == cell.options:
@@ -112,7 +112,7 @@ def run(
 
 def tried(
     cell: Cell, task: Task, teacher: nn.Module, folder: Path, on_progress: Callable[[Progress], None] | None
-) -> tuple[Candidate, list[dict[str, Any]]]:
+) -> tuple[Candidate, dict[str, Any]]:
     """What `kruify compress` would train, and what it was chosen on; kept in `folder` for the next time."""
     moments, file = calibrate(teacher, task, seed=cell.seed), folder / "trials.json"
     if not file.exists():
@@ -121,11 +121,10 @@ def tried(
         chosen, trials = choose(
             teacher, task, found, device="cpu", on_progress=on_progress, resume=folder, **cell.options
         )
-        known = {"plan": chosen.plan.to_json(), "weighted": chosen.moments is not None}
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({**known, "trials": [asdict(trial) for trial in trials]}))
-    known = json.loads(file.read_text())
-    return Candidate(Plan.from_json(known["plan"]), moments if known["weighted"] else None), known["trials"]
+        file.write_text(json.dumps(to_json(chosen, trials)))
+    kept = json.loads(file.read_text())
+    return from_json(kept, moments)[0], kept
 
 
 def build(cell: Cell, task: Task, teacher: nn.Module | None) -> tuple[nn.Module, Task]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kruify.finetune import Recipe
-from kruify.finetune.anneal import OverlayAnnealing
+from kruify.finetune.anneal import OverlayAnnealing, exchange, still_to_go
 from kruify.finetune.ema import Average
 from kruify.finetune.finetune import phases_of
 from kruify.finetune.processes import Processes
@@ -23,7 +23,7 @@ from kruify.layers.matrix import KroneckerMatrix, KroneckerTerm
 from kruify.plan import Plan
 from kruify.task import Task
 
-START, UNTIL, EVENTS = 4.0, 0.6, 100
+START, UNTIL = 4.0, 0.6
 
 
 @dataclass
@@ -70,7 +70,7 @@ class FallingTerms:
     def prune(self, progress: float, optimizer: torch.optim.Optimizer, average: Average | None) -> None:
         """Zhu & Gupta's cubic schedule; the moments of Adam turn with the terms."""
         assert average is None
-        left = (1 - int(min(1.0, progress / UNTIL) * EVENTS) / EVENTS) ** 3
+        left = still_to_go(progress, UNTIL)
         for item in self.items:
             rank = item.last + round(left * (item.first - item.last))
             if rank < item.term.term.rank:
@@ -88,9 +88,7 @@ def _reduce(item: _Item, rank: int, optimizer: torch.optim.Optimizer) -> None:
     _set_rank(item, [_turned(old[0], turn_a), _turned(old[1], turn_b)])
     # The gradient of a factor is one of M times the other factor, so its moments turn as the other factor does.
     for before, after, turn in zip(old, item.term.factors, (turn_b, turn_a), strict=True):
-        for group in optimizer.param_groups:
-            group["params"] = [after if p is before else p for p in group["params"]]
-        if state := optimizer.state.pop(before, None):
+        if state := exchange(optimizer, before, after):
             state["exp_avg"] = _turned(state["exp_avg"], turn)
             state["exp_avg_sq"] = _turned(state["exp_avg_sq"], turn.square())
             optimizer.state[after] = state

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,8 +100,7 @@ class OverlayAnnealing:
 
     def wanted(self, item: _Item, progress: float) -> list[int]:
         """Blocks a gate at `progress`; it falls in EVENTS steps."""
-        share = min(1.0, progress / self.until) if self.until > 0 else 1.0
-        left = (1 - int(share * EVENTS) / EVENTS) ** 3
+        left = still_to_go(progress, self.until)
         return [n + round(left * max(0, round(self.start * item.possible) - n)) if n else 0 for n in item.final]
 
     @torch.no_grad()
@@ -162,6 +162,12 @@ class OverlayAnnealing:
             )
 
 
+def still_to_go(progress: float, until: float) -> float:
+    """Share of what has to be pruned by `until` that is still there at `progress` (Zhu & Gupta 2017)."""
+    share = min(1.0, progress / until) if until > 0 else 1.0
+    return (1 - int(share * EVENTS) / EVENTS) ** 3
+
+
 def strongest(
     blocks: Tensor,  # (n, block)
     gate: Tensor,  # (n,)
@@ -177,10 +183,16 @@ def strongest(
     return torch.cat(kept).sort().values
 
 
-def _replace(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, keep: Tensor) -> None:
+def exchange(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> dict[str, Any] | None:
+    """Puts `new` where `old` was; returns the state of `old`, None where it has none, for the caller to carry over."""
     for group in optimizer.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]
-    state = optimizer.state.pop(old, None)
+    state: dict[str, Any] | None = optimizer.state.pop(old, None)
+    return state
+
+
+def _replace(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, keep: Tensor) -> None:
+    state = exchange(optimizer, old, new)
     if state is not None:
         rows = len(old)
         optimizer.state[new] = {
