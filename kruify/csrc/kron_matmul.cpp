@@ -1,9 +1,8 @@
-// The operators `kron_matmul`, `kron_product` and their gradients: the bare product of a Kronecker matrix with many rows.
+// The operators `kron_matmul` and `kron_matmul_backward`: the product of a Kronecker matrix with many rows.
 #include <algorithm>
 #include <tuple>
 
 #include "linear.h"
-#include "merge.h"
 
 namespace kruify {
 namespace {
@@ -97,39 +96,10 @@ Gradients kron_matmul_backward(const Tensor& grad, const Tensor& x, const std::v
   return (single ? &run_backward<float> : &run_backward<double>)(grad, x, stages, diagonal, overlay, index, bias, layout);
 }
 
-// One product of plain factors (P, Q), merged on the way.
-std::vector<int64_t> layout_of(const std::vector<Tensor>& stages) {
-  int64_t rows = 1, cols = 1;
-  for (const Tensor& s : stages) rows = times(rows, s.size(2)), cols = times(cols, s.size(3));
-  return {1, rows, cols, 0, 1, int64_t(stages.size()), 1, 0};
-}
-
-void check_plain(const std::vector<Tensor>& factors) {
-  for (const Tensor& f : factors) STD_TORCH_CHECK(f.dim() == 2, "kruify::kron_product: every factor must have shape (P, Q)");
-}
-
-Tensor kron_product(const Tensor& x, const std::vector<Tensor>& factors, const std::vector<int64_t>& groups) {
-  check_plain(factors);
-  const std::vector<Tensor> stages = merge(factors, std::nullopt, groups);
-  return kron_matmul(x, stages, std::nullopt, std::nullopt, std::nullopt, std::nullopt, layout_of(stages), 0);
-}
-
-Gradients kron_product_backward(const Tensor& grad, const Tensor& x, const std::vector<Tensor>& factors,
-                                const std::vector<int64_t>& groups) {
-  check_plain(factors);
-  const std::vector<Tensor> stages = merge(factors, std::nullopt, groups);
-  auto [grad_x, grads] =
-      kron_matmul_backward(grad, x, stages, std::nullopt, std::nullopt, std::nullopt, std::nullopt, layout_of(stages), 0);
-  return {grad_x, merge_backward(grads, factors, std::nullopt, groups)};
-}
-
 }  // namespace
 }  // namespace kruify
 
 STABLE_TORCH_LIBRARY_IMPL(kruify, CPU, m) {
-  m.impl("kron_product", TORCH_BOX(&kruify::kron_product));
-  m.impl("kron_product_forward", TORCH_BOX(&kruify::kron_product));
-  m.impl("kron_product_backward", TORCH_BOX(&kruify::kron_product_backward));
   m.impl("kron_matmul", TORCH_BOX(&kruify::kron_matmul));
   m.impl("kron_matmul_forward", TORCH_BOX(&kruify::kron_matmul));
   m.impl("kron_matmul_backward", TORCH_BOX(&kruify::kron_matmul_backward));

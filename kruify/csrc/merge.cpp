@@ -1,7 +1,7 @@
 // The operators `merge` and `merge_backward`: tiny factors multiplied into stages of a good size.
 #include <algorithm>
 
-#include "merge.h"
+#include "checks.h"
 
 namespace kruify {
 namespace {
@@ -40,10 +40,10 @@ void kron_backward(const T* g, const T* a, Shape sa, const T* b, Shape sb, T* ga
     }
 }
 
-// A factor is (gates, rank, P, Q), or (P, Q) alone.
-int64_t products(const Tensor& f) { return f.dim() == 2 ? 1 : f.size(0) * f.size(1); }
-int64_t rows(const Tensor& f) { return f.size(f.dim() - 2); }
-int64_t columns(const Tensor& f) { return f.size(f.dim() - 1); }
+// A factor is (gates, rank, P, Q).
+int64_t products(const Tensor& f) { return f.size(0) * f.size(1); }
+int64_t rows(const Tensor& f) { return f.size(2); }
+int64_t columns(const Tensor& f) { return f.size(3); }
 
 struct Group {
   size_t first, last;  // factors [first, last)
@@ -60,8 +60,8 @@ std::vector<Group> groups_of(const std::vector<Tensor>& factors, const Optional&
     Group g{next, next + size_t(size), 1, 1};
     for (; next < g.last; ++next) {
       const Tensor& f = factors[next];
-      const bool fits = f.is_cpu() && f.scalar_type() == dtype && f.dim() == factors[0].dim() &&
-                        (f.dim() == 2 || (f.dim() == 4 && f.size(0) == factors[0].size(0) && f.size(1) == factors[0].size(1)));
+      const bool fits = f.is_cpu() && f.scalar_type() == dtype && f.dim() == 4 && f.size(0) == factors[0].size(0) &&
+                        f.size(1) == factors[0].size(1);
       STD_TORCH_CHECK(fits, "kruify::merge: every factor must have shape (gates, rank, P, Q), with the same gates, rank and dtype");
       g.p = times(g.p, rows(f)), g.q = times(g.q, columns(f));
     }
@@ -70,7 +70,7 @@ std::vector<Group> groups_of(const std::vector<Tensor>& factors, const Optional&
   }
   STD_TORCH_CHECK(next == factors.size(), "kruify::merge: the groups do not cover the factors");
   if (scale)
-    STD_TORCH_CHECK(factors[0].dim() == 4 && scale->dim() == 2 && scale->is_cpu() && scale->scalar_type() == dtype && scale->size(0) == factors[0].size(0) &&
+    STD_TORCH_CHECK(scale->dim() == 2 && scale->is_cpu() && scale->scalar_type() == dtype && scale->size(0) == factors[0].size(0) &&
                         scale->size(1) == factors[0].size(1),
                     "kruify::merge: the scale must have shape (gates, rank) and the factors' dtype");
   return groups;
@@ -110,10 +110,9 @@ std::vector<Tensor> run(const std::vector<Tensor>& given, const Optional& scale_
   Optional scale;
   if (scale_given) scale = contiguous({*scale_given})[0];
   const int64_t n = products(factors[0]);
-  const bool single = factors[0].dim() == 2;
   std::vector<Tensor> stages;
   for (const Group& g : groups) {
-    Tensor stage = empty_like(factors[0], {single ? 1 : factors[0].size(0), single ? 1 : factors[0].size(1), g.p, g.q});
+    Tensor stage = empty_like(factors[0], {factors[0].size(0), factors[0].size(1), g.p, g.q});
     T* out = mutable_pointer<T>(stage);
     const int64_t size = g.p * g.q;
     Buffer<T> memory(chain_size(factors, g));
@@ -134,10 +133,9 @@ std::vector<Tensor> run_backward(const std::vector<Tensor>& grads_given, const s
   STD_TORCH_CHECK(grads_given.size() == groups.size(), "kruify::merge_backward: one gradient a stage");
   std::vector<Tensor> all = given, results;
   if (scale_given) all.push_back(*scale_given);
-  const bool single = given[0].dim() == 2;
   for (size_t k = 0; k < groups.size(); ++k)
-    checked("a stage's gradient", grads_given[k], given[0].scalar_type(), single ? 1 : given[0].size(0), single ? 1 : given[0].size(1),
-            groups[k].p, groups[k].q);
+    checked("a stage's gradient", grads_given[k], given[0].scalar_type(), given[0].size(0), given[0].size(1), groups[k].p,
+            groups[k].q);
   const std::vector<Tensor> factors = contiguous(all), grads = contiguous(grads_given);
   for (const Tensor& t : factors) {
     results.push_back(empty_as(t));
@@ -174,8 +172,6 @@ std::vector<Tensor> run_backward(const std::vector<Tensor>& grads_given, const s
   return results;
 }
 
-}  // namespace
-
 std::vector<Tensor> merge(const std::vector<Tensor>& factors, const Optional& scale, const std::vector<int64_t>& groups) {
   STD_TORCH_CHECK(!factors.empty(), "kruify::merge: no factors");
   const bool single = floating("merge", factors[0]) == torch::headeronly::ScalarType::Float;
@@ -189,6 +185,7 @@ std::vector<Tensor> merge_backward(const std::vector<Tensor>& grads, const std::
   return (single ? &run_backward<float> : &run_backward<double>)(grads, factors, scale, groups);
 }
 
+}  // namespace
 }  // namespace kruify
 
 STABLE_TORCH_LIBRARY_IMPL(kruify, CPU, m) {

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kruify import kronecker
 from kruify.errors import UsageError
 from kruify.ops import library, reference
 from kruify.ops.layout import decode
@@ -33,8 +32,6 @@ SCHEMAS = {
     "kron_matmul_backward": f"(Tensor grad, Tensor x, {_MATRIX}, {_PRECISION}) -> (Tensor, Tensor[])",
     "dense": f"({_WEIGHTS}) -> Tensor",
     "dense_backward": f"(Tensor grad, {_WEIGHTS}) -> Tensor[]",
-    "kron_product": "(Tensor x, Tensor[] factors, int[] groups) -> Tensor",
-    "kron_product_backward": "(Tensor grad, Tensor x, Tensor[] factors, int[] groups) -> (Tensor, Tensor[])",
     "recurrence": f"(Tensor x, Tensor? w_ih, Tensor? bias_ih, {_STATE}, {_MATRIX}, str kind,"
     f" bool reverse, bool training, {_PRECISION}) -> (Tensor out, Tensor hT, Tensor cT, Tensor workspace)",
     "recurrence_backward": "(Tensor? grad_out, Tensor? grad_hT, Tensor? grad_cT, Tensor out, Tensor workspace,"
@@ -48,7 +45,7 @@ SCHEMAS = {
 
 _torch: Any = torch  # torch.library and torch._check carry no types
 # The same without derivatives: registering any for an operator costs every call of it a round trip through Python.
-_WITHOUT = ("merge", "dense", "kron_matmul", "kron_product", "recurrence")
+_WITHOUT = ("merge", "dense", "kron_matmul", "recurrence")
 SCHEMAS |= {f"{name}_forward": SCHEMAS[name] for name in _WITHOUT}
 
 _definitions = _torch.library.Library("kruify", "DEF")
@@ -355,62 +352,6 @@ def _kron_derivative(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd("kruify::kron_matmul", _kron_derivative, setup_context=_kron_context)
 
 
-# kron_product
-
-
-def _plain_product(tensors: list[Any]) -> Tensor:
-    x, *factors = tensors
-    y: Tensor = kronecker.matmul(x, [f[None, None] for f in factors])
-    return y.squeeze(-2)
-
-
-@_fallback("kron_product")
-def _kron_product(x: Tensor, factors: list[Tensor], groups: list[int]) -> Tensor:
-    return _plain_product([x, *factors]).clone()
-
-
-@_fallback("kron_product_backward")
-def _kron_product_backward(
-    grad: Tensor, x: Tensor, factors: list[Tensor], groups: list[int]
-) -> tuple[Tensor, list[Tensor]]:
-    with _autograd():
-        grad_x, *grads = gradients(lambda t: [_plain_product(t)], [x, *factors], [grad])
-    return grad_x.clone(), [g.clone() for g in grads]
-
-
-@_fake("kruify::kron_product")
-def _kron_product_fake(x: Tensor, factors: list[Tensor], groups: list[int]) -> Tensor:
-    rows = cols = 1
-    for f in factors:
-        rows, cols = rows * f.shape[0], cols * f.shape[1]
-    _torch._check(x.shape[-1] == cols, lambda: f"kron_product: x has {x.shape[-1]} columns, the factors {cols}")
-    return x.new_empty(*x.shape[:-1], rows)
-
-
-@_fake("kruify::kron_product_backward")
-def _kron_product_backward_fake(
-    grad: Tensor, x: Tensor, factors: list[Tensor], groups: list[int]
-) -> tuple[Tensor, list[Tensor]]:
-    return x.new_empty(x.shape), [f.new_empty(f.shape) for f in factors]
-
-
-def _kron_product_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, factors, ctx.groups = inputs
-    ctx.save_for_backward(x, *factors)
-
-
-def kron_product_derivative(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, *factors = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        grad_x, *grads = gradients(lambda t: [_plain_product(t)], [x, *factors], [grad], create_graph=True)
-    else:
-        grad_x, grads = torch.ops.kruify.kron_product_backward(grad, x, factors, ctx.groups)
-    return grad_x, grads, None
-
-
-torch.library.register_autograd("kruify::kron_product", kron_product_derivative, setup_context=_kron_product_context)
-
-
 # recurrence
 
 
@@ -608,7 +549,7 @@ torch.library.register_autograd("kruify::recurrence", _recurrence_derivative, se
 
 
 # Under autocast the operators work on float32, whatever their inputs are rounded to; `precision` says how exactly.
-for _name in ("kron_matmul", "kron_product", "recurrence"):
+for _name in ("kron_matmul", "recurrence"):
     for _variant in (_name, f"{_name}_forward"):
         for _device in ("cpu", "cuda"):
             _torch.library.register_autocast(f"kruify::{_variant}", _device, torch.float32)

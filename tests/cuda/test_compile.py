@@ -19,7 +19,6 @@ REGISTERS = """
 import torch
 from kruify.ops import operators
 names = "merge merge_forward merge_backward kron_matmul kron_matmul_forward kron_matmul_backward".split()
-names += "kron_product kron_product_forward kron_product_backward".split()
 names += "recurrence recurrence_forward recurrence_backward".split()
 has = lambda n: torch._C._dispatch_has_kernel_for_dispatch_key("kruify::" + n, "CUDA")
 assert not any(map(has, names))

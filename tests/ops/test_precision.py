@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from kruify.layers import KRUGRU, KRULSTM, KRURNN, kernel
 from kruify.layers.base import KRUBase
-from kruify.ops import kron_matmul, precision
+from kruify.ops import Layout, TermLayout, precision
 
 pytestmark = pytest.mark.usefixtures("compiled")
 LOWER = (torch.bfloat16, torch.float16)
@@ -153,16 +153,23 @@ def test_compiled_under_autocast() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_the_bare_product_under_autocast_is_float32() -> None:
-    factors = [torch.randn(4, 4, requires_grad=True), torch.randn(8, 8, requires_grad=True)]
+def test_the_product_under_autocast_is_float32() -> None:
+    factors = [torch.randn(1, 1, n, n, requires_grad=True) for n in (4, 8)]
+    layout = Layout(1, 32, 32, (), (TermLayout(2, (0,)),)).encode()
+
+    def product(x: Tensor) -> Tensor:
+        operator = torch.ops.kruify.kron_matmul if torch.is_grad_enabled() else torch.ops.kruify.kron_matmul_forward
+        result: Tensor = operator(x, factors, None, None, None, None, layout)
+        return result
+
     x = torch.randn(5, 32)
-    wanted = kron_matmul(x, factors)
+    wanted = product(x)
     grads = torch.autograd.grad(wanted.square().sum(), factors)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = kron_matmul(x.bfloat16(), factors)
+        found = product(x.bfloat16())
         with torch.no_grad():
-            assert torch.equal(kron_matmul(x, factors), wanted)
+            assert torch.equal(product(x), wanted)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, kron_matmul(x.bfloat16().float(), factors))
+    torch.testing.assert_close(found, product(x.bfloat16().float()))
     for a, b in zip(torch.autograd.grad(found.square().sum(), factors), grads, strict=True):
         assert (a - b).norm() <= 0.02 * b.norm()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ops_cases import MATRICES, recurrence_arguments
 from torch import Tensor
 
-from kruify.ops import Layout, TermLayout, kron_matmul
+from kruify.ops import Layout, TermLayout
 from kruify.ops.stages import plan
 
 OPS = torch.ops.kruify
@@ -111,33 +111,11 @@ def test_merge_is_kron(groups: list[list[tuple[int, int]]], scaled: bool, rank: 
         torch.testing.assert_close(a, w)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(shapes, min_size=1, max_size=4), st.integers(0, 5))
-def test_one_product_of_plain_factors(sizes: list[tuple[int, int]], rows: int) -> None:
-    factors = [torch.randn(p, q, dtype=torch.float64, requires_grad=True) for p, q in sizes]
-    dense = functools.reduce(torch.kron, factors)
-    x = torch.randn(rows, dense.shape[1], dtype=torch.float64, requires_grad=True)
-    want, actual = x @ dense.T, kron_matmul(x, factors)
-    torch.testing.assert_close(actual, want)
-    upstream = torch.randn_like(want)
-    inputs = [x, *factors]
-    for a, w in zip(
-        torch.autograd.grad(actual, inputs, upstream), torch.autograd.grad(want, inputs, upstream), strict=True
-    ):
-        torch.testing.assert_close(a, w)
-    with torch.no_grad():
-        torch.testing.assert_close(kron_matmul(x, factors), want)
-
-
 def test_second_derivatives_and_opcheck() -> None:
     factors = [torch.randn(1, 2, p, q, dtype=torch.float64, requires_grad=True) for p, q in [(2, 2), (1, 3), (2, 1)]]
     scale = torch.randn(1, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda *t: OPS.merge(list(t[:3]), t[3], [2, 1]), [*factors, scale])
     torch.library.opcheck(OPS.merge, (factors, scale, [2, 1]))
-    plain = [f.detach()[0, 0].requires_grad_() for f in factors]
-    torch.library.opcheck(OPS.kron_product, (torch.randn(2, 6, dtype=torch.float64), plain, [1, 2]))
-    rows = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x, *f: kron_matmul(x, f), [rows, *plain])
     arguments = recurrence_arguments("gru", "tiny", (1,))[6:12]
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(OPS.kron_matmul, (x, *arguments))

@@ -1,25 +1,24 @@
-// The factors of `merge` and `kron_product`, checked, and what is made of them.
+// The factors of `merge`, checked, and what is made of them.
 #pragma once
 
 #include "arguments.cuh"
 
 namespace kruify::cuda {
 
-// Factors (pairs, P, Q): of merge (gates, rank, P, Q), of kron_product (P, Q).
+// Factors (gates, rank, P, Q); a pair is one (gate, rank).
 struct FactorArguments {
   std::vector<Tensor> factors, scale;
   std::vector<size_t> first{0};  // of each group
-  std::vector<int64_t> leading;  // the stages' shape but for their rows and columns
+  int64_t gates, rank;
 
-  FactorArguments(const std::vector<Tensor>& given, const Optional& scale_given, const std::vector<int64_t>& groups, int64_t dimensions) {
+  FactorArguments(const std::vector<Tensor>& given, const Optional& scale_given, const std::vector<int64_t>& groups) {
     STD_TORCH_CHECK(!given.empty() && !groups.empty(), "kruify: no factors");
     const Tensor& like = given[0];
     STD_TORCH_CHECK(like.scalar_type() == ScalarType::Float || like.scalar_type() == ScalarType::Double, "kruify: the kernels take float32 and float64");
-    STD_TORCH_CHECK(like.dim() == dimensions, "kruify: a factor must have ", dimensions, " dimensions, got ", like.dim());
-    if (dimensions == 4) leading = {like.size(0), like.size(1)};
-    for (const Tensor& f : given)
-      factors.push_back(dimensions == 4 ? checked("a factor", f, like, {leading[0], leading[1], -1, -1}) : checked("a factor", f, like, {-1, -1}));
-    if (scale_given) scale.push_back(checked("the scale", *scale_given, like, {leading.at(0), leading.at(1)}));
+    STD_TORCH_CHECK(like.dim() == 4, "kruify: a factor must have 4 dimensions (gates, rank, P, Q), got ", like.dim());
+    gates = like.size(0), rank = like.size(1);
+    for (const Tensor& f : given) factors.push_back(checked("a factor", f, like, {gates, rank, -1, -1}));
+    if (scale_given) scale.push_back(checked("the scale", *scale_given, like, {gates, rank}));
     for (int64_t size : groups) {
       STD_TORCH_CHECK(size > 0 && size <= static_cast<int64_t>(given.size() - first.back()), "kruify: the groups do not cover the factors");
       first.push_back(first.back() + size);
@@ -33,9 +32,9 @@ struct FactorArguments {
     }
     STD_TORCH_CHECK(first.back() == given.size(), "kruify: the groups do not cover the factors");
   }
-  int64_t pairs() const { return leading.empty() ? 1 : leading[0] * leading[1]; }
-  int64_t rows(size_t k) const { return factors[k].size(factors[k].dim() - 2); }
-  int64_t columns(size_t k) const { return factors[k].size(factors[k].dim() - 1); }
+  int64_t pairs() const { return gates * rank; }
+  int64_t rows(size_t k) const { return factors[k].size(2); }
+  int64_t columns(size_t k) const { return factors[k].size(3); }
   size_t groups() const { return first.size() - 1; }
 
   template <class T>
@@ -46,14 +45,14 @@ struct FactorArguments {
     if (group == 0 && !scale.empty()) chain.add(data<T>(scale[0]), 1, 1);
     return chain;
   }
-  // The stages; always (gates, rank, rows, columns).
+  // The stages, (gates, rank, rows, columns).
   std::vector<Tensor> merged(Machine& machine) const {
     std::vector<Tensor> stages;
     for (size_t g = 0; g < groups(); ++g)
       typed(factors[0], [&](auto zero) {
         using T = decltype(zero);
         const Chain<T> one = chain<T>(g);
-        stages.push_back(empty(factors[0], {leading.empty() ? 1 : leading[0], leading.empty() ? 1 : leading[1], one.rows, one.cols}));
+        stages.push_back(empty(factors[0], {gates, rank, one.rows, one.cols}));
         machine.run(MergeChain<T>{one, writable<T>(stages.back())});
       });
     return stages;
@@ -69,7 +68,7 @@ struct FactorArguments {
         using T = decltype(zero);
         const Chain<T> one = chain<T>(g);
         STD_TORCH_CHECK(grads[g].dim() == 4, "kruify: the gradient of a stage must have 4 dimensions");
-        const Tensor grad = checked("the gradient of a stage", grads[g], factors[0], {leading.empty() ? 1 : leading[0], leading.empty() ? 1 : leading[1], one.rows, one.cols});
+        const Tensor grad = checked("the gradient of a stage", grads[g], factors[0], {gates, rank, one.rows, one.cols});
         std::vector<T*> to;
         for (size_t k = first[g]; k < first[g + 1]; ++k) to.push_back(writable<T>(found[k]));
         if (g == 0 && !scale.empty()) to.push_back(writable<T>(found.back()));

@@ -59,38 +59,15 @@ std::tuple<Tensor, std::vector<Tensor>> kron_matmul_backward(Tensor grad, Tensor
 }
 
 std::vector<Tensor> merge(std::vector<Tensor> factors, Optional scale, std::vector<int64_t> groups) {
-  const FactorArguments given(factors, scale, groups, 4);
+  const FactorArguments given(factors, scale, groups);
   Machine machine(factors[0]);
   return given.merged(machine);
 }
 
 std::vector<Tensor> merge_backward(std::vector<Tensor> grads, std::vector<Tensor> factors, Optional scale, std::vector<int64_t> groups) {
-  const FactorArguments given(factors, scale, groups, 4);
+  const FactorArguments given(factors, scale, groups);
   Machine machine(factors[0]);
   return given.backward(machine, grads);
-}
-
-// One term of one gate, whose stages are the merged factors.
-std::vector<int64_t> layout_of(const std::vector<Tensor>& stages) {
-  int64_t rows = 1, cols = 1;
-  for (const Tensor& s : stages) rows *= s.size(2), cols *= s.size(3);
-  return {1, rows, cols, 0, 1, static_cast<int64_t>(stages.size()), 1, 0};
-}
-
-Tensor kron_product(Tensor x, std::vector<Tensor> factors, std::vector<int64_t> groups) {
-  const FactorArguments given(factors, std::nullopt, groups, 2);
-  Machine machine(factors[0]);
-  const std::vector<Tensor> stages = given.merged(machine);
-  return kron_matmul(x, stages, std::nullopt, std::nullopt, std::nullopt, std::nullopt, layout_of(stages), kFloat32);
-}
-
-std::tuple<Tensor, std::vector<Tensor>> kron_product_backward(Tensor grad, Tensor x, std::vector<Tensor> factors, std::vector<int64_t> groups) {
-  const FactorArguments given(factors, std::nullopt, groups, 2);
-  Machine machine(factors[0]);
-  const std::vector<Tensor> stages = given.merged(machine);
-  auto [grad_x, grads] =
-      kron_matmul_backward(grad, x, stages, std::nullopt, std::nullopt, std::nullopt, std::nullopt, layout_of(stages), kFloat32);
-  return {grad_x, given.backward(machine, grads)};
 }
 
 bool template_fits(int64_t gates, int64_t rank, int64_t rows1, int64_t rows2, bool training, int64_t precision, int64_t device) {
@@ -211,9 +188,6 @@ STABLE_TORCH_LIBRARY_IMPL(kruify, CUDA, m) {
   m.impl("merge", TORCH_BOX(&kruify::cuda::merge));
   m.impl("merge_forward", TORCH_BOX(&kruify::cuda::merge));
   m.impl("merge_backward", TORCH_BOX(&kruify::cuda::merge_backward));
-  m.impl("kron_product", TORCH_BOX(&kruify::cuda::kron_product));
-  m.impl("kron_product_forward", TORCH_BOX(&kruify::cuda::kron_product));
-  m.impl("kron_product_backward", TORCH_BOX(&kruify::cuda::kron_product_backward));
   m.impl("recurrence", TORCH_BOX(&kruify::cuda::recurrence_operator));
   m.impl("recurrence_forward", TORCH_BOX(&kruify::cuda::recurrence_operator));
   m.impl("recurrence_backward", TORCH_BOX(&kruify::cuda::recurrence_backward_operator));
