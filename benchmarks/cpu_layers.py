@@ -1,9 +1,9 @@
 """KRU layers against torch's own, int8 dynamic quantisation and the plain loop over factors, on the CPU.
 
-    python benchmarks/cpu_layers.py               everything that is missing in results/cpu_layers.json (about 5 min)
+    python benchmarks/cpu_layers.py               everything that is missing in results/cpu_layers.jsonl (about 5 min)
     python benchmarks/cpu_layers.py --fresh       from the start
     python benchmarks/cpu_layers.py --only lstm --hidden 512 --print
-    python benchmarks/cpu_layers.py --report      tables and picture from the stored results alone
+    python benchmarks/cpu_layers.py --report      the tables from the stored results alone
 
 T = 128, input 128, float32, one layer, dense W_ih, balanced two factors, one term, unless a row says otherwise.
 """
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from timing import HOW, RESULTS, Ledger, best_times, restart_with_malloc_settings, threads, without_grad
+from timing import HOW, RESULTS, Results, best_times, restart_with_malloc_settings, threads, without_grad
 
 STEPS, INPUTS = 128, 128
 Row = dict[str, Any]
@@ -90,7 +90,7 @@ def contenders(key: Row) -> dict[str, Callable[[], object]]:
     spec, _, input_factors = key["spec"].partition("/input ")
     kru = kru_class(key["inputs"], key["hidden"], factors=spec, input_factors=input_factors or None)
     dense = dense_class(key["inputs"], key["hidden"])
-    if key["what"] == "cell":  # one step a call, as a stream is answered
+    if key["what"] == "cell":  # one step per call, as a stream is answered
         x, h = torch.randn(key["batch"], key["inputs"]), torch.zeros(key["batch"], key["hidden"])
         state = (h, h.clone()) if key["kind"] == "lstm" else h
         return {"kruify": without_grad(kru, x, state), "dense": without_grad(dense, x, state)}
@@ -157,20 +157,20 @@ def product_flops(row: Row) -> float:
     return float(2 * STEPS * row["batch"] * (recurrent + inputs))
 
 
-def report(data: dict[str, Any]) -> str:
+def report(results: Results) -> str:
     """Markdown tables of the ratios."""
-    rows = [r for r in data["rows"] if r["what"] != "cell"]
-    m = data["machine"]
+    rows = [r for r in results.rows if r["what"] != "cell"]
+    m = results.about["machine"]
     text = [
         "# KRU layers on the CPU\n",
-        f"Written by `python benchmarks/cpu_layers.py --report`; numbers in results/cpu_layers.json. {HOW}\n",
+        f"Written by `python benchmarks/cpu_layers.py --report`; numbers in results/cpu_layers.jsonl. {HOW}\n",
         f"{m['cpu']}, AVX-512 {'yes' if m['avx512'] else 'no'}, {m['cores']} cores, torch {m['torch']},"
         f" commit {m['commit']}, T={STEPS}, input {INPUTS}, float32, dense W_ih, balanced two factors, one term."
         " `x` = times faster than.\n",
     ]
     if "note" in m:
         text.append(m["note"] + "\n")
-    rate = data.get("gemm_gflops")
+    rate = results.about.get("gemm_gflops")
     if rate:
         text.append(
             f"`at most`: over torch.nn if W_ih's and the Kronecker products ran at {rate:.0f} GFLOP/s, the rate of"
@@ -220,13 +220,13 @@ def report(data: dict[str, Any]) -> str:
                 f"| {r['spec']} | {r['inputs']} | {r['hidden']} | {r['batch']}"
                 f" | {_ms(r, 'kruify')} | {_ms(r, 'dense')} | {_ratio(r, 'dense')} | {cost} |"
             )
-    text += ["", *cell_table([r for r in data["rows"] if r["what"] == "cell"])]
+    text += ["", *cell_table([r for r in results.rows if r["what"] == "cell"])]
     return "\n".join(text) + "\n"
 
 
 def cell_table(rows: list[Row]) -> list[str]:
     text = [
-        "## One step a call: the cells, B = 1, 1 thread\n",
+        "## One step per call: the cells, B = 1, 1 thread\n",
         "| cell | H | input | us | torch.nn us | over torch.nn |",
         "|--" * 6 + "|",
     ]
@@ -256,41 +256,6 @@ def _bound(row: Row | None, rate: float | None) -> str:
     return f"{row['ms']['dense'] * rate * 1e6 / product_flops(row):.1f}x"
 
 
-def picture(data: dict[str, Any]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for axis, what in zip(axes, ("forward", "training"), strict=True):
-        for kind, marker in (("lstm", "o"), ("gru", "s"), ("rnn", "^")):
-            for batch, style in ((1, "-"), (8, "--"), (32, ":")):
-                points = sorted(
-                    (r["hidden"], r["ms"]["dense"] / r["ms"]["kruify"])
-                    for r in data["rows"]
-                    if (r["kind"], r["batch"], r["what"], r["threads"], r["spec"]) == (kind, batch, what, 1, "auto")
-                )
-                if points:
-                    colour = {"lstm": "C0", "gru": "C1", "rnn": "C2"}[kind]
-                    axis.plot(
-                        *zip(*points, strict=True),
-                        style,
-                        marker=marker,
-                        color=colour,
-                        label=f"{kind.upper()}, batch {batch}",
-                    )
-        axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(xscale="log", yscale="log", xlabel="hidden size", title=what)
-        axis.set_xticks([256, 512, 1024, 2048], ["256", "512", "1024", "2048"])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("times faster than torch.nn")
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(RESULTS.parent / "cpu_layers.svg", metadata={"Date": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="forget stored results")
@@ -302,10 +267,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.8, help="for one row")
     options = parser.parse_args()
     restart_with_malloc_settings()
-    ledger = Ledger(RESULTS / "cpu_layers.json", options.fresh)
+    results = Results("cpu_layers", options.fresh)
     if not options.report:
-        if "gemm_gflops" not in ledger.data:
-            ledger.data["gemm_gflops"] = round(gemm_rate(), 1)
+        if "gemm_gflops" not in results.about:
+            results.about["gemm_gflops"] = round(gemm_rate(), 1)
         wanted = [
             k
             for k in keys()
@@ -313,15 +278,14 @@ def main() -> None:
             and (not options.hidden or k["hidden"] == options.hidden)
             and (not options.what or k["what"] == options.what)
         ]
-        for key in wanted if options.print else ledger.missing(wanted):
+        for key in wanted if options.print else results.missing(wanted):
             row = measure(key, options.seconds)
             ratios = " ".join(f"{n} {t / row['ms']['kruify']:.2f}x" for n, t in row["ms"].items() if n != "kruify")
             print(*key.values(), f"{row['ms']['kruify']:.3f} ms", ratios, file=sys.stderr, flush=True)
             if not options.print:
-                ledger.add(row)
+                results.add(row)
     if not options.print:
-        (RESULTS.parent / "cpu_layers.md").write_text(report(ledger.data))
-        picture(ledger.data)
+        (RESULTS.parent / "cpu_layers.md").write_text(report(results))
 
 
 if __name__ == "__main__":

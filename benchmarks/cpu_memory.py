@@ -1,6 +1,6 @@
 """Memory that one training step takes: KRU layers against torch.nn's, the peak above the layer and its input.
 
-    python benchmarks/cpu_memory.py            what is missing in results/cpu_memory.json (all of it: 6 min)
+    python benchmarks/cpu_memory.py            what is missing in results/cpu_memory.jsonl (all of it: 6 min)
     python benchmarks/cpu_memory.py --fresh    from the start
     python benchmarks/cpu_memory.py --report   the table from the stored results alone
 
@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from timing import RESULTS, Ledger
+from timing import Results
 
 INPUTS = 128
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
@@ -58,7 +58,7 @@ def measure_here(kind: str, hidden: int, batch: int, steps: int, which: str) -> 
 
     step(torch.randn(2, batch, INPUTS, requires_grad=True))
     layer.zero_grad(set_to_none=True)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     before = status("VmRSS")
     step(x)
     return status("VmHWM") - before
@@ -73,12 +73,12 @@ def measure(key: Row) -> Row:
     return {**key, "bytes": peaks}
 
 
-def report(data: dict[str, Any]) -> str:
-    machine, rows = data["machine"], data["rows"]
+def report(results: Results) -> str:
+    machine, rows = results.about["machine"], results.rows
     worse = [r for r in rows if _ratio(r) > 1]
     text = [
         "# Memory of a training step on the CPU\n",
-        "Written by `python benchmarks/cpu_memory.py`; numbers in results/cpu_memory.json."
+        "Written by `python benchmarks/cpu_memory.py`; numbers in results/cpu_memory.jsonl."
         " What is in a figure is told at the top of the script.\n",
         f"{machine['cpu']}, torch {machine['torch']}, {machine['backend']}, commit {machine['commit']}.\n",
         f"More than torch.nn's layer in {len(worse)} of {len(rows)} cells"
@@ -106,13 +106,13 @@ def main() -> None:
     if options.cell:
         print(measure_here(*json.loads(options.cell)))
         return
-    ledger = Ledger(RESULTS / "cpu_memory.json", options.fresh)
+    results = Results("cpu_memory", options.fresh)
     if not options.report:
-        for key in ledger.missing(keys()):
+        for key in results.missing(keys()):
             row = measure(key)
             print(*key.values(), f"{_ratio(row):.2f}", file=sys.stderr, flush=True)
-            ledger.add(row)
-    Path(__file__).with_name("cpu_memory.md").write_text(report(ledger.data))
+            results.add(row)
+    Path(__file__).with_name("cpu_memory.md").write_text(report(results))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/cuda_layers.py --quick   LSTM 1024, 2048, 4096, B=64, T=1024: a minute or two
     python benchmarks/cuda_layers.py           H 512..4096, B 1..256, T 128 and 1024, LSTM, GRU, RNN (`make bench-gpu`)
 
-Writes benchmarks/results/cuda_layers-<GPU>.json after every measurement, so that a run that is cut short keeps what it
+Writes benchmarks/results/cuda_layers-<GPU>.jsonl after every measurement, so that a run that is cut short keeps what it
 had, and the next one of the same commit on the same GPU goes on from there (`--fresh`: from the start), and the table
 of benchmarks/cuda_layers.md. Times are medians of CUDA events, in milliseconds, input size = hidden size, dense W_ih.
 `recurrent` is the recurrence alone, on ready gates. TF32 is torch's switch, which kruify's kernels follow; bf16 is
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measurements import read
 from torch import Tensor, nn
 
 from kruify import layers
@@ -225,9 +226,9 @@ def known_rows(target: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that an earlier run of the same commit on the same GPU has written."""
     if not target.exists():
         return []
-    old = json.loads(target.read_text())
-    same = all(old.get(name) == result[name] for name in ("gpu", "torch", "commit"))
-    return list(old["rows"]) if same else []
+    about, *rows = read(target)
+    same = all(about.get(name) == result[name] for name in ("gpu", "torch", "commit"))
+    return rows if same else []
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -269,9 +270,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def write(result: dict[str, Any], target: Path) -> None:
-    """JSON and the table."""
+    """The table, and the file: on what it was measured, then one row per line."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(result, indent=1) + "\n")
+    about = {name: value for name, value in result.items() if name != "rows"}
+    target.write_text("".join(json.dumps(row) + "\n" for row in (about, *result["rows"])))
     page = ROOT / "benchmarks" / "cuda_layers.md"
     begin, end, old = "<!-- timings -->", "<!-- end of timings -->", page.read_text()
     said = f"{result['gpu']}, torch {result['torch']}, commit {result['commit'][:12]}; ceilings: " + ", ".join(
@@ -285,14 +287,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the issue's cases alone")
     parser.add_argument("--seconds", type=float, default=540, help="stop after this long (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file already has")
-    parser.add_argument("--out", type=Path, help="the JSON file")
+    parser.add_argument("--out", type=Path, help="the file")
     chosen = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device: nothing to measure")
     if not backend_info()["cuda"]:
         raise SystemExit("the library was built without CUDA: KRUIFY_CUDA=1 python setup.py build_ext --inplace")
     began, gpu = time.perf_counter(), torch.cuda.get_device_name()
-    target = chosen.out or ROOT / "benchmarks" / "results" / f"cuda_layers-{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}.json"
+    target = chosen.out or ROOT / "benchmarks" / "results" / f"cuda_layers-{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}.jsonl"
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=False, capture_output=True, text=True)
     result: dict[str, Any] = {
         "gpu": gpu, "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),

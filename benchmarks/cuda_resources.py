@@ -3,7 +3,7 @@
     python benchmarks/cuda_resources.py                 sm_90 only
     python benchmarks/cuda_resources.py --arch all      every architecture of setup.py, and PTX (`make cuda-all`)
 
-Needs nvcc and torch's headers, no GPU. Writes benchmarks/results/cuda_resources.json and the first table of
+Needs nvcc and torch's headers, no GPU. Writes build/cuda-resources/resources.json and the first table of
 benchmarks/cuda_layers.md. The shared memory of a template is what its launch asks for; see csrc/cuda/pair_plan.h.
 """
 
@@ -134,7 +134,7 @@ def shared_memory() -> list[dict[str, object]]:
                             "pass": "backward" if backward else "forward", "asked": PRECISIONS[wanted],
                             "kernel": "two-stage template" if fits else "general",
                             "products": PRECISIONS[found[4]],
-                            "blocks_a_row": found[0] if fits else 1, "threads": found[1],
+                            "blocks_per_row": found[0] if fits else 1, "threads": found[1],
                             "tile_columns": found[2], "shared_bytes": found[3],
                         })  # fmt: skip
     return rows
@@ -153,7 +153,7 @@ def table(result: dict[str, object]) -> str:
             spilling, most = sum(k["spill_bytes"] > 0 for k in ks), max(k["registers"] for k in ks)
             lines.append(f"| {name} | {len(ks)} | {spilling} | {most} | {one['cpu_seconds']} |")
     lines += ["", "Two-stage templates on sm_90, batch 64, one term; products in float32 / TF32 / bf16:", ""]
-    lines.append("| kind | stages | pass | blocks a row | threads | shared memory a block | registers | spilled |")
+    lines.append("| kind | stages | pass | blocks per row | threads | shared memory per block | registers | spilled |")
     lines.append("|--|--|--|--|--|--|--|--|")
     used = {k["kernel"]: k for k in compiled["sm_90"]["kernels"]} if "sm_90" in compiled else {}
     shared = result["shared_memory"]
@@ -168,7 +168,7 @@ def table(result: dict[str, object]) -> str:
             kib = f"{one['shared_bytes'] / 1024:.0f}"
             columns.append(
                 (
-                    str(one["blocks_a_row"]),
+                    str(one["blocks_per_row"]),
                     str(one["threads"]),
                     kib,
                     str(kernel["registers"]),
@@ -214,10 +214,10 @@ def main() -> None:
         -1
     ]
     architectures = list(ARCHITECTURES) if chosen == "all" else chosen.split(",")
-    target = ROOT / "benchmarks" / "results" / "cuda_resources.json"
+    folder, ptx = ROOT / "build" / "cuda-resources", chosen == "all" and not only
+    target = folder / "resources.json"
     known = json.loads(target.read_text()) if target.exists() and (only or chosen != "all") else {}
     compiled = known.get("architectures", {}) if known.get("nvcc") == version else {}
-    folder, ptx = ROOT / "build" / "cuda-resources", chosen == "all" and not only
     compiled |= compile_all(compiler, folder, architectures, ptx, only, compiled)
     order = [f"sm_{a}" for a in ARCHITECTURES] + ["PTX"]
     result = {
@@ -225,8 +225,7 @@ def main() -> None:
         "architectures": {name: compiled[name] for name in order if name in compiled},
         "shared_memory": shared_memory(),
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(result, indent=1) + "\n")
+    target.write_text(json.dumps(result) + "\n")
     write_table(table(result))
 
 

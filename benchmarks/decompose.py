@@ -1,8 +1,8 @@
-"""What the decomposer keeps, and how fast: writes results/decompose.json and decompose.md beside this file.
+"""What the decomposer keeps, and how fast: writes results/decompose.jsonl and decompose.md beside this file.
 
-    OMP_NUM_THREADS=1 python benchmarks/decompose.py [--only SECTION ...]
+    OMP_NUM_THREADS=1 python benchmarks/decompose.py [--only SECTION ... | --report]
 
-Sections (each replaces its part of the results): budgets, weighted, words, large, many, unitary, symmetries, planner.
+Sections (each replaces its part of the results): budgets, weighted, words, large, many, unitary, planner.
 g2p-en's weights come from the installed package; everything else is seeded random matrices. Times are CPU seconds of
 one thread (wall seconds beside them), so that a busy machine distorts them little.
 """
@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,10 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from measurements import Row, commit, cpu_name, read, store
 from torch import Tensor
 
 from kruify.calibrate import Moments, bias_correction, calibrate
-from kruify.decompose import choose, fit, symmetries
+from kruify.decompose import choose, fit
 from kruify.decompose.rearrange import rearrange
 from kruify.decompose.successive import higher_order_svd, successive_svd
 from kruify.decompose.unitary import polar
@@ -36,12 +35,11 @@ from kruify.factors import Structure, Term, parse, two_factor_shapes
 from kruify.planner import plan_budget
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "decompose.jsonl"
 SEED = 0
 GATES = "rzn"
 SIXTEENTH = 256 * 256 // 16
 WEIGHTED = ["8*(256x1,1x256)", "8*(16x16,16x16)", "4*(256x1,1x256)+sparse:3.125%:8", "4*(256x1,1x256)+sparse:3.125%:1"]
-
-Row = dict[str, Any]
 
 
 def g2p() -> dict[str, Tensor]:
@@ -137,10 +135,7 @@ def weighted() -> list[Row]:
 
 
 def words() -> list[Row]:
-    """Word and phoneme error of g2p-en straight after the fit of both recurrent matrices, before any training.
-
-    After an epoch: `kruify convert --task g2p-en` with and without calibration, then `kruify finetune --epochs 1`.
-    """
+    """Word and phoneme error of g2p-en straight after the fit of both recurrent matrices, before any training."""
     from kruify.task import load_task
 
     task = load_task("g2p-en")
@@ -280,41 +275,6 @@ def unitary() -> list[Row]:
     return rows
 
 
-def relabelling() -> list[Row]:
-    """Does relabelling the hidden units pay? Energy before and after, beside the same search on shuffled entries."""
-    rows = []
-    for name in ("enc_w_hh", "dec_w_hh"):
-        gates = g2p()[name].double().reshape(3, 256, 256)
-        for spec in ("16x16", "8*(16x16,16x16)"):
-            structure = parse(spec).resolve(256, 256)
-            found, cpu, _ = timed(
-                lambda g=gates, s=structure: symmetries(g, s, odd=[2], seed=SEED, restarts=4, seconds=120)
-            )
-            rows.append(
-                {
-                    "matrix": name,
-                    "structure": spec,
-                    "before": found.energy_before,
-                    "after": found.energy_after,
-                    "shuffled before": found.null_before,
-                    "shuffled after": found.null_after,
-                    "gain beyond chance": found.gain,
-                    "low rank at equal parameters": sum(
-                        fit(
-                            g,
-                            replace(structure, terms=(Term(((256, 1), (1, 256)), structure.parameters // 512),)),
-                            null=False,
-                        ).energy
-                        * float(g.square().sum())
-                        for g in gates
-                    )
-                    / float(gates.square().sum()),
-                    "cpu seconds": cpu,
-                }
-            )
-    return rows
-
-
 def planner() -> list[Row]:
     """One budget over both recurrent matrices of g2p-en against an even share of low rank."""
     matrices = {n: (w, 3, None) for n, w in g2p().items() if n.endswith("hh")}
@@ -354,30 +314,15 @@ SECTIONS: dict[str, Callable[[], list[Row]]] = {
     "large": large,
     "many": many,
     "unitary": unitary,
-    "symmetries": relabelling,
     "planner": planner,
 }
 
 
-def commit() -> str:
-    """HEAD, with "-dirty" where the code that makes the figures differs from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(HERE.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "kruify", "benchmarks/decompose.py")
-    return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
-
-
 def machine() -> Row:
-    model = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
-    )
     return {
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": model or platform.processor(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -399,36 +344,35 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write(results: Row, file: Path) -> None:
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n")
+def write_page(results: dict[str, Row]) -> None:
     parts = ["# What the decomposer keeps, and how fast", "", "Written by `python benchmarks/decompose.py`.", ""]
     for name, section in SECTIONS.items():
         if name in results:
             found = results[name]
             where = ", ".join(f"{k} {v}" for k, v in found["machine"].items())
             parts += [f"## {name}", "", (section.__doc__ or "").strip(), "", table(found["rows"]), "", f"({where})", ""]
-    (file.parent.parent / "decompose.md").write_text("\n".join(parts))
+    (HERE / "decompose.md").write_text("\n".join(parts))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list(SECTIONS), default=list(SECTIONS))
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "decompose.json")
+    parser.add_argument("--report", action="store_true", help="the page from the stored results alone")
     parser.add_argument("--large-child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.large_child:
         large_child()
         return
-    file: Path = options.results
+    if options.report:
+        write_page({row["section"]: row for row in read(RESULTS)})
+        return
     for name in options.only:
         print(f"{name} ...", flush=True)
         started = machine()  # before the work: the tree may move on while a section runs
         rows, _, wall = timed(SECTIONS[name])
-        results: Row = json.loads(file.read_text()) if file.exists() else {}
-        results[name] = {"machine": started, "rows": rows}
-        write(results, file)
+        store(RESULTS, {"section": name, "machine": started, "rows": rows}, "section")
+        write_page({row["section"]: row for row in read(RESULTS)})
         print(table(rows), f"\n({wall:.0f} s)\n", flush=True)
 
 

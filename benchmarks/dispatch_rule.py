@@ -1,6 +1,6 @@
 """Is kruify ever slower than dense? The rule of kruify.layers.dispatch against both paths and torch's own layer.
 
-    python benchmarks/dispatch_rule.py            everything that is missing in results/dispatch_rule.json (4 min)
+    python benchmarks/dispatch_rule.py            everything that is missing in results/dispatch_rule.jsonl (4 min)
     python benchmarks/dispatch_rule.py --fresh    from the start
 
 One thread, float32, T = 32, input = hidden. For each cell: the compiled kernels, the densified path, what the rule
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from timing import RESULTS, Ledger, best_times, restart_with_malloc_settings, threads, without_grad
+from timing import Results, best_times, restart_with_malloc_settings, threads, without_grad
 
 STEPS = 32
 SPECS = ("auto", "4*auto", "16*auto", "auto+8*({h}x1,1x{h})+sparse:2%")
@@ -56,13 +56,13 @@ def contenders(key: dict[str, Any]) -> tuple[dict[str, Callable[[], object]], st
     return {name: call(layer) for name, layer in made.items()}, picked
 
 
-def report(data: dict[str, Any]) -> str:
-    machine, rows = data["machine"], data["rows"]
+def report(results: Results) -> str:
+    machine, rows = results.about["machine"], results.rows
     lost = sorted(rows, key=lambda r: -r["ms"][r["picked"]] / min(r["ms"]["kernel"], r["ms"]["dense"]))
     slower = [r for r in rows if r["ms"][r["picked"]] > 1.1 * r["ms"]["torch"]]
     text = [
         "# The rule that picks kernel or dense\n",
-        "Written by `python benchmarks/dispatch_rule.py`; numbers in results/dispatch_rule.json.\n",
+        "Written by `python benchmarks/dispatch_rule.py`; numbers in results/dispatch_rule.jsonl.\n",
         f"{machine['cpu']}, {machine['backend']}, one thread, torch {machine['torch']}, commit {machine['commit']}, "
         f"load at start {machine['load_at_start']:.1f}, float32, T={STEPS}, input = hidden, seed 0.\n",
         f"{len(rows)} cells. The rule picked a path more than 10 % slower than the other in "
@@ -97,14 +97,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.4, help="per cell")
     arguments = parser.parse_args()
     restart_with_malloc_settings()
-    ledger = Ledger(RESULTS / "dispatch_rule.json", arguments.fresh)
-    for key in ledger.missing(keys()):
+    results = Results("dispatch_rule", arguments.fresh)
+    for key in results.missing(keys()):
         torch.manual_seed(0)
         with threads(1):
             calls, picked = contenders(key)
             times = best_times(calls, arguments.seconds)
-        ledger.add({**key, "picked": picked, "ms": {name: round(t, 4) for name, t in times.items()}})
-    Path(__file__).with_name("dispatch_rule.md").write_text(report(ledger.data))
+        results.add({**key, "picked": picked, "ms": {name: round(t, 4) for name, t in times.items()}})
+    Path(__file__).with_name("dispatch_rule.md").write_text(report(results))
 
 
 if __name__ == "__main__":

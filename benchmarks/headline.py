@@ -3,8 +3,8 @@
     python benchmarks/headline.py            draws headline.svg and writes the table into README.md
     python benchmarks/headline.py --check    says whether both are what the results say; exit code 1 if not
 
-Speed: results/cpu_layers.json (cpu_layers.py). Accuracy: recovery/ledger (recovery/run.py); of several runs of one
-method at one size those with the best metric on the validation split count, and what is shown is the test split.
+Speed: results/cpu_layers.jsonl (cpu_layers.py). Accuracy: recovery/g2p/runs.jsonl (recovery/run.py); of several runs
+of one method at one size those with the best metric on the validation split count, and what is shown is the test split.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 PICTURE, README = HERE / "headline.svg", HERE.parent / "README.md"
 MARKS = re.compile(r"(<!-- headline -->\n).*?(<!-- /headline -->)", re.DOTALL)
 
-Entry = dict[str, Any]
+Row = dict[str, Any]
 HIDDEN, BATCHES = (256, 512, 1024, 2048), (1, 8, 32)
 TASK = "g2p"
 DENSE = "dense"
@@ -34,21 +34,24 @@ SERIES = {  # name in the picture -> methods of recovery/grid.py, also with "rec
 }
 
 
-def speeds(kind: str, what: str = "forward", spec: str = "auto") -> dict[tuple[int, int], Entry]:
+def speeds(kind: str, what: str = "forward", spec: str = "auto") -> dict[tuple[int, int], Row]:
     """(hidden, batch) -> row of one layer on one thread with its dense input matrix."""
-    rows = json.loads((HERE / "results" / "cpu_layers.json").read_text())["rows"]
     wanted = {"kind": kind, "what": what, "spec": spec, "threads": 1, "inputs": 128}
+    rows = _lines(HERE / "results" / "cpu_layers.jsonl")
     return {(r["hidden"], r["batch"]): r for r in rows if all(r.get(k) == v for k, v in wanted.items())}
 
 
-def times(row: Entry) -> float:
+def times(row: Row) -> float:
     return float(row["ms"]["dense"] / row["ms"]["kruify"])
 
 
-def runs() -> list[Entry]:
+def runs() -> list[Row]:
     """All full runs of the task whose recurrent matrices alone were made smaller."""
-    found = (json.loads(file.read_text()) for file in sorted((HERE / "recovery" / "ledger" / TASK).rglob("*.json")))
-    return [e for e in found if not e.get("whole") and not e["options"].get("short")]
+    return [run for run in _lines(HERE / "recovery" / TASK / "runs.jsonl") if not run["whole"]]
+
+
+def _lines(file: Path) -> list[Row]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def series_of(method: str) -> str | None:
@@ -61,19 +64,19 @@ def series_of(method: str) -> str | None:
     return next((s for s, names in SERIES.items() if method.startswith(names) and method != "low-rank"), None)
 
 
-def chosen(entries: Iterable[Entry]) -> dict[str, dict[int, list[Entry]]]:
-    """Series -> recurrent parameters -> the runs (one a seed) of the method and options best on "valid"."""
-    groups: dict[tuple[str, int], dict[str, list[Entry]]] = defaultdict(lambda: defaultdict(list))
-    for e in entries:
-        if series := series_of(e["method"]):
-            groups[series, e["recurrent_parameters"]][e["cell"].rpartition("-s")[0]].append(e)
-    result: dict[str, dict[int, list[Entry]]] = defaultdict(dict)
+def chosen(found: Iterable[Row]) -> dict[str, dict[int, list[Row]]]:
+    """Series -> recurrent parameters -> the runs (one per seed) of the method and options best on "valid"."""
+    groups: dict[tuple[str, int], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for run in found:
+        if series := series_of(run["method"]):
+            groups[series, run["recurrent_parameters"]][run["run"].rpartition("-s")[0]].append(run)
+    result: dict[str, dict[int, list[Row]]] = defaultdict(dict)
     for (series, size), candidates in sorted(groups.items()):
         result[series][size] = min(candidates.values(), key=lambda runs: _loss(runs, "valid"))
     return result
 
 
-def _loss(runs: list[Entry], split: str) -> float:
+def _loss(runs: list[Row], split: str) -> float:
     """Mean over seeds of the metric, lower is better."""
     metric = runs[0]["metric"]
     return statistics.mean((-1 if e["higher_is_better"] else 1) * e[split][metric] for e in runs)

@@ -1,6 +1,6 @@
 """The Kronecker Recurrent Unit against its loop over time and against nn.LSTM, on the CPU.
 
-    python benchmarks/kru_layers.py               everything that is missing in results/kru_layers.json (about 5 min)
+    python benchmarks/kru_layers.py               everything that is missing in results/kru_layers.jsonl (about 5 min)
     python benchmarks/kru_layers.py --fresh       from the start
     python benchmarks/kru_layers.py --hidden 128 --print
     python benchmarks/kru_layers.py --report      the table from the stored results alone
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from timing import RESULTS, Ledger, best_times, restart_with_malloc_settings, threads, without_grad
+from timing import RESULTS, Results, best_times, restart_with_malloc_settings, threads, without_grad
 
 BATCH = 20
 Row = dict[str, Any]
@@ -75,12 +75,12 @@ def measure(key: Row, seconds: float) -> Row:
     return {**key, **sizes, "ms": {name: round(t, 3) for name, t in times.items()}}
 
 
-def report(data: dict[str, Any]) -> str:
+def report(results: Results) -> str:
     """A Markdown table of times and ratios."""
-    m = data["machine"]
+    m = results.about["machine"]
     text = [
         "# The Kronecker Recurrent Unit on the CPU\n",
-        "Written by `python benchmarks/kru_layers.py --report`; numbers in results/kru_layers.json. Processor time of"
+        "Written by `python benchmarks/kru_layers.py --report`; numbers in results/kru_layers.jsonl. Processor time of"
         " one thread, the best of interleaved runs.\n",
         f"{m['cpu']}, AVX-512 {'yes' if m['avx512'] else 'no'}, torch {m['torch']}, commit {m['commit']}. Complex"
         f" state of N units, all factors 2x2, batch {BATCH}, float32, one layer; training is forward and backward."
@@ -89,7 +89,7 @@ def report(data: dict[str, Any]) -> str:
         "| N | steps | inputs | parameters | | ms | loop ms | over loop | LSTM of N: ms | over it"
         " | LSTM of as many parameters | ms | over it |\n" + "|--" * 13 + "|",
     ]
-    for r in data["rows"]:
+    for r in results.rows:
         ms = r["ms"]
         cells = [r["hidden"], r["steps"], r["inputs"], r["parameters"], r["what"], f"{ms['kruify']:.3g}"]
         cells += [f"{ms['loop']:.4g}", f"{ms['loop'] / ms['kruify']:.0f}x"]
@@ -112,17 +112,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="for one row")
     options = parser.parse_args()
     restart_with_malloc_settings()
-    ledger = Ledger(RESULTS / "kru_layers.json", options.fresh)
+    results = Results("kru_layers", options.fresh)
     if not options.report:
         wanted = [k for k in keys() if not options.hidden or k["hidden"] == options.hidden]
-        for key in wanted if options.print else ledger.missing(wanted):
+        for key in wanted if options.print else results.missing(wanted):
             row = measure(key, options.seconds)
             times = " ".join(f"{name} {t:.1f}" for name, t in row["ms"].items())
             print(*key.values(), f"ms: {times}", file=sys.stderr, flush=True)
             if not options.print:
-                ledger.add(row)
+                results.add(row)
     if not options.print:
-        (RESULTS.parent / "kru_layers.md").write_text(report(ledger.data))
+        (RESULTS.parent / "kru_layers.md").write_text(report(results))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Exported layers in onnxruntime: ONNX's own LSTM and GRU nodes with dense weights against the Scan with factors.
 
-    python benchmarks/onnx_layers.py            what is missing in results/onnx_layers.json (about five minutes)
+    python benchmarks/onnx_layers.py            what is missing in results/onnx_layers.jsonl (about five minutes)
     python benchmarks/onnx_layers.py --fresh    from the start
     python benchmarks/onnx_layers.py --report   the table of the stored results
 
@@ -16,10 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from timing import RESULTS, Ledger, best_times, restart_with_malloc_settings, threads
+from timing import Results, best_times, restart_with_malloc_settings, threads
 
 STEPS, INPUTS = 128, 128
-FILE = RESULTS / "onnx_layers.json"
 SPECS = {"one term": "auto", "rank 8": "8*({0}x1,1x{0})"}
 
 
@@ -64,10 +63,10 @@ def measure(key: dict[str, Any], seconds: float) -> dict[str, float]:
     return best_times(contenders, seconds)
 
 
-def report(ledger: Ledger) -> str:
+def report(results: Results) -> str:
     names = ["dense node", *SPECS]
     lines = [f"| layer | batch | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
-    for row in ledger.data["rows"]:
+    for row in results.rows:
         first = row["ms"]["dense node"]
         cells = [f"{first:.2f} ms", *(f"{row['ms'][n]:.2f} ms ({first / row['ms'][n]:.1f}x)" for n in SPECS)]
         lines.append(f"| {row['kind'].upper()} {row['hidden']} | {row['batch']} | {' | '.join(cells)} |")
@@ -80,14 +79,14 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--seconds", type=float, default=6.0, help="processor time of each row")
     arguments = parser.parse_args()
-    ledger = Ledger(FILE, arguments.fresh)
+    results = Results("onnx_layers", arguments.fresh)
     if not arguments.report:
         restart_with_malloc_settings()
         with threads(1):
-            for key in ledger.missing(keys()):
-                ledger.add({**key, "ms": measure(key, arguments.seconds)})
-                print(report(ledger).splitlines()[-1], file=sys.stderr)
-    print(report(ledger))
+            for key in results.missing(keys()):
+                results.add({**key, "ms": measure(key, arguments.seconds)})
+                print(report(results).splitlines()[-1], file=sys.stderr)
+    print(report(results))
 
 
 if __name__ == "__main__":

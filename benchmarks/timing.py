@@ -8,16 +8,14 @@ On one thread the clock is the processor time of that thread, which does not run
 from __future__ import annotations
 
 import gc
-import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+from measurements import Row, commit, cpu_name, read, store
 
 RESULTS = Path(__file__).parent / "results"
 TURN = 5e-3  # seconds that a contender runs before the next one's
@@ -71,46 +69,43 @@ def best_times(contenders: dict[str, Callable[[], object]], seconds: float, thre
     return {name: 1e3 * t for name, t in best.items()}
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Row:
     import torch
 
     from kruify.ops import backend_info
 
-    cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
-    )
-    flags = Path("/proc/cpuinfo").read_text()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True)
+    info = Path("/proc/cpuinfo")
     return {
-        "cpu": cpu or platform.processor(),
-        "avx512": "avx512f" in flags,
+        "cpu": cpu_name(),
+        "avx512": info.exists() and "avx512f" in info.read_text(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "backend": backend_info()["cpu"],
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "load_at_start": os.getloadavg()[0],
     }
 
 
-class Ledger:
-    """Rows of results, written after every one of them, so that a broken run goes on where it stopped."""
+class Results:
+    """Rows of results/NAME.jsonl, written one by one, so that a broken run goes on where it stopped.
 
-    def __init__(self, path: Path, fresh: bool) -> None:
-        self.path = path
-        self.data: dict[str, Any] = {"machine": machine(), "rows": []}
-        if path.exists() and not fresh:
-            self.data = json.loads(path.read_text())
+    The first line of the file says on what machine they were measured, and whatever else they have in common.
+    """
 
-    def missing(self, keys: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        done = [{k: row[k] for k in keys[0]} for row in self.data["rows"]] if keys else []
+    def __init__(self, name: str, fresh: bool = False) -> None:
+        self.path = RESULTS / f"{name}.jsonl"
+        if fresh:
+            self.path.unlink(missing_ok=True)
+        self.about, *self.rows = read(self.path) or [{"machine": machine()}]
+
+    def missing(self, keys: list[Row]) -> Iterator[Row]:
+        done = [{k: row[k] for k in keys[0]} for row in self.rows] if keys else []
         yield from (key for key in keys if key not in done)
 
-    def add(self, row: dict[str, Any]) -> None:
-        self.data["rows"].append(row)
-        self.path.parent.mkdir(exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.data, indent=1) + "\n")
-        os.replace(temporary, self.path)
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        store(self.path, self.about, "machine")
+        store(self.path, row, *row)
 
 
 @contextmanager

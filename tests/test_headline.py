@@ -22,9 +22,9 @@ def headline() -> ModuleType:
     return module
 
 
-def entry(method: str, seed: int, valid: float, test: float, epochs: int = 5, size: int = 24576) -> dict[str, Any]:
+def run_of(method: str, seed: int, valid: float, test: float, epochs: int = 5, size: int = 24576) -> dict[str, Any]:
     return {
-        "cell": f"g2p/16x/{method}-{epochs}ep-s{seed}",
+        "run": f"g2p/16x/{method}-{epochs}ep-s{seed}",
         "method": method,
         "metric": "wer",
         "higher_is_better": False,
@@ -37,15 +37,15 @@ def entry(method: str, seed: int, valid: float, test: float, epochs: int = 5, si
 
 def test_runs_are_chosen_by_the_validation_split(headline: ModuleType) -> None:
     runs = [
-        entry("low-rank-sparse", 0, 0.50, 0.40),
-        entry("low-rank-sparse", 0, 0.45, 0.44, epochs=12),
-        entry("low-rank-sparse", 1, 0.47, 0.46, epochs=12),
-        entry("low-rank", 0, 0.55, 0.54),
-        entry("recipe-low-rank", 0, 0.53, 0.52),  # trained in another way, the same structure
-        entry("recipe-random", 0, 0.10, 0.10),
-        entry("low-rank-sparse-anneal", 0, 0.48, 0.30),
-        entry("random", 0, 0.10, 0.10),  # a control, in no series
-        entry("dense", 0, 0.40, 0.41, size=393216),
+        run_of("low-rank-sparse", 0, 0.50, 0.40),
+        run_of("low-rank-sparse", 0, 0.45, 0.44, epochs=12),
+        run_of("low-rank-sparse", 1, 0.47, 0.46, epochs=12),
+        run_of("low-rank", 0, 0.55, 0.54),
+        run_of("recipe-low-rank", 0, 0.53, 0.52),  # trained in another way, the same structure
+        run_of("recipe-random", 0, 0.10, 0.10),
+        run_of("low-rank-sparse-anneal", 0, 0.48, 0.30),
+        run_of("random", 0, 0.10, 0.10),  # a control, in no series
+        run_of("dense", 0, 0.40, 0.41, size=393216),
     ]
     found = headline.chosen(runs)
     assert {name: list(sizes) for name, sizes in found.items()} == {
@@ -59,8 +59,8 @@ def test_runs_are_chosen_by_the_validation_split(headline: ModuleType) -> None:
 
 
 def test_accuracy_in_the_table_is_the_mean_over_seeds(headline: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [entry("kron", seed, 0.45, 0.44 + 0.02 * seed) for seed in (0, 1)]
-    dense = [entry("dense", 0, 0.43, 0.42, size=393216), entry("dense-longer", 0, 0.42, 0.41, size=393216)]
+    runs = [run_of("kron", seed, 0.45, 0.44 + 0.02 * seed) for seed in (0, 1)]
+    dense = [run_of("dense", 0, 0.43, 0.42, size=393216), run_of("dense-longer", 0, 0.42, 0.41, size=393216)]
     monkeypatch.setattr(headline, "runs", lambda: runs + dense)
     assert (
         "5 passes after conversion, 2 seeds | 0.410 | 0.450 | recurrent matrices **16x smaller** |" in headline.table()
@@ -68,7 +68,8 @@ def test_accuracy_in_the_table_is_the_mean_over_seeds(headline: ModuleType, monk
 
 
 def test_table_and_picture_hold_the_results(headline: ModuleType) -> None:
-    rows = json.loads((FILE.parent / "results" / "cpu_layers.json").read_text())["rows"]
+    about, *rows = map(json.loads, (FILE.parent / "results" / "cpu_layers.jsonl").read_text().splitlines())
+    assert about["machine"]["commit"]
     (row,) = (
         r for r in rows
         if (r["kind"], r["hidden"], r["batch"], r["threads"], r["what"], r["spec"], r["inputs"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,8 +16,8 @@ GENERATED = ("copy-memory", "adding")
 
 
 @pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
-    names = ("ledger", "rows", "draw", "run")
+def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+    names = ("measurements", "rows", "report", "run")
     kept = {name: sys.modules.pop(name, None) for name in names}
     monkeypatch.syspath_prepend(FOLDER.parent)
     monkeypatch.syspath_prepend(FOLDER)
@@ -46,32 +47,31 @@ def test_the_networks_are_those_of_the_issue(modules: dict[str, ModuleType]) -> 
         rows.row_of("copy")
 
 
-def test_a_row_is_trained_kept_and_drawn(
+def test_a_row_is_trained_recorded_and_reported(
     modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("matplotlib")
     rows, run = modules["rows"], modules["run"]
     monkeypatch.setattr("kruify.tasks.copy_memory._EXAMPLES", {"valid": 20, "test": 20})
     small = rows.Row("copy-1000-kru", "copy-1000", "KRU", "copy-memory:T=5,train_examples=200", "kru", 8, 40)
     monkeypatch.setattr(run, "row_of", lambda key: small)
-    monkeypatch.setattr(run, "LEDGER", tmp_path / "ledger")
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs.jsonl")
     monkeypatch.setattr(run, "HERE", tmp_path)
     command = ["run.py", "copy-1000-kru", "--fraction", "0.5", "--cache", str(tmp_path / "cache")]
     monkeypatch.setattr(sys, "argv", command)
     run.main()
-    (file,) = (tmp_path / "ledger").iterdir()
-    assert file.name == "copy-1000-kru-0.5-s0.json"
-    entry = json.loads(file.read_text())
-    assert (entry["steps"], entry["all_steps"], entry["fraction"]) == (20, 40, 0.5)
-    assert entry["recurrent_parameters"] == 8 * 3
-    assert {"machine", "commit", "seed", "seconds", "date"} <= set(entry)
-    assert [bool(h["conditioning"].get("gradient")) for h in entry["history"]] == [True, *[False] * 4, True]
-    text = (tmp_path / "results.md").read_text()
-    assert "20 (50% of 40)" in text and "| no |" in text and "Not run yet." in text
-    assert "gradient through time" in (tmp_path / "copy-1000-kru.svg").read_text()
-    before = file.stat().st_mtime_ns
+    text = (tmp_path / "runs.jsonl").read_text()
+    found = json.loads(text)
+    assert found["run"] == "copy-1000-kru-0.5-s0"
+    assert (found["steps"], found["all_steps"], found["fraction"]) == (20, 40, 0.5)
+    assert found["recurrent_parameters"] == 8 * 3
+    assert {"machine", "commit", "seed", "seconds", "date"} <= set(found)
+    condition = found["condition_number"]
+    assert condition["start"] == pytest.approx(1, abs=1e-3)  # a unitary start
+    assert condition["largest"] >= max(condition["start"], condition["end"])
+    page = (tmp_path / "results.md").read_text()
+    assert "20 (50% of 40)" in page and "| no |" in page and "Not run yet." in page
     run.main()
-    assert file.stat().st_mtime_ns == before, "a finished row is not run again"
+    assert (tmp_path / "runs.jsonl").read_text() == text, "a finished row is not run again"
 
 
 def test_published_figures_have_a_source(modules: dict[str, ModuleType]) -> None:

@@ -14,7 +14,7 @@ class Row:
     """One network.
 
     Attributes:
-        key: its name on the command line and in the ledger.
+        key: its name on the command line and in runs.jsonl.
         table: the experiment that it belongs to, a key of TABLES.
         title: how the table calls it.
         task: name and options of the task, all but the network's.
@@ -67,24 +67,24 @@ DIGITS = tuple(
 
 
 def memoryless(blanks: int) -> float:
-    """Cross entropy a step, in bits, of a network that answers blanks and guesses: 10 log2(8) / (T + 20)."""
+    """Cross entropy per step, in bits, of a network that answers blanks and guesses: 10 log2(8) / (T + 20)."""
     return 30 / (blanks + 20)
 
 
 TABLES = {
     "copy-1000": Table(
         "Copy memory, T = 1000",
-        f"Under 1 % of the memory-less {memoryless(1000):.4f} bits a step.",
+        f"Under 1 % of the memory-less {memoryless(1000):.4f} bits per step.",
         lambda bits: bits < 0.01 * memoryless(1000),
     ),
     "copy-2000": Table(
         "Copy memory, T = 2000",
-        f"Under 1 % of the memory-less {memoryless(2000):.4f} bits a step.",
+        f"Under 1 % of the memory-less {memoryless(2000):.4f} bits per step.",
         lambda bits: bits < 0.01 * memoryless(2000),
     ),
     "copy-200": Table(
         "Copy memory, T = 200: what the penalty does",
-        f"Memory-less {memoryless(200):.3f} bits a step. One learning rate for all: the factors move freely.",
+        f"Memory-less {memoryless(200):.3f} bits per step. One learning rate for all: the factors move freely.",
     ),
     "adding-200": Table("Adding, T = 200", "Under 0.001, memory-less 0.167.", lambda mse: mse < 0.001),
     "adding-750": Table("Adding, T = 750", "Under 0.001, memory-less 0.167.", lambda mse: mse < 0.001),

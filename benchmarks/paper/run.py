@@ -4,9 +4,9 @@
     python benchmarks/paper/run.py copy-1000-kru jsb-gru        single rows
     python benchmarks/paper/run.py permuted-kru --fraction 0.1  a tenth of the row's steps, said so in the results
     python benchmarks/paper/run.py --list                       what there is, what is done
-    python benchmarks/paper/run.py --draw                       results.md and the pictures from ledger/
+    python benchmarks/paper/run.py --report                     results.md from what is done
 
-A finished row is one JSON file in ledger/, which git keeps; it is not run again. An interrupted row continues where it
+A finished run is one line of runs.jsonl, which git keeps; it is not run again. An interrupted run continues where it
 stood, to the same bits. States lie in --cache.
 """
 
@@ -21,9 +21,10 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import report  # noqa: E402
 import torch  # noqa: E402
-from draw import draw  # noqa: E402
-from ledger import read_all, where_and_when, write  # noqa: E402
+from measurements import Row as Run  # noqa: E402
+from measurements import read, store, where_and_when  # noqa: E402
 from rows import ROWS, Row, row_of, size_of, task_of  # noqa: E402
 
 from kruify.errors import KruifyError  # noqa: E402
@@ -31,14 +32,14 @@ from kruify.finetune import Progress, Recipe, finetune  # noqa: E402
 from kruify.finetune.feed import count_batches  # noqa: E402
 from kruify.network import network_of  # noqa: E402
 
-LEDGER = HERE / "ledger"
+RUNS = HERE / "runs.jsonl"
 
 
 def name_of(row: Row, fraction: float, seed: int) -> str:
     return f"{row.key}{'' if fraction == 1 else f'-{fraction:g}'}-s{seed}"
 
 
-def run(row: Row, fraction: float, seed: int, cache: Path) -> dict[str, Any]:
+def train(row: Row, fraction: float, seed: int, cache: Path) -> Run:
     """Train and measure one row; one that was interrupted continues where it stood."""
     task = task_of(row)
     recipe = Recipe.from_scratch().changed(seed=seed, **row.recipe)
@@ -55,26 +56,34 @@ def run(row: Row, fraction: float, seed: int, cache: Path) -> dict[str, Any]:
         conditioning=True,
         on_progress=_tell(),
     )
+    conditions = [_condition(entry["conditioning"]["matrices"]) for entry in result.history]
     return {
+        "run": name_of(row, fraction, seed),
         "row": row.key,
         "table": row.table,
-        "fraction": fraction,
-        "steps": result.steps,
-        "all_steps": row.steps,
-        "seed": seed,
         "task": row.task,
         "network": network_of(task),
         "recipe": row.recipe,
+        "seed": seed,
+        "fraction": fraction,
+        "steps": result.steps,
+        "all_steps": row.steps,
         "metric": task.metric,
-        "recurrent_parameters": _recurrent(model),
-        "parameters": size_of(task),
         "valid": result.metrics,
         "test": task.evaluate(model, "test"),
+        "train_loss": result.history[-1]["loss"],
         "best_epoch": result.best_epoch,
-        "history": _trimmed(result.history),
+        "condition_number": {"start": conditions[0], "end": conditions[-1], "largest": max(conditions)},
+        "recurrent_parameters": _recurrent(model),
+        "parameters": size_of(task),
         "seconds": round(result.seconds, 1),
         **where_and_when(),
     }
+
+
+def _condition(matrices: list[dict[str, Any]]) -> float:
+    """The largest condition number of the recurrent matrices of all gates."""
+    return max(float(matrix["condition_number"]) for matrix in matrices)
 
 
 def _recurrent(model: torch.nn.Module) -> int:
@@ -84,25 +93,6 @@ def _recurrent(model: torch.nn.Module) -> int:
         if ".weight_hh" in name:
             counted += parameter.numel() * (2 if parameter.is_complex() else 1)
     return counted
-
-
-def _trimmed(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The gradient through time of the first and the last validation alone, and short numbers."""
-    kept = []
-    for entry in history:
-        found = dict(entry["conditioning"])
-        if entry not in (history[0], history[-1]):
-            del found["gradient"]
-        kept.append({**entry, "conditioning": found})
-    return _short(kept)
-
-
-def _short(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, list):
-        return [_short(item) for item in value]
-    return {key: _short(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _tell() -> Any:
@@ -126,29 +116,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further row after so long")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--draw", action="store_true")
+    parser.add_argument("--report", action="store_true", help="train nothing")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     until = time.time() + 60 * args.minutes
     rows = [row_of(key) for key in args.rows] or sorted(ROWS, key=lambda row: row.rank)
     for row in rows:
         name = name_of(row, args.fraction, args.seed)
-        file = LEDGER / f"{name}.json"
+        done = any(run["run"] == name for run in read(RUNS))
         if args.list:
-            print("done" if file.exists() else "    ", name)
-        if args.list or args.draw or file.exists() or time.time() > until:
+            print("done" if done else "    ", name)
+        if args.list or args.report or done or time.time() > until:
             continue
         print(name, flush=True)
         try:
-            entry = run(row, args.fraction, args.seed, args.cache)
+            run = train(row, args.fraction, args.seed, args.cache)
         except KruifyError as error:
             print(f"  left out: {error}")
             continue
-        write(file, entry)
-        (args.cache / name / "state.pt").unlink(missing_ok=True)  # a changed row begins anew
-        print(f"  valid {entry['valid']} test {entry['test']}", flush=True)
+        store(RUNS, run, "run")
+        (args.cache / name / "state.pt").unlink(missing_ok=True)  # a changed row begins at the start
+        print(f"  valid {run['valid']} test {run['test']}", flush=True)
     if not args.list:
-        draw(read_all(LEDGER), HERE)
+        report.write(read(RUNS), HERE / "results.md")
 
 
 if __name__ == "__main__":

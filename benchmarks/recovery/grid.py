@@ -1,4 +1,4 @@
-"""What is compared: tasks, methods, budgets. One `Cell` is one network trained once."""
+"""What is compared: tasks, methods, budgets. One `Run` is one network trained once."""
 
 from __future__ import annotations
 
@@ -72,21 +72,14 @@ def kronecker(rows: int, cols: int, times: float) -> str:
     return f"{max(1, int(rows * cols / times / (a * c + b * d)))}*({a}x{c},{b}x{d})"
 
 
-def kronecker_low_rank(rows: int, cols: int, times: float) -> str:
+def sparse(rows: int, cols: int, times: float) -> str:
+    """The largest single entries."""
+    return f"sparse:{100 / times:.6g}%:1"
+
+
+def low_rank_sparse(rows: int, cols: int, times: float) -> str:
     """Half of the budget each."""
-    return f"{kronecker(rows, cols, 2 * times)}+{low_rank(rows, cols, 2 * times)}"
-
-
-def sparse(block: int, share: float = 1.0) -> Spec:
-    return lambda rows, cols, times: f"sparse:{100 * share / times:.6g}%:{block}"
-
-
-def low_rank_sparse(block: int) -> Spec:
-    return lambda rows, cols, times: f"{low_rank(rows, cols, 2 * times)}+{sparse(block, 0.5)(rows, cols, times)}"
-
-
-def kronecker_sparse(block: int) -> Spec:
-    return lambda rows, cols, times: f"{kronecker(rows, cols, 2 * times)}+{sparse(block, 0.5)(rows, cols, times)}"
+    return f"{low_rank(rows, cols, 2 * times)}+{sparse(rows, cols, 2 * times)}"
 
 
 @dataclass(frozen=True)
@@ -94,15 +87,15 @@ class Method:
     """One way to a small network.
 
     Attributes:
-        spec: structure of the recurrent matrices; None where they stay dense, or are `tried`.
-        tried: several structures are trained for a quarter of the epochs, and the one that validates best is taken
-            (kruify.trial): what `kruify compress` does.
-        start: "convert" from the dense network, "alternate" (learning-compression, then convert), "gradual" (more terms
-            than may be kept), "random", "dense" (it stays dense), "smaller" (dense with fewer units) or "int8".
+        title: in tables.
+        spec: structure of the recurrent matrices; None where they stay dense, or where candidates are trained.
+        start: "convert" (the trained dense network), "random", "scratch" (the dense network itself), "dense" (trained
+            on, not converted), "smaller" (dense with fewer units), "int8", or "candidates": several conversions are
+            trained for a quarter of the epochs, and the one that validates best is taken, as in `kruify compress`.
         teacher: whether the dense network teaches.
         options: of the recipe, beside those of the task.
         stacked: `spec` is of the gates of a matrix as one.
-        title: in tables and pictures.
+        deleted: the code that trains it lost its comparison and is gone; commit b91d677 has it. Its runs are kept.
     """
 
     title: str
@@ -110,96 +103,67 @@ class Method:
     start: str = "convert"
     teacher: bool = False
     options: dict[str, Any] = field(default_factory=dict)
-    tried: bool = False
     stacked: bool = False
+    deleted: bool = False
+
+    def options_on(self, task: TaskSetup) -> dict[str, Any]:
+        return {**(task.teacher if self.start in ("scratch", "smaller") else task.student), **self.options}
 
 
-CE = {"distill_logits": 0.0, "distill_hidden": 0.0}  # overlays may be annealed without anything else being taught
-TAUGHT = {"distill_logits": 0.5, "distill_hidden": 0.0}
+TAUGHT = {"distill_logits": 0.5}
 RATE = {"lr": 6e-3, "factor_lr": 1.0}  # the default recipe's
 DEFAULT = {**TAUGHT, "distill_until": 1.0, **RATE}
 ANNEAL = {"overlay_start": 1.0, "overlay_until": 0.6}
+UNTAUGHT_ANNEAL = {"distill_logits": 0.0, **ANNEAL}  # the teacher's weights are what is annealed, its outputs not used
 
 METHODS: dict[str, Method] = {
     # the default recipe, and controls trained as it trains
-    "recipe": Method("default recipe", teacher=True, options=DEFAULT, tried=True),
+    "recipe": Method("default recipe", None, "candidates", True, DEFAULT),
     "recipe-low-rank-sparse": Method(
-        "low rank + sparse gate by gate, default recipe", low_rank_sparse(1), teacher=True, options=DEFAULT
+        "low rank + sparse per gate, default recipe", low_rank_sparse, "convert", True, DEFAULT
     ),
-    "recipe-dense": Method("dense, trained on as long, default recipe", start="dense", options=RATE),
-    "recipe-low-rank": Method("low rank, default recipe", low_rank, teacher=True, options=DEFAULT),
+    "recipe-dense": Method("dense, trained on as long, default recipe", None, "dense", False, RATE),
+    "recipe-low-rank": Method("low rank, default recipe", low_rank, "convert", True, DEFAULT),
     "recipe-stacked": Method(
-        "low rank of stacked gates, default recipe", low_rank, teacher=True, options=DEFAULT, stacked=True
+        "low rank of stacked gates, default recipe", low_rank, "convert", True, DEFAULT, stacked=True
     ),
     "recipe-low-rank-gradual": Method(
-        "low rank, terms falling, default recipe", low_rank, "gradual", teacher=True, options=DEFAULT
+        "low rank, terms falling, default recipe", low_rank, "convert", True, DEFAULT, deleted=True
     ),
-    "recipe-pruned": Method("magnitude pruning, default recipe", sparse(1), teacher=True, options=DEFAULT),
+    "recipe-pruned": Method("magnitude pruning, default recipe", sparse, "convert", True, DEFAULT),
     "recipe-pruned-gradual": Method(
-        "magnitude pruning, gradual, default recipe", sparse(1), teacher=True, options={**DEFAULT, **ANNEAL}
+        "magnitude pruning, gradual, default recipe", sparse, "convert", True, {**DEFAULT, **ANNEAL}
     ),
-    "recipe-random": Method("random start, default recipe", low_rank_sparse(1), "random", True, DEFAULT),
-    "recipe-kron": Method("Kronecker, default recipe", kronecker, teacher=True, options=DEFAULT),
-    # the same without it, and the default recipe before the teacher fell silent: lr 2e-3, factors at three times that
-    "dense": Method("dense, from scratch", start="scratch"),
-    "dense-longer": Method("dense, trained on as long", start="dense"),
-    "smaller": Method("smaller dense, from scratch", start="smaller"),
-    "int8": Method("int8 dynamic, as it is", start="int8"),
-    "low-rank": Method("low rank", low_rank, teacher=True, options=TAUGHT),
-    "pruned": Method("magnitude pruning, at once", sparse(1), teacher=True, options=TAUGHT),
-    "pruned-gradual": Method("magnitude pruning, gradual", sparse(1), teacher=True, options={**TAUGHT, **ANNEAL}),
-    # structures, plain fine-tuning
-    "kron": Method("Kronecker", kronecker),
-    "kron-low-rank": Method("Kronecker + low rank", kronecker_low_rank),
-    "low-rank-sparse": Method("low rank + sparse", low_rank_sparse(1)),
-    "low-rank-blocks": Method("low rank + blocks of 8", low_rank_sparse(8)),
-    "kron-sparse": Method("Kronecker + sparse", kronecker_sparse(1)),
-    # the same, outputs taught: to be set beside the default recipe and its controls
-    "kron-logits": Method("Kronecker, outputs taught", kronecker, teacher=True, options=TAUGHT),
-    "kron-sparse-logits": Method(
-        "Kronecker + sparse, outputs taught", kronecker_sparse(1), teacher=True, options=TAUGHT,
-    ),
-    # annealed overlays
-    "low-rank-sparse-anneal": Method("low rank + sparse, annealed", low_rank_sparse(1), "convert", True, {**CE,
-    **ANNEAL}), "kron-sparse-anneal": Method("Kronecker + sparse, annealed", kronecker_sparse(1), "convert", True,
-    {**CE, **ANNEAL}), "low-rank-blocks-anneal": Method("low rank + blocks, annealed", low_rank_sparse(8), "convert",
-    True, {**CE, **ANNEAL}),
-    # distillation, on the plain structure and on the annealed one
-    "low-rank-sparse-hidden": Method(
-        "low rank + sparse, hidden states taught", low_rank_sparse(1), "convert", True,
-        {"distill_logits": 0.0, "distill_hidden": 1.0},
-    ),
-    "low-rank-sparse-logits": Method(
-        "low rank + sparse, outputs taught", low_rank_sparse(1), "convert", True, TAUGHT,
-    ),
-    "low-rank-sparse-heal": Method(
-        "low rank + sparse, healed first", low_rank_sparse(1), "convert", True, {**CE, "heal_epochs": 1.0},
+    "recipe-random": Method("random start, default recipe", low_rank_sparse, "random", True, DEFAULT),
+    "recipe-kron": Method("Kronecker, default recipe", kronecker, "convert", True, DEFAULT),
+    # the default recipe as it was before: lr 2e-3, factors at three times that, a teacher to the end or none
+    "dense": Method("dense, from scratch", None, "scratch"),
+    "dense-longer": Method("dense, trained on as long", None, "dense"),
+    "smaller": Method("smaller dense, from scratch", None, "smaller"),
+    "int8": Method("int8 dynamic, as it is", None, "int8"),
+    "low-rank": Method("low rank", low_rank, "convert", True, TAUGHT),
+    "pruned": Method("magnitude pruning, at once", sparse, "convert", True, TAUGHT),
+    "kron-logits": Method("Kronecker, outputs taught", kronecker, "convert", True, TAUGHT),
+    "random": Method("low rank + sparse, random start", low_rank_sparse, "random", True, TAUGHT),
+    "low-rank-sparse": Method("low rank + sparse", low_rank_sparse),
+    "low-rank-sparse-logits": Method("low rank + sparse, outputs taught", low_rank_sparse, "convert", True, TAUGHT),
+    "low-rank-sparse-anneal": Method(
+        "low rank + sparse, annealed", low_rank_sparse, "convert", True, UNTAUGHT_ANNEAL
     ),
     "low-rank-sparse-anneal-taught": Method(
-        "low rank + sparse, annealed, all taught", low_rank_sparse(1), "convert", True,
-        {"distill_logits": 0.5, "distill_hidden": 1.0, **ANNEAL},
-    ),
-    "low-rank-sparse-anneal-logits": Method(
-        "low rank + sparse, annealed, outputs taught", low_rank_sparse(1), "convert", True,
-        {"distill_logits": 0.5, "distill_hidden": 0.0, **ANNEAL},
+        "low rank + sparse, annealed, all taught", low_rank_sparse, "convert", True,
+        {**TAUGHT, "distill_hidden": 1.0, **ANNEAL}, deleted=True,
     ),
     "low-rank-sparse-pooled": Method(
-        "low rank + sparse, annealed, blocks shared", low_rank_sparse(1), "convert", True,
-        {**CE, **ANNEAL, "overlay_pooled": True},
+        "low rank + sparse, annealed, blocks shared", low_rank_sparse, "convert", True,
+        {**UNTAUGHT_ANNEAL, "overlay_pooled": True}, deleted=True,
     ),
-    "low-rank-sparse-pooled-taught": Method(
-        "low rank + sparse, annealed, blocks shared, all taught", low_rank_sparse(1), "convert", True,
-        {"distill_logits": 0.5, "distill_hidden": 1.0, **ANNEAL, "overlay_pooled": True},
-    ),
-    "low-rank-sparse-alternated": Method(
-        "low rank + sparse, learning-compression", low_rank_sparse(1), "alternate"
-    ),
-    "random": Method("low rank + sparse, random start", low_rank_sparse(1), "random", True, TAUGHT),
+    "low-rank-sparse-alternated": Method("low rank + sparse, learning-compression", low_rank_sparse, deleted=True),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Cell:
+class Run:
     """One network, trained once.
 
     Attributes:
@@ -226,30 +190,25 @@ class Cell:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options of the recipe: the task's, the method's, the cell's own."""
-        setup, method = TASKS[self.task], METHODS[self.method]
-        base = setup.teacher if method.start in ("scratch", "smaller") else setup.student
+        """Options of the recipe: the task's, the method's, the run's own."""
+        usual = METHODS[self.method].options_on(TASKS[self.task])
         epochs = {"epochs": self.epochs} if self.epochs else {}
         own = dict(item.split("=") for item in self.changes.split(",")) if self.changes else {}
-        return {
-            "distill_until": None,
-            **base,
-            **method.options,
-            **epochs,
-            **{k: number(v) for k, v in own.items()},
-            "seed": self.seed,
-        }
+        own = {name: number(value) for name, value in own.items()}
+        return {"distill_until": None, **usual, **epochs, **own, "seed": self.seed}
 
     @staticmethod
-    def parse(text: str) -> Cell:
+    def parse(text: str) -> Run:
         """task:method[:times[:seed[:epochs[:changes]]]], as in g2p:low-rank:16:0:5:lr=4e-3; times may be 4w (whole
         model)."""
         task, method, *rest = text.split(":")
         if task not in TASKS or method not in METHODS:
             raise SystemExit(f"{text}: tasks are {', '.join(TASKS)}; methods are {', '.join(METHODS)}")
+        if METHODS[method].deleted:
+            raise SystemExit(f"{text}: the code that trains {method} was deleted after commit b91d677; check that out")
         rest += ["1", "0", "0", ""][len(rest) :]
         whole = rest[0].endswith("w")
-        return Cell(task, method, float(rest[0].rstrip("w")), int(rest[1]), float(rest[2]), rest[3], whole)
+        return Run(task, method, float(rest[0].rstrip("w")), int(rest[1]), float(rest[2]), rest[3], whole)
 
 
 def number(text: str) -> float | int | str:
@@ -261,43 +220,43 @@ def number(text: str) -> float | int | str:
     return text
 
 
-RECIPE, BY_GATE = "recipe", "recipe-low-rank-sparse"
+RECIPE, PER_GATE = "recipe", "recipe-low-rank-sparse"
 CONTROLS = (
     "recipe-dense",
-    BY_GATE,
+    PER_GATE,
     "recipe-low-rank",
     "recipe-pruned",
     "recipe-pruned-gradual",
     "recipe-random",
     "smaller",
 )
-# What each ingredient of the default recipe is worth on g2p, where the trial takes BY_GATE: one thing changed.
+# What each ingredient of the default recipe is worth on g2p, where PER_GATE is the candidate chosen: one thing changed.
 _RATE = "lr=6e-3,factor_lr=1"  # the recipe's rate, for methods whose own is another
 ABLATIONS = {
-    "default recipe": Cell("g2p", RECIPE, 16),
-    "no teacher": Cell("g2p", "low-rank-sparse", 16, changes=_RATE),
-    "a teacher that does not fall silent": Cell("g2p", "low-rank-sparse-logits", 16, changes=_RATE),
-    "rate 2e-3, factors at 6e-3": Cell("g2p", BY_GATE, 16, changes="lr=2e-3,factor_lr=3"),
-    "constant rate": Cell("g2p", BY_GATE, 16, changes="schedule=constant"),
-    "gradients not clipped": Cell("g2p", BY_GATE, 16, changes="clip=0"),
-    "no single entries": Cell("g2p", "recipe-low-rank", 16),
-    "no low rank": Cell("g2p", "recipe-pruned", 16),
-    "random start": Cell("g2p", "recipe-random", 16),
+    "default recipe": Run("g2p", RECIPE, 16),
+    "no teacher": Run("g2p", "low-rank-sparse", 16, changes=_RATE),
+    "a teacher to the end, not annealed": Run("g2p", "low-rank-sparse-logits", 16, changes=_RATE),
+    "rate 2e-3, factors at 6e-3": Run("g2p", PER_GATE, 16, changes="lr=2e-3,factor_lr=3"),
+    "constant rate": Run("g2p", PER_GATE, 16, changes="schedule=constant"),
+    "gradients not clipped": Run("g2p", PER_GATE, 16, changes="clip=0"),
+    "no single entries": Run("g2p", "recipe-low-rank", 16),
+    "no low rank": Run("g2p", "recipe-pruned", 16),
+    "random start": Run("g2p", "recipe-random", 16),
 }
 
 
-def grid() -> list[Cell]:
-    """Every cell of the comparison, the most informative first."""
-    cells = []
+def grid() -> list[Run]:
+    """Every run of the comparison, the most informative first."""
+    runs = []
     for task in TASKS:
         seeds = 3 if task in ("g2p", "jsb") else 1
         for seed in range(seeds):
-            cells += [Cell(task, "dense", 1, seed), Cell(task, RECIPE, 16, seed)]
-            cells += [Cell(task, m, 1 if m == "recipe-dense" else 16, seed) for m in CONTROLS]
-        cells.append(Cell(task, "int8", 1))
+            runs += [Run(task, "dense", 1, seed), Run(task, RECIPE, 16, seed)]
+            runs += [Run(task, m, 1 if m == "recipe-dense" else 16, seed) for m in CONTROLS]
+        runs.append(Run(task, "int8", 1))
         few = ("recipe-low-rank", "recipe-pruned")
-        cells += [Cell(task, m, times) for times in (4, 64) for m in (RECIPE, *few)]
-        cells += [Cell(task, m, 4, whole=True) for m in (BY_GATE, *few)]  # trials are of recurrent matrices alone
-    cells += [Cell(task, "recipe-kron", 64) for task in ("g2p", "kjv")]
-    order = sorted(cells, key=lambda c: (c.seed, c.times not in (1, 16), list(TASKS).index(c.task)))
+        runs += [Run(task, m, times) for times in (4, 64) for m in (RECIPE, *few)]
+        runs += [Run(task, m, 4, whole=True) for m in (PER_GATE, *few)]  # candidates are of recurrent matrices alone
+    runs += [Run(task, "recipe-kron", 64) for task in ("g2p", "kjv")]
+    order = sorted(runs, key=lambda c: (c.seed, c.times not in (1, 16), list(TASKS).index(c.task)))
     return list(dict.fromkeys(order + list(ABLATIONS.values())))

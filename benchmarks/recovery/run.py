@@ -1,55 +1,48 @@
-"""How much accuracy fine-tuning brings back: every method, every budget, every task, cell by cell.
+"""How much accuracy fine-tuning brings back: every method, every budget, every task, run by run.
 
-    python benchmarks/recovery/run.py                           the whole grid, most informative cells first
-    python benchmarks/recovery/run.py g2p:low-rank:16:0:5       single cells: task:method:times:seed:epochs:changes
-    python benchmarks/recovery/run.py --draw                    tables and pictures from what is finished
-    python benchmarks/recovery/run.py --latency                 measure finished cells at B=1 and B=32 (on an idle
-    machine)
+    python benchmarks/recovery/run.py                           the whole grid, the most informative runs first
+    python benchmarks/recovery/run.py g2p:low-rank:16:0:5       single runs: task:method:times:seed:epochs:changes
+    python benchmarks/recovery/run.py --list                    the grid, and what of it is done
+    python benchmarks/recovery/run.py --report                  results.md from what is done
+    python benchmarks/recovery/run.py --latency                 measure what is done at B=1 and 32 (on an idle machine)
 
-A finished cell is one JSON file in ledger/, which git keeps; it is not run again. An interrupted cell continues where
-it stood. Weights and states lie in --cache, and can be made again.
+A finished run is one line of <task>/runs.jsonl, which git keeps; it is not run again. An interrupted run continues
+where it stood. Weights and states lie in --cache, and can be made again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import ledger  # noqa: E402
+import report  # noqa: E402
 import torch  # noqa: E402
-from cells import build, latency, run, weights_file  # noqa: E402
-from draw import draw  # noqa: E402
-from grid import METHODS, TASKS, Cell, grid  # noqa: E402
+from grid import METHODS, TASKS, Run, grid  # noqa: E402
+from measurements import Row, read, store  # noqa: E402
+from train import build, latency, train, weights_file  # noqa: E402
 
 from kruify.convert import swap  # noqa: E402
 from kruify.errors import TaskError  # noqa: E402
 from kruify.finetune import Progress  # noqa: E402
+from kruify.finetune.result import OnProgress  # noqa: E402
 from kruify.plan import Plan  # noqa: E402
 from kruify.task import load_task  # noqa: E402
 
-LEDGER = HERE / "ledger"
+
+def runs_file(task: str) -> Path:
+    return HERE / task / "runs.jsonl"
 
 
-def ledger_file(cell: Cell) -> Path:
-    return LEDGER / f"{cell.key}.json"
+def known(run: Run) -> Row | None:
+    return next((row for row in read(runs_file(run.task)) if row["run"] == run.key), None)
 
 
-def finished(cell: Cell) -> bool:
-    return ledger_file(cell).exists()
-
-
-def known(cell: Cell) -> dict[str, Any] | None:
-    return json.loads(ledger_file(cell).read_text()) if finished(cell) else None
-
-
-def report(cell: Cell) -> Any:
+def tell() -> OnProgress:
     last = [0]
 
     def on_progress(p: Progress) -> None:
@@ -61,68 +54,65 @@ def report(cell: Cell) -> Any:
     return on_progress
 
 
-def run_cells(cells: list[Cell], cache: Path, until: float) -> None:
-    for cell in cells:
-        if finished(cell):
+def train_all(runs: list[Run], cache: Path, until: float) -> None:
+    for run in runs:
+        if known(run):
             continue
         if time.time() > until:
             print("out of time")
             return
-        teacher = Cell(cell.task, "dense", 1, cell.seed)
-        if METHODS[cell.method].start not in ("scratch", "smaller") and not weights_file(teacher, cache).exists():
-            # The ledger may know the teacher from another machine; its weights are needed here.
-            print(f"{teacher.key} (the teacher)", flush=True)
-            ledger.write(ledger_file(teacher), run(teacher, cache, report(teacher)))
-        print(cell.key, flush=True)
-        try:
-            entry = run(cell, cache, report(cell), known)
-        except TaskError as error:
-            print(f"  left out: {error}")
-            continue
-        ledger.write(ledger_file(cell), entry)
-        print(f"  valid {entry['valid']} test {entry['test']}", flush=True)
+        teacher = Run(run.task, "dense", 1, run.seed)
+        needed = [run]
+        if METHODS[run.method].start not in ("scratch", "smaller") and not weights_file(teacher, cache).exists():
+            needed = [teacher, run]  # its row may come from another machine; its weights are needed here
+        for one in needed:
+            print(one.key, flush=True)
+            try:
+                row = train(one, cache, tell(), known)
+            except TaskError as error:
+                print(f"  left out: {error}")
+                break
+            store(runs_file(one.task), row, "run")
+            print(f"  valid {row['valid']} test {row['test']}", flush=True)
 
 
-def measure(cache: Path) -> None:
-    """Latency needs the structure alone, so cells trained on another machine can be measured here."""
-    for path in sorted(LEDGER.glob("*/*/*.json")):
-        entry = json.loads(path.read_text())
-        if entry["method"] == "int8":
+def measure() -> None:
+    """Latency needs the structure alone, so networks trained on another machine can be measured here."""
+    for row in [row for task in TASKS for row in read(runs_file(task))]:
+        if row["method"] == "int8":
             continue
-        cell = Cell(entry["task"], entry["method"], entry["times"], entry["seed"], whole=entry.get("whole", False))
-        task = load_task(TASKS[cell.task].name)
-        if "plan" in entry:
-            model = swap(task.model(), Plan.from_json(entry["plan"]))
+        run = Run(row["task"], row["method"], row["times"], row["seed"], whole=row["whole"])
+        task = load_task(TASKS[run.task].name)
+        if "plan" in row:
+            model = swap(task.model(), Plan.from_json(row["plan"]))
         else:
-            model, _ = build(cell, task, task.model())
-        entry["latency_ms_per_step"] = {str(b): round(latency(model, b), 4) for b in (1, 32)}
-        ledger.write(path, entry)
-        print(entry["cell"], entry["latency_ms_per_step"], flush=True)
+            model, _ = build(run, task, task.model())
+        row["latency_ms_per_step"] = {str(b): round(latency(model, b), 4) for b in (1, 32)}
+        store(runs_file(run.task), row, "run")
+        print(row["run"], row["latency_ms_per_step"], flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "cells", nargs="*", help="task:method:times:seed:epochs:changes; all of the grid if none is named"
-    )
+    parser.add_argument("runs", nargs="*", help="task:method:times:seed:epochs:changes; all of the grid if none")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "kruify-recovery")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no further cell after so long")
-    parser.add_argument("--list", action="store_true", help="print the grid and what is finished")
-    parser.add_argument("--draw", action="store_true")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run after so long")
+    parser.add_argument("--list", action="store_true", help="print the grid and what is done")
+    parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--latency", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    cells = [Cell.parse(text) for text in args.cells] or grid()
+    runs = [Run.parse(text) for text in args.runs] or grid()
     if args.list:
-        for cell in cells:
-            print("done" if finished(cell) else "    ", cell.key)
-    elif args.latency:
-        measure(args.cache)
-    elif not args.draw:
-        run_cells(cells, args.cache, time.time() + 60 * args.minutes)
-    if not args.list:
-        draw(ledger.read_all(LEDGER), HERE)
+        for run in runs:
+            print("done" if known(run) else "    ", run.key)
+        return
+    if args.latency:
+        measure()
+    elif not args.report:
+        train_all(runs, args.cache, time.time() + 60 * args.minutes)
+    report.write([row for task in TASKS for row in read(runs_file(task))], HERE / "results.md")
 
 
 if __name__ == "__main__":

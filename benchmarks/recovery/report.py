@@ -1,0 +1,80 @@
+"""results.md from the recorded runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from grid import ABLATIONS, METHODS, TASKS
+from measurements import Row
+
+COLUMNS = ("method", "epochs", "recurrent parameters", "whole model", "multiply-adds per step")
+
+
+def write(runs: list[Row], page: Path) -> None:
+    lines = ["# Accuracy back: results", ""]
+    lines += ["Made by `python benchmarks/recovery/run.py --report` from the `runs.jsonl` of each task.", ""]
+    for task in TASKS:
+        if mine := [r for r in runs if r["task"] == task]:
+            lines += table(task, mine)
+    lines += ablations({r["run"]: r for r in runs})
+    page.write_text("\n".join(lines) + "\n")
+
+
+def table(task: str, runs: list[Row]) -> list[str]:
+    metric = runs[0]["metric"]
+    machines = ", ".join(sorted({f"{r['machine']}, {r['threads']} thread(s)" for r in runs}))
+    columns = [*COLUMNS, f"{metric}, valid", f"{metric}, test", "training loss", "seeds", "ms per step, B=1 / 32"]
+    lines = [f"## {task} ({TASKS[task].name}): {metric}", "", machines, "", row(columns), "|---" * len(columns) + "|"]
+    sign = -1 if runs[0]["higher_is_better"] else 1
+    rows = grouped(runs).items()
+    for (method, times, epochs, notes), group in sorted(rows, key=lambda r: (*r[0][1:3], sign * mean(r[1], "test"))):
+        first = group[0]
+        loss = [r["train_loss"] for r in group if "train_loss" in r]
+        speed = first.get("latency_ms_per_step")
+        title = METHODS[method].title + (f", {times:g}x" if times != 1 else "") + (f" ({notes})" if notes else "")
+        cells = [title, f"{epochs:g}", f"{first['recurrent_parameters']:,}", f"{first['parameters']:,}"]
+        cells += [f"{first['recurrent_multiply_adds']:,}", spread(group, "valid"), spread(group, "test")]
+        cells += [f"{statistics.mean(loss):.3f}" if loss else "", str(len(group))]
+        cells.append(f"{speed['1']:.3f} / {speed['32']:.3f}" if speed else "")
+        lines.append(row(cells))
+    return [*lines, ""]
+
+
+def grouped(runs: list[Row]) -> dict[tuple[str, float, float, str], list[Row]]:
+    """(method, times smaller, epochs, further options) -> one run per seed."""
+    groups: dict[tuple[str, float, float, str], list[Row]] = defaultdict(list)
+    for r in runs:
+        usual = {**METHODS[r["method"]].options_on(TASKS[r["task"]]), "epochs": ..., "seed": ...}
+        changed = {k: v for k, v in r["options"].items() if usual.get(k) not in (v, ...)}
+        notes = ["whole model"] * r["whole"] + [
+            f"{k} {v if isinstance(v, str) else f'{v:g}'}" for k, v in changed.items()
+        ]
+        groups[r["method"], r["times"], r["options"]["epochs"], ", ".join(notes)].append(r)
+    return groups
+
+
+def ablations(runs: dict[str, Row]) -> list[str]:
+    """The default recipe with one thing changed at a time."""
+    task = next(iter(ABLATIONS.values())).task
+    lines = [f"## What each ingredient of the default recipe is worth ({task}, 16x, one seed)", ""]
+    lines += [row([task, "valid", "test"]), "|---|---|---|"]
+    for title, run in ABLATIONS.items():
+        r = runs.get(run.key)
+        lines.append(row([title, *(f"{r[s][r['metric']]:.3f}" if r else "not run yet" for s in ("valid", "test"))]))
+    return lines
+
+
+def row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def mean(group: list[Row], split: str) -> float:
+    return statistics.mean(r[split][r["metric"]] for r in group)
+
+
+def spread(group: list[Row], split: str) -> str:
+    values = [r[split][r["metric"]] for r in group]
+    text = f"{statistics.mean(values):.3f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.3f} to {max(values):.3f})"

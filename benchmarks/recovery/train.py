@@ -1,0 +1,205 @@
+"""One run: builds the network, trains it, measures it, returns the row that is recorded."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from grid import METHODS, PER_GATE, TASKS, Run
+from measurements import Row, where_and_when
+from timing import best_times
+from torch import nn
+
+from kruify.api import convert
+from kruify.calibrate import calibrate
+from kruify.convert import convert_module, swap
+from kruify.finetune import finetune
+from kruify.finetune.recurrent import recurrent_layers
+from kruify.finetune.result import OnProgress
+from kruify.layers.matrix import KroneckerMatrix
+from kruify.locate import RecurrentLayer, locate
+from kruify.plan import Plan, make_plan
+from kruify.task import Task, load_task
+from kruify.trial import Candidate, candidates, choose, from_json, to_json
+
+
+def train(
+    run: Run,
+    cache: Path,
+    on_progress: OnProgress | None = None,
+    known: Callable[[Run], Row | None] = lambda run: None,
+) -> Row:
+    """Train and measure one network; an interrupted run continues where it stood.
+
+    Args:
+        cache: folder for weights and states; not for git, everything in it can be made again.
+        known: the recorded row of another run if there is one. Where the candidate that is chosen has been trained
+            as a run of its own, with the same options and seed, it is that run.
+    """
+    setup, method = TASKS[run.task], METHODS[run.method]
+    task = load_task(setup.name)
+    teacher = None
+    if method.start not in ("scratch", "smaller"):
+        teacher = task.model()
+        teacher.load_state_dict(torch.load(weights_file(Run(run.task, "dense", 1, run.seed), cache), weights_only=True))
+    started = time.monotonic()
+    row: Row = {}
+    if method.start == "candidates":
+        assert teacher is not None
+        chosen, row = choose_candidate(run, task, teacher, cache / run.key, on_progress)
+        twin = replace(run, method=PER_GATE)
+        same = known(twin)
+        if same and chosen.plan == plan_of(twin, teacher) and not chosen.moments and same["options"] == run.options:
+            return {**same, **row, "run": run.key, "method": run.method, "same_run_as": twin.key}
+        model = convert_module(teacher, chosen.plan, moments=chosen.moments, seed=run.seed)[0]
+    else:
+        model, task = build(run, task, teacher)
+    if method.start == "int8":
+        row["valid"] = task.evaluate(model, "valid")
+    else:
+        result = finetune(
+            model,
+            task,
+            teacher=teacher if method.teacher else None,
+            resume=cache / run.key,
+            device="cpu",
+            evaluate_first=False,
+            on_progress=on_progress,
+            **run.options,
+        )
+        row |= {"valid": result.metrics, "train_loss": result.history[-1]["loss"], "best_epoch": result.best_epoch}
+        row["train_seconds"] = round(result.seconds, 1)
+        torch.save(model.state_dict(), weights_file(run, cache))
+        (cache / run.key / "state.pt").unlink(missing_ok=True)
+    return {
+        "run": run.key,
+        "task": run.task,
+        "method": run.method,
+        "times": run.times,
+        "whole": run.whole,
+        "seed": run.seed,
+        "options": run.options,
+        "specs": sorted({str(s) for m in model.modules() if isinstance(m, KroneckerMatrix) for s in m.structures}),
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
+        **row,
+        "test": task.evaluate(model, "test"),
+        "seconds": round(time.monotonic() - started, 1),
+        **counts(teacher if teacher is not None and method.start == "int8" else model),
+        **where_and_when(),
+    }
+
+
+def choose_candidate(
+    run: Run, task: Task, teacher: nn.Module, folder: Path, on_progress: OnProgress | None
+) -> tuple[Candidate, Row]:
+    """What `kruify compress` would train, and what it was chosen on; kept in `folder` for the next time."""
+    moments, file = calibrate(teacher, task, seed=run.seed), folder / "candidates.json"
+    if not file.exists():
+        layers, budget = locate(teacher).layers, f"params={100 / run.times:.8f}%"
+        found = candidates(teacher.state_dict(), layers, budget, moments=moments, seed=run.seed)
+        chosen, trials = choose(
+            teacher, task, found, device="cpu", on_progress=on_progress, resume=folder, **run.options
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(to_json(chosen, trials)))
+    kept = json.loads(file.read_text())
+    return from_json(kept, moments)[0], {"candidates": kept.pop("trials"), **kept}
+
+
+def build(run: Run, task: Task, teacher: nn.Module | None) -> tuple[nn.Module, Task]:
+    """The network of a run before training, and the task that it is trained on."""
+    setup, method = TASKS[run.task], METHODS[run.method]
+    torch.manual_seed(run.seed)
+    if method.start == "scratch":
+        return task.model(), task
+    if method.start == "smaller":
+        task = load_task(setup.smaller(round(setup.hidden / run.times**0.5)))
+        return task.model(), task
+    assert teacher is not None
+    if method.start == "int8":
+        return torch.ao.quantization.quantize_dynamic(teacher, {nn.GRU, nn.LSTM, nn.RNN, nn.Linear}), task
+    if method.start == "dense":
+        model = task.model()
+        model.load_state_dict(teacher.state_dict())
+        return model, task
+    plan = plan_of(run, teacher)
+    if method.start == "random":
+        return swap(task.model(), plan), task
+    return convert(teacher, plan=plan, seed=run.seed)[0], task
+
+
+def plan_of(run: Run, dense: nn.Module) -> Plan:
+    """The structure of every matrix that the run's method and budget ask for."""
+    method = METHODS[run.method]
+    spec = method.spec
+    assert spec is not None
+
+    def wanted(layer: RecurrentLayer, weight: str) -> str:
+        rows, cols = layer.shape(weight)
+        return f"stacked:{spec(len(layer.gates) * rows, cols, times)}" if method.stacked else spec(rows, cols, times)
+
+    layers, times = locate(dense).layers, matrix_times(run, dense)
+    weights = [("weight_hh", True), ("weight_ih", run.whole)]
+    specs = {
+        layer.full_name(weight + suffix): wanted(layer, weight + suffix)
+        for layer in layers
+        for suffix in layer.suffixes
+        for weight, factored in weights
+        if factored
+    }
+    return make_plan(layers, "auto", None, (), (), specs)
+
+
+def matrix_times(run: Run, dense: nn.Module) -> float:
+    """How many times smaller each factored matrix becomes, so that the run keeps its word."""
+    if not run.whole:
+        return run.times
+    total = sum(p.numel() for p in dense.parameters())
+    factored = sum(
+        p.numel()
+        for layer in recurrent_layers(dense).values()
+        for name, p in layer.named_parameters()
+        if "weight_hh" in name or "weight_ih" in name
+    )
+    return factored / max(1.0, total / run.times - (total - factored))
+
+
+def weights_file(run: Run, cache: Path) -> Path:
+    return cache / f"{run.key}.pt"
+
+
+def counts(model: nn.Module) -> dict[str, int]:
+    """Parameters, recurrent and in all, and multiply-adds of the recurrent matrices per step."""
+    recurrent = multiply_adds = 0
+    for layer in recurrent_layers(model).values():
+        for name, parameter in layer.named_parameters():
+            if "weight_hh" in name:
+                recurrent += parameter.numel()
+        for name, matrix in layer.named_modules():
+            if isinstance(matrix, KroneckerMatrix) and name.startswith("weight_hh"):
+                multiply_adds += sum(s.multiply_adds for s in matrix.structures)
+        multiply_adds += sum(p.numel() for n, p in layer.named_parameters(recurse=False) if n.startswith("weight_hh"))
+    return {
+        "recurrent_parameters": recurrent,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "recurrent_multiply_adds": multiply_adds,
+    }
+
+
+@torch.no_grad()
+def latency(model: nn.Module, batch: int, steps: int = 32, seconds: float = 0.15) -> float:
+    """Milliseconds per time step, all recurrent layers together: one thread, `steps` steps per call, the best of many."""
+    total = 0.0
+    for layer in recurrent_layers(model).values():
+        x = torch.randn(steps, batch, layer.input_size)
+        if layer.batch_first:
+            x = x.transpose(0, 1).contiguous()
+        layer.eval()
+        total += best_times({"layer": partial(layer, x)}, seconds)["layer"] / steps
+    return total

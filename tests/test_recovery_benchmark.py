@@ -1,0 +1,92 @@
+"""benchmarks/recovery: runs are trained, recorded once and reported, and the committed page is made of them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks" / "recovery"
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+    names = ("measurements", "timing", "grid", "train", "report", "run")
+    kept = {name: sys.modules.pop(name, None) for name in names}
+    monkeypatch.syspath_prepend(FOLDER.parent)
+    monkeypatch.syspath_prepend(FOLDER)
+    yield {name: importlib.import_module(name) for name in names}
+    for name, module in kept.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
+
+
+def test_the_committed_page_is_made_of_the_committed_runs(modules: dict[str, ModuleType], tmp_path: Path) -> None:
+    read, run = modules["measurements"].read, modules["run"]
+    runs = [row for task in modules["grid"].TASKS for row in read(run.runs_file(task))]
+    assert len({row["run"] for row in runs}) == len(runs)
+    modules["report"].write(runs, tmp_path / "results.md")
+    assert (tmp_path / "results.md").read_text() == (FOLDER / "results.md").read_text()
+
+
+def test_runs_are_trained_recorded_once_and_reported(
+    modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid, run = modules["grid"], modules["run"]
+    monkeypatch.setattr("kruify.tasks.copy_memory._EXAMPLES", {"valid": 20, "test": 20})
+
+    def named(hidden: int) -> str:
+        return f"copy-memory:T=5,cell=gru,hidden={hidden},train_examples=64"
+
+    short = {"epochs": 1, "lr": 4e-3}
+    small = replace(grid.TASKS["jsb"], name=named(16), hidden=16, teacher=short, student=short, smaller=named)
+    monkeypatch.setitem(grid.TASKS, "jsb", small)
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    wanted = ["jsb:recipe-low-rank-sparse:4", "jsb:recipe:4", "jsb:smaller:4", "jsb:recipe-pruned:4w"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *wanted, "--cache", str(tmp_path / "cache")])
+    run.main()
+    file = tmp_path / "jsb" / "runs.jsonl"
+    text = file.read_text()
+    rows = {row["run"]: row for row in map(json.loads, text.splitlines())}
+    assert set(rows) == {"jsb/1x/dense-s0", *(grid.Run.parse(name).key for name in wanted)}
+    assert all({"machine", "commit", "seed", "valid", "test", "options"} <= set(row) for row in rows.values())
+    assert len(rows["jsb/4x/recipe-s0"]["candidates"]) == 2
+    assert rows["jsb/4x/recipe-low-rank-sparse-s0"]["recurrent_parameters"] <= 3 * 16 * 16 / 4
+    page = (tmp_path / "results.md").read_text()
+    assert page.count("copy-memory") == 1 and "| magnitude pruning, default recipe, 4x (whole model) | 1 |" in page
+    run.main()
+    assert file.read_text() == text, "a finished run is not run again"
+
+
+def test_a_method_whose_code_is_gone_is_refused(modules: dict[str, ModuleType]) -> None:
+    with pytest.raises(SystemExit, match="deleted after commit"):
+        modules["grid"].Run.parse("g2p:low-rank-sparse-pooled:16")
+
+
+def _store(file: Path, first: int) -> None:
+    sys.path.insert(0, str(FOLDER.parent))
+    store = importlib.import_module("measurements").store
+    for number in range(first, first + 20):
+        store(file, {"run": str(number), "value": number}, "run")
+
+
+def test_processes_write_to_one_file_together(modules: dict[str, ModuleType], tmp_path: Path) -> None:
+    file = tmp_path / "runs.jsonl"
+    # "5" to "24" and "15" to "34": what both write stands there once.
+    processes = [multiprocessing.get_context("spawn").Process(target=_store, args=(file, first)) for first in (5, 15)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    rows = modules["measurements"].read(file)
+    assert sorted(row["value"] for row in rows) == list(range(5, 35))
+    modules["measurements"].store(file, {"run": "7", "value": 0}, "run")
+    assert [row["value"] for row in modules["measurements"].read(file) if row["run"] == "7"] == [0]
