@@ -194,7 +194,7 @@ def counts(model: nn.Module) -> dict[str, int]:
 
 @torch.no_grad()
 def latency(model: nn.Module, batch: int, steps: int = 32, seconds: float = 0.15) -> float:
-    """Milliseconds per time step, all recurrent layers together: one thread, `steps` steps per call, the best of many."""
+    """Milliseconds per time step of all recurrent layers together: one thread, `steps` steps per call, best of many."""
     total = 0.0
     for layer in recurrent_layers(model).values():
         x = torch.randn(steps, batch, layer.input_size)
