@@ -26,13 +26,13 @@ import torch
 from measurements import Row, commit, cpu_name, read, store
 from torch import Tensor
 
-from kruify.calibrate import Moments, bias_correction, calibrate
-from kruify.decompose import choose, fit
-from kruify.decompose.rearrange import rearrange
-from kruify.decompose.successive import higher_order_svd, successive_svd
-from kruify.decompose.unitary import polar
+from kruify.conversion.calibration import Moments, bias_correction, calibrate
+from kruify.conversion.planner import plan_budget
+from kruify.decomposition import choose, fit
+from kruify.decomposition.rearrange import rearrange
+from kruify.decomposition.successive import higher_order_svd, successive_svd
+from kruify.decomposition.unitary import polar
 from kruify.factors import Structure, Term, parse, two_factor_shapes
-from kruify.planner import plan_budget
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "decompose.jsonl"
@@ -98,7 +98,7 @@ def budgets() -> list[Row]:
 
 
 def g2p_moments() -> dict[str, Moments]:
-    from kruify.task import load_task
+    from kruify.tasks.base import load_task
 
     task = load_task("g2p-en")
     model = task.model()
@@ -136,7 +136,7 @@ def weighted() -> list[Row]:
 
 def words() -> list[Row]:
     """Word and phoneme error of g2p-en straight after the fit of both recurrent matrices, before any training."""
-    from kruify.task import load_task
+    from kruify.tasks.base import load_task
 
     task = load_task("g2p-en")
     moments = g2p_moments()

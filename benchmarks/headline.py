@@ -84,7 +84,7 @@ def _loss(runs: list[Row], split: str) -> float:
 
 def draw() -> str:
     """Left: how many times faster than torch.nn's layer. Right: word error against recurrent parameters."""
-    from kruify.report import pictures
+    from kruify.reporting import pictures
 
     lstm, accuracy = speeds("lstm"), chosen(runs())
 

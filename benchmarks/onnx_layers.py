@@ -43,7 +43,7 @@ def measure(key: dict[str, Any], seconds: float) -> dict[str, float]:
     """Milliseconds of a sequence, by contender."""
     import torch
 
-    from kruify.export import export_onnx
+    from kruify.exporting import export_onnx
     from kruify.layers import KRUGRU, KRULSTM
 
     hidden = key["hidden"]

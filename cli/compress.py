@@ -22,9 +22,9 @@ from .options import (
 from .training import others_option, recipe_options, resume_option, trial_option
 
 if TYPE_CHECKING:
-    from kruify.compress import Attempt, Compressed
-    from kruify.task import Task
-    from kruify.trial import Trial
+    from kruify.search.candidates import Trial
+    from kruify.search.compress import Attempt, Compressed
+    from kruify.tasks.base import Task
 
 
 @click.command()
@@ -74,9 +74,9 @@ def compress(
     with output(json_only) as out:
         from kruify.api import refuse_converted, save
         from kruify.checkpoint import check_model_target, read
-        from kruify.compress import compress as run
         from kruify.errors import TargetMissedError
-        from kruify.task import load_task, measure
+        from kruify.search.compress import compress as run
+        from kruify.tasks.base import load_task, measure
 
         checkpoint = read(model, key=key)
         refuse_converted(checkpoint)

@@ -13,12 +13,12 @@ from .console import Output, json_option, output, progress
 from .options import NUMBER, key_option, model_argument, network, seed_option
 
 if TYPE_CHECKING:
-    from kruify.calibrate import Moments
     from kruify.checkpoint import Checkpoint
-    from kruify.convert import Conversion, Expected, GateCounts
-    from kruify.decompose import Relabelling
-    from kruify.locate import Located, RecurrentLayer
-    from kruify.plan import Plan
+    from kruify.conversion import Conversion, Expected, GateCounts
+    from kruify.conversion.calibration import Moments
+    from kruify.conversion.locate import Located, RecurrentLayer
+    from kruify.conversion.plan import Plan
+    from kruify.decomposition import Relabelling
 
 LOSSLESS = 1e-3
 """||W-K|| / ||W|| below this is rounding, of half precision at most."""
@@ -108,10 +108,10 @@ def convert(
     with output(json_only) as out:
         from kruify.api import default_output, found, refuse_converted
         from kruify.checkpoint import check_model_target, check_target, read
-        from kruify.convert import check_plan, expected
+        from kruify.conversion import check_plan, expected
+        from kruify.conversion.locate import locate_checkpoint
+        from kruify.conversion.plan import make_plan
         from kruify.errors import UsageError
-        from kruify.locate import locate_checkpoint
-        from kruify.plan import make_plan
 
         checkpoint = read(model, key=key)
         refuse_converted(checkpoint)
@@ -162,8 +162,8 @@ def _pair(item: str) -> tuple[str, str]:
 
 
 def _read_plan(file: str) -> Plan:
+    from kruify.conversion.plan import Plan
     from kruify.errors import UsageError
-    from kruify.plan import Plan
 
     try:
         text = Path(file).read_text(encoding="utf-8")
@@ -191,7 +191,7 @@ def _plan_by_budget(
     moments: Mapping[str, Moments] | None,
     seed: int,
 ) -> Plan:
-    from kruify.budget import make_budget_plan
+    from kruify.conversion.budget import make_budget_plan
 
     with progress("choosing factors") as advance:
         return make_budget_plan(
@@ -212,7 +212,7 @@ def _plan_by_budget(
 def _relabel(
     checkpoint: Checkpoint, plan: Plan, seconds: float | None, seed: int
 ) -> tuple[Plan, dict[str, Relabelling]]:
-    from kruify.relabel import SECONDS, relabel_plan
+    from kruify.conversion.relabel import SECONDS, relabel_plan
 
     with progress("relabelling") as advance:
         limit = SECONDS if seconds is None else seconds
@@ -220,8 +220,8 @@ def _relabel(
 
 
 def _calibrate(checkpoint: Checkpoint, task_name: str, seed: int) -> dict[str, Moments]:
-    from kruify.calibrate import calibrate
-    from kruify.task import load_task
+    from kruify.conversion.calibration import calibrate
+    from kruify.tasks.base import load_task
 
     task = load_task(task_name)
     model = network(checkpoint, task)
@@ -241,7 +241,7 @@ def _convert(
     searched: Mapping[str, Relabelling] | None,
     seed: int,
 ) -> Conversion:
-    from kruify.convert import convert_tensors
+    from kruify.conversion import convert_tensors
 
     tensors = checkpoint.tensors.lazy
     with progress("decomposing") as advance:
@@ -277,7 +277,7 @@ def _result(path: Path | None, account: Conversion | Expected) -> dict[str, Any]
 
 def _rows(gates: Sequence[GateCounts]) -> list[dict[str, Any]]:
     """One row a gate; what only the work can tell is None in a dry run."""
-    from kruify.convert import GateResult
+    from kruify.conversion import GateResult
 
     keys = [field.name for field in fields(GateResult)]
     return [{key: getattr(gate, key, None) for key in keys} for gate in gates]

@@ -20,7 +20,7 @@ def evaluate(model: str, task_name: str, split: str, key: str | None, json_only:
         from rich.text import Text
 
         from kruify.checkpoint import read
-        from kruify.task import load_task, measure
+        from kruify.tasks.base import load_task, measure
 
         checkpoint = read(model, key=key)
         task = load_task(task_name)

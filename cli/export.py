@@ -11,7 +11,7 @@ from .console import json_option, output
 from .options import NUMBER, key_option, model_argument, network
 
 if TYPE_CHECKING:
-    from kruify.export import Exported
+    from kruify.exporting import Exported
 
 OPTIONS = {
     "tanh": "RNNs with tanh (else --nonlinearity relu)",
@@ -69,7 +69,7 @@ def export(
         raise click.UsageError("with --task the network tells: no --batch-first or --nonlinearity")
     with output(json_only) as out:
         from kruify.checkpoint import check_target, read
-        from kruify.export import TOLERANCE, export_dense, export_layers, export_network
+        from kruify.exporting import TOLERANCE, export_dense, export_layers, export_network
 
         limit = TOLERANCE if tolerance is None else tolerance
         path = Path(target)
@@ -79,7 +79,7 @@ def export(
             if to == "dense":
                 files = [export_dense(checkpoint, path, source=Path(original) if original else None, tolerance=limit)]
             elif task_name:
-                from kruify.task import load_task
+                from kruify.tasks.base import load_task
 
                 task = load_task(task_name)
                 net = network(checkpoint, task)

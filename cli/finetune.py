@@ -52,10 +52,10 @@ def finetune(
     """
     with output(json_only) as out:
         from kruify.checkpoint import check_model_target, check_target, read
-        from kruify.finetune import Recipe
-        from kruify.finetune import finetune as run
-        from kruify.finetune.written import write_trained
-        from kruify.task import load_task
+        from kruify.tasks.base import load_task
+        from kruify.training import Recipe
+        from kruify.training import finetune as run
+        from kruify.training.written import write_trained
 
         checkpoint = read(model, key=key)
         # A converted MODEL has one state dict, so the key is that of its teacher.

@@ -88,7 +88,7 @@ def _show_file(out: Output, found: dict[str, Any]) -> None:
 
 def _layers(inspection: Inspection) -> list[dict[str, Any]]:
     """The layers with their parameters, and for converted ones the factors."""
-    from kruify.plan import by_gate
+    from kruify.conversion.plan import by_gate
 
     converted = {item.layer.name: item for item in inspection.plan.layers} if inspection.plan else {}
     layers = []

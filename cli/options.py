@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from kruify.checkpoint import Checkpoint
-    from kruify.task import Task
+    from kruify.tasks.base import Task
 
 
 class Number(click.types.FloatParamType):
@@ -48,6 +48,6 @@ def given(**options: Any) -> dict[str, Any]:
 
 def network(checkpoint: Checkpoint, task: Task) -> nn.Module:
     """The task's network with the numbers of the checkpoint in it."""
-    from kruify.network import load_network
+    from kruify.conversion.network import load_network
 
     return load_network(checkpoint, task)

@@ -35,8 +35,8 @@ def report(
     """
     with output(json_only) as out:
         from kruify.checkpoint import atomic_file, check_target
-        from kruify.report import build_report, tables, to_html, to_markdown
-        from kruify.task import load_task
+        from kruify.reporting import build_report, tables, to_html, to_markdown
+        from kruify.tasks.base import load_task
 
         taken = [dense, *kru]
         for target in filter(None, (html_file, markdown_file)):

@@ -26,8 +26,8 @@ from .options import (
 from .training import others_option, recipe_options, trial_option
 
 if TYPE_CHECKING:
-    from kruify.sweep import Point, Sweep
-    from kruify.task import Task
+    from kruify.search.sweep import Point, Sweep
+    from kruify.tasks.base import Task
 
 
 @click.command()
@@ -72,8 +72,8 @@ def sweep(
     with output(json_only) as out:
         from kruify.api import refuse_converted
         from kruify.checkpoint import atomic_file, check_target, read
-        from kruify.sweep import sweep as run
-        from kruify.task import load_task
+        from kruify.search.sweep import sweep as run
+        from kruify.tasks.base import load_task
 
         checkpoint = read(model, key=key)
         refuse_converted(checkpoint)
@@ -97,7 +97,7 @@ def sweep(
             )
         _show(out, done)
         if html_file:
-            from kruify.report import build_report, to_html
+            from kruify.reporting import build_report, to_html
 
             files = [model, *(point.file for point in done.points if point.file)]
             with progress("report") as advance:

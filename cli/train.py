@@ -14,8 +14,8 @@ from .options import NUMBER, given, lr_option, seed_option, task_option
 from .training import account, describe, draw_conditioning, recipe_options, show, training_options
 
 if TYPE_CHECKING:
-    from kruify.finetune import Recipe
-    from kruify.task import Task
+    from kruify.tasks.base import Task
+    from kruify.training import Recipe
 
 
 @click.command()
@@ -76,13 +76,13 @@ def train(
     with output(json_only) as out:
         import torch
 
+        from kruify.analysis.costs import count_network
         from kruify.checkpoint import check_model_target, check_target
+        from kruify.conversion.network import network_of
         from kruify.errors import UsageError
-        from kruify.evaluate import count_network
-        from kruify.finetune import Recipe, finetune
-        from kruify.finetune.written import write_trained
-        from kruify.network import network_of
-        from kruify.task import fresh_model, load_task
+        from kruify.tasks.base import fresh_model, load_task
+        from kruify.training import Recipe, finetune
+        from kruify.training.written import write_trained
 
         task = load_task(task_name, **given(cell=cell, hidden=hidden, factors=factors, layers=layers))
         network = network_of(task)
@@ -129,14 +129,14 @@ def train(
 
 
 def _steps_per_epoch(task: Task, recipe: Recipe) -> int:
-    from kruify.finetune.feed import count_batches
+    from kruify.training.feed import count_batches
 
     together = recipe.accumulate * int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's number of processes
     return math.ceil(count_batches(task, recipe.seed) / together)
 
 
 def _default_name(task_name: str, network: dict[str, Any]) -> str:
-    from kruify.task import task_class
+    from kruify.tasks.base import task_class
 
     base = task_name.partition(":")[0]
     if base.endswith(".py"):

@@ -11,8 +11,8 @@ from .console import Output
 from .options import NUMBER, device_option, given
 
 if TYPE_CHECKING:
-    from kruify.finetune import FinetuneResult, Progress
-    from kruify.task import Task
+    from kruify.tasks.base import Task
+    from kruify.training import FinetuneResult, Progress
 
 others_option = click.option(
     "--option",
@@ -59,7 +59,7 @@ def recipe_options(pairs: tuple[str, ...], **said: Any) -> dict[str, Any]:
         UsageError: a pair cannot be read, or sets what is set already.
     """
     from kruify.errors import UsageError
-    from kruify.finetune import Recipe
+    from kruify.training import Recipe
 
     defaults = Recipe().to_json()
     values = given(**said)
@@ -124,7 +124,7 @@ def _metrics(outcome: FinetuneResult, task: Task) -> str:
 
 def draw_conditioning(out: Output, file: str, outcome: FinetuneResult) -> None:
     from kruify.checkpoint import atomic_file
-    from kruify.report.training import conditioning_svg
+    from kruify.reporting.training import conditioning_svg
 
     with atomic_file(file) as handle:
         handle.write(conditioning_svg(outcome.history).encode())

@@ -19,7 +19,7 @@ def verify(file: str, source: str | None, key: str | None, json_only: bool) -> N
     Its bytes, plan and numbers, and that its layers compute what it says.
     """
     with output(json_only) as out:
-        from kruify.verify import verify as check
+        from kruify.analysis.verify import verify as check
 
         with out.waiting(f"verifying {file}"):
             checks = check(file, source, key=key)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import kruify
-from kruify.finetune import finetune
 from kruify.tasks.jsb import LOWEST, Jsb
+from kruify.training import finetune
 
 NAMES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 

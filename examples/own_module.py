@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import kruify
-from kruify.export import export_onnx
+from kruify.exporting import export_onnx
 
 
 class Tagger(nn.Module):  # any module with an nn.LSTM, nn.GRU or nn.RNN in it

@@ -17,9 +17,9 @@ import sys
 from torch import nn
 
 import kruify
-from kruify.finetune import Progress, finetune
 from kruify.tasks.g2p_en.lexicon import PHONEMES
 from kruify.tasks.g2p_en.task import G2PEn, predict
+from kruify.training import Progress, finetune
 
 WORDS = ["kronecker", "recurrent", "matrix", "sparrow", "knowledge", "tuesday"]
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kruify.api import Inspection, convert, inspect, load, save
-    from kruify.convert import densify
+    from kruify.conversion import densify
     from kruify.errors import KruifyError
-    from kruify.finetune.penalty import unitary_penalty
     from kruify.ops import backend_info
+    from kruify.training.penalty import unitary_penalty
 
 __all__ = [
     "Inspection",
@@ -32,23 +30,12 @@ _HOMES = {
     "KruifyError": "kruify.errors",
     "backend_info": "kruify.ops",
     "convert": "kruify.api",
-    "densify": "kruify.convert",
+    "densify": "kruify.conversion",
     "inspect": "kruify.api",
     "load": "kruify.api",
     "save": "kruify.api",
-    "unitary_penalty": "kruify.finetune.penalty",
+    "unitary_penalty": "kruify.training.penalty",
 }
-
-
-class _Package(ModuleType):
-    """`kruify.convert` is the function; importing the submodule of the same name must not put itself in its place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

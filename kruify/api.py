@@ -10,9 +10,8 @@ from typing import overload
 
 from torch import nn
 
-from kruify.calibrate import calibrate
 from kruify.checkpoint import Checkpoint, LazyTensor, metadata_for, read, write_model
-from kruify.convert import (
+from kruify.conversion import (
     Conversion,
     Progress,
     build_dense,
@@ -22,11 +21,12 @@ from kruify.convert import (
     plan_of,
     swap,
 )
+from kruify.conversion.calibration import calibrate
+from kruify.conversion.locate import Located, RecurrentLayer, locate, locate_checkpoint
+from kruify.conversion.plan import Plan, make_plan
+from kruify.conversion.relabel import SECONDS, relabel_plan
 from kruify.errors import CorruptError, PlanError, UsageError
-from kruify.locate import Located, RecurrentLayer, locate, locate_checkpoint
-from kruify.plan import Plan, make_plan
-from kruify.relabel import SECONDS, relabel_plan
-from kruify.task import Task
+from kruify.tasks.base import Task
 
 Path_ = str | PathLike[str]
 
@@ -101,7 +101,7 @@ def convert(
     Args:
         factors: spec of the recurrent matrices (kruify.factors); `plan` overrules all specs and patterns.
         input_factors: spec of the input matrices W_ih; None leaves them dense.
-        only, skip, overrides: patterns, see `kruify.plan.make_plan`.
+        only, skip, overrides: patterns, see `kruify.conversion.plan.make_plan`.
         subclasses: convert subclasses of torch's layers too, taking them for what they derive from.
         unitary: orthogonal factors for plain RNNs, the start for fine-tuning with the penalty.
         relabel: search an order (and signs) of the hidden units in which the factors keep more, inside each layer: the

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from kruify.analysis.costs import measure_latency
 from kruify.cli.main import cli
-from kruify.evaluate import measure_latency
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = ("command-line.md", "python.md", "file-format.md")
@@ -30,7 +30,9 @@ def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     # Latency is measured for seconds; its figures are not looked at here.
-    monkeypatch.setattr("kruify.report.build.measure_latency", lambda layers, **_: measure_latency(layers, seconds=0.0))
+    monkeypatch.setattr(
+        "kruify.reporting.build.measure_latency", lambda layers, **_: measure_latency(layers, seconds=0.0)
+    )
     monkeypatch.syspath_prepend(tmp_path)
     text = (DOCS / page).read_text(encoding="utf-8")
     names: dict[str, object] = {"__name__": "__main__"}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from kruify.task import Task, load_task
+from kruify.tasks.base import Task, load_task
 
 
 @dataclass(frozen=True)

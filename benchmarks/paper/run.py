@@ -27,10 +27,10 @@ from measurements import Row as Run  # noqa: E402
 from measurements import read, store, where_and_when  # noqa: E402
 from rows import ROWS, Row, row_of, size_of, task_of  # noqa: E402
 
+from kruify.conversion.network import network_of  # noqa: E402
 from kruify.errors import KruifyError  # noqa: E402
-from kruify.finetune import Progress, Recipe, finetune  # noqa: E402
-from kruify.finetune.feed import count_batches  # noqa: E402
-from kruify.network import network_of  # noqa: E402
+from kruify.training import Progress, Recipe, finetune  # noqa: E402
+from kruify.training.feed import count_batches  # noqa: E402
 
 RUNS = HERE / "runs.jsonl"
 

@@ -26,12 +26,12 @@ from grid import METHODS, TASKS, Run, grid  # noqa: E402
 from measurements import Row, read, store  # noqa: E402
 from train import build, latency, train, weights_file  # noqa: E402
 
-from kruify.convert import swap  # noqa: E402
+from kruify.conversion import swap  # noqa: E402
+from kruify.conversion.plan import Plan  # noqa: E402
 from kruify.errors import TaskError  # noqa: E402
-from kruify.finetune import Progress  # noqa: E402
-from kruify.finetune.result import OnProgress  # noqa: E402
-from kruify.plan import Plan  # noqa: E402
-from kruify.task import load_task  # noqa: E402
+from kruify.tasks.base import load_task  # noqa: E402
+from kruify.training import Progress  # noqa: E402
+from kruify.training.result import OnProgress  # noqa: E402
 
 
 def runs_file(task: str) -> Path:

@@ -16,16 +16,16 @@ from timing import best_times
 from torch import nn
 
 from kruify.api import convert
-from kruify.calibrate import calibrate
-from kruify.convert import convert_module, swap
-from kruify.finetune import finetune
-from kruify.finetune.recurrent import recurrent_layers
-from kruify.finetune.result import OnProgress
+from kruify.conversion import convert_module, swap
+from kruify.conversion.calibration import calibrate
+from kruify.conversion.locate import RecurrentLayer, locate
+from kruify.conversion.plan import Plan, make_plan
 from kruify.layers.matrix import KroneckerMatrix
-from kruify.locate import RecurrentLayer, locate
-from kruify.plan import Plan, make_plan
-from kruify.task import Task, load_task
-from kruify.trial import Candidate, candidates, choose, from_json, to_json
+from kruify.search.candidates import Candidate, candidates, choose, from_json, to_json
+from kruify.tasks.base import Task, load_task
+from kruify.training import finetune
+from kruify.training.recurrent import recurrent_layers
+from kruify.training.result import OnProgress
 
 
 def train(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kruify.checkpoint import limits
-from kruify.checkpoint.inert_pickle import Record
+from kruify.checkpoint.safe_unpickler import Record
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.errors import UnsafeError, UnsupportedError
 

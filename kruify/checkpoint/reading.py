@@ -13,10 +13,10 @@ from kruify.checkpoint import keras_file, limits, onnx_file, torch_file
 from kruify.checkpoint.archive import Archive
 from kruify.checkpoint.checkpoint import Checkpoint
 from kruify.checkpoint.file_format import check_schema
-from kruify.checkpoint.inert_pickle import check_tree
 from kruify.checkpoint.modules import ModuleHint, ModuleTree, resolve
 from kruify.checkpoint.npz_file import read_npz
 from kruify.checkpoint.parametrised import compute_weights
+from kruify.checkpoint.safe_unpickler import check_tree
 from kruify.checkpoint.safetensors_file import read_safetensors
 from kruify.checkpoint.sharded import read_index
 from kruify.checkpoint.tensors import LazyTensor, Tensors, ties

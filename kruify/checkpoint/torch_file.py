@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from kruify.checkpoint import limits
 from kruify.checkpoint.archive import AGAIN, Archive
-from kruify.checkpoint.inert_pickle import unpickle
+from kruify.checkpoint.safe_unpickler import unpickle
 from kruify.checkpoint.storage import Read, Storage, rebuilders, storage_dtype
 from kruify.errors import CorruptError, UnsafeError, UnsupportedError
 

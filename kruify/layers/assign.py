@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kruify.decompose.fit import Fit, Products
+from kruify.decomposition.fit import Fit, Products
 from kruify.errors import UsageError
 from kruify.layers.matrix import KroneckerMatrix, group_terms
 

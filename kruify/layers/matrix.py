@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -284,3 +285,18 @@ def reset_like_torch(layer: nn.Module, hidden_size: int) -> None:
         if isinstance(child, KroneckerMatrix):
             for term in child.term_list():
                 term.reset_parameters()
+
+
+@torch.no_grad()
+def exact(weight: KroneckerMatrix | Tensor) -> Tensor:  # (gates * rows, cols)
+    """The dense matrix that a weight stands for, worked out in float64 (complex128 for a complex one)."""
+    if isinstance(weight, Tensor):
+        return _double(weight.detach())
+    double = copy.deepcopy(weight)
+    for parameter in double.parameters():
+        parameter.data = _double(parameter.data)
+    return double.to_dense()
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)

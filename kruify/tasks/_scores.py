@@ -17,8 +17,8 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from kruify.errors import TaskError
-from kruify.task import SPLITS
 from kruify.tasks._data import cache_folder
+from kruify.tasks.base import SPLITS
 
 Piece = list[list[int]]
 """Frames, each the MIDI pitches that sound in it."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kruify.task import Task
 from kruify.tasks._cells import last_output, output_size, recurrent
+from kruify.tasks.base import Task
 
 
 class SequenceNetwork(nn.Module):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kruify.errors import TaskError
-from kruify.task import check_split, evaluating, to_device
 from kruify.tasks._sequence import Batch, SequenceNetwork, SequenceTask
+from kruify.tasks.base import check_split, evaluating, to_device
 
 _EXAMPLES = {"valid": 1000, "test": 10_000}
 _SEEDS = {"valid": 2_000_001, "test": 2_000_002}

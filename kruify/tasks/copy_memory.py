@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kruify.errors import TaskError
-from kruify.task import check_split, evaluating, to_device
 from kruify.tasks._sequence import Batch, SequenceNetwork, SequenceTask
+from kruify.tasks.base import check_split, evaluating, to_device
 
 SYMBOLS, RECALLED = 8, 10
 BLANK, DELIMITER = SYMBOLS, SYMBOLS + 1

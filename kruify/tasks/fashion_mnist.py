@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kruify.errors import CorruptError, TaskError
-from kruify.task import check_split, evaluating, to_device
 from kruify.tasks._sequence import Batch, SequenceNetwork, SequenceTask, shuffled
+from kruify.tasks.base import check_split, evaluating, to_device
 
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
 _VALID = 5000  # the last pictures of the training file

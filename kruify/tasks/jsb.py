@@ -27,9 +27,9 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from kruify.errors import CorruptError, TaskError, UnsafeError
-from kruify.task import SPLITS, check_split, evaluating, to_device
 from kruify.tasks._scores import Piece, chorales
 from kruify.tasks._sequence import Batch, FramewiseTask, SequenceNetwork, shuffled
+from kruify.tasks.base import SPLITS, check_split, evaluating, to_device
 
 LOWEST, KEYS = 21, 88  # the piano: A0 is MIDI pitch 21
 

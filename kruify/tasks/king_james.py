@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kruify.errors import CorruptError, TaskError
-from kruify.task import SPLITS, check_split, evaluating
 from kruify.tasks._sequence import Batch, SequenceNetwork, SequenceTask, shuffled
+from kruify.tasks.base import SPLITS, check_split, evaluating
 
 _VERSE = re.compile(r"(?P<chapter>\w+):\d+ (?P<text>.*)")  # "1Chr2:3 The sons of ..."
 Corpus = tuple[str, dict[str, Tensor]]

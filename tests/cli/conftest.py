@@ -17,7 +17,7 @@ from kruify.cli.main import cli
 TASK = '''
 import torch
 from torch import nn
-from kruify.task import Task
+from kruify.tasks.base import Task
 
 
 class Net(nn.Module):

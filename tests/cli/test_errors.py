@@ -184,7 +184,7 @@ def test_help_does_not_import_torch():
 
 
 def test_the_function_convert_is_not_hidden_by_the_module_convert():
-    code = "import kruify.convert, kruify; assert callable(kruify.convert); assert not hasattr(kruify, 'nonsense')"
+    code = "import kruify.conversion, kruify; assert callable(kruify.convert); assert not hasattr(kruify, 'nonsense')"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kruify.errors import TaskError, UsageError
-from kruify.finetune import Recipe
-from kruify.task import load_task, measure
+from kruify.tasks.base import load_task, measure
+from kruify.training import Recipe
 
 MISTAKES = """
 from task import *

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from kruify.finetune import finetune
 from kruify.layers import KRULSTM
-from kruify.task import Task, evaluating
+from kruify.tasks.base import Task, evaluating
+from kruify.training import finetune
 
 Batch = tuple[Tensor, Tensor]
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from kruify.convert import convert_module, densify
+from kruify.conversion import convert_module, densify
+from kruify.conversion.locate import describe
+from kruify.conversion.plan import Plan, make_plan
 from kruify.errors import UsageError
 from kruify.layers import KRUGRU, KRULSTM, KRURNN, KRUGRUCell
 from kruify.layers.relabel import Relabel, odd_gates, set_relabel
-from kruify.locate import describe
 from kruify.ops import has_kernel
-from kruify.plan import Plan, make_plan
 
 F64 = torch.float64
 KINDS: dict[str, type[nn.RNNBase]] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kruify.errors import CorruptError, TaskError
-from kruify.task import load_task
 from kruify.tasks import fashion_mnist
+from kruify.tasks.base import load_task
 from kruify.tasks.fashion_mnist import INSTALLED, read_idx
 
 installed = pytest.mark.skipif(not INSTALLED.is_dir(), reason="Debian package dataset-fashion-mnist is not installed")

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 import kruify.tasks.g2p_en.lexicon as lexicon_module
 from kruify.errors import TaskError
-from kruify.task import load_task
 from kruify.tasks import _data
+from kruify.tasks.base import load_task
 from kruify.tasks.g2p_en import G2PEn, G2PNetwork
 from kruify.tasks.g2p_en.lexicon import GRAPHEMES, PHONEMES, lexicon, read, spell, split_of
 from kruify.tasks.g2p_en.metrics import edit_distance, error_rates

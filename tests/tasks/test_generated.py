@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kruify.errors import TaskError
-from kruify.task import load_task
 from kruify.tasks.adding import Adding
+from kruify.tasks.base import load_task
 from kruify.tasks.copy_memory import CopyMemory
 
 

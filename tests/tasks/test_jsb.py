@@ -16,9 +16,9 @@ from scipy.io import savemat
 from torch import nn
 
 from kruify.errors import CorruptError, TaskError, UnsafeError
-from kruify.task import load_task
 from kruify.tasks import _scores, jsb
 from kruify.tasks._scores import chorales, frames, split_of
+from kruify.tasks.base import load_task
 
 installed = pytest.mark.skipif(importlib.util.find_spec("music21") is None, reason="package music21 is not installed")
 

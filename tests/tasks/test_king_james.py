@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kruify.errors import CorruptError, TaskError
-from kruify.task import load_task
 from kruify.tasks import king_james
+from kruify.tasks.base import load_task
 from kruify.tasks.king_james import corpus, split_chapters
 
 installed = pytest.mark.skipif(shutil.which("bible") is None, reason="Debian package bible-kjv is not installed")

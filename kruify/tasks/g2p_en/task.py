@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kruify.task import Task, check_split, evaluating
 from kruify.tasks._data import package_file
+from kruify.tasks.base import Task, check_split, evaluating
 from kruify.tasks.g2p_en.lexicon import INSTALL, PAD, START, STOP, Pronunciation, lexicon, sha1, spell
 from kruify.tasks.g2p_en.metrics import error_rates
 from kruify.tasks.g2p_en.model import G2PNetwork

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from scipy.signal import resample_poly
 
 from kruify.errors import TaskError
-from kruify.task import SPLITS
 from kruify.tasks._data import cache_folder
+from kruify.tasks.base import SPLITS
 from kruify.tasks.phonemes.features import RATE, frame_labels, log_mel
 from kruify.tasks.phonemes.labels import SILENCE, from_espeak
 from kruify.tasks.phonemes.sentences import sentences

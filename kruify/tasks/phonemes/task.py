@@ -13,8 +13,8 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from kruify.errors import TaskError
-from kruify.task import check_split, evaluating, to_device
 from kruify.tasks._sequence import Batch, FramewiseTask, SequenceNetwork, shuffled
+from kruify.tasks.base import check_split, evaluating, to_device
 from kruify.tasks.phonemes import spoken, timit
 from kruify.tasks.phonemes.features import FEATURES, with_differences
 from kruify.tasks.phonemes.labels import CLASSES, IGNORED

@@ -1,0 +1,117 @@
+"""Checks a converted file end to end: its bytes, its plan, its numbers, and that its layers compute what it says."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from kruify.analysis.costs import layers_of
+from kruify.checkpoint import Checkpoint, read
+from kruify.conversion import dense_kru, densify, densify_tensors
+from kruify.conversion.locate import RecurrentLayer
+from kruify.conversion.plan import Plan
+from kruify.errors import CorruptError, PlanError, TargetMissedError
+from kruify.layers import KRU
+
+# Largest difference from float64, relative to the largest output, that rounding explains.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+STEPS, BATCH = 16, 3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at and found in order."""
+
+    name: str
+    detail: str
+
+
+def verify(path: str | PathLike[str], source: str | PathLike[str] | None = None, key: str | None = None) -> list[Check]:
+    """Opens, rebuilds and runs a converted file.
+
+    Args:
+        source: the dense checkpoint that it should come from.
+        key: the nested entry of `source` that holds the state dict, where it has several.
+
+    Raises:
+        CorruptError: the file is damaged, a tensor is missing, has another shape, or is not finite; it is not made from
+            `source`.
+        PlanError: kruify did not write the file.
+        TargetMissedError: a layer does not compute what its factors say.
+    """
+    checkpoint = read(path)
+    text = checkpoint.metadata.get("kruify.plan")
+    if text is None:
+        raise PlanError("the file carries no plan: kruify did not write it", path, "Verify a converted file")
+    checks = [Check("file", f"{checkpoint.size:,} bytes, checksum as written, sha256 {checkpoint.sha256}")]
+    plan = Plan.from_json(text, f"plan in {path}")
+    dense = densify_tensors(checkpoint.tensors, plan)
+    checks.append(Check("plan", f"{len(list(plan.matrices()))} matrices rebuilt from their factors"))
+    checks.append(_finite(checkpoint))
+    checks += _layers(checkpoint)
+    if source is not None:
+        checks.append(_source(checkpoint, dense, read(source, key=key)))
+    return checks
+
+
+def _finite(checkpoint: Checkpoint) -> Check:
+    numbers = 0
+    for name, tensor in checkpoint.tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CorruptError(
+                "it holds NaN or infinite numbers", f"{checkpoint.path}: {name}", "Train or convert again"
+            )
+        numbers += tensor.numel()
+    return Check("numbers", f"{numbers:,} in {len(checkpoint.tensors)} tensors, all finite")
+
+
+def _layers(checkpoint: Checkpoint) -> list[Check]:
+    """Runs every converted layer as it would run here, and torch's own dense layer in float64."""
+    checks = []
+    layers = layers_of(checkpoint)
+    for (layer, matrices), module in zip(layers.items, layers.modules(), strict=True):
+        if not matrices:
+            continue
+        if isinstance(module, KRU):
+            exact: nn.Module = dense_kru(module, torch.float64)
+        else:
+            exact = densify(copy.deepcopy(module).double()).double()
+        x = _input(layer)
+        with torch.no_grad():
+            got, wanted = _run(module, x.to(next(module.parameters()).dtype.to_real())), _run(exact, x)
+        difference = float((got.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+        name = layer.name or type(module).__name__
+        allowed = TOLERANCES[got.dtype]
+        if not difference <= allowed:
+            raise TargetMissedError(
+                f"the layer differs by {difference:.1e} from the dense one in float64, allowed is {allowed:.0e}",
+                f"{checkpoint.path}: {name}",
+                "Report this as a bug",
+            )
+        checks.append(Check(f"layer {name}", f"differs by {difference:.1e} from the dense one in float64"))
+    return checks
+
+
+def _input(layer: RecurrentLayer) -> Tensor:
+    """(steps, batch, input_size), (batch, input_size) for a cell, in float64; batch_first merely swaps the names."""
+    shape = (BATCH,) if layer.cell else (STEPS, BATCH)
+    return torch.randn(*shape, layer.input_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def _run(module: nn.Module, x: Tensor) -> Tensor:
+    outputs = cast(Any, module)(x)
+    return cast(Tensor, outputs[0] if isinstance(outputs, tuple) else outputs)
+
+
+def _source(checkpoint: Checkpoint, dense: dict[str, Tensor], source: Checkpoint) -> Check:
+    if checkpoint.metadata.get("kruify.source_sha256") != source.sha256:
+        raise CorruptError(f"it was not made from {source.path}: the sha256 differ", checkpoint.path)
+    for name, tensor in source.tensors.lazy.items():
+        if name not in dense or tuple(dense[name].shape) != tensor.shape:
+            raise CorruptError(f"{name} of {source.path} is missing or has another shape", checkpoint.path)
+    return Check("source", f"made from {source.path}; its {len(source.tensors)} tensors have their counterparts")

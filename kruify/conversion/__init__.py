@@ -1,0 +1,31 @@
+"""Swaps dense recurrent matrices for Kronecker sums, in state dicts and in modules. Nothing else swaps layers."""
+
+from kruify.conversion.account import Conversion, Expected, GateCounts, GateResult, count_parameters, expected
+from kruify.conversion.build import Factored, build_dense, build_layer, describe_kru, plan_of
+from kruify.conversion.check import check_plan, load_tensors
+from kruify.conversion.modules import convert_module, dense_kru, densify, swap
+from kruify.conversion.tensors import Progress, convert_tensors, decompose_matrix, densify_tensors
+
+__all__ = [
+    "Conversion",
+    "Expected",
+    "Factored",
+    "GateCounts",
+    "GateResult",
+    "Progress",
+    "build_dense",
+    "build_layer",
+    "check_plan",
+    "convert_module",
+    "convert_tensors",
+    "count_parameters",
+    "decompose_matrix",
+    "dense_kru",
+    "densify",
+    "densify_tensors",
+    "describe_kru",
+    "expected",
+    "load_tensors",
+    "plan_of",
+    "swap",
+]

@@ -1,0 +1,77 @@
+"""The network of a task with the numbers of a file in it.
+
+A file that `kruify train` wrote says which of the task's networks it holds: cell, size, factors, layers. It says that
+as data for the options of the task that the user names; it names nothing to run.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+from torch import nn
+
+from kruify.checkpoint import Checkpoint
+from kruify.conversion import load_tensors, swap
+from kruify.conversion.plan import Plan
+from kruify.errors import CorruptError, TaskError
+from kruify.tasks.base import Task, fresh_model
+
+KEY = "kruify.network"
+OPTIONS: dict[str, type] = {"cell": str, "hidden": int, "factors": str, "layers": int}
+"""The options of a task that decide on its network, and their types."""
+
+
+def network_of(task: Task) -> dict[str, Any]:
+    """Return the options of `task` that decide on its network, as far as it has them."""
+    return {name: getattr(task, name) for name, kind in OPTIONS.items() if isinstance(getattr(task, name, None), kind)}
+
+
+def load_network(checkpoint: Checkpoint, task: Task) -> nn.Module:
+    """The task's network with the numbers of the checkpoint in it, dense or converted or trained from scratch.
+
+    Raises:
+        CorruptError: the tensors do not fit the network, or the note on it is damaged.
+        PlanError: the plan of a converted file does not fit it.
+        TaskError: the file holds another network of the task, and the task has no such options.
+    """
+    model = fresh_model(as_noted(checkpoint, task))
+    if text := checkpoint.metadata.get("kruify.plan"):
+        model = swap(model, Plan.from_json(text, f"plan in {checkpoint.path}"))
+    load_tensors(model, checkpoint.tensors, checkpoint.path)
+    return model
+
+
+def as_noted(checkpoint: Checkpoint, task: Task) -> Task:
+    """`task` with the options that the file notes; the task itself where it notes none."""
+    options = _read(checkpoint)
+    if not options:
+        return task
+    task = copy.copy(task)
+    for name, value in options.items():
+        if not hasattr(task, name):
+            raise TaskError(
+                f'the file holds a network with {name}={value}, and the task has no option "{name}"',
+                where=type(task).__name__,
+                hint="Name the task that it was trained on",
+            )
+        setattr(task, name, value)
+    return task
+
+
+def _read(checkpoint: Checkpoint) -> dict[str, Any]:
+    damaged = CorruptError("its note on the network is damaged", checkpoint.path, "Train it again")
+    try:
+        options = json.loads(checkpoint.metadata.get(KEY, "{}"))
+    except (ValueError, RecursionError):
+        raise damaged from None
+    if not isinstance(options, dict) or any(type(value) is not OPTIONS.get(key) for key, value in options.items()):
+        raise damaged
+    # Nothing is built that the file could not fill: the smallest network of a size has a tensor of that size.
+    largest = max((tensor.numel for tensor in checkpoint.tensors.lazy.values()), default=0)
+    hidden, layers = options.get("hidden", 1), options.get("layers", 1)
+    needed = hidden if str(options.get("cell", "")).startswith("kru") else hidden**2
+    if not 0 < needed <= largest or not 0 < layers <= len(checkpoint.tensors):
+        raise damaged
+    return options

@@ -1,0 +1,295 @@
+"""The plan: pure data that says for every matrix which factors it becomes.
+
+A dry run prints it, a person can edit its JSON, the converted file carries it, and loading rebuilds the layers from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+
+from kruify.conversion.locate import KRU_KINDS, RecurrentLayer
+from kruify.errors import FactorSpecError, PlanError, UnsupportedError
+from kruify.factors import Structure, parse, stacks
+from kruify.layers.relabel import Units, is_relabelling, odd_gates
+
+SCHEMA = 3  # 1: no relabelling, 2: no stacked gates; a plan is written as the first that can say it
+ALL = "all"  # the name of all gates of a matrix stacked
+Structures = tuple[Structure, ...]  # one a gate, or one of all gates stacked
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer and the matrices of it that become Kronecker sums; matrices that are not named stay dense.
+
+    Attributes:
+        matrices: weight name within the layer, such as "weight_hh_l0" -> one structure a gate, or one of all gates
+            stacked.
+        relabelled: recurrent weight name -> order and signs of the hidden units inside the layer
+            (kruify.layers.relabel).
+    """
+
+    layer: RecurrentLayer
+    matrices: dict[str, Structures]
+    relabelled: dict[str, Units] = field(default_factory=dict)
+
+    def alike(self, other: LayerPlan) -> bool:
+        """Whether both make the same of a layer, whatever its name."""
+        return self.matrices == other.matrices and not self.relabelled and not other.relabelled
+
+
+@dataclass(frozen=True)
+class Plan:
+    layers: list[LayerPlan] = field(default_factory=list)
+
+    def matrices(self) -> Iterator[tuple[RecurrentLayer, str, Structures]]:
+        """(layer, weight name within it, its structures), in order."""
+        for item in self.layers:
+            for weight, structures in item.matrices.items():
+                yield item.layer, weight, structures
+
+    def to_json(self, indent: int | None = None) -> str:
+        layers = [
+            {
+                **asdict(item.layer),
+                "matrices": {
+                    weight: {
+                        "scale": structures[0].scaled,
+                        "gates": {gate: str(s) for gate, s in by_gate(item.layer, structures).items()},
+                        **({"units": " ".join(map(str, item.relabelled[weight]))} if weight in item.relabelled else {}),
+                    }
+                    for weight, structures in item.matrices.items()
+                },
+            }
+            for item in self.layers
+        ]
+        stacked = any(s.gates > 1 for _, _, structures in self.matrices() for s in structures)
+        schema = 3 if stacked else 2 if any(item.relabelled for item in self.layers) else 1
+        return json.dumps({"schema": schema, "layers": layers}, indent=indent)
+
+    @staticmethod
+    def from_json(text: str, where: str = "plan") -> Plan:
+        """Reads what `to_json` wrote, or a person edited.
+
+        Raises:
+            PlanError: not JSON, a key missing or unknown, a spec that does not fit.
+            UnsupportedError: a schema newer than this kruify.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"not valid JSON ({error})", where, "Write one with 'kruify convert --plan-out'") from None
+        if not isinstance(data, dict) or not isinstance(data.get("layers"), list):
+            raise PlanError("a plan is an object with 'schema' and 'layers'", where)
+        schema = data.get("schema")
+        if not isinstance(schema, int) or schema < 1:
+            raise PlanError("'schema' must be a whole number from 1 on", where)
+        if schema > SCHEMA:
+            raise UnsupportedError(f"plan schema {schema} is newer than this kruify ({SCHEMA})", where, "Update kruify")
+        return Plan([_read_layer(item, where) for item in data["layers"]])
+
+
+def keeps_scales(layer: RecurrentLayer) -> bool:
+    """Whether each product keeps a scale beside its factors: a plain RNN carries its state through W alone, and with
+    the scale apart the factors can stay near unitary."""
+    return layer.kind == "rnn"
+
+
+def by_gate(layer: RecurrentLayer, structures: Structures) -> dict[str, Structure]:
+    """Structures by the names of their gates, one of stacked gates by `ALL`."""
+    names = (ALL,) if structures[0].gates > 1 else layer.gates
+    return dict(zip(names, structures, strict=True))
+
+
+def _read_layer(data: object, where: str) -> LayerPlan:
+    if not isinstance(data, dict) or not isinstance(data.get("matrices"), dict):
+        raise PlanError("each layer is an object with 'name', its sizes and 'matrices'", where)
+    values = {key: value for key, value in data.items() if key != "matrices"}
+    known = {f.name: f for f in fields(RecurrentLayer)}
+    if unknown := set(values) - set(known):
+        raise PlanError(f"unknown key '{min(unknown)}' in layer '{values.get('name')}'", where)
+    for key, value in values.items():
+        wanted = str(known[key].type)
+        if not _is_of(value, wanted):
+            raise PlanError(f"'{key}' of layer '{values.get('name')}' must be {wanted}, got {value!r}", where)
+    try:
+        layer = RecurrentLayer(**values)
+        gates = layer.gates
+    except (TypeError, KeyError) as error:
+        raise PlanError(f"layer '{values.get('name')}' is incomplete ({error})", where) from None
+    matrices, relabelled = {}, {}
+    for weight, entry in data["matrices"].items():
+        if weight not in _weight_names(layer):
+            raise PlanError(
+                f"layer '{layer.name}' has no matrix '{weight}'{_nearest(weight, _weight_names(layer))}", where
+            )
+        specs = entry.get("gates") if isinstance(entry, dict) else None
+        if (
+            not isinstance(specs, dict)
+            or set(specs) not in ({ALL}, set(gates))
+            or not all(isinstance(s, str) for s in specs.values())
+        ):
+            raise PlanError(
+                f"'{layer.full_name(weight)}' needs one spec for each gate, {', '.join(gates)}, or one for '{ALL}'",
+                where,
+            )
+        scaled = bool(entry.get("scale", False))
+        matrices[weight] = _resolve([specs[ALL if ALL in specs else g] for g in gates], layer, weight, scaled)
+        if "units" in entry:
+            relabelled[weight] = _read_units(entry["units"], layer, weight, where)
+    return LayerPlan(layer, matrices, relabelled)
+
+
+def _read_units(units: object, layer: RecurrentLayer, weight: str, where: str) -> Units:
+    name, hidden = layer.full_name(weight), layer.hidden_size
+    if not weight.startswith("weight_hh") or layer.kind in KRU_KINDS:
+        raise PlanError(f"'units' of '{name}': only recurrent matrices of RNN, LSTM and GRU are relabelled", where)
+    numbers = re.findall(r"[-+]?\d{1,9}", units) if isinstance(units, str) and re.fullmatch(r"[-+\d\s]*", units) else []
+    found = tuple(map(int, numbers))
+    if not is_relabelling(found, hidden):
+        raise PlanError(f"'units' of '{name}' must name each of the units 1 to {hidden} once, with either sign", where)
+    check_signs(found, layer, weight, where)
+    return found
+
+
+def check_signs(units: Units, layer: RecurrentLayer, weight: str, where: object = None) -> None:
+    """Raises `PlanError` where units change their sign and the cell does not allow it."""
+    if min(units) < 0 and odd_gates(layer.kind, layer.nonlinearity) is None:
+        raise PlanError(
+            f"'units' of '{layer.full_name(weight)}' change signs, which only an RNN known to be tanh allows", where
+        )
+
+
+def _is_of(value: object, annotation: str) -> bool:
+    """Whether a JSON value fits the annotation of a `RecurrentLayer` field, such as "int" or "float | None"."""
+    if value is None:
+        return annotation.endswith("None")
+    kind = annotation.removesuffix(" | None")
+    if kind == "float":
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value).__name__ == kind
+
+
+def make_plan(
+    layers: Sequence[RecurrentLayer],
+    factors: str = "auto",
+    input_factors: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    overrides: Mapping[str, str] | None = None,
+    chosen: Mapping[str, Structures] | None = None,
+) -> Plan:
+    """A plan from specs and patterns.
+
+    A matrix is named `layer.weight_hh_l0`, one gate of it `layer.weight_hh_l0.r`; a pattern may also name the layer.
+    The most exact name wins: gate or matrix or layer written out, then glob, then the default.
+
+    Args:
+        factors: spec of every recurrent matrix.
+        input_factors: spec of every input matrix; None leaves them dense.
+        only: globs; other layers and matrices stay dense.
+        skip: globs; these stay dense.
+        overrides: pattern -> spec; the spec "dense" leaves a matrix as it is. Input matrices are touched only by
+            patterns that say weight_ih.
+        chosen: full weight name -> structures that stand in for the default there (a planner's choice).
+
+    Raises:
+        PlanError: a pattern matches nothing.
+        FactorSpecError: a spec does not fit; the matrix is named.
+    """
+    overrides = dict(overrides or {})
+    _check_patterns(layers, [*only, *skip, *overrides])
+    plans = []
+    for layer in layers:
+        matrices: dict[str, Structures] = {}
+        for weight in _weight_names(layer):
+            names = _names(layer, weight)
+            default = factors if weight.startswith("weight_hh") else input_factors
+            if (only and not _any_match(names, only)) or _any_match(names, skip):
+                default = None
+            # A pattern for a layer means its recurrent matrices; input matrices must be named, as in '*weight_ih*'.
+            meant = {p: s for p, s in overrides.items() if weight.startswith("weight_hh") or "weight_ih" in p}
+            given = (chosen or {}).get(layer.full_name(weight)) if default else None
+            defaults = [str(s) for s in given] if given else [default]
+            defaults *= len(layer.gates) // len(defaults)
+            specs = [_override(names, g, meant) or d for g, d in zip(layer.gates, defaults, strict=True)]
+            if all(spec in (None, "dense") for spec in specs):
+                continue
+            written = [_gate_spec(spec, layer, weight) for spec in specs]
+            matrices[weight] = _resolve(written, layer, weight, keeps_scales(layer))
+        if matrices:
+            plans.append(LayerPlan(layer, matrices))
+    return Plan(plans)
+
+
+def _gate_spec(spec: str | None, layer: RecurrentLayer, weight: str) -> str:
+    if spec is None or spec == "dense":  # one dense gate among Kronecker ones is a single full-size factor
+        rows, cols = layer.shape(weight)
+        return f"{rows}x{cols}"
+    return spec
+
+
+def _resolve(specs: Sequence[str], layer: RecurrentLayer, weight: str, scaled: bool) -> Structures:
+    """One spec a gate -> structures. A plain RNN's one gate is stacked already."""
+    (rows, cols), count = layer.shape(weight), len(layer.gates)
+    if count == 1 or not any(map(stacks, specs)):
+        return tuple(
+            _resolve_one(spec, rows, cols, 1, f"{layer.full_name(weight)} gate {gate}", scaled)
+            for gate, spec in zip(layer.gates, specs, strict=True)
+        )
+    if len(set(specs)) > 1:
+        hint = "Give all of them the same spec"
+        raise FactorSpecError("gates are stacked all together or not at all", layer.full_name(weight), hint)
+    return (_resolve_one(specs[0], count * rows, cols, count, f"{layer.full_name(weight)} stacked gates", scaled),)
+
+
+def _resolve_one(spec: str, rows: int, cols: int, gates: int, where: str, scaled: bool) -> Structure:
+    try:
+        structure = parse(spec).resolve(rows, cols, gates)
+    except FactorSpecError as error:
+        raise FactorSpecError(error.what, f"{where} ({rows}x{cols})", error.hint) from None
+    return replace(structure, scaled=scaled)
+
+
+def _weight_names(layer: RecurrentLayer) -> list[str]:
+    return [f"weight_{part}{suffix}" for suffix in layer.suffixes for part in ("ih", "hh")]
+
+
+def _names(layer: RecurrentLayer, weight: str) -> list[str]:
+    """What a pattern may match to mean this matrix, most exact first. A bare layer has no name."""
+    return [name for name in (layer.full_name(weight), weight, layer.name) if name]
+
+
+def _any_match(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _override(names: Sequence[str], gate: str, overrides: Mapping[str, str]) -> str | None:
+    candidates = [*(f"{name}.{gate}" for name in names), *names]
+    for name in candidates:
+        if name in overrides:
+            return overrides[name]
+    for name in candidates:
+        for pattern, spec in overrides.items():
+            if fnmatchcase(name, pattern):
+                return spec
+    return None
+
+
+def _check_patterns(layers: Sequence[RecurrentLayer], patterns: Sequence[str]) -> None:
+    names: list[str] = []
+    for layer in layers:
+        for weight in _weight_names(layer):
+            names += [n for name in _names(layer, weight) for n in (name, *(f"{name}.{g}" for g in layer.gates))]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise PlanError(f"the pattern '{pattern}' matches no layer, matrix or gate{_nearest(pattern, names)}")
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    return f"; the nearest name is '{close[0]}'" if close else ""

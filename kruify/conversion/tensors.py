@@ -1,0 +1,151 @@
+"""Conversion of state dicts, tensor by tensor, there and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from kruify.conversion.account import Conversion, GateResult, count_parameters, gate_counts, gate_results
+from kruify.conversion.calibration import Moments, bias_correction
+from kruify.conversion.check import check_plan, load_tensors, loaded
+from kruify.conversion.locate import AnyTensor, Located
+from kruify.conversion.plan import Plan, Structures
+from kruify.conversion.relabel import moments_inside, relabel_account, relabel_name, tensors_inside, tensors_outside
+from kruify.decomposition import Fit, Relabelling, fit
+from kruify.errors import PlanError, UnsupportedError, UsageError
+from kruify.layers import KroneckerMatrix
+from kruify.layers.assign import assign
+from kruify.layers.matrix import exact
+
+Progress = Callable[[int, int, str], None]  # matrices done, matrices in all, name of the one just done
+
+
+def convert_tensors(
+    tensors: Mapping[str, AnyTensor],
+    plan: Plan,
+    located: Located,
+    *,
+    moments: Mapping[str, Moments] | None = None,
+    unitary: bool = False,
+    searched: Mapping[str, Relabelling] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Decomposes every matrix that the plan names; all other tensors are handed on untouched, but for those of the
+    layers and directions whose units the plan relabels.
+
+    Args:
+        moments: full weight name -> moments of what the matrix is applied to (conversion.calibration). With them the
+            fit minimises the error of the output, E||(W - K) h||^2, and the bias beside the matrix takes up
+            (W - K) E[h]; a layer without bias gets none. Matrices that are not named are fitted unweighted.
+        unitary: fit orthogonal factors to the recurrent matrices of plain RNNs, whose scale is separate: the start
+            for fine-tuning with the soft unitary penalty.
+        searched: what `relabel_plan` found, for the account.
+
+    Raises:
+        PlanError: a layer or a matrix of the plan is not in the tensors, or has another size.
+        UnsupportedError: a matrix has entries that are NaN or infinite.
+        UsageError: `unitary` for a plan without plain RNNs.
+    """
+    check_plan(plan, located)
+    converted = dict(tensors)
+    relabels = tensors_inside(converted, plan)
+    results: list[GateResult] = []
+    todo = list(plan.matrices())
+    if unitary and not any(_has_own_scale(weight, structures) for _, weight, structures in todo):
+        raise UsageError("there is no plain RNN to fit orthogonal factors to", hint="Leave --unitary out")
+    for done, (layer, weight, structures) in enumerate(todo, 1):
+        name = layer.full_name(weight)
+        dense = loaded(converted.pop(name))
+        _check_finite(dense, name)
+        known = (moments or {}).get(name)
+        if known is not None and name in relabels:
+            known = moments_inside(known, relabels[name])
+        orthogonal = unitary and _has_own_scale(weight, structures)
+        covariance = None if known is None or orthogonal else known.weight(layer.bias)
+        matrix, fits = decompose_matrix(dense, structures, name, covariance=covariance, unitary=orthogonal, seed=seed)
+        if known is not None and layer.bias:
+            bias_name = layer.full_name(weight.replace("weight", "bias"))
+            bias = loaded(converted[bias_name])
+            correction = bias_correction(dense, matrix.to_dense(), known.mean)
+            converted[bias_name] = (bias.double() + correction.to(bias.device)).to(bias.dtype)
+        for entry, value in matrix.state_dict().items():
+            converted[f"{name}.{entry}"] = value
+        results += gate_results(gate_counts(layer, weight, structures), fits)
+        if progress:
+            progress(done, len(todo), name)
+    converted = {name: converted[name] for name in _in_order(tensors, converted, relabels)}
+    counts = count_parameters(tensors, converted, located)
+    return Conversion(plan, converted, results, counts, relabel_account(plan, searched))
+
+
+def _has_own_scale(weight: str, structures: Structures) -> bool:
+    """Whether it is the recurrent matrix of a plain RNN."""
+    return structures[0].scaled and weight.startswith("weight_hh")
+
+
+def _check_finite(dense: Tensor, name: str) -> None:
+    if broken := int((~dense.isfinite()).sum()):
+        entries = "entry that is" if broken == 1 else "entries that are"
+        hint = "Use a checkpoint from before training diverged"
+        raise UnsupportedError(f"it has {broken:,} {entries} NaN or infinite", name, hint)
+
+
+def decompose_matrix(
+    dense: Tensor,
+    structures: Structures,
+    name: str,
+    *,
+    covariance: Tensor | None = None,
+    unitary: bool = False,
+    seed: int = 0,
+) -> tuple[KroneckerMatrix, list[Fit]]:
+    """One weight (gates * rows, cols) -> its `KroneckerMatrix` in the dtype of the weight, one `Fit` a structure."""
+    rows, cols = structures[0].rows, structures[0].cols
+    if tuple(dense.shape) != (rows * len(structures), cols):
+        raise PlanError(f"the plan is made for {rows}x{cols} gates, the tensor is {tuple(dense.shape)}", name)
+    gates = dense.reshape(len(structures), rows, cols)
+    fits = [
+        fit(gate, s, covariance=covariance, unitary=unitary, seed=seed)
+        for gate, s in zip(gates, structures, strict=True)
+    ]
+    matrix = KroneckerMatrix(structures, dtype=dense.dtype)
+    assign(matrix, fits)
+    return matrix, fits
+
+
+def densify_tensors(tensors: Mapping[str, AnyTensor], plan: Plan) -> dict[str, Tensor]:
+    """The state dict of the dense model that a converted state dict stands for.
+
+    Raises:
+        CorruptError: an entry of the plan is missing from the tensors, or has another shape.
+    """
+    dense = {name: loaded(tensor) for name, tensor in tensors.items()}
+    order = list(dense)
+    for layer, weight, structures in plan.matrices():
+        name = layer.full_name(weight)
+        entries = {n: dense.pop(n) for n in list(dense) if n.startswith(f"{name}.")}
+        dtype = next((t.dtype for t in entries.values() if t.is_floating_point() or t.is_complex()), torch.float32)
+        matrix = KroneckerMatrix(structures, dtype=dtype)
+        load_tensors(matrix, {n.removeprefix(f"{name}."): t for n, t in entries.items()}, name)
+        order[min(order.index(n) for n in entries)] = name
+        with torch.no_grad():
+            dense[name] = exact(matrix).to(dtype)
+    tensors_outside(dense, plan)
+    return {name: dense[name] for name in order if name in dense}
+
+
+def _in_order(before: Mapping[str, AnyTensor], after: Mapping[str, AnyTensor], relabels: Collection[str]) -> list[str]:
+    """Names of `after`, the new ones standing where the matrix they replace stood, a relabelling by its matrix."""
+    position = {name: i for i, name in enumerate(before)}
+    for name in relabels:
+        position[relabel_name(name)] = position[name]
+
+    def place(name: str) -> int:
+        while name not in position:
+            name = name.rpartition(".")[0]
+        return position[name]
+
+    return sorted(after, key=place)

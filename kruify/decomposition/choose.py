@@ -1,0 +1,262 @@
+"""Which structure keeps most of a matrix at a given number of parameters: one shape, or a sum of different ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kruify.decomposition.fit import Fit, check, fit_with, metric_of
+from kruify.decomposition.plain import Plain
+from kruify.decomposition.quick import Quick
+from kruify.decomposition.weighted import Weighted
+from kruify.errors import UsageError
+from kruify.factors import BLOCK_HEIGHTS, Shape, Structure, Term, balanced, two_factor_shapes
+
+SHAPES_LIMIT = 1 << 19  # entries up to which every pair of shapes is looked at, not only the balanced ones
+WEIGHTED_LIMIT, WEIGHTED_LIMIT_LARGE = 2048, 512  # most unknowns of a weighted least-squares step, below that and above
+SPLITS = (0.25, 0.5, 0.75)
+SEARCH_SWEEPS = 2
+WORTHWHILE = 0.75  # share of the best single shape's energy below which a shape does not enter sums
+SHORTLIST = 2  # Kronecker shapes that enter sums
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A structure and the share of the (weighted) energy it keeps."""
+
+    structure: Structure
+    energy: float
+
+    @property
+    def parameters(self) -> int:
+        return self.structure.parameters
+
+    @property
+    def multiply_adds(self) -> int:
+        return self.structure.multiply_adds
+
+
+class Search:
+    """Looks for structures of one matrix; what is learnt at one budget serves the next.
+
+    Args:
+        matrix: (rows, cols), one gate, or `gates` of them stacked.
+        metric: the norm, as `metric_of` makes it.
+        scaled: every product has a number of its own beside its factors (factors.Structure).
+    """
+
+    def __init__(
+        self, matrix: Tensor, metric: Plain | Weighted, seed: int = 0, gates: int = 1, scaled: bool = False
+    ) -> None:
+        self.gates, self.scaled = gates, scaled
+        self.matrix = matrix.detach().to("cpu", torch.float64)
+        self.rows, self.cols = self.matrix.shape
+        self.metric, self.seed = metric, seed
+        self.total = metric.error(self.matrix)
+        self.block = next(b for b in BLOCK_HEIGHTS if self.rows // gates % b == 0)
+        slow = isinstance(metric, Weighted) or self.matrix.numel() > SHAPES_LIMIT
+        self._shortlist = 1 if slow else SHORTLIST
+        # In the weighted norm only a guide: see `spectrum_energy`.
+        self._quick = Quick(self.matrix @ metric.root if isinstance(metric, Weighted) else self.matrix)
+        self._searching = metric.for_search() if isinstance(metric, Weighted) else self._quick
+        self._fits: dict[Structure, float] = {}
+
+    def energy(self, structure: Structure, sweeps: int = SEARCH_SWEEPS) -> float:
+        """The energy that a fit of few sweeps keeps: a bound from below on what a thorough one does."""
+        if structure not in self._fits:
+            self._fits[structure] = self._fitted(self._searching, structure, sweeps)[1]
+        return self._fits[structure]
+
+    def fitted(self, structure: Structure, sweeps: int = 30) -> tuple[Fit, float]:
+        """A thorough fit and the share of the energy it keeps in the norm of the search."""
+        return self._fitted(self.metric, structure, sweeps)
+
+    def _fitted(self, metric: Plain | Weighted, structure: Structure, sweeps: int) -> tuple[Fit, float]:
+        fit = fit_with(metric, self.matrix, structure, seed=self.seed, sweeps=sweeps)
+        return fit, 1 - self.metric.error(self.matrix - fit.to_dense()) / self.total if self.total > 0 else 1.0
+
+    def forget(self) -> None:
+        """Frees what only further searching would use."""
+        self._quick.forget()
+
+    def low_rank(self) -> tuple[Shape, Shape]:
+        return (self.rows, 1), (1, self.cols)
+
+    def shapes(self) -> list[tuple[Shape, ...]]:
+        """Pairs of factors worth trying, low rank left out: all, or for large matrices those near the balance."""
+        pairs: list[tuple[Shape, ...]] = [
+            s
+            for s in two_factor_shapes(self.rows, self.cols)
+            if s not in (self.low_rank(), self.low_rank()[::-1]) and s[0][0] % self.gates == 0
+        ]
+        if self.matrix.numel() <= SHAPES_LIMIT:
+            return pairs
+        if isinstance(self.metric, Weighted):  # wide factors would cost the most
+            return sorted(pairs, key=lambda s: (sum(p * q for p, q in s), max(q for _, q in s), s))[:3]
+        return sorted(pairs, key=lambda s: (sum(p * q for p, q in s), s))[:3]
+
+    def spectrum_energy(self, shapes: tuple[Shape, ...], rank: int) -> float:
+        """Energy of the best `rank` products of a pair of shapes: exact in the plain norm and for factors that span all
+        columns, elsewhere a guide that treats the weight as if it could be moved into the factors."""
+        if self.total == 0:
+            return 1.0
+        return float(self._quick.spectrum(shapes, rank)[0][:rank].sum()) / self.total
+
+    def singles(self, parameters: int, multiply_adds: int | None = None) -> list[Candidate]:
+        """Sums of one shape that fit the budget, the most energy first; the first is exact, the others estimates."""
+        found = []
+        for shapes in [self.low_rank(), *self.shapes()]:
+            term = self._term(shapes, parameters, multiply_adds)
+            if term is not None:
+                found.append(Candidate(self._structure(term), self.spectrum_energy(shapes, term.rank)))
+        if isinstance(self.metric, Weighted):  # the guide is replaced by the truth for those that matter
+            low = [c for c in found if c.structure.terms[0].factors == self.low_rank()]
+            rest = sorted((c for c in found if c not in low), key=_order)[: self._shortlist + 1]
+            found = low + [Candidate(c.structure, self.energy(c.structure)) for c in rest]
+        return sorted(found, key=_order)
+
+    def every_single(self, parameters: int, multiply_adds: int | None = None) -> list[Structure]:
+        """Each pair of factor shapes that the search looks at, low rank first, with as many terms as fit the budget."""
+        terms = [self._term(shapes, parameters, multiply_adds) for shapes in [self.low_rank(), *self.shapes()]]
+        return [self._structure(term) for term in terms if term is not None]
+
+    def many_factors(self, parameters: int, multiply_adds: int | None = None) -> list[Candidate]:
+        """Single products of three factors and more, for budgets below what two factors need."""
+        found: list[Candidate] = []
+        for count in range(3, max(self.rows, self.cols).bit_length()):
+            shapes = balanced(self.rows, self.cols, count, self.gates)
+            structure = self._structure(Term(shapes))
+            if len(shapes) < 3 or any(c.structure == structure for c in found):
+                continue
+            if _fits(structure, parameters, multiply_adds):
+                found.append(Candidate(structure, self.energy(structure)))
+                break  # fewer factors hold more: the first that fits is the one
+        return found
+
+    def sums(self, parameters: int, multiply_adds: int | None = None) -> Iterator[Structure]:
+        """Sums of low rank, the best Kronecker shapes, overlay and diagonal that share out the budget."""
+        singles = self.singles(parameters, multiply_adds)
+        kron = [
+            c.structure.terms[0].factors
+            for c in singles
+            if c.structure.terms[0].factors != self.low_rank() and c.energy >= WORTHWHILE * singles[0].energy
+        ][: self._shortlist]
+        low, side = self.low_rank(), min(self.rows, self.cols)
+        plans: list[tuple[list[tuple[tuple[Shape, ...], float]], float, bool]] = [([], 1.0, False)]
+        for share in SPLITS:
+            if self._shortlist > 1 or share == 0.5:
+                plans += [([(low, share), (k, 1 - share)], 0.0, False) for k in kron]
+            plans.append(([(low, share)], 1 - share, False))
+        plans += [([(k, 0.5)], 0.5, False) for k in kron[:1]]
+        if self.gates == 1:
+            plans += [([(low, 1.0)], 0.0, True), ([(low, 0.5)], 0.5, True)]
+        plans += [([(low, 0.34), (k, 0.33)], 0.33, False) for k in kron[:1]]
+        seen = set()
+        for shares, overlay, diagonal in plans:
+            left = parameters - (side if diagonal else 0)
+            adds = None if multiply_adds is None else multiply_adds - (side if diagonal else 0)
+            terms = []
+            for shapes, share in shares:
+                budget = round(left * share)
+                term = self._term(shapes, budget, None if adds is None else round(adds * share))
+                if term is not None:
+                    terms.append(term)
+            if len(terms) < len(shares):
+                continue
+            used = sum(t.parameters + t.rank * self.scaled for t in terms)
+            spare = left - used
+            if adds is not None:
+                spare = min(spare, adds - sum(t.multiply_adds for t in terms))
+            blocks = max(0, spare) // self.block if overlay else 0
+            blocks = min(blocks, self.rows * self.cols // self.block)
+            block = self.block if blocks else 1
+            structure = self._structure(*terms, diagonal=diagonal, sparse_blocks=blocks, block=block)
+            if (terms or blocks or diagonal) and structure not in seen and left > 0:
+                seen.add(structure)
+                yield structure
+
+    def candidates(self, parameters: int, multiply_adds: int | None = None) -> list[Candidate]:
+        """Everything worth comparing at one budget, the most energy first."""
+        found = self.singles(parameters, multiply_adds)[: SHORTLIST + 1]
+        for structure in self.sums(parameters, multiply_adds):
+            found.append(Candidate(structure, self.energy(structure)))
+        if not any(c.structure.terms for c in found):
+            found += self.many_factors(parameters, multiply_adds)
+        return sorted(found, key=_order)
+
+    def _term(self, shapes: tuple[Shape, ...], parameters: int, multiply_adds: int | None) -> Term | None:
+        one = Term(shapes)
+        rank = parameters // (one.parameters + self.scaled)
+        if multiply_adds is not None:
+            rank = min(rank, multiply_adds // one.multiply_adds)
+        sides = sorted(p * q for p, q in shapes)
+        rank = min(rank, math.prod(sides[:-1]))  # more terms than that add nothing
+        if isinstance(self.metric, Weighted) and all(q < self.cols for _, q in shapes):
+            limit = WEIGHTED_LIMIT if self.matrix.numel() <= SHAPES_LIMIT else WEIGHTED_LIMIT_LARGE
+            rank = min(rank, limit // max(q for _, q in shapes))
+        return Term(shapes, rank) if rank >= 1 else None
+
+    def _structure(self, *terms: Term, **rest: Any) -> Structure:
+        return Structure(self.rows, self.cols, terms, scaled=self.scaled, gates=self.gates, **rest)
+
+
+def choose(
+    matrix: Tensor,
+    parameters: int,
+    *,
+    multiply_adds: int | None = None,
+    covariance: Tensor | None = None,
+    seed: int = 0,
+) -> Fit:
+    """The fit that keeps the most (weighted) energy of one matrix within a budget.
+
+    Compares every pair of factor shapes (above `SHAPES_LIMIT` entries the three most balanced) with as many terms as
+    fit, low rank among them, then sums of low rank, the best Kronecker shapes, diagonal and overlay. So the result
+    never keeps less (weighted) energy than `fit` does with any of these pairs and as many terms (weighted: as many as
+    `WEIGHTED_LIMIT` unknowns of a least-squares step serve), or, in the plain norm, with an overlay of as many
+    parameters.
+
+    Args:
+        matrix: (rows, cols), one gate.
+        parameters: at most so many trainable numbers.
+        multiply_adds: at most so many multiply-adds of a matrix-vector product.
+        covariance: (cols, cols), as for `fit`.
+
+    Raises:
+        UsageError, UnsupportedError: as `fit`; UsageError also where no structure is that small.
+    """
+    check(matrix, Structure(*_two(matrix.shape)))
+    search = Search(matrix, metric_of(covariance, matrix.shape[1]), seed)
+    found = search.candidates(parameters, multiply_adds)
+    if not found:
+        raise UsageError(
+            f"no structure of a {search.rows}x{search.cols} matrix has {parameters} parameters or fewer",
+            hint="Allow more parameters or multiply-adds",
+        )
+    structures = [candidate.structure for candidate in found[:3]]
+    if covariance is not None:  # the search has only a guide to what weighted products keep: all are fitted
+        structures += [s for s in search.every_single(parameters, multiply_adds) if s not in structures]
+    best, best_energy = search.fitted(structures[0])
+    for structure in structures[1:]:
+        other, energy = search.fitted(structure)
+        if energy > best_energy:
+            best, best_energy = other, energy
+    return best
+
+
+def _two(shape: Sequence[int]) -> tuple[int, int]:
+    return (shape[0], shape[1]) if len(shape) == 2 else (0, 0)
+
+
+def _fits(structure: Structure, parameters: int, multiply_adds: int | None) -> bool:
+    return structure.parameters <= parameters and (multiply_adds is None or structure.multiply_adds <= multiply_adds)
+
+
+def _order(candidate: Candidate) -> tuple[float, int, str]:
+    """Most energy first; where it is equal to rounding, the cheaper, then the name: the same choice everywhere."""
+    return -round(candidate.energy, 10), candidate.multiply_adds, str(candidate.structure)

@@ -1,0 +1,82 @@
+"""The plain norm for a search that compares hundreds of fits: every pair of factors starts from the singular vectors of
+the whole matrix, found once, and follows what the other parts leave by subspace iteration.
+
+For two modes that is alternating least squares: it never loses, costs two products with the matrix instead of an SVD,
+and a fit that it ends with is a bound from below on what `Plain` reaches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kruify.decomposition.plain import Plain
+from kruify.decomposition.rearrange import rearrange
+from kruify.decomposition.svd import follow, shorter_side, truncated_svd
+from kruify.decomposition.vectors import NUMERICALLY_ZERO, VectorSum, normalised
+from kruify.factors import Shape, Term
+
+SPECTRUM_LIMIT = 2048  # shorter side up to which all singular values of a shape are computed
+ITERATIONS, TOLERANCE = 4, 1e-3  # steps of a new part, at most; they end when one captures less than this share more
+
+
+class Quick(Plain):
+    """Fits of one matrix measured by ||E||_F, good enough to compare structures.
+
+    Args:
+        matrix: (rows, cols) float64, whose parts are fitted.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self._spectra: dict[tuple[Shape, ...], tuple[Tensor, Tensor]] = {}
+
+    def spectrum(self, shapes: tuple[Shape, ...], rank: int) -> tuple[Tensor, Tensor]:
+        """The heaviest squared singular values of the matrix rearranged for a pair of shapes, descending, and the
+        singular vectors (shorter side, ...) of that side: all of them, or for large sides at least `rank` where there
+        are so many."""
+        known = self._spectra.get(shapes)
+        shorter = min(p * q for p, q in shapes)
+        if known is None or (len(known[0]) < min(rank, shorter) and shorter > SPECTRUM_LIMIT):
+            known = self._spectra[shapes] = _spectrum(rearrange(self.matrix, shapes), rank)
+        return known
+
+    def forget(self) -> None:
+        """Frees the singular vectors; they are found again when they are needed."""
+        self._spectra.clear()
+
+    def term(self, rest: Tensor, term: Term, old: VectorSum | None, seed: int) -> VectorSum:
+        if len(term.factors) != 2:
+            return super().term(rest, term, old, seed)
+        tensor = rearrange(rest, term.factors)
+        if old is not None:
+            return follow(tensor, old)
+        values, vectors = self.spectrum(term.factors, term.rank)
+        basis = vectors[:, : term.rank]
+        if basis.shape[1] < term.rank:  # an exact fit of the whole matrix says nothing of what is left of it
+            return super().term(rest, term, old, seed)
+        side = shorter_side(tensor)
+        image = (tensor if side == 1 else tensor.T) @ basis
+        start = normalised([basis, image] if side == 0 else [image, basis])
+        best, captured = float(values[: term.rank].sum()), float(image.square().sum())
+        if abs(captured - best) <= 1e-9 * best:  # it is the whole matrix that is fitted
+            return start
+        for _ in range(ITERATIONS):
+            start = follow(tensor, start)
+            before, captured = captured, float(start.weight.square().sum())
+            if captured - before <= TOLERANCE * captured:
+                break
+        return start
+
+
+def _spectrum(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Through the smaller Gram matrix: several times faster than an SVD, and good to 1e-8 of the largest value."""
+    side = shorter_side(matrix)
+    if matrix.shape[side] > SPECTRUM_LIMIT:
+        found = truncated_svd(matrix, rank)
+        return found.weight.square(), found.vectors[side]
+    work = matrix if side == 0 else matrix.T
+    values, vectors = torch.linalg.eigh(work @ work.T)
+    values = values.flip(0).clamp(min=0)
+    live = int((values > NUMERICALLY_ZERO * values[0]).sum())
+    return values[:live], vectors.flip(1)[:, :live]

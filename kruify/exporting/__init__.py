@@ -1,0 +1,15 @@
+"""Models that run elsewhere: dense state dicts, ONNX, torch.export. Every file is run and compared after writing."""
+
+from kruify.exporting.check import TOLERANCE, Exported
+from kruify.exporting.layer_files import export_onnx, export_torch
+from kruify.exporting.model_files import export_dense, export_layers, export_network
+
+__all__ = [
+    "TOLERANCE",
+    "Exported",
+    "export_dense",
+    "export_layers",
+    "export_network",
+    "export_onnx",
+    "export_torch",
+]

@@ -1,0 +1,122 @@
+"""Every export is run after it is written and compared with the layer; a file that differs is not left behind."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kruify.errors import TargetMissedError, UsageError
+from kruify.exporting.shapes import Interface
+
+TOLERANCE = 1e-5
+SIZES = ((1, 1), (2, 3), (7, 1), (5, 4), (19, 2))  # (time, batch)
+
+Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One file that was written, run and compared.
+
+    Attributes:
+        path: the file.
+        layer: the layer that it holds, "" for a bare layer or a whole model.
+        inputs, outputs: their names, in order; empty for a state dict.
+        difference: largest difference from the layer over all cases, absolute where values are below 1.
+        cases: how many were compared.
+        bytes: size of the file.
+        assumed: what the checkpoint does not tell and was taken for granted.
+    """
+
+    path: Path
+    layer: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    difference: float
+    cases: int
+    bytes: int
+    assumed: tuple[str, ...] = ()
+
+
+def layer_cases(interface: Interface, dtype: torch.dtype, seed: int = 0) -> Iterator[list[Tensor]]:
+    """Inputs over several lengths and batch sizes, each with a zero, an ordinary and a large initial state."""
+    generator = torch.Generator().manual_seed(seed)
+    for steps, batch in SIZES:
+        if interface.cell and steps > 1:
+            steps = 1
+        for scale in (0.0, 0.5, 3.0):
+            shapes = interface.input_shapes(steps, batch)
+            values = [
+                torch.randn([int(n) for n in shape], generator=generator, dtype=torch.float64) for shape in shapes
+            ]
+            yield [(value * (scale if place else 1.0)).to(dtype) for place, value in enumerate(values)]
+
+
+def difference(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Largest difference, relative to the largest entry of its tensor where that is above 1; infinite where one side
+    has a shape, a NaN or an infinity that the other has not."""
+    worst = 0.0
+    for a, b in zip(got, wanted, strict=True):
+        if a.shape != b.shape or not torch.isfinite(a).equal(torch.isfinite(b)):
+            return float("inf")
+        a, b = a.detach().double().nan_to_num(), b.detach().double().nan_to_num()
+        if b.numel():
+            worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp(min=1.0)))
+    return worst
+
+
+def compare(exported: Run, original: Run, cases: Iterator[list[Tensor]]) -> tuple[float, int]:
+    """Runs both on every case; returns the largest difference and the number of cases."""
+    worst, count = 0.0, 0
+    with torch.no_grad():
+        for case in cases:
+            worst = max(worst, difference(exported(case), original(case)))
+            count += 1
+    return worst, count
+
+
+def require(found: float, tolerance: float, path: Path) -> None:
+    """Raises `TargetMissedError` where the difference is above the tolerance; the caller's file is deleted by it."""
+    if not found <= tolerance:
+        raise TargetMissedError(
+            f"the exported file differs from what it was made of by {found:.2g}, above {tolerance:.2g}",
+            path,
+            "The new file was deleted. Report this, or allow more with --tolerance",
+        )
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, with its ending, that takes its place if the block ends without an error.
+
+    Raises:
+        UsageError: the folder is missing or read-only.
+    """
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:100]}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise UsageError(f"it cannot be written ({error.strerror})", path, "Check the folder") from None
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except UsageError as error:
+        if str(error.where) != name:
+            raise
+        raise UsageError(error.what, path, error.hint) from None  # what cannot be written has the name that was given
+    except OSError as error:
+        raise UsageError(f"it cannot be written ({error.strerror})", path, "Check the folder") from None
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()

@@ -1,0 +1,210 @@
+"""Writes one recurrent layer as an ONNX model or a torch.export program, runs the file, compares it with the layer."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kruify.conversion import densify
+from kruify.errors import UnsupportedError
+from kruify.exporting.check import TOLERANCE, Exported, Run, compare, layer_cases, require, staged
+from kruify.exporting.scan_layer import traceable
+from kruify.exporting.shapes import Interface, interface_of
+from kruify.layers.base import KRUBase
+
+HALF = ("float16", "bfloat16")
+
+
+def export_onnx(
+    module: nn.Module,
+    path: str | PathLike[str],
+    *,
+    dense: bool = False,
+    name: str = "",
+    tolerance: float = TOLERANCE,
+) -> Exported:
+    """Writes a recurrent layer as an ONNX model.
+
+    The factors stay small MatMuls inside a Scan over time; batch and time are dynamic. Inputs: `input`, `h_0` (and
+    `c_0`); outputs: `output`, `h_n` (`c_n`), in the shapes of the layer. A half-precision layer is written in float32.
+
+    Args:
+        module: a KRULSTM, KRUGRU, KRURNN, one of their cells, or torch.nn's.
+        dense: write ONNX's own LSTM, GRU or RNN nodes with dense weights instead.
+        name: of the layer, for messages and the file's metadata.
+        tolerance: largest difference from the layer, found by running the file with onnxruntime.
+
+    Raises:
+        UsageError: not a recurrent layer, or the folder cannot be written.
+        UnsupportedError: onnx or onnxruntime is not installed.
+        TargetMissedError: the file computes something else; it is deleted.
+    """
+    require_package("onnx", "onnxruntime")
+    from kruify.exporting.onnx_layer import layer_model
+
+    module, interface = _prepare(module, name)
+
+    def write(file: Path) -> None:
+        file.write_bytes(layer_model(module, interface, dense=dense).SerializeToString())
+
+    return _write(module, interface, Path(path), write, run_onnx, tolerance)
+
+
+def export_torch(
+    module: nn.Module,
+    path: str | PathLike[str],
+    *,
+    dense: bool = False,
+    name: str = "",
+    tolerance: float = TOLERANCE,
+) -> Exported:
+    """Writes a recurrent layer as a torch.export program that loads without kruify.
+
+    The factors stay inside a scan over time; batch and time are dynamic. `torch.export.load(path).module()` takes
+    (input, h_0) or (input, h_0, c_0) and returns (output, h_n) or (output, h_n, c_n).
+
+    Raises:
+        UsageError, TargetMissedError: as `export_onnx`.
+    """
+    module, interface = _prepare(module, name)
+    traced = _Flat(traceable(densify(module) if dense else copy.deepcopy(module)), interface)
+
+    def write(file: Path) -> None:
+        # An example of size 1 would fix that size.
+        example = next(case for case in layer_cases(interface, _dtype(interface)) if min(case[0].shape[:-1]) > 1)
+        dims = {axis: torch.export.Dim(axis, min=1) for axis in ("time", "batch")}
+        shapes = tuple({axis: dims[name] for axis, name in axes.items()} for axes in interface.axes())
+        with quiet(), torch.no_grad():
+            program = torch.export.export(traced.eval(), tuple(example), dynamic_shapes=(shapes,), strict=False)
+            save_program(program, file)
+
+    return _write(module, interface, Path(path), write, run_torch, tolerance)
+
+
+def save_program(program: torch.export.ExportedProgram, file: Path) -> None:
+    """torch.export.save by way of the memory: on a full disk torch's own writer ends the process."""
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    file.write_bytes(buffer.getbuffer())
+
+
+class _Flat(nn.Module):
+    """A layer with its states as separate arguments and results."""
+
+    def __init__(self, layer: nn.Module, interface: Interface) -> None:
+        super().__init__()
+        self.layer, self.cell = layer, interface.cell
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return call_layer(self.layer, inputs, self.cell)
+
+
+def call_layer(layer: nn.Module, inputs: Sequence[Tensor], cell: bool) -> tuple[Tensor, ...]:
+    """(input, h) or (input, h, c) -> (output, h, c); for a cell (h, c)."""
+    state: Any = inputs[1] if len(inputs) == 2 else (inputs[1], inputs[2])
+    result: Any = layer(inputs[0], state)
+    if cell:
+        return tuple(result) if isinstance(result, tuple) else (result,)
+    output, final = result
+    return (output, *final) if isinstance(final, tuple) else (output, final)
+
+
+def run_onnx(file: Path) -> Run:
+    """The file in onnxruntime, on one CPU thread."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        feed = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(array) for array in session.run(None, feed)]
+
+    return run
+
+
+def run_torch(file: Path) -> Run:
+    """The file in torch."""
+    with quiet():
+        module = torch.export.load(file).module()
+
+    def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        result: Sequence[Tensor] = module(*inputs)
+        return result
+
+    return run
+
+
+def _prepare(module: nn.Module, name: str) -> tuple[nn.Module, Interface]:
+    """A copy on the CPU, in evaluation mode, on the readable path, in float32 if it was in half precision."""
+    interface_of(module, name)  # raises for what is no recurrent layer
+    module = copy.deepcopy(module).cpu().eval()
+    if interface_of(module).layer.dtype in HALF:
+        module = module.float()
+    if isinstance(module, KRUBase):
+        module.backend = "reference"
+    return module, interface_of(module, name)
+
+
+def _write(
+    module: nn.Module,
+    interface: Interface,
+    path: Path,
+    write: Callable[[Path], None],
+    load: Callable[[Path], Run],
+    tolerance: float,
+) -> Exported:
+    def original(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        return call_layer(module, inputs, interface.cell)
+
+    with staged(path) as file:
+        write(file)
+        cases: Iterator[list[Tensor]] = layer_cases(interface, _dtype(interface))
+        found, count = compare(load(file), original, cases)
+        require(found, tolerance, path)
+        size = file.stat().st_size
+    return Exported(path, interface.layer.name, interface.inputs, interface.outputs, found, count, size)
+
+
+def _dtype(interface: Interface) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, interface.layer.dtype)
+    return dtype
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch.export's warnings and log lines are about its own workings."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def require_package(*names: str) -> None:
+    """Raises `UnsupportedError` with the command that installs what is missing."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise UnsupportedError(
+                f"the package {name} is not installed", "ONNX export", "Run: pip install 'kruify[onnx]'"
+            ) from None

@@ -1,0 +1,329 @@
+"""Writes what a checkpoint holds: its recurrent layers one by one, its dense state dict, or a task's whole network."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from kruify.analysis.costs import layers_of
+from kruify.checkpoint import (
+    NEEDS_SOURCE,
+    ORIGIN,
+    Checkpoint,
+    read,
+    write_original,
+    write_safetensors,
+    write_torch,
+)
+from kruify.conversion import densify, densify_tensors
+from kruify.conversion.locate import KRU_KINDS, RecurrentLayer
+from kruify.conversion.plan import Plan
+from kruify.errors import UnsupportedError, UsageError
+from kruify.exporting.check import TOLERANCE, Exported, compare, difference, layer_cases, require, staged
+from kruify.exporting.layer_files import (
+    call_layer,
+    export_onnx,
+    export_torch,
+    quiet,
+    require_package,
+    run_onnx,
+    run_torch,
+    save_program,
+)
+from kruify.exporting.scan_layer import traceable
+from kruify.exporting.shapes import interface_of, no_kru
+from kruify.layers.base import KRUBase
+from kruify.tasks.base import Task, to_device
+
+Format = Literal["onnx", "torch"]
+ONE_BY_ONE = "Leave --task out: the recurrent layers are then exported one by one"
+
+
+def export_layers(
+    checkpoint: Checkpoint,
+    to: Format,
+    path: Path,
+    *,
+    dense: bool = False,
+    batch_first: bool | None = None,
+    nonlinearity: str | None = None,
+    tolerance: float = TOLERANCE,
+) -> list[Exported]:
+    """Each recurrent layer of a checkpoint by itself; with several, the layer's name goes before the ending of `path`.
+
+    Args:
+        batch_first: layout of input and output; None takes the layer's, (time, batch, features) where the file does
+            not tell.
+        nonlinearity: "tanh" or "relu", of plain RNNs where the file does not tell, as no state dict does; None takes
+            tanh. What was taken for granted is in `Exported.assumed`.
+
+    Raises:
+        UsageError: the file has no recurrent layer, or `nonlinearity` contradicts the file or has no RNN to act on.
+        TargetMissedError: an exported file differs from its layer; it is deleted.
+    """
+    found = layers_of(checkpoint)
+    if not found.items:
+        raise UsageError("there is no RNN, LSTM or GRU layer in it", checkpoint.path, "See 'kruify inspect'")
+    if nonlinearity is not None and all(layer.kind != "rnn" for layer, _ in found.items):
+        raise UsageError("there is no plain RNN whose nonlinearity could be set", checkpoint.path, "Leave it out")
+    told = [_told(layer, batch_first, nonlinearity, checkpoint.path) for layer, _ in found.items]
+    layers = replace(found, items=[(layer, matrices) for layer, (_, matrices) in zip(told, found.items, strict=True)])
+    write = export_onnx if to == "onnx" else export_torch
+    exported = []
+    for layer, module in zip(told, layers.modules(), strict=True):
+        file = path if len(told) == 1 else path.with_name(f"{path.stem}.{layer.name}{path.suffix}")
+        written = write(module, file, dense=dense, name=layer.name, tolerance=tolerance)
+        exported.append(replace(written, assumed=_assumed(layer)))
+    return exported
+
+
+def _told(layer: RecurrentLayer, batch_first: bool | None, nonlinearity: str | None, where: object) -> RecurrentLayer:
+    """The layer with what the caller knows of it and its file does not tell."""
+    if batch_first is not None and not layer.cell:
+        layer = replace(layer, batch_first=batch_first)
+    if nonlinearity is None or layer.kind != "rnn" or layer.nonlinearity == nonlinearity:
+        return layer
+    if layer.nonlinearity is not None:
+        raise UsageError(
+            f"the file says that '{layer.name}' is an RNN with {layer.nonlinearity}", where, "Leave it out"
+        )
+    return replace(layer, nonlinearity=nonlinearity)
+
+
+def _assumed(layer: RecurrentLayer) -> tuple[str, ...]:
+    unknown = []
+    if layer.kind == "rnn" and layer.nonlinearity is None:
+        unknown.append("tanh")
+    if layer.batch_first is None and not layer.cell:
+        unknown.append("time before batch")
+    return tuple(unknown)
+
+
+def export_dense(
+    checkpoint: Checkpoint, path: Path, *, source: Path | None = None, tolerance: float = TOLERANCE
+) -> Exported:
+    """The dense model, for nn.LSTM and friends.
+
+    Where the ending of `path` is that of the file that was converted, that kind of file is written again, with its
+    names and its wrapper; else a state dict, as .pt, .pth or .safetensors.
+
+    Args:
+        source: the file that was converted; needed where it was more than its tensors (whole module, ONNX, Keras).
+
+    Raises:
+        UsageError: kruify did not convert the file, or the ending is unknown.
+        UnsupportedError: it holds a layer that torch.nn does not know.
+        TargetMissedError: a dense layer differs from the Kronecker layer; the file is deleted.
+    """
+    text = checkpoint.metadata.get("kruify.plan")
+    if text is None:
+        raise UsageError("it is dense already: it carries no plan", checkpoint.path, "Export a converted file")
+    plan = Plan.from_json(text, f"plan in {checkpoint.path}")
+    if any(item.layer.kind in KRU_KINDS for item in plan.layers):
+        raise no_kru(checkpoint.path)
+    write = _dense_writer(checkpoint, path, source)
+    dense = densify_tensors(checkpoint.tensors, plan)
+    with staged(path) as file:
+        write(file, dense)
+        worst, count = 0.0, 0
+        converted, written = layers_of(checkpoint), layers_of(read(file))
+        modules = {layer.name: module for (layer, _), module in zip(written.items, written.modules(), strict=True)}
+        for (layer, matrices), module in zip(converted.items, converted.modules(), strict=True):
+            if not matrices:
+                continue
+            other = modules.get(layer.name)
+            if other is None:
+                raise UnsupportedError(f"the dense layer '{layer.name}' was not found again", path, "Report this")
+            found, cases = _compare_layers(module, other, layer.nonlinearity)
+            worst, count = max(worst, found), count + cases
+        require(worst, max(tolerance, rounding(dense)), path)
+        size = file.stat().st_size
+    return Exported(path, "", (), (), worst, count, size)
+
+
+def rounding(tensors: Mapping[str, Tensor]) -> float:
+    """What dense weights of half precision differ by from their factors: the dtype's own step, 0 for wider ones."""
+    halves = {t.dtype for t in tensors.values()} & {torch.float16, torch.bfloat16}
+    return max((torch.finfo(dtype).eps for dtype in halves), default=0.0)
+
+
+ENDINGS = {
+    "torch": (".pt", ".pth", ".ckpt", ".bin"),
+    "torch-legacy": (".pt", ".pth", ".ckpt", ".bin"),
+    "torch-module": (".pt", ".pth"),
+    "torchscript": (".pt", ".pth", ".ts"),
+    "safetensors": (".safetensors",),
+    "safetensors-sharded": (".json",),
+    "torch-sharded": (".json",),
+    "npz": (".npz",),
+    "onnx": (".onnx",),
+    "keras": (".h5", ".keras"),
+}
+"""Formats of `kruify.checkpoint` that one file can hold -> endings by which they are meant."""
+
+
+def _dense_writer(checkpoint: Checkpoint, path: Path, source: Path | None) -> Callable[[Path, dict[str, Tensor]], None]:
+    """The original kind where it is known, meant by the ending, and possible; else a state dict."""
+    note = checkpoint.metadata.get(ORIGIN)
+    kind = _format_of(note)
+    if note is not None and path.suffix in ENDINGS.get(kind, ()) and (source or kind not in NEEDS_SOURCE):
+        return lambda file, tensors: write_original(file, tensors, note, source=source)
+    if path.suffix == ".safetensors":
+        return write_safetensors
+    if path.suffix in (".pt", ".pth"):
+        return write_torch
+    hint = (
+        "Give the original file with --original, or write .pt, .pth or .safetensors" if kind in NEEDS_SOURCE else None
+    )
+    raise UsageError(f"the ending '{path.suffix}' is unknown", path, hint or "Write .pt, .pth or .safetensors")
+
+
+def _format_of(note: str | None) -> str:
+    try:
+        return str(json.loads(note or "{}")["format"])
+    except (ValueError, TypeError, KeyError):
+        return ""
+
+
+def _compare_layers(kru: nn.Module, dense: nn.Module, nonlinearity: str | None) -> tuple[float, int]:
+    """In float32 at least: torch's kernels and the factors' order of summation differ more in half precision."""
+    if nonlinearity == "relu" and isinstance(dense, nn.RNN):
+        dense.mode, dense.nonlinearity = "RNN_RELU", "relu"
+    for module in (kru, dense):
+        if next(module.parameters()).dtype in (torch.float16, torch.bfloat16):
+            module.float()
+    if isinstance(kru, KRUBase):
+        kru.backend = "reference"
+        cast(Any, dense).batch_first = kru.batch_first
+    interface = interface_of(kru)
+    cases = layer_cases(interface, getattr(torch, interface.layer.dtype))
+    return compare(
+        lambda case: call_layer(dense, case, interface.cell), lambda case: call_layer(kru, case, interface.cell), cases
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments that a task gives its network, flattened, with the way back."""
+
+    tensors: list[Tensor]
+    spec: Any
+
+
+def export_network(
+    model: nn.Module,
+    task: Task,
+    to: Format,
+    path: Path,
+    *,
+    dense: bool = False,
+    split: str = "test",
+    tolerance: float = TOLERANCE,
+) -> Exported:
+    """A task's whole network, as `Task.forward` calls it.
+
+    The example is the first batch of `split`; every size that torch's tracing does not fix is dynamic. The inputs are
+    the tensors that `Task.forward` gives to the network, in order.
+
+    Raises:
+        UnsupportedError: the network does something that torch.export cannot trace (a loop or a branch that depends on
+            data, packed sequences), or onnxscript is missing.
+        TargetMissedError: the file differs from the network on one of the first batches; it is deleted.
+    """
+    if to == "onnx":
+        require_package("onnx", "onnxruntime", "onnxscript")
+    model = (densify(model) if dense else copy.deepcopy(model)).cpu().eval()
+    for module in model.modules():
+        if isinstance(module, KRUBase):
+            module.backend = "reference"
+    calls = list(_calls(model, task, split))
+    layers: list[nn.Module] = []
+    if to == "onnx":
+        from kruify.exporting.onnx_network import with_gaps
+
+        prepared = with_gaps(copy.deepcopy(model), layers)
+    else:
+        prepared = traceable(copy.deepcopy(model))
+    traced = _Network(prepared, calls[0].spec).eval()
+    original = _Network(model, calls[0].spec).eval()
+    with staged(path) as file:
+        _trace(traced, layers, calls[0].tensors, to, file, type(model).__name__)
+        load = run_onnx if to == "onnx" else run_torch
+        run, worst = load(file), 0.0
+        with torch.no_grad():
+            for call in calls:
+                worst = max(worst, difference(run(call.tensors), original(*call.tensors)))
+        require(worst, tolerance, path)
+        size = file.stat().st_size
+    inputs = tuple(f"input_{i}" for i in range(len(calls[0].tensors)))
+    return Exported(path, "", inputs, ("output",), worst, len(calls), size)
+
+
+class _Network(nn.Module):
+    """The network as a function from tensors to tensors."""
+
+    def __init__(self, model: nn.Module, spec: Any) -> None:
+        super().__init__()
+        self.model, self.spec = model, spec
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        args, kwargs = torch.utils._pytree.tree_unflatten(list(tensors), self.spec)
+        leaves = torch.utils._pytree.tree_leaves(self.model(*args, **kwargs))
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def _calls(model: nn.Module, task: Task, split: str, count: int = 3) -> Iterator[_Call]:
+    """What the task's forward gives to the network for the first batches, and for parts of the first one.
+
+    Raises:
+        UnsupportedError: the network takes something other than tensors, or the task does not call it.
+    """
+    for number, batch in enumerate(task.batches(split)):
+        if number == count:
+            return
+        caught: list[tuple[Any, Any]] = []
+        handle = model.register_forward_pre_hook(
+            lambda module, args, kwargs, caught=caught: caught.append((args, kwargs)), with_kwargs=True
+        )
+        try:
+            with torch.no_grad():
+                task.forward(model, to_device(batch, torch.device("cpu")))
+        finally:
+            handle.remove()
+        if not caught:
+            raise UnsupportedError("the task does not call its network as a whole", type(task).__name__, ONE_BY_ONE)
+        leaves, spec = torch.utils._pytree.tree_flatten(caught[0])
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            raise UnsupportedError("its forward takes something other than tensors", type(model).__name__, ONE_BY_ONE)
+        yield _Call(leaves, spec)
+
+
+def _trace(
+    network: nn.Module, layers: Sequence[nn.Module], example: Sequence[Tensor], to: Format, file: Path, name: str
+) -> None:
+    dynamic = tuple({axis: torch.export.Dim.AUTO for axis in range(tensor.dim())} for tensor in example)
+    try:
+        with quiet(), torch.no_grad():
+            if to == "onnx":
+                from kruify.exporting.onnx_network import network_model
+
+                file.write_bytes(network_model(network, layers, example).SerializeToString())
+                return
+            program = torch.export.export(network, tuple(example), dynamic_shapes=(dynamic,), strict=False)
+            save_program(program, file)
+    except (UnsupportedError, OSError):
+        raise
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UnsupportedError(
+            f"torch cannot trace the whole network ({type(error).__name__}: {reason[:200]})",
+            name,
+            ONE_BY_ONE,
+        ) from error

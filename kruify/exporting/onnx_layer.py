@@ -1,0 +1,268 @@
+"""A recurrent layer as ONNX: a Scan whose body holds the factors, or ONNX's own LSTM, GRU or RNN node, densified.
+
+Factored matrices never appear in full. What does not depend on the state (W_ih x and the biases) is computed for all
+steps at once, outside the Scan.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from kruify.exporting.graph import Graph, make_model, scan_body
+from kruify.exporting.matrix import product
+from kruify.exporting.shapes import Interface
+from kruify.layers.base import KRUBase
+from kruify.layers.cells import KRUCellBase
+from kruify.layers.matrix import KroneckerMatrix
+from kruify.layers.relabel import STEMS, Relabel, relabel_of
+
+# The order that lets one Sigmoid serve neighbouring gates (LSTM: i, f, o then g).
+GATE_ORDER = {"rnn": (0,), "lstm": (0, 1, 3, 2), "gru": (0, 1, 2)}
+# torch's order -> ONNX's (LSTM: i, o, f, c; GRU: z, r, h).
+NODE_ORDER = {"rnn": (0,), "lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """One layer and direction."""
+
+    name: str
+    ih: KroneckerMatrix | Tensor
+    hh: KroneckerMatrix | Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+    hr: Tensor | None
+    relabel: Relabel | None = None  # of a layer that keeps its factors; dense weights are in the outside's order
+
+
+def layer_model(module: nn.Module, interface: Interface, *, dense: bool = False) -> onnx.ModelProto:
+    """The ONNX model of one recurrent layer or cell, KRU or torch.nn's.
+
+    Args:
+        dense: write ONNX's own recurrent nodes, with dense weights. Layers with a projection, which those nodes do not
+            know, cells and float64 get MatMuls with dense weights.
+    """
+    layer = interface.layer
+    dtype = "float64" if layer.dtype == "float64" else "float32"
+    graph = Graph()
+    weights = [_weights(module, layer.full_name("")[:-1], s, dtype, dense) for s in layer.suffixes]
+    if interface.cell:
+        _write_cell(graph, interface, weights[0])
+    else:
+        _write_layer(graph, interface, weights, dtype)
+    about = {
+        "kruify.layer": layer.name,
+        "kruify.kind": layer.kind,
+        "kruify.factors": "; ".join(_factors(w) for w in weights),
+    }
+    return make_model(
+        graph,
+        dtype,
+        list(zip(interface.inputs, interface.input_shapes("time", "batch"), strict=True)),
+        list(zip(interface.outputs, interface.output_shapes("time", "batch"), strict=True)),
+        about,
+    )
+
+
+def _weights(module: nn.Module, prefix: str, suffix: str, dtype: str, dense: bool) -> _Weights:
+    target = getattr(torch, dtype)
+    relabel = relabel_of(module, suffix) if isinstance(module, KRUBase | KRUCellBase) else None
+
+    def get(stem: str) -> Any:
+        value = getattr(module, stem + suffix, None)
+        if isinstance(value, KroneckerMatrix):
+            value = copy.deepcopy(value)  # nn.Module.to works in place
+            if not dense:
+                return value.to(target)
+            value = value.to(torch.float64).to_dense()
+        if not isinstance(value, Tensor):
+            return None
+        value = relabel.weight_outside(stem, value) if dense and relabel is not None else value
+        return value.detach().to(target)
+
+    name = f"{prefix}.weight_{{}}{suffix}" if prefix else f"weight_{{}}{suffix}"
+    w_ih, w_hh, b_ih, b_hh, w_hr = map(get, STEMS)
+    return _Weights(name, w_ih, w_hh, b_ih, b_hh, w_hr, None if dense else relabel)
+
+
+def _factors(weights: _Weights) -> str:
+    parts = []
+    for label, weight in (("ih", weights.ih), ("hh", weights.hh)):
+        text = "dense" if isinstance(weight, Tensor) else ", ".join(map(str, weight.structures))
+        parts.append(f"{weights.name.format(label)}: {text}")
+    return "; ".join(parts)
+
+
+def _write_cell(graph: Graph, interface: Interface, w: _Weights) -> None:
+    gates_x = _input_gates(graph, interface.layer.kind, w, "input")
+    state = _step(graph, interface, w, gates_x, _states(graph, w, interface.inputs[1:], "inside"))
+    for value, name in zip(_states(graph, w, state, "outside"), interface.outputs, strict=True):
+        graph.rename(value, name)
+
+
+def _states(graph: Graph, w: _Weights, states: Sequence[str], side: str) -> list[str]:
+    """Each (..., hidden), in the units of the matrices ("inside") or the outside's; a projected h stays as it is."""
+    if w.relabel is None:
+        return list(states)
+    first = int(w.relabel.projected)
+    return [*states[:first], *(_relabelled(graph, w, state, side) for state in states[first:])]
+
+
+def _relabelled(graph: Graph, w: _Weights, x: str, side: str) -> str:
+    """(..., hidden) -> (..., hidden): a Gather, and a product with the signs where there are any."""
+    relabel, dtype = w.relabel, w.ih.dtype
+    assert relabel is not None
+    order = relabel.permutation if side == "inside" else relabel.permutation.argsort()
+    signs = relabel.signs if side == "inside" else relabel.signs[order]
+    name = w.name.format("hh").replace("weight_hh", "relabel")
+    y = graph.add("Gather", x, graph.constant(order, name), axis=-1)
+    return y if bool((signs > 0).all()) else graph.add("Mul", y, graph.constant(signs.to(dtype), f"{name}.signs"))
+
+
+def _write_layer(graph: Graph, interface: Interface, weights: Sequence[_Weights], dtype: str) -> None:
+    layer = interface.layer
+    data = graph.add("Transpose", "input", perm=[1, 0, 2]) if layer.batch_first else "input"
+    finals: list[list[str]] = []
+    for k in range(layer.num_layers):
+        outputs = []
+        for d in range(interface.directions):
+            index = k * interface.directions + d
+            states = [graph.add("Gather", name, _scalar(graph, index), axis=0) for name in interface.inputs[1:]]
+            node = isinstance(weights[index].ih, Tensor) and isinstance(weights[index].hh, Tensor)
+            # onnxruntime has no double precision in its recurrent nodes, and no projection.
+            write = _write_node if node and not layer.proj_size and dtype == "float32" else _write_scan
+            output, final = write(graph, interface, weights[index], data, states, reverse=d == 1, dtype=dtype)
+            outputs.append(output)
+            finals.append(final)
+        data = graph.concat(outputs, axis=2)
+    if layer.batch_first:
+        data = graph.add("Transpose", data, perm=[1, 0, 2])
+    graph.rename(data, "output")
+    for place, name in enumerate(interface.outputs[1:]):
+        rows = [graph.add("Unsqueeze", final[place], graph.ints((0,))) for final in finals]
+        graph.rename(graph.concat(rows, axis=0), name)
+
+
+def _write_scan(
+    graph: Graph,
+    interface: Interface,
+    w: _Weights,
+    data: str,  # (time, batch, features)
+    states: Sequence[str],  # each (batch, size)
+    *,
+    reverse: bool,
+    dtype: str,
+) -> tuple[str, list[str]]:
+    layer = interface.layer
+    wide = len(layer.gates) * layer.hidden_size
+    features = w.ih.shape[1]
+    flat = graph.reshape(data, (-1, features))
+    gates_x = _input_gates(graph, layer.kind, w, flat)
+    # The sizes of time and batch come from the data, so that an empty batch is no special case.
+    leading = graph.add("Slice", graph.add("Shape", data), graph.ints((0,)), graph.ints((2,)))
+    gates_x = graph.add("Reshape", gates_x, graph.concat([leading, graph.ints((wide,))], axis=0))
+
+    body = Graph(graph)
+    gate_in = body.fresh("gates")
+    state_in = [body.fresh(f"{s}_in") for s in interface.states]
+    state_out = [body.fresh(f"{s}_out") for s in interface.states]
+    for value, name in zip(_step(body, interface, w, gate_in, state_in), state_out, strict=True):
+        body.rename(value, name)
+    y_out = body.fresh("y_out")
+    body.rename(state_out[0], y_out)
+    proto = scan_body(body, dtype, [*state_in, gate_in], [*state_out, y_out])
+    results = graph.add_many(
+        "Scan",
+        *_states(graph, w, states, "inside"),
+        gates_x,
+        outputs=[*(graph.fresh(f"{s}_last") for s in interface.states), graph.fresh("sequence")],
+        body=proto,
+        num_scan_inputs=1,
+        scan_input_directions=[int(reverse)],
+        scan_output_directions=[int(reverse)],
+    )
+    return _states(graph, w, results[-1:], "outside")[0], _states(graph, w, results[:-1], "outside")
+
+
+def _input_gates(graph: Graph, kind: str, w: _Weights, x: str) -> str:
+    """W_ih x and every bias that need not wait for the state: (n, features) -> (n, gates * hidden)."""
+    order = GATE_ORDER[kind]
+    y = product(graph, w.ih, x, order, w.name.format("ih"))
+    if w.b_ih is None or w.b_hh is None:
+        return y
+    hidden = w.b_ih.shape[0] // len(order)
+    late = w.b_hh.clone()
+    if kind == "gru":  # b_hn stands inside r * (...): see _step
+        late[2 * hidden :] = 0
+    return graph.add("Add", y, graph.constant(_ordered(w.b_ih + late, order), w.name.format("bias")))
+
+
+def _step(graph: Graph, interface: Interface, w: _Weights, gates_x: str, state: Sequence[str]) -> list[str]:
+    """One step in time: gates_x (batch, gates * hidden), each state (batch, size) -> the next state."""
+    kind, hidden = interface.layer.kind, interface.layer.hidden_size
+    y = product(graph, w.hh, state[0], GATE_ORDER[kind], w.name.format("hh"))
+    if kind == "rnn":
+        total = graph.add("Add", gates_x, y)
+        return [graph.add("Relu" if interface.layer.nonlinearity == "relu" else "Tanh", total)]
+    if kind == "gru":
+        x_rz, x_n = graph.split(gates_x, (2 * hidden, hidden))
+        h_rz, h_n = graph.split(y, (2 * hidden, hidden))
+        if w.b_hh is not None:
+            h_n = graph.add("Add", h_n, graph.constant(w.b_hh[2 * hidden :], w.name.format("bias_hn")))
+        r, z = graph.split(graph.add("Sigmoid", graph.add("Add", x_rz, h_rz)), (hidden, hidden))
+        n = graph.add("Tanh", graph.add("Add", x_n, graph.add("Mul", r, h_n)))
+        return [graph.add("Add", n, graph.add("Mul", z, graph.add("Sub", state[0], n)))]
+    sigmoid, tanh = graph.split(graph.add("Add", gates_x, y), (3 * hidden, hidden))
+    i, f, o = graph.split(graph.add("Sigmoid", sigmoid), (hidden,) * 3)
+    g = graph.add("Tanh", tanh)
+    c = graph.add("Add", graph.add("Mul", f, state[1]), graph.add("Mul", i, g))
+    h = graph.add("Mul", o, graph.add("Tanh", c))
+    if w.hr is not None:
+        h = graph.add("MatMul", h, graph.constant(w.hr.mT, w.name.format("hr")))
+    return [h, c]
+
+
+def _write_node(
+    graph: Graph, interface: Interface, w: _Weights, data: str, states: Sequence[str], *, reverse: bool, dtype: str
+) -> tuple[str, list[str]]:
+    """ONNX's own LSTM, GRU or RNN, one layer and direction."""
+    layer = interface.layer
+    assert isinstance(w.ih, Tensor) and isinstance(w.hh, Tensor)
+    order = NODE_ORDER[layer.kind]
+    inputs = [data]
+    for weight, label in ((w.ih, "ih"), (w.hh, "hh")):
+        inputs.append(graph.constant(_ordered(weight, order).unsqueeze(0), w.name.format(label)))
+    if w.b_ih is not None and w.b_hh is not None:
+        bias = torch.cat([_ordered(w.b_ih, order), _ordered(w.b_hh, order)])
+        inputs.append(graph.constant(bias.unsqueeze(0), w.name.format("bias")))
+    else:
+        inputs.append("")
+    inputs += ["", *(graph.add("Unsqueeze", state, graph.ints((0,))) for state in states)]
+    attributes: dict[str, Any] = {"hidden_size": layer.hidden_size, "direction": "reverse" if reverse else "forward"}
+    if layer.kind == "gru":
+        attributes["linear_before_reset"] = 1  # torch multiplies before it resets
+    if layer.kind == "rnn":
+        attributes["activations"] = ["Relu" if layer.nonlinearity == "relu" else "Tanh"]
+    names = [graph.fresh("sequence"), *(graph.fresh(f"{s}_last") for s in interface.states)]
+    graph.add_many(layer.kind.upper(), *inputs, outputs=names, **attributes)
+    output = graph.add("Squeeze", names[0], graph.ints((1,)))  # (time, directions, batch, hidden)
+    return output, [graph.add("Squeeze", name, graph.ints((0,))) for name in names[1:]]
+
+
+def _ordered(value: Tensor, order: Sequence[int]) -> Tensor:
+    """Stacked gates in another order."""
+    return torch.cat([value.chunk(len(order))[gate] for gate in order])
+
+
+def _scalar(graph: Graph, index: int) -> str:
+    name = f"index_{index}"
+    if name not in graph.constants:
+        graph.constants[name] = onnx.numpy_helper.from_array(torch.tensor(index).numpy(), name)
+    return name

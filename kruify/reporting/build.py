@@ -1,0 +1,137 @@
+"""Measures the models and puts the report together."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+
+from kruify.analysis.costs import (
+    Layers,
+    count_parameters,
+    layers_of,
+    matrix_health,
+    measure_latency,
+    multiply_adds,
+)
+from kruify.checkpoint import Checkpoint, read
+from kruify.conversion.network import load_network
+from kruify.errors import UsageError
+from kruify.reporting.details import agreeing, history, made, peak_memory, with_energies
+from kruify.reporting.report import ModelReport, Report
+from kruify.tasks.base import Task, measure
+
+Progress = Callable[[float, float, str], None]  # models done, models in all, what is going on
+
+
+def build_report(
+    files: Sequence[str | PathLike[str]],
+    task: Task | None = None,
+    *,
+    task_name: str | None = None,
+    split: str = "test",
+    key: str | None = None,
+    threads: int = 1,
+    latency_seconds: float = 2.0,
+    progress: Progress | None = None,
+) -> Report:
+    """A report on checkpoints, the first of which the others are compared with.
+
+    Args:
+        task: gives the metrics; None leaves them out.
+        latency_seconds: spent on each model and batch size.
+
+    Raises:
+        UsageError: a file has no recurrent layer.
+        KruifyError: a file cannot be read, or does not fit the task.
+    """
+    tell = progress or (lambda done, total, text: None)
+    total = 2 * len(files) + 1
+    checkpoints = [read(file, key=key) for file in files]
+    layers = agreeing([_layers(checkpoint) for checkpoint in checkpoints])
+    metrics = []
+    for index, checkpoint in enumerate(checkpoints):
+        tell(index, total, f"evaluating {checkpoint.path}")
+        metrics.append({} if task is None else measure(task, load_network(checkpoint, task), split))
+    tell(len(files), total, "measuring latency")
+    load = os.getloadavg()[0]
+    latency = measure_latency(layers, threads=threads, seconds=latency_seconds)
+    models = []
+    for index, (checkpoint, name) in enumerate(zip(checkpoints, _names(files), strict=True)):
+        tell(len(files) + 1 + index, total, f"singular values of {checkpoint.path}")
+        models.append(
+            ModelReport(
+                name=name,
+                file=str(checkpoint.path),
+                parameters=count_parameters(layers[index]),
+                bytes=checkpoint.size,
+                multiply_adds_per_step=multiply_adds(layers[index]),
+                latency_ms=latency.median[index],
+                metrics=metrics[index],
+                recurrent_matrices=with_energies(matrix_health(layers[index]), layers[index], layers[0]),
+                sha256=checkpoint.sha256,
+                sources=_sources(checkpoint),
+                latency_p95_ms=latency.p95[index],
+                memory_bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.lazy.values()),
+                peak_memory_bytes=peak_memory(layers[index], latency.steps),
+                history=history(checkpoint),
+                made=made(checkpoint),
+            )
+        )
+    return Report(
+        models=models,
+        latency={
+            "steps": latency.steps,
+            "threads": latency.threads,
+            "machine": machine(),
+            "cores": os.cpu_count(),
+            "load": load,
+        },
+        task=None if task is None else task_name or type(task).__name__,
+        split=None if task is None else split,
+        examples=None if task is None else task.examples(split),
+        metric=None if task is None else task.metric,
+        higher_is_better=task is not None and task.higher_is_better,
+    )
+
+
+def _layers(checkpoint: Checkpoint) -> Layers:
+    layers = layers_of(checkpoint)
+    if not layers.items:
+        raise UsageError("there is no RNN, LSTM or GRU layer in it", checkpoint.path, "See 'kruify inspect'")
+    return layers
+
+
+def _names(files: Sequence[str | PathLike[str]]) -> list[str]:
+    """Short unique names: the file's name without its endings, with a number where it came before."""
+    names: list[str] = []
+    for file in files:
+        stem = Path(file).name
+        for ending in (".safetensors", ".pth", ".pt", ".kru"):
+            stem = stem.removesuffix(ending)
+        names.append(stem if stem not in names else f"{stem} ({len(names) + 1})")
+    return names
+
+
+def _sources(checkpoint: Checkpoint) -> list[str]:
+    source = checkpoint.metadata.get("kruify.source_sha256")
+    parents = checkpoint.metadata.get("kruify.parents")
+    try:
+        chain = json.loads(parents) if parents else []
+    except ValueError:
+        chain = []
+    return [str(item) for item in chain] or ([source] if source else [])
+
+
+def machine() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

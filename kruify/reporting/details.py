@@ -1,0 +1,119 @@
+"""What a report tells beside the comparison: energies against the dense matrices, peak memory, how a file was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from kruify.analysis.costs import BATCHES, Layers, MatrixHealth, gate_matrices, runner
+from kruify.checkpoint import Checkpoint
+from kruify.decomposition import null_energy
+
+TOLD = {  # metadata -> how a report calls it
+    "kruify.version": "kruify",
+    "kruify.torch": "torch",
+    "kruify.seed": "seed",
+    "kruify.schema": "file schema",
+    "kruify.recipe": "fine-tuning",
+}
+
+
+def with_energies(health: Sequence[MatrixHealth], layers: Layers, first: Layers) -> list[MatrixHealth]:
+    """`health` of a model's gates with their energy against the first model's, and the null level of the structure."""
+    if layers is first:
+        return list(health)
+    dense = {(name, gate): matrix for name, gate, matrix, _ in gate_matrices(first)}
+    results = []
+    for entry, (name, gate, matrix, structure) in zip(health, gate_matrices(layers), strict=True):
+        original = dense.get((name, gate))
+        if original is not None and original.shape == matrix.shape and structure is not None:
+            norm = float(original.abs().square().sum())
+            energy = 1 - float((original - matrix).abs().square().sum()) / norm if norm else 1.0
+            entry = replace(entry, energy=energy, energy_null=null_energy(structure))
+        results.append(entry)
+    return results
+
+
+def agreeing(layers: Sequence[Layers]) -> list[Layers]:
+    """Fills in what one file tells of a layer and another does not (batch_first, nonlinearity), so that all of them
+    are measured in the same layout: a state dict tells less than a file that was fine-tuned."""
+    known: dict[tuple[str, str], Any] = {}
+    for model in layers:
+        for layer, _ in model.items:
+            for field in fields(layer):
+                value = getattr(layer, field.name)
+                if value is not None:
+                    known.setdefault((layer.name, field.name), value)
+    filled = []
+    for model in layers:
+        items = []
+        for layer, matrices in model.items:
+            unknown = [field.name for field in fields(layer) if getattr(layer, field.name) is None]
+            told = {name: known[layer.name, name] for name in unknown if (layer.name, name) in known}
+            items.append((replace(layer, **told), matrices))
+        filled.append(replace(model, items=items))
+    return filled
+
+
+def peak_memory(layers: Layers, steps: int) -> dict[int, int]:
+    """Batch size -> bytes: the most that one run of the recurrent layers allocates in torch at any moment."""
+    peaks = {}
+    for batch in BATCHES:
+        run = runner(layers, layers.modules(), batch, steps)
+        with torch.inference_mode():
+            run()  # what is made once stays out
+            with (
+                _silent(),
+                profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler,
+            ):
+                run()
+        now = most = 0
+        for event in _memory_events(profiler):
+            now += event
+            most = max(most, now)
+        peaks[batch] = most
+    return peaks
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """The profiler's library writes lines to the standard error stream of the process, past Python."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+def _memory_events(profiler: Any) -> list[int]:
+    """Bytes allocated (positive) and freed (negative), in order of time."""
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+
+
+def history(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """The validations of the fine-tuning, as the file tells; empty if it does not or is not readable."""
+    try:
+        entries = json.loads(checkpoint.metadata.get("kruify.history", "[]"))
+    except ValueError:
+        return []
+    if not isinstance(entries, list):
+        return []
+    return [e for e in entries if isinstance(e, dict) and isinstance(e.get("metrics"), dict)]
+
+
+def made(checkpoint: Checkpoint) -> dict[str, str]:
+    """Versions, seed and recipe, as the file tells; strings of a file are shown, never trusted."""
+    return {label: checkpoint.metadata[key][:2000] for key, label in TOLD.items() if key in checkpoint.metadata}

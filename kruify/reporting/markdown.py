@@ -1,0 +1,82 @@
+"""The report as Markdown, for a model card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from kruify.reporting.report import ModelReport, Report
+from kruify.reporting.rows import (
+    GATE_COLUMNS,
+    comparison,
+    gate_cells,
+    headlines,
+    judged,
+    made,
+    measured,
+    metric,
+    plan,
+    quarters,
+    title,
+    validations,
+)
+
+
+def to_markdown(report: Report) -> str:
+    """All that the HTML page says, in tables that every Markdown reader knows; curves as numbers."""
+    lines = [f"# {_text(title(report))}", ""]
+    for headline in headlines(report):
+        figures = ", ".join(f"**{figure}** {meaning}" for figure, meaning in headline.figures)
+        lines.append(f"- {_text(headline.model)}: {figures}")
+    lines += ["", "## Comparison", ""]
+    lines += _table(
+        ["", *(m.name for m in report.models)],
+        [[row.label, *row.cells] for row in comparison(report)],
+    )
+    lines += ["", *(sentence for sentence in (judged(report), measured(report)) if sentence)]
+    for model in report.models:
+        lines += _training(model)
+    lines += [
+        "",
+        "## Recurrent matrices",
+        "",
+        "Energy against the dense matrix; in brackets that of a random matrix. Singular values: the largest, those a "
+        "quarter, half and three quarters of the way down, the smallest.",
+        "",
+    ]
+    rows = []
+    for model in report.models:
+        for entry in model.recurrent_matrices:
+            factors, *cells = gate_cells(entry)
+            values = ", ".join(f"{value:.2g}" for value in quarters(entry.singular_values))
+            rows.append([model.name, f"`{entry.name}`", entry.gate, f"`{factors}`", *cells, values])
+    lines += _table(["model", "matrix", "gate", *GATE_COLUMNS, "singular values"], rows)
+    lines += ["", "## How it was made", ""]
+    for model in report.models:
+        entries = made(model)
+        if planned := plan(model):
+            entries.append(("plan", "; ".join(planned)))
+        lines.append(f"- {_text(model.name)}: " + ", ".join(f"{label} `{_text(text)}`" for label, text in entries))
+    return "\n".join(lines) + "\n"
+
+
+def _training(model: ModelReport) -> list[str]:
+    """One row a validation; nothing where the file does not tell."""
+    if not model.history:
+        return []
+    columns = validations(model)
+    rows = [
+        [f"{entry.get('epoch', '')}", *("" if math.isnan(values[i]) else metric(values[i]) for _, values in columns)]
+        for i, entry in enumerate(model.history)
+    ]
+    heads = ["epoch", *(name for name, _ in columns)]
+    return ["", f"## Training of {_text(model.name)}", "", *_table(heads, rows)]
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    marks = ["---"] + ["---:"] * (len(heads) - 1)
+    return ["| " + " | ".join(map(_text, line)) + " |" for line in (heads, marks, *rows)]
+
+
+def _text(value: str) -> str:
+    return value.replace("|", "\\|").replace("\n", " ")

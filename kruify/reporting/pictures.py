@@ -1,0 +1,300 @@
+"""The pictures of a report: matplotlib, as SVG that takes its colours from the page (light, dark, print).
+
+Colours are drawn as placeholders and replaced by CSS variables: --ink, --faint, --grid, --soft, --c0 ... --c5. A
+picture is 330 points wide: its text can be read on a phone without zooming, and two stand side by side on a desk.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kruify.errors import UnsupportedError
+from kruify.reporting.report import ModelReport, Report
+from kruify.reporting.style import CSS
+
+INK, FAINT, GRID, SOFT = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
+SERIES = tuple(f"#0a0c0{i}" for i in range(6))
+VARIABLES = {INK: "ink", FAINT: "faint", GRID: "grid", SOFT: "soft"} | {c: f"c{i}" for i, c in enumerate(SERIES)}
+WIDTH = 330 / 72  # inches
+
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "kruify",
+    "font.size": 11,
+    "font.family": "sans-serif",
+    "text.color": INK,
+    "axes.labelcolor": FAINT,
+    "axes.edgecolor": GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": FAINT,
+    "ytick.labelcolor": FAINT,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+def color(index: int) -> str:
+    return SERIES[index % len(SERIES)]
+
+
+def draw(paint: Callable[[Any], None], height: float) -> str:
+    """An inline SVG of what `paint` puts on a figure of WIDTH x `height` inches.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+    """
+    return _inline(_render(paint, WIDTH, height))
+
+
+def standalone(paint: Callable[[Any], None], height: float) -> str:
+    """An SVG file, twice as wide, in the colours of the light page.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+    """
+    svg = _render(paint, 2 * WIDTH, height)
+    colors = dict(re.findall(r"--(\w+):(#[0-9a-f]{6});", CSS.partition("@media")[0]))
+    for placeholder, name in VARIABLES.items():
+        svg = svg.replace(placeholder, colors[name])
+    page = f'<rect width="100%" height="100%" fill="{colors["card"]}"/>'
+    return re.sub(r"(<svg[^>]*>)", lambda match: match[1] + page, svg, count=1)
+
+
+def _render(paint: Callable[[Any], None], width: float, height: float) -> str:
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UnsupportedError(
+            "the package matplotlib is not installed", "pictures", "Run: pip install 'kruify[report]'"
+        ) from None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        paint(figure)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return file.getvalue()
+
+
+def _inline(svg: str) -> str:
+    """Without XML header, metadata and names that would repeat on the page; colours as variables of the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' id="(?![mp][0-9a-f]{10}")[^"]*"', "", svg)
+    svg = re.sub(r' (xmlns(:\w+)?|version)="[^"]*"', "", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)
+    svg = re.sub(
+        r"font: ([\d.]+px)[^\";]*|font-family: [^\";]*;? ?", lambda m: f"font-size: {m[1]}" if m[1] else "", svg
+    )
+    svg = svg.replace("xlink:href", "href")
+    for placeholder, name in VARIABLES.items():
+        svg = svg.replace(placeholder, f"var(--{name})")
+    return svg.replace("<svg", '<svg role="img" aria-hidden="true"', 1)
+
+
+def short(name: str, most: int = 22) -> str:
+    """A name that fits beside a bar."""
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
+
+
+def sizes(report: Report) -> str:
+    """Parameters of each model: recurrent, input, other."""
+    parts = ("recurrent", "input", "other")
+
+    def paint(figure: Any) -> None:
+        axes = figure.add_subplot()
+        names = [short(m.name) for m in report.models]
+        left = [0.0] * len(names)
+        for index, part in enumerate(parts):
+            values = [m.parameters[part] for m in report.models]
+            shade = (SERIES[1], SERIES[0], SOFT)[index]
+            axes.barh(range(len(names)), values, left=left, color=shade, height=0.62, label=part)
+            left = [a + b for a, b in zip(left, values, strict=True)]
+        for row, total in enumerate(left):
+            _label(axes, total, row, compact(total))
+        _bars(axes, names, max(left))
+        axes.xaxis.set_major_formatter(lambda x, _: compact(x))
+        axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, handlelength=1.0)
+
+    return draw(paint, 0.8 + 0.33 * len(report.models))
+
+
+def latency(report: Report) -> str:
+    """Median latency of each model by batch size, with a mark at the 95th percentile."""
+    batches = list(report.models[0].latency_ms)
+
+    def paint(figure: Any) -> None:
+        panels = figure.subplots(len(batches), 1, squeeze=False)[:, 0]
+        names = [short(m.name) for m in report.models]
+        for axes, batch in zip(panels, batches, strict=True):
+            medians = [m.latency_ms[batch] for m in report.models]
+            p95 = [m.latency_p95_ms.get(batch, m.latency_ms[batch]) for m in report.models]
+            axes.barh(range(len(names)), medians, color=[color(i) for i in range(len(names))], height=0.62)
+            for row, (median, worst) in enumerate(zip(medians, p95, strict=True)):
+                axes.plot([worst, worst], [row - 0.31, row + 0.31], color=INK, linewidth=1.2)
+                _label(axes, max(median, worst), row, f"{number(median)} ms, p95 {number(worst)}")
+            _bars(axes, names, max(*medians, *p95), room=1.75)
+            axes.set_title(f"batch {batch}")
+
+    return draw(paint, (0.6 + 0.33 * len(report.models)) * len(batches))
+
+
+def curves(report: Report, key: str | None) -> str | None:
+    """Training: the task's metric (or the loss) on the validation split over epochs; None where no file tells."""
+    trained = [(i, m) for i, m in enumerate(report.models) if len(_points(m, key)[0]) > 1]
+    if not trained:
+        return None
+
+    def paint(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for index, model in trained:
+            x, y = _points(model, key)
+            axes.plot(x, y, color=color(index), marker="o", markersize=3, label=short(model.name, 30))
+        axes.set_xlabel("epoch")
+        if all(y > 0 for _, m in trained for y in _points(m, key)[1]) and _spread(trained, key) > 30:
+            axes.set_yscale("log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        legend_above(axes)
+
+    return draw(paint, 2.2 + 0.18 * len(trained))
+
+
+def _points(model: ModelReport, key: str | None) -> tuple[list[float], list[float]]:
+    x, y = [], []
+    for entry in model.history:
+        value = entry.get("loss") if key is None else entry["metrics"].get(key)
+        if isinstance(value, int | float) and isinstance(entry.get("epoch"), int | float) and math.isfinite(value):
+            x.append(float(entry["epoch"]))
+            y.append(float(value))
+    return x, y
+
+
+def _spread(trained: Sequence[tuple[int, ModelReport]], key: str | None) -> float:
+    values = [y for _, m in trained for y in _points(m, key)[1]]
+    return max(values) / min(values)
+
+
+def spectra(report: Report, matrix: str) -> str:
+    """Singular values of one recurrent matrix, a panel a gate, dense against converted."""
+    entries = [entry for model in report.models for entry in model.recurrent_matrices if entry.name == matrix]
+    gates = list(dict.fromkeys(entry.gate for entry in entries))
+    columns = 2 if len(gates) > 1 else 1
+    rows = -(-len(gates) // columns)
+
+    def paint(figure: Any) -> None:
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for place, (axes, gate) in enumerate(zip(panels, gates, strict=False)):
+            largest = 0.0
+            for index, model in enumerate(report.models):
+                for entry in model.recurrent_matrices:
+                    if (entry.name, entry.gate) == (matrix, gate):
+                        values = entry.singular_values
+                        share = [i / max(1, len(values) - 1) for i in range(len(values))]
+                        axes.plot(share, values, color=color(index), linewidth=1.5)
+                        largest = max(largest, *values)
+            axes.set_title(f"gate {gate}")
+            axes.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"])
+            axes.tick_params(axis="x", labelbottom=place + columns >= len(gates))
+            if largest > 0:
+                axes.set_yscale("log")
+                axes.set_ylim(largest / 2000, largest * 2)
+                axes.minorticks_off()
+                axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        for axes in panels[len(gates) :]:
+            axes.set_visible(False)
+
+    return draw(paint, 1.45 * rows + 0.2)
+
+
+def tradeoff(report: Report, knee: str | None = None) -> str | None:
+    """The task's metric against parameters, as a curve where a knee is to be marked; None without a task."""
+    if report.metric is None:
+        return None
+    key = report.metric
+
+    def paint(figure: Any) -> None:
+        axes = figure.add_subplot()
+        if knee is not None:
+            curve = sorted((m.parameters["total"], m.metrics[key]) for m in report.models)
+            axes.plot(*zip(*curve, strict=True), color=GRID, linewidth=1.5, zorder=1)
+        for index, model in enumerate(report.models):
+            x, y = model.parameters["total"], model.metrics[key]
+            if model.name == knee:
+                axes.plot([x], [y], "o", color=INK, markersize=14, fillstyle="none", markeredgewidth=1.2, clip_on=False)
+                # Inside the bend, where no other point can be.
+                place = {"xytext": (-8, 8 if report.higher_is_better else -14), "textcoords": "offset points"}
+                axes.annotate("knee", (x, y), ha="right", fontsize=10, **place)
+            axes.plot([x], [y], "o", color=color(index), markersize=8, clip_on=False, label=short(model.name, 30))
+        axes.set_xscale("log")
+        axes.set_xlabel("parameters of the whole model")
+        _few_log_ticks(axes, [m.parameters["total"] for m in report.models])
+        axes.margins(y=0.25)
+        legend_above(axes)
+
+    return draw(paint, 2.2 + 0.18 * len(report.models))
+
+
+def _few_log_ticks(axes: Any, values: Sequence[float]) -> None:
+    """Ticks at round numbers (1, 2, 5 times a power of ten) around the values, and no others."""
+    low, high = min(values) / 1.5, max(values) * 1.5
+    ticks = [m * 10**e for e in range(0, 13) for m in (1, 2, 5) if low <= m * 10**e <= high]
+    axes.set_xlim(low, high)
+    axes.set_xticks(ticks, [compact(t) for t in ticks])
+    axes.minorticks_off()
+
+
+def _label(axes: Any, x: float, row: int, text: str) -> None:
+    axes.annotate(text, (x, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=10)
+
+
+def _bars(axes: Any, names: Sequence[str], most: float, room: float = 1.28) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, most * room)
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.xaxis.get_major_locator().set_params(nbins=4)
+
+
+def legend_above(axes: Any) -> None:
+    """Names over the axes, side by side where they are short."""
+    longest = max((len(label) for label in axes.get_legend_handles_labels()[1]), default=0)
+    columns = 3 if longest <= 9 else 2 if longest <= 16 else 1
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+    axes.legend(**place, ncols=columns, handlelength=1.2, labelspacing=0.2, columnspacing=1.2)
+
+
+def compact(value: float) -> str:
+    """12,345,678 -> 12.3 M."""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= size:
+            scaled = value / size
+            return f"{scaled:.0f}{unit}" if scaled >= 100 or scaled == int(scaled) else f"{scaled:.1f}{unit}"
+    return f"{value:.0f}" if value == int(value) else f"{value:.2g}"
+
+
+def number(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"

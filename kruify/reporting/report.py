@@ -1,0 +1,91 @@
+"""What a report says, as data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from kruify.analysis.costs import MatrixHealth
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """One file.
+
+    Attributes:
+        name: short name, unique within the report.
+        file: path as it was named.
+        parameters: numbers in recurrent matrices, input matrices, other tensors, total.
+        bytes: size of the file.
+        multiply_adds_per_step: of one step in time of all recurrent layers, one sequence.
+        latency_ms: batch size -> median milliseconds of the recurrent layers.
+        metrics: of the task; empty without one.
+        recurrent_matrices: one entry a gate.
+        sha256: of the file.
+        sources: sha256 of the files that it was made from, the first one first.
+        latency_p95_ms: batch size -> 95th percentile of the same measurement.
+        memory_bytes: of all tensors of the file, loaded.
+        peak_memory_bytes: batch size -> the most that one run of the recurrent layers allocates beside them.
+        history: one entry a validation of the fine-tuning that made it (epoch, step, loss, metrics); empty if unknown.
+        made: how it was made: versions, seed, recipe, as the file tells.
+    """
+
+    name: str
+    file: str
+    parameters: dict[str, int]
+    bytes: int
+    multiply_adds_per_step: int
+    latency_ms: dict[int, float]
+    metrics: dict[str, float]
+    recurrent_matrices: list[MatrixHealth]
+    sha256: str
+    sources: list[str] = field(default_factory=list)
+    latency_p95_ms: dict[int, float] = field(default_factory=dict)
+    memory_bytes: int = 0
+    peak_memory_bytes: dict[int, int] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    made: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Several models, the first of which the others are compared with.
+
+    Attributes:
+        latency: steps and threads of the measurement, the machine, its cores, and its load average before.
+        task, split, examples: what the metrics were measured on; None without a task.
+        metric: key of the metric that decides; None without a task.
+        higher_is_better: of that metric.
+    """
+
+    models: list[ModelReport]
+    latency: dict[str, Any]
+    task: str | None = None
+    split: str | None = None
+    examples: int | None = None
+    metric: str | None = None
+    higher_is_better: bool = False
+
+    @property
+    def ratios(self) -> list[dict[str, Any]]:
+        """For every model after the first: how many times smaller and faster it is, and how its metrics differ."""
+        first = self.models[0]
+        return [
+            {
+                "name": model.name,
+                **{f"{part}_parameters": _ratio(first.parameters[part], n) for part, n in model.parameters.items()},
+                "bytes": _ratio(first.bytes, model.bytes),
+                "multiply_adds_per_step": _ratio(first.multiply_adds_per_step, model.multiply_adds_per_step),
+                "latency": {batch: _ratio(first.latency_ms[batch], ms) for batch, ms in model.latency_ms.items()},
+                "metrics_change": {name: value - first.metrics[name] for name, value in model.metrics.items()},
+            }
+            for model in self.models[1:]
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `kruify report --json` prints."""
+        return {**asdict(self), "ratios": self.ratios}
+
+
+def _ratio(first: float, other: float) -> float | None:
+    return first / other if other else None

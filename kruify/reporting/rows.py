@@ -1,0 +1,242 @@
+"""What every written form of a report has in common, as words: headline, comparison, gates, training, making."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kruify.analysis.costs import MatrixHealth
+from kruify.reporting.report import ModelReport, Report
+from kruify.reporting.training import largest_condition_number
+
+GATE_COLUMNS = ("factors", "parameters", "energy (null)", "condition", "spectral norm", "unitarity defect")
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity: a value a model, and how each compares with the first model ("" where it does not)."""
+
+    label: str
+    values: list[str]
+    changes: list[str]
+
+    @property
+    def cells(self) -> list[str]:
+        """Each value with its change in brackets."""
+        return [f"{v} ({c})" if c else v for v, c in zip(self.values, self.changes, strict=True)]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What a converted model is against the first one, in figures for the eye: (figure, what it means)."""
+
+    model: str
+    figures: list[tuple[str, str]]
+
+
+def title(report: Report) -> str:
+    first, *others = report.models
+    if any(model.sources for model in others):
+        return f"{first.name}: before and after conversion"
+    return f"{first.name}, compared with {', '.join(model.name for model in others)}"
+
+
+def headlines(report: Report) -> list[Headline]:
+    """One for every model after the first."""
+    first = report.models[0]
+    batch = min(first.latency_ms, default=None)
+    results = []
+    for model in report.models[1:]:
+        parts = model.parameters
+        figures = [
+            times(first.parameters["recurrent"], parts["recurrent"], "smaller", "larger", "recurrent matrices"),
+            times(first.parameters["total"], parts["total"], "smaller", "larger", "whole model"),
+        ]
+        if batch is not None:
+            what = f"recurrent layers, batch {batch}"
+            figures.append(times(first.latency_ms[batch], model.latency_ms[batch], "faster", "slower", what))
+        if report.metric is not None:
+            before, after = first.metrics[report.metric], model.metrics[report.metric]
+            figures.append((f"{metric(before)} → {metric(after)}", f"{report.metric}, {report.split} split"))
+        results.append(Headline(model.name, figures))
+    return results
+
+
+def times(before: float, after: float, better: str, worse: str, what: str) -> tuple[str, str]:
+    """("8.1x", "smaller: whole model")."""
+    if not before or not after:
+        return "-", what
+    if after > before * 1.005:
+        return f"{factor(after / before)}x", f"{worse}: {what}"
+    return f"{factor(before / after)}x", f"{better}: {what}"
+
+
+def factor(value: float) -> str:
+    return f"{value:.0f}" if value >= 20 else f"{value:.1f}"
+
+
+def metric(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def comparison(report: Report) -> list[Row]:
+    """Parameters, bytes, multiply-adds, latency, memory, metrics."""
+    rows = []
+    models = report.models
+
+    def add(label: str, values: Sequence[float], text: Callable[[float], str], better: str) -> None:
+        changes = [""] + [_change(values[0], other, better) for other in values[1:]]
+        rows.append(Row(label, [text(v) for v in values], changes))
+
+    for part, label in (
+        ("recurrent", "Recurrent parameters"),
+        ("input", "Input parameters"),
+        ("other", "Other parameters"),
+        ("total", "All parameters"),
+    ):
+        add(label, [m.parameters[part] for m in models], whole, "smaller")
+    add("File", [m.bytes for m in models], size, "smaller")
+    add("Tensors in memory", [m.memory_bytes for m in models], size, "smaller")
+    add("Multiply-adds a step", [m.multiply_adds_per_step for m in models], whole, "fewer")
+    for batch in models[0].latency_ms:
+        add(f"Latency, batch {batch}: median", [m.latency_ms[batch] for m in models], milliseconds, "faster")
+        if all(batch in m.latency_p95_ms for m in models):
+            add(f"Latency, batch {batch}: p95", [m.latency_p95_ms[batch] for m in models], milliseconds, "faster")
+    for batch in models[0].peak_memory_bytes:
+        add(f"Peak memory, batch {batch}", [m.peak_memory_bytes[batch] for m in models], size, "smaller")
+    for name in report.models[0].metrics:
+        values = [model.metrics[name] for model in report.models]
+        changes = [""] + [f"{value - values[0]:+.3f}" for value in values[1:]]
+        rows.append(Row(f"{name}, {report.split} split", [f"{value:.4f}" for value in values], changes))
+    return rows
+
+
+def _change(before: float, after: float, better: str) -> str:
+    if not before or not after:
+        return ""
+    worse = {"smaller": "larger", "fewer": "more", "faster": "slower"}[better]
+    ratio, word = (before / after, better) if after < before else (after / before, worse)
+    text = factor(ratio)
+    return "" if text == "1.0" else f"{text}x {word}"
+
+
+def whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.2f} ms" if value < 100 else f"{value:.0f} ms"
+
+
+def size(value: float) -> str:
+    """Bytes with a unit, powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError("the loop ends with GB")
+
+
+def gate_cells(entry: MatrixHealth) -> tuple[str, ...]:
+    """One gate of a recurrent matrix under `GATE_COLUMNS`."""
+    energy = "-" if entry.energy is None else f"{entry.energy:.3f}"
+    if entry.energy_null is not None:
+        energy += f" ({entry.energy_null:.3f})"
+    condition = "∞" if math.isinf(entry.condition_number) else f"{entry.condition_number:.3g}"
+    norm, defect = f"{entry.spectral_norm:.3g}", f"{entry.unitarity_defect:.3g}"
+    return entry.made_of, f"{entry.parameters:,}", energy, condition, norm, defect
+
+
+def quarters(values: Sequence[float]) -> list[float]:
+    """The largest singular value, those a quarter, half and three quarters of the way down, the smallest.
+
+    What is nothing but rounding is 0.
+    """
+    chosen = [values[round(i * (len(values) - 1) / 4)] for i in range(5)]
+    return [value if value > 1e-12 * values[0] else 0.0 for value in chosen]
+
+
+def validations(model: ModelReport) -> list[tuple[str, list[float]]]:
+    """Name of each quantity of the training -> one value a validation, NaN where unknown.
+
+    The training loss, the metrics on the validation split, and the largest condition number of all recurrent matrices.
+    """
+    names = dict.fromkeys(name for entry in model.history for name in entry["metrics"])
+    columns = [("training loss", [entry.get("loss") for entry in model.history])]
+    columns += [(f"{name}, valid", [entry["metrics"].get(name) for entry in model.history]) for name in names]
+    conditions = [largest_condition_number(entry) for entry in model.history]
+    if any(value is not None for value in conditions):
+        columns.append(("largest condition number", conditions))
+    return [(name, [float(v) if isinstance(v, int | float) else math.nan for v in values]) for name, values in columns]
+
+
+def plan(model: ModelReport) -> list[str]:
+    """The factors of every converted matrix; matrices and gates with the same factors share a line."""
+    gates: dict[tuple[str, str], list[str]] = {}
+    for entry in model.recurrent_matrices:
+        if entry.factors != "dense":
+            gates.setdefault((entry.name, entry.made_of), []).append(entry.gate)
+    names: dict[tuple[str, str], list[str]] = {}
+    for (name, factors), of in gates.items():
+        names.setdefault((", ".join(of), factors), []).append(name)
+    return [f"{', '.join(alike)} ({of}): {factors}" for (of, factors), alike in names.items()]
+
+
+def made(model: ModelReport) -> list[tuple[str, str]]:
+    """How a file was made, without the plan: (label, text)."""
+    entries = [("file", model.file), ("sha256", model.sha256)]
+    if model.sources:
+        entries.append(("made from", " → ".join(source[:16] for source in model.sources)))
+    return entries + [(label, recipe(text) if label == "fine-tuning" else text) for label, text in model.made.items()]
+
+
+def recipe(text: str) -> str:
+    """The options of a fine-tuning run as the file tells them, JSON or not, as one line."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return text
+    if not isinstance(values, dict):
+        return text
+    return ", ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())
+
+
+def spark(values: Sequence[float], low: float | None = None, high: float | None = None, most: int = 12) -> str:
+    """Values as a row of at most `most` blocks, from `low` to `high`, by default the least and the largest of them."""
+    if len(values) > most:
+        values = [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+    low = min(values, default=0.0) if low is None else low
+    span = ((max(values, default=0.0) if high is None else high) - low) or 1.0
+    return "".join(BLOCKS[round(min(1.0, max(0.0, (v - low) / span)) * (len(BLOCKS) - 1))] for v in values)
+
+
+def spark_spectrum(values: Sequence[float]) -> str:
+    """Singular values as blocks, on a logarithmic scale from a thousandth of the largest up to the largest."""
+    top = values[0] if values else 0.0
+    return spark([math.log10(v / top) if v > 0 else -math.inf for v in values], -3.0, 0.0) if top > 0 else ""
+
+
+def measured(report: Report) -> str:
+    """How latency and memory were measured."""
+    info = report.latency
+    threads = "one thread" if info["threads"] == 1 else f"{info['threads']} threads"
+    said = (
+        f"Latency and peak memory: the recurrent layers alone, {info['steps']} steps, {threads}, models taking turns, "
+        f"on {info['machine']}; peak memory is what torch allocates beside the weights."
+    )
+    load, cores = info.get("load"), info.get("cores")
+    if load and cores and load > cores:
+        said += f" Other programs were running (load {load:.1f} on {cores} cores): the latency is not to be relied on."
+    return said
+
+
+def judged(report: Report) -> str:
+    """What the metrics were measured on, one sentence; empty without a task."""
+    if report.task is None:
+        return ""
+    count = "" if report.examples is None else f", {report.examples:,} examples"
+    better = "higher" if report.higher_is_better else "lower"
+    return f"Metrics: task {report.task}, {report.split} split{count}; {report.metric}: {better} is better."

@@ -1,0 +1,94 @@
+"""The report for a terminal."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from kruify.reporting.report import ModelReport, Report
+from kruify.reporting.rows import (
+    GATE_COLUMNS,
+    comparison,
+    gate_cells,
+    headlines,
+    judged,
+    made,
+    measured,
+    metric,
+    plan,
+    spark,
+    spark_spectrum,
+    validations,
+)
+
+IN_PLAN = "factors"  # of GATE_COLUMNS: too wide for a terminal, and the plan has them
+
+
+def tables(report: Report) -> list[RenderableType]:
+    """How the files were made, gates, training; then the comparison and the headline, which stay in sight.
+
+    Their strings are plain text: print them on a console without markup.
+    """
+    parts: list[RenderableType] = [_made(report), *(_gates(model) for model in report.models)]
+    if any(model.history for model in report.models):
+        parts.append(_training(report))
+    parts.append(_comparison(report))
+    for headline in headlines(report):
+        figures = (Text.assemble((figure, "bold"), f" {meaning}") for figure, meaning in headline.figures)
+        parts.append(Text(f"{headline.model}: ") + Text("; ").join(figures))
+    return parts
+
+
+def _table(title: str, *columns: str, caption: str | None = None) -> Table:
+    """The first column in words, the others figures."""
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left", overflow="fold")
+    return table
+
+
+def _made(report: Report) -> Table:
+    table = Table(title="how it was made", title_justify="left", show_header=False)
+    for widest in (22, None, None):
+        table.add_column(overflow="fold", max_width=widest)
+    for model in report.models:
+        entries = made(model)
+        if lines := plan(model):
+            entries.append(("plan", "\n".join(lines)))
+        for place, (label, text) in enumerate(entries):
+            table.add_row("" if place else model.name, label, text, end_section=place == len(entries) - 1)
+    return table
+
+
+def _gates(model: ModelReport) -> Table:
+    kept = [place for place, column in enumerate(GATE_COLUMNS) if column != IN_PLAN]
+    heads = [GATE_COLUMNS[place].replace(" ", "\n") for place in kept]  # leaves more room for names
+    table = _table(f"{model.name}: recurrent matrices", "gate", *heads, "singular\nvalues")
+    for entry in model.recurrent_matrices:
+        cells = gate_cells(entry)
+        curve = spark_spectrum(entry.singular_values)
+        table.add_row(f"{entry.name} {entry.gate}", *(cells[place] for place in kept), curve)
+    return table
+
+
+def _training(report: Report) -> Table:
+    table = _table("training", "model", "quantity", "first", "last", "curve")
+    for model in report.models:
+        for name, values in validations(model):
+            known = [v for v in values if math.isfinite(v)]
+            if not known:
+                continue
+            table.add_row(model.name, name, *(metric(v) for v in (known[0], known[-1])), spark(known))
+    return table
+
+
+def _comparison(report: Report) -> Table:
+    said = " ".join(sentence for sentence in (judged(report), measured(report)) if sentence)
+    table = _table("comparison", "", *(model.name for model in report.models), caption=said)
+    for row in comparison(report):
+        main = report.metric is not None and row.label.startswith(f"{report.metric},")
+        table.add_row(Text(row.label, "bold") if main else row.label, *row.cells)
+    return table

@@ -1,0 +1,20 @@
+"""Fine-tuning: the training loop, the unitary penalty, distillation.
+
+`accelerate` is imported by `finetune()` alone, so that everything else works without it.
+"""
+
+from __future__ import annotations
+
+from kruify.training.finetuning import finetune
+from kruify.training.penalty import default_penalty, unitary_penalty
+from kruify.training.recipe import Recipe
+from kruify.training.result import FinetuneResult, Progress
+
+__all__ = [
+    "FinetuneResult",
+    "Progress",
+    "Recipe",
+    "default_penalty",
+    "finetune",
+    "unitary_penalty",
+]

@@ -1,0 +1,49 @@
+"""A trained network as a file: its plan, how it was trained, and what it came from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from kruify.checkpoint import ORIGIN, Checkpoint, metadata_for, write_model
+from kruify.conversion import plan_of
+from kruify.conversion.network import KEY
+from kruify.training.recipe import Recipe
+from kruify.training.result import FinetuneResult
+
+
+def write_trained(
+    path: str | os.PathLike[str],
+    outcome: FinetuneResult,
+    recipe: Recipe,
+    *,
+    source: Checkpoint | None = None,
+    network: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the network with its plan, history and recipe, and the hashes of every file on the way.
+
+    A network without Kronecker matrices becomes an ordinary state dict with the same notes. The ending decides between
+    safetensors and torch.save's format.
+
+    Args:
+        source: the file that was fine-tuned; None for a network trained from scratch.
+        network: the task's options that say which network this is (conversion.network); by default the source's.
+    """
+    plan = plan_of(outcome.model)
+    state = {name: tensor.cpu() for name, tensor in outcome.model.state_dict().items()}
+    told = {"kruify.history": json.dumps(outcome.history), "kruify.recipe": json.dumps(recipe.to_json())}
+    before = source.metadata if source is not None else {}
+    if network is not None or KEY in before:
+        told[KEY] = json.dumps(network) if network is not None else before[KEY]
+    if not plan.layers:
+        write_model(path, state, told)
+        return
+    extra = dict(told)
+    dense = before.get("kruify.source_sha256", "")
+    if source is not None:
+        earlier = json.loads(before.get("kruify.parents", "[]"))
+        parents = [*(earlier or [dense]), source.sha256]
+        extra = {"kruify.parents": json.dumps(parents), ORIGIN: before.get(ORIGIN, ""), **told}
+    write_model(path, state, metadata_for(plan.to_json(), source_sha256=dense, seed=recipe.seed, extra=extra))

@@ -1,0 +1,91 @@
+"""verify finds what is wrong with a converted file, and nothing in a sound one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from kruify.analysis.verify import verify
+from kruify.api import convert, save
+from kruify.checkpoint import read, write_safetensors
+from kruify.errors import CorruptError, PlanError, TargetMissedError
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    net = nn.ModuleDict({"rnn": nn.LSTM(3, 8, num_layers=2, bidirectional=True), "out": nn.Linear(16, 2)})
+    torch.save(net.state_dict(), tmp_path / "dense.pt")
+    source = read(tmp_path / "dense.pt")
+    save(convert(net, "2*(4x4,2x2)+diag")[0], tmp_path / "x.kru.safetensors", source_sha256=source.sha256)
+    return tmp_path / "dense.pt", tmp_path / "x.kru.safetensors"
+
+
+def rewritten(path: Path, **changes: torch.Tensor | None) -> Path:
+    """The same file, validly written, with other tensors (None leaves one out)."""
+    checkpoint = read(path)
+    tensors = dict(checkpoint.tensors)
+    for name, value in changes.items():
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
+    write_safetensors(path, tensors, checkpoint.metadata)
+    return path
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.GRU(3, 8), nn.RNN(3, 8, batch_first=True), nn.LSTMCell(3, 8), nn.LSTM(3, 8, proj_size=4)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_sound_files_of_every_kind(layer, dtype, tmp_path):
+    save(convert(nn.ModuleDict({"rnn": layer}).to(dtype), "auto")[0], tmp_path / "x")
+    assert [c.name for c in verify(tmp_path / "x")] == ["file", "plan", "numbers", "layer rnn"]
+
+
+def test_source(files, tmp_path):
+    dense, kru = files
+    assert verify(kru, dense)[-1].name == "source"
+    torch.save(nn.LSTM(3, 8).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(CorruptError, match="not made from"):
+        verify(kru, tmp_path / "other.pt")
+
+
+def test_not_a_converted_file(files):
+    with pytest.raises(PlanError, match="no plan"):
+        verify(files[0])
+
+
+def test_damage(files):
+    _, kru = files
+    data = bytearray(kru.read_bytes())
+    data[-5] ^= 1
+    kru.write_bytes(data)
+    with pytest.raises(CorruptError, match="checksum"):
+        verify(kru)
+
+
+def test_missing_factor(files):
+    with pytest.raises(CorruptError, match=r"factors\.1"):
+        verify(rewritten(files[1], **{"rnn.weight_hh_l0.terms.0.factors.1": None}))
+
+
+def test_nan(files):
+    with pytest.raises(CorruptError, match=r"out\.weight"):
+        verify(rewritten(files[1], **{"out.weight": torch.full((2, 16), float("nan"))}))
+
+
+def test_layer_that_computes_something_else(files, monkeypatch):
+    from kruify.layers import dense
+
+    original = dense.flat_weights
+
+    def wrong(layer: nn.Module) -> list[torch.Tensor]:
+        return [w * 1.01 for w in original(layer)]
+
+    monkeypatch.setattr(dense, "flat_weights", wrong)
+    monkeypatch.setattr("kruify.layers.dispatch.pick", lambda *a, **k: "dense")
+    with pytest.raises(TargetMissedError, match="differs by"):
+        verify(files[1])

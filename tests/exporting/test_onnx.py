@@ -1,0 +1,210 @@
+"""ONNX files against torch.nn's own layers: the oracle shares no code with the export."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kruify
+from kruify.conversion import convert_module, densify
+from kruify.conversion.locate import describe
+from kruify.conversion.plan import Plan, make_plan
+from kruify.errors import TargetMissedError, UsageError
+from kruify.exporting import export_onnx
+from kruify.exporting.matrix import application_order
+
+SIZES = ((1, 1), (6, 3), (11, 2))  # (time, batch)
+
+
+def run_dense(dense: nn.Module, x: Tensor, states: list[Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        output, final = dense(x, states[0] if len(states) == 1 else tuple(states))
+    return [output, *(final if isinstance(final, tuple) else (final,))]
+
+
+def check(path: Path, dense: Any, tolerance: float = 1e-5) -> None:
+    """The file, fed by name, computes what the dense layer of torch.nn computes."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    rows = dense.num_layers * (2 if dense.bidirectional else 1)
+    dtype = dense.weight_ih_l0.dtype
+    for steps, batch in SIZES:
+        x = torch.randn(batch, steps, dense.input_size, dtype=dtype)
+        x = x if dense.batch_first else x.transpose(0, 1).contiguous()
+        states = [torch.randn(rows, batch, dense.proj_size or dense.hidden_size, dtype=dtype)]
+        if isinstance(dense, nn.LSTM):
+            states.append(torch.randn(rows, batch, dense.hidden_size, dtype=dtype))
+        feed = {"input": x, "h_0": states[0]} | ({"c_0": states[1]} if len(states) > 1 else {})
+        got = session.run(None, {name: value.numpy() for name, value in feed.items()})
+        for a, b in zip(got, run_dense(dense, x, states), strict=True):
+            np.testing.assert_allclose(a, b.numpy(), atol=tolerance)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bidirectional": {"bidirectional": True},
+    "two layers": {"num_layers": 2},
+    "two layers, bidirectional": {"num_layers": 2, "bidirectional": True},
+    "batch first": {"batch_first": True},
+    "no bias": {"bias": False},
+}
+
+
+@pytest.mark.parametrize("dense_nodes", [False, True], ids=["factors", "dense"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_round_trip(tmp_path: Path, kind: Any, variant: str, dense_nodes: bool) -> None:
+    model, _ = kruify.convert(kind(6, 8, **VARIANTS[variant]), "2*(4x2,2x4)")
+    exported = export_onnx(model, tmp_path / "layer.onnx", dense=dense_nodes)
+    check(exported.path, densify(model))
+    assert exported.difference < 1e-5 and exported.cases == 15
+    ops = {node.op_type for node in onnx.load(exported.path).graph.node}
+    assert ("Scan" in ops) is not dense_nodes
+    assert (kind.__name__ in ops) is dense_nodes
+
+
+@pytest.mark.parametrize("dense_nodes", [False, True])
+def test_projection(tmp_path: Path, dense_nodes: bool) -> None:
+    model, _ = kruify.convert(nn.LSTM(5, 8, 2, proj_size=4), "4x2,2x2+diag")
+    check(export_onnx(model, tmp_path / "layer.onnx", dense=dense_nodes).path, densify(model))
+
+
+def test_relu(tmp_path: Path) -> None:
+    model, _ = kruify.convert(nn.RNN(5, 8, nonlinearity="relu"), "auto")
+    check(export_onnx(model, tmp_path / "a.onnx").path, densify(model))
+    check(export_onnx(model, tmp_path / "b.onnx", dense=True).path, densify(model))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "2x2",
+        "2x4,4x1,1x2",
+        "3*(8x1,1x8)",
+        "2*(1x8,8x1)",
+        "1x8,8x1",
+        "8x8",
+        "2*(2x2)+3*(8x1,1x8)+diag+sparse:10%",
+        "sparse:20%:2",
+        "diag",
+        "stacked:3*(24x1,1x8)+sparse:10%",
+        "stacked:2*(12x2,2x4)",
+        "stacked:6x2,2x2,2x2",
+    ],
+)
+def test_every_structure(tmp_path: Path, spec: str) -> None:
+    model, _ = kruify.convert(nn.GRU(6, 8), spec)
+    check(export_onnx(model, tmp_path / "layer.onnx").path, densify(model))
+
+
+def test_gates_of_different_structure_and_input_factors(tmp_path: Path) -> None:
+    overrides = {"weight_hh_l0.f": "diag", "weight_hh_l0.g": "2*(4x2,2x4)+2x2", "weight_hh_l0.i": "sparse:10%"}
+    model, _ = kruify.convert(nn.LSTM(6, 8), "2*(8x1,1x8)", input_factors="4x3,2x2+diag", overrides=overrides)
+    check(export_onnx(model, tmp_path / "layer.onnx").path, densify(model))
+
+
+def test_one_matrix_dense_the_other_factored(tmp_path: Path) -> None:
+    model, _ = kruify.convert(nn.LSTM(6, 8, 2), "auto", skip=["weight_hh_l1"])
+    exported = export_onnx(model, tmp_path / "layer.onnx")
+    check(exported.path, densify(model))
+    assert {"Scan", "LSTM"} <= {node.op_type for node in onnx.load(exported.path).graph.node}
+
+
+def test_float64_keeps_its_precision(tmp_path: Path) -> None:
+    model, _ = kruify.convert(nn.LSTM(6, 8).double(), "2*(4x2,2x4)")
+    check(export_onnx(model, tmp_path / "layer.onnx").path, densify(model), tolerance=1e-12)
+
+
+def relabelled(dense: nn.Module, spec: str) -> nn.Module:
+    item = make_plan([describe("", dense)], spec).layers[0]
+    hidden = item.layer.hidden_size
+    units = tuple(((torch.randperm(hidden) + 1) * (2 * torch.randint(2, (hidden,)) - 1)).tolist())
+    return convert_module(dense, Plan([replace(item, relabelled=dict.fromkeys(item.matrices, units))]))[0]
+
+
+@pytest.mark.parametrize("dense_nodes", [False, True], ids=["factors", "dense"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (nn.LSTM, {"num_layers": 2, "bidirectional": True}),
+        (nn.LSTM, {"proj_size": 4, "batch_first": True}),
+        (nn.GRU, {"bias": False}),
+        (nn.RNN, {}),
+    ],
+)
+def test_relabelled_units_come_out_in_the_order_of_the_dense_layer(
+    tmp_path: Path, kind: Any, options: dict[str, Any], dense_nodes: bool
+) -> None:
+    dense = kind(6, 8, **options)
+    model = relabelled(dense, "8*(4x2,2x2)" if options.get("proj_size") else "16*(4x2,2x4)")
+    check(export_onnx(model, tmp_path / "layer.onnx", dense=dense_nodes).path, dense)
+
+
+def test_half_precision_is_written_in_float32(tmp_path: Path) -> None:
+    model, _ = kruify.convert(nn.GRU(6, 8).to(torch.bfloat16), "auto")
+    exported = export_onnx(model, tmp_path / "layer.onnx")
+    check(exported.path, densify(model.float()))
+
+
+@pytest.mark.parametrize("make", [lambda cell: kruify.convert(cell, "8x8")[0], lambda cell: relabelled(cell, "8x8")])
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_cells_are_one_step(tmp_path: Path, kind: Any, make: Any) -> None:
+    cell = kind(5, 8)
+    model = make(cell)
+    exported = export_onnx(model, tmp_path / "cell.onnx")
+    session = onnxruntime.InferenceSession(str(exported.path), providers=["CPUExecutionProvider"])
+    x, h, c = torch.randn(3, 5), torch.randn(3, 8), torch.randn(3, 8)
+    states = [h, c] if kind is nn.LSTMCell else [h]
+    feed = {value.name: t.numpy() for value, t in zip(session.get_inputs(), [x, *states], strict=True)}
+    with torch.no_grad():
+        wanted = cell(x, (h, c) if len(states) == 2 else h)
+    for a, b in zip(session.run(None, feed), wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
+        np.testing.assert_allclose(a, b.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "numbers"),
+    [("8x8,8x8", 4 * 2 * 64), ("stacked:3*(256x1,1x64)", 3 * (256 + 64)), ("stacked:2*(32x8,8x8)", 2 * (256 + 64))],
+)
+def test_the_factors_are_what_is_stored(tmp_path: Path, spec: str, numbers: int) -> None:
+    """The recurrent matrix must not appear in full, nor a factor once for every gate that shares it."""
+    model, _ = kruify.convert(nn.LSTM(4, 64), spec)
+    proto = onnx.load(export_onnx(model, tmp_path / "layer.onnx").path)
+    sizes = {t.name: int(np.prod(t.dims)) for t in proto.graph.initializer}
+    assert sum(size for name, size in sizes.items() if "weight_hh" in name) == numbers
+    assert max(sizes.values()) == 4 * 64 * 4  # weight_ih
+
+
+def test_the_layer_given_is_left_as_it_is(tmp_path: Path) -> None:
+    model, _ = kruify.convert(nn.LSTM(4, 8).double(), "auto")
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    export_onnx(model, tmp_path / "layer.onnx", dense=True)
+    assert model.training and all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+
+
+def test_a_file_that_differs_is_deleted(tmp_path: Path) -> None:
+    model, _ = kruify.convert(nn.LSTM(4, 8), "auto")
+    with pytest.raises(TargetMissedError, match="differs"):
+        export_onnx(model, tmp_path / "layer.onnx", tolerance=0.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_recurrent_layer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Linear"):
+        export_onnx(nn.Linear(3, 3), tmp_path / "layer.onnx")
+    with pytest.raises(UsageError, match="cannot be written"):
+        export_onnx(nn.LSTM(3, 3), tmp_path / "missing" / "layer.onnx")
+
+
+def test_order_of_factors() -> None:
+    assert application_order([(8, 1), (1, 8)]) == [1, 0]
+    assert application_order([(1, 8), (8, 1)]) == [0, 1]
+    assert application_order([(4, 4), (4, 4), (4, 4)]) == [2, 1, 0]

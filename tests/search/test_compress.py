@@ -1,0 +1,239 @@
+"""`compress`: one go, the contract, and backing off layer by layer."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kruify.conversion.locate import locate
+from kruify.conversion.plan import Plan, make_plan
+from kruify.errors import PlanError, UsageError
+from kruify.search.candidates import Candidate, Trial, candidates, choose, first_of_the_best, half_and_half
+from kruify.search.compress import Attempt, Compressed, compress
+from kruify.tasks.base import Task
+from kruify.training import Progress, finetune
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.GRU(2, 16)
+        self.second = nn.GRU(16, 16)
+        self.out = nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.second(self.first(x)[0])[0])
+
+
+class Delay(Task):
+    """Say what was said three steps ago: not to be done without the recurrent matrices."""
+
+    metric = "loss"
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return Net()
+
+    def batches(self, split: str, *, seed: int = 0) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed if split == "train" else 1000)
+        return [torch.randn(12, 16, 2, generator=generator) for _ in range(12 if split == "train" else 2)]
+
+    def forward(self, model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch)
+
+    def loss(self, outputs: Tensor, batch: Tensor) -> Tensor:
+        return (outputs[3:] - batch[:-3]).square().mean()
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    model = Delay().model()
+    finetune(model, Delay(), epochs=15, lr=1e-2, device="cpu")
+    return model
+
+
+def test_first_attempt_without_a_contract(trained: nn.Module) -> None:
+    before = copy.deepcopy(trained.state_dict())
+    done = compress(trained, Delay(), "4x", epochs=1, device="cpu")
+    torch.testing.assert_close(trained.state_dict(), before, rtol=0, atol=0)
+    (attempt,) = done.attempts
+    assert done.within
+    assert attempt.recurrent_ratio >= 4
+    held = sum(p.numel() for n, p in done.model.named_parameters() if "weight_hh" in n)
+    assert held == attempt.recurrent_after
+    assert Delay().evaluate(done.model, "valid")["loss"] == pytest.approx(attempt.metrics["loss"])
+    assert attempt.drop == pytest.approx(attempt.metrics["loss"] - done.baseline["loss"])
+
+
+def test_backs_off_until_nothing_is_left_to_give(trained: nn.Module) -> None:
+    """A contract that cannot be kept: layer after layer grows, then the nearest attempt is given, and said to be it."""
+    seen: list[Attempt] = []
+    done = compress(
+        trained, Delay(), "16x", max_drop=-1.0, attempts=3, epochs=0.25, device="cpu", on_attempt=seen.append
+    )
+    assert not done.within
+    assert done.attempts == seen
+    assert len(seen) == 3
+    for before, after in itertools.pairwise(seen):
+        grown = [name for name in before.shares if after.shares[name] > before.shares[name]]
+        assert len(grown) == 1  # one layer at a time
+        assert after.recurrent_after > before.recurrent_after
+    assert done.attempts[done.best].drop == min(a.drop for a in seen)
+
+
+def test_a_contract_that_can_be_kept_ends_at_once(trained: nn.Module) -> None:
+    done = compress(trained, Delay(), "2x", max_drop=10.0, epochs=0.25, device="cpu")
+    assert done.within
+    assert len(done.attempts) == 1
+
+
+def test_refused(trained: nn.Module) -> None:
+    with pytest.raises(PlanError, match="is not a budget"):
+        compress(trained, Delay(), "much")
+    with pytest.raises(UsageError, match="no RNN, LSTM or GRU"):
+        compress(nn.Linear(2, 2), Delay(), "4x")
+    with pytest.raises(UsageError, match="at least one attempt"):
+        compress(trained, Delay(), "4x", attempts=0)
+
+
+# --- Trials: which structure a task recovers from best is found by training each for a short while.
+
+
+def numbers(plan: Plan) -> int:
+    return sum(s.parameters for _, _, structures in plan.matrices() for s in structures)
+
+
+@pytest.mark.parametrize(("budget", "limit"), [("4x", 0.25), ("params=25%,macs=50%", 0.25), ("macs=40%", 0.4)])
+def test_candidates_keep_within_the_budget(trained: nn.Module, budget: str, limit: float) -> None:
+    planned, mixed = [c.plan for c in candidates(trained.state_dict(), locate(trained).layers, budget)]
+    dense = 2 * 3 * 16 * 16
+    if budget != "macs=40%":
+        assert numbers(planned) <= limit * dense
+    assert limit * dense - 6 <= numbers(mixed) <= limit * dense
+    for structure in (s for _, _, structures in mixed.matrices() for s in structures):
+        (term,) = structure.terms
+        assert term.factors == ((16, 1), (1, 16)) and structure.block == 1
+        # Half and half, but that low rank comes in whole products of 32 numbers.
+        assert 0 <= structure.sparse_blocks - term.parameters <= 2 * 32
+
+
+@pytest.mark.parametrize("budget", ["2x", "4x", "8x"])
+def test_the_scales_of_a_plain_rnn_count(budget: str) -> None:
+    torch.manual_seed(0)
+    net = nn.RNN(3, 16, num_layers=2)
+    found = candidates(net.state_dict(), locate(net).layers, budget)
+    assert len(found) == (2 if budget == "2x" else 1)
+    for candidate in found:
+        assert numbers(candidate.plan) <= 2 * 16 * 16 / float(budget[:-1])
+
+
+def test_where_not_even_rank_one_fits_there_is_nothing_to_try(trained: nn.Module) -> None:
+    assert half_and_half(16, 16, 0.2) is None
+    assert half_and_half(16, 16, 0.25) == "1*(16x1,1x16)+sparse:12.50000000%:1"
+    assert len(candidates(trained.state_dict(), locate(trained).layers, "params=20%")) == 1
+
+
+@pytest.mark.parametrize("higher", [False, True])
+def test_the_plan_that_validates_best_is_taken(trained: nn.Module, higher: bool) -> None:
+    class Either(Delay):
+        higher_is_better = higher
+
+    layers = locate(trained).layers
+    found = [Candidate(make_plan(layers, spec)) for spec in ("16x1,1x16", "16*(16x1,1x16)", "2x2")]
+    before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    chosen, trials = choose(trained, Either(), found, share=0.2, epochs=2.0, device="cpu")
+    torch.testing.assert_close(dict(trained.state_dict()), before, rtol=0, atol=0)
+    losses = [trial.metrics["loss"] for trial in trials]
+    assert [trial.factors for trial in trials] == [["16x1,1x16"], ["16*(16x1,1x16)"], ["2x2,2x2,2x2,2x2"]]
+    assert chosen is found[losses.index((max if higher else min)(losses))]
+    assert losses[1] == min(losses)  # nothing was lost
+    assert choose(trained, Either(), found[:1]) == (found[0], [])
+
+
+def test_a_small_lead_is_none() -> None:
+    nan, inf = float("nan"), float("inf")
+    assert first_of_the_best([2.00, 1.98], dense=1.5) == 0  # 0.02 of 0.48
+    assert first_of_the_best([2.00, 1.90], dense=1.5) == 1
+    assert first_of_the_best([1.90, 2.00], dense=1.5) == 0
+    assert first_of_the_best([2.00, 1.98], dense=2.5) == 1  # both are better than the dense network
+    assert first_of_the_best([-0.88, -0.90], dense=-0.91) == 1  # accuracies
+    assert first_of_the_best([nan, 1.0, nan], dense=0.5) == 1
+    assert first_of_the_best([nan, inf], dense=nan) == 0
+
+
+def test_compress_tries_before_it_trains(trained: nn.Module) -> None:
+    told: list[Trial] = []
+    done = compress(trained, Delay(), "4x", epochs=1, device="cpu", on_trial=told.append)
+    assert len(done.trials) == 2 and told == done.trials
+    best = first_of_the_best([trial.metrics["loss"] for trial in done.trials], done.baseline["loss"])
+    built = {str(s) for m in done.model.modules() for s in getattr(m, "structures", ())}
+    assert built == set(done.trials[best].factors)
+    assert compress(trained, Delay(), "4x", epochs=0.5, trial=0, device="cpu").trials == []
+    with pytest.raises(UsageError, match="share of the epochs"):
+        compress(trained, Delay(), "4x", trial=2)
+
+
+# --- Going on where it stopped.
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [2, 8, 14, 40])  # in the first trial, in the second, in the first attempt, the second
+def test_resumed_it_ends_with_the_same_bits(trained: nn.Module, tmp_path: Path, at: int) -> None:
+    def run(stop: int | None = None, resume: Path | None = tmp_path) -> tuple[Compressed, int]:
+        seen = 0
+
+        def count(progress: Progress) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == stop:
+                raise Stop
+
+        options = {"max_drop": -1.0, "attempts": 2, "epochs": 2, "save_steps": 1, "device": "cpu"}
+        return compress(trained, Delay(), "4x", resume=resume, on_progress=count, **options), seen
+
+    whole, steps = run(resume=None)
+    with pytest.raises(Stop):
+        run(stop=at)
+    torch.rand(5)
+    resumed, rest = run()
+    assert rest < steps
+    torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+    assert (resumed.attempts, resumed.trials, resumed.best) == (whole.attempts, whole.trials, whole.best)
+    again, none = run()
+    assert none == 0 and again.attempts == whole.attempts
+
+
+def test_a_finished_compression_can_be_given_another_attempt(trained: nn.Module, tmp_path: Path) -> None:
+    options = {"max_drop": -1.0, "epochs": 0.25, "device": "cpu", "resume": tmp_path}
+    one = compress(trained, Delay(), "16x", attempts=1, **options)
+    two = compress(trained, Delay(), "16x", attempts=2, **options)
+    assert two.attempts[:1] == one.attempts and len(two.attempts) == 2
+
+
+def test_the_state_of_another_compression_is_refused(trained: nn.Module, tmp_path: Path) -> None:
+    options = {"epochs": 0.25, "device": "cpu", "resume": tmp_path}
+    with pytest.raises(PlanError):  # nothing has been done yet: the folder is still free
+        compress(trained, Delay(), "10000x", **options)
+    compress(trained, Delay(), "4x", **options)
+    other = copy.deepcopy(trained)
+    with torch.no_grad():
+        other.out.bias.add_(1e-3)
+    with pytest.raises(UsageError, match="other model"):
+        compress(other, Delay(), "4x", **options)
+    with pytest.raises(UsageError, match="other budget"):
+        compress(trained, Delay(), "8x", **options)
+    with pytest.raises(UsageError, match="other trial, recipe"):
+        compress(trained, Delay(), "4x", trial=0, lr=1e-3, **options)
+    record = tmp_path / "compression.json"
+    for broken in ("[]", record.read_text().replace('"weighted"', '"heavy"')):
+        record.write_text(broken)
+        with pytest.raises(UsageError, match="no record of a compression"):
+            compress(trained, Delay(), "4x", **options)

@@ -1,0 +1,116 @@
+"""The trade-off curve: what it holds, that it goes on where it stopped, where its knee is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+
+import kruify
+from kruify.analysis.costs import measure_latency
+from kruify.cli.main import cli
+from kruify.errors import UsageError
+from kruify.search.sweep import Point, knee, sweep
+from kruify.tasks.base import Task
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.RNN(3, 8, batch_first=True)
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(self.rnn(x)[0])
+        return y
+
+
+class Toy(Task):
+    evaluations = 0
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return Network()
+
+    def batches(self, split: str, *, seed: int = 0) -> Iterator[Tensor]:
+        yield torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(seed))
+
+    def forward(self, model: nn.Module, batch: Tensor) -> Tensor:
+        y: Tensor = model(batch)
+        return y
+
+    def loss(self, outputs: Tensor, batch: Tensor) -> Tensor:
+        return (outputs - batch[..., :2]).square().mean()
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        self.evaluations += split == "test"
+        return super().evaluate(model, split)
+
+
+def test_sweep_and_going_on(tmp_path: Path) -> None:
+    task = Toy()
+    first = sweep(task.model(), task, ["2x"], tmp_path / "s", epochs=1)
+    assert [p.budget for p in first.points] == ["dense", "2x"] and first.knee is None
+    assert first.points[1].recurrent_parameters <= 32 and first.points[0].recurrent_parameters == 64
+    loaded = kruify.load(first.points[1].file or "", into=Network())
+    assert task.evaluate(loaded, "test") == first.points[1].metrics
+    done = task.evaluations
+    both = sweep(task.model(), task, ["2x", "params=25%"], tmp_path / "s", epochs=1)
+    assert both.points[:2] == first.points and both.knee is not None
+    assert task.evaluations == done + 1  # only the new network
+    with pytest.raises(UsageError, match="other recipe"):
+        sweep(task.model(), task, ["2x"], tmp_path / "s", epochs=2)
+    other = task.model()
+    with torch.no_grad():
+        next(other.parameters()).add_(1e-3)
+    with pytest.raises(UsageError, match="other model"):
+        sweep(other, task, ["2x"], tmp_path / "s", epochs=1)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    task = Toy()
+    with pytest.raises(UsageError, match="different budgets"):
+        sweep(task.model(), task, ["2x", "2x"], tmp_path / "s")
+    with pytest.raises(UsageError, match="no RNN"):
+        sweep(nn.Linear(2, 2), task, ["2x"], tmp_path / "s")
+    (tmp_path / "sweep.json").write_text("[]")
+    with pytest.raises(UsageError, match="no record"):
+        sweep(task.model(), task, ["2x"], tmp_path)
+
+
+def points(*pairs: tuple[int, float]) -> list[Point]:
+    return [Point(str(i), None, size, size, {"m": value}) for i, (size, value) in enumerate(pairs)]
+
+
+def test_knee_is_where_the_curve_bends() -> None:
+    bend = points((1024, 0.10), (512, 0.11), (256, 0.12), (128, 0.13), (64, 0.30), (32, 0.60))
+    assert knee(bend, "m", False) == 3
+    better = [Point(p.budget, None, p.recurrent_parameters, 0, {"m": -p.metrics["m"]}) for p in bend]
+    assert knee(better, "m", True) == 3
+    assert knee(bend[:2], "m", False) is None
+    assert knee(points((4, 1.0), (2, float("nan")), (1, 2.0)), "m", False) is None
+
+
+def test_command_line_and_marked_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path(__file__).read_text(encoding="utf-8").split("def test_")[0]
+    (tmp_path / "toy.py").write_text(source, encoding="utf-8")
+    torch.save(Toy().model().state_dict(), tmp_path / "net.pt")
+    monkeypatch.setattr(
+        "kruify.reporting.build.measure_latency", lambda layers, **_: measure_latency(layers, seconds=0.0)
+    )
+    arguments = [
+        "sweep", str(tmp_path / "net.pt"), "--task", f"{tmp_path}/toy.py:Toy", "--budgets", "2x,params=4x,macs=60%",
+        "--epochs", "1", "--html", str(tmp_path / "page.html"), "--json",
+    ]  # fmt: skip
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    value = json.loads(result.stdout)
+    assert [p["budget"] for p in value["points"]] == ["dense", "2x", "params=4x,macs=60%"]
+    assert value["knee"] in ("dense", "2x", "params=4x,macs=60%")
+    assert (tmp_path / "net.pt.sweep" / "sweep.json").exists()
+    assert ">knee<" in (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import LayeredDelay, same
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
+
+from kruify.api import convert
+from kruify.errors import UsageError
+from kruify.training import finetune
+from kruify.training.distill import Distillation, output_distance
+from kruify.training.finetuning import phases_of
+from kruify.training.processes import Processes
+from kruify.training.recipe import Recipe
+from kruify.training.recurrent import recorded, recurrent_layers, tensors_of
+from kruify.training.trainer import Phase, Trainer
+
+QUICK: dict[str, Any] = {"epochs": 2, "lr": 1e-2, "device": "cpu"}
+
+
+def pair(kind: str = "gru", spec: str = "4x4,2x2") -> tuple[LayeredDelay, nn.Module, nn.Module]:
+    task = LayeredDelay(kind)
+    teacher = task.model()
+    student, _ = convert(teacher, spec)
+    return task, teacher, student
+
+
+def test_recorded_is_what_the_layers_gave() -> None:
+    task, teacher, student = pair("lstm")
+    (batch, *_) = task.batches("valid")
+    for model in (teacher, student):
+        with recorded(model, list(recurrent_layers(model))) as calls:
+            task.forward(model, batch)
+        output, (h, c) = model.rnn(batch[0])
+        assert list(calls) == ["rnn"] and len(calls["rnn"]) == 1
+        for got, expected in zip(calls["rnn"][0].outputs, (output, h, c), strict=True):
+            assert torch.equal(got, expected)
+        task.forward(model, batch)
+        assert len(calls["rnn"]) == 1  # nothing is recorded outside the block
+
+
+def test_packed_sequences_are_recorded_without_their_bookkeeping() -> None:
+    packed = pack_sequence([torch.ones(3, 2), torch.ones(2, 2)])
+    assert [t.shape for t in tensors_of((packed, torch.zeros(1, 2, 4)))] == [(5, 2), (1, 2, 4)]
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm", "rnn"])
+def test_the_teacher_itself_has_nothing_to_learn(kind: str) -> None:
+    task, teacher, _ = pair(kind)
+    recipe = Recipe(distill_only=True, distill_hidden=1.0)
+    distillation = Distillation(copy.deepcopy(teacher), teacher, task, recipe)
+    (batch, *_) = task.batches("train")
+    assert distillation.loss(batch).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_loss_is_the_sum_of_its_parts() -> None:
+    task, teacher, student = pair()
+    (batch, *_) = task.batches("train")
+    recipe = Recipe(distill_logits=0.3, distill_hidden=0.7, temperature=2.0)
+    loss = Distillation(student, teacher, task, recipe).loss(batch)
+    ours, theirs = student(batch[0]), teacher(batch[0])
+    log_p, log_q = (theirs / 2).log_softmax(-1), (ours / 2).log_softmax(-1)
+    kl = 4 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    distances = [
+        ((a - b) ** 2).sum() / (b**2).sum() for a, b in zip(student.rnn(batch[0]), teacher.rnn(batch[0]), strict=True)
+    ]
+    expected = 0.7 * task.loss(ours, batch) + 0.3 * kl + 0.7 * sum(distances) / 2
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    loss.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_the_teacher_falls_silent() -> None:
+    task, teacher, student = pair()
+    (batch, *_) = task.batches("train")
+    recipe = Recipe(distill_logits=0.3, distill_hidden=0.7, distill_until=0.5)
+    distillation = Distillation(student, teacher, task, recipe)
+    by_labels = task.loss(task.forward(student, batch), batch)
+    start, middle, end = (distillation.loss(batch, over).item() for over in (0.0, 0.25, 0.5))
+    # Every share falls along a line, and so does their sum.
+    assert middle == pytest.approx((start + end) / 2, rel=1e-12)
+    assert end == distillation.loss(batch, 1.0).item() == by_labels.item() != start
+    calls: list[int] = []
+    distillation.teacher.register_forward_hook(lambda *_: calls.append(1))
+    distillation.loss(batch, 0.5)
+    assert not calls  # nor is time spent on it
+
+
+def test_without_labels_it_never_falls_silent() -> None:
+    task, teacher, student = pair()
+    (batch, *_) = task.batches("train")
+    distillation = Distillation(student, teacher, task, Recipe(distill_only=True, distill_until=0.5))
+    assert distillation.loss(batch, 0.9).item() == distillation.loss(batch).item() > 0
+    with pytest.raises(UsageError, match="distill_until must be above 0"):
+        Recipe().changed(distill_until=0.0)
+
+
+def test_it_falls_silent_in_the_last_phase_alone() -> None:
+    task, teacher, student = pair()
+    recipe = Recipe(epochs=2, warm_epochs=1, distill_until=1.0)
+    _, warm, train = phases_of(student, task, teacher, recipe)
+    (batch, *_) = task.batches("train")
+    silent = task.loss(task.forward(student, batch), batch).item()
+    assert warm.objective(batch, 1.0).item() == warm.objective(batch, 0.0).item() != silent
+    assert train.objective(batch, 1.0).item() == silent
+    shares: list[float] = []
+
+    def objective(batch: Any, over: float) -> Tensor:
+        shares.append(over)
+        return train.objective(batch, over)
+
+    seen = Phase("train", 2, 1e-3, objective)
+    Trainer(student, task, [seen], recipe, Processes("cpu", "no")).run()
+    assert shares == [i / len(shares) for i in range(len(shares))]
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid", "values"])
+def test_output_distance_is_zero_at_the_teacher_and_grows(kind: str) -> None:
+    torch.manual_seed(0)
+    targets = torch.randn(5, 3, 4, dtype=torch.float64)
+    assert output_distance(targets, targets, kind, 2.0).item() == pytest.approx(0, abs=1e-12)
+    noise = torch.randn_like(targets)
+    near, far = (output_distance(targets + s * noise, targets, kind, 2.0).item() for s in (0.1, 0.5))
+    assert 0 < near < far
+
+
+def test_sigmoid_distance_is_the_kl_of_bernoullis() -> None:
+    a, b = torch.randn(2, 5, 6, dtype=torch.float64)
+    p, q = torch.sigmoid(b), torch.sigmoid(a)
+    kl = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(-1).mean()
+    assert output_distance(a, b, "sigmoid").item() == pytest.approx(kl.item(), rel=1e-9)
+
+
+def test_no_distance_calls_what_autocast_on_cuda_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """binary_cross_entropy of probabilities raises there."""
+    refused = lambda *_, **__: pytest.fail("binary_cross_entropy was called")  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "binary_cross_entropy", refused)
+    a, b = torch.randn(2, 5, 6)
+    for kind in ("softmax", "sigmoid", "values"):
+        output_distance(a, b, kind)
+
+
+def hidden_error(task: LayeredDelay, student: nn.Module, teacher: nn.Module) -> float:
+    total = 0.0
+    for batch in task.batches("valid"):
+        with torch.no_grad():
+            a, b = student.rnn(batch[0])[0], teacher.rnn(batch[0])[0]
+        total += float((a - b).square().mean())
+    return total
+
+
+def test_healing_brings_the_layer_back_and_touches_nothing_else() -> None:
+    task, teacher, student = pair()
+    before, head = hidden_error(task, student, teacher), copy.deepcopy(student.head.state_dict())
+    result = finetune(
+        student, task, teacher=teacher, epochs=0, heal_epochs=4, heal_lr=2e-2, evaluate_first=False, device="cpu"
+    )
+    assert [entry["phase"] for entry in result.history] == ["heal"] * 4
+    assert hidden_error(task, student, teacher) < 0.5 * before
+    assert same(student.head.state_dict(), head)
+    assert all(p.requires_grad for p in student.parameters())
+
+
+class Unlabelled(LayeredDelay):
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            raise AssertionError("the labels were used")
+        return super().loss(outputs, batch)
+
+
+def test_distill_only_needs_no_labels() -> None:
+    task, teacher, student = Unlabelled(), *pair()[1:]
+    before = hidden_error(task, student, teacher)
+    finetune(student, task, teacher=teacher, distill_only=True, distill_hidden=1.0, **QUICK)
+    assert hidden_error(task, student, teacher) < before
+    with pytest.raises(UsageError, match="needs a teacher"):
+        finetune(student, task, distill_only=True, **QUICK)
+
+
+def test_warm_start_freezes_the_rest() -> None:
+    task, teacher, student = pair()
+    before = copy.deepcopy(student.state_dict())
+    finetune(
+        student, task, teacher=teacher, **{**QUICK, "epochs": 0}, warm_epochs=2, evaluate_first=False
+    )  # fmt: skip
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, before[name]) != (".terms." in name), name
+
+
+def test_teacher_of_another_size() -> None:
+    task, _, student = pair()
+    other = copy.deepcopy(task.model())
+    other.rnn = nn.GRU(3, 6, batch_first=True).to(task.dtype)
+    other.head = nn.Linear(6, 4).to(task.dtype)
+    with pytest.raises(UsageError, match="distill_hidden=0"):
+        finetune(student, task, teacher=other, distill_hidden=1.0, **QUICK)
+    result = finetune(student, task, teacher=other, **QUICK)
+    assert result.steps == 12
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_all_phases_resume_to_the_same_bits(tmp_path: Path, pooled: bool) -> None:
+    task, teacher, student = pair(spec="2*(4x4,2x2)+sparse:10%")
+    options: dict[str, Any] = {
+        **QUICK,
+        "overlay_pooled": pooled,
+        "heal_epochs": 0.5,
+        "warm_epochs": 1,
+        "overlay_start": 1.0,
+        "ema": 0.9,
+    }
+
+    class Stop(Exception):
+        pass
+
+    whole = finetune(copy.deepcopy(student), task, teacher=teacher, **options)
+    assert [e["phase"] for e in whole.history] == ["start", "heal", "warm", "train", "train"]
+    for at in (2, 5, 11, 18):
+
+        def interrupt(progress: Any, at: int = at) -> None:
+            if progress.step == at:
+                raise Stop
+
+        folder = tmp_path / str(at)
+        with pytest.raises(Stop):
+            finetune(
+                copy.deepcopy(student), task, teacher=teacher, resume=folder, on_progress=interrupt, save_steps=2,
+                **options
+            )  # fmt: skip
+        resumed = finetune(copy.deepcopy(student), task, teacher=teacher, resume=folder, **options)
+        assert same(resumed.model.state_dict(), whole.model.state_dict())
+        assert resumed.history == whole.history
+
+
+def test_unknown_output_kind() -> None:
+    task, teacher, student = pair()
+    task.output_kind = "logits"
+    with pytest.raises(UsageError, match="output_kind must be one of softmax"):
+        finetune(student, task, teacher=teacher, **QUICK)
+
+
+def test_resume_refuses_to_go_on_without_the_teacher(tmp_path: Path) -> None:
+    task, teacher, student = pair(spec="2*(4x4,2x2)+sparse:10%")
+    options = {**QUICK, "overlay_start": 1.0}
+    finetune(copy.deepcopy(student), task, teacher=teacher, resume=tmp_path, **options)
+    with pytest.raises(UsageError, match="Give the same --teacher"):
+        finetune(copy.deepcopy(student), task, resume=tmp_path, **options)
