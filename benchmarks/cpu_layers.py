@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 def keys() -> list[Row]:
-    """What is measured, the rows of issue 4's targets first."""
+    """What is measured, the rows with a target first."""
     rows: list[Row] = []
 
     def add(

@@ -203,7 +203,7 @@ def candidates(
 
 
 def sweep(quick: bool) -> Iterator[tuple[str, int, int, int, bool]]:
-    """Kind, hidden size, batch, steps, training: what the issue asks for first."""
+    """Kind, hidden size, batch, steps, training: the target cases first."""
     first = [("lstm", hidden, 64, 1024, training) for hidden in ISSUE for training in (False, True)]
     yield from first
     if quick:
@@ -232,7 +232,7 @@ def known_rows(target: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The table of cuda_layers.md: the issue's cases."""
+    """The table of cuda_layers.md: the target cases."""
     lines = [
         "| layer | kruify forward | cuDNN float32 forward | ratio | wanted | recurrence alone |"
         " kruify forward + backward | cuDNN forward + backward | ratio | wanted |",
@@ -284,7 +284,7 @@ def write(result: dict[str, Any], target: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the issue's cases alone")
+    parser.add_argument("--quick", action="store_true", help="the target cases alone")
     parser.add_argument("--seconds", type=float, default=540, help="stop after this long (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file already has")
     parser.add_argument("--out", type=Path, help="the file")

@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels and writes down what each takes: registers, spills, shared memory, seconds of compiling.
+"""Compiles the CUDA kernels and records what each needs: registers, spills, shared memory, seconds of compiling.
 
     python benchmarks/cuda_resources.py                 sm_90 only
     python benchmarks/cuda_resources.py --arch all      every architecture of setup.py, and PTX (`make cuda-all`)
@@ -36,7 +36,7 @@ def nvcc() -> str | None:
 
 
 def command(compiler: str, source: Path, output: Path, code: str) -> list[str]:
-    """As in setup.py, for one architecture, and telling what every kernel takes."""
+    """The compiler call of setup.py for one architecture, with a report on every kernel."""
     import torch
 
     headers = Path(torch.__file__).parent / "include"
@@ -46,7 +46,7 @@ def command(compiler: str, source: Path, output: Path, code: str) -> list[str]:
 
 
 def kernels(log: str) -> list[dict[str, object]]:
-    """The kernels that ptxas tells of: name, registers, spilled bytes, static shared memory."""
+    """The kernels in ptxas' report: name, registers, spilled bytes, static shared memory."""
     found = []
     for part in log.split("Compiling entry function '")[1:]:
         spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
@@ -76,7 +76,7 @@ def readable(names: list[str]) -> dict[str, str]:
 def compile_all(
     compiler: str, folder: Path, architectures: list[str], ptx: bool, only: str, known: dict[str, dict[str, object]]
 ) -> dict[str, object]:
-    """Compiles every .cu file (or one: the others keep what was known) for every architecture, one job at a time."""
+    """Compiles every .cu file (or `only` one: the others keep their old rows) for every architecture, one by one."""
     folder.mkdir(parents=True, exist_ok=True)
     result: dict[str, object] = {}
     codes = {f"sm_{a}": f"arch=compute_{a},code=sm_{a}" for a in architectures}
@@ -110,7 +110,7 @@ def compile_all(
 
 
 def shared_memory() -> list[dict[str, object]]:
-    """What the templates' launches ask for at a batch of 64, by the same code that launches."""
+    """What the launches of the templates ask for at a batch of 64, computed by the code that launches them."""
     source = ROOT / "tests" / "cuda" / "phases.cpp"
     library = ROOT / "build" / "cuda-resources" / "phases.so"
     library.parent.mkdir(parents=True, exist_ok=True)
@@ -202,9 +202,9 @@ def write_table(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--arch", default="90", help="numbers such as 90 or 80,100 (the others keep what was known), or all"
+        "--arch", default="90", help="numbers such as 90 or 80,100 (the others keep their old rows), or all"
     )
-    parser.add_argument("--file", default="", help="one file, for example general.cu: the others keep what was known")
+    parser.add_argument("--file", default="", help="one file, for example general.cu: the others keep their old rows")
     arguments = parser.parse_args()
     chosen, only = arguments.arch, arguments.file
     compiler = nvcc()

@@ -2,6 +2,7 @@
 
     python benchmarks/dispatch_rule.py            everything that is missing in results/dispatch_rule.jsonl (4 min)
     python benchmarks/dispatch_rule.py --fresh    from the start
+    python benchmarks/dispatch_rule.py --report   the table from the stored results alone
 
 One thread, float32, T = 32, input = hidden. For each cell: the compiled kernels, the densified path, what the rule
 picks, and torch.nn's layer with dense weights. Written to dispatch_rule.md, the cells that lose most first.
@@ -93,12 +94,13 @@ def main() -> None:
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--fresh", action="store_true", help="forget stored results")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--seconds", type=float, default=0.4, help="per cell")
     arguments = parser.parse_args()
     restart_with_malloc_settings()
     results = Results("dispatch_rule", arguments.fresh)
-    for key in results.missing(keys()):
+    for key in [] if arguments.report else results.missing(keys()):
         torch.manual_seed(0)
         with threads(1):
             calls, picked = contenders(key)

@@ -19,6 +19,7 @@ from typing import Any
 from timing import Results, best_times, restart_with_malloc_settings, threads
 
 STEPS, INPUTS = 128, 128
+PAGE = Path(__file__).with_suffix(".md")
 SPECS = {"one term": "auto", "rank 8": "8*({0}x1,1x{0})"}
 
 
@@ -86,7 +87,8 @@ def main() -> None:
             for key in results.missing(keys()):
                 results.add({**key, "ms": measure(key, arguments.seconds)})
                 print(report(results).splitlines()[-1], file=sys.stderr)
-    print(report(results))
+    begin, end, old = "<!-- table -->\n", "<!-- end of table -->", PAGE.read_text()
+    PAGE.write_text(f"{old.split(begin)[0]}{begin}{report(results)}\n{end}{old.split(end)[1]}")
 
 
 if __name__ == "__main__":

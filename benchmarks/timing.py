@@ -1,7 +1,7 @@
 """Interleaved timing: every contender runs in turn, many times, and the best time of each counts. A turn is some
-milliseconds of calls, so that weights lie in the caches as they do where one network runs on and on.
+milliseconds of calls, so that weights are in the caches as they are where one network runs all the time.
 
-What runs beside us on the machine hits all contenders alike, so ratios of one row hold where absolute times do not.
+Other load on the machine slows all contenders alike, so ratios within a row hold where absolute times do not.
 On one thread the clock is the processor time of that thread, which does not run while others have the core.
 """
 
@@ -57,7 +57,7 @@ def best_times(contenders: dict[str, Callable[[], object]], seconds: float, thre
         while rounds < 2 or clock() < end:
             rounds += 1
             for name, function in contenders.items():
-                # A slow contender has its time measured well enough after a few calls.
+                # A few calls are enough for a slow contender.
                 if rounds > 1 and best[name] * repeats[name] > seconds / 4:
                     continue
                 start = clock()

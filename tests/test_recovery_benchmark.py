@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -69,24 +68,3 @@ def test_runs_are_trained_recorded_once_and_reported(
 def test_a_method_whose_code_is_gone_is_refused(modules: dict[str, ModuleType]) -> None:
     with pytest.raises(SystemExit, match="deleted after commit"):
         modules["grid"].Run.parse("g2p:low-rank-sparse-pooled:16")
-
-
-def _store(file: Path, first: int) -> None:
-    sys.path.insert(0, str(FOLDER.parent))
-    store = importlib.import_module("measurements").store
-    for number in range(first, first + 20):
-        store(file, {"run": str(number), "value": number}, "run")
-
-
-def test_processes_write_to_one_file_together(modules: dict[str, ModuleType], tmp_path: Path) -> None:
-    file = tmp_path / "runs.jsonl"
-    # "5" to "24" and "15" to "34": what both write stands there once.
-    processes = [multiprocessing.get_context("spawn").Process(target=_store, args=(file, first)) for first in (5, 15)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    rows = modules["measurements"].read(file)
-    assert sorted(row["value"] for row in rows) == list(range(5, 35))
-    modules["measurements"].store(file, {"run": "7", "value": 0}, "run")
-    assert [row["value"] for row in modules["measurements"].read(file) if row["run"] == "7"] == [0]
