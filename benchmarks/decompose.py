@@ -98,7 +98,7 @@ def budgets() -> list[Row]:
 
 
 def g2p_moments() -> dict[str, Moments]:
-    from kruify.tasks.base import load_task
+    from kruify.tasks.loader import load_task
 
     task = load_task("g2p-en")
     model = task.model()
@@ -136,7 +136,7 @@ def weighted() -> list[Row]:
 
 def words() -> list[Row]:
     """Word and phoneme error of g2p-en straight after the fit of both recurrent matrices, before any training."""
-    from kruify.tasks.base import load_task
+    from kruify.tasks.loader import load_task
 
     task = load_task("g2p-en")
     moments = g2p_moments()

@@ -76,7 +76,8 @@ def compress(
         from kruify.checkpoint import check_model_target, read
         from kruify.errors import TargetMissedError
         from kruify.search.compress import compress as run
-        from kruify.tasks.base import load_task, measure
+        from kruify.tasks.base import measure
+        from kruify.tasks.loader import load_task
 
         checkpoint = read(model, key=key)
         refuse_converted(checkpoint)

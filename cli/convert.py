@@ -221,7 +221,7 @@ def _relabel(
 
 def _calibrate(checkpoint: Checkpoint, task_name: str, seed: int) -> dict[str, Moments]:
     from kruify.conversion.calibration import calibrate
-    from kruify.tasks.base import load_task
+    from kruify.tasks.loader import load_task
 
     task = load_task(task_name)
     model = network(checkpoint, task)

@@ -20,7 +20,8 @@ def evaluate(model: str, task_name: str, split: str, key: str | None, json_only:
         from rich.text import Text
 
         from kruify.checkpoint import read
-        from kruify.tasks.base import load_task, measure
+        from kruify.tasks.base import measure
+        from kruify.tasks.loader import load_task
 
         checkpoint = read(model, key=key)
         task = load_task(task_name)

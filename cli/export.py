@@ -79,7 +79,7 @@ def export(
             if to == "dense":
                 files = [export_dense(checkpoint, path, source=Path(original) if original else None, tolerance=limit)]
             elif task_name:
-                from kruify.tasks.base import load_task
+                from kruify.tasks.loader import load_task
 
                 task = load_task(task_name)
                 net = network(checkpoint, task)

@@ -52,7 +52,7 @@ def finetune(
     """
     with output(json_only) as out:
         from kruify.checkpoint import check_model_target, check_target, read
-        from kruify.tasks.base import load_task
+        from kruify.tasks.loader import load_task
         from kruify.training import Recipe
         from kruify.training import finetune as run
         from kruify.training.written import write_trained

@@ -36,7 +36,7 @@ def report(
     with output(json_only) as out:
         from kruify.checkpoint import atomic_file, check_target
         from kruify.reporting import build_report, tables, to_html, to_markdown
-        from kruify.tasks.base import load_task
+        from kruify.tasks.loader import load_task
 
         taken = [dense, *kru]
         for target in filter(None, (html_file, markdown_file)):

@@ -73,7 +73,7 @@ def sweep(
         from kruify.api import refuse_converted
         from kruify.checkpoint import atomic_file, check_target, read
         from kruify.search.sweep import sweep as run
-        from kruify.tasks.base import load_task
+        from kruify.tasks.loader import load_task
 
         checkpoint = read(model, key=key)
         refuse_converted(checkpoint)

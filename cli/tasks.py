@@ -25,7 +25,7 @@ def tasks(name: str | None, target: str | None, json_only: bool) -> None:
             return
         from rich.table import Table
 
-        from kruify.tasks.base import BUILTIN, task_class
+        from kruify.tasks.loader import BUILTIN, task_class
 
         table = Table()
         for heading in ("task", "metric", "measures", "a network that learnt nothing"):
@@ -50,7 +50,7 @@ def tasks(name: str | None, target: str | None, json_only: bool) -> None:
 def _export(name: str, path: Path) -> int:
     """Writes the network; returns its number of parameters."""
     from kruify.checkpoint import check_model_target, write_model
-    from kruify.tasks.base import load_task
+    from kruify.tasks.loader import load_task
 
     check_model_target(path)
     tensors = load_task(name).published()

@@ -80,7 +80,8 @@ def train(
         from kruify.checkpoint import check_model_target, check_target
         from kruify.conversion.network import network_of
         from kruify.errors import UsageError
-        from kruify.tasks.base import fresh_model, load_task
+        from kruify.tasks.base import fresh_model
+        from kruify.tasks.loader import load_task
         from kruify.training import Recipe, finetune
         from kruify.training.written import write_trained
 
@@ -136,7 +137,7 @@ def _steps_per_epoch(task: Task, recipe: Recipe) -> int:
 
 
 def _default_name(task_name: str, network: dict[str, Any]) -> str:
-    from kruify.tasks.base import task_class
+    from kruify.tasks.loader import task_class
 
     base = task_name.partition(":")[0]
     if base.endswith(".py"):

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from kruify.tasks.base import Task, load_task
+from kruify.tasks.base import Task
+from kruify.tasks.loader import load_task
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from train import build, latency, train, weights_file  # noqa: E402
 from kruify.conversion import swap  # noqa: E402
 from kruify.conversion.plan import Plan  # noqa: E402
 from kruify.errors import TaskError  # noqa: E402
-from kruify.tasks.base import load_task  # noqa: E402
+from kruify.tasks.loader import load_task  # noqa: E402
 from kruify.training import Progress  # noqa: E402
 from kruify.training.result import OnProgress  # noqa: E402
 

@@ -22,7 +22,8 @@ from kruify.conversion.locate import RecurrentLayer, locate
 from kruify.conversion.plan import Plan, make_plan
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.search.candidates import Candidate, candidates, choose, from_json, to_json
-from kruify.tasks.base import Task, load_task
+from kruify.tasks.base import Task
+from kruify.tasks.loader import load_task
 from kruify.training import finetune
 from kruify.training.recurrent import recurrent_layers
 from kruify.training.result import OnProgress

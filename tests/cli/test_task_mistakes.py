@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from kruify.errors import TaskError, UsageError
-from kruify.tasks.base import load_task, measure
+from kruify.tasks.base import measure
+from kruify.tasks.loader import load_task
 from kruify.training import Recipe
 
 MISTAKES = """

@@ -10,7 +10,7 @@ import pytest
 from kruify.checkpoint import read
 from kruify.conversion.network import load_network
 from kruify.layers import KRU
-from kruify.tasks.base import load_task
+from kruify.tasks.loader import load_task
 
 TASK = "copy-memory:T=3,train_examples=128"
 ADDING = "adding:T=5,train_examples=256"

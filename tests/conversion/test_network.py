@@ -16,7 +16,8 @@ from kruify.conversion.network import KEY, load_network, network_of
 from kruify.conversion.plan import Plan
 from kruify.errors import CorruptError, PlanError, TaskError
 from kruify.layers import KRU
-from kruify.tasks.base import Task, load_task
+from kruify.tasks.base import Task
+from kruify.tasks.loader import load_task
 
 
 def written(model: nn.Module, path: Path, network: object) -> Path:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from kruify.errors import TaskError, UnsupportedError
-from kruify.tasks.base import BUILTIN, Task, check_split, device_of, evaluating, load_task, task_class, to_device
+from kruify.tasks.base import Task, check_split, device_of, evaluating, to_device
+from kruify.tasks.loader import BUILTIN, load_task, task_class
 
 GOOD = """
 import torch

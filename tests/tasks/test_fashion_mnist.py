@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from kruify.errors import CorruptError, TaskError
 from kruify.tasks import fashion_mnist
-from kruify.tasks.base import load_task
 from kruify.tasks.fashion_mnist import INSTALLED, read_idx
+from kruify.tasks.loader import load_task
 
 installed = pytest.mark.skipif(not INSTALLED.is_dir(), reason="Debian package dataset-fashion-mnist is not installed")
 

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 import kruify.tasks.g2p_en.lexicon as lexicon_module
 from kruify.errors import TaskError
 from kruify.tasks import _data
-from kruify.tasks.base import load_task
 from kruify.tasks.g2p_en import G2PEn, G2PNetwork
 from kruify.tasks.g2p_en.lexicon import GRAPHEMES, PHONEMES, lexicon, read, spell, split_of
 from kruify.tasks.g2p_en.metrics import edit_distance, error_rates
 from kruify.tasks.g2p_en.task import _bucketed, _collate, predict
+from kruify.tasks.loader import load_task
 
 HERE = importlib.util.find_spec
 needs_network = pytest.mark.skipif(HERE("g2p_en") is None, reason="package g2p-en is not installed")

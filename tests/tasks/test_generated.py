@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from kruify.errors import TaskError
 from kruify.tasks.adding import Adding
-from kruify.tasks.base import load_task
 from kruify.tasks.copy_memory import CopyMemory
+from kruify.tasks.loader import load_task
 
 
 class Fixed(nn.Module):

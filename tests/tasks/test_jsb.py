@@ -18,7 +18,7 @@ from torch import nn
 from kruify.errors import CorruptError, TaskError, UnsafeError
 from kruify.tasks import _scores, jsb
 from kruify.tasks._scores import chorales, frames, split_of
-from kruify.tasks.base import load_task
+from kruify.tasks.loader import load_task
 
 installed = pytest.mark.skipif(importlib.util.find_spec("music21") is None, reason="package music21 is not installed")
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from kruify.errors import CorruptError, TaskError
 from kruify.tasks import king_james
-from kruify.tasks.base import load_task
 from kruify.tasks.king_james import corpus, split_chapters
+from kruify.tasks.loader import load_task
 
 installed = pytest.mark.skipif(shutil.which("bible") is None, reason="Debian package bible-kjv is not installed")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kruify.errors import CorruptError, TaskError, UnsupportedError
-from kruify.tasks.base import load_task
+from kruify.tasks.loader import load_task
 from kruify.tasks.phonemes import spoken, task
 from kruify.tasks.phonemes.features import FEATURES, HOP, RATE, WINDOW, frame_labels, log_mel, with_differences
 from kruify.tasks.phonemes.labels import CLASSES, IGNORED, SILENCE, fold, from_espeak
