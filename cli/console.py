@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,9 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-WIDTH = 110  # columns where no terminal tells: files, pipes
+    from kruify.progress import Progress
 
-Advance = Callable[[float, float, str], None]
-"""Called with (done, total, description)."""
+WIDTH = 110  # columns where no terminal tells: files, pipes
 
 
 class Output:
@@ -83,9 +82,10 @@ def finite(value: Any) -> Any:
 
 
 @contextmanager
-def progress(description: str) -> Iterator[Advance]:
+def progress(description: str) -> Iterator[Progress]:
     """A bar with the time left on stderr; nothing where stderr is no terminal."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
     console = _console(sys.stderr)
     columns = (
@@ -96,7 +96,7 @@ def progress(description: str) -> Iterator[Advance]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=None)
 
         def advance(done: float, total: float, text: str) -> None:

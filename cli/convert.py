@@ -205,7 +205,7 @@ def _plan_by_budget(
             overrides=overrides,
             moments=moments,
             seed=seed,
-            progress=lambda done, total: advance(done, total, "choosing factors"),
+            progress=advance,
         )
 
 
@@ -227,9 +227,7 @@ def _calibrate(checkpoint: Checkpoint, task_name: str, seed: int) -> dict[str, M
     model = network(checkpoint, task)
     batches = 16
     with progress("calibrating") as advance:
-        return calibrate(
-            model, task, batches=batches, seed=seed, progress=lambda done: advance(done, batches, "calibrating")
-        )
+        return calibrate(model, task, batches=batches, seed=seed, progress=advance)
 
 
 def _convert(

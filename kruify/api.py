@@ -13,7 +13,6 @@ from torch import nn
 from kruify.checkpoint import Checkpoint, LazyTensor, metadata_for, read, write_model
 from kruify.conversion import (
     Conversion,
-    Progress,
     build_dense,
     build_layer,
     convert_module,
@@ -26,6 +25,7 @@ from kruify.conversion.locate import Located, RecurrentLayer, locate, locate_che
 from kruify.conversion.plan import Plan, make_plan
 from kruify.conversion.relabel import SECONDS, relabel_plan
 from kruify.errors import CorruptError, PlanError, UsageError
+from kruify.progress import Progress
 from kruify.tasks.base import Task
 
 Path_ = str | PathLike[str]

@@ -4,7 +4,7 @@ from kruify.conversion.account import Conversion, Expected, GateCounts, GateResu
 from kruify.conversion.build import Factored, build_dense, build_layer, describe_kru, plan_of
 from kruify.conversion.check import check_plan, load_tensors
 from kruify.conversion.modules import convert_module, dense_kru, densify, swap
-from kruify.conversion.tensors import Progress, convert_tensors, decompose_matrix, densify_tensors
+from kruify.conversion.tensors import convert_tensors, decompose_matrix, densify_tensors
 
 __all__ = [
     "Conversion",
@@ -12,7 +12,6 @@ __all__ = [
     "Factored",
     "GateCounts",
     "GateResult",
-    "Progress",
     "build_dense",
     "build_layer",
     "check_plan",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from kruify.checkpoint import LazyTensor
 from kruify.conversion.calibration import Moments
 from kruify.conversion.locate import AnyTensor, RecurrentLayer
 from kruify.conversion.plan import Plan, Structures, make_plan
 from kruify.conversion.planner import Matrices, Searches, plan_budget
+from kruify.progress import Progress
 
 
 def make_budget_plan(
@@ -24,7 +25,7 @@ def make_budget_plan(
     moments: Mapping[str, Moments] | None = None,
     seed: int = 0,
     searches: Searches | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """`make_plan` with structures that keep the most (weighted) energy within a budget.
 

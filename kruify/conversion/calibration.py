@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from kruify.errors import TaskError
+from kruify.progress import Progress
 from kruify.tasks.base import evaluating, to_device
 
 
@@ -87,7 +88,7 @@ def calibrate(
     split: str = "train",
     batches: int | None = 16,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Moments]:
     """Runs the dense model over batches of the task and collects the moments of every recurrent layer.
 
@@ -98,7 +99,7 @@ def calibrate(
         model: the dense model; run in eval mode, left in the mode it was in.
         task: gives batches and the forward pass.
         batches: number of batches to run; None for all.
-        progress: called with the number of batches done.
+        progress: told of the batches done.
 
     Returns:
         full weight name ("encoder.weight_hh_l0", "cell.weight_ih") -> moments of what it is applied to; layers that
@@ -122,7 +123,7 @@ def calibrate(
                 task.forward(model, to_device(batch, device))
                 done += 1
                 if progress is not None:
-                    progress(done)
+                    progress(done, batches or done, "calibrating")
     finally:
         for handle in handles:
             handle.remove()

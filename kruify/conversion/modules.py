@@ -22,11 +22,12 @@ from kruify.conversion.calibration import Moments
 from kruify.conversion.check import check_plan, load_tensors
 from kruify.conversion.locate import KRU_KINDS, MODULES, Located, describe
 from kruify.conversion.plan import LayerPlan, Plan
-from kruify.conversion.tensors import Progress, convert_tensors
+from kruify.conversion.tensors import convert_tensors
 from kruify.decomposition import Relabelling
 from kruify.errors import PlanError
 from kruify.layers import KRU, KroneckerMatrix
 from kruify.layers.relabel import dense_weight, weight_inside
+from kruify.progress import Progress
 
 
 def swap(model: nn.Module, plan: Plan) -> nn.Module:

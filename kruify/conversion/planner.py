@@ -13,6 +13,7 @@ from kruify.decomposition.choose import Candidate, Search
 from kruify.decomposition.fit import check, metric_of
 from kruify.errors import PlanError, TargetMissedError
 from kruify.factors import Structure, Term
+from kruify.progress import Progress
 
 Matrices = Mapping[str, tuple[Tensor, int, Tensor | None]]  # name -> (gates*rows, cols) weight, gates, covariance
 Searches = dict[tuple[str, int], Search]  # (name, gate, -1 for all stacked) -> what was learnt of it
@@ -80,7 +81,7 @@ def plan_budget(
     seed: int = 0,
     scaled: Collection[str] = (),
     searches: Searches | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> BudgetPlan:
     """Structures for every gate of every matrix that together keep the most (weighted) energy within a budget.
 
@@ -99,7 +100,7 @@ def plan_budget(
         scaled: names of the matrices whose products have a scale of their own, which counts as a parameter.
         searches: a dict that the caller keeps for further plans of the same matrices with the same seed: filled at the
             first one, it spares the others the fits that they have in common. The plans are the same with and without.
-        progress: called with (gates and stacks searched, how many there are).
+        progress: told of the gates and stacks searched.
 
     Returns:
         the plan; the same for the same input.
@@ -180,9 +181,9 @@ def _gates(
     return found
 
 
-def _tell(progress: Callable[[int, int], None] | None, done: int, total: int) -> None:
+def _tell(progress: Progress | None, done: int, total: int) -> None:
     if progress is not None:
-        progress(done, total)
+        progress(done, total, "choosing factors")
 
 
 def _dense(gate: _Gate) -> Candidate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from kruify.errors import PlanError, UnsupportedError, UsageError
 from kruify.layers import KroneckerMatrix
 from kruify.layers.assign import assign
 from kruify.layers.matrix import exact
-
-Progress = Callable[[int, int, str], None]  # matrices done, matrices in all, name of the one just done
+from kruify.progress import Progress
 
 
 def convert_tensors(
@@ -75,7 +74,7 @@ def convert_tensors(
             converted[f"{name}.{entry}"] = value
         results += gate_results(gate_counts(layer, weight, structures), fits)
         if progress:
-            progress(done, len(todo), name)
+            progress(done, len(todo), f"decomposing {name}")
     converted = {name: converted[name] for name in _in_order(tensors, converted, relabels)}
     counts = count_parameters(tensors, converted, located)
     return Conversion(plan, converted, results, counts, relabel_account(plan, searched))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -20,11 +20,10 @@ from kruify.analysis.costs import (
 from kruify.checkpoint import Checkpoint, read
 from kruify.conversion.network import load_network
 from kruify.errors import UsageError
+from kruify.progress import Progress
 from kruify.reporting.details import agreeing, history, made, peak_memory, with_energies
 from kruify.reporting.report import ModelReport, Report
 from kruify.tasks.base import Task, measure
-
-Progress = Callable[[float, float, str], None]  # models done, models in all, what is going on
 
 
 def build_report(

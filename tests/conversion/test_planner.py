@@ -128,7 +128,7 @@ def test_what_cannot_be_planned_is_named():
 
 def test_progress_counts_gates():
     seen = []
-    plan_budget(matrices(), "4x", progress=lambda done, total: seen.append((done, total)))
+    plan_budget(matrices(), "4x", progress=lambda done, total, phase: seen.append((done, total)))
     assert seen == [(i + 1, 7) for i in range(7)]  # five gates and two stacks
 
 

@@ -1,0 +1,17 @@
+"""How far a long call is: the one type of callback that conversion, training, search, reporting and exporting take."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """A function that is told how far a call is; a bar, a log line, a test that counts.
+
+    Example:
+        >>> kruify.convert("model.pt", budget="16x", progress=lambda done, total, phase: print(phase, done / total))
+    """
+
+    def __call__(self, done: float, total: float, phase: str, /) -> None:
+        """Takes the units done and in all (matrices, batches, optimiser steps, bytes) of the phase named, one line of
+        text such as "decomposing rnn.weight_hh_l0" or "epoch 2/5 loss 0.312"."""
