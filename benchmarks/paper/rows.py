@@ -22,7 +22,7 @@ class Row:
         cell, hidden, factors: the network. `hidden` 0: as many units as give the total size of the row `like`.
         like: key of the row whose total size a control has.
         steps: optimiser steps of the whole run.
-        recipe: further options of kruify.finetune.Recipe.
+        recipe: further options of kruify.training.Recipe.
         rank: the smaller, the earlier it is trained.
     """
 

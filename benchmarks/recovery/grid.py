@@ -113,7 +113,7 @@ class Method:
 TAUGHT = {"distill_logits": 0.5}
 RATE = {"lr": 6e-3, "factor_lr": 1.0}  # the default recipe's
 DEFAULT = {**TAUGHT, "distill_until": 1.0, **RATE}
-ANNEAL = {"overlay_start": 1.0, "overlay_until": 0.6}
+ANNEAL = {"sparse_start": 1.0}
 UNTAUGHT_ANNEAL = {"distill_logits": 0.0, **ANNEAL}  # the teacher's weights are what is annealed, its outputs not used
 
 METHODS: dict[str, Method] = {
