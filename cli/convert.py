@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from kruify.conversion.calibration import Moments
     from kruify.conversion.locate import Located, RecurrentLayer
     from kruify.conversion.plan import Plan
-    from kruify.decomposition import Relabelling
 
 LOSSLESS = 1e-3
 """||W-K|| / ||W|| below this is rounding, of half precision at most."""
@@ -44,18 +43,6 @@ LOSSLESS = 1e-3
 )
 @click.option("--subclasses", is_flag=True, help="In whole modules, take subclasses of nn.LSTM and friends for these.")
 @click.option("--unitary", is_flag=True, help="Orthogonal factors for plain RNNs: the start for --unitary-penalty.")
-@click.option(
-    "--relabel",
-    is_flag=True,
-    help="Search an order of the hidden units, inside each layer, in which the factors keep more of the matrices; the "
-    "rest of the network sees none of it. Measured on g2p-en it does not pay (benchmarks/decompose.md).",
-)
-@click.option(
-    "--relabel-seconds",
-    type=NUMBER,
-    metavar="N",
-    help="Time limit of that search, a layer and direction.  [default: 60]",
-)
 @click.option("--plan", "plan_file", metavar="FILE", help="Take the plan from this JSON file.")
 @click.option("--plan-out", metavar="FILE", help="Write the plan as JSON, to be edited and given to --plan.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done; decompose and write nothing.")
@@ -76,8 +63,6 @@ def convert(
     task_name: str | None,
     subclasses: bool,
     unitary: bool,
-    relabel: bool,
-    relabel_seconds: float | None,
     plan_file: str | None,
     plan_out: str | None,
     dry_run: bool,
@@ -102,8 +87,6 @@ def convert(
         raise click.UsageError("--input-budget goes with --budget")
     if not plan_file and not factors and not by_budget:
         raise click.UsageError("say how to factor: --factors SPEC (for example auto), --budget 10x or --plan FILE")
-    if relabel_seconds is not None and not relabel:
-        raise click.UsageError("--relabel-seconds goes with --relabel")
     pairs = [_pair(item) for item in overrides]
     with output(json_only) as out:
         from kruify.api import default_output, found, refuse_converted
@@ -136,17 +119,16 @@ def convert(
             plan = make_plan(layers, factors or "auto", input_factors, only, skip, dict(pairs))
         if not plan.layers:
             raise UsageError("nothing is left to convert", model, "Give --only, --skip and --set other patterns")
-        plan, searched = _relabel(checkpoint, plan, relabel_seconds, seed) if relabel else (plan, None)
         if plan_out:
             _write_plan(plan_out, plan)
         result: dict[str, Any]
         if dry_run:
-            account = expected(checkpoint.tensors.lazy, plan, located, searched)
+            account = expected(checkpoint.tensors.lazy, plan, located)
             result = _result(None, account)
             _show(out, model, result)
             out.show("Dry run: nothing was decomposed or written.")
         else:
-            conversion = _convert(checkpoint, plan, located, moments, unitary, searched, seed)
+            conversion = _convert(checkpoint, plan, located, moments, unitary, seed)
             _write(path, conversion, checkpoint, seed)
             result = _result(path, conversion)
             _show(out, model, result)
@@ -209,16 +191,6 @@ def _plan_by_budget(
         )
 
 
-def _relabel(
-    checkpoint: Checkpoint, plan: Plan, seconds: float | None, seed: int
-) -> tuple[Plan, dict[str, Relabelling]]:
-    from kruify.conversion.relabel import SECONDS, relabel_plan
-
-    with progress("relabelling") as advance:
-        limit = SECONDS if seconds is None else seconds
-        return relabel_plan(plan, checkpoint.tensors.lazy, seconds=limit, seed=seed, progress=advance)
-
-
 def _calibrate(checkpoint: Checkpoint, task_name: str, seed: int) -> dict[str, Moments]:
     from kruify.conversion.calibration import calibrate
     from kruify.tasks.loader import load_task
@@ -236,16 +208,13 @@ def _convert(
     located: Located,
     moments: dict[str, Moments] | None,
     unitary: bool,
-    searched: Mapping[str, Relabelling] | None,
     seed: int,
 ) -> Conversion:
     from kruify.conversion import convert_tensors
 
     tensors = checkpoint.tensors.lazy
     with progress("decomposing") as advance:
-        return convert_tensors(
-            tensors, plan, located, moments=moments, unitary=unitary, searched=searched, seed=seed, progress=advance
-        )
+        return convert_tensors(tensors, plan, located, moments=moments, unitary=unitary, seed=seed, progress=advance)
 
 
 def _write(path: Path, conversion: Conversion, checkpoint: Checkpoint, seed: int) -> None:
@@ -269,7 +238,6 @@ def _result(path: Path | None, account: Conversion | Expected) -> dict[str, Any]
         "output": None if path is None else str(path),
         "matrices": _rows(account.matrices),
         "parameters": account.parameters,
-        "relabelled": [asdict(row) for row in account.relabelled],
     }
 
 
@@ -309,20 +277,10 @@ def _show(out: Output, model: str, result: dict[str, Any]) -> None:
             *("" if m[key] is None else f"{m[key]:.3f}" for key in columns.values()),
         )
     p = result["parameters"]
-    out.show(table, *map(_relabelled, result["relabelled"]))
+    out.show(table)
     for part, words in (("recurrent", "recurrent matrices"), ("total", "whole model")):
         before, after, ratio = (p[f"{part}_{key}"] for key in ("before", "after", "ratio"))
         out.show(f"{words:18}  {before:>12,.0f} -> {after:>12,.0f} parameters, {ratio:.1f}x smaller")
-
-
-def _relabelled(row: dict[str, Any]) -> str:
-    text = f"{row['name']}: {row['moved']} units relabelled, {row['flipped']} signs changed inside the layer"
-    if row["gain"] is None:
-        return text
-    return (
-        f"{text}; energy {row['energy_before']:.4f} -> {row['energy_after']:.4f}, with shuffled entries "
-        f"{row['null_before']:.4f} -> {row['null_after']:.4f}: {row['gain']:+.4f} beyond chance"
-    )
 
 
 def _advise(out: Output, path: Path, result: dict[str, Any]) -> None:

@@ -23,7 +23,6 @@ from kruify.conversion import (
 from kruify.conversion.calibration import calibrate
 from kruify.conversion.locate import Located, RecurrentLayer, locate, locate_checkpoint
 from kruify.conversion.plan import Plan, make_plan
-from kruify.conversion.relabel import SECONDS, relabel_plan
 from kruify.errors import CorruptError, PlanError, UsageError
 from kruify.progress import Progress
 from kruify.tasks.base import Task
@@ -91,8 +90,6 @@ def convert(
     task: Task | None = None,
     subclasses: bool = False,
     unitary: bool = False,
-    relabel: bool = False,
-    relabel_seconds: float = SECONDS,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, Conversion]:
@@ -104,9 +101,6 @@ def convert(
         only, skip, overrides: patterns, see `kruify.conversion.plan.make_plan`.
         subclasses: convert subclasses of torch's layers too, taking them for what they derive from.
         unitary: orthogonal factors for plain RNNs, the start for fine-tuning with the penalty.
-        relabel: search an order (and signs) of the hidden units in which the factors keep more, inside each layer: the
-            outside sees the units of `model`. On trained networks it has not paid (benchmarks/decompose.md).
-        relabel_seconds: time limit of the search for each layer and direction.
         task: run the dense model on its calibration batches first, and fit what its activations make of the error.
 
     Raises:
@@ -116,12 +110,7 @@ def convert(
         layers = found(locate(model, subclasses=subclasses), type(model).__name__)
         plan = make_plan(layers, factors, input_factors, only, skip, overrides)
     moments = None if task is None else calibrate(model, task, seed=seed)
-    searched = None
-    if relabel:
-        plan, searched = relabel_plan(plan, model.state_dict(), seconds=relabel_seconds, seed=seed)
-    return convert_module(
-        model, plan, moments=moments, unitary=unitary, searched=searched, seed=seed, progress=progress
-    )
+    return convert_module(model, plan, moments=moments, unitary=unitary, seed=seed, progress=progress)
 
 
 def found(located: Located, where: object) -> list[RecurrentLayer]:

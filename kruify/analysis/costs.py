@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,7 @@ from kruify.conversion import build_dense, build_layer, load_tensors, plan_of
 from kruify.conversion.locate import RecurrentLayer, locate, locate_checkpoint
 from kruify.conversion.plan import LayerPlan, Plan, Structures
 from kruify.factors import Structure
-from kruify.layers.base import KRUBase
-from kruify.layers.cells import KRUCellBase
 from kruify.layers.matrix import exact
-from kruify.layers.relabel import Units, relabel_of
 
 BATCHES = (1, 32)
 STEPS = 64
@@ -34,12 +31,10 @@ class Layers:
 
     Attributes:
         items: layer -> structures of its factored matrices by weight name, empty for a dense layer.
-        relabelled: name of a layer -> its relabelled units by recurrent weight name; layers without any are left out.
     """
 
     checkpoint: Checkpoint
     items: list[tuple[RecurrentLayer, dict[str, Structures]]]
-    relabelled: dict[str, dict[str, Units]] = field(default_factory=dict)
 
     def modules(self) -> list[nn.Module]:
         """The layers as modules with the numbers of the checkpoint in them, in evaluation mode."""
@@ -47,7 +42,7 @@ class Layers:
 
     def _module(self, layer: RecurrentLayer, matrices: dict[str, Structures]) -> nn.Module:
         if matrices:
-            module: nn.Module = build_layer(LayerPlan(layer, matrices, self.relabelled.get(layer.name, {})))
+            module: nn.Module = build_layer(LayerPlan(layer, matrices))
         else:
             module = build_dense(layer)
         prefix = f"{layer.name}." if layer.name else ""
@@ -66,8 +61,7 @@ def layers_of(checkpoint: Checkpoint) -> Layers:
     items: list[tuple[RecurrentLayer, dict[str, Structures]]] = [(item.layer, item.matrices) for item in plan.layers]
     items += [(layer, {}) for layer in dense if layer.name not in planned]
     order = {name: i for i, name in enumerate(checkpoint.tensors)}
-    relabelled = {item.layer.name: item.relabelled for item in plan.layers if item.relabelled}
-    return Layers(checkpoint, sorted(items, key=lambda item: _first(item[0], order)), relabelled)
+    return Layers(checkpoint, sorted(items, key=lambda item: _first(item[0], order)))
 
 
 def _first(layer: RecurrentLayer, order: dict[str, int]) -> int:
@@ -140,7 +134,6 @@ class MatrixHealth:
         energy: 1 - ||W - K||^2 / ||W||^2 against the same gate of the first model of a report, as both stand in their
             files: after fine-tuning it tells how far the network has moved. None for the first model.
         energy_null: what the same structure keeps of a matrix without any structure. None for a dense matrix.
-        relabelled: whether the layer keeps its hidden units in another order (kruify.layers.relabel).
     """
 
     name: str
@@ -154,37 +147,27 @@ class MatrixHealth:
     singular_values: tuple[float, ...] = ()
     energy: float | None = None
     energy_null: float | None = None
-    relabelled: bool = False
-
-    @property
-    def made_of(self) -> str:
-        """`factors`, and whether the units were relabelled for them."""
-        return self.factors + (", relabelled" if self.relabelled else "")
 
 
 def matrix_health(layers: Layers, progress: Callable[[str], None] | None = None) -> list[MatrixHealth]:
     """The health of every gate of every recurrent matrix, in float64."""
     results = []
-    relabelled = {layer.full_name(w) for layer, _ in layers.items for w in layers.relabelled.get(layer.name, {})}
     for name, gate, matrix, structure in gate_matrices(layers):
         if progress:
             progress(f"{name} {gate}")
-        results.append(replace(_health(name, gate, matrix, structure), relabelled=name in relabelled))
+        results.append(_health(name, gate, matrix, structure))
     return results
 
 
 def gate_matrices(layers: Layers) -> Iterator[tuple[str, str, Tensor, Structure | None]]:
     """(name of the recurrent matrix, gate, the dense (rows, cols) it stands for, its structure if factored).
 
-    Stacked gates all come with the structure of the stack. In float64, complex128 for a complex matrix. Rows and
-    columns of a relabelled one stand in the order of the dense layer's units.
+    Stacked gates all come with the structure of the stack. In float64, complex128 for a complex matrix.
     """
     for (layer, matrices), module in zip(layers.items, layers.modules(), strict=True):
         for suffix in layer.suffixes:
             weight = getattr(module, f"weight_hh{suffix}")
             dense = exact(weight)
-            relabel = relabel_of(module, suffix) if isinstance(module, KRUBase | KRUCellBase) else None
-            dense = dense if relabel is None else relabel.weight_outside("weight_hh", dense)
             structures: Sequence[Structure | None] = matrices.get(f"weight_hh{suffix}") or (None,)
             structures = [s for s in structures for _ in range(len(layer.gates) // len(structures))]
             for gate, matrix, structure in zip(

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kruify.checkpoint import LazyTensor
 from kruify.checkpoint.tensors import ties
 from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.locate import AnyTensor, Located, RecurrentLayer
 from kruify.conversion.plan import Plan, Structures, by_gate
-from kruify.conversion.relabel import RelabelResult, relabel_account
-from kruify.decomposition import Fit, Relabelling
+from kruify.decomposition import Fit
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,6 @@ class Expected:
 
     matrices: list[GateCounts]
     parameters: dict[str, float]
-    relabelled: list[RelabelResult] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -56,15 +54,9 @@ class Conversion:
     tensors: dict[str, AnyTensor]
     matrices: list[GateResult]
     parameters: dict[str, float]
-    relabelled: list[RelabelResult] = field(default_factory=list)
 
 
-def expected(
-    tensors: Mapping[str, AnyTensor],
-    plan: Plan,
-    located: Located,
-    searched: Mapping[str, Relabelling] | None = None,
-) -> Expected:
+def expected(tensors: Mapping[str, AnyTensor], plan: Plan, located: Located) -> Expected:
     """What `convert_tensors` would make of the sizes, without decomposing anything."""
     matrices = [gate for layer, weight, s in plan.matrices() for gate in gate_counts(layer, weight, s)]
     recurrent = {layer.full_name("weight_hh" + suffix) for layer in located.layers for suffix in layer.suffixes}
@@ -86,7 +78,7 @@ def expected(
     parameters: dict[str, float] = {}
     for part, count in before.items():
         parameters |= before_after(part, count, count - saved[part])
-    return Expected(matrices, parameters, relabel_account(plan, searched))
+    return Expected(matrices, parameters)
 
 
 def count_parameters(

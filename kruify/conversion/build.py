@@ -13,7 +13,6 @@ from kruify.errors import PlanError
 from kruify.layers import KRU, KRUGRU, KRULSTM, KRURNN, KroneckerMatrix, KRUGRUCell, KRULSTMCell, KRURNNCell
 from kruify.layers.base import KRUBase
 from kruify.layers.cells import KRUCellBase
-from kruify.layers.relabel import Relabel, Units, set_relabel
 
 KRU_CLASSES: dict[tuple[str, bool], type[KRUBase] | type[KRUCellBase]] = {
     ("rnn", False): KRURNN,
@@ -37,10 +36,7 @@ def build_layer(
             raise PlanError(f"all layers of a KRU have the same factors, got {len(specs)} specs", layer.name)
         return build_kru(layer, specs.pop(), device, dtype)
     kru = KRU_CLASSES[layer.kind, layer.cell]
-    built = kru(layer.input_size, layer.hidden_size, factors=item.matrices, **_options(layer, device, dtype))
-    for weight, units in item.relabelled.items():
-        set_relabel(built, weight.removeprefix("weight_hh"), units)
-    return built
+    return kru(layer.input_size, layer.hidden_size, factors=item.matrices, **_options(layer, device, dtype))
 
 
 def build_kru(
@@ -92,19 +88,13 @@ def plan_of(model: nn.Module) -> Plan:
     plans = []
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Factored):
-            plans.append(LayerPlan(describe_kru(name, module), matrices_of(module), relabelled_of(module)))
+            plans.append(LayerPlan(describe_kru(name, module), matrices_of(module)))
     return Plan(plans)
 
 
 def matrices_of(module: Factored) -> dict[str, Structures]:
     """Name within the layer -> structures of the gates, as in `LayerPlan.matrices`."""
     return {n: child.structures for n, child in module.named_children() if isinstance(child, KroneckerMatrix)}
-
-
-def relabelled_of(module: Factored) -> dict[str, Units]:
-    """As in `LayerPlan.relabelled`."""
-    children = module.named_children()
-    return {f"weight_hh{n.removeprefix('relabel')}": c.units for n, c in children if isinstance(c, Relabel)}
 
 
 def describe_kru(name: str, module: Factored) -> RecurrentLayer:

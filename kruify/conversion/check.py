@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kruify.checkpoint import LazyTensor
 from kruify.conversion.locate import AnyTensor, Located
-from kruify.conversion.plan import Plan, check_signs
+from kruify.conversion.plan import Plan
 from kruify.errors import CorruptError, PlanError
 
 
@@ -29,10 +29,6 @@ def check_plan(plan: Plan, located: Located) -> None:
                 f"the plan is made for {rows}x{cols} gates, the model has {have}",
                 layer.full_name(weight),
             )
-    for item in plan.layers:
-        for weight, units in item.relabelled.items():
-            actual = found[item.layer.name]
-            check_signs(units, actual if actual.nonlinearity else item.layer, weight)
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, AnyTensor], where: object = None) -> None:

@@ -16,17 +16,14 @@ from kruify.conversion.build import (
     build_layer,
     describe_kru,
     matrices_of,
-    relabelled_of,
 )
 from kruify.conversion.calibration import Moments
 from kruify.conversion.check import check_plan, load_tensors
 from kruify.conversion.locate import KRU_KINDS, MODULES, Located, describe
 from kruify.conversion.plan import LayerPlan, Plan
 from kruify.conversion.tensors import convert_tensors
-from kruify.decomposition import Relabelling
 from kruify.errors import PlanError
 from kruify.layers import KRU, KroneckerMatrix
-from kruify.layers.relabel import dense_weight, weight_inside
 from kruify.progress import Progress
 
 
@@ -53,24 +50,24 @@ def swap(model: nn.Module, plan: Plan) -> nn.Module:
                 "Build the model with kruify.layers.KRU in its place",
             )
         if isinstance(dense, Factored):
-            if matrices_of(dense) != item.matrices or set(relabelled_of(dense)) != set(item.relabelled):
+            if matrices_of(dense) != item.matrices:
                 raise PlanError(f"layer '{item.layer.name}' holds other factors than the plan", type(model).__name__)
             continue
         if not isinstance(dense, tuple(MODULES)):
             raise PlanError(f"layer '{item.layer.name}' is a {type(dense).__name__}, not a recurrent layer of torch.nn")
-        same = (layer for old, known, layer in swapped if old is dense and known.alike(item))
+        same = (layer for old, known, layer in swapped if old is dense and known.matrices == item.matrices)
         if (shared := next(same, None)) is not None:
             model = _set_submodule(model, item.layer.name, shared)
             continue
         actual = describe(item.layer.name, dense)
         check_plan(Plan([item]), Located([actual], []))
         weight = next(dense.parameters())
-        layer = build_layer(LayerPlan(actual, item.matrices, item.relabelled), weight.device, weight.dtype)
+        layer = build_layer(LayerPlan(actual, item.matrices), weight.device, weight.dtype)
         with torch.no_grad():
             for name, parameter in dense.named_parameters():
                 target = getattr(layer, name, None)
                 if isinstance(target, nn.Parameter):
-                    target.copy_(weight_inside(layer, name, parameter))
+                    target.copy_(parameter)
                     target.requires_grad_(parameter.requires_grad)
         layer.train(dense.training)
         swapped.append((dense, item, layer))
@@ -84,7 +81,6 @@ def convert_module(
     *,
     moments: Mapping[str, Moments] | None = None,
     unitary: bool = False,
-    searched: Mapping[str, Relabelling] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, Conversion]:
@@ -93,7 +89,7 @@ def convert_module(
     with torch.no_grad():
         tensors = model.state_dict()
         conversion = convert_tensors(
-            tensors, plan, located, moments=moments, unitary=unitary, searched=searched, seed=seed, progress=progress
+            tensors, plan, located, moments=moments, unitary=unitary, seed=seed, progress=progress
         )
         converted = swap(copy.deepcopy(model), plan)
         load_tensors(converted, conversion.tensors)
@@ -122,7 +118,8 @@ def _dense_layer(name: str, module: Factored) -> nn.Module:
     dense = build_dense(describe_kru(name, module), weight.device, weight.dtype)
     with torch.no_grad():
         for parameter_name, parameter in dense.named_parameters():
-            parameter.copy_(dense_weight(module, parameter_name))
+            value = getattr(module, parameter_name)
+            parameter.copy_(value.to_dense() if isinstance(value, KroneckerMatrix) else value)
     return dense.train(module.training)
 
 

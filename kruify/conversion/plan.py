@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 
-from kruify.conversion.locate import KRU_KINDS, RecurrentLayer
+from kruify.conversion.locate import RecurrentLayer
 from kruify.errors import FactorSpecError, PlanError, UnsupportedError
 from kruify.factors import Structure, parse, stacks
-from kruify.layers.relabel import Units, is_relabelling, odd_gates
 
-SCHEMA = 3  # 1: no relabelling, 2: no stacked gates; a plan is written as the first that can say it
+SCHEMA = 3  # with stacked gates; a plan without is written as 1, and 2 (relabelled hidden units) is no longer read
 ALL = "all"  # the name of all gates of a matrix stacked
 Structures = tuple[Structure, ...]  # one a gate, or one of all gates stacked
 
@@ -29,17 +27,10 @@ class LayerPlan:
     Attributes:
         matrices: weight name within the layer, such as "weight_hh_l0" -> one structure a gate, or one of all gates
             stacked.
-        relabelled: recurrent weight name -> order and signs of the hidden units inside the layer
-            (kruify.layers.relabel).
     """
 
     layer: RecurrentLayer
     matrices: dict[str, Structures]
-    relabelled: dict[str, Units] = field(default_factory=dict)
-
-    def alike(self, other: LayerPlan) -> bool:
-        """Whether both make the same of a layer, whatever its name."""
-        return self.matrices == other.matrices and not self.relabelled and not other.relabelled
 
 
 @dataclass(frozen=True)
@@ -60,7 +51,6 @@ class Plan:
                     weight: {
                         "scale": structures[0].scaled,
                         "gates": {gate: str(s) for gate, s in by_gate(item.layer, structures).items()},
-                        **({"units": " ".join(map(str, item.relabelled[weight]))} if weight in item.relabelled else {}),
                     }
                     for weight, structures in item.matrices.items()
                 },
@@ -68,15 +58,14 @@ class Plan:
             for item in self.layers
         ]
         stacked = any(s.gates > 1 for _, _, structures in self.matrices() for s in structures)
-        schema = 3 if stacked else 2 if any(item.relabelled for item in self.layers) else 1
-        return json.dumps({"schema": schema, "layers": layers}, indent=indent)
+        return json.dumps({"schema": 3 if stacked else 1, "layers": layers}, indent=indent)
 
     @staticmethod
     def from_json(text: str, where: str = "plan") -> Plan:
         """Reads what `to_json` wrote, or a person edited.
 
         Raises:
-            PlanError: not JSON, a key missing or unknown, a spec that does not fit.
+            PlanError: not JSON, a key missing or unknown, a spec that does not fit, relabelled hidden units.
             UnsupportedError: a schema newer than this kruify.
         """
         try:
@@ -90,6 +79,8 @@ class Plan:
             raise PlanError("'schema' must be a whole number from 1 on", where)
         if schema > SCHEMA:
             raise UnsupportedError(f"plan schema {schema} is newer than this kruify ({SCHEMA})", where, "Update kruify")
+        if schema == 2:
+            raise _relabelled(where)
         return Plan([_read_layer(item, where) for item in data["layers"]])
 
 
@@ -121,7 +112,7 @@ def _read_layer(data: object, where: str) -> LayerPlan:
         gates = layer.gates
     except (TypeError, KeyError) as error:
         raise PlanError(f"layer '{values.get('name')}' is incomplete ({error})", where) from None
-    matrices, relabelled = {}, {}
+    matrices = {}
     for weight, entry in data["matrices"].items():
         if weight not in _weight_names(layer):
             raise PlanError(
@@ -140,28 +131,13 @@ def _read_layer(data: object, where: str) -> LayerPlan:
         scaled = bool(entry.get("scale", False))
         matrices[weight] = _resolve([specs[ALL if ALL in specs else g] for g in gates], layer, weight, scaled)
         if "units" in entry:
-            relabelled[weight] = _read_units(entry["units"], layer, weight, where)
-    return LayerPlan(layer, matrices, relabelled)
+            raise _relabelled(where)
+    return LayerPlan(layer, matrices)
 
 
-def _read_units(units: object, layer: RecurrentLayer, weight: str, where: str) -> Units:
-    name, hidden = layer.full_name(weight), layer.hidden_size
-    if not weight.startswith("weight_hh") or layer.kind in KRU_KINDS:
-        raise PlanError(f"'units' of '{name}': only recurrent matrices of RNN, LSTM and GRU are relabelled", where)
-    numbers = re.findall(r"[-+]?\d{1,9}", units) if isinstance(units, str) and re.fullmatch(r"[-+\d\s]*", units) else []
-    found = tuple(map(int, numbers))
-    if not is_relabelling(found, hidden):
-        raise PlanError(f"'units' of '{name}' must name each of the units 1 to {hidden} once, with either sign", where)
-    check_signs(found, layer, weight, where)
-    return found
-
-
-def check_signs(units: Units, layer: RecurrentLayer, weight: str, where: object = None) -> None:
-    """Raises `PlanError` where units change their sign and the cell does not allow it."""
-    if min(units) < 0 and odd_gates(layer.kind, layer.nonlinearity) is None:
-        raise PlanError(
-            f"'units' of '{layer.full_name(weight)}' change signs, which only an RNN known to be tanh allows", where
-        )
+def _relabelled(where: str) -> PlanError:
+    """What earlier versions wrote for `convert --relabel`: schema 2, or "units" beside stacked gates in schema 3."""
+    return PlanError("its hidden units are relabelled, which kruify no longer reads", where, "Convert the source again")
 
 
 def _is_of(value: object, annotation: str) -> bool:

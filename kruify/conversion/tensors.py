@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from kruify.conversion.calibration import Moments, bias_correction
 from kruify.conversion.check import check_plan, load_tensors, loaded
 from kruify.conversion.locate import AnyTensor, Located
 from kruify.conversion.plan import Plan, Structures
-from kruify.conversion.relabel import moments_inside, relabel_account, relabel_name, tensors_inside, tensors_outside
-from kruify.decomposition import Fit, Relabelling, fit
+from kruify.decomposition import Fit, fit
 from kruify.errors import PlanError, UnsupportedError, UsageError
 from kruify.layers import KroneckerMatrix
 from kruify.layers.assign import assign
@@ -28,12 +27,10 @@ def convert_tensors(
     *,
     moments: Mapping[str, Moments] | None = None,
     unitary: bool = False,
-    searched: Mapping[str, Relabelling] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Decomposes every matrix that the plan names; all other tensors are handed on untouched, but for those of the
-    layers and directions whose units the plan relabels.
+    """Decomposes every matrix that the plan names; all other tensors are handed on untouched.
 
     Args:
         moments: full weight name -> moments of what the matrix is applied to (conversion.calibration). With them the
@@ -41,7 +38,6 @@ def convert_tensors(
             (W - K) E[h]; a layer without bias gets none. Matrices that are not named are fitted unweighted.
         unitary: fit orthogonal factors to the recurrent matrices of plain RNNs, whose scale is separate: the start
             for fine-tuning with the soft unitary penalty.
-        searched: what `relabel_plan` found, for the account.
 
     Raises:
         PlanError: a layer or a matrix of the plan is not in the tensors, or has another size.
@@ -50,7 +46,6 @@ def convert_tensors(
     """
     check_plan(plan, located)
     converted = dict(tensors)
-    relabels = tensors_inside(converted, plan)
     results: list[GateResult] = []
     todo = list(plan.matrices())
     if unitary and not any(_has_own_scale(weight, structures) for _, weight, structures in todo):
@@ -60,8 +55,6 @@ def convert_tensors(
         dense = loaded(converted.pop(name))
         _check_finite(dense, name)
         known = (moments or {}).get(name)
-        if known is not None and name in relabels:
-            known = moments_inside(known, relabels[name])
         orthogonal = unitary and _has_own_scale(weight, structures)
         covariance = None if known is None or orthogonal else known.weight(layer.bias)
         matrix, fits = decompose_matrix(dense, structures, name, covariance=covariance, unitary=orthogonal, seed=seed)
@@ -75,9 +68,9 @@ def convert_tensors(
         results += gate_results(gate_counts(layer, weight, structures), fits)
         if progress:
             progress(done, len(todo), f"decomposing {name}")
-    converted = {name: converted[name] for name in _in_order(tensors, converted, relabels)}
+    converted = {name: converted[name] for name in _in_order(tensors, converted)}
     counts = count_parameters(tensors, converted, located)
-    return Conversion(plan, converted, results, counts, relabel_account(plan, searched))
+    return Conversion(plan, converted, results, counts)
 
 
 def _has_own_scale(weight: str, structures: Structures) -> bool:
@@ -132,15 +125,12 @@ def densify_tensors(tensors: Mapping[str, AnyTensor], plan: Plan) -> dict[str, T
         order[min(order.index(n) for n in entries)] = name
         with torch.no_grad():
             dense[name] = exact(matrix).to(dtype)
-    tensors_outside(dense, plan)
     return {name: dense[name] for name in order if name in dense}
 
 
-def _in_order(before: Mapping[str, AnyTensor], after: Mapping[str, AnyTensor], relabels: Collection[str]) -> list[str]:
-    """Names of `after`, the new ones standing where the matrix they replace stood, a relabelling by its matrix."""
+def _in_order(before: Mapping[str, AnyTensor], after: Mapping[str, AnyTensor]) -> list[str]:
+    """Names of `after`, the new ones standing where the matrix they replace stood."""
     position = {name: i for i, name in enumerate(before)}
-    for name in relabels:
-        position[relabel_name(name)] = position[name]
 
     def place(name: str) -> int:
         while name not in position:

@@ -4,6 +4,5 @@ from __future__ import annotations
 
 from kruify.decomposition.choose import choose
 from kruify.decomposition.fit import Fit, fit, null_energy
-from kruify.decomposition.symmetries import Relabelling, symmetries
 
-__all__ = ["Fit", "Relabelling", "choose", "fit", "null_energy", "symmetries"]
+__all__ = ["Fit", "choose", "fit", "null_energy"]

@@ -18,10 +18,7 @@ from torch import Tensor, nn
 from kruify.exporting.graph import Graph, make_model, scan_body
 from kruify.exporting.matrix import product
 from kruify.exporting.shapes import Interface
-from kruify.layers.base import KRUBase
-from kruify.layers.cells import KRUCellBase
 from kruify.layers.matrix import KroneckerMatrix
-from kruify.layers.relabel import STEMS, Relabel, relabel_of
 
 # The order that lets one Sigmoid serve neighbouring gates (LSTM: i, f, o then g).
 GATE_ORDER = {"rnn": (0,), "lstm": (0, 1, 3, 2), "gru": (0, 1, 2)}
@@ -39,7 +36,6 @@ class _Weights:
     b_ih: Tensor | None
     b_hh: Tensor | None
     hr: Tensor | None
-    relabel: Relabel | None = None  # of a layer that keeps its factors; dense weights are in the outside's order
 
 
 def layer_model(module: nn.Module, interface: Interface, *, dense: bool = False) -> onnx.ModelProto:
@@ -73,7 +69,6 @@ def layer_model(module: nn.Module, interface: Interface, *, dense: bool = False)
 
 def _weights(module: nn.Module, prefix: str, suffix: str, dtype: str, dense: bool) -> _Weights:
     target = getattr(torch, dtype)
-    relabel = relabel_of(module, suffix) if isinstance(module, KRUBase | KRUCellBase) else None
 
     def get(stem: str) -> Any:
         value = getattr(module, stem + suffix, None)
@@ -84,12 +79,10 @@ def _weights(module: nn.Module, prefix: str, suffix: str, dtype: str, dense: boo
             value = value.to(torch.float64).to_dense()
         if not isinstance(value, Tensor):
             return None
-        value = relabel.weight_outside(stem, value) if dense and relabel is not None else value
         return value.detach().to(target)
 
     name = f"{prefix}.weight_{{}}{suffix}" if prefix else f"weight_{{}}{suffix}"
-    w_ih, w_hh, b_ih, b_hh, w_hr = map(get, STEMS)
-    return _Weights(name, w_ih, w_hh, b_ih, b_hh, w_hr, None if dense else relabel)
+    return _Weights(name, *map(get, ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")))
 
 
 def _factors(weights: _Weights) -> str:
@@ -102,28 +95,9 @@ def _factors(weights: _Weights) -> str:
 
 def _write_cell(graph: Graph, interface: Interface, w: _Weights) -> None:
     gates_x = _input_gates(graph, interface.layer.kind, w, "input")
-    state = _step(graph, interface, w, gates_x, _states(graph, w, interface.inputs[1:], "inside"))
-    for value, name in zip(_states(graph, w, state, "outside"), interface.outputs, strict=True):
+    state = _step(graph, interface, w, gates_x, interface.inputs[1:])
+    for value, name in zip(state, interface.outputs, strict=True):
         graph.rename(value, name)
-
-
-def _states(graph: Graph, w: _Weights, states: Sequence[str], side: str) -> list[str]:
-    """Each (..., hidden), in the units of the matrices ("inside") or the outside's; a projected h stays as it is."""
-    if w.relabel is None:
-        return list(states)
-    first = int(w.relabel.projected)
-    return [*states[:first], *(_relabelled(graph, w, state, side) for state in states[first:])]
-
-
-def _relabelled(graph: Graph, w: _Weights, x: str, side: str) -> str:
-    """(..., hidden) -> (..., hidden): a Gather, and a product with the signs where there are any."""
-    relabel, dtype = w.relabel, w.ih.dtype
-    assert relabel is not None
-    order = relabel.permutation if side == "inside" else relabel.permutation.argsort()
-    signs = relabel.signs if side == "inside" else relabel.signs[order]
-    name = w.name.format("hh").replace("weight_hh", "relabel")
-    y = graph.add("Gather", x, graph.constant(order, name), axis=-1)
-    return y if bool((signs > 0).all()) else graph.add("Mul", y, graph.constant(signs.to(dtype), f"{name}.signs"))
 
 
 def _write_layer(graph: Graph, interface: Interface, weights: Sequence[_Weights], dtype: str) -> None:
@@ -180,7 +154,7 @@ def _write_scan(
     proto = scan_body(body, dtype, [*state_in, gate_in], [*state_out, y_out])
     results = graph.add_many(
         "Scan",
-        *_states(graph, w, states, "inside"),
+        *states,
         gates_x,
         outputs=[*(graph.fresh(f"{s}_last") for s in interface.states), graph.fresh("sequence")],
         body=proto,
@@ -188,7 +162,7 @@ def _write_scan(
         scan_input_directions=[int(reverse)],
         scan_output_directions=[int(reverse)],
     )
-    return _states(graph, w, results[-1:], "outside")[0], _states(graph, w, results[:-1], "outside")
+    return results[-1], results[:-1]
 
 
 def _input_gates(graph: Graph, kind: str, w: _Weights, x: str) -> str:

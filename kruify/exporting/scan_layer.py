@@ -13,10 +13,9 @@ from kruify.conversion import build_layer
 from kruify.conversion.locate import MODULES, describe
 from kruify.conversion.plan import LayerPlan
 from kruify.errors import UnsupportedError
-from kruify.layers.base import KRUBase, weight_suffix
+from kruify.layers.base import KRUBase
 from kruify.layers.cells import KRUCellBase
 from kruify.layers.matrix import KroneckerMatrix
-from kruify.layers.relabel import relabel_of
 from kruify.layers.steps import Matrix, State, make_step
 
 
@@ -68,12 +67,8 @@ class ScanLayer(nn.Module):
             new = step(gates[0], tuple(carry))
             return list(new), [new[0].clone()]  # an output of scan may not be its carry, too
 
-        relabel = relabel_of(self.layer, weight_suffix(k, d))
-        state = state if relabel is None else relabel.state_inside(state)
         final, sequence = scan(combine, [s.clone() for s in state], [gates_x], dim=0, reverse=d == 1)
-        if relabel is None:
-            return sequence[0], tuple(final)
-        return relabel.output_outside(sequence[0]), relabel.state_outside(tuple(final))
+        return sequence[0], tuple(final)
 
 
 class StepCell(nn.Module):
@@ -94,10 +89,7 @@ class StepCell(nn.Module):
             state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
             state = state if input.dim() == 2 else tuple(s.unsqueeze(0) for s in state)
         step = make_step(cell.kind, _multiply(cell.weight_hh), cell.bias_hh, nonlinearity=cell.nonlinearity)
-        relabel = relabel_of(cell, "")
-        state = state if relabel is None else relabel.state_inside(state)
         new = step(_affine(cell.weight_ih, x, cell.bias_ih), state)
-        new = new if relabel is None else relabel.state_outside(new)
         new = new if input.dim() == 2 else tuple(s.squeeze(0) for s in new)
         return new if count == 2 else new[0]
 

@@ -15,7 +15,6 @@ from kruify.errors import UsageError
 from kruify.factors import Structure, parse, stacks
 from kruify.layers import dense, dispatch, kernel, reference
 from kruify.layers.matrix import KroneckerMatrix, reset_like_torch
-from kruify.layers.relabel import relabel_of
 from kruify.layers.steps import GATES, State, make_step
 from kruify.ops.precision import autocast_to
 
@@ -77,7 +76,6 @@ class KRUBase(nn.Module):
     """
 
     kind: str
-    relabelled = False  # whether some direction has a `Relabel`; on the class for layers pickled without it
 
     def __init__(
         self,
@@ -291,16 +289,6 @@ class KRUBase(nn.Module):
     def _run_direction(
         self, data: Tensor, batch_sizes: list[int] | Tensor | None, state: State, layer: int, direction: int
     ) -> tuple[Tensor, State]:
-        relabel = relabel_of(self, weight_suffix(layer, direction)) if self.relabelled else None
-        if relabel is None:
-            return self._run_inside(data, batch_sizes, state, layer, direction)
-        output, final = self._run_inside(data, batch_sizes, relabel.state_inside(state), layer, direction)
-        return relabel.output_outside(output), relabel.state_outside(final)
-
-    def _run_inside(
-        self, data: Tensor, batch_sizes: list[int] | Tensor | None, state: State, layer: int, direction: int
-    ) -> tuple[Tensor, State]:
-        """One layer and direction in the units of its matrices."""
         w = self.weights(layer, direction)
         if batch_sizes is None:
             return dense.run_direction(w, data, state, reverse=direction == 1)

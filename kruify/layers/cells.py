@@ -9,7 +9,6 @@ from kruify.errors import UsageError
 from kruify.layers import kernel
 from kruify.layers.base import Factors, apply_weight, build_weight
 from kruify.layers.matrix import KroneckerMatrix, reset_like_torch
-from kruify.layers.relabel import relabel_of
 from kruify.layers.steps import GATES, Matrix, State, make_step
 
 
@@ -17,7 +16,6 @@ class KRUCellBase(nn.Module):
     """Constructor and forward of torch.nn.LSTMCell / GRUCell / RNNCell, and their parameter names."""
 
     kind: str
-    relabelled = False  # whether it has a `Relabel`; on the class for cells pickled without it
     bias_ih: Tensor | None
     bias_hh: Tensor | None
 
@@ -52,10 +50,9 @@ class KRUCellBase(nn.Module):
         reset_like_torch(self, self.hidden_size)
 
     def _step(self, input: Tensor, state: State | None) -> State:
-        if not self.relabelled:
-            streamed = kernel.streaming_step(self, input, state)
-            if streamed is not None:
-                return streamed
+        streamed = kernel.streaming_step(self, input, state)
+        if streamed is not None:
+            return streamed
         if input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
             raise UsageError(
                 f"expected input of shape (batch, {self.input_size}) or ({self.input_size},), got {tuple(input.shape)}",
@@ -73,15 +70,11 @@ class KRUCellBase(nn.Module):
                 f"got {[tuple(s.shape) for s in state]}",
                 type(self).__name__,
             )
-        relabel = relabel_of(self, "") if self.relabelled else None
-        if relabel is None:
-            new = self._step_inside(x, state)
-        else:
-            new = relabel.state_outside(self._step_inside(x, relabel.state_inside(state)))
+        new = self._batched_step(x, state)
         return new if input.dim() == 2 else tuple(s.squeeze(0) for s in new)
 
-    def _step_inside(self, x: Tensor, state: State) -> State:
-        """One step in the units of the matrices, x (batch, features)."""
+    def _batched_step(self, x: Tensor, state: State) -> State:
+        """One step, x (batch, features), each state (batch, hidden)."""
         weight = self.weight_hh
         if kernel.serves(weight, x, projected=False):
             names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")

@@ -9,7 +9,6 @@ from torch import _VF, Tensor
 
 from kruify.layers import kernel
 from kruify.layers.matrix import KroneckerMatrix
-from kruify.layers.relabel import Relabel, relabel_of
 from kruify.layers.steps import State
 from kruify.ops import functions, has_kernel, onednn
 
@@ -75,19 +74,10 @@ def flat_weights(layer: KRUBase) -> list[Tensor]:
     """Dense weights in the order that torch's functions expect."""
     flat: list[Tensor] = []
     for k, d in layer.directions():
-        relabel = relabel_of(layer, f"_l{k}_reverse" if d else f"_l{k}") if layer.relabelled else None
-        for stem, weight in layer.weights(k, d).items():
-            if isinstance(weight, KroneckerMatrix):
-                flat.append(_densified(weight, stem, relabel))
-            elif weight is not None:
-                flat.append(weight if relabel is None else relabel.weight_outside(stem, weight))
+        for weight in layer.weights(k, d).values():
+            if weight is not None:
+                flat.append(_formed(weight) if isinstance(weight, KroneckerMatrix) else weight)
     return flat
-
-
-def _densified(matrix: KroneckerMatrix, stem: str, relabel: Relabel | None) -> Tensor:
-    """The dense weight in the outside's units."""
-    dense = _formed(matrix)
-    return dense if relabel is None else relabel.weight_outside(stem, dense)
 
 
 def _formed(matrix: KroneckerMatrix) -> Tensor:

@@ -147,7 +147,7 @@ def gate_cells(entry: MatrixHealth) -> tuple[str, ...]:
         energy += f" ({entry.energy_null:.3f})"
     condition = "∞" if math.isinf(entry.condition_number) else f"{entry.condition_number:.3g}"
     norm, defect = f"{entry.spectral_norm:.3g}", f"{entry.unitarity_defect:.3g}"
-    return entry.made_of, f"{entry.parameters:,}", energy, condition, norm, defect
+    return entry.factors, f"{entry.parameters:,}", energy, condition, norm, defect
 
 
 def quarters(values: Sequence[float]) -> list[float]:
@@ -178,7 +178,7 @@ def plan(model: ModelReport) -> list[str]:
     gates: dict[tuple[str, str], list[str]] = {}
     for entry in model.recurrent_matrices:
         if entry.factors != "dense":
-            gates.setdefault((entry.name, entry.made_of), []).append(entry.gate)
+            gates.setdefault((entry.name, entry.factors), []).append(entry.gate)
     names: dict[tuple[str, str], list[str]] = {}
     for (name, factors), of in gates.items():
         names.setdefault((", ".join(of), factors), []).append(name)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from kruify.layers.matrix import KroneckerMatrix, Overlay
-from kruify.layers.relabel import weight_inside
 from kruify.training.ema import Average
 
 EVENTS = 100  # prunings from start to end
@@ -60,7 +59,7 @@ class OverlayAnnealing:
     def __init__(
         self, model: nn.Module, dense: Mapping[str, Tensor], start: float, until: float, pooled: bool = False
     ) -> None:
-        self.start, self.until, self.model, self.dense, self.pooled = start, until, model, dense, pooled
+        self.start, self.until, self.dense, self.pooled = start, until, dense, pooled
         self.items = [
             _Item(name, module, module.overlay, tuple(s.sparse_blocks for s in module.structures))
             for name, module in model.named_modules()
@@ -81,8 +80,7 @@ class OverlayAnnealing:
             overlay, matrix = item.overlay, item.matrix
             block = overlay.values.shape[1]
             overlay.values.zero_()
-            dense = weight_inside(self.model, item.name, self.dense[item.name].to(matrix.device, matrix.dtype))
-            residual = dense - matrix.to_dense()
+            residual = self.dense[item.name].to(matrix.device, matrix.dtype) - matrix.to_dense()
             blocks = residual.reshape(-1, block, matrix.cols).transpose(1, 2).reshape(-1, block)
             wanted = [max(n, round(self.start * item.possible)) if n else 0 for n in item.final]
             index = torch.arange(len(blocks), device=blocks.device)

@@ -155,36 +155,6 @@ def test_calibrated_by_a_task(folder, run, run_json):
     assert "kept of W h" in run("convert", "model.pt", "--factors", "2x2", "--task", "task.py:Echo").stdout
 
 
-def test_relabelled_units_are_shown_planned_and_done_again(folder, run, run_json):
-    common = ("convert", "model.pt", "--factors", "4x4,2x2", "--relabel", "--relabel-seconds", "30")
-    dry = run_json(*common, "--dry-run", "--plan-out", "plan.json")
-    (row,) = dry["relabelled"]
-    assert row["name"] == "rnn.weight_hh_l0" and row["moved"] > 0
-    assert row["energy_after"] > row["energy_before"] > 0
-    assert row["gain"] == pytest.approx(
-        row["energy_after"] - row["energy_before"] - row["null_after"] + row["null_before"]
-    )
-    real = run_json(*common, "-o", "searched.kru.safetensors")
-    assert real["relabelled"] == dry["relabelled"]
-    planned = run_json("convert", "model.pt", "--plan", "plan.json", "-o", "planned.kru.safetensors")
-    assert planned["matrices"] == real["matrices"]
-    assert planned["relabelled"] == [
-        {**row, **dict.fromkeys(("energy_before", "energy_after", "null_before", "null_after", "gain"))}
-    ]
-    assert Path("planned.kru.safetensors").read_bytes() == Path("searched.kru.safetensors").read_bytes()
-    kept = sum(m["energy"] for m in real["matrices"]) / 3
-    assert kept > sum(m["energy"] for m in run_json("convert", "model.pt", "--factors", "4x4,2x2")["matrices"]) / 3
-    text = " ".join(run(*common).stdout.split())
-    assert f"{row['moved']} units relabelled" in text and "beyond chance" in text
-    assert "units relabelled" in run("convert", "model.pt", "--plan", "plan.json").stdout
-    assert run("verify", "planned.kru.safetensors").exit_code == 0
-    dense = run_json("export", "planned.kru.safetensors", "--to", "dense", "-o", "dense.pt")
-    assert dense["outputs"][0]["difference"] < 1e-6
-    wrong = run("convert", "model.pt", "--factors", "2x2", "--relabel-seconds", "3")
-    assert wrong.exit_code == 2 and "--relabel" in wrong.stderr
-    assert run_json("convert", "model.pt", "--factors", "2x2")["relabelled"] == []
-
-
 def test_converting_twice_is_refused(folder, run):
     assert run("convert", "model.pt", "--factors", "2x2").exit_code == 0
     result = run("convert", "model.kru.safetensors", "--factors", "2x2")

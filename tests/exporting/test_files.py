@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -17,9 +16,7 @@ from torch import Tensor, nn
 import kruify
 from kruify.checkpoint import read, write_torch
 from kruify.cli.main import cli
-from kruify.conversion import convert_module, densify
-from kruify.conversion.locate import describe
-from kruify.conversion.plan import Plan, make_plan
+from kruify.conversion import densify
 from kruify.errors import UnsupportedError, UsageError
 from kruify.exporting import export_dense, export_layers, export_network
 from kruify.tasks.base import Task
@@ -130,25 +127,6 @@ def test_what_a_state_dict_does_not_tell_is_said_and_can_be_given(
     x, h = 3 * torch.randn(5, 2, 3), torch.randn(1, 2, 4)
     got = session.run(None, {"input": x.numpy(), "h_0": h.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(got), rnn(x, h)[0], atol=1e-5, rtol=0)
-
-
-def relabelled_file(folder: Path) -> tuple[Path, nn.GRU]:
-    """All terms kept in another order of the hidden units, and the dense layer that this equals."""
-    torch.manual_seed(0)
-    dense = nn.GRU(5, 8, batch_first=True)
-    item = make_plan([describe("", dense)], "16*(4x2,2x4)").layers[0]
-    units = dict.fromkeys(item.matrices, (3, -1, 2, 8, -7, 6, 5, 4))
-    kruify.save(convert_module(dense, Plan([replace(item, relabelled=units)]))[0], folder / "moved.safetensors")
-    return folder / "moved.safetensors", dense
-
-
-def test_relabelled_layers_of_a_file_come_out_in_the_order_of_the_dense_layer(tmp_path: Path) -> None:
-    file, dense = relabelled_file(tmp_path)
-    (exported,) = export_layers(read(file), "onnx", tmp_path / "moved.onnx", batch_first=False)
-    session = onnxruntime.InferenceSession(str(exported.path), providers=["CPUExecutionProvider"])
-    x, h = torch.randn(4, 2, 5), torch.randn(1, 2, 8)
-    got = session.run(None, {"input": x.numpy(), "h_0": h.numpy()})[0]
-    torch.testing.assert_close(torch.from_numpy(got), dense(x.transpose(0, 1), h)[0].transpose(0, 1), atol=1e-5, rtol=0)
 
 
 def test_a_nonlinearity_that_cannot_be_is_refused(tmp_path: Path, file: Path) -> None:

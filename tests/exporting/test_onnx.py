@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import kruify
-from kruify.conversion import convert_module, densify
-from kruify.conversion.locate import describe
-from kruify.conversion.plan import Plan, make_plan
+from kruify.conversion import densify
 from kruify.errors import TargetMissedError, UsageError
 from kruify.exporting import export_onnx
 from kruify.exporting.matrix import application_order
@@ -122,42 +119,16 @@ def test_float64_keeps_its_precision(tmp_path: Path) -> None:
     check(export_onnx(model, tmp_path / "layer.onnx").path, densify(model), tolerance=1e-12)
 
 
-def relabelled(dense: nn.Module, spec: str) -> nn.Module:
-    item = make_plan([describe("", dense)], spec).layers[0]
-    hidden = item.layer.hidden_size
-    units = tuple(((torch.randperm(hidden) + 1) * (2 * torch.randint(2, (hidden,)) - 1)).tolist())
-    return convert_module(dense, Plan([replace(item, relabelled=dict.fromkeys(item.matrices, units))]))[0]
-
-
-@pytest.mark.parametrize("dense_nodes", [False, True], ids=["factors", "dense"])
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        (nn.LSTM, {"num_layers": 2, "bidirectional": True}),
-        (nn.LSTM, {"proj_size": 4, "batch_first": True}),
-        (nn.GRU, {"bias": False}),
-        (nn.RNN, {}),
-    ],
-)
-def test_relabelled_units_come_out_in_the_order_of_the_dense_layer(
-    tmp_path: Path, kind: Any, options: dict[str, Any], dense_nodes: bool
-) -> None:
-    dense = kind(6, 8, **options)
-    model = relabelled(dense, "8*(4x2,2x2)" if options.get("proj_size") else "16*(4x2,2x4)")
-    check(export_onnx(model, tmp_path / "layer.onnx", dense=dense_nodes).path, dense)
-
-
 def test_half_precision_is_written_in_float32(tmp_path: Path) -> None:
     model, _ = kruify.convert(nn.GRU(6, 8).to(torch.bfloat16), "auto")
     exported = export_onnx(model, tmp_path / "layer.onnx")
     check(exported.path, densify(model.float()))
 
 
-@pytest.mark.parametrize("make", [lambda cell: kruify.convert(cell, "8x8")[0], lambda cell: relabelled(cell, "8x8")])
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
-def test_cells_are_one_step(tmp_path: Path, kind: Any, make: Any) -> None:
+def test_cells_are_one_step(tmp_path: Path, kind: Any) -> None:
     cell = kind(5, 8)
-    model = make(cell)
+    model, _ = kruify.convert(cell, "8x8")
     exported = export_onnx(model, tmp_path / "cell.onnx")
     session = onnxruntime.InferenceSession(str(exported.path), providers=["CPUExecutionProvider"])
     x, h, c = torch.randn(3, 5), torch.randn(3, 8), torch.randn(3, 8)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ import torch
 from torch import nn
 
 import kruify
-from kruify.conversion import convert_module, densify
-from kruify.conversion.locate import describe
-from kruify.conversion.plan import Plan, make_plan
+from kruify.conversion import densify
 from kruify.exporting import export_torch
 
 CASES: dict[str, tuple[Any, str]] = {
@@ -43,25 +40,6 @@ def test_round_trip(tmp_path: Path, case: str) -> None:
             got = program(x, *states)
         for a, b in zip(got, [output, *(final if isinstance(final, tuple) else (final,))], strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("layer", "spec"),
-    [(nn.LSTM(5, 8, proj_size=4, bidirectional=True), "8*(4x2,2x2)"), (nn.GRUCell(5, 8), "16*(4x2,2x4)")],
-)
-def test_relabelled_units_come_out_in_the_order_of_the_dense_layer(tmp_path: Path, layer: Any, spec: str) -> None:
-    item = make_plan([describe("", layer)], spec).layers[0]
-    units = dict.fromkeys(item.matrices, (3, -1, 2, 8, -7, 6, 5, 4))
-    model, _ = convert_module(layer, Plan([replace(item, relabelled=units)]))
-    program = torch.export.load(export_torch(model, tmp_path / "layer.pt2").path).module()
-    x = torch.randn(3, 5) if isinstance(layer, nn.GRUCell) else torch.randn(6, 3, 5)
-    states = (torch.randn(3, 8),) if isinstance(layer, nn.GRUCell) else (torch.randn(2, 3, 4), torch.randn(2, 3, 8))
-    with torch.no_grad():
-        wanted: Any = layer(x, states[0] if len(states) == 1 else states)
-        got = program(x, *states)
-    wanted = (wanted,) if isinstance(wanted, torch.Tensor) else (wanted[0], *wanted[1])
-    for a, b in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
 def test_dense_and_torchs_own_layer_keep_a_dynamic_length(tmp_path: Path) -> None:
