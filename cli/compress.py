@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -19,11 +18,11 @@ from .options import (
     seed_option,
     task_option,
 )
-from .training import others_option, recipe_options, resume_option, trial_option
+from .training import others_option, recipe_options, resume_option, share_option
 
 if TYPE_CHECKING:
-    from kruify.search.candidates import Trial
-    from kruify.search.compress import Attempt, Compressed
+    from kruify.search.candidates import CandidateResult
+    from kruify.search.compress import Attempt, Compression
     from kruify.tasks.base import Task
 
 
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 )
 @click.option("--attempts", type=int, default=4, show_default=True, help="At most so many rounds of fine-tuning.")
 @click.option("--epochs", type=NUMBER, help="Passes over the train split in each round.  [default: 5]")
-@trial_option
+@share_option
 @lr_option
 @others_option
 @resume_option
@@ -52,7 +51,7 @@ def compress(
     max_drop: float | None,
     attempts: int,
     epochs: float | None,
-    trial: float | None,
+    share: float | None,
     lr: float | None,
     others: tuple[str, ...],
     resume: str | None,
@@ -64,12 +63,12 @@ def compress(
 ) -> None:
     """Plan, convert, fine-tune and evaluate in one go.
 
-    The structure that keeps the most energy and one that is half low rank, half single entries are each trained for a
-    short while; the one that validates better is taken.
+    Two candidates, the structure that keeps the most energy and one that is half low rank, half single entries, are
+    each trained for a short while; the one that validates better is taken.
 
-    With --max-drop, layers that cost too much get more parameters, or stay dense, until the loss is within the
-    contract on the validation split. If it cannot be reached the nearest network is written all the same, and the
-    exit code is 6.
+    With --max-drop, layers that cost too much get more parameters, or stay dense, until the network loses no more than
+    that on the validation split. If it cannot be reached the nearest network is written all the same, and the exit
+    code is 6.
     """
     with output(json_only) as out:
         from kruify.api import refuse_converted, save
@@ -92,27 +91,17 @@ def compress(
                 max_drop=max_drop,
                 attempts=attempts,
                 device=device,
-                on_progress=lambda now: advance(now.step, now.steps, f"epoch {now.epoch}/{now.epochs}"),
-                on_trial=lambda trial: out.note(_trial(trial, task)),
+                progress=advance,
+                on_candidate=lambda result: out.note(_candidate(result, task)),
                 on_attempt=lambda attempt: out.note(_line(attempt, task)),
                 resume=resume,
-                **given(trial=trial),
+                **given(share=share),
                 **recipe_options(others, seed=seed, epochs=epochs, lr=lr),
             )
         save(done.model, target, source_sha256=checkpoint.sha256, seed=seed)
         metrics = measure(task, done.model, "test")
         _show(out, done, task, metrics, target)
-        out.result(
-            {
-                "output": target,
-                "within": done.within,
-                "best": done.best,
-                "baseline": done.baseline,
-                "trials": [asdict(trial) for trial in done.trials],
-                "attempts": [asdict(attempt) for attempt in done.attempts],
-                "metrics": metrics,
-            }
-        )
+        out.result({"output": target, **done.to_json(), "metrics": metrics})
         if not done.within:
             nearest = done.attempts[done.best]
             raise TargetMissedError(
@@ -123,15 +112,15 @@ def compress(
             )
 
 
-def _trial(trial: Trial, task: Task) -> str:
-    return f"trial of {', '.join(trial.factors)}: {task.metric} {trial.metrics[task.metric]:.4f}"
+def _candidate(result: CandidateResult, task: Task) -> str:
+    return f"candidate {', '.join(result.factors)}: {task.metric} {result.metrics[task.metric]:.4f}"
 
 
 def _line(attempt: Attempt, task: Task) -> str:
     return f"{attempt.recurrent_ratio:.1f}x smaller: {task.metric} worse by {attempt.drop:.4f} on the validation split"
 
 
-def _show(out: Output, done: Compressed, task: Task, metrics: dict[str, float], target: str) -> None:
+def _show(out: Output, done: Compression, task: Task, metrics: dict[str, float], target: str) -> None:
     from rich.table import Table
 
     table = Table(title=f"validation split, {task.metric}", title_justify="left")
@@ -146,7 +135,7 @@ def _show(out: Output, done: Compressed, task: Task, metrics: dict[str, float], 
             f"{attempt.metrics[task.metric]:.4f}",
             f"{attempt.drop:.4f}",
         )
-    for trial in done.trials:
-        out.show(_trial(trial, task))
+    for result in done.candidates:
+        out.show(_candidate(result, task))
     figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     out.show(table, f"wrote {target} (*): {figures} on the test split")

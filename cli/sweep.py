@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,7 @@ from .options import (
     split_option,
     task_option,
 )
-from .training import others_option, recipe_options, trial_option
+from .training import others_option, recipe_options, share_option
 
 if TYPE_CHECKING:
     from kruify.search.sweep import Point, Sweep
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 )
 @click.option("--dir", "folder", metavar="DIR", help="Where networks and state go.  [default: MODEL.sweep beside it]")
 @click.option("--epochs", type=NUMBER, help="Passes over the train split for each network.  [default: 5]")
-@trial_option
+@share_option
 @lr_option
 @others_option
 @click.option("--html", "html_file", metavar="FILE", help="Write a report on all networks, the knee marked.")
@@ -53,7 +52,7 @@ def sweep(
     budgets: str,
     folder: str | None,
     epochs: float | None,
-    trial: float | None,
+    share: float | None,
     lr: float | None,
     others: tuple[str, ...],
     html_file: str | None,
@@ -65,8 +64,8 @@ def sweep(
 ) -> None:
     """Draw the trade-off curve of MODEL under several budgets.
 
-    Each budget is converted, with the structure that validates best in a short trial, and fine-tuned; the knee is
-    where more compression begins to cost.
+    For each budget MODEL is converted, with the candidate structure that validates best after a short training, and
+    fine-tuned. The knee is where more compression begins to cost.
     An interrupted sweep goes on where it stopped when the same command is given again.
     """
     with output(json_only) as out:
@@ -90,9 +89,9 @@ def sweep(
                 split=split,
                 source_sha256=checkpoint.sha256,
                 device=device,
-                on_progress=lambda now: advance(now.step, now.steps, f"epoch {now.epoch}/{now.epochs}"),
+                progress=advance,
                 on_point=lambda point: out.note(_line(point, task)),
-                **given(trial=trial),
+                **given(share=share),
                 **recipe_options(others, seed=seed, epochs=epochs, lr=lr),
             )
         _show(out, done)
@@ -106,14 +105,7 @@ def sweep(
             with atomic_file(html_file) as handle:
                 handle.write(to_html(report, knee=knee, heading=f"{Path(model).name}: the trade-off").encode())
             out.show(f"wrote {html_file}")
-        out.result(
-            {
-                "points": [asdict(point) for point in done.points],
-                "knee": None if done.knee is None else done.points[done.knee].budget,
-                "metric": done.metric,
-                "split": done.split,
-            }
-        )
+        out.result(done.to_json())
 
 
 def _line(point: Point, task: Task) -> str:

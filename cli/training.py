@@ -24,11 +24,12 @@ others_option = click.option(
 resume_option = click.option(
     "--resume", metavar="DIR", help="Keep the state of the run there, and go on from it if it has one."
 )
-trial_option = click.option(
+share_option = click.option(
     "--trial",
+    "share",
     type=NUMBER,
     metavar="SHARE",
-    help="Share of the epochs for which each structure is tried first; 0 for no trial.  [default: 0.25]",
+    help="Share of the epochs for which each candidate structure is trained first; 0 for none.  [default: 0.25]",
 )
 _OPTIONS = (
     others_option,

@@ -17,11 +17,11 @@ from torch import nn
 
 from kruify.api import convert
 from kruify.conversion import convert_module, swap
-from kruify.conversion.calibration import calibrate
 from kruify.conversion.locate import RecurrentLayer, locate
 from kruify.conversion.plan import Plan, make_plan
 from kruify.layers.matrix import KroneckerMatrix
-from kruify.search.candidates import Candidate, candidates, choose, from_json, to_json
+from kruify.search.candidate_search import CandidateSearch
+from kruify.search.candidates import Candidate, Choice
 from kruify.tasks.base import Task
 from kruify.tasks.loader import load_task
 from kruify.training import finetune
@@ -52,7 +52,7 @@ def train(
     row: Row = {}
     if method.start == "candidates":
         assert teacher is not None
-        chosen, row = choose_candidate(run, task, teacher, cache / run.key, on_progress)
+        chosen, row = choose_candidate(run, task, teacher, cache / run.key)
         twin = replace(run, method=PER_GATE)
         same = known(twin)
         if same and chosen.plan == plan_of(twin, teacher) and not chosen.moments and same["options"] == run.options:
@@ -96,21 +96,16 @@ def train(
     }
 
 
-def choose_candidate(
-    run: Run, task: Task, teacher: nn.Module, folder: Path, on_progress: OnProgress | None
-) -> tuple[Candidate, Row]:
+def choose_candidate(run: Run, task: Task, teacher: nn.Module, folder: Path) -> tuple[Candidate, Row]:
     """What `kruify compress` would train, and what it was chosen on; kept in `folder` for the next time."""
-    moments, file = calibrate(teacher, task, seed=run.seed), folder / "candidates.json"
+    file = folder / "candidates.json"
+    search = CandidateSearch(teacher, task, device="cpu", **run.options)
     if not file.exists():
-        layers, budget = locate(teacher).layers, f"params={100 / run.times:.8f}%"
-        found = candidates(teacher.state_dict(), layers, budget, moments=moments, seed=run.seed)
-        chosen, trials = choose(
-            teacher, task, found, device="cpu", on_progress=on_progress, resume=folder, **run.options
-        )
+        choice = search.choose(search.candidates(f"params={100 / run.times:.8f}%"), folder)
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(to_json(chosen, trials)))
+        file.write_text(json.dumps(choice.to_json()))
     kept = json.loads(file.read_text())
-    return from_json(kept, moments)[0], {"candidates": kept.pop("trials"), **kept}
+    return Choice.from_json(kept, search.moments).candidate, kept
 
 
 def build(run: Run, task: Task, teacher: nn.Module | None) -> tuple[nn.Module, Task]:

@@ -17,7 +17,7 @@ Found = TypeVar("Found")
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
 
 
-class Record:
+class JobState:
     """One JSON file in a folder: the settings that a job began with, and what it has found so far.
 
     Args:
@@ -29,7 +29,7 @@ class Record:
         found: what an earlier process has kept, empty for a job that begins.
 
     Raises:
-        UsageError: the folder cannot be made, its record cannot be read, or is of a job with other settings.
+        UsageError: the folder cannot be made, its file cannot be read, or is of a job with other settings.
     """
 
     def __init__(self, folder: Path | None, job: str, settings: Mapping[str, Any]) -> None:
@@ -66,7 +66,7 @@ class Record:
             raise self._broken(error) from None
 
     def _broken(self, error: Exception) -> UsageError:
-        return UsageError(f"it is no record of a {self.job} ({error!r})", self.file, "Name another folder")
+        return UsageError(f"it is not the state of a {self.job} ({error!r})", self.file, "Name another folder")
 
     def keep(self, **found: Any) -> None:
         """Add to what is known, and write it, all or nothing. From the first time on the folder is this job's."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,16 +14,14 @@ import torch
 from torch import nn
 
 from kruify.checkpoint import metadata_for, write_safetensors
-from kruify.conversion import convert_module, plan_of
-from kruify.conversion.calibration import calibrate
-from kruify.conversion.locate import locate
-from kruify.conversion.planner import Searches, parse_budget
+from kruify.conversion import plan_of
+from kruify.conversion.planner import parse_budget
 from kruify.errors import UsageError
-from kruify.search.candidates import SHARE, Candidate, Trial, candidates, check_share, choose
-from kruify.search.job_state import Record, fingerprint
+from kruify.progress import Progress
+from kruify.search.candidate_search import SHARE, CandidateSearch
+from kruify.search.candidates import CandidateResult
+from kruify.search.job_state import JobState
 from kruify.tasks.base import Task, measure
-from kruify.training import Recipe, finetune
-from kruify.training.result import OnProgress
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Point:
         file: the converted and fine-tuned network; None for the dense one.
         recurrent_parameters, total_parameters: numbers in it.
         metrics: on the split of the sweep.
-        trials: of the structures that were tried for this budget.
+        candidates: results of the candidates that were tried for this budget.
     """
 
     budget: str
@@ -44,7 +41,18 @@ class Point:
     recurrent_parameters: int
     total_parameters: int
     metrics: dict[str, float]
-    trials: list[Trial] = field(default_factory=list)
+    candidates: list[CandidateResult] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Every attribute; the candidates stand under `trials`."""
+        data = asdict(self)
+        data["trials"] = data.pop("candidates")
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Point:
+        given = dict(data)
+        return cls(candidates=[CandidateResult(**result) for result in given.pop("trials")], **given)
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,15 @@ class Sweep:
     split: str
     knee: int | None
 
+    def to_json(self) -> dict[str, Any]:
+        """The points, the budget at the knee, the metric and the split."""
+        return {
+            "points": [point.to_json() for point in self.points],
+            "knee": None if self.knee is None else self.points[self.knee].budget,
+            "metric": self.metric,
+            "split": self.split,
+        }
+
 
 def sweep(
     dense: nn.Module,
@@ -65,16 +82,16 @@ def sweep(
     folder: str | PathLike[str],
     *,
     split: str = "test",
-    trial: float = SHARE,
+    share: float = SHARE,
     source_sha256: str = "",
     seed: int = 0,
     device: str | torch.device | None = None,
-    on_progress: OnProgress | None = None,
+    progress: Progress | None = None,
     on_point: Callable[[Point], None] | None = None,
     **recipe: Any,
 ) -> Sweep:
     """Plans, converts, fine-tunes and evaluates `dense` under each budget, with the structure that recovers best in a
-    short trial (kruify.search.candidates).
+    short training (kruify.search.candidate_search).
 
     The folder keeps every network and what is known so far: an interrupted sweep goes on where it stopped, inside a
     fine-tuning run, too, and further budgets can be added to a finished one.
@@ -82,8 +99,10 @@ def sweep(
     Args:
         dense: the trained network; it is the teacher, and is left alone.
         budgets: such as "2x", "4x", "params=10%" (kruify.conversion.planner.parse_budget).
-        trial: share of the epochs for which every candidate structure is tried; 0 takes what keeps the most energy.
-        recipe: options of kruify.finetune.Recipe, such as epochs.
+        share: of the epochs for which each candidate structure is trained; 0 takes what keeps the most energy.
+        progress: told of each training: its optimiser steps done, to do, and its epoch.
+        on_point: called after each network.
+        recipe: options of kruify.training.Recipe, such as epochs.
 
     Raises:
         UsageError: a budget is given twice, no recurrent layer, a bad option, or the folder holds another sweep.
@@ -93,72 +112,57 @@ def sweep(
         parse_budget(budget)
     if not budgets or len(set(budgets)) != len(budgets):
         raise UsageError(f"a sweep takes different budgets, got {', '.join(budgets) or 'none'}")
-    check_share(trial)
-    settings = Recipe().changed(seed=seed, **recipe).to_json()
-    layers = locate(dense).layers
-    if not layers:
-        raise UsageError("there is no RNN, LSTM or GRU layer to convert", type(dense).__name__)
+    search = CandidateSearch(dense, task, share=share, seed=seed, device=device, progress=progress, **recipe)
     folder = Path(folder)
-    asked = {"task": type(task).__name__, "split": split, "trial": trial, "recipe": settings}
-    record = Record(folder, "sweep", {"model": fingerprint(dense.state_dict()), **asked})
-    known = record.read(_known)
-    points, moments = [], None
-    training = {"seed": seed, "device": device, "on_progress": on_progress, **recipe}
-    searches: Searches = {}  # the budgets of a curve have half of their fits in common
+    state = JobState(folder, "sweep", {**search.settings, "split": split})
+    known = state.read(_known)
     for budget in ("dense", *budgets):
-        point = known.get(budget)
-        if point is None:
+        if budget not in known:
             if budget == "dense":
-                count = sum(layer.recurrent_parameters for layer in layers)
-                total = sum(p.numel() for p in dense.parameters())
-                point = Point("dense", None, count, total, measure(task, dense, split, known=True))
+                known[budget] = _dense_point(search, split)
             else:
-                moments = moments or calibrate(dense, task, seed=seed)
-                found = candidates(dense.state_dict(), layers, budget, moments=moments, seed=seed, searches=searches)
-                file = folder / f"{_safe(budget)}.kru.safetensors"
-                point = _make(dense, task, budget, found, trial, file, split, source_sha256, training)
-            known[budget] = point
-            record.keep(points=[asdict(p) for p in known.values()])
-        points.append(point)
+                known[budget] = _make(search, budget, folder / _file_name(budget), split, source_sha256)
+            state.keep(points=[point.to_json() for point in known.values()])
         if on_point is not None:
-            on_point(point)
+            on_point(known[budget])
+    points = [known[budget] for budget in ("dense", *budgets)]
     return Sweep(points, task.metric, task.higher_is_better, split, knee(points, task.metric, task.higher_is_better))
 
 
 def _known(found: Mapping[str, Any]) -> dict[str, Point]:
     """The points whose networks are still there, by budget."""
-    points = [Point(**{**p, "trials": [Trial(**t) for t in p["trials"]]}) for p in found.get("points", [])]
+    points = map(Point.from_json, found.get("points", []))
     return {p.budget: p for p in points if p.file is None or Path(p.file).exists()}
 
 
-def _make(
-    dense: nn.Module,
-    task: Task,
-    budget: str,
-    found: Sequence[Candidate],
-    trial: float,
-    file: Path,
-    split: str,
-    source_sha256: str,
-    training: Mapping[str, Any],
-) -> Point:
-    """Writes the network of one budget."""
-    run = file.with_name(file.name.replace(".kru.safetensors", ".run"))
-    chosen, trials = choose(dense, task, found, share=trial, resume=run, **training)
-    converted, conversion = convert_module(dense, chosen.plan, moments=chosen.moments, seed=training["seed"])
-    outcome = finetune(converted, task, teacher=copy.deepcopy(dense), resume=run, **training)
+def _dense_point(search: CandidateSearch, split: str) -> Point:
+    recurrent = sum(layer.recurrent_parameters for layer in search.layers)
+    total = sum(p.numel() for p in search.dense.parameters())
+    return Point("dense", None, recurrent, total, measure(search.task, search.dense, split, known=True))
+
+
+def _make(search: CandidateSearch, budget: str, stem: Path, split: str, source_sha256: str) -> Point:
+    """Writes the network of one budget to `stem`.kru.safetensors; the state of its training goes to the folder
+    `stem`.run."""
+    run, file = Path(f"{stem}.run"), Path(f"{stem}.kru.safetensors")
+    choice = search.choose(search.candidates(budget), run)
+    student, conversion = search.convert(choice.candidate)
+    outcome = search.train(student, run)
     model = outcome.model.cpu()
-    told = {"kruify.history": json.dumps(outcome.history)}
-    plan = plan_of(model).to_json()
-    metadata = metadata_for(plan, source_sha256=source_sha256, seed=training["seed"], extra=told)
+    metadata = metadata_for(
+        plan_of(model).to_json(),
+        source_sha256=source_sha256,
+        seed=search.seed,
+        extra={"kruify.history": json.dumps(outcome.history)},
+    )
     write_safetensors(file, model.state_dict(), metadata)
     return Point(
         budget,
         str(file),
         recurrent_parameters=int(conversion.parameters["recurrent_after"]),
         total_parameters=sum(p.numel() for p in model.parameters()),
-        metrics=measure(task, model, split),
-        trials=trials,
+        metrics=measure(search.task, model, split),
+        candidates=choice.results,
     )
 
 
@@ -185,6 +189,6 @@ def _scaled(value: float, span: float) -> float:
     return value / span if span else 0.0
 
 
-def _safe(budget: str) -> str:
+def _file_name(budget: str) -> str:
     """A budget as part of a file name."""
     return "".join(c if c.isalnum() or c in ".-" else "-" for c in budget.replace("%", "pc"))

@@ -1,18 +1,18 @@
-"""`kruify compress`: one command, one file; exit code 6 where the contract is not kept."""
+"""`kruify compress`: one command, one file; exit code 6 where `--max-drop` is not reached."""
 
 from __future__ import annotations
 
 from kruify.checkpoint import read
 
 
-def test_within_the_contract(folder, run_json):
+def test_within_max_drop(folder, run_json):
     result = run_json(
         "compress", "model.pt", "--task", "task.py:Echo", "--budget", "2x", "--epochs", "0.5", "--max-drop", "10",
         "-o", "small.kru.safetensors",
     )  # fmt: skip
     assert result["within"] is True
     assert result["attempts"][0]["recurrent_ratio"] >= 2
-    assert [set(trial) for trial in result["trials"]] == [{"factors", "metrics"}] * 2
+    assert [set(candidate) for candidate in result["trials"]] == [{"factors", "metrics"}] * 2
     assert read("small.kru.safetensors").is_kruify
 
 

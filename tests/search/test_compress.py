@@ -1,4 +1,4 @@
-"""`compress`: one go, the contract, and backing off layer by layer."""
+"""`compress`: one go, `max_drop`, and backing off layer by layer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from kruify.conversion.locate import locate
 from kruify.conversion.plan import Plan, make_plan
 from kruify.errors import PlanError, UsageError
-from kruify.search.candidates import Candidate, Trial, candidates, choose, first_of_the_best, half_and_half
-from kruify.search.compress import Attempt, Compressed, compress
+from kruify.search.candidate_search import CandidateSearch
+from kruify.search.candidates import Candidate, CandidateResult, first_of_the_best, half_and_half, make_candidates
+from kruify.search.compress import Attempt, Compression, compress
 from kruify.tasks.base import Task
-from kruify.training import Progress, finetune
+from kruify.training import finetune
 
 
 class Net(nn.Module):
@@ -57,7 +58,7 @@ def trained() -> nn.Module:
     return model
 
 
-def test_first_attempt_without_a_contract(trained: nn.Module) -> None:
+def test_without_max_drop_the_first_attempt_is_taken(trained: nn.Module) -> None:
     before = copy.deepcopy(trained.state_dict())
     done = compress(trained, Delay(), "4x", epochs=1, device="cpu")
     torch.testing.assert_close(trained.state_dict(), before, rtol=0, atol=0)
@@ -71,7 +72,7 @@ def test_first_attempt_without_a_contract(trained: nn.Module) -> None:
 
 
 def test_backs_off_until_nothing_is_left_to_give(trained: nn.Module) -> None:
-    """A contract that cannot be kept: layer after layer grows, then the nearest attempt is given, and said to be it."""
+    """A drop that cannot be reached: layer after layer grows, then the nearest attempt is given, and said to be it."""
     seen: list[Attempt] = []
     done = compress(
         trained, Delay(), "16x", max_drop=-1.0, attempts=3, epochs=0.25, device="cpu", on_attempt=seen.append
@@ -86,7 +87,7 @@ def test_backs_off_until_nothing_is_left_to_give(trained: nn.Module) -> None:
     assert done.attempts[done.best].drop == min(a.drop for a in seen)
 
 
-def test_a_contract_that_can_be_kept_ends_at_once(trained: nn.Module) -> None:
+def test_a_drop_within_max_drop_ends_at_once(trained: nn.Module) -> None:
     done = compress(trained, Delay(), "2x", max_drop=10.0, epochs=0.25, device="cpu")
     assert done.within
     assert len(done.attempts) == 1
@@ -101,7 +102,7 @@ def test_refused(trained: nn.Module) -> None:
         compress(trained, Delay(), "4x", attempts=0)
 
 
-# --- Trials: which structure a task recovers from best is found by training each for a short while.
+# --- Candidates: which structure a task recovers from best is found by training each for a short while.
 
 
 def numbers(plan: Plan) -> int:
@@ -110,7 +111,7 @@ def numbers(plan: Plan) -> int:
 
 @pytest.mark.parametrize(("budget", "limit"), [("4x", 0.25), ("params=25%,macs=50%", 0.25), ("macs=40%", 0.4)])
 def test_candidates_keep_within_the_budget(trained: nn.Module, budget: str, limit: float) -> None:
-    planned, mixed = [c.plan for c in candidates(trained.state_dict(), locate(trained).layers, budget)]
+    planned, mixed = [c.plan for c in make_candidates(trained.state_dict(), locate(trained).layers, budget)]
     dense = 2 * 3 * 16 * 16
     if budget != "macs=40%":
         assert numbers(planned) <= limit * dense
@@ -126,7 +127,7 @@ def test_candidates_keep_within_the_budget(trained: nn.Module, budget: str, limi
 def test_the_scales_of_a_plain_rnn_count(budget: str) -> None:
     torch.manual_seed(0)
     net = nn.RNN(3, 16, num_layers=2)
-    found = candidates(net.state_dict(), locate(net).layers, budget)
+    found = make_candidates(net.state_dict(), locate(net).layers, budget)
     assert len(found) == (2 if budget == "2x" else 1)
     for candidate in found:
         assert numbers(candidate.plan) <= 2 * 16 * 16 / float(budget[:-1])
@@ -135,7 +136,7 @@ def test_the_scales_of_a_plain_rnn_count(budget: str) -> None:
 def test_where_not_even_rank_one_fits_there_is_nothing_to_try(trained: nn.Module) -> None:
     assert half_and_half(16, 16, 0.2) is None
     assert half_and_half(16, 16, 0.25) == "1*(16x1,1x16)+sparse:12.50000000%:1"
-    assert len(candidates(trained.state_dict(), locate(trained).layers, "params=20%")) == 1
+    assert len(make_candidates(trained.state_dict(), locate(trained).layers, "params=20%")) == 1
 
 
 @pytest.mark.parametrize("higher", [False, True])
@@ -146,13 +147,14 @@ def test_the_plan_that_validates_best_is_taken(trained: nn.Module, higher: bool)
     layers = locate(trained).layers
     found = [Candidate(make_plan(layers, spec)) for spec in ("16x1,1x16", "16*(16x1,1x16)", "2x2")]
     before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
-    chosen, trials = choose(trained, Either(), found, share=0.2, epochs=2.0, device="cpu")
+    choice = CandidateSearch(trained, Either(), share=0.2, epochs=2.0, device="cpu").choose(found)
     torch.testing.assert_close(dict(trained.state_dict()), before, rtol=0, atol=0)
-    losses = [trial.metrics["loss"] for trial in trials]
-    assert [trial.factors for trial in trials] == [["16x1,1x16"], ["16*(16x1,1x16)"], ["2x2,2x2,2x2,2x2"]]
-    assert chosen is found[losses.index((max if higher else min)(losses))]
+    losses = [result.metrics["loss"] for result in choice.results]
+    assert [result.factors for result in choice.results] == [["16x1,1x16"], ["16*(16x1,1x16)"], ["2x2,2x2,2x2,2x2"]]
+    assert choice.candidate is found[losses.index((max if higher else min)(losses))]
     assert losses[1] == min(losses)  # nothing was lost
-    assert choose(trained, Either(), found[:1]) == (found[0], [])
+    alone = CandidateSearch(trained, Either()).choose(found[:1])
+    assert alone.candidate is found[0] and alone.results == []
 
 
 def test_a_small_lead_is_none() -> None:
@@ -167,15 +169,15 @@ def test_a_small_lead_is_none() -> None:
 
 
 def test_compress_tries_before_it_trains(trained: nn.Module) -> None:
-    told: list[Trial] = []
-    done = compress(trained, Delay(), "4x", epochs=1, device="cpu", on_trial=told.append)
-    assert len(done.trials) == 2 and told == done.trials
-    best = first_of_the_best([trial.metrics["loss"] for trial in done.trials], done.baseline["loss"])
+    told: list[CandidateResult] = []
+    done = compress(trained, Delay(), "4x", epochs=1, device="cpu", on_candidate=told.append)
+    assert len(done.candidates) == 2 and told == done.candidates
+    best = first_of_the_best([result.metrics["loss"] for result in done.candidates], done.baseline["loss"])
     built = {str(s) for m in done.model.modules() for s in getattr(m, "structures", ())}
-    assert built == set(done.trials[best].factors)
-    assert compress(trained, Delay(), "4x", epochs=0.5, trial=0, device="cpu").trials == []
+    assert built == set(done.candidates[best].factors)
+    assert compress(trained, Delay(), "4x", epochs=0.5, share=0, device="cpu").candidates == []
     with pytest.raises(UsageError, match="share of the epochs"):
-        compress(trained, Delay(), "4x", trial=2)
+        compress(trained, Delay(), "4x", share=2)
 
 
 # --- Going on where it stopped.
@@ -185,19 +187,19 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [2, 8, 14, 40])  # in the first trial, in the second, in the first attempt, the second
+@pytest.mark.parametrize("at", [2, 8, 14, 40])  # in candidate 1, candidate 2, attempt 1, attempt 2
 def test_resumed_it_ends_with_the_same_bits(trained: nn.Module, tmp_path: Path, at: int) -> None:
-    def run(stop: int | None = None, resume: Path | None = tmp_path) -> tuple[Compressed, int]:
+    def run(stop: int | None = None, resume: Path | None = tmp_path) -> tuple[Compression, int]:
         seen = 0
 
-        def count(progress: Progress) -> None:
+        def count(done: float, total: float, phase: str) -> None:
             nonlocal seen
             seen += 1
             if seen == stop:
                 raise Stop
 
         options = {"max_drop": -1.0, "attempts": 2, "epochs": 2, "save_steps": 1, "device": "cpu"}
-        return compress(trained, Delay(), "4x", resume=resume, on_progress=count, **options), seen
+        return compress(trained, Delay(), "4x", resume=resume, progress=count, **options), seen
 
     whole, steps = run(resume=None)
     with pytest.raises(Stop):
@@ -206,7 +208,7 @@ def test_resumed_it_ends_with_the_same_bits(trained: nn.Module, tmp_path: Path, 
     resumed, rest = run()
     assert rest < steps
     torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
-    assert (resumed.attempts, resumed.trials, resumed.best) == (whole.attempts, whole.trials, whole.best)
+    assert resumed.to_json() == whole.to_json()
     again, none = run()
     assert none == 0 and again.attempts == whole.attempts
 
@@ -230,10 +232,10 @@ def test_the_state_of_another_compression_is_refused(trained: nn.Module, tmp_pat
         compress(other, Delay(), "4x", **options)
     with pytest.raises(UsageError, match="other budget"):
         compress(trained, Delay(), "8x", **options)
-    with pytest.raises(UsageError, match="other trial, recipe"):
-        compress(trained, Delay(), "4x", trial=0, lr=1e-3, **options)
-    record = tmp_path / "compression.json"
-    for broken in ("[]", record.read_text().replace('"weighted"', '"heavy"')):
-        record.write_text(broken)
-        with pytest.raises(UsageError, match="no record of a compression"):
+    with pytest.raises(UsageError, match="other share, recipe"):
+        compress(trained, Delay(), "4x", share=0, lr=1e-3, **options)
+    file = tmp_path / "compression.json"
+    for broken in ("[]", file.read_text().replace('"weighted"', '"heavy"')):
+        file.write_text(broken)
+        with pytest.raises(UsageError, match="not the state of a compression"):
             compress(trained, Delay(), "4x", **options)

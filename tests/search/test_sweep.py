@@ -79,7 +79,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no RNN"):
         sweep(nn.Linear(2, 2), task, ["2x"], tmp_path / "s")
     (tmp_path / "sweep.json").write_text("[]")
-    with pytest.raises(UsageError, match="no record"):
+    with pytest.raises(UsageError, match="not the state of a sweep"):
         sweep(task.model(), task, ["2x"], tmp_path)
 
 
