@@ -76,7 +76,7 @@ def train(
     with output(json_only) as out:
         import torch
 
-        from kruify.analysis.costs import count_network
+        from kruify.analysis.counts import count_network
         from kruify.checkpoint import check_model_target, check_target
         from kruify.conversion.network import network_of
         from kruify.errors import UsageError
@@ -123,7 +123,7 @@ def train(
                 "output": str(path),
                 "task": task_name,
                 "network": network,
-                "parameters": count_network(outcome.model),
+                "parameters": vars(count_network(outcome.model)),
                 **account(outcome),
             }
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from kruify.analysis.costs import measure_latency
+from kruify.analysis.latency import measure_latency
 from kruify.cli.main import cli
 
 DOCS = Path(__file__).parent.parent / "docs"

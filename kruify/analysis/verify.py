@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from kruify.analysis.costs import layers_of
+from kruify.analysis.layers import layers_of
 from kruify.checkpoint import Checkpoint, read
 from kruify.conversion import dense_kru, densify, densify_tensors
 from kruify.conversion.locate import RecurrentLayer

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from kruify.analysis.costs import layers_of
+from kruify.analysis.layers import layers_of
 from kruify.checkpoint import (
     NEEDS_SOURCE,
     ORIGIN,

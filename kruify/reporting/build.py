@@ -9,20 +9,16 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-from kruify.analysis.costs import (
-    Layers,
-    count_parameters,
-    layers_of,
-    matrix_health,
-    measure_latency,
-    multiply_adds,
-)
+from kruify.analysis.counts import count_parameters, multiply_adds
+from kruify.analysis.latency import measure_latency
+from kruify.analysis.layers import Layers, layers_of
+from kruify.analysis.matrices import matrix_health
 from kruify.checkpoint import Checkpoint, read
 from kruify.conversion.network import load_network
 from kruify.errors import UsageError
 from kruify.progress import Progress
 from kruify.reporting.details import agreeing, history, made, peak_memory, with_energies
-from kruify.reporting.report import ModelReport, Report
+from kruify.reporting.report import LatencySetup, ModelReport, Report
 from kruify.tasks.base import Task, measure
 
 
@@ -82,13 +78,7 @@ def build_report(
         )
     return Report(
         models=models,
-        latency={
-            "steps": latency.steps,
-            "threads": latency.threads,
-            "machine": machine(),
-            "cores": os.cpu_count(),
-            "load": load,
-        },
+        latency=LatencySetup(latency.steps, latency.threads, machine(), os.cpu_count(), load),
         task=None if task is None else task_name or type(task).__name__,
         split=None if task is None else split,
         examples=None if task is None else task.examples(split),

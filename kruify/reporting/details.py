@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from kruify.analysis.costs import BATCHES, Layers, MatrixHealth, gate_matrices, runner
+from kruify.analysis.latency import BATCHES, runner
+from kruify.analysis.layers import Layers
+from kruify.analysis.matrices import MatrixHealth, gate_matrices
 from kruify.checkpoint import Checkpoint
 from kruify.decomposition import null_energy
 

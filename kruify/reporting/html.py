@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from kruify.analysis.costs import MatrixHealth
+from kruify.analysis.matrices import MatrixHealth
 from kruify.reporting import pictures, training
 from kruify.reporting.report import ModelReport, Report
 from kruify.reporting.rows import (

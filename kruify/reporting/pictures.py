@@ -127,7 +127,7 @@ def sizes(report: Report) -> str:
         names = [short(m.name) for m in report.models]
         left = [0.0] * len(names)
         for index, part in enumerate(parts):
-            values = [m.parameters[part] for m in report.models]
+            values = [getattr(m.parameters, part) for m in report.models]
             shade = (SERIES[1], SERIES[0], SOFT)[index]
             axes.barh(range(len(names)), values, left=left, color=shade, height=0.62, label=part)
             left = [a + b for a, b in zip(left, values, strict=True)]
@@ -236,10 +236,10 @@ def tradeoff(report: Report, knee: str | None = None) -> str | None:
     def paint(figure: Any) -> None:
         axes = figure.add_subplot()
         if knee is not None:
-            curve = sorted((m.parameters["total"], m.metrics[key]) for m in report.models)
+            curve = sorted((m.parameters.total, m.metrics[key]) for m in report.models)
             axes.plot(*zip(*curve, strict=True), color=GRID, linewidth=1.5, zorder=1)
         for index, model in enumerate(report.models):
-            x, y = model.parameters["total"], model.metrics[key]
+            x, y = model.parameters.total, model.metrics[key]
             if model.name == knee:
                 axes.plot([x], [y], "o", color=INK, markersize=14, fillstyle="none", markeredgewidth=1.2, clip_on=False)
                 # Inside the bend, where no other point can be.
@@ -248,7 +248,7 @@ def tradeoff(report: Report, knee: str | None = None) -> str | None:
             axes.plot([x], [y], "o", color=color(index), markersize=8, clip_on=False, label=short(model.name, 30))
         axes.set_xscale("log")
         axes.set_xlabel("parameters of the whole model")
-        _few_log_ticks(axes, [m.parameters["total"] for m in report.models])
+        _few_log_ticks(axes, [m.parameters.total for m in report.models])
         axes.margins(y=0.25)
         legend_above(axes)
 

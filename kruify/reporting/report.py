@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kruify.analysis.costs import MatrixHealth
+from kruify.analysis.counts import ParameterCounts
+from kruify.analysis.matrices import MatrixHealth
 
 
 @dataclass(frozen=True)
@@ -15,24 +16,24 @@ class ModelReport:
     Attributes:
         name: short name, unique within the report.
         file: path as it was named.
-        parameters: numbers in recurrent matrices, input matrices, other tensors, total.
+        parameters: trainable numbers.
         bytes: size of the file.
         multiply_adds_per_step: of one step in time of all recurrent layers, one sequence.
         latency_ms: batch size -> median milliseconds of the recurrent layers.
         metrics: of the task; empty without one.
-        recurrent_matrices: one entry a gate.
+        recurrent_matrices: one entry per gate.
         sha256: of the file.
         sources: sha256 of the files that it was made from, the first one first.
         latency_p95_ms: batch size -> 95th percentile of the same measurement.
         memory_bytes: of all tensors of the file, loaded.
         peak_memory_bytes: batch size -> the most that one run of the recurrent layers allocates beside them.
-        history: one entry a validation of the fine-tuning that made it (epoch, step, loss, metrics); empty if unknown.
+        history: one entry per validation of the fine-tuning that made it (epoch, step, loss, metrics), if known.
         made: how it was made: versions, seed, recipe, as the file tells.
     """
 
     name: str
     file: str
-    parameters: dict[str, int]
+    parameters: ParameterCounts
     bytes: int
     multiply_adds_per_step: int
     latency_ms: dict[int, float]
@@ -48,18 +49,29 @@ class ModelReport:
 
 
 @dataclass(frozen=True)
+class LatencySetup:
+    """How latency was measured: time steps per sequence, threads, the processor, its cores, the load average before."""
+
+    steps: int
+    threads: int
+    machine: str
+    cores: int | None = None
+    load: float | None = None
+
+
+@dataclass(frozen=True)
 class Report:
     """Several models, the first of which the others are compared with.
 
     Attributes:
-        latency: steps and threads of the measurement, the machine, its cores, and its load average before.
+        latency: how it was measured.
         task, split, examples: what the metrics were measured on; None without a task.
         metric: key of the metric that decides; None without a task.
         higher_is_better: of that metric.
     """
 
     models: list[ModelReport]
-    latency: dict[str, Any]
+    latency: LatencySetup
     task: str | None = None
     split: str | None = None
     examples: int | None = None
@@ -73,7 +85,10 @@ class Report:
         return [
             {
                 "name": model.name,
-                **{f"{part}_parameters": _ratio(first.parameters[part], n) for part, n in model.parameters.items()},
+                **{
+                    f"{part}_parameters": _ratio(getattr(first.parameters, part), n)
+                    for part, n in vars(model.parameters).items()
+                },
                 "bytes": _ratio(first.bytes, model.bytes),
                 "multiply_adds_per_step": _ratio(first.multiply_adds_per_step, model.multiply_adds_per_step),
                 "latency": {batch: _ratio(first.latency_ms[batch], ms) for batch, ms in model.latency_ms.items()},

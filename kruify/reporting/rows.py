@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kruify.analysis.costs import MatrixHealth
+from kruify.analysis.matrices import MatrixHealth
 from kruify.reporting.report import ModelReport, Report
 from kruify.reporting.training import largest_condition_number
 
@@ -52,8 +52,8 @@ def headlines(report: Report) -> list[Headline]:
     for model in report.models[1:]:
         parts = model.parameters
         figures = [
-            times(first.parameters["recurrent"], parts["recurrent"], "smaller", "larger", "recurrent matrices"),
-            times(first.parameters["total"], parts["total"], "smaller", "larger", "whole model"),
+            times(first.parameters.recurrent, parts.recurrent, "smaller", "larger", "recurrent matrices"),
+            times(first.parameters.total, parts.total, "smaller", "larger", "whole model"),
         ]
         if batch is not None:
             what = f"recurrent layers, batch {batch}"
@@ -97,7 +97,7 @@ def comparison(report: Report) -> list[Row]:
         ("other", "Other parameters"),
         ("total", "All parameters"),
     ):
-        add(label, [m.parameters[part] for m in models], whole, "smaller")
+        add(label, [getattr(m.parameters, part) for m in models], whole, "smaller")
     add("File", [m.bytes for m in models], size, "smaller")
     add("Tensors in memory", [m.memory_bytes for m in models], size, "smaller")
     add("Multiply-adds a step", [m.multiply_adds_per_step for m in models], whole, "fewer")
@@ -222,12 +222,12 @@ def spark_spectrum(values: Sequence[float]) -> str:
 def measured(report: Report) -> str:
     """How latency and memory were measured."""
     info = report.latency
-    threads = "one thread" if info["threads"] == 1 else f"{info['threads']} threads"
+    threads = "one thread" if info.threads == 1 else f"{info.threads} threads"
     said = (
-        f"Latency and peak memory: the recurrent layers alone, {info['steps']} steps, {threads}, models taking turns, "
-        f"on {info['machine']}; peak memory is what torch allocates beside the weights."
+        f"Latency and peak memory: the recurrent layers alone, {info.steps} steps, {threads}, models taking turns, "
+        f"on {info.machine}; peak memory is what torch allocates beside the weights."
     )
-    load, cores = info.get("load"), info.get("cores")
+    load, cores = info.load, info.cores
     if load and cores and load > cores:
         said += f" Other programs were running (load {load:.1f} on {cores} cores): the latency is not to be relied on."
     return said

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from kruify.analysis.costs import count_parameters, layers_of, matrix_health, measure_latency, multiply_adds
+from kruify.analysis.counts import count_parameters, multiply_adds
+from kruify.analysis.latency import measure_latency
+from kruify.analysis.layers import layers_of
+from kruify.analysis.matrices import matrix_health
 from kruify.api import convert, save
 from kruify.checkpoint import Checkpoint, read, write_safetensors
 from kruify.conversion import densify
@@ -43,7 +46,7 @@ def test_parameters_and_multiply_adds_of_a_dense_lstm(tmp_path):
     recurrent = 4 * 4 * 8 * 4  # (layers * directions) * gates * rows * columns
     inputs = 2 * 4 * 8 * 3 + 2 * 4 * 8 * 8
     projections, biases = 4 * 4 * 8, 4 * 2 * 32
-    assert count_parameters(layers) == {
+    assert vars(count_parameters(layers)) == {
         "recurrent": recurrent,
         "input": inputs,
         "other": projections + biases + 21,  # the integer buffer is no parameter
@@ -58,7 +61,7 @@ def test_parameters_and_multiply_adds_of_a_converted_gru(tmp_path):
     layers = layers_of(file)
     gate = 2 * (8 + 8) + 8 + 8
     counts = count_parameters(layers)
-    assert (counts["recurrent"], counts["input"]) == (3 * gate, 3 * 11)
+    assert (counts.recurrent, counts.input) == (3 * gate, 3 * 11)
     assert multiply_adds(layers) == 3 * gate + 3 * 11  # every number of such a matrix is used once
 
 
@@ -66,7 +69,7 @@ def test_tied_tensors_count_once(tmp_path):
     net = Net(nn.GRU(3, 8))
     state = net.state_dict()
     torch.save({**state, "tied.weight": state["embedding.weight"]}, tmp_path / "x.pt")
-    assert count_parameters(layers_of(read(tmp_path / "x.pt")))["other"] == 21 + 48
+    assert count_parameters(layers_of(read(tmp_path / "x.pt"))).other == 21 + 48
 
 
 @pytest.mark.parametrize("kind", CLASSES)

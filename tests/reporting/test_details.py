@@ -10,7 +10,9 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from kruify.analysis.costs import layers_of, matrix_health, measure_latency
+from kruify.analysis.latency import measure_latency
+from kruify.analysis.layers import layers_of
+from kruify.analysis.matrices import matrix_health
 from kruify.api import convert, save
 from kruify.checkpoint import metadata_for, read, write_safetensors
 from kruify.cli.main import cli

@@ -10,9 +10,11 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from kruify.analysis.costs import MatrixHealth
+from kruify.analysis.counts import ParameterCounts
+from kruify.analysis.matrices import MatrixHealth
 from kruify.reporting import ModelReport, Report, tables, to_html, to_markdown
 from kruify.reporting.pictures import compact, short
+from kruify.reporting.report import LatencySetup
 from kruify.reporting.rows import (
     comparison,
     headlines,
@@ -38,7 +40,7 @@ def make_model(name: str, recurrent: int, milliseconds: float, wer: float, facto
     return ModelReport(
         name=name,
         file=f"{name}.safetensors",
-        parameters={"recurrent": recurrent, "input": 5000, "other": 1000, "total": recurrent + 6000},
+        parameters=ParameterCounts(recurrent, 5000, 1000, recurrent + 6000),
         bytes=4 * recurrent + 24400,
         multiply_adds_per_step=recurrent,
         latency_ms={1: milliseconds, 32: 10 * milliseconds},
@@ -58,7 +60,7 @@ def make_model(name: str, recurrent: int, milliseconds: float, wer: float, facto
 def report() -> Report:
     return Report(
         [make_model("dense", 12288, 4.0, 0.3), make_model("small", 768, 1.0, 0.34, "2*(8x8,8x8)")],
-        {"steps": 64, "threads": 1, "machine": "a machine"},
+        LatencySetup(64, 1, "a machine"),
         task="g2p",
         split="test",
         examples=1500,
@@ -207,8 +209,8 @@ def test_the_title_says_what_is_compared(report: Report) -> None:
 
 
 def test_a_busy_machine_is_said(report: Report) -> None:
-    assert "relied on" not in measured(replace(report, latency={**report.latency, "load": 1.9, "cores": 2}))
-    assert "(load 5.2 on 2 cores)" in measured(replace(report, latency={**report.latency, "load": 5.2, "cores": 2}))
+    assert "relied on" not in measured(replace(report, latency=replace(report.latency, load=1.9, cores=2)))
+    assert "(load 5.2 on 2 cores)" in measured(replace(report, latency=replace(report.latency, load=5.2, cores=2)))
 
 
 def test_words(report: Report) -> None:

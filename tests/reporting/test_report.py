@@ -71,7 +71,7 @@ def test_report_compares_with_the_first(files):
     first, exact, small = report.models
     assert [m.name for m in report.models] == ["net", "exact", "small"]
     assert exact.metrics["norm"] == pytest.approx(first.metrics["norm"], rel=1e-4)
-    assert small.parameters["recurrent"] == 3 * 32
+    assert small.parameters.recurrent == 3 * 32
     assert small.sources == [first.sha256]
     exact_ratios, small_ratios = report.ratios
     assert small_ratios["recurrent_parameters"] == 768 / 96

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import kruify
-from kruify.analysis.costs import measure_latency
+from kruify.analysis.latency import measure_latency
 from kruify.cli.main import cli
 from kruify.errors import UsageError
 from kruify.search.sweep import Point, knee, sweep

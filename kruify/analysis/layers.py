@@ -1,0 +1,56 @@
+"""The recurrent layers of a checkpoint, dense or converted, as modules that can be measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from kruify.checkpoint import Checkpoint
+from kruify.conversion import build_dense, build_layer, load_tensors
+from kruify.conversion.locate import RecurrentLayer, locate_checkpoint
+from kruify.conversion.plan import LayerPlan, Plan, Structures
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The recurrent layers of a checkpoint, whichever of their matrices are factored.
+
+    Attributes:
+        items: layer -> structures of its factored matrices by weight name, empty for a dense layer.
+    """
+
+    checkpoint: Checkpoint
+    items: list[tuple[RecurrentLayer, dict[str, Structures]]]
+
+    def modules(self) -> list[nn.Module]:
+        """The layers as modules with the numbers of the checkpoint in them, in evaluation mode."""
+        return [self._module(layer, matrices).eval() for layer, matrices in self.items]
+
+    def _module(self, layer: RecurrentLayer, matrices: dict[str, Structures]) -> nn.Module:
+        if matrices:
+            module: nn.Module = build_layer(LayerPlan(layer, matrices))
+        else:
+            module = build_dense(layer)
+        prefix = f"{layer.name}." if layer.name else ""
+        wanted = module.state_dict()
+        tensors = self.checkpoint.tensors
+        load_tensors(module, {n: tensors[prefix + n] for n in wanted if prefix + n in tensors}, self.checkpoint.path)
+        return module
+
+
+def layers_of(checkpoint: Checkpoint) -> Layers:
+    """The recurrent layers of a dense or a converted checkpoint."""
+    dense = locate_checkpoint(checkpoint).layers
+    text = checkpoint.metadata.get("kruify.plan")
+    plan = Plan.from_json(text, f"plan in {checkpoint.path}") if text else Plan()
+    planned = {item.layer.name for item in plan.layers}
+    items: list[tuple[RecurrentLayer, dict[str, Structures]]] = [(item.layer, item.matrices) for item in plan.layers]
+    items += [(layer, {}) for layer in dense if layer.name not in planned]
+    order = {name: i for i, name in enumerate(checkpoint.tensors)}
+    return Layers(checkpoint, sorted(items, key=lambda item: _first(item[0], order)))
+
+
+def _first(layer: RecurrentLayer, order: dict[str, int]) -> int:
+    prefix = f"{layer.name}." if layer.name else ""
+    return min((i for name, i in order.items() if name.startswith(prefix)), default=0)
