@@ -49,7 +49,7 @@ def main(hidden: int, epochs: int) -> None:
     finetune(dense, task, epochs=epochs, lr=4e-3, evaluate_first=False)
     print(f"dense:                 {task.evaluate(dense, 'test')['nll']:.2f} nats a frame")
 
-    small, report = kruify.convert(dense, "auto")  # two balanced factors a gate
+    small, report = kruify.convert(dense, "auto")  # two balanced factors per gate
     print(f"converted:             {task.evaluate(small, 'test')['nll']:.2f} nats a frame,", end=" ")
     print(f"recurrent matrix {report.parameters['recurrent_ratio']:.0f}x smaller")
     for name, model in (("converted, trained on:", small), ("dense, trained on:    ", dense)):

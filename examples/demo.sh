@@ -30,5 +30,5 @@ say "Fine-tuning brings it back: most of the way in these minutes, further in lo
 run "kruify finetune converted.kru.safetensors --task g2p-en --epochs ${EPOCHS:-3} --lr 2e-3 --option factor_lr=3 -o finetuned.kru.safetensors"
 run "kruify evaluate finetuned.kru.safetensors --task g2p-en"
 
-say "The account. The published network has probably seen the test words: its figure flatters it (see README)."
+say "The comparison. The published network has probably seen the test words, so its figure is optimistic (see README)."
 run "kruify report dense.pt converted.kru.safetensors finetuned.kru.safetensors --task g2p-en"

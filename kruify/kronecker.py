@@ -25,7 +25,7 @@ def to_dense(
     factors: Sequence[Tensor],  # each (gates, rank, P_f, Q_f)
     scale: Tensor | None = None,  # (gates, rank)
 ) -> Tensor:  # (gates, rows, cols)
-    """The dense matrices that the stacked factors stand for, one a gate."""
+    """The dense matrices that the stacked factors stand for, one per gate."""
     factors = _repeated(factors)
     product = factors[0] if scale is None else factors[0] * scale[..., None, None]
     if len(factors) == 1:

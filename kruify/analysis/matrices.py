@@ -27,7 +27,7 @@ class MatrixHealth:
         dense_parameters: rows times columns.
         singular_values: descending; at most 64 of them, evenly spread over all.
         energy: 1 - ||W - K||^2 / ||W||^2 against the same gate of the first model of a report, as both stand in their
-            files: after fine-tuning it tells how far the network has moved. None for the first model.
+            files: after fine-tuning it shows how far the network has moved. None for the first model.
         energy_null: what the same structure keeps of a matrix without any structure. None for a dense matrix.
     """
 

@@ -60,9 +60,9 @@ def export_layers(
 
     Args:
         batch_first: layout of input and output; None takes the layer's, (time, batch, features) where the file does
-            not tell.
-        nonlinearity: "tanh" or "relu", of plain RNNs where the file does not tell, as no state dict does; None takes
-            tanh. What was taken for granted is in `Exported.assumed`.
+            not say.
+        nonlinearity: "tanh" or "relu", of plain RNNs where the file does not say, as no state dict does; None takes
+            tanh. What was assumed is in `Exported.assumed`.
 
     Raises:
         UsageError: the file has no recurrent layer, or `nonlinearity` contradicts the file or has no RNN to act on.
@@ -73,19 +73,23 @@ def export_layers(
         raise UsageError("there is no RNN, LSTM or GRU layer in it", checkpoint.path, "See 'kruify inspect'")
     if nonlinearity is not None and all(layer.kind != "rnn" for layer, _ in found.items):
         raise UsageError("there is no plain RNN whose nonlinearity could be set", checkpoint.path, "Leave it out")
-    told = [_told(layer, batch_first, nonlinearity, checkpoint.path) for layer, _ in found.items]
-    layers = replace(found, items=[(layer, matrices) for layer, (_, matrices) in zip(told, found.items, strict=True)])
+    completed = [_completed(layer, batch_first, nonlinearity, checkpoint.path) for layer, _ in found.items]
+    layers = replace(
+        found, items=[(layer, matrices) for layer, (_, matrices) in zip(completed, found.items, strict=True)]
+    )
     write = export_onnx if to == "onnx" else export_torch
     exported = []
-    for layer, module in zip(told, layers.modules(), strict=True):
-        file = path if len(told) == 1 else path.with_name(f"{path.stem}.{layer.name}{path.suffix}")
+    for layer, module in zip(completed, layers.modules(), strict=True):
+        file = path if len(completed) == 1 else path.with_name(f"{path.stem}.{layer.name}{path.suffix}")
         written = write(module, file, dense=dense, name=layer.name, tolerance=tolerance)
         exported.append(replace(written, assumed=_assumed(layer)))
     return exported
 
 
-def _told(layer: RecurrentLayer, batch_first: bool | None, nonlinearity: str | None, where: object) -> RecurrentLayer:
-    """The layer with what the caller knows of it and its file does not tell."""
+def _completed(
+    layer: RecurrentLayer, batch_first: bool | None, nonlinearity: str | None, where: object
+) -> RecurrentLayer:
+    """The layer with what the caller knows and the file does not say."""
     if batch_first is not None and not layer.cell:
         layer = replace(layer, batch_first=batch_first)
     if nonlinearity is None or layer.kind != "rnn" or layer.nonlinearity == nonlinearity:

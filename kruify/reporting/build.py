@@ -17,7 +17,7 @@ from kruify.checkpoint import Checkpoint, read
 from kruify.conversion.network import load_network
 from kruify.errors import UsageError
 from kruify.progress import Progress
-from kruify.reporting.details import agreeing, history, made, peak_memory, with_energies
+from kruify.reporting.details import agreeing, history, peak_memory, provenance, with_energies
 from kruify.reporting.report import LatencySetup, ModelReport, Report
 from kruify.tasks.base import Task, measure
 
@@ -73,7 +73,7 @@ def build_report(
                 memory_bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.lazy.values()),
                 peak_memory_bytes=peak_memory(layers[index], latency.steps),
                 history=history(checkpoint),
-                made=made(checkpoint),
+                made=provenance(checkpoint),
             )
         )
     return Report(
@@ -116,7 +116,7 @@ def _sources(checkpoint: Checkpoint) -> list[str]:
 
 
 def machine() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The processor's name, as far as the system reports it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""What a report tells beside the comparison: energies against the dense matrices, peak memory, how a file was made."""
+"""What a report says beside the comparison: energies against the dense matrices, peak memory, how a file was made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kruify.analysis.matrices import MatrixHealth, gate_matrices
 from kruify.checkpoint import Checkpoint
 from kruify.decomposition import null_energy
 
-TOLD = {  # metadata -> how a report calls it
+METADATA_LABELS = {  # metadata key -> label in a report
     "kruify.version": "kruify",
     "kruify.torch": "torch",
     "kruify.seed": "seed",
@@ -45,8 +45,8 @@ def with_energies(health: Sequence[MatrixHealth], layers: Layers, first: Layers)
 
 
 def agreeing(layers: Sequence[Layers]) -> list[Layers]:
-    """Fills in what one file tells of a layer and another does not (batch_first, nonlinearity), so that all of them
-    are measured in the same layout: a state dict tells less than a file that was fine-tuned."""
+    """Fills in what one file says of a layer and another does not (batch_first, nonlinearity), so that all of them
+    are measured in the same layout: a state dict says less than a fine-tuned file."""
     known: dict[tuple[str, str], Any] = {}
     for model in layers:
         for layer, _ in model.items:
@@ -59,8 +59,8 @@ def agreeing(layers: Sequence[Layers]) -> list[Layers]:
         items = []
         for layer, matrices in model.items:
             unknown = [field.name for field in fields(layer) if getattr(layer, field.name) is None]
-            told = {name: known[layer.name, name] for name in unknown if (layer.name, name) in known}
-            items.append((replace(layer, **told), matrices))
+            found = {name: known[layer.name, name] for name in unknown if (layer.name, name) in known}
+            items.append((replace(layer, **found), matrices))
         filled.append(replace(model, items=items))
     return filled
 
@@ -106,7 +106,7 @@ def _memory_events(profiler: Any) -> list[int]:
 
 
 def history(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """The validations of the fine-tuning, as the file tells; empty if it does not or is not readable."""
+    """The validations of the fine-tuning, as the file records them; empty if it has none or they are unreadable."""
     try:
         entries = json.loads(checkpoint.metadata.get("kruify.history", "[]"))
     except ValueError:
@@ -116,6 +116,8 @@ def history(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     return [e for e in entries if isinstance(e, dict) and isinstance(e.get("metrics"), dict)]
 
 
-def made(checkpoint: Checkpoint) -> dict[str, str]:
-    """Versions, seed and recipe, as the file tells; strings of a file are shown, never trusted."""
-    return {label: checkpoint.metadata[key][:2000] for key, label in TOLD.items() if key in checkpoint.metadata}
+def provenance(checkpoint: Checkpoint) -> dict[str, str]:
+    """Versions, seed and recipe, as the file records them; strings of a file are shown, never trusted."""
+    return {
+        label: checkpoint.metadata[key][:2000] for key, label in METADATA_LABELS.items() if key in checkpoint.metadata
+    }

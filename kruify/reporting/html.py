@@ -14,10 +14,10 @@ from kruify.reporting.rows import (
     comparison,
     gate_cells,
     headlines,
-    judged,
-    made,
-    measured,
+    latency_note,
+    metric_note,
     plan,
+    provenance,
     title,
 )
 from kruify.reporting.style import CSS
@@ -41,11 +41,11 @@ def to_html(report: Report, heading: str | None = None, knee: str | None = None)
     heading = heading or title(report)
     body = [
         f"<h1>{escape(heading)}</h1>",
-        f'<p class="note">{escape(judged(report) or "No task was named: sizes and speed only.")}</p>',
+        f'<p class="note">{escape(metric_note(report) or "No task was named: sizes and speed only.")}</p>',
         *(_headline(headline, index) for index, headline in enumerate(headlines(report), 1)),
         "<h2>Comparison</h2>",
         f'<div class="card long">{_comparison(report)}</div>',
-        f'<p class="note">{escape(measured(report))}</p>',
+        f'<p class="note">{escape(latency_note(report))}</p>',
         "<h2>Pictures</h2>",
         f'<div class="pictures">{_pictures(report, knee)}</div>',
         "<h2>Recurrent matrices, gate by gate</h2>",
@@ -182,7 +182,7 @@ def _spectra(report: Report) -> str:
 
 def _made(model: ModelReport, index: int) -> str:
     folded = ("fine-tuning",)
-    entries = made(model)
+    entries = provenance(model)
     listed = "".join(f"<dt>{escape(k)}</dt><dd><code>{escape(v)}</code></dd>" for k, v in entries if k not in folded)
     extra = "".join(_details(label, text) for label, text in entries if label in folded)
     if lines := plan(model):

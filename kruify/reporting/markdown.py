@@ -11,11 +11,11 @@ from kruify.reporting.rows import (
     comparison,
     gate_cells,
     headlines,
-    judged,
-    made,
-    measured,
+    latency_note,
     metric,
+    metric_note,
     plan,
+    provenance,
     quarters,
     title,
     validations,
@@ -33,7 +33,7 @@ def to_markdown(report: Report) -> str:
         ["", *(m.name for m in report.models)],
         [[row.label, *row.cells] for row in comparison(report)],
     )
-    lines += ["", *(sentence for sentence in (judged(report), measured(report)) if sentence)]
+    lines += ["", *(sentence for sentence in (metric_note(report), latency_note(report)) if sentence)]
     for model in report.models:
         lines += _training(model)
     lines += [
@@ -53,7 +53,7 @@ def to_markdown(report: Report) -> str:
     lines += _table(["model", "matrix", "gate", *GATE_COLUMNS, "singular values"], rows)
     lines += ["", "## How it was made", ""]
     for model in report.models:
-        entries = made(model)
+        entries = provenance(model)
         if planned := plan(model):
             entries.append(("plan", "; ".join(planned)))
         lines.append(f"- {_text(model.name)}: " + ", ".join(f"{label} `{_text(text)}`" for label, text in entries))

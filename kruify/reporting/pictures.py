@@ -161,7 +161,7 @@ def latency(report: Report) -> str:
 
 
 def curves(report: Report, key: str | None) -> str | None:
-    """Training: the task's metric (or the loss) on the validation split over epochs; None where no file tells."""
+    """Training: the task's metric (or the loss) on the validation split over epochs; None if no file has them."""
     trained = [(i, m) for i, m in enumerate(report.models) if len(_points(m, key)[0]) > 1]
     if not trained:
         return None
@@ -196,7 +196,7 @@ def _spread(trained: Sequence[tuple[int, ModelReport]], key: str | None) -> floa
 
 
 def spectra(report: Report, matrix: str) -> str:
-    """Singular values of one recurrent matrix, a panel a gate, dense against converted."""
+    """Singular values of one recurrent matrix, one panel per gate, dense against converted."""
     entries = [entry for model in report.models for entry in model.recurrent_matrices if entry.name == matrix]
     gates = list(dict.fromkeys(entry.gate for entry in entries))
     columns = 2 if len(gates) > 1 else 1

@@ -28,7 +28,7 @@ class ModelReport:
         memory_bytes: of all tensors of the file, loaded.
         peak_memory_bytes: batch size -> the most that one run of the recurrent layers allocates beside them.
         history: one entry per validation of the fine-tuning that made it (epoch, step, loss, metrics), if known.
-        made: how it was made: versions, seed, recipe, as the file tells.
+        made: how it was made: versions, seed and recipe that the file records.
     """
 
     name: str

@@ -17,7 +17,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity: a value a model, and how each compares with the first model ("" where it does not)."""
+    """One quantity: one value per model, and how each compares with the first model ("" where it does not)."""
 
     label: str
     values: list[str]
@@ -97,10 +97,10 @@ def comparison(report: Report) -> list[Row]:
         ("other", "Other parameters"),
         ("total", "All parameters"),
     ):
-        add(label, [getattr(m.parameters, part) for m in models], whole, "smaller")
+        add(label, [getattr(m.parameters, part) for m in models], integer, "smaller")
     add("File", [m.bytes for m in models], size, "smaller")
     add("Tensors in memory", [m.memory_bytes for m in models], size, "smaller")
-    add("Multiply-adds a step", [m.multiply_adds_per_step for m in models], whole, "fewer")
+    add("Multiply-adds per step", [m.multiply_adds_per_step for m in models], integer, "fewer")
     for batch in models[0].latency_ms:
         add(f"Latency, batch {batch}: median", [m.latency_ms[batch] for m in models], milliseconds, "faster")
         if all(batch in m.latency_p95_ms for m in models):
@@ -123,7 +123,7 @@ def _change(before: float, after: float, better: str) -> str:
     return "" if text == "1.0" else f"{text}x {word}"
 
 
-def whole(value: float) -> str:
+def integer(value: float) -> str:
     return f"{value:,.0f}"
 
 
@@ -160,7 +160,7 @@ def quarters(values: Sequence[float]) -> list[float]:
 
 
 def validations(model: ModelReport) -> list[tuple[str, list[float]]]:
-    """Name of each quantity of the training -> one value a validation, NaN where unknown.
+    """Name of each quantity of the training -> one value per validation, NaN where unknown.
 
     The training loss, the metrics on the validation split, and the largest condition number of all recurrent matrices.
     """
@@ -185,7 +185,7 @@ def plan(model: ModelReport) -> list[str]:
     return [f"{', '.join(alike)} ({of}): {factors}" for (of, factors), alike in names.items()]
 
 
-def made(model: ModelReport) -> list[tuple[str, str]]:
+def provenance(model: ModelReport) -> list[tuple[str, str]]:
     """How a file was made, without the plan: (label, text)."""
     entries = [("file", model.file), ("sha256", model.sha256)]
     if model.sources:
@@ -194,7 +194,7 @@ def made(model: ModelReport) -> list[tuple[str, str]]:
 
 
 def recipe(text: str) -> str:
-    """The options of a fine-tuning run as the file tells them, JSON or not, as one line."""
+    """The options of a fine-tuning run as the file records them, JSON or not, in one line."""
     try:
         values = json.loads(text)
     except ValueError:
@@ -204,7 +204,7 @@ def recipe(text: str) -> str:
     return ", ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())
 
 
-def spark(values: Sequence[float], low: float | None = None, high: float | None = None, most: int = 12) -> str:
+def sparkline(values: Sequence[float], low: float | None = None, high: float | None = None, most: int = 12) -> str:
     """Values as a row of at most `most` blocks, from `low` to `high`, by default the least and the largest of them."""
     if len(values) > most:
         values = [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
@@ -213,13 +213,13 @@ def spark(values: Sequence[float], low: float | None = None, high: float | None 
     return "".join(BLOCKS[round(min(1.0, max(0.0, (v - low) / span)) * (len(BLOCKS) - 1))] for v in values)
 
 
-def spark_spectrum(values: Sequence[float]) -> str:
+def sparkline_of_spectrum(values: Sequence[float]) -> str:
     """Singular values as blocks, on a logarithmic scale from a thousandth of the largest up to the largest."""
     top = values[0] if values else 0.0
-    return spark([math.log10(v / top) if v > 0 else -math.inf for v in values], -3.0, 0.0) if top > 0 else ""
+    return sparkline([math.log10(v / top) if v > 0 else -math.inf for v in values], -3.0, 0.0) if top > 0 else ""
 
 
-def measured(report: Report) -> str:
+def latency_note(report: Report) -> str:
     """How latency and memory were measured."""
     info = report.latency
     threads = "one thread" if info.threads == 1 else f"{info.threads} threads"
@@ -233,7 +233,7 @@ def measured(report: Report) -> str:
     return said
 
 
-def judged(report: Report) -> str:
+def metric_note(report: Report) -> str:
     """What the metrics were measured on, one sentence; empty without a task."""
     if report.task is None:
         return ""

@@ -14,13 +14,13 @@ from kruify.reporting.rows import (
     comparison,
     gate_cells,
     headlines,
-    judged,
-    made,
-    measured,
+    latency_note,
     metric,
+    metric_note,
     plan,
-    spark,
-    spark_spectrum,
+    provenance,
+    sparkline,
+    sparkline_of_spectrum,
     validations,
 )
 
@@ -55,7 +55,7 @@ def _made(report: Report) -> Table:
     for widest in (22, None, None):
         table.add_column(overflow="fold", max_width=widest)
     for model in report.models:
-        entries = made(model)
+        entries = provenance(model)
         if lines := plan(model):
             entries.append(("plan", "\n".join(lines)))
         for place, (label, text) in enumerate(entries):
@@ -69,7 +69,7 @@ def _gates(model: ModelReport) -> Table:
     table = _table(f"{model.name}: recurrent matrices", "gate", *heads, "singular\nvalues")
     for entry in model.recurrent_matrices:
         cells = gate_cells(entry)
-        curve = spark_spectrum(entry.singular_values)
+        curve = sparkline_of_spectrum(entry.singular_values)
         table.add_row(f"{entry.name} {entry.gate}", *(cells[place] for place in kept), curve)
     return table
 
@@ -81,12 +81,12 @@ def _training(report: Report) -> Table:
             known = [v for v in values if math.isfinite(v)]
             if not known:
                 continue
-            table.add_row(model.name, name, *(metric(v) for v in (known[0], known[-1])), spark(known))
+            table.add_row(model.name, name, *(metric(v) for v in (known[0], known[-1])), sparkline(known))
     return table
 
 
 def _comparison(report: Report) -> Table:
-    said = " ".join(sentence for sentence in (judged(report), measured(report)) if sentence)
+    said = " ".join(sentence for sentence in (metric_note(report), latency_note(report)) if sentence)
     table = _table("comparison", "", *(model.name for model in report.models), caption=said)
     for row in comparison(report):
         main = report.metric is not None and row.label.startswith(f"{report.metric},")

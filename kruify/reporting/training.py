@@ -20,8 +20,8 @@ MEASURES = {
 
 
 def conditioning_svg(history: History) -> str:
-    """A picture to be opened by itself: each measure over epochs, a curve a gate, and the gradient through time at the
-    first and the last validation.
+    """A picture to be opened by itself: each measure over epochs, one curve per gate, and the gradient through time at
+    the first and the last validation.
 
     Raises:
         UsageError: the history holds no conditioning.
@@ -42,7 +42,7 @@ def conditioning_svg(history: History) -> str:
 
 
 def condition_numbers(report: Report) -> str | None:
-    """The largest condition number of each model's recurrent matrices over epochs; None where no file tells."""
+    """The largest condition number of each model's recurrent matrices over epochs; None if no file has them."""
     curves = {}
     for index, model in enumerate(report.models):
         found = [(float(entry["epoch"]), largest_condition_number(entry)) for entry in model.history]
@@ -64,7 +64,7 @@ def condition_numbers(report: Report) -> str | None:
 
 
 def gradients(report: Report) -> str | None:
-    """The gradient through time of each model at its last validation; None where no file tells."""
+    """The gradient through time of each model at its last validation; None if no file has them."""
     entries = {i: m.history[-1] for i, m in enumerate(report.models) if m.history and _gradients(m.history[-1])}
     if not entries:
         return None
@@ -132,7 +132,7 @@ def _axes(axes: Any, label: str, values: Sequence[float]) -> None:
 
 
 def _matrices(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The gates of an entry as a file tells them; entries that are not of the form are left out."""
+    """The gates of an entry as a file records them; malformed entries are left out."""
     found = entry.get("conditioning")
     matrices = found.get("matrices") if isinstance(found, dict) else None
     wanted = {"name": str, "gate": str, **dict.fromkeys(MEASURES, float | int)}

@@ -19,7 +19,7 @@ class SequenceNetwork(nn.Module):
 
     Args:
         inputs: features of an input step; with one_hot the number of symbols.
-        outputs: predictions of a step.
+        outputs: predictions of one step.
         one_hot: inputs are int64 symbols and become one-hot vectors.
         last: predict once, after the last step, instead of at every step.
     """

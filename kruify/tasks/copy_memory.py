@@ -25,7 +25,7 @@ _EVALUATION_BATCH = 100
 class CopyMemory(SequenceTask):
     """Input: 10 random symbols of 8, T-1 blanks, a delimiter, 10 blanks. Output: T+10 blanks, then the 10 symbols.
 
-    A network without memory answers blanks and guesses: 10 log2(8) / (T+20) bits a step.
+    A network without memory answers blanks and guesses: 10 log2(8) / (T+20) bits per step.
 
     Args:
         T: steps over which the symbols must be kept, at least 1.
@@ -39,9 +39,9 @@ class CopyMemory(SequenceTask):
     metric = "bits"
     output_kind = "softmax"
     measures = (
-        "Whether ten symbols are remembered over T blank steps: cross entropy in bits a step, and symbols recalled."
+        "Whether ten symbols are remembered over T blank steps: cross entropy in bits per step, and symbols recalled."
     )
-    chance = "30 / (T + 20) bits a step without memory (0.029 at T = 1000), recall 0.125"
+    chance = "30 / (T + 20) bits per step without memory (0.029 at T = 1000), recall 0.125"
 
     def __post_init__(self) -> None:
         if self.T < 1:
@@ -66,7 +66,7 @@ class CopyMemory(SequenceTask):
         return functional.cross_entropy(outputs.flatten(0, 1), batch.y.flatten())
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """Return {"bits": cross entropy a step, "recall": share of the ten symbols that are right}."""
+        """Return {"bits": cross entropy per step, "recall": share of the ten symbols that are right}."""
         nats = right = 0.0
         with evaluating(model) as device:
             for batch in self.batches(split):

@@ -77,7 +77,7 @@ class FashionMnistRows(SequenceTask):
         return pixels
 
     def batches(self, split: str, *, seed: int = 0) -> Iterator[Batch]:
-        """Yield x (batch, steps, pixels a step) float32 in [0, 1], y (batch,) int64."""
+        """Yield x (batch, steps, pixels per step) float32 in [0, 1], y (batch,) int64."""
         images, labels = self._split(split)
         every = torch.split(torch.arange(len(images)), _EVALUATION_BATCH)
         for index in shuffled(len(images), self.batch_size, seed) if split == "train" else every:

@@ -19,7 +19,7 @@ from kruify.cli.main import cli
 from kruify.conversion import convert_tensors
 from kruify.conversion.locate import locate
 from kruify.conversion.plan import make_plan
-from kruify.reporting.details import agreeing, history, made, peak_memory, with_energies
+from kruify.reporting.details import agreeing, history, peak_memory, provenance, with_energies
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_files_that_tell_less_are_measured_like_those_that_tell_more(tmp_path: P
 def test_what_the_file_tells(files: tuple[Path, Path, list[float]], tmp_path: Path) -> None:
     small = read(files[1])
     assert history(small) == [{"epoch": 0, "loss": None, "metrics": {"m": 1.0}}]
-    assert made(small)["seed"] == "7" and "fine-tuning" not in made(small)
+    assert provenance(small)["seed"] == "7" and "fine-tuning" not in provenance(small)
     write_safetensors(tmp_path / "odd.safetensors", nn.GRU(4, 16).state_dict(), {"kruify.history": "{not json"})
     assert history(read(tmp_path / "odd.safetensors")) == []
 

@@ -18,12 +18,12 @@ from kruify.reporting.report import LatencySetup
 from kruify.reporting.rows import (
     comparison,
     headlines,
-    measured,
+    latency_note,
     plan,
     quarters,
     size,
-    spark,
-    spark_spectrum,
+    sparkline,
+    sparkline_of_spectrum,
     times,
     title,
     validations,
@@ -162,7 +162,7 @@ def test_every_form_says_everything(report: Report) -> None:
     terminal = console.file.getvalue()  # type: ignore[attr-defined]
     told = [
         "16.0x", "0.300 → 0.340", "a machine", "1,500 examples", "p95", "Peak memory, batch 32", "Tensors in memory",
-        "Multiply-adds a step", "0.250", "(0.125)", "2*(8x8,8x8)", "cd" * 8, "ab" * 32, "epochs 2.0", "training",
+        "Multiply-adds per step", "0.250", "(0.125)", "2*(8x8,8x8)", "cd" * 8, "ab" * 32, "epochs 2.0", "training",
         "rnn.weight_hh_l0",
     ]  # fmt: skip
     for words in told:
@@ -196,10 +196,10 @@ def test_matrices_and_gates_with_the_same_factors_share_a_line(report: Report) -
 
 
 def test_spectra_as_blocks_and_quarters() -> None:
-    assert spark_spectrum([1.0, 0.03, 1e-3, 1e-20, 0.0]) == "█▄▁▁▁"
-    assert spark_spectrum([0.0, 0.0]) == ""
+    assert sparkline_of_spectrum([1.0, 0.03, 1e-3, 1e-20, 0.0]) == "█▄▁▁▁"
+    assert sparkline_of_spectrum([0.0, 0.0]) == ""
     assert quarters([4.0, 3.0, 2.0, 1.0, 1e-18]) == [4.0, 3.0, 2.0, 1.0, 0.0]
-    assert spark([3.0, 3.0]) == "▁▁" and spark(list(range(100)), most=3) == "▁▅█"
+    assert sparkline([3.0, 3.0]) == "▁▁" and sparkline(list(range(100)), most=3) == "▁▅█"
 
 
 def test_the_title_says_what_is_compared(report: Report) -> None:
@@ -209,8 +209,8 @@ def test_the_title_says_what_is_compared(report: Report) -> None:
 
 
 def test_a_busy_machine_is_said(report: Report) -> None:
-    assert "relied on" not in measured(replace(report, latency=replace(report.latency, load=1.9, cores=2)))
-    assert "(load 5.2 on 2 cores)" in measured(replace(report, latency=replace(report.latency, load=5.2, cores=2)))
+    assert "relied on" not in latency_note(replace(report, latency=replace(report.latency, load=1.9, cores=2)))
+    assert "(load 5.2 on 2 cores)" in latency_note(replace(report, latency=replace(report.latency, load=5.2, cores=2)))
 
 
 def test_words(report: Report) -> None:

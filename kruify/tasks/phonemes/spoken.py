@@ -1,4 +1,4 @@
-"""A stand-in for TIMIT: sentences that espeak-ng speaks, whose phonemes and their times it tells.
+"""A stand-in for TIMIT: sentences spoken by espeak-ng, which reports their phonemes and times.
 
 The library comes with the Python package espeakng-loader, or with the Debian package libespeak-ng1. It is called in a
 process of its own, which writes the features to the user's cache folder: espeak-ng keeps global state and may leave a
