@@ -22,8 +22,14 @@ NAME = 4096
 PICKLE = 64 * MIB
 """Bytes of a pickle, without the tensors' storages."""
 
+OPCODES = 10_000_000
+"""Instructions of a pickle."""
+
 NODES = 5_000_000
 """Values in a pickled object, counted once for each place that they are in."""
+
+VISITS = 1_000_000
+"""Modules and their attributes in a pickled model, counted once for each place that they are in."""
 
 JSON = 64 * MIB
 """Bytes of a JSON file."""

@@ -6,12 +6,13 @@ A state dict does not say batch_first, dropout or the nonlinearity; a whole modu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from kruify.checkpoint import limits
-from kruify.checkpoint.safe_unpickler import Record
+from kruify.checkpoint.safe_unpickler import OtherDict, Record
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.errors import UnsafeError, UnsupportedError
 
@@ -46,28 +47,16 @@ class ModuleTree(dict[str, Any]):
         self.hints: dict[str, ModuleHint] = {}
 
 
-def resolve(node: Any, where: object, code: Mapping[str, str] | None = None, depth: int = 0) -> Any:
+def resolve(root: Any, where: object, code: Mapping[str, str] | None = None) -> Any:
     """Replace every whole module in an object by its ModuleTree; what is left of Records stays.
 
     Args:
         code: the sources of a TorchScript archive; with it, every object of a class is a module.
+
+    Raises:
+        UnsafeError: modules contain each other, or are visited too often. UnsupportedError: quantised modules.
     """
-    if isinstance(node, Record) and (is_module(node) or code is not None):
-        tree = ModuleTree(str(node.cls))
-        for name, hint, tensors in _walk(node, "", code or {}, 0, [], where):
-            tree.update(tensors)
-            if hint:
-                tree.hints[name] = hint
-            if len(tree) > limits.ENTRIES:
-                raise UnsafeError(f"its modules name more than {limits.ENTRIES} tensors", where)
-        return tree
-    if depth > limits.DEPTH:
-        raise UnsafeError("it is nested too deeply", where)
-    if isinstance(node, dict):
-        return {name: resolve(value, where, code, depth + 1) for name, value in node.items()}
-    if type(node) in (list, tuple):
-        return type(node)(resolve(value, where, code, depth + 1) for value in node)
-    return node
+    return _Resolver(where, code).resolve(root, 0)
 
 
 def is_module(node: Record) -> bool:
@@ -77,42 +66,53 @@ def is_module(node: Record) -> bool:
     )
 
 
-Found = tuple[str, "ModuleHint | None", dict[str, LazyTensor]]
+class _Resolver:
+    def __init__(self, where: object, code: Mapping[str, str] | None) -> None:
+        self.where, self.code = where, code
+        self.visits = limits.VISITS  # of modules and their attributes: one module may stand in many places
 
+    def resolve(self, node: Any, depth: int) -> Any:
+        if isinstance(node, Record) and (is_module(node) or self.code is not None):
+            tree = ModuleTree(str(node.cls))
+            self.walk(node, "", 0, tree)
+            return tree
+        if depth > limits.DEPTH:
+            raise UnsafeError("it is nested too deeply", self.where)
+        if isinstance(node, dict) and type(node) in (dict, OrderedDict, OtherDict):
+            return type(node)((name, self.resolve(value, depth + 1)) for name, value in node.items())
+        if type(node) in (list, tuple):
+            return type(node)(self.resolve(value, depth + 1) for value in node)
+        return node
 
-def _walk(
-    node: Record, path: str, code: Mapping[str, str], depth: int, budget: list[None], where: object
-) -> Iterator[Found]:
-    """(module name, hint, its own tensors by full name) for a module and the modules in it."""
-    budget.append(None)
-    if depth > limits.DEPTH or len(budget) > limits.ENTRIES:
-        raise UnsafeError("its modules contain each other, or too many", where)
-    state = node.state if isinstance(node.state, dict) else {}
-    cls = re.sub(r"^__torch__\.|___torch_mangle_\d+\.", "", str(node.cls))
-    if "quantized" in cls.split(".") or any(name in state for name in _PACKED):
-        raise UnsupportedError(
-            f"{path or 'it'} is a quantised module ({cls[:80]})", where, "Give the checkpoint from before quantisation"
-        )
-    own: dict[str, Any] = {}
-    children: dict[str, Any] = {}
-    if is_module(node):
-        skipped = state.get("_non_persistent_buffers_set") or ()
-        own = {**state["_parameters"], **{n: t for n, t in state["_buffers"].items() if n not in skipped}}
-        children = state["_modules"]
-    else:
-        own = state
-        children = {name: value for name, value in state.items() if isinstance(value, Record)}
-    before = f"{path}." if path else ""
-    tensors = {f"{before}{name}": value for name, value in own.items() if isinstance(value, LazyTensor)}
-    options = {n: v for n, v in state.items() if isinstance(n, str) and isinstance(v, bool | int | float | str)}
-    if code:
-        options.update(_options_in_code(str(node.cls), code))
-    recurrent = "hidden_size" in options or any(re.search(r"weight_hh(_l\d+)?$", name) for name in tensors)
-    public = {name: value for name, value in options.items() if name != "training" and name[:1] != "_"}
-    yield path, (ModuleHint(cls, public) if recurrent else None), tensors
-    for name, child in children.items():
-        if isinstance(child, Record) and isinstance(name, str):
-            yield from _walk(child, f"{before}{name}", code, depth + 1, budget, where)
+    def walk(self, node: Record, path: str, depth: int, tree: ModuleTree) -> None:
+        """Put the tensors and the hint of a module, and of the modules in it, into `tree`."""
+        state = node.state if isinstance(node.state, dict) else {}
+        own, children = state, {name: value for name, value in state.items() if isinstance(value, Record)}
+        if is_module(node):
+            skipped = state.get("_non_persistent_buffers_set") or ()
+            own = {**state["_parameters"], **{n: t for n, t in state["_buffers"].items() if n not in skipped}}
+            children = state["_modules"]
+        self.visits -= 1 + len(state) + len(own) + len(children)
+        if depth > limits.DEPTH or self.visits < 0:
+            raise UnsafeError("its modules contain each other, or too many", self.where)
+        cls = re.sub(r"^__torch__\.|___torch_mangle_\d+\.", "", str(node.cls))
+        if "quantized" in cls.split(".") or any(name in state for name in _PACKED):
+            hint = "Give the checkpoint from before quantisation"
+            raise UnsupportedError(f"{path or 'it'} is a quantised module ({cls[:80]})", self.where, hint)
+        before = f"{path}." if path else ""
+        tensors = {f"{before}{name}": value for name, value in own.items() if isinstance(value, LazyTensor)}
+        options = {n: v for n, v in state.items() if isinstance(n, str) and isinstance(v, bool | int | float | str)}
+        if self.code:
+            options.update(_options_in_code(str(node.cls), self.code))
+        if "hidden_size" in options or any(re.search(r"weight_hh(_l\d+)?$", name) for name in tensors):
+            public = {name: value for name, value in options.items() if name != "training" and name[:1] != "_"}
+            tree.hints[path] = ModuleHint(cls, public)
+        tree.update(tensors)
+        if len(tree) > limits.ENTRIES:
+            raise UnsafeError(f"its modules name more than {limits.ENTRIES} tensors", self.where)
+        for name, child in children.items():
+            if isinstance(child, Record) and isinstance(name, str):
+                self.walk(child, f"{before}{name}", depth + 1, tree)
 
 
 _CALL = re.compile(

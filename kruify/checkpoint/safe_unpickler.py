@@ -1,21 +1,21 @@
 """Read a pickle without running it: no import, no class, no call; what it would build becomes a `Record`.
 
 A pickle is a program for a small stack machine. Three of its instructions load and call things of the reader's Python
-(GLOBAL, REDUCE, BUILD); here a GLOBAL is only a name and a call is only a note of it. So a full-module pickle of a
-class that nobody has any more can be read, and a hostile one has nothing to take hold of. A pickle that names what no
-model needs (os.system, eval) or calls a function that is not one of the few that rebuild data is refused by name all
-the same: opened elsewhere, it would run.
+(GLOBAL, REDUCE, BUILD); here a GLOBAL is only a name and a call is only recorded. So a module of a class that is not
+installed can be read, and a hostile file cannot act. A pickle that names what no model needs (os.system, eval), or
+calls a function that does not rebuild data, is refused by name all the same: another program would run it.
 
-Opcodes: CPython's Lib/pickletools.py, protocols 0 to 5.
+Opcodes and the decoding of their arguments: the standard library's pickletools, protocols 0 to 5.
 """
 
 from __future__ import annotations
 
-import codecs
-import struct
-from collections.abc import Callable
+import io
+import pickletools
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from kruify.checkpoint import limits
 from kruify.checkpoint.tensors import LazyTensor
@@ -32,15 +32,23 @@ class Global(NamedTuple):
         return f"{self.module}.{self.name}"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # what is in it may be nested without end
 class Record:
-    """An object of a class that is known by name only."""
+    """An object of a class that is known by name only: what it would be constructed from and filled with."""
 
     cls: Global
     args: tuple[Any, ...] = ()
     state: Any = None
     items: list[Any] = field(default_factory=list)
     pairs: dict[Any, Any] = field(default_factory=dict)
+
+
+class OtherDict(dict[Any, Any]):
+    """A Counter or defaultdict, read as a dict."""
+
+
+class OtherList(list[Any]):
+    """A deque, read as a list."""
 
 
 Rebuild = Callable[[tuple[Any, ...]], Any]
@@ -76,6 +84,9 @@ PLAIN_BUILTINS = _words("""
     NotImplemented Ellipsis
 """)
 
+HARMLESS = ("builtins.getattr", "types.SimpleNamespace")
+"""May be named; `_Machine.call` allows getattr for torch's own functions only."""
+
 CALLABLE = frozenset(
     {
         "functools.partial",
@@ -89,9 +100,18 @@ CALLABLE = frozenset(
         "torch.device",
         "torch.finfo",
         "torch.layout",
+        "re._compile",
+        "torch.nn.backends.thnn._get_thnn_function_backend",
+        "numpy.random._pickle.__randomstate_ctor",
+        "numpy.random._pickle.__generator_ctor",
+        "numpy.random._pickle.__bit_generator_ctor",
+        "numpy.random.bit_generator.__pyx_unpickle_SeedSequence",
     }
 )
-"""Types with small letters whose construction is recorded like that of any class."""
+"""Harmless callables with small letters; a call is recorded like that of any class."""
+
+FUNCTION_TABLES = _words("torch._C._VariableFunctions torch._C._VariableFunctionsClass torch._C._nn")
+"""Where pickles find torch's own functions by getattr: a module with `self.act = torch.tanh`."""
 
 
 def unpickle(
@@ -127,7 +147,7 @@ def unpickle(
         raise CorruptError(f"its pickle is damaged ({type(error).__name__})", where) from error
     if globals_found is not None:
         globals_found.update(machine.named)
-    return result, machine.at
+    return result, machine.file.tell()
 
 
 def check_tree(root: Any, where: object) -> None:
@@ -140,7 +160,7 @@ def check_tree(root: Any, where: object) -> None:
     on_path: set[int] = set()
 
     def walk(node: Any, depth: int) -> int:
-        if not isinstance(node, dict | list | tuple) or isinstance(node, Global):
+        if not isinstance(node, dict | list | tuple | set | frozenset) or isinstance(node, Global):
             return 1
         if id(node) in sizes:
             return sizes[id(node)]
@@ -164,7 +184,7 @@ def refuse_forbidden(name: Global, where: object) -> None:
 
     >>> refuse_forbidden(Global("torch", "nn.modules.rnn.LSTM"), "a.pt")
     """
-    if name.module in ("builtins", "__builtin__") and name.name in PLAIN_BUILTINS:
+    if (name.module == "builtins" and name.name in PLAIN_BUILTINS) or str(name) in HARMLESS:
         return
     parts = str(name).split(".")
     if (
@@ -182,16 +202,18 @@ def refuse_forbidden(name: Global, where: object) -> None:
 _PYTHON_3 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 """Protocols below 3 use Python 2's names."""
 
-
-class _Mark:
-    pass
-
-
-_MARK = _Mark()
+_MARK = object()
 
 
 def _is_class(name: str) -> bool:
     return name.rpartition(".")[2].lstrip("_")[:1].isupper()
+
+
+def _size(value: Any) -> int:
+    """Bytes that a copy of a value takes, roughly, without what is in it."""
+    if isinstance(value, str | bytes | bytearray):
+        return len(value)
+    return 64 * len(value) if isinstance(value, dict | list | tuple | set | frozenset) else 0
 
 
 class _Machine:
@@ -200,117 +222,125 @@ class _Machine:
     def __init__(
         self, data: bytes, where: object, persistent: Callable[[Any], Any] | None, rebuild: dict[str, Rebuild]
     ) -> None:
-        self.data, self.where, self.persistent, self.rebuild = data, where, persistent, rebuild
-        self.at = 0
+        self.file, self.where, self.persistent, self.rebuild = io.BytesIO(data), where, persistent, rebuild
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.named: set[str] = set()
+        self.copies = len(data) + limits.SLACK  # bytes that its calls may still copy
 
     def run(self) -> Any:
-        while True:
-            code = self.data[self.at]
-            self.at += 1
-            if code == 0x2E:  # STOP
+        read = self.file.read
+        for _ in range(limits.OPCODES):
+            name, decode, handle = _OPCODES[read(1)]
+            argument = decode(self.file) if decode else None
+            if handle:
+                handle(self, argument)
+            elif name == "STOP":
                 return self.stack.pop()
-            _OPCODES[code](self)
+            else:  # its argument is the object
+                self.stack.append(argument)
+        raise UnsafeError(f"its pickle has more than {limits.OPCODES} instructions", self.where)
 
-    # reading
-
-    def take(self, count: int) -> bytes:
-        if count < 0 or count > len(self.data) - self.at:
-            raise CorruptError("its pickle is cut short", self.where, "Copy or download it again")
-        self.at += count
-        return self.data[self.at - count : self.at]
-
-    def unsigned(self, count: int) -> int:
-        return int.from_bytes(self.take(count), "little")
-
-    def raw_line(self) -> bytes:
-        data = self.take(self.data.index(b"\n", self.at) - self.at)
-        self.at += 1
-        return data
-
-    def line(self) -> str:
-        return self.raw_line().decode("utf-8")
+    def pop(self, count: int) -> list[Any]:
+        """The last `count` objects, in order."""
+        if len(self.stack) < count:
+            raise IndexError
+        items = self.stack[len(self.stack) - count :]
+        del self.stack[len(self.stack) - count :]
+        return items
 
     def pop_mark(self) -> list[Any]:
+        """The objects since the last mark, in order."""
         for index in range(len(self.stack) - 1, -1, -1):
             if self.stack[index] is _MARK:
                 items = self.stack[index + 1 :]
                 del self.stack[index:]
                 return items
-        raise CorruptError("its pickle is damaged", self.where)
+        raise IndexError
 
-    # what would load and call
+    def put(self, index: int) -> None:
+        if not 0 <= index < 1 << 32:  # larger numbers can be chosen to have one and the same hash
+            raise IndexError
+        self.memo[index] = self.stack[-1]
 
-    def push_global(self, module: Any, name: Any) -> None:
+    def name(self, module: Any, name: Any) -> Global:
         if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > limits.NAME:
             raise CorruptError("its pickle names a class by something that is no name", self.where)
         found = Global(_PYTHON_3.get(module, module), name)
         refuse_forbidden(found, self.where)
         self.named.add(str(found))
-        self.stack.append(found)
+        return found
 
     def call(self, function: Any, args: Any) -> Any:
         if not isinstance(function, Global) or not isinstance(args, tuple):
-            raise UnsafeError(f"its pickle would call {str(function)[:80]}", self.where)
+            raise UnsafeError("its pickle would call something that has no name", self.where)
         name = str(function)
         if name in self.rebuild:
+            self.copies -= sum(map(_size, args))
+            if self.copies < 0:
+                raise UnsafeError("its pickle copies far more than the file holds", self.where)
             return self.rebuild[name](args)
+        if name == "builtins.getattr" and len(args) == 2 and str(args[0]) in FUNCTION_TABLES:
+            return self.name(str(args[0]), args[1])
         if name in CALLABLE or _is_class(name):
             return Record(function, args)
         raise UnsafeError(f"opening it would call {name[:100]}", self.where, "Save model.state_dict() instead")
 
     def new(self, cls: Any, args: Any) -> Any:
-        if not isinstance(cls, Global) or not isinstance(args, tuple):
+        if not isinstance(cls, Global) or not isinstance(args, tuple) or str(cls) == "builtins.getattr":
             raise CorruptError("its pickle makes an object of something that is no class", self.where)
-        if str(cls) in self.rebuild:
-            return self.rebuild[str(cls)](args)
-        return Record(cls, args)
+        return self.call(cls, args) if str(cls) in self.rebuild else Record(cls, args)
 
     def build(self) -> None:
-        state = self.stack.pop()
-        target = self.stack[-1]
+        target, state = self.stack[-2], self.stack.pop()
         if isinstance(target, Record):
             target.state = state
         elif isinstance(target, Array):
             target.set_state(state)
         elif not isinstance(target, dict | list | LazyTensor):
-            raise CorruptError("its pickle is damaged", self.where)
+            raise TypeError
 
-    def append(self, items: list[Any]) -> None:
+    def add(self, items: list[Any]) -> None:
         target = self.stack[-1]
-        (target.items if isinstance(target, Record) else target).extend(items)
+        if isinstance(target, set):
+            target.update(map(_usable_key, items))
+        else:
+            (target.items if isinstance(target, Record) else target).extend(items)
 
     def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         pairs: dict[Any, Any] = target.pairs if isinstance(target, Record) else target
-        if not isinstance(pairs, dict) or len(items) % 2:
-            raise CorruptError("its pickle is damaged", self.where)
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            pairs[_usable_key(key)] = value
+        if not isinstance(pairs, dict):
+            raise TypeError
+        pairs.update(_as_dict(zip(items[::2], items[1::2], strict=True)))
+
+    def push_dict(self, items: list[Any]) -> None:
+        self.stack.append({})
+        self.set_items(items)
 
     def persist(self, identifier: Any) -> None:
         if self.persistent is None:
             raise CorruptError("its pickle refers to something outside of it", self.where)
         self.stack.append(self.persistent(identifier))
 
+    def instance(self, cls: Any, *args: Any) -> None:
+        self.stack.append(self.call(cls, args))
 
-_SIMPLE = (str, int, float, bool, bytes, type(None), Global, Record)
+    def refuse_extension(self, _: Any) -> None:
+        raise UnsafeError("its pickle uses an extension code, which stands for an unknown class", self.where)
 
 
 def _usable_key(key: Any) -> Any:
-    """A key that can be hashed without harm: Python hashes nested tuples without a limit on their depth."""
-    level = [key]
-    for _ in range(limits.DEPTH):
-        level = [part for item in level if type(item) is tuple for part in item]
-        if not level:
-            return key if isinstance(key, (*_SIMPLE, tuple)) else Record(Global("builtins", "object"), (key,))
-        if len(level) > limits.ENTRIES:
-            break
-        if not all(type(part) is tuple or isinstance(part, _SIMPLE) for part in level):
-            return Record(Global("builtins", "tuple"), (key,))
-    raise ValueError("key")
+    """A key of a dict or set; those that can be chosen to have one and the same hash are compared by identity."""
+    if (type(key) is int and abs(key) < 1 << 60) or isinstance(
+        key, str | float | bool | bytes | None | Global | Record
+    ):
+        return key
+    return Record(Global("builtins", type(key).__name__), (key,))
+
+
+def _as_dict(pairs: Any) -> dict[Any, Any]:
+    return {_usable_key(key): value for key, value in pairs}
 
 
 @dataclass(eq=False)
@@ -337,10 +367,6 @@ def dtype_text(dtype: Any) -> str:
     return f"{order if order in ('<', '>', '|') else '|'}{dtype.args[0]}"
 
 
-def _pairs(args: tuple[Any, ...]) -> dict[Any, Any]:
-    return {_usable_key(k): v for k, v in args[0]} if args and isinstance(args[0], list | tuple) else {}
-
-
 def _encode(args: tuple[Any, ...]) -> bytes:
     # How protocol 2 writes bytes. No other codec: some of them compress.
     text, encoding = args
@@ -349,224 +375,130 @@ def _encode(args: tuple[Any, ...]) -> bytes:
     return text.encode("latin1")
 
 
-def _reconstructor(args: tuple[Any, ...]) -> Record:
+def _record(args: tuple[Any, ...]) -> Record:
     if not isinstance(args[0], Global):
         raise ValueError("class")
-    return Record(args[0])
+    return Record(*args)
 
 
-def _list(args: tuple[Any, ...]) -> list[Any]:
-    return list(args[0]) if args else []
+def _scalar(args: tuple[Any, ...]) -> Array:
+    return Array(dtype_text(args[0]), (), False, args[1])
+
+
+def _items(args: tuple[Any, ...]) -> Any:
+    """What a container is made of. No text: its letters would be objects of their own, far larger."""
+    if args and not isinstance(args[0], list | tuple | set | frozenset):
+        raise ValueError("items")
+    return args[0] if args else ()
+
+
+def _bytes(args: tuple[Any, ...]) -> bytes:
+    return bytes(args[0]) if args and isinstance(args[0], bytes | bytearray) else b""
+
+
+def _recorded(name: str) -> Rebuild:
+    return lambda args: Record(Global("builtins", name), args)
 
 
 REBUILD: dict[str, Rebuild] = {
-    "collections.OrderedDict": _pairs,
-    "collections.Counter": lambda args: dict(args[0]) if args else {},
-    "collections.defaultdict": lambda args: {},
-    "collections.deque": _list,
+    "collections.OrderedDict": lambda args: OrderedDict(_as_dict(_items(args))),
+    "collections.Counter": lambda args: OtherDict(_as_dict(args[0].items())),
+    "collections.defaultdict": lambda args: OtherDict(),
+    "collections.deque": lambda args: OtherList(_items(args)),
     "builtins.dict": lambda args: {},
-    "builtins.set": _list,
-    "builtins.frozenset": _list,
-    "builtins.list": _list,
-    "builtins.tuple": lambda args: tuple(args[0]) if args else (),
-    "builtins.bytes": lambda args: args[0] if args and isinstance(args[0], bytes) else b"",
-    "builtins.bytearray": lambda args: args[0] if args and isinstance(args[0], bytes) else b"",
+    "builtins.set": lambda args: set(map(_usable_key, _items(args))),
+    "builtins.frozenset": lambda args: frozenset(map(_usable_key, _items(args))),
+    "builtins.list": lambda args: list(_items(args)),
+    "builtins.tuple": lambda args: tuple(_items(args)),
+    "builtins.bytes": _bytes,
+    "builtins.bytearray": _bytes,
     "builtins.complex": lambda args: complex(*args),
-    "builtins.slice": lambda args: Record(Global("builtins", "slice"), args),
-    "builtins.range": lambda args: Record(Global("builtins", "range"), args),
-    "builtins.type": lambda args: Record(Global("builtins", "type"), args),
+    "builtins.slice": _recorded("slice"),
+    "builtins.range": _recorded("range"),
+    "builtins.type": _recorded("type"),
     "_codecs.encode": _encode,
-    "copyreg._reconstructor": _reconstructor,
-    "copyreg.__newobj__": lambda args: Record(args[0], args[1:]) if isinstance(args[0], Global) else None,
+    "copyreg._reconstructor": lambda args: _record(args[:1]),
+    "copyreg.__newobj__": lambda args: _record((args[0], args[1:])),
     "numpy.core.multiarray._reconstruct": lambda args: Array(),
     "numpy._core.multiarray._reconstruct": lambda args: Array(),
-    "numpy.core.multiarray.scalar": lambda args: Array(dtype_text(args[0]), (), False, args[1]),
-    "numpy._core.multiarray.scalar": lambda args: Array(dtype_text(args[0]), (), False, args[1]),
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy._core.multiarray.scalar": _scalar,
 }
 """Calls that rebuild plain data."""
 
 
-def _push(read: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
-    return lambda machine: machine.stack.append(read(machine))
+def _names(file: IO[bytes]) -> list[str]:
+    """The two lines of a class's name. pickletools takes them for ASCII, pickle writes UTF-8."""
+    lines = [file.readline(), file.readline()]
+    if not lines[1].endswith(b"\n"):
+        raise EOFError
+    return [line[:-1].decode() for line in lines]
 
 
-def _sized(width: int, decode: Callable[[bytes], Any] = bytes) -> Callable[[_Machine], None]:
-    return _push(lambda m: decode(m.take(m.unsigned(width))))
+Handler = Callable[[_Machine, Any], Any]
 
 
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", "surrogatepass")
+def _push(value: Callable[[_Machine, Any], Any]) -> Handler:
+    return lambda m, arg: m.stack.append(value(m, arg))
 
 
-def _latin(data: bytes) -> str:
-    return data.decode("latin1")
-
-
-def _signed(data: bytes) -> int:
-    return int.from_bytes(data, "little", signed=True)
-
-
-def _int_line(machine: _Machine) -> int | bool:
-    text = machine.line()
-    return {"00": False, "01": True}[text] if text in ("00", "01") else int(text)
-
-
-def _string_line(machine: _Machine) -> str:
-    text = machine.line().strip()
-    if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"":
-        raise ValueError("string")
-    return codecs.escape_decode(text[1:-1].encode())[0].decode("latin1")
-
-
-def _put(machine: _Machine, index: int) -> None:
-    machine.memo[index] = machine.stack[-1]
-
-
-def _tuple(count: int) -> Callable[[_Machine], None]:
-    def make(machine: _Machine) -> None:
-        if len(machine.stack) < count:
-            raise IndexError
-        items = tuple(machine.stack[-count:])
-        del machine.stack[-count:]
-        machine.stack.append(items)
-
-    return make
-
-
-def _global(machine: _Machine) -> None:
-    machine.push_global(machine.line(), machine.line())
-
-
-def _stack_global(machine: _Machine) -> None:
-    name, module = machine.stack.pop(), machine.stack.pop()
-    machine.push_global(module, name)
-
-
-def _inst(machine: _Machine) -> None:
-    _global(machine)
-    cls = machine.stack.pop()
-    machine.stack.append(machine.call(cls, tuple(machine.pop_mark())))
-
-
-def _obj(machine: _Machine) -> None:
-    cls, *args = machine.pop_mark()
-    machine.stack.append(machine.call(cls, tuple(args)))
-
-
-def _reduce(machine: _Machine) -> None:
-    args, function = machine.stack.pop(), machine.stack.pop()
-    machine.stack.append(machine.call(function, args))
-
-
-def _newobj(machine: _Machine) -> None:
-    args, cls = machine.stack.pop(), machine.stack.pop()
-    machine.stack.append(machine.new(cls, args))
-
-
-def _newobj_ex(machine: _Machine) -> None:
-    _kwargs, args, cls = machine.stack.pop(), machine.stack.pop(), machine.stack.pop()
-    machine.stack.append(machine.new(cls, args))
-
-
-def _set_item(machine: _Machine) -> None:
-    value, key = machine.stack.pop(), machine.stack.pop()
-    machine.set_items([key, value])
-
-
-def _append(machine: _Machine) -> None:
-    item = machine.stack.pop()
-    machine.append([item])
-
-
-def _dict(machine: _Machine) -> None:
-    items = machine.pop_mark()
-    machine.stack.append({})
-    machine.set_items(items)
-
-
-def _persid(machine: _Machine) -> None:
-    machine.persist(machine.line())
-
-
-def _extension(machine: _Machine) -> None:
-    raise UnsafeError("its pickle uses an extension code, which stands for an unknown class", machine.where)
-
-
-def _pop(machine: _Machine) -> None:
-    machine.stack.pop()
-
-
-def _float_line(machine: _Machine) -> float:
-    return float(machine.line())
-
-
-_OPCODES: dict[int, Callable[[_Machine], None]] = {
-    ord(code): handler
-    for code, handler in {
-        "(": _push(lambda m: _MARK),
-        "0": _pop,
-        "1": lambda m: m.pop_mark() and None,
-        "2": _push(lambda m: m.stack[-1]),
-        "F": _push(_float_line),
-        "I": _push(_int_line),
-        "J": _push(lambda m: _signed(m.take(4))),
-        "K": _push(lambda m: m.unsigned(1)),
-        "L": _push(lambda m: int(m.line().rstrip("L"))),
-        "M": _push(lambda m: m.unsigned(2)),
-        "N": _push(lambda m: None),
-        "P": _persid,
-        "Q": lambda m: m.persist(m.stack.pop()),
-        "R": _reduce,
-        "S": _push(_string_line),
-        "T": _sized(4, _latin),
-        "U": _sized(1, _latin),
-        "V": _push(lambda m: m.raw_line().decode("raw-unicode-escape")),
-        "X": _sized(4, _text),
-        "a": _append,
-        "b": lambda m: m.build(),
-        "c": _global,
-        "d": _dict,
-        "}": _push(lambda m: {}),
-        "e": lambda m: m.append(m.pop_mark()),
-        "g": _push(lambda m: m.memo[int(m.line())]),
-        "h": _push(lambda m: m.memo[m.unsigned(1)]),
-        "i": _inst,
-        "j": _push(lambda m: m.memo[m.unsigned(4)]),
-        "l": _push(lambda m: m.pop_mark()),
-        "]": _push(lambda m: []),
-        "o": _obj,
-        "p": lambda m: _put(m, int(m.line())),
-        "q": lambda m: _put(m, m.unsigned(1)),
-        "r": lambda m: _put(m, m.unsigned(4)),
-        "s": _set_item,
-        "t": _push(lambda m: tuple(m.pop_mark())),
-        ")": _push(lambda m: ()),
-        "u": lambda m: m.set_items(m.pop_mark()),
-        "G": _push(lambda m: struct.unpack(">d", m.take(8))[0]),
-        "\x80": lambda m: m.take(1) and None,
-        "\x81": _newobj,
-        "\x82": _extension,
-        "\x83": _extension,
-        "\x84": _extension,
-        "\x85": _tuple(1),
-        "\x86": _tuple(2),
-        "\x87": _tuple(3),
-        "\x88": _push(lambda m: True),
-        "\x89": _push(lambda m: False),
-        "\x8a": _sized(1, _signed),
-        "\x8b": _sized(4, _signed),
-        "B": _sized(4),
-        "C": _sized(1),
-        "\x8c": _sized(1, _text),
-        "\x8d": _sized(8, _text),
-        "\x8e": _sized(8),
-        "\x8f": _push(lambda m: []),  # EMPTY_SET: read as a list
-        "\x90": lambda m: m.append(m.pop_mark()),
-        "\x91": _push(lambda m: m.pop_mark()),
-        "\x92": _newobj_ex,
-        "\x93": _stack_global,
-        "\x94": lambda m: _put(m, len(m.memo)),
-        "\x95": lambda m: m.take(8) and None,
-        "\x96": _sized(8),
-    }.items()
+_GET = _push(lambda m, arg: m.memo[arg])
+_HANDLERS: dict[str, Handler] = {
+    "MARK": _push(lambda m, _: _MARK),
+    "POP": lambda m, _: m.stack.pop(),
+    "POP_MARK": lambda m, _: m.pop_mark(),
+    "DUP": _push(lambda m, _: m.stack[-1]),
+    "PROTO": lambda m, _: None,
+    "FRAME": lambda m, _: None,
+    "NONE": _push(lambda m, _: None),
+    "NEWTRUE": _push(lambda m, _: True),
+    "NEWFALSE": _push(lambda m, _: False),
+    "GET": _GET,
+    "BINGET": _GET,
+    "LONG_BINGET": _GET,
+    "PUT": _Machine.put,
+    "BINPUT": _Machine.put,
+    "LONG_BINPUT": _Machine.put,
+    "MEMOIZE": lambda m, _: m.put(len(m.memo)),
+    "EMPTY_TUPLE": _push(lambda m, _: ()),
+    "TUPLE1": _push(lambda m, _: tuple(m.pop(1))),
+    "TUPLE2": _push(lambda m, _: tuple(m.pop(2))),
+    "TUPLE3": _push(lambda m, _: tuple(m.pop(3))),
+    "TUPLE": _push(lambda m, _: tuple(m.pop_mark())),
+    "EMPTY_LIST": _push(lambda m, _: []),
+    "LIST": _push(lambda m, _: m.pop_mark()),
+    "APPEND": lambda m, _: m.add(m.pop(1)),
+    "APPENDS": lambda m, _: m.add(m.pop_mark()),
+    "EMPTY_DICT": _push(lambda m, _: {}),
+    "DICT": lambda m, _: m.push_dict(m.pop_mark()),
+    "SETITEM": lambda m, _: m.set_items(m.pop(2)),
+    "SETITEMS": lambda m, _: m.set_items(m.pop_mark()),
+    "EMPTY_SET": _push(lambda m, _: set()),
+    "ADDITEMS": lambda m, _: m.add(m.pop_mark()),
+    "FROZENSET": _push(lambda m, _: frozenset(map(_usable_key, m.pop_mark()))),
+    "GLOBAL": _push(lambda m, names: m.name(*names)),
+    "STACK_GLOBAL": _push(lambda m, _: m.name(*m.pop(2))),
+    "INST": lambda m, names: m.instance(m.name(*names), *m.pop_mark()),
+    "OBJ": lambda m, _: m.instance(*m.pop_mark()),
+    "REDUCE": _push(lambda m, _: m.call(*m.pop(2))),
+    "NEWOBJ": _push(lambda m, _: m.new(*m.pop(2))),
+    "NEWOBJ_EX": _push(lambda m, _: m.new(*m.pop(3)[:2])),
+    "BUILD": lambda m, _: m.build(),
+    "PERSID": _Machine.persist,
+    "BINPERSID": lambda m, _: m.persist(m.pop(1)[0]),
+    "EXT1": _Machine.refuse_extension,
+    "EXT2": _Machine.refuse_extension,
+    "EXT4": _Machine.refuse_extension,
 }
+_PLAIN = ("STOP", "INT", "LONG", "FLOAT", "STRING", "UNICODE", "BYTEARRAY8")  # and all BIN..., LONG1, SHORT_BIN...
+
+_OPCODES: Mapping[bytes, tuple[str, Callable[[IO[bytes]], Any] | None, Handler | None]] = {
+    op.code.encode("latin1"): (
+        op.name,
+        _names if op.name in ("GLOBAL", "INST") else op.arg.reader if op.arg else None,
+        _HANDLERS.get(op.name),
+    )
+    for op in pickletools.opcodes
+    if op.name in _HANDLERS or op.name in _PLAIN or op.name.startswith(("BIN", "SHORT_BIN", "LONG"))
+}
+"""Opcode byte -> (name, decoder of its argument, what it does; None pushes the argument)."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kruify.checkpoint import limits
+from kruify.checkpoint.safe_unpickler import Global
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.errors import CorruptError, UnsafeError, UnsupportedError
 
@@ -73,7 +74,7 @@ def storage_dtype(cls: Any, where: object) -> torch.dtype:
     Raises:
         UnsupportedError: quantised storages. CorruptError: no storage class.
     """
-    name = str(cls).rpartition(".")[2]
+    name = cls.name if isinstance(cls, Global) else ""
     if name.startswith(("QInt", "QUInt")):
         raise _quantised(where)
     if name not in DTYPES:
@@ -144,9 +145,9 @@ def rebuilders(where: object) -> dict[str, Callable[[tuple[Any, ...]], Any]]:
 
     def tensor_v3(args: tuple[Any, ...]) -> LazyTensor:
         storage, offset, shape, stride, _grad, _hooks, dtype, *_rest = args
-        found = TORCH_DTYPES.get(str(dtype))
+        found = TORCH_DTYPES.get(str(dtype) if isinstance(dtype, Global) else "")
         if found is None:
-            raise UnsupportedError(f"it holds a tensor of dtype {str(dtype)[:40]}", where)
+            raise UnsupportedError("it holds a tensor of a dtype that torch does not have", where)
         return view(storage, offset, shape, stride, where, found)
 
     def parameter(args: tuple[Any, ...]) -> Any:
@@ -154,8 +155,8 @@ def rebuilders(where: object) -> dict[str, Callable[[tuple[Any, ...]], Any]]:
 
     def from_type(args: tuple[Any, ...]) -> Any:
         function, _cls, inner, _state = args
-        if str(function) not in table:
-            raise UnsafeError(f"opening it would call {str(function)[:100]}", where)
+        if not isinstance(function, Global) or str(function) not in table:
+            raise UnsafeError("opening it would call what does not rebuild a tensor", where)
         return table[str(function)](inner)
 
     def quantised(args: tuple[Any, ...]) -> Any:

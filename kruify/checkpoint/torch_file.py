@@ -1,6 +1,6 @@
 """Read what torch.save and torch.jit.save write, without running it: zip archives and the older plain files.
 
-torch.load is not used here, not even with weights_only=True: the inert unpickler does less than that, it reads one
+torch.load is not used here, not even with weights_only=True: the safe unpickler does less than that, it reads one
 tensor at a time, and it opens the full modules and TorchScript archives that weights_only refuses. The tests hold it
 against torch.load(weights_only=True).
 
@@ -133,13 +133,18 @@ def read_legacy(path: Path, file: BinaryIO, size: int) -> TorchFile:
     at += used
     keys, used = unpickle(data[at:], where=path)
     at += used
-    if not isinstance(keys, list) or len(keys) > limits.ENTRIES or set(map(str, keys)) != set(storages):
+    if (
+        not isinstance(keys, list)
+        or len(keys) > limits.ENTRIES
+        or not all(isinstance(key, str) for key in keys)
+        or set(keys) != set(storages)
+    ):
         raise CorruptError("its list of storages does not match its tensors", path, AGAIN)
     for key in keys:
         file.seek(at)
         count = int.from_bytes(file.read(8), "little")
         if storages[key].start >= 0 or count * storages[key].dtype.itemsize != storages[key].nbytes:
-            raise CorruptError(f"its storage {str(key)[:80]} has two sizes", path, AGAIN)
+            raise CorruptError(f"its storage {key[:80]} has two sizes", path, AGAIN)
         storages[key].start = at + 8
         at += 8 + storages[key].nbytes
     if at != size:

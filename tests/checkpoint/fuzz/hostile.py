@@ -155,6 +155,29 @@ def module_that_contains_itself() -> bytes:
     return program(name("net", "Net") + b")\x81q\x07" + table(inner) + b"b")
 
 
+def copies(of: bytes, function: bytes, count: int) -> bytes:
+    """One object, copied by a call again and again: little in the file, much in memory."""
+    return state_with(of + b"r\x07\0\0\x000](" + (function + b"j\x07\0\0\0\x85R") * count + b"e")
+
+
+def encoded_copies(size: int, count: int) -> bytes:
+    body = text("a" * size) + b"q\x07" + text("latin1") + b"\x86q\x080]("
+    return state_with(body + (name("_codecs", "encode") + b"h\x08R") * count + b"e")
+
+
+def function_of_tuples() -> bytes:
+    """A call of a tuple of tuples: 2^60 words when it is printed."""
+    return state_with(b")" + b"2\x86" * 60 + b")R")
+
+
+def one_module_in_many_places(attributes: int, places: int) -> bytes:
+    tables = text("_parameters") + b"}(" + text("w") + tensor() + b"u" + text("_buffers") + b"}"
+    inner = tables + text("_modules") + b"}" + b"".join(text(f"a{i}") + b"N" for i in range(attributes))
+    module = name("net", "Net") + b")\x81q\x07}(" + inner + b"ub"
+    children = b"}(" + text("first") + module + b"".join(text(f"m{i}") + b"h\x07" for i in range(places)) + b"u"
+    return program(name("net", "Net") + b")\x81}(" + tables + text("_modules") + children + b"ub")
+
+
 FILES: dict[str, Callable[[], bytes]] = {
     # things that would run
     "os_system.pt": lambda: torch_zip(state_with(call("os", "system", "touch /tmp/pwned"))),
@@ -199,10 +222,18 @@ FILES: dict[str, Callable[[], bytes]] = {
     ),
     # things that would take too much
     "deep_lists.pt": lambda: torch_zip(program(b"]" * 300_000 + b"a" * 299_999)),
-    "deep_tuple_key.pt": lambda: torch_zip(state_with(b"}N" + b"\x85" * 300_000 + b"Ns")),
+    "deep_tuples.pt": lambda: torch_zip(state_with(b"N" + b"\x85" * 300_000)),
     "itself.pt": lambda: torch_zip(state_with(b"]q\x05h\x05a")),
     "module_in_itself.pt": lambda: torch_zip(module_that_contains_itself()),
     "billion_laughs.pt": lambda: torch_zip(state_with(laughs())),
+    "encoded_copies.pt": lambda: torch_zip(encoded_copies(4 << 20, 300)),
+    "list_copies.pt": lambda: torch_zip(copies(b"(" + b"N" * 200_000 + b"t", name("builtins", "list"), 1000)),
+    "text_as_list.pt": lambda: torch_zip(copies(text("\u4e00" * 200_000), name("builtins", "list"), 100)),
+    "function_of_tuples.pt": lambda: torch_zip(function_of_tuples()),
+    "one_module_in_many_places.pt": lambda: torch_zip(one_module_in_many_places(20_000, 2_500)),
+    "getattr_of_module.pt": lambda: torch_zip(
+        state_with(name("builtins", "getattr") + name("torch", "hub") + text("load") + b"\x86R")
+    ),
     "huge_string.pt": lambda: torch_zip(state_with(b"\x8d" + struct.pack("<Q", 1 << 60))),
     "negative_length.pt": lambda: torch_zip(state_with(b"\x8b" + struct.pack("<i", -5))),
     "sixteen_terabytes.pt": lambda: torch_zip(
