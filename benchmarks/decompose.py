@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/decompose.py [--only SECTION ... | --report]
 
-Sections (each replaces its part of the results): budgets, weighted, words, large, many, unitary, planner.
+Sections (each replaces its part of the results): budgets, weighted, words, large, many, planner.
 g2p-en's weights come from the installed package; everything else is seeded random matrices. Times are CPU seconds of
 one thread (wall seconds beside them), so that a busy machine distorts them little.
 """
@@ -31,7 +31,6 @@ from kruify.conversion.planner import plan_budget
 from kruify.decomposition import choose, fit
 from kruify.decomposition.rearrange import rearrange
 from kruify.decomposition.successive import higher_order_svd, successive_svd
-from kruify.decomposition.unitary import polar
 from kruify.factors import Structure, Term, parse, two_factor_shapes
 
 HERE = Path(__file__).parent
@@ -245,36 +244,6 @@ def many() -> list[Row]:
     return rows
 
 
-def unitary() -> list[Row]:
-    """Energy with orthogonal factors: alternating Procrustes against the polar factors of the free fit."""
-    structure = parse("16x16").resolve(256, 256)
-    planted = torch.kron(polar(gaussian(16, 16, seed=1)), polar(gaussian(16, 16, seed=2)))
-    orthogonal = polar(gaussian(256, 256, seed=3))
-    noisy = planted / 16 + 0.5 * gaussian(256, 256, seed=4) / 256
-    cases = {
-        "orthogonal 256x256": orthogonal,
-        "planted": planted,
-        "planted + noise": noisy,
-        "Gaussian": gaussian(256, 256),
-    }
-    rows = []
-    for name, w in cases.items():
-        free = fit(w, structure, null=False)
-        product = torch.kron(*[polar(f[0]) for f in free.terms[0][1]])
-        score = float((w * product).sum())
-        ours, cpu, _ = timed(lambda w=w: fit(w, structure, unitary=True, null=False))
-        rows.append(
-            {
-                "matrix": name,
-                "free": free.energy,
-                "polar of free": score**2 / 256 / float(w.square().sum()),
-                "Procrustes": ours.energy,
-                "cpu seconds": cpu,
-            }
-        )
-    return rows
-
-
 def planner() -> list[Row]:
     """One budget over both recurrent matrices of g2p-en against an even share of low rank."""
     matrices = {n: (w, 3, None) for n, w in g2p().items() if n.endswith("hh")}
@@ -313,7 +282,6 @@ SECTIONS: dict[str, Callable[[], list[Row]]] = {
     "words": words,
     "large": large,
     "many": many,
-    "unitary": unitary,
     "planner": planner,
 }
 

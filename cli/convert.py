@@ -42,7 +42,6 @@ LOSSLESS = 1e-3
     "--task", "task_name", metavar="TASK", help="Run MODEL on this task's data first: fit what its activations feel."
 )
 @click.option("--subclasses", is_flag=True, help="In whole modules, take subclasses of nn.LSTM and friends for these.")
-@click.option("--unitary", is_flag=True, help="Orthogonal factors for plain RNNs: the start for --unitary-penalty.")
 @click.option("--plan", "plan_file", metavar="FILE", help="Take the plan from this JSON file.")
 @click.option("--plan-out", metavar="FILE", help="Write the plan as JSON, to be edited and given to --plan.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done; decompose and write nothing.")
@@ -62,7 +61,6 @@ def convert(
     overrides: tuple[str, ...],
     task_name: str | None,
     subclasses: bool,
-    unitary: bool,
     plan_file: str | None,
     plan_out: str | None,
     dry_run: bool,
@@ -128,7 +126,7 @@ def convert(
             _show(out, model, result)
             out.show("Dry run: nothing was decomposed or written.")
         else:
-            conversion = _convert(checkpoint, plan, located, moments, unitary, seed)
+            conversion = _convert(checkpoint, plan, located, moments, seed)
             _write(path, conversion, checkpoint, seed)
             result = _result(path, conversion)
             _show(out, model, result)
@@ -207,14 +205,13 @@ def _convert(
     plan: Plan,
     located: Located,
     moments: dict[str, Moments] | None,
-    unitary: bool,
     seed: int,
 ) -> Conversion:
     from kruify.conversion import convert_tensors
 
     tensors = checkpoint.tensors.lazy
     with progress("decomposing") as advance:
-        return convert_tensors(tensors, plan, located, moments=moments, unitary=unitary, seed=seed, progress=advance)
+        return convert_tensors(tensors, plan, located, moments=moments, seed=seed, progress=advance)
 
 
 def _write(path: Path, conversion: Conversion, checkpoint: Checkpoint, seed: int) -> None:

@@ -89,7 +89,6 @@ def convert(
     plan: Plan | None = None,
     task: Task | None = None,
     subclasses: bool = False,
-    unitary: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, Conversion]:
@@ -100,7 +99,6 @@ def convert(
         input_factors: spec of the input matrices W_ih; None leaves them dense.
         only, skip, overrides: patterns, see `kruify.conversion.plan.make_plan`.
         subclasses: convert subclasses of torch's layers too, taking them for what they derive from.
-        unitary: orthogonal factors for plain RNNs, the start for fine-tuning with the penalty.
         task: run the dense model on its calibration batches first, and fit what its activations make of the error.
 
     Raises:
@@ -110,7 +108,7 @@ def convert(
         layers = found(locate(model, subclasses=subclasses), type(model).__name__)
         plan = make_plan(layers, factors, input_factors, only, skip, overrides)
     moments = None if task is None else calibrate(model, task, seed=seed)
-    return convert_module(model, plan, moments=moments, unitary=unitary, seed=seed, progress=progress)
+    return convert_module(model, plan, moments=moments, seed=seed, progress=progress)
 
 
 def found(located: Located, where: object) -> list[RecurrentLayer]:

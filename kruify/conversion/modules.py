@@ -80,7 +80,6 @@ def convert_module(
     plan: Plan,
     *,
     moments: Mapping[str, Moments] | None = None,
-    unitary: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, Conversion]:
@@ -88,9 +87,7 @@ def convert_module(
     located = Located([item.layer for item in plan.layers], [])
     with torch.no_grad():
         tensors = model.state_dict()
-        conversion = convert_tensors(
-            tensors, plan, located, moments=moments, unitary=unitary, seed=seed, progress=progress
-        )
+        conversion = convert_tensors(tensors, plan, located, moments=moments, seed=seed, progress=progress)
         converted = swap(copy.deepcopy(model), plan)
         load_tensors(converted, conversion.tensors)
     return converted, conversion

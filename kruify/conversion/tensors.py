@@ -13,7 +13,7 @@ from kruify.conversion.check import check_plan, load_tensors, loaded
 from kruify.conversion.locate import AnyTensor, Located
 from kruify.conversion.plan import Plan, Structures
 from kruify.decomposition import Fit, fit
-from kruify.errors import PlanError, UnsupportedError, UsageError
+from kruify.errors import PlanError, UnsupportedError
 from kruify.layers import KroneckerMatrix
 from kruify.layers.assign import assign
 from kruify.layers.matrix import exact
@@ -26,7 +26,6 @@ def convert_tensors(
     located: Located,
     *,
     moments: Mapping[str, Moments] | None = None,
-    unitary: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -36,28 +35,22 @@ def convert_tensors(
         moments: full weight name -> moments of what the matrix is applied to (conversion.calibration). With them the
             fit minimises the error of the output, E||(W - K) h||^2, and the bias beside the matrix takes up
             (W - K) E[h]; a layer without bias gets none. Matrices that are not named are fitted unweighted.
-        unitary: fit orthogonal factors to the recurrent matrices of plain RNNs, whose scale is separate: the start
-            for fine-tuning with the soft unitary penalty.
 
     Raises:
         PlanError: a layer or a matrix of the plan is not in the tensors, or has another size.
         UnsupportedError: a matrix has entries that are NaN or infinite.
-        UsageError: `unitary` for a plan without plain RNNs.
     """
     check_plan(plan, located)
     converted = dict(tensors)
     results: list[GateResult] = []
     todo = list(plan.matrices())
-    if unitary and not any(_has_own_scale(weight, structures) for _, weight, structures in todo):
-        raise UsageError("there is no plain RNN to fit orthogonal factors to", hint="Leave --unitary out")
     for done, (layer, weight, structures) in enumerate(todo, 1):
         name = layer.full_name(weight)
         dense = loaded(converted.pop(name))
         _check_finite(dense, name)
         known = (moments or {}).get(name)
-        orthogonal = unitary and _has_own_scale(weight, structures)
-        covariance = None if known is None or orthogonal else known.weight(layer.bias)
-        matrix, fits = decompose_matrix(dense, structures, name, covariance=covariance, unitary=orthogonal, seed=seed)
+        covariance = None if known is None else known.weight(layer.bias)
+        matrix, fits = decompose_matrix(dense, structures, name, covariance=covariance, seed=seed)
         if known is not None and layer.bias:
             bias_name = layer.full_name(weight.replace("weight", "bias"))
             bias = loaded(converted[bias_name])
@@ -73,11 +66,6 @@ def convert_tensors(
     return Conversion(plan, converted, results, counts)
 
 
-def _has_own_scale(weight: str, structures: Structures) -> bool:
-    """Whether it is the recurrent matrix of a plain RNN."""
-    return structures[0].scaled and weight.startswith("weight_hh")
-
-
 def _check_finite(dense: Tensor, name: str) -> None:
     if broken := int((~dense.isfinite()).sum()):
         entries = "entry that is" if broken == 1 else "entries that are"
@@ -91,7 +79,6 @@ def decompose_matrix(
     name: str,
     *,
     covariance: Tensor | None = None,
-    unitary: bool = False,
     seed: int = 0,
 ) -> tuple[KroneckerMatrix, list[Fit]]:
     """One weight (gates * rows, cols) -> its `KroneckerMatrix` in the dtype of the weight, one `Fit` a structure."""
@@ -99,10 +86,7 @@ def decompose_matrix(
     if tuple(dense.shape) != (rows * len(structures), cols):
         raise PlanError(f"the plan is made for {rows}x{cols} gates, the tensor is {tuple(dense.shape)}", name)
     gates = dense.reshape(len(structures), rows, cols)
-    fits = [
-        fit(gate, s, covariance=covariance, unitary=unitary, seed=seed)
-        for gate, s in zip(gates, structures, strict=True)
-    ]
+    fits = [fit(gate, s, covariance=covariance, seed=seed) for gate, s in zip(gates, structures, strict=True)]
     matrix = KroneckerMatrix(structures, dtype=dense.dtype)
     assign(matrix, fits)
     return matrix, fits

@@ -15,7 +15,6 @@ from kruify.decomposition.null import gaussian_energy
 from kruify.decomposition.overlay import add_overlay
 from kruify.decomposition.plain import Plain
 from kruify.decomposition.rearrange import restore
-from kruify.decomposition.unitary import Unitary
 from kruify.decomposition.vectors import VectorSum
 from kruify.decomposition.weighted import Weighted
 from kruify.errors import UnsupportedError, UsageError
@@ -56,10 +55,9 @@ class Fit:
 
     def to_dense(self) -> Tensor:  # (rows, cols) float64
         s = self.structure
-        dtype = self.terms[0][1][0].dtype if self.terms else torch.float64
-        dense = torch.zeros(s.rows, s.cols, dtype=dtype)
+        dense = torch.zeros(s.rows, s.cols, dtype=torch.float64)
         for scale, factors in self.terms:
-            dense += kronecker.to_dense([f[None] for f in factors], scale[None].to(dtype))[0]
+            dense += kronecker.to_dense([f[None] for f in factors], scale[None])[0]
         if self.diagonal is not None:
             dense.diagonal().add_(self.diagonal)
         if self.overlay is not None:
@@ -72,7 +70,6 @@ def fit(
     structure: Structure,
     *,
     covariance: Tensor | None = None,
-    unitary: bool = False,
     seed: int = 0,
     null: bool = True,
     sweeps: int = 30,
@@ -84,28 +81,22 @@ def fit(
     the others leave until that stops helping (hKoPA: Cai, Chen & Xiao, JMLR 2022).
 
     Args:
-        matrix: (rows, cols), one gate, of any floating dtype; complex only with `unitary`.
+        matrix: (rows, cols), one gate, of any floating dtype.
         structure: what to fit; structure.rows, .cols must be the matrix's.
         covariance: (cols, cols), C = E[h h^T] of what the matrix is applied to: minimise E||(W - K) h||^2 instead.
-        unitary: factors with orthonormal columns (rows, where they are wide), each product with its own scale.
         seed: of the random starts for three factors and more.
         null: also find `energy_null` (cached per structure); False leaves it NaN.
         sweeps: at most so many rounds over the parts of a sum.
 
     Raises:
         UsageError: not a 2-d floating tensor, empty, or of another size than the structure; a covariance that is not
-            symmetric positive semi-definite of the right size; `unitary` together with a covariance.
+            symmetric positive semi-definite of the right size.
         UnsupportedError: NaN or infinite entries.
     """
-    check(matrix, structure, complex_too=unitary)
-    if unitary:
-        if covariance is not None:
-            raise UsageError("a unitary fit cannot be weighted by a covariance", hint="Give one of the two")
-        metric: Metric = Unitary()
-    else:
-        metric = metric_of(covariance, structure.cols)
+    check(matrix, structure)
+    metric = metric_of(covariance, structure.cols)
     result = fit_with(metric, matrix, structure, seed=seed, sweeps=sweeps)
-    return replace(result, energy_null=null_energy(structure, unitary)) if null else result
+    return replace(result, energy_null=null_energy(structure)) if null else result
 
 
 def metric_of(covariance: Tensor | None, cols: int) -> Plain | Weighted:
@@ -125,12 +116,12 @@ def fit_with(metric: Metric, matrix: Tensor, structure: Structure, *, seed: int 
 
 
 def _wide(matrix: Tensor) -> Tensor:
-    return matrix.detach().to("cpu", torch.complex128 if matrix.is_complex() else torch.float64)
+    return matrix.detach().to("cpu", torch.float64)
 
 
 def _measured(w: Tensor, result: Fit, covariance: Tensor | None) -> Fit:
     rest = result.to_dense().sub_(w)
-    total, lost = float(w.abs().square().sum()), float(rest.abs().square().sum())
+    total, lost = float(w.square().sum()), float(rest.square().sum())
     if total > 0:
         result = replace(result, energy=1 - lost / total, relative_error=(lost / total) ** 0.5)
     if covariance is not None:
@@ -161,25 +152,25 @@ def _fit_pair(matrix: Tensor, structure: Structure, seed: int) -> Fit:
 
 
 @lru_cache(maxsize=512)
-def null_energy(structure: Structure, unitary: bool = False, seed: int = 0) -> float:
+def null_energy(structure: Structure, seed: int = 0) -> float:
     """The energy that `structure` keeps of a matrix of independent standard normal entries.
 
     Measured on one seeded matrix; for one term of two factors on a large matrix, the Marchenko-Pastur law.
     """
-    if _is_one_product_pair(structure) and not unitary and structure.dense_parameters > LARGE:
+    if _is_one_product_pair(structure) and structure.dense_parameters > LARGE:
         term = structure.terms[0]
         (p0, q0), (p1, q1) = term.factors
         return gaussian_energy(p0 * q0, p1 * q1, term.rank)
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(structure.rows, structure.cols, generator=generator, dtype=torch.float64)
-    return fit(w, replace(structure, scaled=False), unitary=unitary, null=False).energy
+    return fit(w, replace(structure, scaled=False), null=False).energy
 
 
-def check(matrix: Tensor, structure: Structure, *, complex_too: bool = False) -> None:
+def check(matrix: Tensor, structure: Structure) -> None:
     """Raises the error that says what is wrong with a matrix, if anything is."""
     if matrix.ndim != 2 or matrix.numel() == 0:
         raise UsageError(f"a matrix to decompose has two dimensions and is not empty, got shape {tuple(matrix.shape)}")
-    if not matrix.is_floating_point() and not (complex_too and matrix.is_complex()):
+    if not matrix.is_floating_point():
         raise UsageError(f"a matrix to decompose holds floating-point numbers, got {matrix.dtype}")
     if tuple(matrix.shape) != (structure.rows, structure.cols):
         raise UsageError(

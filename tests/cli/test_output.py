@@ -180,12 +180,6 @@ def test_an_earlier_file_survives_an_export_that_differs(folder, run):
     assert Path("rnn.pt2").read_text() == "an earlier file"
 
 
-def test_unitary_needs_a_plain_rnn(folder, run):
-    assert "there is no plain RNN" in run(*CONVERT, "--unitary").stderr
-    torch.save(nn.RNN(3, 8).state_dict(), "rnn.pt")
-    assert run("convert", "rnn.pt", "--factors", "2x2", "--unitary").exit_code == 0
-
-
 def test_the_nearest_name_of_a_bare_layer(folder, run):
     torch.save(nn.LSTM(3, 8).state_dict(), "bare.pt")
     result = run("convert", "bare.pt", "--factors", "2x2", "--only", "weigth_hh_l0")

@@ -169,22 +169,6 @@ def test_a_trained_rnn_keeps_its_norm_in_a_separate_scale() -> None:
         assert factor.square().sum().item() == pytest.approx(factor.shape[-1])
 
 
-def test_a_unitary_start() -> None:
-    net = nn.RNN(5, 8, dtype=F64)
-    converted, _ = kruify.convert(net, "4x4,2x2", unitary=True)
-    assert kruify.unitary_penalty(converted).item() == pytest.approx(0, abs=1e-18)
-    with torch.no_grad():
-        scale = converted.weight_hh_l0.terms[0].scale.item()
-        error = (net.weight_hh_l0 - converted.weight_hh_l0.to_dense()).square().sum().item()
-    # The best scale of a product of orthogonal factors Q leaves ||W||^2 - 8 scale^2, whatever Q is.
-    assert error == pytest.approx(net.weight_hh_l0.square().sum().item() - 8 * scale**2)
-    assert scale > 0
-    both, _ = kruify.convert(nn.ModuleList([net, nn.LSTM(5, 8, dtype=F64)]), "4x4,2x2", unitary=True)
-    assert kruify.unitary_penalty(both[1]).item() > 0.1  # gated cells are fitted freely
-    with pytest.raises(UsageError, match="there is no plain RNN"):
-        kruify.convert(nn.LSTM(5, 8), "4x4,2x2", unitary=True)
-
-
 def test_save_load_and_densify(tmp_path: Path) -> None:
     net = Net(nn.LSTM(5, 8, 2, dtype=F64), 8)
     converted, _ = kruify.convert(net, "2*(4x4,2x2)+sparse:10%")

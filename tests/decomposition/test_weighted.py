@@ -109,8 +109,3 @@ def test_both_ways_to_the_normal_equations_agree():
 def test_bad_covariances_are_named(c, error):
     with pytest.raises(error, match="covariance"):
         fit(gaussian(24, 16), parse("4x4,6x4").resolve(24, 16), covariance=c)
-
-
-def test_unitary_and_weighted_exclude_each_other():
-    with pytest.raises(UsageError, match="unitary"):
-        fit(gaussian(16, 16), parse("4x4").resolve(16, 16), covariance=torch.eye(16), unitary=True)
