@@ -33,7 +33,8 @@ class Checkpoint:
         names: stripped name -> name in the file, for every name that differs.
         computed: name -> how the weight was computed from what the file holds (weight norm, spectral norm, pruning,
             weight drop).
-        extras: the plain values found beside the state dict ("epoch": 3), written back with it.
+        extras: the plain values found beside the state dict ("epoch": 3), written back with it; `extras_before` of
+            them stand before the state dict.
         dropped: one sentence for each thing in the file that kruify does not carry on (optimizer state).
         skipped: recurrent layers that were recognised and cannot be read: name -> reason (a GRU that resets before the
             matmul).
@@ -54,6 +55,7 @@ class Checkpoint:
     names: Mapping[str, str] = field(default_factory=dict)
     computed: Mapping[str, Computed] = field(default_factory=dict)
     extras: Mapping[str, Any] = field(default_factory=dict)
+    extras_before: int = 0
     dropped: tuple[str, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
     ties: Mapping[str, str] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kruify.checkpoint import in_place
 from kruify.checkpoint.checkpoint import Checkpoint
+from kruify.checkpoint.extras import from_json, to_json
 from kruify.checkpoint.parametrised import Computed, sources_for
 from kruify.checkpoint.reading import read, read_contents
 from kruify.checkpoint.tensors import LazyTensor
@@ -34,10 +35,7 @@ NEEDS_SOURCE = ("torch-module", "torchscript", "onnx", "keras")
 
 def origin(checkpoint: Checkpoint) -> str:
     """What is needed to write the original kind of file again, as JSON; same checkpoint, same text."""
-    try:
-        extras = json.loads(json.dumps(dict(checkpoint.extras)))
-    except (TypeError, ValueError):
-        extras = {}
+    shards, metadata = _shards(checkpoint)
     table: dict[str, Any] = {
         "format": checkpoint.format,
         "key": checkpoint.key,
@@ -45,11 +43,12 @@ def origin(checkpoint: Checkpoint) -> str:
         "order": [name for weight in checkpoint.tensors for name in _stored_names(checkpoint, weight)],
         "computed": {name: [how.how, list(how.sources), how.dim] for name, how in checkpoint.computed.items()},
         "ties": dict(checkpoint.ties),
-        "extras": extras,
-        "metadata": {} if checkpoint.is_kruify else checkpoint.metadata,
-        "shards": _shards(checkpoint),
+        "extras": to_json(dict(checkpoint.extras)),
+        "extras_before": checkpoint.extras_before,
+        "metadata": metadata,
+        "shards": shards,
     }
-    return json.dumps({name: value for name, value in table.items() if value}, sort_keys=True)
+    return json.dumps({name: value for name, value in table.items() if value})
 
 
 def write_original(
@@ -82,7 +81,8 @@ def write_original(
     kind, key = table["format"], table["key"]
     if kind in ("torch", "torch-legacy"):
         links = {table["names"].get(a, a): table["names"].get(b, b) for a, b in table["ties"].items()}
-        write_torch(path, named, key=key, extras=table["extras"], ties=links, legacy=kind == "torch-legacy")
+        before, legacy = table["extras_before"], kind == "torch-legacy"
+        write_torch(path, named, key=key, extras=table["extras"], before=before, ties=links, legacy=legacy)
     elif kind == "safetensors":
         write_safetensors(path, named, table["metadata"], progress=progress)
     elif kind == "npz":
@@ -113,23 +113,31 @@ def _stored_names(checkpoint: Checkpoint, weight: str) -> tuple[str, ...]:
     return how.sources if how else (weight,)
 
 
-def _shards(checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """Shard file name -> names in the file."""
+def _shards(checkpoint: Checkpoint) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """Shard file name -> names in the file; the metadata, those of an index as they stand in it."""
     if not checkpoint.shards:
-        return {}
-    index = json.loads(checkpoint.path.read_bytes().decode("utf-8"))["weight_map"]
+        return {}, {} if checkpoint.is_kruify else checkpoint.metadata
+    index = json.loads(checkpoint.path.read_bytes().decode("utf-8"))
     table: dict[str, list[str]] = {}
-    for name, shard in index.items():
+    for name, shard in index["weight_map"].items():
         table.setdefault(shard, []).append(name)
-    return table
+    return table, index.get("metadata", {})
 
 
 def _load(origin: str, path: Path) -> dict[str, Any]:
-    empty: dict[str, Any] = {"key": None, "extras": {}, "metadata": {}, "shards": {}, "order": []}
+    empty: dict[str, Any] = {
+        "key": None,
+        "extras": {},
+        "extras_before": 0,
+        "metadata": {},
+        "shards": {},
+        "order": [],
+    }
     try:
         table = {**empty, "names": {}, "computed": {}, "ties": {}, **json.loads(origin)}
         table["format"]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        table["extras"] = dict(from_json(table["extras"]))
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:  # RecursionError is the last
         raise CorruptError("its note of the original file is damaged", path, "Convert the source again") from error
     return table
 

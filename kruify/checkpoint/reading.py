@@ -39,6 +39,7 @@ class Contents:
     globals: tuple[str, ...] = ()
     shards: tuple[Path, ...] = ()
     size: int = 0
+    before: int = 0
 
 
 def read(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
@@ -162,7 +163,17 @@ def _from_torch(path: Path, kind: str, found: torch_file.TorchFile, key: str | N
     if isinstance(chosen.node, ModuleTree):
         hints = chosen.node.hints
         kind = kind if kind == "torchscript" else "torch-module"
-    return Contents(kind, chosen.tensors, metadata, chosen.key, extras, chosen.dropped, {}, hints, names)
+    return Contents(
+        kind,
+        chosen.tensors,
+        metadata,
+        chosen.key,
+        extras,
+        chosen.dropped,
+        hints=hints,
+        globals=names,
+        before=chosen.before,
+    )
 
 
 def _finish(path: Path, contents: Contents) -> Checkpoint:
@@ -186,6 +197,7 @@ def _finish(path: Path, contents: Contents) -> Checkpoint:
         names={short: name for name, short in stripped.items() if short != name},
         computed=computed,
         extras=contents.extras,
+        extras_before=contents.before,
         dropped=contents.dropped,
         skipped={**contents.skipped, **unknown},
         ties=ties(tensors),

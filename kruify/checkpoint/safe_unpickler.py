@@ -303,7 +303,7 @@ class _Machine:
     def add(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, set):
-            target.update(map(_usable_key, items))
+            target.update(map(usable_key, items))
         else:
             (target.items if isinstance(target, Record) else target).extend(items)
 
@@ -330,7 +330,7 @@ class _Machine:
         raise UnsafeError("its pickle uses an extension code, which stands for an unknown class", self.where)
 
 
-def _usable_key(key: Any) -> Any:
+def usable_key(key: Any) -> Any:
     """A key of a dict or set; those that can be chosen to have one and the same hash are compared by identity."""
     if (type(key) is int and abs(key) < 1 << 60) or isinstance(
         key, str | float | bool | bytes | None | Global | Record
@@ -340,7 +340,7 @@ def _usable_key(key: Any) -> Any:
 
 
 def _as_dict(pairs: Any) -> dict[Any, Any]:
-    return {_usable_key(key): value for key, value in pairs}
+    return {usable_key(key): value for key, value in pairs}
 
 
 @dataclass(eq=False)
@@ -406,8 +406,8 @@ REBUILD: dict[str, Rebuild] = {
     "collections.defaultdict": lambda args: OtherDict(),
     "collections.deque": lambda args: OtherList(_items(args)),
     "builtins.dict": lambda args: {},
-    "builtins.set": lambda args: set(map(_usable_key, _items(args))),
-    "builtins.frozenset": lambda args: frozenset(map(_usable_key, _items(args))),
+    "builtins.set": lambda args: set(map(usable_key, _items(args))),
+    "builtins.frozenset": lambda args: frozenset(map(usable_key, _items(args))),
     "builtins.list": lambda args: list(_items(args)),
     "builtins.tuple": lambda args: tuple(_items(args)),
     "builtins.bytes": _bytes,
@@ -475,7 +475,7 @@ _HANDLERS: dict[str, Handler] = {
     "SETITEMS": lambda m, _: m.set_items(m.pop_mark()),
     "EMPTY_SET": _push(lambda m, _: set()),
     "ADDITEMS": lambda m, _: m.add(m.pop_mark()),
-    "FROZENSET": _push(lambda m, _: frozenset(map(_usable_key, m.pop_mark()))),
+    "FROZENSET": _push(lambda m, _: frozenset(map(usable_key, m.pop_mark()))),
     "GLOBAL": _push(lambda m, names: m.name(*names)),
     "STACK_GLOBAL": _push(lambda m, _: m.name(*m.pop(2))),
     "INST": lambda m, names: m.instance(m.name(*names), *m.pop_mark()),

@@ -197,6 +197,6 @@ def rebuilders(where: object) -> dict[str, Callable[[tuple[Any, ...]], Any]]:
         "torch.jit._pickle.build_doublelist": lambda args: args[0],
         "torch.jit._pickle.build_boollist": lambda args: args[0],
         "torch.serialization._get_layout": lambda args: args[0],
-        "torch.Size": lambda args: tuple(args[0]) if args else (),
+        "torch.Size": lambda args: torch.Size(args[0]) if args else torch.Size(),
     }
     return table

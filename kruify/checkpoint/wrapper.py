@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kruify.checkpoint import extras as plain
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.errors import CorruptError, UnsupportedError, UsageError
 
@@ -32,13 +33,14 @@ Node = Any  # a LazyTensor, a mapping, a sequence or a plain value, as it came o
 
 @dataclass(frozen=True)
 class Found:
-    """A state dict inside a file, and what stood beside it."""
+    """A state dict inside a file, and what stood beside it: `before` of the extras stand before the state dict."""
 
     key: str | None
     tensors: dict[str, LazyTensor]
     extras: dict[str, Any]
     dropped: tuple[str, ...]
     node: Node = None  # the mapping itself, as it came out of the file
+    before: int = 0
 
 
 def find_state_dict(root: Node, key: str | None, where: object) -> Found:
@@ -70,11 +72,13 @@ def find_state_dict(root: Node, key: str | None, where: object) -> Found:
         chosen = choices[0]
     tensors, dropped = _flat(candidates[chosen], where)
     extras: dict[str, Any] = {}
+    before = 0
     if chosen:
         top = chosen if chosen in root else _top(root, chosen)
-        extras, beside = _extras(root, top)
-        dropped += beside
-    return Found(chosen or None, tensors, extras, tuple(dropped), candidates[chosen])
+        extras, before = _extras(root, top, dropped)
+        if any(len(part) > 1 for part in _between(root, chosen, top)):
+            dropped.append(f"what stands beside {chosen} inside {top} is left out")
+    return Found(chosen or None, tensors, extras, tuple(dropped), candidates[chosen], before)
 
 
 def strip(names: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -144,26 +148,32 @@ def _top(root: Mapping[Any, Node], chosen: str) -> str:
     return next(p for i in range(1, len(parts) + 1) if (p := ".".join(parts[:i])) in root)
 
 
-def _extras(root: Mapping[Any, Node], chosen: str) -> tuple[dict[str, Any], list[str]]:
+def _between(root: Mapping[Any, Node], chosen: str, top: str) -> Iterator[Mapping[Any, Node]]:
+    """The mappings below `root` that are gone through to reach the chosen one."""
+    node, rest = root[top], chosen.removeprefix(top).removeprefix(".")
+    while rest:
+        yield node
+        name = rest if rest in node else _top(node, rest)
+        node, rest = node[name], rest.removeprefix(name).removeprefix(".")
+
+
+def _extras(root: Mapping[Any, Node], chosen: str, dropped: list[str]) -> tuple[dict[str, Any], int]:
+    """What stands beside the state dict and can be written again, and how much of it stands before."""
     extras: dict[str, Any] = {}
-    dropped: list[str] = []
+    before = 0
     for name, value in root.items():
-        if name == chosen or not isinstance(name, str):
-            continue
-        if _is_optimizer(name):
-            dropped.append(f"the entry {name[:80]} (optimizer state) is left out")
-        elif _is_plain(value):
-            extras[name] = value
+        title = f"the entry {name[:80]}" if isinstance(name, str) else f"an entry named by a {type(name).__name__}"
+        if name == chosen:
+            before = len(extras)
+        elif not isinstance(name, str):
+            dropped.append(f"{title} is left out")
+        elif _is_optimizer(name):
+            dropped.append(f"{title} (optimizer state) is left out")
         else:
-            dropped.append(f"the entry {name[:80]} is left out")
-    return extras, dropped
-
-
-def _is_plain(value: Node, depth: int = 0) -> bool:
-    if depth > DEPTH:
-        return False
-    if isinstance(value, Mapping):
-        return all(isinstance(k, str | int) and _is_plain(v, depth + 1) for k, v in value.items())
-    if isinstance(value, list | tuple):
-        return all(_is_plain(v, depth + 1) for v in value)
-    return value is None or isinstance(value, bool | int | float | str)
+            try:
+                plain.to_json(value)
+            except ValueError:
+                dropped.append(f"{title} is left out")
+            else:
+                extras[name] = value
+    return extras, before

@@ -125,13 +125,15 @@ def write_torch(
     *,
     key: str | None = None,
     extras: Mapping[str, Any] | None = None,
+    before: int = 0,
     ties: Mapping[str, str] | None = None,
     legacy: bool = False,
 ) -> None:
     """Write a .pt file that torch.load(weights_only=True) reads; same input, same bytes.
 
-    Without key and metadata the file is the plain state dict. With a key it is nested under it, beside `extras`; with
-    metadata it is nested under "state_dict", beside "kruify". Every tensor gets a storage of its own, except `ties`.
+    Without key and metadata the file is the plain state dict. With a key it is nested under it, beside `extras`, of
+    which `before` come first; with metadata it is nested under "state_dict", beside "kruify". Every tensor gets a
+    storage of its own, except `ties`.
     legacy: the format of before torch 1.6; its bytes are not the same each time, as torch puts addresses in it.
     """
     lazy = as_lazy(tensors)
@@ -146,7 +148,10 @@ def write_torch(
     if key:
         for part in reversed([key] if "." not in key else key.split(".")):
             tree = {part: tree}
-        tree = {**(extras or {}), **tree, **({"kruify": dict(metadata)} if metadata else {})}
+        beside = list((extras or {}).items())
+        tree = {**dict(beside[:before]), **tree, **dict(beside[before:])}
+        if metadata:
+            tree["kruify"] = dict(metadata)
     with atomic_file(path) as file:
         save_tree(tree, file, legacy=legacy)
 

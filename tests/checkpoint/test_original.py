@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import io
 import json
 import os
@@ -15,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from kruify.checkpoint import origin, read, write_original
-from kruify.errors import UsageError
+from kruify.checkpoint import origin, read, write_original, write_safetensors
+from kruify.errors import CorruptError, UsageError
 
 
 class Net(nn.Module):
@@ -208,6 +209,86 @@ def test_keras(tmp_path: Path, name: str) -> None:
     own = nn.GRU(3, 4, batch_first=True, bidirectional=True)
     own.load_state_dict({n.removeprefix(f"{gru}."): t for n, t in tensors.items() if n.startswith(f"{gru}.")})
     torch.testing.assert_close(own(x)[0], model.layers[0](x), rtol=1e-5, atol=1e-5)
+
+
+EXTRAS = {
+    "vocabulary": {0: "<pad>", 1: "zebra", 2: "apple"},
+    "shape": (1, (2, 3)),
+    "nothing": None,
+    "ordered": collections.OrderedDict(z=1, a=[(True, 2.5)]),
+    "classes": {"b", "a"},
+    "frozen": frozenset([1]),
+    "dtype": torch.float16,
+    "device": torch.device("cuda", 0),
+    "size": torch.Size([2, 3]),
+    "raw": b"\xff\0",
+    "z": 1 + 2j,
+    "$": {"$": "dict"},
+    "large": 1 << 100,
+    "infinite": float("-inf"),
+}
+
+
+def typed(value: object) -> object:
+    """Types and order are compared, too."""
+    if isinstance(value, dict):
+        return type(value), [(typed(k), typed(v)) for k, v in value.items()]
+    if isinstance(value, list | tuple):
+        return type(value), [typed(v) for v in value]
+    return type(value), value
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_values_beside_the_state_dict_keep_types_and_order(tmp_path: Path, before: int) -> None:
+    items = list(EXTRAS.items())
+    whole = {**dict(items[:before]), "model": nn.GRU(2, 3).state_dict(), **dict(items[before:])}
+    torch.save(whole, tmp_path / "a.pt")
+    target, _ = rewritten(tmp_path / "a.pt")
+    written = torch.load(target, weights_only=False)
+    assert list(written) == list(whole)
+    assert typed({**written, "model": None}) == typed({**whole, "model": None})
+
+
+class Vocabulary:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("beside", "named"),
+    [
+        ({"words": Vocabulary()}, "words"),
+        ({"counts": collections.Counter("ab")}, "counts"),
+        ({"keyed": {(1, 2): 3}}, "keyed"),
+        ({"best": torch.ones(2)}, "best"),
+        ({7: "seven"}, "int"),
+    ],
+)
+def test_values_that_cannot_be_kept_are_named(tmp_path: Path, beside: dict, named: str) -> None:
+    torch.save({"model": nn.GRU(2, 3).state_dict(), **beside}, tmp_path / "a.pt")
+    (sentence,) = read(tmp_path / "a.pt").dropped
+    assert named in sentence and "left out" in sentence
+
+
+def test_entries_beside_a_deeper_state_dict_are_named(tmp_path: Path) -> None:
+    torch.save({"run": {"model": nn.GRU(2, 3).state_dict(), "epoch": 3}}, tmp_path / "a.pt")
+    (sentence,) = read(tmp_path / "a.pt").dropped
+    assert "beside run.model" in sentence
+
+
+def test_the_metadata_of_an_index_keep_their_types(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "a-1.safetensors", {"w": torch.ones(2, 2)})
+    index = {"metadata": {"total_size": 16}, "weight_map": {"w": "a-1.safetensors"}}
+    (tmp_path / "a.index.json").write_text(json.dumps(index))
+    (tmp_path / "out").mkdir()
+    checkpoint = read(tmp_path / "a.index.json")
+    write_original(tmp_path / "out/a.index.json", checkpoint.tensors, origin(checkpoint))
+    assert json.loads((tmp_path / "out/a.index.json").read_text()) == index
+
+
+@pytest.mark.parametrize("bad", ['{"$": "os", "items": 1}', '{"$": "set", "items": [[]]}', '{"$": "dtype"}', '["$"]'])
+def test_a_damaged_note_of_extras_is_refused(tmp_path: Path, bad: str) -> None:
+    with pytest.raises(CorruptError, match="note of the original"):
+        write_original(tmp_path / "a.pt", {"w": torch.ones(2)}, f'{{"format": "torch", "extras": {bad}}}')
 
 
 def test_origin_is_the_same_each_time_and_plain(tmp_path: Path) -> None:
