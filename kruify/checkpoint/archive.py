@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kruify.checkpoint import limits
+from kruify.checkpoint.file_bytes import AGAIN, CHUNK, chunks
 from kruify.errors import CorruptError, UnsafeError
 
-CHUNK = 1 << 22
-AGAIN = "Copy or download it again"
 _ENCRYPTED = 0x1
 _LOCAL_HEADER = 30
 _DESCRIPTOR = 24
@@ -74,9 +73,7 @@ class Archive:
         self.file.seek(self._starts[name])
         left, unpack = entry.compress_size, zlib.decompressobj(-15)
         if entry.compress_type == zipfile.ZIP_STORED:
-            while left and (chunk := self.file.read(min(left, CHUNK))):
-                left -= len(chunk)
-                yield chunk
+            yield from chunks(self.file, left)
             return
         position, written = self._starts[name], 0
         while (left or unpack.unconsumed_tail) and not unpack.eof:

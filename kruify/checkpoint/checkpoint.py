@@ -9,11 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kruify.checkpoint.file_bytes import chunks
 from kruify.checkpoint.modules import ModuleHint
 from kruify.checkpoint.parametrised import Computed
 from kruify.checkpoint.tensors import Tensors
-
-CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Checkpoint:
         digest = hashlib.sha256()
         for path in self.files:
             with path.open("rb") as file:
-                while chunk := file.read(CHUNK):
+                for chunk in chunks(file):
                     digest.update(chunk)
         return digest.hexdigest()
 

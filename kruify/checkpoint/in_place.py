@@ -18,13 +18,12 @@ from torch import Tensor
 
 from kruify.checkpoint import keras_file, onnx_file
 from kruify.checkpoint.archive import Archive
+from kruify.checkpoint.file_bytes import chunks
 from kruify.checkpoint.gates import keras_from_torch, onnx_from_torch
 from kruify.checkpoint.storage import Storage
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.checkpoint.writing import atomic_file, tensor_bytes
 from kruify.errors import UsageError
-
-CHUNK = 1 << 22
 
 
 def replace_in_torch(
@@ -40,8 +39,7 @@ def replace_in_torch(
     """
     _check(source, stored, tensors)
     with source.open("rb") as old, atomic_file(target) as file:
-        while chunk := old.read(CHUNK):
-            file.write(chunk)
+        file.writelines(chunks(old))
         changed = set()
         for name, tensor in tensors.items():
             storage, start, stride = stored[name].place
@@ -152,10 +150,9 @@ def _correct_sums(source: Path, old: BinaryIO, file: BinaryIO, changed: set[int]
         if start not in changed:
             continue
         file.seek(start)
-        left, total = entry.file_size, 0
-        while left:
-            chunk = file.read(min(left, CHUNK))
-            left, total = left - len(chunk), zlib.crc32(chunk, total)
+        total = 0
+        for chunk in chunks(file, entry.file_size):
+            total = zlib.crc32(chunk, total)
         sums[name] = total
         if entry.flag_bits & 0x08:
             file.seek(start + entry.compress_size)

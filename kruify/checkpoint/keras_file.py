@@ -7,7 +7,6 @@ without a configuration can be read, too.
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from kruify.checkpoint import limits
 from kruify.checkpoint.archive import Archive
+from kruify.checkpoint.file_bytes import parse_json
 from kruify.checkpoint.gates import GATES, keras_cell
 from kruify.checkpoint.modules import ModuleHint
 from kruify.checkpoint.tensors import LazyTensor
@@ -56,7 +56,7 @@ class _Cell:
 
 def read_archive(path: Path, archive: Archive) -> KerasFile:
     """A .keras archive: configuration and weights."""
-    config = _json(archive.read("config.json", limits.JSON), path)
+    config = parse_json(archive.read("config.json", limits.JSON), "its configuration", path)
     data = archive.read("model.weights.h5", max(archive.size, limits.SLACK))
     return _read(path, io.BytesIO(data), config)
 
@@ -75,7 +75,7 @@ def _read(path: Path, source: Any, config: Any) -> KerasFile:
         file = h5py.File(source, "r")
         if config is None and "model_config" in file.attrs:
             text = file.attrs["model_config"]
-            config = _json(text if isinstance(text, bytes) else str(text).encode(), path)
+            config = parse_json(text if isinstance(text, bytes) else str(text), "its configuration", path)
         datasets = dict(_datasets(file, "", 0, path, [0]))
         names = {parent: _vars_name(file, parent) for name in datasets for parent in _parents(name)}
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
@@ -89,13 +89,6 @@ def _read(path: Path, source: Any, config: Any) -> KerasFile:
         _add(cell, layers, found)
     found.tensors.update(left)
     return found
-
-
-def _json(data: bytes, path: Path) -> Any:
-    try:
-        return json.loads(data.decode("utf-8"))  # json itself would guess at other encodings
-    except (ValueError, RecursionError) as error:
-        raise CorruptError("its configuration is no JSON", path) from error
 
 
 def _datasets(group: Any, at: str, depth: int, path: Path, count: list[int]) -> Iterator[tuple[str, LazyTensor]]:

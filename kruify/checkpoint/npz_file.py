@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kruify.checkpoint.archive import AGAIN, Archive
+from kruify.checkpoint.archive import Archive
+from kruify.checkpoint.file_bytes import AGAIN
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.errors import CorruptError, UnsafeError, UnsupportedError
 

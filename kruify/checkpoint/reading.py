@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any, BinaryIO
 from kruify.checkpoint import keras_file, limits, onnx_file, torch_file
 from kruify.checkpoint.archive import Archive
 from kruify.checkpoint.checkpoint import Checkpoint
+from kruify.checkpoint.file_bytes import AGAIN, parse_json
 from kruify.checkpoint.file_format import check_schema
 from kruify.checkpoint.modules import ModuleHint, ModuleTree, resolve
 from kruify.checkpoint.npz_file import read_npz
@@ -66,7 +66,7 @@ def read(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
         raise UnsafeError(f"opening it asks for too much ({type(error).__name__})", path) from error
     except Exception as error:
         # Whatever a reader did not foresee is the file's doing: one sentence, no traceback.
-        raise CorruptError(f"it is damaged ({type(error).__name__})", path, "Copy or download it again") from error
+        raise CorruptError(f"it is damaged ({type(error).__name__})", path, AGAIN) from error
 
 
 def read_contents(path: Path, key: str | None) -> Contents:
@@ -114,7 +114,7 @@ def _open(path: Path) -> tuple[BinaryIO, int]:
     size = path.stat().st_size
     if not size:
         file.close()
-        raise CorruptError("it is empty", path, "Copy or download it again")
+        raise CorruptError("it is empty", path, AGAIN)
     return file, size
 
 
@@ -221,7 +221,4 @@ def _check_total(path: Path, contents: Contents) -> None:
 
 def _check_plan(path: Path, metadata: dict[str, str]) -> None:
     """Refuse a plan that is no JSON here, so that later rooms see JSON only."""
-    try:
-        json.loads(metadata.get("kruify.plan", ""))
-    except (ValueError, RecursionError) as error:
-        raise CorruptError("its plan is damaged", path, "Convert the source again") from error
+    parse_json(metadata.get("kruify.plan", ""), "its plan", path, "Convert the source again")

@@ -7,7 +7,6 @@ file handle, so that a file larger than the memory can be copied and replaced wh
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kruify.checkpoint import limits
+from kruify.checkpoint.file_bytes import AGAIN, chunks, parse_json, read_at
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.checkpoint.writing import CHECKSUM, DTYPES
 from kruify.errors import CorruptError, UnsafeError, UnsupportedError
 
-CHUNK = 1 << 22
 _DTYPE = {text: dtype for dtype, text in DTYPES.items()}
 
 
@@ -57,27 +56,18 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[int, dict[str, 
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if 8 + length > size:
-        raise CorruptError("it is cut short inside its header", path, "Copy or download it again")
+        raise CorruptError("it is cut short inside its header", path, AGAIN)
     if length > limits.HEADER:
         raise UnsafeError(f"its header claims {length} bytes, more than {limits.HEADER}", path)
     text = file.read(length)
+    header: dict[str, Any] = parse_json(text, "its header", path)
     try:
-        header: dict[str, Any] = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
         with safe_open(path, framework="pt"):  # the library's own checks, before any number is read
             pass
-    except RecursionError as error:
-        raise UnsafeError("its header is nested too deeply", path) from error
     except (SafetensorError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise CorruptError(f"its header is damaged ({reason})", path, "Copy or download it again") from error
+        raise CorruptError(f"its header is damaged ({reason})", path, AGAIN) from error
     return length, header
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise ValueError("a name appears twice")
-    return table
 
 
 def _loader(
@@ -86,11 +76,7 @@ def _loader(
     def load() -> Tensor:
         if not size:
             return torch.empty(shape, dtype=dtype)
-        data = bytearray(size)
-        file.seek(start)
-        if file.readinto(data) != size:  # type: ignore[attr-defined]
-            raise CorruptError("it became shorter while it was read", path, "Do not write to it meanwhile")
-        return torch.frombuffer(data, dtype=dtype).reshape(shape)
+        return torch.frombuffer(read_at(path, file, start, size), dtype=dtype).reshape(shape)
 
     return load
 
@@ -100,7 +86,7 @@ def _check_checksum(path: Path, file: BinaryIO, length: int, expected: str) -> N
     file.seek(0)
     header = file.read(8 + length)
     digest = hashlib.sha256(header.replace(expected.encode(), b"0" * len(expected)))
-    while chunk := file.read(CHUNK):
+    for chunk in chunks(file):
         digest.update(chunk)
     if digest.hexdigest() != expected:
         raise CorruptError("its checksum does not match its contents", path, "Convert the source again")

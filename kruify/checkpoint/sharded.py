@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kruify.checkpoint import limits
+from kruify.checkpoint.file_bytes import parse_json
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.errors import CorruptError, UnsafeError
 
@@ -37,10 +36,7 @@ def read_index(path: Path, size: int, read_shard: ReadShard) -> Sharded:
     """
     if size > limits.JSON:
         raise UnsafeError(f"its index takes {size} bytes", path)
-    try:
-        index = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise CorruptError("its index is no JSON", path, "Copy or download it again") from error
+    index = parse_json(path.read_bytes(), "its index", path)
     table = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(table, dict) or not table or not all(isinstance(v, str) for v in table.values()):
         raise CorruptError("it is JSON, and no index of a sharded checkpoint", path, "Give a checkpoint")
@@ -67,9 +63,3 @@ def read_index(path: Path, size: int, read_shard: ReadShard) -> Sharded:
         tuple(path.parent / name for name in names),
         formats,
     )
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name appears twice")
-    return dict(pairs)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from kruify.checkpoint import limits
-from kruify.checkpoint.archive import AGAIN, Archive
+from kruify.checkpoint.archive import Archive
+from kruify.checkpoint.file_bytes import AGAIN, read_at
 from kruify.checkpoint.safe_unpickler import unpickle
 from kruify.checkpoint.storage import Read, Storage, rebuilders, storage_dtype
 from kruify.errors import CorruptError, UnsafeError, UnsupportedError
@@ -47,6 +48,9 @@ def read_zip(path: Path, archive: Archive) -> TorchFile:
     order = archive.read(f"{top}byteorder", 16) if f"{top}byteorder" in archive else b"little"
     storages: dict[str, Storage] = {}
 
+    def reader(base: int) -> Read:
+        return lambda start, length: read_at(path, archive.file, base + start, length)
+
     def persistent(identifier: Any) -> Storage:
         kind, cls, key, _location, count = identifier
         if kind != "storage" or not isinstance(key, str) or type(count) is not int:
@@ -61,8 +65,7 @@ def read_zip(path: Path, archive: Archive) -> TorchFile:
             raise CorruptError(f"its storage {key[:80]} has two dtypes", path, AGAIN)
         if key not in storages:
             start = archive.start(entry.filename)
-            read = reader(path, archive.file, start)
-            storages[key] = Storage(key, dtype, entry.file_size, read, order == b"big", start)
+            storages[key] = Storage(key, dtype, entry.file_size, reader(start), order == b"big", start)
         return storages[key]
 
     found = TorchFile(None)
@@ -122,7 +125,7 @@ def read_legacy(path: Path, file: BinaryIO, size: int) -> TorchFile:
             raise CorruptError(f"its storage {key[:80]} has two sizes", path, AGAIN)
 
         def read(start: int, length: int) -> bytearray:
-            return reader(path, file, storages[key].start)(start, length)
+            return read_at(path, file, storages[key].start + start, length)
 
         return storages.setdefault(key, Storage(key, dtype, count * dtype.itemsize, read, swap))
 
@@ -150,19 +153,6 @@ def read_legacy(path: Path, file: BinaryIO, size: int) -> TorchFile:
     if at != size:
         raise CorruptError("it is cut short" if at > size else "it has something after its end", path, AGAIN)
     return found
-
-
-def reader(path: Path, file: BinaryIO, base: int) -> Read:
-    """Reads a storage that starts at byte `base` of an open file."""
-
-    def read(start: int, length: int) -> bytearray:
-        data = bytearray(length)
-        file.seek(base + start)
-        if file.readinto(data) != length:  # type: ignore[attr-defined]
-            raise CorruptError("it became shorter while it was read", path, "Do not write to it meanwhile")
-        return data
-
-    return read
 
 
 def refuse_plain_pickle(path: Path, file: BinaryIO, size: int) -> None:

@@ -1,0 +1,58 @@
+"""Bytes of a file: in chunks, at a place, as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from kruify.checkpoint import limits
+from kruify.errors import CorruptError, UnsafeError
+
+CHUNK = 1 << 22
+AGAIN = "Copy or download it again"
+
+
+def chunks(file: BinaryIO, count: int | None = None) -> Iterator[bytes]:
+    """The next `count` bytes of a file, all that follow by default, at most 4 MiB at a time."""
+    while (count is None or count > 0) and (chunk := file.read(CHUNK if count is None else min(count, CHUNK))):
+        count = None if count is None else count - len(chunk)
+        yield chunk
+
+
+def read_at(path: Path, file: BinaryIO, start: int, count: int) -> bytearray:
+    """Exactly `count` bytes from `start` on.
+
+    Raises:
+        CorruptError: the file has become shorter.
+    """
+    data = bytearray(count)
+    file.seek(start)
+    if file.readinto(data) != count:  # type: ignore[attr-defined]
+        raise CorruptError("it became shorter while it was read", path, "Do not write to it meanwhile")
+    return data
+
+
+def parse_json(data: bytes | str, what: str, path: object, hint: str = AGAIN) -> Any:
+    """JSON in UTF-8 in which no table has a key twice.
+
+    Raises:
+        CorruptError: it is something else. UnsafeError: it is too long, or nested too deeply.
+    """
+    if len(data) > limits.JSON:
+        raise UnsafeError(f"{what} takes {len(data)} bytes", path)
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")  # json itself would guess at other encodings
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise UnsafeError(f"{what} is nested too deeply", path) from error
+    except ValueError as error:
+        raise CorruptError(f"{what} is no JSON ({str(error)[:100]})", path, hint) from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a name appears twice")
+    return table
