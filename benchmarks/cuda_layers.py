@@ -29,9 +29,9 @@ from measurements import read
 from torch import Tensor, nn
 
 from kruify import layers
+from kruify import ops as ops  # registers the operators
 from kruify.errors import KruifyError
 from kruify.ops import backend_info, precision
-from kruify.ops import operators as operators
 from kruify.ops.layout import Layout, TermLayout
 
 ROOT = Path(__file__).resolve().parents[1]

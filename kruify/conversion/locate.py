@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kruify.checkpoint import Checkpoint, LazyTensor
-from kruify.layers.steps import GATES
+from kruify.layers.base import GATES
 
 AnyTensor = Tensor | LazyTensor  # shape and dtype are all that is asked of it
 _KIND_OF_GATES = {len(names): kind for kind, names in GATES.items()}

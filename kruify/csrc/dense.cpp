@@ -54,6 +54,5 @@ std::vector<Tensor> dense_backward(const Tensor& grad, const std::vector<Tensor>
 
 STABLE_TORCH_LIBRARY_IMPL(kruify, CPU, m) {
   m.impl("dense", TORCH_BOX(&kruify::dense));
-  m.impl("dense_forward", TORCH_BOX(&kruify::dense));
   m.impl("dense_backward", TORCH_BOX(&kruify::dense_backward));
 }

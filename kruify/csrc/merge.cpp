@@ -190,6 +190,5 @@ std::vector<Tensor> merge_backward(const std::vector<Tensor>& grads, const std::
 
 STABLE_TORCH_LIBRARY_IMPL(kruify, CPU, m) {
   m.impl("merge", TORCH_BOX(&kruify::merge));
-  m.impl("merge_forward", TORCH_BOX(&kruify::merge));
   m.impl("merge_backward", TORCH_BOX(&kruify::merge_backward));
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kruify.exporting.graph import Graph
-from kruify.layers.matrix import KroneckerMatrix, KroneckerTerm, Overlay
+from kruify.layers.matrix import KroneckerMatrix, KroneckerTerm, SparseResidual
 
 Gates = Sequence[int]  # the gates in the order in which they are to come out
 
@@ -147,7 +147,7 @@ def _diagonal(graph: Graph, weight: KroneckerMatrix, x: str, gates: Gates, name:
     return graph.reshape(y, (0, len(gates) * rows))
 
 
-def _overlay(graph: Graph, weight: KroneckerMatrix, overlay: Overlay, x: str, gates: Gates, name: str) -> str:
+def _overlay(graph: Graph, weight: KroneckerMatrix, overlay: SparseResidual, x: str, gates: Gates, name: str) -> str:
     """Blocks of several rows of one column, padded to equally many in each row of blocks: Gather, then one MatMul."""
     height, strips = overlay.values.shape[1], weight.rows // overlay.values.shape[1]
     lines: list[list[tuple[int, Tensor]]] = [[] for _ in range(len(gates) * strips)]

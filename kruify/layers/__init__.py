@@ -4,7 +4,7 @@ from kruify.layers.cells import KRUGRUCell, KRULSTMCell, KRURNNCell
 from kruify.layers.gru import KRUGRU
 from kruify.layers.kru import KRU
 from kruify.layers.lstm import KRULSTM
-from kruify.layers.matrix import KroneckerMatrix, KroneckerTerm, Overlay
+from kruify.layers.matrix import KroneckerMatrix, KroneckerTerm, SparseResidual
 from kruify.layers.rnn import KRURNN
 
 __all__ = [
@@ -17,5 +17,5 @@ __all__ = [
     "KRURNNCell",
     "KroneckerMatrix",
     "KroneckerTerm",
-    "Overlay",
+    "SparseResidual",
 ]

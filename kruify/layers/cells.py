@@ -1,4 +1,4 @@
-"""KRURNNCell, KRULSTMCell, KRUGRUCell: torch.nn's cells with a Kronecker recurrent matrix, one time step a call."""
+"""KRURNNCell, KRULSTMCell, KRUGRUCell: torch.nn's cells with a Kronecker recurrent matrix, one time step per call."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ import torch
 from torch import Tensor, nn
 
 from kruify.errors import UsageError
-from kruify.layers import kernel
-from kruify.layers.base import Factors, apply_weight, build_weight
-from kruify.layers.matrix import KroneckerMatrix, reset_like_torch
-from kruify.layers.steps import GATES, Matrix, State, make_step
+from kruify.layers import compiled, kernel, reference
+from kruify.layers.backend import Weights
+from kruify.layers.base import GATES, Factors, build_weight, check_option
+from kruify.layers.matrix import reset_like_torch
+from kruify.ops.functions import transformed
+from kruify.ops.reference import State
 
 
 class KRUCellBase(nn.Module):
-    """Constructor and forward of torch.nn.LSTMCell / GRUCell / RNNCell, and their parameter names."""
+    """Constructor and forward of torch.nn.LSTMCell / GRUCell / RNNCell, and their parameter names.
+
+    Args:
+        nonlinearity: of an RNN cell, "tanh" or "relu".
+        factors, input_factors: as of the layers (kruify.layers.base).
+
+    Raises:
+        UsageError: a size, a spec or an option that the cell does not know.
+    """
 
     kind: str
     bias_ih: Tensor | None
@@ -34,6 +44,7 @@ class KRUCellBase(nn.Module):
         super().__init__()
         if input_size < 1 or hidden_size < 1:
             raise UsageError("input_size and hidden_size must be at least 1", type(self).__name__)
+        check_option("nonlinearity", nonlinearity, ("tanh", "relu") if self.kind == "rnn" else ("tanh",), self)
         self.input_size, self.hidden_size = input_size, hidden_size
         self.bias, self.nonlinearity = bias, nonlinearity
         gates = len(GATES[self.kind])
@@ -45,44 +56,53 @@ class KRUCellBase(nn.Module):
             self.register_parameter(name, parameter)
         self.reset_parameters()
 
+    @property
+    def kernel_kind(self) -> str:
+        """The kind as the operators name it: a key of kruify.ops.reference.GATES."""
+        return f"rnn_{self.nonlinearity}" if self.kind == "rnn" else self.kind
+
+    def weights(self) -> Weights:
+        """By the names weight_ih, weight_hh, bias_ih, bias_hh, weight_hr (None: cells do not project)."""
+        found: Weights = {n: getattr(self, n) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+        return {**found, "weight_hr": None}
+
     def reset_parameters(self) -> None:
         """Dense weights and biases uniform in +-1/sqrt(hidden), as torch; factors orthogonal."""
         reset_like_torch(self, self.hidden_size)
 
     def _step(self, input: Tensor, state: State | None) -> State:
-        streamed = kernel.streaming_step(self, input, state)
+        streamed = compiled.stream(self, input, state)
         if streamed is not None:
             return streamed
+        x, state = self.batched(input, state)
+        if kernel.serves(self.weight_hh, x, projected=False) and (torch.compiler.is_compiling() or not transformed()):
+            new = compiled.run_step(self, x, state)
+        else:
+            new = reference.step_from_input(self.kernel_kind, self.weights(), x, state)
+        return new if input.dim() == 2 else tuple(s.squeeze(0) for s in new)
+
+    def batched(self, input: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """Input (batch, features) and state, each (batch, size), zeros where there is none.
+
+        Raises:
+            UsageError: a shape does not fit the cell.
+        """
         if input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
             raise UsageError(
                 f"expected input of shape (batch, {self.input_size}) or ({self.input_size},), got {tuple(input.shape)}",
                 type(self).__name__,
             )
         x = input if input.dim() == 2 else input.unsqueeze(0)
-        count = 2 if self.kind == "lstm" else 1
+        count, shape = 2 if self.kind == "lstm" else 1, (x.shape[0], self.hidden_size)
         if state is None:
-            state = (x.new_zeros(x.shape[0], self.hidden_size),) * count
-        elif input.dim() == 1:
-            state = tuple(s.unsqueeze(0) for s in state)
-        if len(state) != count or any(s.shape != (x.shape[0], self.hidden_size) for s in state):
+            return x, (x.new_zeros(shape),) * count
+        state = tuple(state) if input.dim() == 2 else tuple(s.unsqueeze(0) for s in state)
+        if len(state) != count or any(s.shape != shape for s in state):
             raise UsageError(
-                f"expected {count} state tensor(s) of shape {(x.shape[0], self.hidden_size)}, "
-                f"got {[tuple(s.shape) for s in state]}",
+                f"expected {count} state tensor(s) of shape {shape}, got {[tuple(s.shape) for s in state]}",
                 type(self).__name__,
             )
-        new = self._batched_step(x, state)
-        return new if input.dim() == 2 else tuple(s.squeeze(0) for s in new)
-
-    def _batched_step(self, x: Tensor, state: State) -> State:
-        """One step, x (batch, features), each state (batch, hidden)."""
-        weight = self.weight_hh
-        if kernel.serves(weight, x, projected=False):
-            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            kind = f"rnn_{self.nonlinearity}" if self.kind == "rnn" else self.kind
-            return kernel.run_step(self, {name: getattr(self, name) for name in names}, kind, x, state)
-        matrix: Matrix = weight if isinstance(weight, KroneckerMatrix) else lambda h: nn.functional.linear(h, weight)
-        gates_x = apply_weight(self.weight_ih, x, self.bias_ih)
-        return make_step(self.kind, matrix, self.bias_hh, nonlinearity=self.nonlinearity)(gates_x, state)
+        return x, state
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, bias={self.bias}"

@@ -1,4 +1,4 @@
-"""Which path runs a layer: the measured rule."""
+"""Which backend runs a layer: the measured rule."""
 
 from __future__ import annotations
 
@@ -7,21 +7,55 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kruify.errors import UsageError
 from kruify.layers import dense, kernel
+from kruify.layers.backend import Backend, Sequences
+from kruify.layers.compiled import CompiledBackend
 from kruify.layers.matrix import KroneckerMatrix
+from kruify.layers.reference import ReferenceBackend
 from kruify.ops import precision
+from kruify.ops.functions import transformed
 
 if TYPE_CHECKING:
-    from kruify.layers.base import KRUBase
+    from kruify.layers.recurrent import RecurrentLayer
+
+BACKENDS: dict[str, Backend] = {  # by the name that users give
+    "kernel": CompiledBackend(),
+    "dense": dense.TorchBackend(),
+    "reference": ReferenceBackend(),
+}
 
 
-def pick(layer: KRUBase, steps: int, batch: int, x: Tensor) -> str:
+def choose(layer: RecurrentLayer, input: Sequences) -> Backend:
+    """The backend that runs this input: what the user named, else the fastest; the reference where no other can.
+
+    Raises:
+        UsageError: the compiled kernels were asked for and cannot run the layer.
+    """
+    name, x = layer.backend, input.data
+    if x.numel() == 0 or (not torch.compiler.is_compiling() and transformed()):
+        name = "reference"
+    elif name == "auto":
+        name = pick(layer, input.steps, input.batch, x)
+    elif name == "kernel" and not kernel_serves(layer, x):
+        raise UsageError(
+            "the compiled kernels need Kronecker recurrent matrices, no projection, and float32 or float64 on a"
+            f" device they were built for, got {x.dtype} on {x.device.type}",
+            type(layer).__name__,
+            "backend='auto' picks a path that works",
+        )
+    return BACKENDS[name]
+
+
+def pick(layer: RecurrentLayer, steps: int, batch: int, x: Tensor) -> str:
     """The fastest of "kernel", "dense" and "reference" for these sizes.
 
     Where the compiled kernels serve, their work is compared with the dense product's: `gain` is the ratio of vector
     multiply-adds. Where they do not, forming W costs about one pass over it and a loop in Python a fixed time a step:
     one step alone (streaming) is faster with the factors; from the second step on torch's own kernel wins.
     """
+    if not layer.torch_has_it:
+        return "kernel" if kernel_serves(layer, x) else "reference"
     if kernel_serves(layer, x):
         if x.is_cuda:
             return "kernel" if all(_templates_take(layer, x, k, d) for k, d in layer.directions()) else "dense"
@@ -34,7 +68,7 @@ def pick(layer: KRUBase, steps: int, batch: int, x: Tensor) -> str:
     return "dense"
 
 
-def _templates_take(layer: KRUBase, x: Tensor, k: int, d: int) -> bool:
+def _templates_take(layer: RecurrentLayer, x: Tensor, k: int, d: int) -> bool:
     """Whether the CUDA templates take this recurrence, and its share of a multiprocessor's shared memory suffices
     (csrc/cuda/README.md has the limits). The general CUDA kernel takes all others, but is not expected to beat cuDNN on
     the dense weight. No GPU has measured this yet: benchmarks/cuda_layers.py."""
@@ -63,7 +97,7 @@ def _gain(matrix: object, kind: str, batch: int) -> float:
     return form.dense / max(kernel.work(matrix, form, kind, batch)[0], 1.0)
 
 
-def _needed_gain(layer: KRUBase, batch: int) -> float:
+def _needed_gain(layer: RecurrentLayer, batch: int) -> float:
     """The gain from which on the kernel beats the densified layer: thresholds read off benchmarks/dispatch_rule.py.
 
     Measured on a Zen 5 with AVX-512 for hidden sizes 16 to 512, one to sixteen terms, batches 1, 8 and 64, forward and
@@ -78,6 +112,6 @@ def _needed_gain(layer: KRUBase, batch: int) -> float:
     return 0.7 if hidden <= (64 if batch > 8 else 128) else 1.5 if batch > 8 else 1.05
 
 
-def kernel_serves(layer: KRUBase, x: Tensor) -> bool:
+def kernel_serves(layer: RecurrentLayer, x: Tensor) -> bool:
     """Whether the compiled kernels can run every layer and direction."""
-    return all(kernel.serves(matrix, x, bool(layer.proj_size)) for matrix in layer.recurrent_weights())
+    return all(kernel.serves(matrix, x, layer.output_size < layer.hidden_size) for matrix in layer.recurrent_weights())

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kruify import kronecker
 from kruify.errors import UsageError
 from kruify.factors import Shape, Structure, Term
+from kruify.ops import Layout, TermLayout, reference
+from kruify.ops.reference import residual_coordinates
 
 
 class KroneckerTerm(nn.Module):
@@ -71,18 +72,13 @@ class KroneckerTerm(nn.Module):
         (p, q), *rest = self.term.factors
         return ((p // len(self.gates), q), *rest) if self.stacked else self.term.factors
 
-    def to_dense(self) -> Tensor:  # (len(gates), rows, cols)
-        return kronecker.to_dense(list(self.factors), self.scale)
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., cols) -> (..., len(gates), rows)
-        return kronecker.matmul(x, list(self.factors), self.scale)
-
     def extra_repr(self) -> str:
         return f"{self.term}, gates={self.gates}"
 
 
-class Overlay(nn.Module):
-    """A block-sparse matrix: `values[b]` stands in column `index[b, 1]`, in `block` rows from `index[b, 0]` on.
+class SparseResidual(nn.Module):
+    """A block-sparse matrix for what the Kronecker products leave over: `values[b]` stands in column `index[b, 1]`, in
+    `block` rows from `index[b, 0]` on.
 
     A block is several rows of one column, so that `y[i:i+block] += values[b] * x[j]` is one SIMD multiply-add.
 
@@ -104,31 +100,24 @@ class Overlay(nn.Module):
         self.values = nn.Parameter(torch.zeros(blocks, block, device=device, dtype=dtype))
         self.register_buffer("index", torch.zeros(blocks, 2, device=device, dtype=torch.int32))
 
-    def coordinates(self) -> tuple[Tensor, Tensor]:  # rows (blocks * block,), columns (blocks * block,)
-        block = self.values.shape[1]
-        index = self.index.long()
-        rows = index[:, :1] + torch.arange(block, device=index.device)
-        return rows.reshape(-1), index[:, 1].repeat_interleave(block)
-
-    def add_to(self, dense: Tensor) -> Tensor:  # (rows, cols) -> (rows, cols)
-        return dense.index_put(self.coordinates(), self.values.reshape(-1).to(dense.dtype), accumulate=True)
-
-    def forward(self, x: Tensor, rows: int) -> Tensor:  # (..., cols) -> (..., rows)
-        row, col = self.coordinates()
-        products = x[..., col] * self.values.reshape(-1)
-        return x.new_zeros(*x.shape[:-1], rows).index_add(-1, row, products)
+    def coordinates(self) -> tuple[Tensor, Tensor]:
+        """Row and column of every entry, each (blocks * block,)."""
+        return residual_coordinates(self.index, self.values.shape[1])
 
     def extra_repr(self) -> str:
         return f"blocks={self.values.shape[0]}, block={self.values.shape[1]}x1"
 
 
+Overlay = SparseResidual  # modules that version 0.1.0 pickled name it so
+
+
 class KroneckerMatrix(nn.Module):
-    """A (gates * rows, cols) weight held as sums of Kronecker products, one `Structure` a gate.
+    """A (gates * rows, cols) weight held as sums of Kronecker products, one `Structure` per gate.
 
     Terms that several gates have in common are stacked into one `KroneckerTerm`, so that one kernel call serves all.
 
     Args:
-        structures: one a gate, in the gate order of the layer, all of the same (rows, cols); or one of all gates
+        structures: one per gate, in the gate order of the layer, all of the same (rows, cols); or one of all gates
             stacked.
 
     Attributes:
@@ -136,7 +125,7 @@ class KroneckerMatrix(nn.Module):
         structures: as given.
 
     Raises:
-        UsageError: the structures differ in size, or their overlays in block height.
+        UsageError: the structures differ in size, or their sparse residuals in block height.
     """
 
     def __init__(
@@ -151,7 +140,7 @@ class KroneckerMatrix(nn.Module):
             raise UsageError(f"the gates of one matrix must have one size, got {sorted(sizes)}")
         heights = {s.block for s in structures if s.sparse_blocks}
         if len(heights) > 1:
-            raise UsageError(f"the overlays of one matrix must have one block height, got {sorted(heights)}")
+            raise UsageError(f"the sparse residuals of one matrix must have one block height, got {sorted(heights)}")
         self.structures = tuple(structures)
         if len(structures) > 1 and any(s.gates > 1 for s in structures):
             raise UsageError("a structure of stacked gates stands alone")
@@ -165,29 +154,29 @@ class KroneckerMatrix(nn.Module):
         )
         self.diagonal_gates = tuple(g for g, s in enumerate(structures) if s.diagonal)
         self.diagonal: nn.Parameter | None
-        self.overlay: Overlay | None
+        self.overlay: SparseResidual | None  # `overlay` is its name in state dicts and files
         if self.diagonal_gates:
             shape = (len(self.diagonal_gates), min(self.rows, self.cols))
             self.diagonal = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
         else:
             self.register_parameter("diagonal", None)
         blocks = sum(s.sparse_blocks for s in structures)
-        self.overlay = Overlay(blocks, heights.pop(), device, dtype) if blocks else None
+        self.overlay = SparseResidual(blocks, heights.pop(), device, dtype) if blocks else None
         if self.overlay is not None:
-            self._spread_overlay(self.overlay)
+            self._draw_places(self.overlay)
 
     @torch.no_grad()
-    def _spread_overlay(self, overlay: Overlay) -> None:
-        """From scratch the overlay's places are drawn at random (seeded by their number alone): there is no matrix to
-        take the largest entries of."""
-        generator = torch.Generator().manual_seed(overlay.values.shape[0])
-        block, picked = overlay.values.shape[1], []
+    def _draw_places(self, residual: SparseResidual) -> None:
+        """From scratch the places are drawn at random (seeded by their number alone): there is no matrix to take the
+        largest entries of."""
+        generator = torch.Generator().manual_seed(residual.values.shape[0])
+        block, picked = residual.values.shape[1], []
         for place, s in enumerate(self.structures):
             cells = torch.randperm(s.rows // block * s.cols, generator=generator, device="cpu")
             cells = cells[: s.sparse_blocks].sort().values
             rows = place * s.rows + cells // s.cols * block
             picked.append(torch.stack([rows, cells % s.cols], dim=1))
-        overlay.index.copy_(torch.cat(picked))
+        residual.index.copy_(torch.cat(picked))
 
     def term_list(self) -> list[KroneckerTerm]:
         """`terms`, with the type that a ModuleList forgets."""
@@ -215,52 +204,42 @@ class KroneckerMatrix(nn.Module):
             for factor in term.factors._parameters.values():  # type: ignore[union-attr]
                 if factor is not None:
                     return factor
-        return next(self.parameters())
+            return term.factors[0]  # type: ignore[index]  # a replica of DataParallel
+        return self.diagonal if self.overlay is None else self.overlay.values  # type: ignore[return-value]
+
+    def parts_beside_terms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The diagonal, the sparse residual's values and index; None for what there is not."""
+        residual = self.overlay
+        return (self.diagonal, None, None) if residual is None else (self.diagonal, residual.values, residual.index)
 
     def to_dense(self) -> Tensor:  # (gates * rows, cols)
         """The dense weight, differentiable in every parameter; in their precision under autocast, too."""
         with torch.autocast(self.device.type, enabled=False):
-            return self._to_dense()
-
-    def _to_dense(self) -> Tensor:
-        dense = self._sum_terms()
-        if self.diagonal is not None:
-            eye = torch.diag_embed(self.diagonal)
-            eye = nn.functional.pad(eye, (0, self.cols - eye.shape[-1], 0, self.rows - eye.shape[-2]))
-            dense = dense.index_add(0, self._gate_index(self.diagonal_gates), eye)
-        flat = dense.reshape(self.shape)
-        return flat if self.overlay is None else self.overlay.add_to(flat)
-
-    def _sum_terms(self) -> Tensor:  # (gates, rows, cols)
-        dense: Tensor | None = None
-        for term in self.term_list():
-            part = term.to_dense()
-            if len(term.gates) < self.gates:
-                zeros = part.new_zeros(self.gates, self.rows, self.cols)
-                part = zeros.index_add(0, self._gate_index(term.gates), part)
-            dense = part if dense is None else dense + part
-        if dense is None:
-            dense = torch.zeros(self.gates, self.rows, self.cols, dtype=self.dtype, device=self.device)
-        return dense
+            return reference.dense(self._factors(), *self.parts_beside_terms(), layout=self._layout())
 
     def forward(self, x: Tensor) -> Tensor:  # (..., cols) -> (..., gates * rows)
         """The product with every gate, `x @ W.T`, without forming W."""
-        y = x.new_zeros(*x.shape[:-1], self.gates, self.rows)
-        for term in self.term_list():
-            # Under autocast the products are of a lower precision than x: they are added up in that of x.
-            y = y.index_add(-2, self._gate_index(term.gates), term(x).to(y.dtype))
-        if self.diagonal is not None:
-            n = self.diagonal.shape[-1]
-            part = nn.functional.pad(x[..., None, :n] * self.diagonal, (0, self.rows - n))
-            y = y.index_add(-2, self._gate_index(self.diagonal_gates), part)
-        flat = y.reshape(*x.shape[:-1], self.gates * self.rows)
-        return flat if self.overlay is None else flat + self.overlay(x, self.gates * self.rows)
+        parts = self.parts_beside_terms()
+        return reference.kron_matmul(x, self._factors(), *parts, bias=None, layout=self._layout())
 
-    def _gate_index(self, gates: tuple[int, ...]) -> Tensor:
-        return torch.tensor(gates, device=self.device)
+    def _factors(self) -> list[Tensor]:
+        """Of all terms, a scale in the first of its term."""
+        return [f for t in self.term_list() for f in reference.merge(list(t.factors), t.scale, [1] * len(t.factors))]
+
+    def _layout(self) -> list[int]:
+        terms = tuple(TermLayout(len(term.factors), term.gates) for term in self.term_list())
+        return Layout(self.gates, self.rows, self.cols, self.diagonal_gates, terms).encode()
 
     def extra_repr(self) -> str:
         return f"gates={self.gates}, rows={self.rows}, cols={self.cols}"
+
+
+def apply_weight(weight: KroneckerMatrix | Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ W.T + b with a dense or a Kronecker weight: (n, cols) -> (n, rows)."""
+    if isinstance(weight, Tensor):
+        return nn.functional.linear(x, weight, bias)
+    y: Tensor = weight(x)
+    return y if bias is None else y + bias
 
 
 def group_terms(structures: Sequence[Structure]) -> dict[tuple[Term, bool, int], tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""The compiled path of a complex state: real numbers, the real parts of the state first, then the imaginary ones.
+"""The compiled backend of a complex state: real numbers, the real parts of the state first, then the imaginary ones.
 
 With R(A) = [[Re A, -Im A], [Im A, Re A]], the real form of a complex matrix,
 
@@ -16,8 +16,12 @@ import torch
 from torch import Tensor
 
 from kruify.layers.matrix import KroneckerMatrix, KroneckerTerm
-from kruify.ops import Layout, TermLayout, precision, reference
+from kruify.ops import Layout, TermLayout, has_kernel, reference
+from kruify.ops.functions import unmerged
+from kruify.ops.recurrence import run_recurrence
 from kruify.ops.stages import TermPlan, plan_complex
+
+_CACHE = "_complex_form"  # attribute of a KroneckerMatrix
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,15 @@ class Form:
     plans: tuple[TermPlan, ...]
 
 
-def form(matrix: KroneckerMatrix, templates: bool) -> Form:
+def form_of(matrix: KroneckerMatrix) -> Form:
+    forms: dict[str, Form] | None = matrix.__dict__.get(_CACHE)
+    if forms is None:
+        devices = ("cpu", "cuda") if has_kernel("cuda") else ("cpu",)
+        forms = matrix.__dict__[_CACHE] = {device: _form(matrix, device == "cuda") for device in devices}
+    return forms["cuda" if "cuda" in forms and matrix.device.type == "cuda" else "cpu"]
+
+
+def _form(matrix: KroneckerMatrix, templates: bool) -> Form:
     """`templates`: in stages that the CUDA templates take, where there are such."""
     size = 2 * matrix.rows
     plans: tuple[TermPlan, ...] = ()
@@ -39,25 +51,21 @@ def form(matrix: KroneckerMatrix, templates: bool) -> Form:
 
 
 def run(
-    form: Form,
     matrix: KroneckerMatrix,  # complex, (N, N)
     w_ih: Tensor,  # complex, (N, features)
     bias: Tensor | None,  # (N,) of modReLU
     data: Tensor,  # (S, features), packed, real
     batch_sizes: Tensor,  # (steps,) int64 on the CPU, descending
     h0: Tensor,  # complex, (B, N)
-) -> tuple[Tensor, Tensor]:  # output (S, 2 N) real, final state (B, N) complex
+    exact: int,  # kruify.ops.precision
+) -> tuple[Tensor, tuple[Tensor]]:  # output (S, 2 N) real, final state (B, N) complex
     """One layer over packed sequences, sorted by descending length."""
-    training = torch.is_grad_enabled()
-    operator = torch.ops.kruify.recurrence if training else torch.ops.kruify.recurrence_forward
-    stages = _stages(form, matrix)
-    h0, w_ih = reference.planar(h0), torch.cat([w_ih.real, w_ih.imag])
-    kind = "rnn_modrelu_complex"
-    out, h, _, _ = operator(
-        data, w_ih, None, batch_sizes, h0, None, stages, None, None, None, bias, form.layout, kind, False, training,
-        precision.of_products(data.device),
-    )  # fmt: skip
-    return out, reference.state_of(h, kind)
+    form, kind = form_of(matrix), "rnn_modrelu_complex"
+    first = (data, torch.cat([w_ih.real, w_ih.imag]), None, batch_sizes, reference.planar(h0), None)
+    out, h, _ = run_recurrence(
+        unmerged(form.layout), kind, False, exact, first, bias, (None, None, None), _stages(form, matrix)
+    )
+    return out, (reference.state_of(h, kind),)
 
 
 def _stages(form: Form, matrix: KroneckerMatrix) -> list[Tensor]:

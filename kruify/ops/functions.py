@@ -1,29 +1,32 @@
-"""Derivatives of the operators with less Python around them than torch.library puts there: its trees of arguments take
-longer than a short sequence. Factors are merged, W is formed and the operator runs in one node of the graph.
-Under torch.compile, torch.func and autocast the operators themselves serve."""
+"""What the operators' derivatives have in common: a Kronecker matrix's parameters become stages inside one node of the
+graph, because torch.library's own way around an operator takes longer than a short sequence.
+
+Every such node is a `torch.autograd.Function` whose arguments are `assembly, options, *first, diagonal, residual,
+residual_index, *parameters`. The operator of the same name has it as its derivative.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from kruify.ops import operators, reference
+from kruify.ops import reference
+from kruify.ops.layout import decode
+from kruify.ops.registration import gradients
 
 Optional = Tensor | None
 _ops = torch.ops.kruify
 
 
-def lean(device_type: str) -> bool:
-    """Whether a call with derivatives may go past the dispatcher's autograd."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.is_autocast_enabled(device_type)
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is under way. Neither kernels nor nodes of the
+    graph know them; the reference serves."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,10 @@ class Assembly:
 
     def stages(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Factors, and scales where there are any, of all terms -> stages; no derivatives."""
-        return self._each_term(_ops.merge_forward.default, parameters)
-
-    def differentiable_stages(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The same through the dispatcher's autograd."""
-        return self._each_term(_ops.merge, parameters)
+        return self._each_term(_ops.merge.default, parameters)
 
     def reference_stages(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The same, differentiable any number of times."""
+        """The same in plain torch, differentiable any number of times."""
         return self._each_term(reference.merge, parameters)
 
     def _each_term(self, merge: Any, parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -75,128 +74,45 @@ class Assembly:
             found += part
         return found
 
-    def formed(self, stages: list[Tensor], diagonal: Optional, overlay: Optional, index: Optional) -> Tensor:
-        """W as the one stage of the layout `whole`; no derivatives."""
-        gates, rows, cols = self.layout[:3]
-        dense: Tensor = _ops.dense_forward.default(stages, diagonal, overlay, index, self.layout)
-        return dense.view(gates, 1, rows, cols)
+
+def unmerged(layout: Sequence[int]) -> Assembly:
+    """Of an operator's own arguments: every parameter is a stage."""
+    return Assembly(tuple((term.stages, None, False) for term in decode(layout).terms), list(layout))
 
 
-def recurrence(
-    assembly: Assembly,
-    kind: str,
-    reverse: bool,
-    precision: int,
-    first: tuple[Optional, ...],  # x, w_ih, bias_ih, batch_sizes, h0, c0
-    rest: tuple[Optional, ...],  # bias, diagonal, overlay, overlay_index
-    parameters: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:  # out, hT, cT
-    """torch.ops.kruify.recurrence with training=True."""
-    found: tuple[Tensor, Tensor, Tensor] = _Recurrence.apply(  # type: ignore[no-untyped-call]
-        assembly, kind, reverse, precision, *first, *rest, *parameters
-    )
-    return found
-
-
-class _Recurrence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, assembly: Assembly, kind: str, reverse: bool, precision: int, *tensors: Any) -> Any:
-        bias, diagonal, overlay, index = tensors[6:10]
-        stages = assembly.stages(tensors[10:])
-        matrix: tuple[Any, ...] = (stages, diagonal, overlay, index, bias, assembly.layout)
-        if assembly.whole is not None:
-            dense = assembly.formed(stages, diagonal, overlay, index)
-            matrix = ([dense], None, None, None, bias, assembly.whole)
-        out, h, c, workspace = _ops.recurrence_forward.default(*tensors[:6], *matrix, kind, reverse, True, precision)
-        ctx.set_materialize_grads(False)
-        ctx.call, ctx.count = (assembly, kind, reverse, precision), len(tensors)
-        ctx.save_for_backward(*tensors, out, workspace, *(stages if matrix[0] is stages else (dense, *stages)))
-        return out, h, c
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        assembly, kind, reverse, precision = ctx.call
-        saved, count = ctx.saved_tensors, ctx.count
-        x, w_ih, _, sizes, h0, c0, bias, diagonal, overlay, index, *parameters = saved[:count]
-        if torch.is_grad_enabled():
-            return None, None, None, None, *_recurrence_twice(ctx.call, saved[:count], grads)
-        out, workspace, *stages = saved[count:]
-        weights: tuple[Any, ...] = (stages, diagonal, overlay, index, bias, assembly.layout)
-        if assembly.whole is not None:
-            dense, *stages = stages
-            weights = ([dense], None, None, None, bias, assembly.whole)
-        grad_out, grad_h, grad_c = (g if g is None or g.is_contiguous() else g.contiguous() for g in grads)
-        wanted = ctx.needs_input_grad[4:7]
-        *of_input, grad_h0, grad_c0, found = _ops.layer_backward.default(
-            *(grad_out, grad_h, grad_c, x, w_ih, out, workspace, sizes, h0, c0, *weights),
-            *(kind, reverse, *wanted, precision),
-        )
-        of_input = [g if w else None for g, w in zip(of_input, wanted, strict=True)]
-        grad_bias = None if bias is None else found.pop()
-        if assembly.whole is not None:
-            dense_grad = found[0].view(-1, assembly.layout[2])
-            found = _ops.dense_backward.default(dense_grad, stages, diagonal, overlay, index, assembly.layout)
-        return (
-            *(None, None, None, None),
-            *(*of_input, None, grad_h0, None if c0 is None else grad_c0, grad_bias),
-            *spread(assembly, found, diagonal, overlay, parameters),
-        )
-
-
-def _recurrence_twice(call: Any, saved: Sequence[Any], grads: Any) -> list[Optional]:
-    assembly, kind, reverse, _ = call
-    sizes, index = saved[3], saved[9]
-
-    def function(t: list[Any]) -> Any:
-        x, w_ih, bias_ih, _, h0, c0, bias, diagonal, overlay, _, *parameters = t
-        stages = assembly.reference_stages(parameters)
-        matrix = (stages, diagonal, overlay, index, bias, assembly.layout)
-        return reference.recurrence(x, w_ih, bias_ih, sizes, h0, c0, *matrix, kind, reverse)[:3]
-
-    return twice(function, saved, (3, 9), [*grads[:2], None if saved[5] is None else grads[2]])
-
-
-def dense(assembly: Assembly, rest: tuple[Optional, ...], parameters: Sequence[Tensor]) -> Tensor:
-    """torch.ops.kruify.dense; rest: diagonal, overlay, overlay_index."""
-    found: Tensor = _Dense.apply(assembly, *rest, *parameters)  # type: ignore[no-untyped-call]
-    return found
-
-
-class _Dense(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, assembly: Assembly, *tensors: Any) -> Tensor:
-        stages = assembly.stages(tensors[3:])
-        ctx.assembly, ctx.count = assembly, len(tensors)
-        ctx.save_for_backward(*tensors, *stages)
-        found: Tensor = _ops.dense_forward.default(stages, *tensors[:3], assembly.layout)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        assembly, saved, count = ctx.assembly, ctx.saved_tensors, ctx.count
-        diagonal, overlay, index, *parameters = saved[:count]
-        if torch.is_grad_enabled():
-
-            def function(t: list[Any]) -> Any:
-                stages = assembly.reference_stages(t[3:])
-                return [operators.dense_on_flat([*stages, t[0], t[1]], index, assembly.layout)]
-
-            return None, *twice(function, saved[:count], (2,), grads)
-        found = _ops.dense_backward.default(grads[0], list(saved[count:]), diagonal, overlay, index, assembly.layout)
-        return None, *spread(assembly, found, diagonal, overlay, parameters)
-
-
-def spread(
-    assembly: Assembly, found: list[Tensor], diagonal: Optional, overlay: Optional, parameters: Sequence[Tensor]
+def matrix_gradients(
+    assembly: Assembly, found: list[Tensor], diagonal: Optional, residual: Optional, parameters: Sequence[Tensor]
 ) -> tuple[Optional, ...]:
-    """Gradients as the operators order them, stages, diagonal, overlay -> of diagonal, overlay, index, parameters."""
-    grad_overlay = None if overlay is None else found.pop()
+    """Gradients as the operators order them (stages, diagonal, residual) -> those of diagonal, residual, index and
+    parameters."""
+    grad_residual = None if residual is None else found.pop()
     grad_diagonal = None if diagonal is None else found.pop()
-    return grad_diagonal, grad_overlay, None, *assembly.backward(found, parameters)
+    return grad_diagonal, grad_residual, None, *assembly.backward(found, parameters)
 
 
-def twice(function: Any, saved: Sequence[Any], integers: tuple[int, ...], grads: Any) -> list[Optional]:
-    """First derivatives that can be differentiated again, through the reference."""
-    inputs = [None if i in integers else t for i, t in enumerate(saved)]
-    found = iter(operators.gradients(function, inputs, grads, create_graph=True))
-    return [None if t is None else next(found) for t in inputs]
+def needs_reference() -> bool:
+    """Whether a backward pass is differentiated itself (create_graph), or runs on a batch (is_grads_batched)."""
+    return torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def reference_gradients(
+    assembly: Assembly,
+    function: Callable[[list[Any], dict[str, Any]], Sequence[Optional]],
+    tensors: Sequence[Optional],
+    first: int,
+    grads: Sequence[Optional],
+) -> list[Optional]:
+    """Gradients of all tensors of a node through the reference.
+
+    Args:
+        function: the node's outputs from its first tensors and the matrix as kruify.ops.reference names it.
+        tensors: those of the node; the matrix begins at number `first`.
+        grads: of the outputs.
+    """
+
+    def of_all(t: list[Any]) -> Sequence[Optional]:
+        diagonal, residual, index, *parameters = t[first:]
+        matrix = {"stages": assembly.reference_stages(parameters), "diagonal": diagonal, "residual": residual}
+        return function(t[:first], {**matrix, "residual_index": index, "layout": assembly.layout})
+
+    return gradients(of_all, tensors, grads, create_graph=torch.is_grad_enabled())

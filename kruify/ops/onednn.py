@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kruify.ops import reference
-from kruify.ops.functions import Assembly, Optional, spread, twice
+from kruify.ops.functions import Assembly, Optional, matrix_gradients, needs_reference, reference_gradients
 
 _ops: Any = torch.ops.kruify
 _SCHEMAS = {  # as torch 2.10 to 2.13 have them
@@ -50,7 +50,7 @@ def lstm(
     assembly: Assembly,
     reverse: bool,
     first: tuple[Tensor, ...],  # x (steps, batch, features), w_ih, bias_ih, bias_hh, h0, c0 (batch, H): float32, CPU
-    rest: tuple[Optional, ...],  # diagonal, overlay, overlay_index
+    rest: tuple[Optional, ...],  # diagonal, residual, residual_index
     parameters: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:  # out (steps, batch, H), hT, cT
     """One layer in one direction; W is what the assembly makes of the parameters."""
@@ -61,9 +61,9 @@ def lstm(
 class _Lstm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, assembly: Assembly, reverse: bool, *tensors: Any) -> Any:
-        x, w_ih, bias_ih, bias_hh, h0, c0, diagonal, overlay, index, *parameters = tensors
+        x, w_ih, bias_ih, bias_hh, h0, c0, diagonal, residual, index, *parameters = tensors
         stages = assembly.stages(parameters)
-        dense = _ops.dense_forward.default(stages, diagonal, overlay, index, assembly.layout)
+        dense = _ops.dense.default(stages, diagonal, residual, index, assembly.layout)
         x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
         # The kernel keeps what its backward pass needs where gradients are enabled.
         with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad():
@@ -79,9 +79,18 @@ class _Lstm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         assembly, reverse = ctx.call
         saved, count = ctx.saved_tensors, ctx.count
-        x, w_ih, bias_ih, bias_hh, h0, c0, diagonal, overlay, index, *parameters = saved[:count]
-        if torch.is_grad_enabled():
-            return None, None, *_again(assembly, reverse, saved[:count], grads)
+        x, w_ih, bias_ih, bias_hh, h0, c0, diagonal, residual, index, *parameters = saved[:count]
+        if needs_reference():
+
+            def function(first: list[Any], matrix: Any) -> Any:
+                x, w_ih, bias_ih, bias_hh, h0, c0 = first
+                steps, batch = x.shape[:2]
+                data, sizes = x.reshape(steps * batch, -1), torch.full((steps,), batch, device="cpu")
+                given: Any = {"bias": bias_hh, "kind": "lstm", "reverse": reverse, **matrix}
+                out, h, c, _ = reference.recurrence(data, w_ih, bias_ih, sizes, h0, c0, **given)
+                return out.view(steps, batch, -1), h, c
+
+            return None, None, *reference_gradients(assembly, function, saved[:count], 6, grads)
         out, h, c, workspace, dense, *stages = saved[count:]
         grad_x, grad_w, grad_dense, grad_ih, grad_hh, grad_h0, grad_c0 = (
             torch.ops.aten.mkldnn_rnn_layer_backward.default(
@@ -89,21 +98,6 @@ class _Lstm(torch.autograd.Function):
                 reverse, _LSTM, h0.shape[1], 1, True, True, False, [], False, workspace,
             )
         )  # fmt: skip
-        found = _ops.dense_backward.default(grad_dense, stages, diagonal, overlay, index, assembly.layout)
+        found = _ops.dense_backward.default(grad_dense, stages, diagonal, residual, index, assembly.layout)
         first = (grad_x, grad_w, grad_ih, grad_hh, grad_h0, grad_c0)
-        return None, None, *first, *spread(assembly, found, diagonal, overlay, parameters)
-
-
-def _again(assembly: Assembly, reverse: bool, saved: Sequence[Any], grads: Any) -> list[Optional]:
-    index = saved[8]
-
-    def function(t: list[Any]) -> Any:
-        x, w_ih, bias_ih, bias_hh, h0, c0, diagonal, overlay, _, *parameters = t
-        steps, batch = x.shape[:2]
-        sizes = torch.full((steps,), batch)
-        matrix = (assembly.reference_stages(parameters), diagonal, overlay, index, bias_hh, assembly.layout)
-        data = x.reshape(steps * batch, -1)
-        out, h, c, _ = reference.recurrence(data, w_ih, bias_ih, sizes, h0, c0, *matrix, "lstm", reverse)
-        return out.view(steps, batch, -1), h, c
-
-    return twice(function, saved, (8,), grads)
+        return None, None, *first, *matrix_gradients(assembly, found, diagonal, residual, parameters)

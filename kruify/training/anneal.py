@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kruify.layers.matrix import KroneckerMatrix, Overlay
+from kruify.layers.matrix import KroneckerMatrix, SparseResidual
 from kruify.training.ema import Average
 
 EVENTS = 100  # prunings from start to end
@@ -25,7 +25,7 @@ EVENTS = 100  # prunings from start to end
 class _Item:
     name: str
     matrix: KroneckerMatrix
-    overlay: Overlay
+    overlay: SparseResidual
     final: tuple[int, ...]  # blocks a gate in the end
 
     @property

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from kruify.analysis.conditioning import conditioning
 from kruify.layers import KRU
+from kruify.layers.base import GATES
 from kruify.layers.matrix import exact
-from kruify.layers.steps import GATES
 from kruify.tasks.base import Task, device_of, to_device
 from kruify.training.randomness import isolated, mix, seed_all
 from kruify.training.recurrent import RECURRENT

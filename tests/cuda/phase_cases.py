@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kruify.ops import operators as operators
+from kruify import ops as ops  # registers the operators
 from kruify.ops import reference
 
 KINDS = tuple(reference.GATES)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from kruify import ops as ops  # registers the operators
 from kruify.ops import has_kernel, precision
-from kruify.ops import operators as operators
 from kruify.ops.layout import Layout, TermLayout
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_modrelu_complex": 1}

@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from kruify.errors import UsageError
 from kruify.layers import KRUGRU, KRULSTM, KRURNN
 from kruify.layers.base import KRUBase
-from kruify.layers.kru import KRU, modrelu
+from kruify.layers.kru import KRU
+from kruify.ops.reference import modrelu
 from kruify.training.penalty import unitary_penalty
 
 F64 = torch.float64

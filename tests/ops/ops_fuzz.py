@@ -104,13 +104,13 @@ def calls(rng: Randomness) -> tuple[str, list[Any]]:
     if name == "dense":
         weights = [*matrix_arguments[:4], matrix_arguments[-1]]
         if rng.random() < 0.5:
-            return "dense_forward", weights
+            return "dense", weights
         return "dense_backward", [torch.randn(gates * hidden, hidden, dtype=dtype), *weights]
     factors = [torch.randn(2, 3, rng.randint(1, 4), rng.randint(1, 4), dtype=dtype) for _ in range(3)]
     scale = torch.randn(2, 3, dtype=dtype) if rng.random() < 0.5 else None
     if rng.random() < 0.5:
-        return "merge_forward", [factors, scale, [2, 1]]
-    grads = torch.ops.kruify.merge_forward(factors, scale, [2, 1])
+        return "merge", [factors, scale, [2, 1]]
+    grads = torch.ops.kruify.merge(factors, scale, [2, 1])
     return "merge_backward", [grads, factors, scale, [2, 1]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace as replace_field
 from typing import Any
 
 import pytest
@@ -10,15 +11,16 @@ from ops_cases import MATRICES, cast, differentiable, recurrence_arguments, repl
 from torch import Tensor
 
 from kruify.layers import KRULSTM, dense
-from kruify.ops import Layout, TermLayout, functions, reference
-from kruify.ops.layout import decode
+from kruify.ops import Layout, TermLayout, reference
+from kruify.ops.dense import form_dense
+from kruify.ops.functions import unmerged
+from kruify.ops.recurrence import run_recurrence
 
 OPERATOR = torch.ops.kruify.dense
 
 
-def lean_dense(stages: list[Tensor], diagonal: Any, overlay: Any, index: Any, layout: list[int]) -> Tensor:
-    terms = tuple((term.stages, None, False) for term in decode(layout).terms)
-    return functions.dense(functions.Assembly(terms, layout), (diagonal, overlay, index), stages)
+def weight(stages: list[Tensor], diagonal: Any, overlay: Any, index: Any, layout: list[int]) -> Tensor:
+    return form_dense(unmerged(layout), (diagonal, overlay, index), stages)
 
 
 def arguments(matrix: str, extras: bool = True) -> list[Any]:
@@ -32,16 +34,15 @@ def oracle(stages: list[Tensor], diagonal: Any, overlay: Any, index: Any, layout
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("matrix", MATRICES)
-def test_weight_and_gradients(matrix: str, lean: bool) -> None:
+def test_weight_and_gradients(matrix: str) -> None:
     wide = arguments(matrix, extras=matrix != "pair")
     want = oracle(*wide)
     upstream = torch.randn_like(want)
     want_grads = torch.autograd.grad(want, differentiable(wide), upstream)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         narrow = cast(wide, dtype)
-        dense = (lean_dense if lean else OPERATOR)(*narrow)
+        dense = weight(*narrow)
         assert (dense.double() - want).norm() <= tolerance * want.norm()
         grads = torch.autograd.grad(dense, differentiable(narrow), upstream.to(dtype))
         for actual, wanted in zip(grads, want_grads, strict=True):
@@ -52,21 +53,22 @@ def test_weight_and_gradients(matrix: str, lean: bool) -> None:
 def test_a_weight_too_large_to_count_is_refused_before_memory_is_asked_for() -> None:
     stages = [torch.zeros(1, 1, 1024, 1024) for _ in range(3)]
     layout = Layout(1, 1024**3, 1024**3, (), (TermLayout(3, (0,)),)).encode()
-    for call in (OPERATOR, torch.ops.kruify.dense_forward):
-        with pytest.raises(RuntimeError, match="sizes overflow"):
-            call(stages, None, None, None, layout)
+    with pytest.raises(RuntimeError, match="sizes overflow"):
+        OPERATOR(stages, None, None, None, layout)
 
 
 @pytest.mark.parametrize("matrix", ["tiny", "chain"])
 def test_gradcheck_twice(matrix: str) -> None:
     given = arguments(matrix)
-    run = lambda *t: lean_dense(*replace(given, list(t)))  # noqa: E731
+    run = lambda *t: weight(*replace(given, list(t)))  # noqa: E731
     assert torch.autograd.gradgradcheck(run, differentiable(given), fast_mode=True)
 
 
 @pytest.mark.parametrize("matrix", ["tiny", "chain", "overlay"])
 def test_opcheck(matrix: str) -> None:
-    torch.library.opcheck(OPERATOR, arguments(matrix))
+    stages, *rest, layout = arguments(matrix)
+    given = [None if t is None else t.detach() for t in rest]
+    torch.library.opcheck(OPERATOR, ([s.detach() for s in stages], *given, layout))
 
 
 @pytest.mark.usefixtures("compiled")
@@ -80,7 +82,7 @@ def test_torchs_lstm_in_one_node(options: dict[str, Any]) -> None:
     for backend in ("dense", "reference"):
         layer.backend = backend  # type: ignore[assignment]
         out, state = layer(x)
-        assert backend == "reference" or dense.in_one_node(layer, x)
+        assert backend == "reference" or dense.uses_fused_autograd(layer, x)
         loss = out.square().sum() + state[0].sum() + (3 * state[1]).sum()
         first = torch.autograd.grad(loss, [x, *layer.parameters()], create_graph=True)
         second = torch.autograd.grad(first[0].square().sum(), list(layer.parameters()))
@@ -96,13 +98,12 @@ def test_recurrence_on_the_formed_weight(kind: str, matrix: str) -> None:
     """With W formed first: what the factors themselves give, and derivatives twice."""
     given = recurrence_arguments(kind, matrix, (3, 3, 2, 1))
     first, (stages, diagonal, overlay, index, bias, layout) = given[:6], given[6:12]
-    terms = tuple((term.stages, None, False) for term in decode(layout).terms)
     gates = layout[0]
     whole = Layout(gates, *layout[1:3], (), (TermLayout(1, tuple(range(gates))),)).encode()
     tensors, results = differentiable([*first, stages, diagonal, overlay, bias]), []
     for plain in (None, whole):
-        form = functions.Assembly(terms, layout, plain)
-        out, h, c = functions.recurrence(form, kind, False, 0, tuple(first), (bias, diagonal, overlay, index), stages)
+        form, rest = replace_field(unmerged(layout), whole=plain), (diagonal, overlay, index)
+        out, h, c = run_recurrence(form, kind, False, 0, tuple(first), bias, rest, stages)
         loss = (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum() + h.sum() + c.sum()
         grads = torch.autograd.grad(loss, tensors, create_graph=True)
         again = torch.autograd.grad(grads[0].square().sum(), tensors, allow_unused=True, materialize_grads=True)

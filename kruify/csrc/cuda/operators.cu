@@ -186,7 +186,6 @@ STABLE_TORCH_LIBRARY_IMPL(kruify, CUDA, m) {
   m.impl("kron_matmul_forward", TORCH_BOX(&kruify::cuda::kron_matmul));
   m.impl("kron_matmul_backward", TORCH_BOX(&kruify::cuda::kron_matmul_backward));
   m.impl("merge", TORCH_BOX(&kruify::cuda::merge));
-  m.impl("merge_forward", TORCH_BOX(&kruify::cuda::merge));
   m.impl("merge_backward", TORCH_BOX(&kruify::cuda::merge_backward));
   m.impl("recurrence", TORCH_BOX(&kruify::cuda::recurrence_operator));
   m.impl("recurrence_forward", TORCH_BOX(&kruify::cuda::recurrence_operator));
