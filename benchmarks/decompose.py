@@ -26,8 +26,8 @@ import torch
 from measurements import Row, commit, cpu_name, read, store
 from torch import Tensor
 
+from kruify.conversion.budget import plan_budget
 from kruify.conversion.calibration import Moments, bias_correction, calibrate
-from kruify.conversion.planner import plan_budget
 from kruify.decomposition import choose, fit
 from kruify.decomposition.rearrange import rearrange
 from kruify.decomposition.successive import higher_order_svd, successive_svd

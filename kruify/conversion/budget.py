@@ -1,15 +1,167 @@
-"""A plan from a budget: which structure each gate gets, decided on the weights themselves (and their activations)."""
+"""A plan from a budget: which structure each gate of each matrix gets, so that all together keep the most energy.
+
+Decided on the weights themselves, and where there are moments on what they are applied to.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from kruify.checkpoint import LazyTensor
 from kruify.conversion.calibration import Moments
 from kruify.conversion.locate import AnyTensor, RecurrentLayer
 from kruify.conversion.plan import Plan, Structures, make_plan
-from kruify.conversion.planner import Matrices, Searches, plan_budget
+from kruify.decomposition.choose import Candidate, Search
+from kruify.decomposition.fit import check, metric_of
+from kruify.errors import PlanError, TargetMissedError
+from kruify.factors import Structure, Term
 from kruify.progress import Progress
+
+Matrices = Mapping[str, tuple[Tensor, int, Tensor | None]]  # name -> (gates*rows, cols) weight, gates, covariance
+Searches = dict[tuple[str, int], Search]  # (name, gate, -1 for all stacked) -> what was learnt of it
+LEVELS = (0.25, 0.5, 1.0, 1.75, 3.0)  # budgets tried for one gate, relative to an even share
+ERROR_LEVELS = tuple(2 ** (-k / 2) for k in range(20, -1, -1))  # shares of the dense size tried for an error bound
+PRICES = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of multiply-adds against parameters in the price of a candidate
+
+BUDGET_GRAMMAR = "'10x', 'params=25%', 'macs=10%' or 'params=8x,macs=50%'"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Shares of the dense matrices that may be kept, None where unlimited."""
+
+    parameters: float | None = None
+    multiply_adds: float | None = None
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """What `plan_budget` decided.
+
+    Attributes:
+        structures: name -> one structure per gate, or one of all gates stacked.
+        energy: name -> the (weighted) share of its energy that each structure is estimated to keep.
+    """
+
+    structures: dict[str, Structures]
+    energy: dict[str, tuple[float, ...]]
+
+    @property
+    def parameters(self) -> int:
+        """Of all matrices together, after."""
+        return sum(s.parameters for s in self._all())
+
+    @property
+    def multiply_adds(self) -> int:
+        """Per step, of all matrices together, after."""
+        return sum(s.multiply_adds for s in self._all())
+
+    @property
+    def dense_parameters(self) -> int:
+        """Before; a dense matrix takes as many multiply-adds."""
+        return sum(s.dense_parameters for s in self._all())
+
+    def _all(self) -> list[Structure]:
+        return [s for structures in self.structures.values() for s in structures]
+
+
+_CLAUSE = re.compile(r"(?:(params|macs)=)?(\d+(?:\.\d+)?)(x|%)")
+
+
+def parse_budget(text: str) -> Budget:
+    """Reads '10x' (a tenth of the parameters), 'params=25%', 'macs=10%' and combinations joined by commas.
+
+    Raises:
+        PlanError: not in that form, named twice, or not between 0 and 100 %.
+    """
+    found: dict[str, float] = {}
+    for clause in re.sub(r"\s+", "", text).lower().split(","):
+        match = _CLAUSE.fullmatch(clause)
+        if match is None:
+            raise PlanError(f"'{clause}' is not a budget", text, f"Write for example {BUDGET_GRAMMAR}")
+        key, number = match[1] or "params", float(match[2])
+        if key in found:
+            raise PlanError(f"the budget names {key} twice", text)
+        if number == 0 or (match[3] == "x" and number < 1) or (match[3] == "%" and number > 100):
+            raise PlanError(f"'{clause}' is not a reduction", text, "Give a factor of 1x or more, or up to 100%")
+        found[key] = 1 / number if match[3] == "x" else number / 100
+    return Budget(found.get("params"), found.get("macs"))
+
+
+def plan_budget(
+    matrices: Matrices,
+    budget: str | None,
+    *,
+    max_error: float | None = None,
+    seed: int = 0,
+    scaled: Collection[str] = (),
+    searches: Searches | None = None,
+    progress: Progress | None = None,
+) -> BudgetPlan:
+    """Structures for every gate of every matrix that together keep the most (weighted) energy within a budget.
+
+    Every gate is tried at several sizes; then the budget goes, step by step, to the gate that gains the most energy per
+    cost. Parameters and multiply-adds are separate costs (eight balanced terms at H = 256 take as many multiply-adds
+    as the dense gate), and a budget may bind both. Energy is counted in the units of the matrices, so that a gate with
+    large weights counts for more; weighted where every matrix has a covariance. A budget alone is planned twice, gate
+    by gate and with the gates of each matrix stacked, and the plan that keeps more is taken.
+
+    Args:
+        matrices: name -> (weight (gates * rows, cols), number of gates, covariance (cols, cols) or None).
+        budget: see `parse_budget`; of all matrices together. None plans by `max_error` alone.
+        max_error: bound on the (weighted) relative error ||W - K|| / ||W|| of every gate. Without a budget each gate
+            gets the fewest parameters that were found to keep it.
+        seed: of the fits of three factors and more.
+        scaled: names of the matrices whose products have a scale of their own, which counts as a parameter.
+        searches: a dict that the caller keeps for further plans of the same matrices with the same seed: filled at the
+            first one, it spares the others the fits that they have in common. The plans are the same with and without.
+        progress: told of the gates and stacks searched.
+
+    Returns:
+        the plan; the same for the same input.
+
+    Raises:
+        PlanError: no matrices, neither budget nor error bound, or a budget below the smallest structures.
+        TargetMissedError: with the budget, some gate exceeds `max_error`.
+        UsageError, UnsupportedError: a matrix that cannot be decomposed.
+    """
+    if not matrices:
+        raise PlanError("there is no matrix to plan for")
+    if budget is None and max_error is None:
+        raise PlanError("a plan by budget needs a budget or an error bound", hint=f"Write for example {BUDGET_GRAMMAR}")
+    if max_error is not None and not 0 <= max_error < 1:
+        raise PlanError(f"an error bound lies between 0 and 1, got {max_error}")
+    searches = {} if searches is None else searches
+    gates = _gates(matrices, seed, scaled, searches)
+    if budget is None:
+        assert max_error is not None
+        chosen = []
+        for i, gate in enumerate(gates):
+            chosen.append(_within_error(gate, max_error))
+            gate.search.forget()
+            _tell(progress, i + 1, len(gates))
+        return _collect(matrices, gates, chosen)
+    limits = parse_budget(budget)
+    # A bound on the error is one for every gate: a stack could keep it and one of its gates not.
+    several = any(count > 1 for _, count, _ in matrices.values())
+    stacks = _gates(matrices, seed, scaled, searches, stacked=True) if several and max_error is None else []
+    total = len(gates) + len(stacks)
+    chosen = _allocated(gates, limits, budget, lambda done: _tell(progress, done, total))
+    if max_error is not None:
+        _check_error(gates, chosen, max_error, budget)
+    if stacks:
+        try:
+            other = _allocated(stacks, limits, budget, lambda done: _tell(progress, len(gates) + done, total))
+        except PlanError:  # the smallest stack is too large
+            other = None
+        if other is not None and _kept(stacks, other) > _kept(gates, chosen):
+            gates, chosen = stacks, other
+    return _collect(matrices, gates, chosen)
 
 
 def make_budget_plan(
@@ -30,7 +182,7 @@ def make_budget_plan(
     """`make_plan` with structures that keep the most (weighted) energy within a budget.
 
     Args:
-        budget: of all recurrent matrices together, "10x", "params=25%", "macs=10%" (conversion.planner.parse_budget).
+        budget: of all recurrent matrices together, "10x", "params=25%", "macs=10%" (`parse_budget`).
         input_budget: the same for the input matrices W_ih; None leaves them dense.
         max_error: bound on the relative error of every gate; with no budget, the smallest structures that keep it.
         only, skip, overrides: patterns as in `make_plan`; overrides are set on top of what the budget gave.
@@ -73,3 +225,186 @@ def _matrices(
         covariance = None if known is None else known.weight(layer.bias)
         found[name] = (tensor.load() if isinstance(tensor, LazyTensor) else tensor, len(structures), covariance)
     return found
+
+
+@dataclass
+class _Gate:
+    """One gate, or all gates of a matrix stacked."""
+
+    name: str
+    number: int
+    search: Search
+    scale: float  # what a share of this gate's energy is worth beside the others'
+
+    @property
+    def dense(self) -> int:
+        return self.search.rows * self.search.cols
+
+
+def _gates(
+    matrices: Matrices, seed: int, scaled: Collection[str], searches: Searches, stacked: bool = False
+) -> list[_Gate]:
+    """Every gate of every matrix, or every matrix with its gates stacked."""
+    weighted = [c is not None for _, _, c in matrices.values()]
+    mixed = any(weighted) and not all(weighted)  # energies in different units: every gate counts alike
+    found = []
+    for name, (weight, count, covariance) in matrices.items():
+        if count < 1 or weight.ndim != 2 or weight.shape[0] % count:
+            raise PlanError(f"a weight of shape {tuple(weight.shape)} does not hold {count} gates", name)
+        together = count if stacked else 1
+        for number, part in enumerate(weight.reshape(count // together, -1, weight.shape[1])):
+            key = (name, -1 if together > 1 else number)
+            search = searches.get(key)
+            if search is None:
+                check(part, Structure(*part.shape))
+                first = searches.get((name, 0))  # one norm serves all of a matrix
+                metric = metric_of(covariance, weight.shape[1]) if first is None else first.metric
+                search = searches[key] = Search(part, metric, seed, together, name in scaled)
+            found.append(_Gate(*key, search, float(together) if mixed else search.total))
+    return found
+
+
+def _tell(progress: Progress | None, done: int, total: int) -> None:
+    if progress is not None:
+        progress(done, total, "choosing factors")
+
+
+def _dense(gate: _Gate) -> Candidate:
+    rows, cols = gate.search.rows, gate.search.cols
+    return Candidate(Structure(rows, cols, (Term(((rows, cols),)),), gates=gate.search.gates), 1.0)
+
+
+def _pool(gate: _Gate, limits: Budget) -> list[Candidate]:
+    """Candidates of many sizes around an even share of the budget, from the smallest there is to the dense matrix."""
+    share = limits.parameters or limits.multiply_adds or 1.0
+    whole = _dense(gate)
+    pool = {whole.structure: whole}
+    for level in reversed(LEVELS):  # the largest first: its singular values serve all others
+        parameters = int(min(1.0, share * level) * gate.dense)
+        adds = None
+        if limits.multiply_adds is not None:
+            adds = int(min(1.0, limits.multiply_adds * level) * gate.dense)
+            if limits.parameters is None:
+                parameters = gate.dense
+        for candidate in gate.search.candidates(parameters, adds):
+            pool[candidate.structure] = candidate
+    for candidate in _smallest(gate):
+        pool.setdefault(candidate.structure, candidate)
+    return list(pool.values())
+
+
+def _smallest(gate: _Gate) -> list[Candidate]:
+    """One product each of low rank and of the balanced pair, and the product of the most factors there is."""
+    search = gate.search
+    found = search.singles(search.rows + search.cols)[:1]
+    found += search.many_factors(min(c.parameters for c in found) - 1) if found else search.many_factors(gate.dense)
+    return found
+
+
+def _allocated(gates: list[_Gate], limits: Budget, budget: str, tell: Callable[[int], None]) -> list[Candidate]:
+    pools = []
+    for i, gate in enumerate(gates):
+        pools.append(_pool(gate, limits))
+        gate.search.forget()
+        tell(i + 1)
+    return _allocate(gates, pools, limits, budget)
+
+
+def _kept(gates: list[_Gate], chosen: list[Candidate]) -> float:
+    """The share of all energy."""
+    return _worth(gates, chosen) / max(sum(gate.scale for gate in gates), 1e-300)
+
+
+def _allocate(gates: list[_Gate], pools: list[list[Candidate]], limits: Budget, budget: str) -> list[Candidate]:
+    dense = sum(g.dense for g in gates)
+    most = [None if s is None else s * dense for s in (limits.parameters, limits.multiply_adds)]
+    best: list[Candidate] | None = None
+    for weight in PRICES if limits.parameters is not None and limits.multiply_adds is not None else (1.0,):
+        chosen = _greedy(gates, pools, most, weight)
+        if chosen is not None and (best is None or _worth(gates, chosen) > _worth(gates, best)):
+            best = chosen
+    if best is None:
+        smallest = sum(min(c.parameters for c in pool) for pool in pools)
+        adds = sum(min(c.multiply_adds for c in pool) for pool in pools)
+        raise PlanError(
+            f"the smallest structures found take {smallest} parameters and {adds} multiply-adds of {dense}",
+            f"budget {budget}",
+            f"Allow at least params={100 * smallest / dense:.2g}% or macs={100 * adds / dense:.2g}%",
+        )
+    return best
+
+
+def _greedy(
+    gates: list[_Gate], pools: list[list[Candidate]], most: list[float | None], weight: float
+) -> list[Candidate] | None:
+    """From the cheapest candidates upwards: again and again the exchange with the most energy per price, while it fits;
+    at the end any exchange that still fits. `weight` prices multiply-adds against parameters."""
+
+    def price(c: Candidate) -> float:
+        parameters = 0.0 if most[0] is None else c.parameters / most[0]
+        adds = 0.0 if most[1] is None else c.multiply_adds / most[1]
+        if most[0] is None or most[1] is None:
+            return parameters + adds
+        return (1 - weight) * parameters + weight * adds
+
+    def fits(parameters: int, adds: int) -> bool:
+        return (most[0] is None or parameters <= most[0] + 1e-9) and (most[1] is None or adds <= most[1] + 1e-9)
+
+    chosen = [min(pool, key=lambda c: (price(c), -c.energy, str(c.structure))) for pool in pools]
+    parameters, adds = sum(c.parameters for c in chosen), sum(c.multiply_adds for c in chosen)
+    if not fits(parameters, adds):
+        return None
+    while True:
+        best, best_rate = None, 0.0
+        for i, pool in enumerate(pools):
+            now = chosen[i]
+            for c in pool:
+                gain = gates[i].scale * (c.energy - now.energy)
+                if gain <= 1e-12 * gates[i].scale:
+                    continue
+                if not fits(parameters + c.parameters - now.parameters, adds + c.multiply_adds - now.multiply_adds):
+                    continue
+                rate = gain / max(price(c) - price(now), 1e-12)
+                if rate > best_rate:
+                    best, best_rate = (i, c), rate
+        if best is None:
+            return chosen
+        i, c = best
+        parameters += c.parameters - chosen[i].parameters
+        adds += c.multiply_adds - chosen[i].multiply_adds
+        chosen[i] = c
+
+
+def _worth(gates: list[_Gate], chosen: list[Candidate]) -> float:
+    return sum(g.scale * c.energy for g, c in zip(gates, chosen, strict=True))
+
+
+def _error(candidate: Candidate) -> float:
+    return math.sqrt(max(0.0, 1 - candidate.energy))
+
+
+def _within_error(gate: _Gate, max_error: float) -> Candidate:
+    for level in ERROR_LEVELS:
+        good = [c for c in gate.search.candidates(int(level * gate.dense)) if _error(c) <= max_error]
+        if good:
+            return min(good, key=lambda c: (c.parameters, c.multiply_adds, str(c.structure)))
+    return _dense(gate)
+
+
+def _check_error(gates: list[_Gate], chosen: list[Candidate], max_error: float, budget: str) -> None:
+    worst = max(range(len(gates)), key=lambda i: _error(chosen[i]))
+    if _error(chosen[worst]) > max_error:
+        raise TargetMissedError(
+            f"gate {gates[worst].number} keeps a relative error of {_error(chosen[worst]):.3f}, above {max_error}",
+            gates[worst].name,
+            f"Allow more than {budget}, or a larger error",
+        )
+
+
+def _collect(matrices: Matrices, gates: list[_Gate], chosen: list[Candidate]) -> BudgetPlan:
+    structures: dict[str, Structures] = {name: () for name in matrices}
+    energy: dict[str, tuple[float, ...]] = {name: () for name in matrices}
+    for gate, candidate in zip(gates, chosen, strict=True):
+        structures[gate.name] += (candidate.structure,)
+        energy[gate.name] += (candidate.energy,)
+    return BudgetPlan(structures, energy)

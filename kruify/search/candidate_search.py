@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from kruify.conversion import Conversion, convert_module
+from kruify.conversion.budget import Searches
 from kruify.conversion.calibration import Moments, calibrate
 from kruify.conversion.locate import locate
-from kruify.conversion.planner import Searches
 from kruify.errors import UsageError
 from kruify.progress import Progress
 from kruify.search.candidates import Candidate, CandidateResult, Choice, first_of_the_best, make_candidates

@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from kruify.conversion.budget import make_budget_plan
+from kruify.conversion.budget import Searches, make_budget_plan, parse_budget
 from kruify.conversion.calibration import Moments
 from kruify.conversion.locate import RecurrentLayer
 from kruify.conversion.plan import Plan, keeps_scales, make_plan
-from kruify.conversion.planner import Searches, parse_budget
 
 CLEAR_LEAD = 0.1  # of what the best one still lacks to the dense network: a smaller lead is none
 

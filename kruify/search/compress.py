@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kruify.conversion import Conversion
-from kruify.conversion.budget import make_budget_plan
+from kruify.conversion.budget import make_budget_plan, parse_budget
 from kruify.conversion.plan import Plan
-from kruify.conversion.planner import parse_budget
 from kruify.errors import UsageError
 from kruify.progress import Progress
 from kruify.search.candidate_search import SHARE, CandidateSearch
@@ -101,7 +100,7 @@ def compress(
 
     Args:
         dense: the trained network; it is the teacher, and is left alone.
-        budget: "16x", "params=10%", ... (kruify.conversion.planner.parse_budget).
+        budget: "16x", "params=10%", ... (kruify.conversion.budget.parse_budget).
         max_drop: in units of `task.metric`, on the validation split; None takes the first attempt as it is.
         attempts: at most so many rounds of fine-tuning.
         share: of the epochs for which each candidate structure is trained; 0 takes what keeps the most energy.

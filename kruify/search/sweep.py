@@ -15,7 +15,7 @@ from torch import nn
 
 from kruify.checkpoint import metadata_for, write_safetensors
 from kruify.conversion import plan_of
-from kruify.conversion.planner import parse_budget
+from kruify.conversion.budget import parse_budget
 from kruify.errors import UsageError
 from kruify.progress import Progress
 from kruify.search.candidate_search import SHARE, CandidateSearch
@@ -98,7 +98,7 @@ def sweep(
 
     Args:
         dense: the trained network; it is the teacher, and is left alone.
-        budgets: such as "2x", "4x", "params=10%" (kruify.conversion.planner.parse_budget).
+        budgets: such as "2x", "4x", "params=10%" (kruify.conversion.budget.parse_budget).
         share: of the epochs for which each candidate structure is trained; 0 takes what keeps the most energy.
         progress: told of each training: its optimiser steps done, to do, and its epoch.
         on_point: called after each network.

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kruify.conversion.planner import Budget, parse_budget, plan_budget
+from kruify.conversion.budget import Budget, parse_budget, plan_budget
 from kruify.decomposition import fit
 from kruify.decomposition.choose import Search
 from kruify.errors import PlanError, TargetMissedError
