@@ -71,8 +71,9 @@ def compress(
     code is 6.
     """
     with output(json_only) as out:
-        from kruify.api import refuse_converted, save
+        from kruify.api import save
         from kruify.checkpoint import check_model_target, read
+        from kruify.conversion.pipeline import refuse_converted
         from kruify.errors import TargetMissedError
         from kruify.search.compress import compress as run
         from kruify.tasks.base import measure

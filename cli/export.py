@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
 from .console import json_option, output
-from .options import NUMBER, key_option, model_argument, network
+from .options import NUMBER, given, key_option, model_argument
 
 if TYPE_CHECKING:
     from kruify.exporting import Exported
@@ -38,7 +37,7 @@ OPTIONS = {
 @json_option
 def export(
     model: str,
-    to: str,
+    to: Literal["dense", "onnx", "torch"],
     target: str,
     task_name: str | None,
     dense: bool,
@@ -68,41 +67,16 @@ def export(
     if task_name and layout:
         raise click.UsageError("with --task the network tells: no --batch-first or --nonlinearity")
     with output(json_only) as out:
-        from kruify.checkpoint import check_target, read
-        from kruify.exporting import TOLERANCE, export_dense, export_layers, export_network
+        from kruify.api import export as run
 
-        limit = TOLERANCE if tolerance is None else tolerance
-        path = Path(target)
-        checkpoint = read(model, key=key)
-        check_target(path, *checkpoint.files, *filter(None, [original]))
+        options = given(dense=dense or None, batch_first=batch_first, nonlinearity=nonlinearity, tolerance=tolerance)
         with out.waiting("exporting and comparing"):
-            if to == "dense":
-                files = [export_dense(checkpoint, path, source=Path(original) if original else None, tolerance=limit)]
-            elif task_name:
-                from kruify.tasks.loader import load_task
-
-                task = load_task(task_name)
-                net = network(checkpoint, task)
-                files = [export_network(net, task, _format(to), path, dense=dense, tolerance=limit)]
-            else:
-                files = export_layers(
-                    checkpoint,
-                    _format(to),
-                    path,
-                    dense=dense,
-                    batch_first=batch_first,
-                    nonlinearity=nonlinearity,
-                    tolerance=limit,
-                )
+            files = run(model, to, target, task=task_name, original=original, key=key, **options)
         for file in files:
             out.show(_sentence(file))
         if assumed := sorted({OPTIONS[item] for file in files for item in file.assumed}):
             out.note(f"The file does not tell, so it was taken for granted: {'; '.join(assumed)}")
-        out.result({"outputs": [_entry(file) for file in files]})
-
-
-def _format(to: str) -> Literal["onnx", "torch"]:
-    return "onnx" if to == "onnx" else "torch"
+        out.result({"outputs": [file.to_json() for file in files]})
 
 
 def _sentence(file: Exported) -> str:
@@ -111,16 +85,3 @@ def _sentence(file: Exported) -> str:
         f"wrote {file.path}, {file.bytes:,} bytes{names}; run and compared on {file.cases} inputs: "
         f"largest difference {file.difference:.1g}"
     )
-
-
-def _entry(file: Exported) -> dict[str, object]:
-    return {
-        "output": str(file.path),
-        "layer": file.layer,
-        "inputs": list(file.inputs),
-        "outputs": list(file.outputs),
-        "difference": file.difference,
-        "cases": file.cases,
-        "bytes": file.bytes,
-        "assumed": list(file.assumed),
-    }

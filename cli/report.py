@@ -34,19 +34,16 @@ def report(
     Parameters, bytes, multiply-adds, latency, and with --task its metrics.
     """
     with output(json_only) as out:
+        from kruify.api import report as run
         from kruify.checkpoint import atomic_file, check_target
-        from kruify.reporting import build_report, tables, to_html, to_markdown
-        from kruify.tasks.loader import load_task
+        from kruify.reporting import tables, to_html, to_markdown
 
         taken = [dense, *kru]
         for target in filter(None, (html_file, markdown_file)):
             check_target(target, *taken)
             taken.append(target)
-        task = load_task(task_name) if task_name else None
         with progress("reading") as advance:
-            made = build_report(
-                [dense, *kru], task, task_name=task_name, split=split, key=key, threads=threads, progress=advance
-            )
+            made = run(dense, *kru, task=task_name, split=split, key=key, threads=threads, progress=advance)
         out.show(*tables(made))
         for file, write in ((html_file, to_html), (markdown_file, to_markdown)):
             if file:

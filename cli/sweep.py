@@ -69,8 +69,8 @@ def sweep(
     An interrupted sweep goes on where it stopped when the same command is given again.
     """
     with output(json_only) as out:
-        from kruify.api import refuse_converted
         from kruify.checkpoint import atomic_file, check_target, read
+        from kruify.conversion.pipeline import refuse_converted
         from kruify.search.sweep import sweep as run
         from kruify.tasks.loader import load_task
 

@@ -51,7 +51,7 @@ def main(hidden: int, epochs: int) -> None:
 
     small, report = kruify.convert(dense, "auto")  # two balanced factors per gate
     print(f"converted:             {task.evaluate(small, 'test')['nll']:.2f} nats a frame,", end=" ")
-    print(f"recurrent matrix {report.parameters['recurrent_ratio']:.0f}x smaller")
+    print(f"recurrent matrix {report.parameters.recurrent_ratio:.0f}x smaller")
     for name, model in (("converted, trained on:", small), ("dense, trained on:    ", dense)):
         finetune(model, task, epochs=epochs, lr=4e-3)  # as long, for a fair comparison
         print(f"{name} {task.evaluate(model, 'test')['nll']:.2f} nats a frame")

@@ -57,7 +57,7 @@ def main(steps: int) -> None:
     small, report = kruify.convert(model, "2*(16x8,8x16)", input_factors="8*(128x1,1x16)")  # `model` is untouched
     count = sum(p.numel() for p in small.parameters())
     print(f"converted  {count:7,} parameters, accuracy {train(small, 0):.3f}")
-    print(f"           recurrent matrices {report.parameters['recurrent_ratio']:.0f}x smaller")
+    print(f"           recurrent matrices {report.parameters.recurrent_ratio:.0f}x smaller")
     print(f"trained on {count:7,} parameters, accuracy {train(small, steps):.3f}")
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,47 +1,63 @@
-"""kruify: trained RNN, LSTM and GRU checkpoints made small and fast with Kronecker Recurrent Units."""
+"""kruify: trained RNN, LSTM and GRU checkpoints made small and fast with Kronecker Recurrent Units.
 
+small, conversion = kruify.convert(model, budget="16x")
+kruify.finetune(small, "task.py:Name", teacher=model)
+kruify.save(small, "small.kru.safetensors")
+"""
+
+# ruff: noqa: F401 - the imports under TYPE_CHECKING tell type checkers what __getattr__ gives
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kruify.api import Inspection, convert, inspect, load, save
-    from kruify.conversion import densify
+    from kruify.api import Evaluation, compress, evaluate, export, finetune, load, report, save, sweep, verify
+    from kruify.conversion import Conversion, Inspection, convert, densify, inspect
+    from kruify.conversion.plan import Plan
     from kruify.errors import KruifyError
+    from kruify.exporting import Exported
+    from kruify.layers import KRU, KRUGRU, KRULSTM, KRURNN
     from kruify.ops import backend_info
-    from kruify.training.penalty import unitary_penalty
+    from kruify.progress import Progress
+    from kruify.reporting import Report
+    from kruify.search.compress import Compression
+    from kruify.search.sweep import Sweep
+    from kruify.tasks.base import Task
+    from kruify.training import FinetuneResult, Recipe, unitary_penalty
 
-__all__ = [
-    "Inspection",
-    "KruifyError",
-    "backend_info",
-    "convert",
-    "densify",
-    "inspect",
-    "load",
-    "save",
-    "unitary_penalty",
-]
+    __version__: str
 
 # Imported when first used, because torch takes a second: `kruify --help` must not wait for it.
 _HOMES = {
-    "Inspection": "kruify.api",
-    "KruifyError": "kruify.errors",
-    "backend_info": "kruify.ops",
-    "convert": "kruify.api",
-    "densify": "kruify.conversion",
-    "inspect": "kruify.api",
-    "load": "kruify.api",
-    "save": "kruify.api",
-    "unitary_penalty": "kruify.training.penalty",
+    "api": "Evaluation compress evaluate export finetune load report save sweep verify",
+    "conversion": "Conversion Inspection convert densify inspect",
+    "conversion.plan": "Plan",
+    "errors": "KruifyError",
+    "exporting": "Exported",
+    "layers": "KRU KRUGRU KRULSTM KRURNN",
+    "ops": "backend_info",
+    "progress": "Progress",
+    "reporting": "Report",
+    "search.compress": "Compression",
+    "search.sweep": "Sweep",
+    "tasks.base": "Task",
+    "training": "FinetuneResult Recipe unitary_penalty",
 }
+_HOME_OF = {name: f"kruify.{home}" for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = [*_HOME_OF, "__version__"]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("kruify")
+    elif name in _HOME_OF:
+        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    else:
         raise AttributeError(f"module 'kruify' has no attribute '{name}'")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

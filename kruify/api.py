@@ -1,135 +1,236 @@
-"""The Python interface: what `kruify.inspect`, `kruify.convert`, `kruify.save`, `kruify.load` do."""
+"""The Python interface: one function per command of the command line, for modules and files alike.
+
+A network is an nn.Module, or a file that the task's network is loaded from; a task is a `Task` or the name that the
+command line takes. `output` is a file to write, checked before the work begins. `key` is the entry of a file that
+holds the state dict, where it has several. `kruify.convert` and `kruify.inspect` are in kruify.conversion.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from os import PathLike
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import overload
+from typing import Any, Literal, overload
 
 from torch import nn
 
-from kruify.checkpoint import Checkpoint, LazyTensor, metadata_for, read, write_model
-from kruify.conversion import (
-    Conversion,
-    build_dense,
-    build_layer,
-    convert_module,
-    load_tensors,
-    plan_of,
-    swap,
-)
-from kruify.conversion.calibration import calibrate
-from kruify.conversion.locate import Located, RecurrentLayer, locate, locate_checkpoint
-from kruify.conversion.plan import Plan, make_plan
-from kruify.errors import CorruptError, PlanError, UsageError
-from kruify.progress import Progress
-from kruify.tasks.base import Task
+from kruify.analysis.verify import Check
+from kruify.analysis.verify import verify as _verify
+from kruify.checkpoint import Checkpoint, check_model_target, check_target, metadata_for, read, write_model
+from kruify.conversion import build_dense, build_layer, load_tensors, plan_of, swap
+from kruify.conversion.locate import locate_checkpoint
+from kruify.conversion.network import load_network
+from kruify.conversion.pipeline import refuse_converted
+from kruify.conversion.plan import stored_plan
+from kruify.errors import CorruptError, UsageError
+from kruify.exporting import Exported, export_dense, export_layers, export_network
+from kruify.reporting import Report, build_report
+from kruify.search.compress import Compression
+from kruify.search.compress import compress as _compress
+from kruify.search.sweep import Sweep
+from kruify.search.sweep import sweep as _sweep
+from kruify.tasks.base import Task, measure
+from kruify.tasks.loader import load_task
+from kruify.training import FinetuneResult, Recipe
+from kruify.training import finetune as _finetune
+from kruify.training.written import write_trained
 
-Path_ = str | PathLike[str]
+FilePath = str | os.PathLike[str]
+Network = nn.Module | Checkpoint | FilePath
 
 
 @dataclass(frozen=True)
-class Inspection:
-    """What is inside a model: the recurrent layers, what was passed over and why, the size."""
+class Evaluation:
+    """What a network achieves on a task.
 
-    layers: list[RecurrentLayer]
-    skipped: list[tuple[str, str]]
-    parameters: int
-    format: str
-    plan: Plan | None = None  # of a file that kruify converted
+    Attributes:
+        metrics: name -> value, in the task's units.
+        split: "train", "valid" or "test".
+        examples: how many it was measured on, None where the task does not tell.
+    """
+
+    metrics: dict[str, float]
+    split: str
+    examples: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `kruify evaluate --json` prints."""
+        return asdict(self)
 
 
-def inspect(source: nn.Module | Path_, key: str | None = None) -> Inspection:
-    """Looks into a module or a checkpoint without changing or running it.
-
-    Args:
-        key: the nested entry that holds the state dict, where a file has several.
+def evaluate(model: Network, task: Task | str, split: str = "test", *, key: str | None = None) -> Evaluation:
+    """Measures a network, dense or converted, on a task: `kruify.evaluate("model.pt", "task.py:Name").metrics`.
 
     Raises:
-        UsageError, UnsafeError, CorruptError, UnsupportedError: the file cannot be read; the text says why.
+        CorruptError, PlanError: a file does not fit the task's network.
+        TaskError: the task cannot be loaded or does not give its metric.
     """
-    if isinstance(source, nn.Module):
-        located = locate(source)
-        plan = plan_of(source)
-        parameters = sum(LazyTensor.of(p).reals for p in source.parameters())
-        return Inspection(located.layers, located.skipped, parameters, "module", plan if plan.layers else None)
-    return inspect_checkpoint(read(source, key=key))
+    task = load_task(task)
+    return Evaluation(measure(task, _network(model, task, key)[0], split), split, task.examples(split))
 
 
-def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
-    """`inspect` for a checkpoint that is open already."""
-    located = locate_checkpoint(checkpoint)
-    parameters = sum(t.reals for name, t in checkpoint.tensors.lazy.items() if name not in checkpoint.ties)
-    plan = stored_plan(checkpoint) if checkpoint.is_kruify else None
-    return Inspection(located.layers, located.skipped, parameters, checkpoint.format, plan)
-
-
-def stored_plan(checkpoint: Checkpoint) -> Plan:
-    """The plan that a converted file carries.
-
-    Raises:
-        PlanError: the file was not written by kruify.
-    """
-    text = checkpoint.metadata.get("kruify.plan")
-    if text is None:
-        raise PlanError("the file carries no plan: kruify did not write it", checkpoint.path, "Convert it first")
-    return Plan.from_json(text, f"plan in {checkpoint.path}")
-
-
-def convert(
-    model: nn.Module,
-    factors: str = "auto",
+def finetune(
+    model: Network,
+    task: Task | str,
     *,
-    input_factors: str | None = None,
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
-    overrides: Mapping[str, str] | None = None,
-    plan: Plan | None = None,
-    task: Task | None = None,
-    subclasses: bool = False,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> tuple[nn.Module, Conversion]:
-    """A copy of `model` with its recurrent matrices decomposed, and the account of it; `model` is untouched.
+    teacher: Network | None = None,
+    output: FilePath | None = None,
+    key: str | None = None,
+    recipe: Recipe | None = None,
+    **options: Any,
+) -> FinetuneResult:
+    """Trains a network on a task and keeps the weights that validate best; a module is changed in place.
+
+        kruify.finetune("small.kru.safetensors", "task.py:Name", teacher="model.pt", output="tuned.kru.safetensors")
 
     Args:
-        factors: spec of the recurrent matrices (kruify.factors); `plan` overrules all specs and patterns.
-        input_factors: spec of the input matrices W_ih; None leaves them dense.
-        only, skip, overrides: patterns, see `kruify.conversion.plan.make_plan`.
-        subclasses: convert subclasses of torch's layers too, taking them for what they derive from.
-        task: run the dense model on its calibration batches first, and fit what its activations make of the error.
+        teacher: the dense network to learn from, too.
+        options: further arguments of `kruify.training.finetune`, and options of the recipe: epochs, lr, ...
 
     Raises:
-        UsageError: the model has no recurrent layer, or a spec or pattern does not fit.
+        UsageError: an option makes no sense, or a file cannot be read or written.
+        TaskError: the task cannot be loaded, has no batches or does not give its metric.
     """
-    if plan is None:
-        layers = found(locate(model, subclasses=subclasses), type(model).__name__)
-        plan = make_plan(layers, factors, input_factors, only, skip, overrides)
-    moments = None if task is None else calibrate(model, task, seed=seed)
-    return convert_module(model, plan, moments=moments, seed=seed, progress=progress)
+    task = load_task(task)
+    student, source = _network(model, task, key)
+    # A converted file has one state dict, so the key is that of its teacher.
+    known = key if source is None or source.is_kruify else None
+    dense, origin = (None, None) if teacher is None else _network(teacher, task, known)
+    if output is not None:
+        check_model_target(output, *(source.files if source else ()), *(origin.files if origin else ()))
+    changes = {name: options.pop(name) for name in list(options) if name in Recipe().to_json()}
+    recipe = (recipe or Recipe()).changed(**changes)
+    result = _finetune(student, task, teacher=dense, recipe=recipe, **options)
+    if output is not None and result.is_main:
+        write_trained(output, result, recipe, source=source)
+    return result
 
 
-def found(located: Located, where: object) -> list[RecurrentLayer]:
-    """The layers, or a `UsageError` that says that there are none and what was passed over."""
-    if located.layers:
-        return located.layers
-    passed = "; ".join(f"{name}: {reason}" for name, reason in located.skipped[:3])
-    raise UsageError(
-        "there is no RNN, LSTM or GRU layer to convert" + (f" ({passed})" if passed else ""),
-        where,
-        "Look inside with 'kruify inspect'",
-    )
+def compress(
+    model: Network,
+    task: Task | str,
+    budget: str,
+    *,
+    output: FilePath | None = None,
+    key: str | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Compression:
+    """Plans, converts, fine-tunes and evaluates in one go; `model` is untouched.
+
+        small = kruify.compress("model.pt", "task.py:Name", "16x", max_drop=0.01, output="small.kru.safetensors").model
+
+    Args:
+        options: further arguments of `kruify.search.compress.compress`: max_drop, attempts, and options of the recipe.
+
+    Raises:
+        UsageError: no recurrent layer, a bad option, or a file that cannot be read or written.
+        PlanError: the budget cannot be met.
+    """
+    task = load_task(task)
+    dense, source = _network(model, task, key, dense=True)
+    if output is not None:
+        check_model_target(output, *(source.files if source else ()))
+    done = _compress(dense, task, budget, seed=seed, **options)
+    if output is not None:
+        save(done.model, output, source_sha256=source.sha256 if source else "", seed=seed)
+    return done
 
 
-def refuse_converted(checkpoint: Checkpoint) -> None:
-    """Raises `UsageError` for a file that kruify has converted, where a dense one is asked for."""
-    if checkpoint.is_kruify:
-        raise UsageError("it is converted already", checkpoint.path, "Name the dense checkpoint that it was made from")
+def sweep(
+    model: Network,
+    task: Task | str,
+    budgets: Sequence[str] = ("2x", "4x", "8x", "16x"),
+    folder: FilePath | None = None,
+    *,
+    key: str | None = None,
+    **options: Any,
+) -> Sweep:
+    """Draws the trade-off curve of a network under several budgets; `model` is untouched.
+
+    Args:
+        folder: for networks and state; None for `MODEL.sweep` beside a file.
+        options: further arguments of `kruify.search.sweep.sweep`: split, share, seed, and options of the recipe.
+
+    Raises:
+        UsageError: a bad budget or option, no recurrent layer, no folder for a module, or one that holds another sweep.
+        PlanError: a budget cannot be met.
+    """
+    task = load_task(task)
+    dense, source = _network(model, task, key, dense=True)
+    if folder is None and source is None:
+        raise UsageError("the sweep of a module needs a folder", "sweep", "Name one for its networks")
+    sha256 = source.sha256 if source else ""
+    return _sweep(dense, task, budgets, folder or f"{source and source.path}.sweep", source_sha256=sha256, **options)
 
 
-def save(model: nn.Module, path: Path_, *, source_sha256: str = "", seed: int = 0) -> None:
+def report(
+    dense: FilePath,
+    *others: FilePath,
+    task: Task | str | None = None,
+    **options: Any,
+) -> Report:
+    """Compares files with the first one: parameters, bytes, multiply-adds, latency, and with a task its metrics.
+
+    Args:
+        options: further arguments of `kruify.reporting.build_report`: split, key, threads, progress.
+
+    Raises:
+        UsageError: a file has no recurrent layer.
+        KruifyError: a file cannot be read, or does not fit the task.
+    """
+    name = task if isinstance(task, str) else None
+    return build_report([dense, *others], None if task is None else load_task(task), task_name=name, **options)
+
+
+def export(
+    model: Network,
+    to: Literal["dense", "onnx", "torch"],
+    output: FilePath,
+    *,
+    task: Task | str | None = None,
+    original: FilePath | None = None,
+    key: str | None = None,
+    **options: Any,
+) -> list[Exported]:
+    """Writes a network in a form that runs without kruify, runs what was written and compares it.
+
+    Args:
+        to: a dense state dict, ONNX, or a torch.export program.
+        task: export its whole network, not layer by layer; a module needs one.
+        original: the file that was converted, to write its kind again.
+        options: further arguments of `kruify.exporting`: dense, batch_first, nonlinearity, tolerance.
+
+    Raises:
+        UsageError, UnsupportedError: the network cannot be written so.
+        TargetMissedError: the file differs from the network; it is deleted.
+    """
+    path = Path(output)
+    if task is not None and to != "dense":
+        task = load_task(task)
+        network, source = _network(model, task, key)
+        check_target(path, *(source.files if source else ()))
+        return [export_network(network, task, to, path, **options)]
+    if isinstance(model, nn.Module):
+        raise UsageError("a module is exported with its task", type(model).__name__, "Give task, or save it to a file")
+    checkpoint = _open(model, key)
+    check_target(path, *checkpoint.files, *([] if original is None else [original]))
+    if to == "dense":
+        return [export_dense(checkpoint, path, source=Path(original) if original else None, **options)]
+    return export_layers(checkpoint, to, path, **options)
+
+
+def verify(file: FilePath, source: FilePath | None = None, *, key: str | None = None) -> list[Check]:
+    """Checks a converted file end to end: bytes, plan, numbers, and that its layers compute what it says.
+
+    Raises:
+        KruifyError: what is wrong with it.
+    """
+    return _verify(file, source, key=key)
+
+
+def save(model: nn.Module, path: FilePath, *, source_sha256: str = "", seed: int = 0) -> None:
     """Writes a module with KRU layers, all or nothing: as safetensors, or for torch.load where `path` ends in .pt.
 
     Raises:
@@ -143,10 +244,10 @@ def save(model: nn.Module, path: Path_, *, source_sha256: str = "", seed: int = 
 
 
 @overload
-def load(path: Path_, into: nn.Module, key: str | None = None) -> nn.Module: ...
+def load(path: FilePath, into: nn.Module, key: str | None = None) -> nn.Module: ...
 @overload
-def load(path: Path_, into: None = None, key: str | None = None) -> dict[str, nn.Module]: ...
-def load(path: Path_, into: nn.Module | None = None, key: str | None = None) -> nn.Module | dict[str, nn.Module]:
+def load(path: FilePath, into: None = None, key: str | None = None) -> dict[str, nn.Module]: ...
+def load(path: FilePath, into: nn.Module | None = None, key: str | None = None) -> nn.Module | dict[str, nn.Module]:
     """Loads a dense or a converted checkpoint into the user's own model, or its recurrent layers alone.
 
     Args:
@@ -155,19 +256,19 @@ def load(path: Path_, into: nn.Module | None = None, key: str | None = None) -> 
 
     Returns:
         `into`; or a new KRU layer where `into` is itself a bare nn.LSTM, GRU or RNN. Without `into` the recurrent
-        layers of the file by name, KRU layers and dense ones, ready to be called.
+        layers of the file by name, KRU layers and dense ones, ready to be called; what a state dict cannot tell
+        (batch_first) is torch's default.
 
     Raises:
         PlanError, CorruptError: the file does not fit the model.
     """
     checkpoint = read(path, key=key)
-    return load_layers(checkpoint) if into is None else load_checkpoint(checkpoint, into)
-
-
-def load_layers(checkpoint: Checkpoint) -> dict[str, nn.Module]:
-    """The recurrent layers of a checkpoint by name. What a state dict cannot tell (batch_first) is torch's default."""
-    converted = stored_plan(checkpoint).layers if checkpoint.is_kruify else []
-    layers: dict[str, nn.Module] = {item.layer.name: build_layer(item) for item in converted}
+    plan = stored_plan(checkpoint) if checkpoint.is_kruify else None
+    if into is not None:
+        into = into if plan is None else swap(into, plan)
+        load_tensors(into, checkpoint.tensors, checkpoint.path)
+        return into
+    layers: dict[str, nn.Module] = {item.layer.name: build_layer(item) for item in (plan.layers if plan else [])}
     layers |= {layer.name: build_dense(layer) for layer in locate_checkpoint(checkpoint).layers}
     for name, module in layers.items():
         tensors = {f"{name}.{n}" if name else n: n for n in module.state_dict()}
@@ -178,15 +279,17 @@ def load_layers(checkpoint: Checkpoint) -> dict[str, nn.Module]:
     return layers
 
 
-def load_checkpoint(checkpoint: Checkpoint, into: nn.Module) -> nn.Module:
-    """`load` for a checkpoint that is open already."""
-    if checkpoint.is_kruify:
-        into = swap(into, stored_plan(checkpoint))
-    load_tensors(into, checkpoint.tensors, checkpoint.path)
-    return into
+def _open(source: Checkpoint | FilePath, key: str | None) -> Checkpoint:
+    return source if isinstance(source, Checkpoint) else read(source, key=key)
 
 
-def default_output(path: Path_) -> Path:
-    """Where `convert` writes if it is not told: `model.pt` -> `model.kru.safetensors` beside it."""
-    path = Path(path)
-    return path.with_name(f"{path.name.partition('.')[0] or path.name}.kru.safetensors")
+def _network(
+    model: Network, task: Task, key: str | None, *, dense: bool = False
+) -> tuple[nn.Module, Checkpoint | None]:
+    """The module, and the checkpoint where it comes from one; `dense` refuses what is converted already."""
+    if isinstance(model, nn.Module):
+        return model, None
+    checkpoint = _open(model, key)
+    if dense:
+        refuse_converted(checkpoint)
+    return load_network(checkpoint, task), checkpoint

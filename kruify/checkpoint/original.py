@@ -23,7 +23,7 @@ from kruify.checkpoint.extras import from_json, to_json
 from kruify.checkpoint.parametrised import Computed, sources_for
 from kruify.checkpoint.reading import read, read_contents
 from kruify.checkpoint.tensors import LazyTensor
-from kruify.checkpoint.writing import Progress, as_lazy, atomic_file, write_safetensors, write_torch
+from kruify.checkpoint.writing import as_lazy, atomic_file, write_safetensors, write_torch
 from kruify.errors import CorruptError, UnsupportedError, UsageError
 
 ORIGIN = "kruify.origin"
@@ -57,7 +57,6 @@ def write_original(
     origin: str,
     *,
     source: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
 ) -> None:
     """Write tensors as a file of the original kind, then open it again and compare.
 
@@ -84,7 +83,7 @@ def write_original(
         before, legacy = table["extras_before"], kind == "torch-legacy"
         write_torch(path, named, key=key, extras=table["extras"], before=before, ties=links, legacy=legacy)
     elif kind == "safetensors":
-        write_safetensors(path, named, table["metadata"], progress=progress)
+        write_safetensors(path, named, table["metadata"])
     elif kind == "npz":
         _write_npz(path, named)
     elif kind in ("safetensors-sharded", "torch-sharded"):

@@ -9,8 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from kruify.checkpoint.tensors import LazyTensor
-from kruify.checkpoint.writing import Progress, write_safetensors, write_torch
+from kruify.checkpoint.writing import write_safetensors, write_torch
 from kruify.errors import UsageError
+from kruify.progress import Progress
 
 TORCH = (".pt", ".pth", ".ckpt", ".bin")
 """Endings that promise what torch.load opens."""

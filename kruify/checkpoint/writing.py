@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kruify.checkpoint.tensors import LazyTensor, Tensors
 from kruify.errors import UnsupportedError, UsageError
+from kruify.progress import Progress
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -40,9 +41,6 @@ DTYPES: dict[torch.dtype, str] = {
     torch.complex64: "C64",
 }
 """The dtypes of the safetensors format."""
-
-Progress = Callable[[int], None]
-"""Called with the number of bytes just written."""
 
 CHECKSUM = "kruify.checksum"
 
@@ -100,6 +98,7 @@ def write_safetensors(
     if "kruify.schema" in strings:
         strings[CHECKSUM] = "0" * 64
     header, order = _header(lazy, strings, path)
+    total, written = sum(tensor.nbytes for tensor in lazy.values()), 0
     with atomic_file(path) as file:
         digest = hashlib.sha256(header)
         file.write(header)
@@ -107,10 +106,10 @@ def write_safetensors(
             data = tensor_bytes(_loaded(lazy[name], name, path))
             file.write(data)
             digest.update(data)
-            size = len(data)
+            written += len(data)
             del data  # before the next tensor is loaded
             if progress:
-                progress(size)
+                progress(written, total, "writing")
         if CHECKSUM in strings:
             # The checksum stands in the header, before the data that it covers: hashed as zeros, then filled in.
             start = header.index(b'"%s":"%s"' % (CHECKSUM.encode(), b"0" * 64)) + len(CHECKSUM) + 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -89,12 +89,19 @@ class RecurrentLayer:
         return self.reals * len(self.gates) * sum(rows * cols for rows, cols in sizes)
 
 
+class Skipped(NamedTuple):
+    """What looks recurrent and cannot be converted."""
+
+    name: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class Located:
     """What was found, and what looks recurrent but cannot be converted, with the reason."""
 
     layers: list[RecurrentLayer]
-    skipped: list[tuple[str, str]]  # (name, reason)
+    skipped: list[Skipped]
 
 
 Hints = Mapping[str, Mapping[str, Any]]  # layer name -> what its tensors cannot tell
@@ -129,10 +136,11 @@ def locate_checkpoint(checkpoint: Checkpoint, *, subclasses: bool = False) -> Lo
             told["nonlinearity"] = str(hint.options["mode"]).removeprefix("RNN_").lower()
         hints[name] = told
     found = locate(checkpoint.tensors.lazy, hints)
-    skipped = [*found.skipped, *checkpoint.skipped.items()]
+    skipped = [*found.skipped, *map(Skipped._make, checkpoint.skipped.items())]
     for layer in found.layers:
         if layer.name in foreign:
-            skipped.append((layer.name, f"{foreign[layer.name]} is not torch's own: it may compute something else"))
+            reason = f"{foreign[layer.name]} is not torch's own: it may compute something else"
+            skipped.append(Skipped(layer.name, reason))
     return Located([layer for layer in found.layers if layer.name not in foreign], skipped)
 
 
@@ -148,7 +156,7 @@ def _locate_tensors(tensors: Mapping[str, AnyTensor], hints: Hints) -> Located:
         prefix, cell = match["prefix"] or "", match["suffix"] is None
         layer = _read_layer(tensors, prefix, cell, hints.get(prefix, {}))
         if isinstance(layer, str):
-            found.skipped.append((prefix or name, layer))
+            found.skipped.append(Skipped(prefix or name, layer))
         else:
             found.layers.append(layer)
     return found
@@ -222,7 +230,7 @@ def _locate_modules(module: nn.Module, subclasses: bool) -> Located:
         elif isinstance(child, tuple(MODULES)):
             base = next(b.__name__ for b in MODULES if isinstance(child, b))
             reason = f"{type(child).__name__} is a subclass of torch.nn.{base}: it may compute something else"
-            found.skipped.append((name, reason))
+            found.skipped.append(Skipped(name, reason))
     return found
 
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from kruify.conversion.account import Conversion
 from kruify.conversion.build import (
     Factored,
     build_dense,
@@ -19,8 +18,9 @@ from kruify.conversion.build import (
 )
 from kruify.conversion.calibration import Moments
 from kruify.conversion.check import check_plan, load_tensors
-from kruify.conversion.locate import KRU_KINDS, MODULES, Located, describe
+from kruify.conversion.locate import KRU_KINDS, MODULES, AnyTensor, Located, describe
 from kruify.conversion.plan import LayerPlan, Plan
+from kruify.conversion.result import Conversion
 from kruify.conversion.tensors import convert_tensors
 from kruify.errors import PlanError
 from kruify.layers import KRU, KroneckerMatrix
@@ -85,12 +85,15 @@ def convert_module(
 ) -> tuple[nn.Module, Conversion]:
     """A copy of `model` with the plan's layers decomposed and swapped; the original is untouched."""
     located = Located([item.layer for item in plan.layers], [])
-    with torch.no_grad():
-        tensors = model.state_dict()
-        conversion = convert_tensors(tensors, plan, located, moments=moments, seed=seed, progress=progress)
-        converted = swap(copy.deepcopy(model), plan)
-        load_tensors(converted, conversion.tensors)
-    return converted, conversion
+    conversion = convert_tensors(model.state_dict(), plan, located, moments=moments, seed=seed, progress=progress)
+    return with_tensors(model, plan, conversion.tensors), conversion
+
+
+def with_tensors(model: nn.Module, plan: Plan, tensors: Mapping[str, AnyTensor]) -> nn.Module:
+    """A copy of `model` with the plan's layers swapped and the converted tensors in it."""
+    converted = swap(copy.deepcopy(model), plan)
+    load_tensors(converted, tensors)
+    return converted
 
 
 def densify(model: nn.Module) -> nn.Module:

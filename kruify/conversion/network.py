@@ -13,8 +13,9 @@ from typing import Any
 from torch import nn
 
 from kruify.checkpoint import Checkpoint
-from kruify.conversion import load_tensors, swap
-from kruify.conversion.plan import Plan
+from kruify.conversion.check import load_tensors
+from kruify.conversion.modules import swap
+from kruify.conversion.plan import stored_plan
 from kruify.errors import CorruptError, TaskError
 from kruify.tasks.base import Task, fresh_model
 
@@ -37,8 +38,8 @@ def load_network(checkpoint: Checkpoint, task: Task) -> nn.Module:
         TaskError: the file holds another network of the task, and the task has no such options.
     """
     model = fresh_model(as_noted(checkpoint, task))
-    if text := checkpoint.metadata.get("kruify.plan"):
-        model = swap(model, Plan.from_json(text, f"plan in {checkpoint.path}"))
+    if checkpoint.is_kruify:
+        model = swap(model, stored_plan(checkpoint))
     load_tensors(model, checkpoint.tensors, checkpoint.path)
     return model
 

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 
+from kruify.checkpoint import Checkpoint
 from kruify.conversion.locate import RecurrentLayer
-from kruify.errors import FactorSpecError, PlanError, UnsupportedError
+from kruify.errors import FactorSpecError, PlanError, UnsupportedError, UsageError
 from kruify.factors import Structure, parse, stacks
 
 SCHEMA = 3  # with stacked gates; a plan without is written as 1, and 2 (relabelled hidden units) is no longer read
 ALL = "all"  # the name of all gates of a matrix stacked
-Structures = tuple[Structure, ...]  # one a gate, or one of all gates stacked
+Structures = tuple[Structure, ...]  # one per gate, or one of all gates stacked
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,34 @@ class Plan:
         if schema == 2:
             raise _relabelled(where)
         return Plan([_read_layer(item, where) for item in data["layers"]])
+
+    @staticmethod
+    def read(file: str | os.PathLike[str]) -> Plan:
+        """`from_json` of a file.
+
+        Raises:
+            UsageError: it is no text file, or not to be read.
+        """
+        path = Path(file)
+        try:
+            if path.exists() and not path.is_file():  # a pipe or a device may never end
+                raise UsageError("it is not a regular file", file, "Name the JSON file of a plan")
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"the plan cannot be read ({error})", file) from None
+        return Plan.from_json(text, str(file))
+
+
+def stored_plan(checkpoint: Checkpoint) -> Plan:
+    """The plan that a converted file carries.
+
+    Raises:
+        PlanError: the file was not written by kruify.
+    """
+    text = checkpoint.metadata.get("kruify.plan")
+    if text is None:
+        raise PlanError("the file carries no plan: kruify did not write it", checkpoint.path, "Convert it first")
+    return Plan.from_json(text, f"plan in {checkpoint.path}")
 
 
 def keeps_scales(layer: RecurrentLayer) -> bool:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kruify.conversion.account import Conversion, GateResult, count_parameters, gate_counts, gate_results
 from kruify.conversion.calibration import Moments, bias_correction
 from kruify.conversion.check import check_plan, load_tensors, loaded
 from kruify.conversion.locate import AnyTensor, Located
 from kruify.conversion.plan import Plan, Structures
+from kruify.conversion.result import Conversion, GateResult, count_parameters, gates_of
 from kruify.decomposition import Fit, fit
 from kruify.errors import PlanError, UnsupportedError
 from kruify.layers import KroneckerMatrix
@@ -58,12 +58,11 @@ def convert_tensors(
             converted[bias_name] = (bias.double() + correction.to(bias.device)).to(bias.dtype)
         for entry, value in matrix.state_dict().items():
             converted[f"{name}.{entry}"] = value
-        results += gate_results(gate_counts(layer, weight, structures), fits)
+        results += gates_of(layer, weight, structures, fits)
         if progress:
             progress(done, len(todo), f"decomposing {name}")
     converted = {name: converted[name] for name in _in_order(tensors, converted)}
-    counts = count_parameters(tensors, converted, located)
-    return Conversion(plan, converted, results, counts)
+    return Conversion(plan, results, count_parameters(tensors, results, located), converted)
 
 
 def _check_finite(dense: Tensor, name: str) -> None:
@@ -81,7 +80,7 @@ def decompose_matrix(
     covariance: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[KroneckerMatrix, list[Fit]]:
-    """One weight (gates * rows, cols) -> its `KroneckerMatrix` in the dtype of the weight, one `Fit` a structure."""
+    """One weight (gates * rows, cols) -> its `KroneckerMatrix` in the dtype of the weight, one `Fit` per structure."""
     rows, cols = structures[0].rows, structures[0].cols
     if tuple(dense.shape) != (rows * len(structures), cols):
         raise PlanError(f"the plan is made for {rows}x{cols} gates, the tensor is {tuple(dense.shape)}", name)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,19 @@ class Exported:
     cases: int
     bytes: int
     assumed: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry of `outputs` of `kruify export --json`."""
+        return {
+            "output": str(self.path),
+            "layer": self.layer,
+            "inputs": list(self.inputs),
+            "outputs": list(self.outputs),
+            "difference": self.difference,
+            "cases": self.cases,
+            "bytes": self.bytes,
+            "assumed": list(self.assumed),
+        }
 
 
 def layer_cases(interface: Interface, dtype: torch.dtype, seed: int = 0) -> Iterator[list[Tensor]]:

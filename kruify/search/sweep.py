@@ -159,7 +159,7 @@ def _make(search: CandidateSearch, budget: str, stem: Path, split: str, source_s
     return Point(
         budget,
         str(file),
-        recurrent_parameters=int(conversion.parameters["recurrent_after"]),
+        recurrent_parameters=conversion.parameters.recurrent_after,
         total_parameters=sum(p.numel() for p in model.parameters()),
         metrics=measure(search.task, model, split),
         candidates=choice.results,

@@ -63,8 +63,8 @@ def test_weighted_by_a_task(folder, run_json):
         (("--budget", "0.5x"), "not a reduction"),
         (("--budget", "100000x"), "smallest structures"),
         (("--budget", "4x", "--factors", "2x2"), "not both"),
-        (("--input-budget", "4x"), "goes with --budget"),
-        (("--budget", "4x", "--plan", "p.json"), "--plan says everything"),
+        (("--input-budget", "4x"), "goes with a budget"),
+        (("--budget", "4x", "--plan", "p.json"), "a plan names all factors"),
     ],
 )
 def test_refused(model, run, folder, options, words):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import kruify.api
+import kruify.conversion
 
 
 class Payload:
@@ -113,7 +113,7 @@ def test_a_bug_is_called_a_bug(folder, run, monkeypatch):
     def explode(checkpoint: object) -> None:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(kruify.api, "inspect_checkpoint", explode)
+    monkeypatch.setattr(kruify.conversion, "inspect", explode)
     line = one_sentence(run("inspect", "model.pt"), 1)
     assert "this is a bug in kruify: ZeroDivisionError: by zero" in line
     monkeypatch.setenv("KRUIFY_DEBUG", "1")

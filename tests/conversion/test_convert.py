@@ -78,39 +78,39 @@ def test_all_terms_kept_equals_the_dense_cell(cell: type[nn.Module]) -> None:
 def test_module_conversion_leaves_the_original_and_the_rest_alone() -> None:
     net = Net(nn.LSTM(5, 8, 2, dropout=0.3, batch_first=True, dtype=F64).eval(), 8)
     before = copy.deepcopy(net.state_dict())
-    converted, account = kruify.convert(net, "4x4,2x2")
+    converted, report = kruify.convert(net, "4x4,2x2")
     assert isinstance(net.rnn, nn.LSTM)
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
     assert isinstance(converted.rnn, KRULSTM)
     assert (converted.rnn.dropout, converted.rnn.batch_first, converted.rnn.training) == (0.3, True, False)
     for name in ("embedding.weight", "out.bias", "rnn.weight_ih_l1", "rnn.bias_hh_l0"):
         assert torch.equal(converted.state_dict()[name], before[name])
-    assert account.parameters["recurrent_before"] == 2 * 4 * 64
-    assert account.parameters["recurrent_after"] == 2 * 4 * (16 + 4)
+    assert report.parameters.recurrent_before == 2 * 4 * 64
+    assert report.parameters.recurrent_after == 2 * 4 * (16 + 4)
     total = sum(p.numel() for p in net.parameters())
-    assert account.parameters["total_before"] == total
-    assert account.parameters["total_after"] == sum(p.numel() for p in converted.parameters())
+    assert report.parameters.total_before == total
+    assert report.parameters.total_after == sum(p.numel() for p in converted.parameters())
 
 
 def test_state_dict_and_module_conversion_agree() -> None:
     net = Net(nn.GRU(5, 8, bidirectional=True, dtype=F64), 16)
-    converted, account = kruify.convert(net, "2*(4x4,2x2)+diag", seed=3)
+    converted, report = kruify.convert(net, "2*(4x4,2x2)+diag", seed=3)
     located = locate(net.state_dict())
     plan = make_plan(located.layers, "2*(4x4,2x2)+diag")
     from_tensors = convert_tensors(net.state_dict(), plan, located, seed=3)
     assert list(from_tensors.tensors)[:3] == ["embedding.weight", "rnn.weight_ih_l0", "rnn.weight_hh_l0.diagonal"]
     torch.testing.assert_close(dict(from_tensors.tensors), dict(converted.state_dict()), rtol=0, atol=0)
-    assert from_tensors.matrices == account.matrices
-    assert [(m.name, m.gate, m.shape, m.terms) for m in account.matrices][:3] == [
+    assert from_tensors.matrices == report.matrices
+    assert [(m.name, m.gate, m.shape, m.terms) for m in report.matrices][:3] == [
         ("rnn.weight_hh_l0", gate, (8, 8), 2) for gate in "rzn"
     ]
 
 
 def test_the_account_is_exact() -> None:
     net = nn.LSTM(5, 8, dtype=F64)
-    converted, account = kruify.convert(net, "4x4,2x2")
+    converted, report = kruify.convert(net, "4x4,2x2")
     dense = converted.weight_hh_l0.to_dense()
-    for i, gate in enumerate(account.matrices):
+    for i, gate in enumerate(report.matrices):
         w, k = net.weight_hh_l0.detach()[8 * i : 8 * i + 8], dense.detach()[8 * i : 8 * i + 8]
         kept = 1 - float((w - k).square().sum() / w.square().sum())
         assert gate.energy == pytest.approx(kept, abs=1e-12)
@@ -263,14 +263,14 @@ def test_a_layer_in_two_places_stays_one_and_counts_once(tmp_path):
     exact, _ = kruify.convert(model, "16*(4x4,4x4)")
     torch.testing.assert_close(exact(x), model(x), atol=1e-5, rtol=0)
 
-    small, account = kruify.convert(model, "4x4")
+    small, report = kruify.convert(model, "4x4")
     assert isinstance(small, Twice)
     assert small.again["rnn"] is small.rnn
     before = sum(p.numel() for p in model.parameters())
     after = sum(p.numel() for p in small.parameters())
-    assert account.parameters["total_before"] == before
-    assert account.parameters["total_after"] == after == before - 3 * (256 - 32)
-    assert (account.parameters["recurrent_before"], account.parameters["recurrent_after"]) == (768, 96)
+    assert report.parameters.total_before == before
+    assert report.parameters.total_after == after == before - 3 * (256 - 32)
+    assert (report.parameters.recurrent_before, report.parameters.recurrent_after) == (768, 96)
 
     kruify.save(small, tmp_path / "small.kru.safetensors")
     loaded = kruify.load(tmp_path / "small.kru.safetensors", into=Twice())
@@ -286,10 +286,10 @@ def test_a_layer_in_two_places_stays_one_and_counts_once(tmp_path):
     located = locate_checkpoint(checkpoint)
     plan = make_plan(located.layers, "4x4")
     from_file = convert_tensors(checkpoint.tensors.lazy, plan, located)
-    assert from_file.parameters == account.parameters == expected(checkpoint.tensors.lazy, plan, located).parameters
+    assert from_file.parameters == report.parameters == expected(checkpoint.tensors.lazy, plan, located).parameters
     unlike = make_plan(located.layers, "4x4", overrides={"again.*": "2x2"})
-    assert convert_tensors(checkpoint.tensors.lazy, unlike, located).parameters["recurrent_after"] == 96 + 3 * 16
-    assert expected(checkpoint.tensors.lazy, unlike, located).parameters["recurrent_after"] == 96 + 3 * 16
+    assert convert_tensors(checkpoint.tensors.lazy, unlike, located).parameters.recurrent_after == 96 + 3 * 16
+    assert expected(checkpoint.tensors.lazy, unlike, located).parameters.recurrent_after == 96 + 3 * 16
 
 
 def test_a_file_of_another_network_says_what_differs(tmp_path):
@@ -319,21 +319,21 @@ def test_stacked_gates(kind: str, cell: bool, tmp_path: Path) -> None:
     gates = {"lstm": 4, "gru": 3}[kind]
     layer = (nn.LSTMCell if kind == "lstm" else nn.GRUCell)(5, 8, dtype=F64) if cell else CLASSES[kind](5, 8, dtype=F64)
     net = Net(layer, 8)
-    exact, account = kruify.convert(net, f"stacked:8*({8 * gates}x1,1x8)")
+    exact, report = kruify.convert(net, f"stacked:8*({8 * gates}x1,1x8)")
     torch.testing.assert_close(dict(kruify.densify(exact).state_dict()), dict(net.state_dict()), rtol=0, atol=1e-12)
-    (row,) = account.matrices
+    (row,) = report.matrices
     assert (row.gate, row.shape, row.terms) == ("all", (8 * gates, 8), 8)
     assert row.energy == pytest.approx(1, abs=1e-12)
 
     spec = f"stacked:2*({8 * gates}x1,1x8)+sparse:12.5%:2"
-    small, account = kruify.convert(net, spec)
+    small, report = kruify.convert(net, spec)
     held = sum(p.numel() for n, p in small.rnn.named_parameters() if n.startswith("weight_hh"))
-    assert account.matrices[0].parameters_after == held == account.parameters["recurrent_after"]
-    assert account.parameters["total_after"] == sum(p.numel() for p in small.parameters())
+    assert report.matrices[0].parameters_after == held == report.parameters.recurrent_after
+    assert report.parameters.total_after == sum(p.numel() for p in small.parameters())
     weight = net.rnn.weight_hh if cell else net.rnn.weight_hh_l0
     matrix = small.rnn.weight_hh if cell else small.rnn.weight_hh_l0
     error = float((matrix.to_dense() - weight).detach().norm() / weight.detach().norm())
-    assert account.matrices[0].relative_error == pytest.approx(error, abs=1e-9)
+    assert report.matrices[0].relative_error == pytest.approx(error, abs=1e-9)
     by_gate, _ = kruify.convert(net, "2*(8x1,1x8)+sparse:12.5%:2")
     assert sum(p.numel() for p in by_gate.parameters()) > sum(p.numel() for p in small.parameters())
 
@@ -346,7 +346,7 @@ def test_stacked_gates(kind: str, cell: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(back, dict(kruify.densify(small).state_dict()), rtol=0, atol=1e-12)
     plan = make_plan(locate(net).layers, spec)
     dry = expected(net.state_dict(), plan, locate(net))
-    assert dry.parameters == account.parameters
+    assert dry.parameters == report.parameters
 
 
 def test_stacked_input_gates(tmp_path: Path) -> None:

@@ -1,0 +1,178 @@
+"""The one way of a conversion: module or file -> plan -> converted network, and what it says of itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypedDict, Unpack, overload
+
+from torch import nn
+
+from kruify.checkpoint import ORIGIN, Checkpoint, check_model_target, metadata_for, origin, read, write_model
+from kruify.conversion.budget import make_budget_plan
+from kruify.conversion.calibration import calibrate
+from kruify.conversion.check import check_plan
+from kruify.conversion.locate import AnyTensor, Located, RecurrentLayer, locate, locate_checkpoint
+from kruify.conversion.modules import with_tensors
+from kruify.conversion.network import load_network
+from kruify.conversion.plan import Plan, make_plan
+from kruify.conversion.result import Conversion, expected
+from kruify.conversion.tensors import convert_tensors
+from kruify.errors import UsageError
+from kruify.progress import Progress
+from kruify.tasks.base import Task
+from kruify.tasks.loader import load_task
+
+FilePath = str | os.PathLike[str]
+
+
+class Options(TypedDict, total=False):
+    """The options of `convert`."""
+
+    input_factors: str | None
+    budget: str | None
+    input_budget: str | None
+    max_error: float | None
+    only: Sequence[str]
+    skip: Sequence[str]
+    overrides: Mapping[str, str] | None
+    plan: Plan | FilePath | None
+    task: Task | str | None
+    subclasses: bool
+    output: FilePath | None
+    dry_run: bool
+    key: str | None
+    seed: int
+    progress: Progress | None
+
+
+@overload
+def convert(
+    source: nn.Module, factors: str | None = None, **options: Unpack[Options]
+) -> tuple[nn.Module, Conversion]: ...
+@overload
+def convert(source: Checkpoint | FilePath, factors: str | None = None, **options: Unpack[Options]) -> Conversion: ...
+def convert(
+    source: nn.Module | Checkpoint | FilePath,
+    factors: str | None = None,
+    *,
+    input_factors: str | None = None,
+    budget: str | None = None,
+    input_budget: str | None = None,
+    max_error: float | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    overrides: Mapping[str, str] | None = None,
+    plan: Plan | FilePath | None = None,
+    task: Task | str | None = None,
+    subclasses: bool = False,
+    output: FilePath | None = None,
+    dry_run: bool = False,
+    key: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[nn.Module, Conversion] | Conversion:
+    """Puts sums of Kronecker products in place of recurrent matrices; `source` itself is untouched.
+
+        small, conversion = kruify.convert(model, budget="16x")
+        conversion = kruify.convert("model.pt", budget="16x", output="small.kru.safetensors")
+
+    Args:
+        factors: spec of the recurrent matrices (kruify.factors), "auto" where nothing else chooses them.
+        input_factors: spec of the input matrices W_ih; None leaves them dense.
+        budget: instead of specs, "10x", "params=25%" or "macs=10%" of all recurrent matrices (conversion.budget).
+        input_budget: the same for the input matrices.
+        max_error: bound on ||W - K|| / ||W|| of every gate; without a budget, the smallest structures that keep it.
+        only, skip, overrides: patterns (conversion.plan.make_plan).
+        plan: a plan or its JSON file, instead of all options above.
+        task: a task or its name: the dense model runs on its calibration batches first, and the fit minimises the
+            error of what the matrices give on them.
+        subclasses: convert subclasses of torch's layers, too, taking them for what they derive from.
+        output: file to write; None writes `model.kru.safetensors` beside `model.pt`, and nothing for a module.
+        dry_run: choose the factors and count; decompose and write nothing.
+        key: the entry of a file that holds the state dict, where it has several.
+
+    Returns:
+        for a module the converted copy (the module itself in a dry run) and the `Conversion`; for a file the latter.
+
+    Raises:
+        UsageError: options that exclude each other, no recurrent layer, patterns that leave nothing to convert, or a
+            file that cannot be read or written.
+        PlanError, FactorSpecError, TargetMissedError: a plan, spec or budget does not fit.
+    """
+    by_budget = budget is not None or max_error is not None
+    if plan is not None and (factors or input_factors or by_budget or input_budget or only or skip or overrides):
+        raise UsageError("a plan names all factors", hint="Leave all other options that choose factors out")
+    if by_budget and (factors or input_factors):
+        raise UsageError("a budget chooses the factors itself", hint="Give factors or a budget, not both")
+    if input_budget is not None and not by_budget:
+        raise UsageError("an input budget goes with a budget")
+    if not isinstance(source, nn.Module | Checkpoint):
+        source = read(source, key=key)
+    tensors, located, where = _opened(source, subclasses)
+    if isinstance(source, Checkpoint):
+        output = default_output(source.path) if output is None else output
+    if output is not None and not dry_run:
+        check_model_target(output, *(source.files if isinstance(source, Checkpoint) else ()))
+    layers = found(located, where)
+    moments = None
+    if task is not None and (by_budget or not dry_run):
+        task = load_task(task)
+        model = source if isinstance(source, nn.Module) else load_network(source, task)
+        moments = calibrate(model, task, seed=seed, progress=progress)
+    if plan is not None:
+        plan = plan if isinstance(plan, Plan) else Plan.read(plan)
+        check_plan(plan, located)
+    elif by_budget:
+        plan = make_budget_plan(
+            tensors, layers, budget, input_budget=input_budget, max_error=max_error, only=only, skip=skip,
+            overrides=overrides, moments=moments, seed=seed, progress=progress,
+        )  # fmt: skip
+    else:
+        plan = make_plan(layers, factors or "auto", input_factors, only, skip, overrides)
+    if not plan.layers:
+        raise UsageError("nothing is left to convert", where, "Give --only, --skip and --set other patterns")
+    if dry_run:
+        conversion = expected(tensors, plan, located)
+        return (source, conversion) if isinstance(source, nn.Module) else conversion
+    conversion = convert_tensors(tensors, plan, located, moments=moments, seed=seed, progress=progress)
+    if output is not None:
+        conversion = replace(conversion, output=Path(output))
+        sha256, extra = ("", {}) if isinstance(source, nn.Module) else (source.sha256, {ORIGIN: origin(source)})
+        metadata = metadata_for(plan.to_json(), source_sha256=sha256, seed=seed, extra=extra)
+        write_model(output, conversion.tensors, metadata, progress=progress)
+    return (with_tensors(source, plan, conversion.tensors), conversion) if isinstance(source, nn.Module) else conversion
+
+
+def _opened(source: nn.Module | Checkpoint, subclasses: bool) -> tuple[Mapping[str, AnyTensor], Located, object]:
+    """Tensors, recurrent layers, and a name for errors."""
+    if isinstance(source, nn.Module):
+        return source.state_dict(), locate(source, subclasses=subclasses), type(source).__name__
+    refuse_converted(source)
+    return source.tensors.lazy, locate_checkpoint(source, subclasses=subclasses), source.path
+
+
+def found(located: Located, where: object) -> list[RecurrentLayer]:
+    """The layers, or a `UsageError` that says that there are none and what was passed over."""
+    if located.layers:
+        return located.layers
+    passed = "; ".join(f"{name}: {reason}" for name, reason in located.skipped[:3])
+    raise UsageError(
+        "there is no RNN, LSTM or GRU layer to convert" + (f" ({passed})" if passed else ""),
+        where,
+        "Look inside with 'kruify inspect'",
+    )
+
+
+def refuse_converted(checkpoint: Checkpoint) -> None:
+    """Raises `UsageError` for a file that kruify has converted, where a dense one is asked for."""
+    if checkpoint.is_kruify:
+        raise UsageError("it is converted already", checkpoint.path, "Name the dense checkpoint that it was made from")
+
+
+def default_output(path: FilePath) -> Path:
+    """Where `convert` writes if it is not told: `model.pt` -> `model.kru.safetensors` beside it."""
+    path = Path(path)
+    return path.with_name(f"{path.name.partition('.')[0] or path.name}.kru.safetensors")

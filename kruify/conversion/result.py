@@ -1,0 +1,160 @@
+"""What a conversion says of itself: what every gate becomes, and how many parameters that saves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kruify.checkpoint import LazyTensor
+from kruify.checkpoint.tensors import ties
+from kruify.checkpoint.writing import as_lazy
+from kruify.conversion.locate import AnyTensor, Located, RecurrentLayer
+from kruify.conversion.plan import Plan, Structures, by_gate
+from kruify.decomposition import Fit
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What one gate of one matrix becomes, or all gates stacked.
+
+    Attributes:
+        name: full name of the matrix, such as "rnn.weight_hh_l0".
+        layer: name of its layer.
+        gate: "i", "f", ...; "all" for stacked gates.
+        shape: (rows, columns) of the gate.
+        factors: the spec (kruify.factors).
+        terms: number of Kronecker products.
+        parameters_before, parameters_after: real numbers.
+        energy: 1 - ||W - K||^2 / ||W||^2; NaN in a dry run, as the next two.
+        energy_null: the energy that an unstructured matrix of this size keeps.
+        relative_error: ||W - K|| / ||W||.
+        energy_weighted: 1 - E||(W - K) h||^2 / E||W h||^2; None without calibration.
+    """
+
+    name: str
+    layer: str
+    gate: str
+    shape: tuple[int, int]
+    factors: str
+    terms: int
+    parameters_before: int
+    parameters_after: int
+    energy: float = math.nan
+    energy_null: float = math.nan
+    relative_error: float = math.nan
+    energy_weighted: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name; NaN is None."""
+        return {name: None if value != value else value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Real numbers of the recurrent matrices W_hh and of the whole model, before and after; tied tensors count once."""
+
+    recurrent_before: int
+    recurrent_after: int
+    total_before: int
+    total_after: int
+
+    @property
+    def recurrent_ratio(self) -> float:
+        """How many times smaller the recurrent matrices are."""
+        return self.recurrent_before / max(1, self.recurrent_after)
+
+    @property
+    def total_ratio(self) -> float:
+        """How many times smaller the model is."""
+        return self.total_before / max(1, self.total_after)
+
+    def to_json(self) -> dict[str, float]:
+        """The fields and ratios by name."""
+        names = [f"{part}_{key}" for part in ("recurrent", "total") for key in ("before", "after", "ratio")]
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion made.
+
+    Attributes:
+        plan: the factors of every converted matrix.
+        matrices: one entry per gate.
+        parameters: counts before and after.
+        tensors: the state dict of the converted model; empty in a dry run.
+        output: the file that was written, if one was.
+    """
+
+    plan: Plan
+    matrices: list[GateResult]
+    parameters: ParameterCounts
+    tensors: dict[str, AnyTensor] = field(default_factory=dict, repr=False)
+    output: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `kruify convert --json` prints."""
+        return {
+            "output": None if self.output is None else str(self.output),
+            "matrices": [gate.to_json() for gate in self.matrices],
+            "parameters": self.parameters.to_json(),
+        }
+
+
+def expected(tensors: Mapping[str, AnyTensor], plan: Plan, located: Located) -> Conversion:
+    """The conversion of `tensors` by `plan` as far as it can be told without decomposing anything (a dry run)."""
+    matrices = [gate for layer, weight, s in plan.matrices() for gate in gates_of(layer, weight, s)]
+    return Conversion(plan, matrices, count_parameters(tensors, matrices, located))
+
+
+def count_parameters(tensors: Mapping[str, AnyTensor], matrices: list[GateResult], located: Located) -> ParameterCounts:
+    """The counts of the dense `tensors` and of what `matrices` makes of them. Of tied matrices that become the same
+    factors one is counted."""
+    recurrent = {layer.full_name("weight_hh" + suffix) for layer in located.layers for suffix in layer.suffixes}
+    tied = ties(as_lazy(tensors))
+    becomes: dict[str, list[GateResult]] = {}
+    for gate in matrices:
+        becomes.setdefault(gate.name, []).append(gate)
+    before, after = {True: 0, False: 0}, {True: 0, False: 0}  # recurrent matrices, all others
+    for name, tensor in tensors.items():
+        first = tied.get(name)
+        count = _reals(tensor)
+        before[name in recurrent] += 0 if first else count
+        specs, others = [g.factors for g in becomes.get(name, [])], [g.factors for g in becomes.get(first or name, [])]
+        if first is None or specs != others:
+            after[name in recurrent] += sum(g.parameters_after for g in becomes[name]) if specs else count
+    return ParameterCounts(before[True], after[True], sum(before.values()), sum(after.values()))
+
+
+def gates_of(
+    layer: RecurrentLayer, weight: str, structures: Structures, fits: list[Fit] | None = None
+) -> list[GateResult]:
+    """What the structures make of the gates of one matrix; with `fits`, one each, also how well."""
+    found = []
+    for number, (gate, s) in enumerate(by_gate(layer, structures).items()):
+        known: dict[str, Any] = {}
+        if fits is not None:
+            f = fits[number]
+            known = {"energy": f.energy, "energy_null": f.energy_null, "relative_error": f.relative_error}
+            known["energy_weighted"] = None if math.isnan(f.energy_weighted) else f.energy_weighted
+        found.append(
+            GateResult(
+                name=layer.full_name(weight),
+                layer=layer.name,
+                gate=gate,
+                shape=(s.rows, s.cols),
+                factors=str(s),
+                terms=sum(term.rank for term in s.terms),
+                parameters_before=s.dense_parameters,
+                parameters_after=s.parameters,
+                **known,
+            )
+        )
+    return found
+
+
+def _reals(tensor: AnyTensor) -> int:
+    return (tensor if isinstance(tensor, LazyTensor) else LazyTensor.of(tensor)).reals
