@@ -10,6 +10,7 @@ not: that is why the factors are complex. `complex_state=False` gives the real u
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -98,6 +99,22 @@ class KRU(RecurrentLayer):
             b = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype)) if bias else None
             self.register_parameter(f"bias_l{k}", b)
         self.reset_parameters()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KRU:
+        """`double`, `to`, `cuda` and the like: complex numbers follow what happens to real ones.
+
+        Raises:
+            UsageError: to a dtype that no complex state has, such as half.
+        """
+        if not self.complex_state:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
+        if fn(torch.empty(0, dtype=torch.float32)).dtype not in kernel.COMPLEX:
+            raise UsageError("a complex state needs float32 or float64", "KRU", "Use .float() or .double()")
+
+        def of_parts(t: Tensor) -> Tensor:
+            return torch.view_as_complex(fn(torch.view_as_real(t))) if t.is_complex() else fn(t)
+
+        return super()._apply(of_parts, recurse)  # type: ignore[no-untyped-call,no-any-return]
 
     @property
     def state_dtype(self) -> torch.dtype:

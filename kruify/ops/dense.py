@@ -77,7 +77,7 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         assembly, saved, count = ctx.assembly, ctx.saved_tensors, ctx.count
-        if needs_reference():
+        if needs_reference(grads):
 
             def function(first: list[Any], matrix: Any) -> list[Tensor]:
                 return [reference.dense(**matrix)]

@@ -90,9 +90,12 @@ def matrix_gradients(
     return grad_diagonal, grad_residual, None, *assembly.backward(found, parameters)
 
 
-def needs_reference() -> bool:
+def needs_reference(grads: Sequence[Optional]) -> bool:
     """Whether a backward pass is differentiated itself (create_graph), or runs on a batch (is_grads_batched)."""
-    return torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
+    functorch = torch._C._functorch
+    if torch.is_grad_enabled() or functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(g is not None and functorch.is_legacy_batchedtensor(g) for g in grads)
 
 
 def reference_gradients(

@@ -80,7 +80,7 @@ class _Lstm(torch.autograd.Function):
         assembly, reverse = ctx.call
         saved, count = ctx.saved_tensors, ctx.count
         x, w_ih, bias_ih, bias_hh, h0, c0, diagonal, residual, index, *parameters = saved[:count]
-        if needs_reference():
+        if needs_reference(grads):
 
             def function(first: list[Any], matrix: Any) -> Any:
                 x, w_ih, bias_ih, bias_hh, h0, c0 = first

@@ -87,7 +87,7 @@ class _Recurrence(torch.autograd.Function):
         saved, count = ctx.saved_tensors, ctx.count
         x, w_ih, _, sizes, h0, c0, bias, diagonal, residual, index, *parameters = saved[:count]
         grads = grads[:2] if c0 is None else grads[:3]
-        if needs_reference():
+        if needs_reference(grads):
 
             def function(first: list[Any], matrix: Any) -> Any:
                 x, w_ih, bias_ih, _, h0, c0, bias = first
