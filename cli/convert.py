@@ -68,7 +68,7 @@ def convert(
         path = pipeline.default_output(model) if target is None else Path(target)
         if plan_out is not None:
             check_target(plan_out, *checkpoint.files, *([] if options["dry_run"] else [path]))
-        for sentence in checkpoint.dropped:
+        for sentence in checkpoint.notes:
             out.note(f"note: {sentence}")
         with progress("converting") as advance:
             done = pipeline.convert(checkpoint, output=path, overrides=pairs, progress=advance, **options)

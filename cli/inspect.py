@@ -38,7 +38,7 @@ def inspect(model: str | None, backend: bool, key: str | None, json_only: bool) 
 
         checkpoint = read(model, key=key)
         inspection = look(checkpoint)
-        for sentence in checkpoint.dropped:
+        for sentence in checkpoint.notes:
             out.note(f"note: {sentence}")
         _show(out, model, inspection)
         out.result({**about, **inspection.to_json()})

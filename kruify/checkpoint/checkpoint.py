@@ -37,6 +37,7 @@ class Checkpoint:
         dropped: one sentence for each thing in the file that kruify does not carry on (optimizer state).
         skipped: recurrent layers that were recognised and cannot be read: name -> reason (a GRU that resets before the
             matmul).
+        assumed: layer -> what was taken for granted of it, because the file has weights and no configuration (Keras).
         ties: second name -> first name of one and the same tensor.
         module_hints: recurrent module -> its class and what a state dict does not say (batch_first, dropout,
             nonlinearity); from whole modules, TorchScript, ONNX and Keras.
@@ -57,6 +58,7 @@ class Checkpoint:
     extras_before: int = 0
     dropped: tuple[str, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
+    assumed: Mapping[str, str] = field(default_factory=dict)
     ties: Mapping[str, str] = field(default_factory=dict)
     module_hints: Mapping[str, ModuleHint] = field(default_factory=dict)
     globals: tuple[str, ...] = ()
@@ -81,6 +83,12 @@ class Checkpoint:
     def is_kruify(self) -> bool:
         """Whether kruify wrote this file."""
         return "kruify.schema" in self.metadata
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on what is left out and what is assumed, to be shown before the work."""
+        assumed = (f"the file has no settings of {name}; assumed: {text}" for name, text in self.assumed.items())
+        return [*self.dropped, *assumed]
 
     def nonfinite(self, names: Iterable[str] | None = None) -> dict[str, int]:
         """Tensors with NaN or infinity -> how many; reads one tensor at a time.

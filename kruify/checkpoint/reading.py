@@ -40,6 +40,7 @@ class Contents:
     shards: tuple[Path, ...] = ()
     size: int = 0
     before: int = 0
+    assumed: Mapping[str, str] = field(default_factory=dict)
 
 
 def read(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
@@ -130,7 +131,7 @@ def _from_zip(path: Path, file: BinaryIO, size: int, key: str | None) -> Content
 
 
 def _from_keras(found: keras_file.KerasFile) -> Contents:
-    return Contents("keras", found.tensors, skipped=found.skipped, hints=found.hints)
+    return Contents("keras", found.tensors, skipped=found.skipped, hints=found.hints, assumed=found.assumed)
 
 
 def _from_index(path: Path, size: int) -> Contents:
@@ -200,6 +201,7 @@ def _finish(path: Path, contents: Contents) -> Checkpoint:
         extras_before=contents.before,
         dropped=contents.dropped,
         skipped={**contents.skipped, **unknown},
+        assumed=contents.assumed,
         ties=ties(tensors),
         module_hints=_strip_hints(contents.hints, prefix),
         globals=contents.globals,

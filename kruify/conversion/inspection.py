@@ -27,6 +27,7 @@ class FileFacts:
         computed: tensors that were computed from a parametrisation.
         globals: code that its pickle names; none of it was run.
         nonfinite: tensor -> number of its entries that are NaN or infinite.
+        assumed: layer -> what the file does not say of it and was taken for granted.
     """
 
     sha256: str
@@ -37,6 +38,7 @@ class FileFacts:
     computed: list[str]
     globals: list[str]
     nonfinite: dict[str, int]
+    assumed: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -139,5 +141,6 @@ def inspect(source: nn.Module | Checkpoint | str | os.PathLike[str], key: str | 
             list(checkpoint.computed),
             sorted(checkpoint.globals),
             checkpoint.nonfinite(),
+            dict(checkpoint.assumed),
         ),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,98 @@ def keras_model():
     for weight in model.weights:
         weight.assign(torch.randn(*weight.shape))
     return model
+
+
+def sequential(*stack):
+    os.environ["KERAS_BACKEND"] = "torch"
+    keras = pytest.importorskip("keras")
+    return keras.Sequential([keras.layers.Input((5, 3)), *[make(keras.layers) for make in stack]])
+
+
+def hard_cell(layers):
+    return layers.RNN(layers.LSTMCell(4, recurrent_activation="hard_sigmoid"))
+
+
+def relu_backwards(layers):
+    return layers.Bidirectional(layers.LSTM(4), backward_layer=layers.LSTM(4, go_backwards=True, activation="relu"))
+
+
+UNLIKE_TORCH = {
+    "backwards": (lambda layers: layers.LSTM(4, go_backwards=True), "backwards"),
+    "cell": (hard_cell, "activations"),
+    "backwards-cell": (lambda layers: layers.RNN(layers.GRUCell(4), go_backwards=True), "backwards"),
+    "stacked": (lambda layers: layers.RNN([layers.LSTMCell(4), layers.LSTMCell(4)]), "stacked"),
+    "second-direction": (relu_backwards, "activations"),
+    "summed": (lambda layers: layers.Bidirectional(layers.GRU(4), merge_mode="sum"), "merges"),
+    "reset-cell": (lambda layers: layers.RNN(layers.GRUCell(4, reset_after=False, use_bias=False)), "resets"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ending", ["keras", "h5"])
+@pytest.mark.parametrize("kind", UNLIKE_TORCH)
+def test_keras_settings_that_torch_lacks_are_named(tmp_path: Path, kind: str, ending: str) -> None:
+    make, word = UNLIKE_TORCH[kind]
+    model = sequential(make)
+    model.save(tmp_path / f"a.{ending}")
+    checkpoint = read(tmp_path / f"a.{ending}")
+    assert not checkpoint.module_hints and not checkpoint.assumed
+    (reason,) = checkpoint.skipped.values()
+    assert word in reason
+    numbers = sum(weight.numel() for weight in (variable.value for variable in model.weights))
+    assert sum(tensor.numel for tensor in checkpoint.tensors.lazy.values()) == numbers
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ending", ["keras", "h5", "weights.h5"])
+def test_nested_and_wrapped_keras_layers_are_found_one_by_one(tmp_path: Path, ending: str) -> None:
+    def inner(layers):
+        first, second = (layers.LSTM(4, return_sequences=True, name=name) for name in ("one", "two"))
+        return sys.modules["keras"].Sequential([first, second], name="inner")
+
+    model = sequential(inner, lambda layers: layers.RNN(layers.GRUCell(2), return_sequences=True))
+    (model.save_weights if "weights" in ending else model.save)(str(tmp_path / f"a.{ending}"))
+    checkpoint = read(tmp_path / f"a.{ending}")
+    assert not checkpoint.skipped
+    x = torch.randn(2, 5, 3)
+    y = x
+    in_order = sorted(checkpoint.module_hints.items(), key=lambda item: (item[1].options["mode"] == "GRU", item[0]))
+    for name, hint in in_order:
+        assert hint.options["bidirectional"] is False
+        kind = {"LSTM": nn.LSTM, "GRU": nn.GRU}[str(hint.options["mode"])]
+        own = kind(hint.options["input_size"], hint.options["hidden_size"], batch_first=True)
+        state = {n.removeprefix(f"{name}."): t for n, t in checkpoint.tensors.items() if n.startswith(f"{name}.")}
+        own.load_state_dict(state)
+        y = own(y)[0].detach()
+    torch.testing.assert_close(y, model(x).detach(), rtol=1e-5, atol=1e-5)
+    assert set(checkpoint.assumed) == (set(checkpoint.module_hints) if "weights" in ending else set())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_of_an_early_keras_have_its_defaults(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    for version, kept in ((b"2.2.4", False), (b"2.3.0", True)):
+        path = tmp_path / f"{kept}.h5"
+        with h5py.File(path, "w") as file:
+            file.attrs["keras_version"] = version
+            for name, shape in (("kernel:0", (3, 16)), ("recurrent_kernel:0", (4, 16)), ("bias:0", (16,))):
+                file[f"lstm_1/lstm_1/{name}"] = np.ones(shape, "f4")
+        checkpoint = read(path)
+        assert set(checkpoint.module_hints) == ({"lstm_1"} if kept else set())
+        assert ("activations" in checkpoint.skipped.get("lstm_1", "")) is not kept
+
+
+@pytest.mark.parametrize("cls", ["CuDNNLSTM", "CuDNNGRU"])
+def test_cudnn_layers_are_named(tmp_path: Path, cls: str) -> None:
+    h5py = pytest.importorskip("h5py")
+    gates = 4 if cls == "CuDNNLSTM" else 3
+    config = {"class_name": "Sequential", "config": [{"class_name": cls, "config": {"name": "fast", "units": 4}}]}
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.attrs["model_config"] = json.dumps(config)
+        shapes = {"kernel:0": (3, 4 * gates), "recurrent_kernel:0": (4, 4 * gates), "bias:0": (8 * gates,)}
+        for name, shape in shapes.items():
+            file[f"model_weights/fast/fast/{name}"] = np.ones(shape, "f4")
+    assert cls in read(tmp_path / "a.h5").skipped["fast"]
 
 
 @pytest.mark.filterwarnings("ignore")
