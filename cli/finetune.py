@@ -6,7 +6,7 @@ import click
 
 from .console import json_option, output, progress
 from .options import NUMBER, key_option, lr_option, model_argument, network, seed_option, task_option
-from .training import account, describe, draw_conditioning, recipe_options, show, training_options
+from .training import draw_conditioning, recipe_options, show, training_options
 
 
 @click.command()
@@ -50,12 +50,14 @@ def finetune(
 
     A dense MODEL may be given too: a fair comparison trains the dense network as long.
     """
+    if distill_only and not teacher:
+        raise click.UsageError("--distill-only needs a teacher; name the dense network with --teacher")
     with output(json_only) as out:
         from kruify.checkpoint import check_model_target, check_target, read
         from kruify.tasks.loader import load_task
         from kruify.training import Recipe
         from kruify.training import finetune as run
-        from kruify.training.written import write_trained
+        from kruify.training.output import write_trained
 
         checkpoint = read(model, key=key)
         # A converted MODEL has one state dict, so the key is that of its teacher.
@@ -65,10 +67,10 @@ def finetune(
         if conditioning is not None:
             check_target(conditioning, target, *inputs)
         task = load_task(task_name)
-        options = recipe_options(
-            others, seed=seed, epochs=epochs, lr=lr, unitary_penalty=unitary_penalty, distill_only=distill_only or None
-        )
+        options = recipe_options(others, seed=seed, epochs=epochs, lr=lr, unitary_penalty=unitary_penalty)
         recipe = Recipe().changed(**options)
+        if distill_only:
+            recipe = recipe.changed(distill_logits=1.0, distill_until=None)
         net = network(checkpoint, task)
         teacher_net = network(dense, task) if dense else None
         with progress("starting") as advance:
@@ -79,7 +81,7 @@ def finetune(
                 recipe=recipe,
                 resume=resume,
                 device=device,
-                on_progress=lambda now: advance(now.step, now.steps, describe(now, task)),
+                progress=advance,
                 conditioning=conditioning is not None,
                 log_dir=log_dir,
                 tensorboard=tensorboard,
@@ -90,4 +92,4 @@ def finetune(
         show(out, target, outcome, task)
         if conditioning is not None:
             draw_conditioning(out, conditioning, outcome)
-        out.result({"output": target, **account(outcome)})
+        out.result({"output": target, **outcome.to_json()})

@@ -11,7 +11,7 @@ import click
 
 from .console import json_option, output, progress
 from .options import NUMBER, given, lr_option, seed_option, task_option
-from .training import account, describe, draw_conditioning, recipe_options, show, training_options
+from .training import draw_conditioning, recipe_options, show, training_options
 
 if TYPE_CHECKING:
     from kruify.tasks.base import Task
@@ -83,7 +83,7 @@ def train(
         from kruify.tasks.base import fresh_model
         from kruify.tasks.loader import load_task
         from kruify.training import Recipe, finetune
-        from kruify.training.written import write_trained
+        from kruify.training.output import write_trained
 
         task = load_task(task_name, **given(cell=cell, hidden=hidden, factors=factors, layers=layers))
         network = network_of(task)
@@ -105,7 +105,7 @@ def train(
                 recipe=recipe,
                 resume=resume,
                 device=device,
-                on_progress=lambda now: advance(now.step, now.steps, describe(now, task)),
+                progress=advance,
                 conditioning=conditioning is not None,
                 log_dir=log_dir,
                 tensorboard=tensorboard,
@@ -124,13 +124,13 @@ def train(
                 "task": task_name,
                 "network": network,
                 "parameters": vars(count_network(outcome.model)),
-                **account(outcome),
+                **outcome.to_json(),
             }
         )
 
 
 def _steps_per_epoch(task: Task, recipe: Recipe) -> int:
-    from kruify.training.feed import count_batches
+    from kruify.training.batches import count_batches
 
     together = recipe.accumulate * int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's number of processes
     return math.ceil(count_batches(task, recipe.seed) / together)

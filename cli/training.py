@@ -12,14 +12,14 @@ from .options import NUMBER, device_option, given
 
 if TYPE_CHECKING:
     from kruify.tasks.base import Task
-    from kruify.training import FinetuneResult, Progress
+    from kruify.training import FinetuneResult
 
 others_option = click.option(
     "--option",
     "others",
     metavar="NAME=VALUE",
     multiple=True,
-    help="Any other option of kruify.finetune.Recipe, such as schedule=cosine or patience=3.",
+    help="Any other option of kruify.training.Recipe, such as schedule=cosine or patience=3.",
 )
 resume_option = click.option(
     "--resume", metavar="DIR", help="Keep the state of the run there, and go on from it if it has one."
@@ -85,13 +85,6 @@ def recipe_options(pairs: tuple[str, ...], **said: Any) -> dict[str, Any]:
     return values
 
 
-def describe(now: Progress, task: Task) -> str:
-    text = f"epoch {now.epoch}/{now.epochs} loss {now.loss:.3f}"
-    if task.metric in now.metrics:
-        text += f" {task.metric} {now.metrics[task.metric]:.3f}"
-    return text
-
-
 def show(out: Output, target: str, outcome: FinetuneResult, task: Task) -> None:
     from rich.table import Table
 
@@ -100,22 +93,11 @@ def show(out: Output, target: str, outcome: FinetuneResult, task: Task) -> None:
     for heading in ("epoch", "step", "training loss", *names):
         table.add_column(heading, justify="right")
     for entry in outcome.history:
-        values: dict[str, Any] = entry["metrics"]
-        best = " *" if entry["epoch"] == outcome.best_epoch else ""
-        loss = "" if entry["loss"] is None else f"{entry['loss']:.4f}"
-        table.add_row(f"{entry['epoch']}{best}", f"{entry['step']}", loss, *(f"{values[name]:.4f}" for name in names))
+        best = " *" if entry.epoch == outcome.best_epoch else ""
+        loss = "" if entry.loss is None else f"{entry.loss:.4f}"
+        metrics = (f"{entry.metrics[name]:.4f}" for name in names)
+        table.add_row(f"{entry.epoch}{best}", f"{entry.step}", loss, *metrics)
     out.show(table, f"wrote {target}: the weights of epoch {outcome.best_epoch} (*), {_metrics(outcome, task)}")
-
-
-def account(outcome: FinetuneResult) -> dict[str, Any]:
-    """The JSON keys of what happened."""
-    return {
-        "history": outcome.history,
-        "metrics": outcome.metrics,
-        "best_epoch": outcome.best_epoch,
-        "steps": outcome.steps,
-        "seconds": outcome.seconds,
-    }
 
 
 def _metrics(outcome: FinetuneResult, task: Task) -> str:
@@ -128,5 +110,5 @@ def draw_conditioning(out: Output, file: str, outcome: FinetuneResult) -> None:
     from kruify.reporting.training import conditioning_svg
 
     with atomic_file(file) as handle:
-        handle.write(conditioning_svg(outcome.history).encode())
+        handle.write(conditioning_svg(outcome.to_json()["history"]).encode())
     out.show(f"wrote {file}")

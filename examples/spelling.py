@@ -19,7 +19,7 @@ from torch import nn
 import kruify
 from kruify.tasks.g2p_en.lexicon import PHONEMES
 from kruify.tasks.g2p_en.task import G2PEn, predict
-from kruify.training import Progress, finetune
+from kruify.training import finetune
 
 WORDS = ["kronecker", "recurrent", "matrix", "sparrow", "knowledge", "tuesday"]
 
@@ -29,9 +29,9 @@ def pronounce(model: nn.Module) -> None:
         print(f"   {word:10} {' '.join(PHONEMES[index] for index in answer)}")
 
 
-def tell(now: Progress) -> None:
-    if now.step % 20 == 0 or now.step == now.steps:
-        print(f"\r   step {now.step}/{now.steps}, loss {now.loss:.3f}", end="", flush=True)
+def tell(done: float, total: float, phase: str) -> None:
+    if done % 20 == 0 or done == total:
+        print(f"\r   step {done:.0f}/{total:.0f}, {phase}", end="", flush=True)
 
 
 def main(epochs: float, split: str, words: int) -> None:
@@ -50,7 +50,7 @@ def main(epochs: float, split: str, words: int) -> None:
     pronounce(small)
 
     print(f"\nFine-tuning for {epochs} epochs")
-    finetune(small, task, epochs=epochs, evaluate_first=False, on_progress=tell)
+    finetune(small, task, epochs=epochs, evaluate_first=False, progress=tell)
     print(f"\nFine-tuned: {task.evaluate(small, split)}")
     pronounce(small)
 

@@ -16,7 +16,6 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -29,8 +28,9 @@ from rows import ROWS, Row, row_of, size_of, task_of  # noqa: E402
 
 from kruify.conversion.network import network_of  # noqa: E402
 from kruify.errors import KruifyError  # noqa: E402
-from kruify.training import Progress, Recipe, finetune  # noqa: E402
-from kruify.training.feed import count_batches  # noqa: E402
+from kruify.progress import Progress  # noqa: E402
+from kruify.training import Recipe, finetune  # noqa: E402
+from kruify.training.batches import count_batches  # noqa: E402
 
 RUNS = HERE / "runs.jsonl"
 
@@ -54,9 +54,10 @@ def train(row: Row, fraction: float, seed: int, cache: Path) -> Run:
         resume=cache / name_of(row, fraction, seed),
         device="cpu",
         conditioning=True,
-        on_progress=_tell(),
+        progress=_tell(),
     )
-    conditions = [_condition(entry["conditioning"]["matrices"]) for entry in result.history]
+    measured = [entry.conditioning.matrices for entry in result.history if entry.conditioning is not None]
+    conditions = [max(gate.condition_number for gate in gates) for gates in measured]
     return {
         "run": name_of(row, fraction, seed),
         "row": row.key,
@@ -71,7 +72,7 @@ def train(row: Row, fraction: float, seed: int, cache: Path) -> Run:
         "metric": task.metric,
         "valid": result.metrics,
         "test": task.evaluate(model, "test"),
-        "train_loss": result.history[-1]["loss"],
+        "train_loss": result.history[-1].loss,
         "best_epoch": result.best_epoch,
         "condition_number": {"start": conditions[0], "end": conditions[-1], "largest": max(conditions)},
         "recurrent_parameters": _recurrent(model),
@@ -79,11 +80,6 @@ def train(row: Row, fraction: float, seed: int, cache: Path) -> Run:
         "seconds": round(result.seconds, 1),
         **where_and_when(),
     }
-
-
-def _condition(matrices: list[dict[str, Any]]) -> float:
-    """The largest condition number of the recurrent matrices of all gates."""
-    return max(float(matrix["condition_number"]) for matrix in matrices)
 
 
 def _recurrent(model: torch.nn.Module) -> int:
@@ -95,16 +91,16 @@ def _recurrent(model: torch.nn.Module) -> int:
     return counted
 
 
-def _tell() -> Any:
-    last = [-1]
+def _tell() -> Progress:
+    last = [""]
 
-    def on_progress(p: Progress) -> None:
-        if p.epoch != last[0] or p.step == p.steps:
-            last[0] = p.epoch
-            left = "" if p.remaining is None else f", {p.remaining / 60:.0f} min left"
-            print(f"  step {p.step}/{p.steps}: loss {p.loss:.5f} {p.metrics}{left}", flush=True)
+    def progress(done: float, total: float, phase: str) -> None:
+        epoch = phase.partition(" loss")[0]
+        if epoch != last[0] or done == total:
+            last[0] = epoch
+            print(f"  step {done:.0f}/{total:.0f}: {phase}", flush=True)
 
-    return on_progress
+    return progress
 
 
 def main() -> None:

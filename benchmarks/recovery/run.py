@@ -29,9 +29,8 @@ from train import build, latency, train, weights_file  # noqa: E402
 from kruify.conversion import swap  # noqa: E402
 from kruify.conversion.plan import Plan  # noqa: E402
 from kruify.errors import TaskError  # noqa: E402
+from kruify.progress import Progress  # noqa: E402
 from kruify.tasks.loader import load_task  # noqa: E402
-from kruify.training import Progress  # noqa: E402
-from kruify.training.result import OnProgress  # noqa: E402
 
 
 def runs_file(task: str) -> Path:
@@ -42,16 +41,16 @@ def known(run: Run) -> Row | None:
     return next((row for row in read(runs_file(run.task)) if row["run"] == run.key), None)
 
 
-def tell() -> OnProgress:
-    last = [0]
+def tell() -> Progress:
+    last = [""]
 
-    def on_progress(p: Progress) -> None:
-        if p.epoch != last[0] or p.step == p.steps:
-            last[0] = p.epoch
-            left = "" if p.remaining is None else f", {p.remaining / 60:.0f} min left"
-            print(f"  {p.phase} {p.epoch}/{p.epochs}: loss {p.loss:.4f} {p.metrics}{left}", flush=True)
+    def progress(done: float, total: float, phase: str) -> None:
+        epoch = phase.partition(" loss")[0]
+        if epoch != last[0] or done == total:
+            last[0] = epoch
+            print(f"  step {done:.0f}/{total:.0f}: {phase}", flush=True)
 
-    return on_progress
+    return progress
 
 
 def train_all(runs: list[Run], cache: Path, until: float) -> None:

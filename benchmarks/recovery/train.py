@@ -20,19 +20,19 @@ from kruify.conversion import convert_module, swap
 from kruify.conversion.locate import RecurrentLayer, locate
 from kruify.conversion.plan import Plan, make_plan
 from kruify.layers.matrix import KroneckerMatrix
+from kruify.progress import Progress
 from kruify.search.candidate_search import CandidateSearch
 from kruify.search.candidates import Candidate, Choice
 from kruify.tasks.base import Task
 from kruify.tasks.loader import load_task
 from kruify.training import finetune
 from kruify.training.recurrent import recurrent_layers
-from kruify.training.result import OnProgress
 
 
 def train(
     run: Run,
     cache: Path,
-    on_progress: OnProgress | None = None,
+    progress: Progress | None = None,
     known: Callable[[Run], Row | None] = lambda run: None,
 ) -> Row:
     """Train and measure one network; an interrupted run continues where it stood.
@@ -70,10 +70,10 @@ def train(
             resume=cache / run.key,
             device="cpu",
             evaluate_first=False,
-            on_progress=on_progress,
+            progress=progress,
             **run.options,
         )
-        row |= {"valid": result.metrics, "train_loss": result.history[-1]["loss"], "best_epoch": result.best_epoch}
+        row |= {"valid": result.metrics, "train_loss": result.history[-1].loss, "best_epoch": result.best_epoch}
         row["train_seconds"] = round(result.seconds, 1)
         torch.save(model.state_dict(), weights_file(run, cache))
         (cache / run.key / "state.pt").unlink(missing_ok=True)

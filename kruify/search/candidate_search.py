@@ -69,9 +69,7 @@ class CandidateSearch:
         self.settings: dict[str, Any] = {"model": fingerprint(self.tensors), "task": type(task).__name__}
         self.settings |= {"share": share, "recipe": settings}
         self._epochs = float(settings["epochs"])
-        self._training: dict[str, Any] = {"seed": seed, "device": device, **recipe}
-        if progress is not None:
-            self._training["on_progress"] = lambda p: progress(p.step, p.steps, f"epoch {p.epoch}/{p.epochs}")
+        self._training: dict[str, Any] = {"seed": seed, "device": device, "progress": progress, **recipe}
         self._searches: Searches = {}  # several budgets have half of their fits in common
 
     @cached_property

@@ -153,7 +153,7 @@ def _make(search: CandidateSearch, budget: str, stem: Path, split: str, source_s
         plan_of(model).to_json(),
         source_sha256=source_sha256,
         seed=search.seed,
-        extra={"kruify.history": json.dumps(outcome.history)},
+        extra={"kruify.history": json.dumps(outcome.to_json()["history"])},
     )
     write_safetensors(file, model.state_dict(), metadata)
     return Point(

@@ -8,12 +8,12 @@ from __future__ import annotations
 from kruify.training.finetuning import finetune
 from kruify.training.penalty import default_penalty, unitary_penalty
 from kruify.training.recipe import Recipe
-from kruify.training.result import FinetuneResult, Progress
+from kruify.training.result import FinetuneResult, Validation
 
 __all__ = [
     "FinetuneResult",
-    "Progress",
     "Recipe",
+    "Validation",
     "default_penalty",
     "finetune",
     "unitary_penalty",

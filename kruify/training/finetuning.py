@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from kruify.errors import UsageError
+from kruify.progress import Progress
 from kruify.tasks.base import Task
-from kruify.training.anneal import OverlayAnnealing
-from kruify.training.distill import Distillation
-from kruify.training.groups import factor_names
+from kruify.training.distillation import Distillation
 from kruify.training.logs import Logs
 from kruify.training.processes import Processes
+from kruify.training.pruning import GradualPruning
 from kruify.training.recipe import Recipe
-from kruify.training.result import FinetuneResult, OnProgress
-from kruify.training.trainer import Phase, Trainer
+from kruify.training.result import FinetuneResult
+from kruify.training.trainer import OnBest, Phase, Trainer
 
 
 def finetune(
@@ -29,9 +28,11 @@ def finetune(
     teacher: nn.Module | None = None,
     recipe: Recipe | None = None,
     resume: str | os.PathLike[str] | None = None,
+    save_seconds: float = 60.0,
     device: torch.device | str | None = None,
-    on_progress: OnProgress | None = None,
-    on_best: Callable[[nn.Module, dict[str, float]], None] | None = None,
+    evaluate_first: bool = True,
+    progress: Progress | None = None,
+    on_best: OnBest | None = None,
     conditioning: bool = False,
     log_dir: str | os.PathLike[str] | None = None,
     tensorboard: bool = False,
@@ -40,9 +41,12 @@ def finetune(
     """Train `model` on `task`, keep the weights that validate best.
 
     The model is changed in place, and moved to the device. The same code runs in one process and under `torchrun`: N
-    processes give what one process gives that adds up N batches a step (`accumulate=N`), and, where the task's
+    processes give what one process gives that adds up N batches per step (`accumulate=N`), and, where the task's
     batches are means over equally many examples or the task has a `weight`, what one process gives with batches N
     times as large.
+
+        result = finetune(small, task, teacher=dense, epochs=3, lr=1e-3)
+        print(result.metrics, [entry.loss for entry in result.history])
 
     Args:
         teacher: the dense network to learn from; it is left alone. The options of the recipe that compare with a
@@ -50,71 +54,59 @@ def finetune(
         recipe: all options; None for the default recipe.
         resume: a folder that holds the state of the run. If it is empty or missing the run begins, else it continues
             and gives the same bits as if it had never been interrupted.
-        device: None for what accelerate picks (a GPU if there is one).
-        on_progress: called after every optimiser step, on the main process.
+        save_seconds: how often the state is written there, apart from every end of an epoch.
+        device: None for a GPU if there is one, else the CPU.
+        evaluate_first: validate before the first step, so that a run never ends worse than it began.
+        progress: called after every optimiser step, on the main process.
         on_best: called with (model, metrics) whenever the weights validate better than all before, on the main process.
         conditioning: measure condition number, spectral norm and unitarity defect of the recurrent matrices and the
-            gradient through time at every validation (kruify.training.conditioning), into the history and the logs.
-        log_dir: a folder for `history.csv`, one line a validation.
+            gradient through time at every validation, into the history and the logs.
+        log_dir: a folder for `history.csv`, one line per validation.
         tensorboard: write TensorBoard events to `log_dir`, too.
-        changes: options of the recipe by name: `finetune(model, task, epochs=3, lr=1e-3)`.
+        changes: options of the recipe by name.
 
     Raises:
         UsageError: accelerate is missing, an option makes no sense, or `resume` holds another run.
+        CorruptError: what `resume` holds cannot be read.
         TaskError: the task has no batches or does not give its metric.
     """
     recipe = (recipe or Recipe()).changed(**changes)
-    if teacher is None and recipe.distill_only:
-        raise UsageError(
-            "learning without labels needs a teacher", "fine-tuning", "Name the dense network with --teacher"
-        )
     if tensorboard and log_dir is None:
         raise UsageError("TensorBoard needs a folder to write to", "fine-tuning", "Name one with --log-dir")
     processes = Processes(device, recipe.mixed_precision)
     model.to(processes.device)
-    trainer = Trainer(
+    pruning = None
+    if teacher is not None and recipe.sparse_start:
+        pruning = GradualPruning(model, teacher.state_dict(), recipe.sparse_start)
+    return Trainer(
         model,
         task,
-        phases_of(model, task, teacher, recipe),
+        phases(model, task, teacher, recipe),
         recipe,
         processes,
-        annealing=annealing_of(model, teacher, recipe),
+        pruning=pruning,
+        taught=teacher is not None,
+        evaluate_first=evaluate_first,
         conditioning=conditioning,
         logs=Logs(log_dir, tensorboard) if log_dir is not None and processes.is_main else None,
         folder=None if resume is None else Path(resume),
-        on_progress=on_progress,
+        save_seconds=save_seconds,
+        progress=progress,
         on_best=on_best,
-    )
-    return trainer.run()
+    ).run()
 
 
-def phases_of(model: nn.Module, task: Task, teacher: nn.Module | None, recipe: Recipe) -> list[Phase]:
-    """The stages of a run: healing (with a teacher), the Kronecker matrices alone, everything."""
+def phases(model: nn.Module, task: Task, teacher: nn.Module | None, recipe: Recipe) -> list[Phase]:
+    """The stages of a run: layer-wise training with a teacher, then training end to end."""
 
-    def supervised(batch: Any, over: float) -> Tensor:
+    def supervised(batch: Any, progress: float) -> Tensor:
         return task.loss(task.forward(model, batch), batch)
 
-    phases = []
-    objective, taught = supervised, False
-    if teacher is not None:
-        distillation = Distillation(model, teacher, task, recipe)
-        if distillation.converted():
-            lr = recipe.heal_lr or recipe.lr
-            healed = distillation.healed_parameters()
-            phases.append(Phase("heal", recipe.heal_epochs, lr, distillation.healing, healed, taught=True))
-        if recipe.distill_only or recipe.distill_logits or recipe.distill_hidden:
-            objective, taught = distillation.loss, True
-    if factors := factor_names(model):
-        first = lambda batch, over: objective(batch, 0.0)  # noqa: E731 - `distill_until` is of the last phase
-        phases.append(Phase("warm", recipe.warm_epochs, recipe.lr, first, factors, taught=taught))
-    phases.append(Phase("train", recipe.epochs, recipe.lr, objective, anneals=True, taught=taught))
-    return phases
-
-
-def annealing_of(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> OverlayAnnealing | None:
-    """None where there is nothing to anneal: no overlay, or no dense matrix to begin from."""
-    if teacher is None or not recipe.overlay_start:
-        return None
-    dense = teacher.state_dict()
-    annealing = OverlayAnnealing(model, dense, recipe.overlay_start, recipe.overlay_until, recipe.overlay_pooled)
-    return annealing if annealing.items else None
+    if teacher is None:
+        return [Phase("train", recipe.epochs, recipe.lr, supervised)]
+    distillation = Distillation(model, teacher, task, recipe)
+    healed, lr = distillation.layer_parameters(), recipe.heal_lr or recipe.lr
+    return [
+        Phase("heal", recipe.heal_epochs, lr, distillation.layerwise_loss, healed),
+        Phase("train", recipe.epochs, recipe.lr, distillation.loss),
+    ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kruify.checkpoint.writing import atomic_file
 from kruify.errors import UsageError
+from kruify.training.result import Validation
 
 FIRST = ("phase", "epoch", "step", "loss", "penalty", "lr")
 MEASURES = ("condition_number", "spectral_norm", "unitarity_defect")
@@ -42,45 +43,37 @@ class Logs:
                 raise UsageError("TensorBoard is not installed", hint="pip install tensorboard") from error
             self._writer = SummaryWriter(str(self.folder))
 
-    def write(self, history: list[dict[str, Any]]) -> None:
+    def write(self, history: Sequence[Validation]) -> None:
         """Bring the files up to `history`, whose last entry is new."""
-        names = sorted({name for entry in history for name in entry["metrics"]})
-        measures = [conditioning_of(entry) for entry in history]
-        columns = list(dict.fromkeys(column for found in measures for column in found))
-        rows: list[list[Any]] = [[*FIRST, *(f"valid_{name}" for name in names), *columns]]
-        for entry, found in zip(history, measures, strict=True):
-            values = [entry[key] for key in FIRST] + [entry["metrics"].get(name) for name in names]
-            rows.append(values + [found.get(column) for column in columns])
-        self._csv("history.csv", rows)
-        if columns:
-            lines = [(e["epoch"], *line) for e in history for line in _gradient_of(e)]
-            self._csv("gradient.csv", [("epoch", "layer", "t", "gradient_norm"), *lines])
+        entries = [self._row(entry) for entry in history]
+        metrics = sorted({f"valid_{name}" for entry in history for name in entry.metrics})
+        columns = list(dict.fromkeys([*FIRST, *metrics, *(column for entry in entries for column in entry)]))
+        self._csv("history.csv", [columns, *([entry.get(column) for column in columns] for entry in entries)])
+        gradient = [
+            (entry.epoch, layer, step, norm)
+            for entry in history
+            if entry.conditioning is not None
+            for layer, found in entry.conditioning.gradient.items()
+            for step, norm in zip(found.steps, found.norms, strict=True)
+        ]
+        if history[-1].conditioning is not None:
+            self._csv("gradient.csv", [("epoch", "layer", "t", "gradient_norm"), *gradient])
         if self._writer is not None:
-            entry = history[-1]
-            scalars = {"loss": entry["loss"], "penalty": entry["penalty"], "lr": entry["lr"]}
-            scalars |= {f"valid/{name}": value for name, value in entry["metrics"].items()}
-            scalars |= conditioning_of(entry)
-            for name, value in scalars.items():
-                if value is not None:
-                    self._writer.add_scalar(name, value, entry["step"])
+            for name, value in entries[-1].items():
+                if value is not None and name not in ("phase", "epoch", "step"):
+                    self._writer.add_scalar(name.replace("valid_", "valid/", 1), value, history[-1].step)
             self._writer.flush()
+
+    @staticmethod
+    def _row(entry: Validation) -> dict[str, Any]:
+        """Column -> value, such as "condition_number rnn.weight_hh_l0.h"."""
+        row = {name: getattr(entry, name) for name in FIRST}
+        row |= {f"valid_{name}": value for name, value in entry.metrics.items()}
+        matrices = entry.conditioning.matrices if entry.conditioning is not None else []
+        return row | {f"{measure} {m.name}.{m.gate}": getattr(m, measure) for m in matrices for measure in MEASURES}
 
     def _csv(self, name: str, rows: Sequence[Sequence[Any]]) -> None:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(
-            ["" if value is None else value for value in row] for row in rows
-        )
+        csv.writer(text, lineterminator="\n").writerows(rows)  # None becomes an empty cell
         with atomic_file(self.folder / name) as file:
             file.write(text.getvalue().encode())
-
-
-def conditioning_of(entry: dict[str, Any]) -> dict[str, float]:
-    """The measures of one entry of a history by column, such as "condition_number rnn.weight_hh_l0.h"."""
-    matrices = entry.get("conditioning", {}).get("matrices", [])
-    return {f"{measure} {m['name']}.{m['gate']}": m[measure] for m in matrices for measure in MEASURES}
-
-
-def _gradient_of(entry: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
-    for layer, found in entry.get("conditioning", {}).get("gradient", {}).items():
-        for step, norm in zip(found["steps"], found["norms"], strict=True):
-            yield layer, step, norm

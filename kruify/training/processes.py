@@ -2,29 +2,30 @@
 
 The model is not wrapped (no DistributedDataParallel): a task calls its model's own methods, which a wrapper would
 hide, and summing the gradients by hand lets every batch count by its weight. So N processes give what one process
-gives that adds up N batches a step.
+gives that adds up N batches per step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kruify.errors import UsageError
 
-PATIENCE = timedelta(hours=12)  # the others wait while the main process validates; NCCL would give up after 10 minutes
+TIMEOUT = timedelta(hours=12)  # the others wait while the main process validates; NCCL would give up after 10 minutes
+T = TypeVar("T")
 
 
 class Processes:
     """Rank, device and communication of this process.
 
     Args:
-        device: "cpu", "cuda", ...; None for what accelerate picks.
+        device: "cpu", "cuda", ...; None for a GPU if there is one.
         mixed_precision: "no" or "bf16".
 
     Raises:
@@ -33,27 +34,21 @@ class Processes:
 
     def __init__(self, device: torch.device | str | None = None, mixed_precision: str = "no") -> None:
         try:
-            from accelerate import Accelerator
-            from accelerate.state import AcceleratorState
-            from accelerate.utils import InitProcessGroupKwargs
+            from accelerate import PartialState
         except ImportError as error:
             raise UsageError(
                 "fine-tuning needs the package accelerate, which is not installed",
                 hint="pip install 'kruify[finetune]'",
             ) from error
-        wanted = None if device is None else _there(device)
-        # accelerate keeps one state a process and refuses a second Accelerator with other settings: forget the last
-        # one's.
-        AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+        found = torch.accelerator.current_accelerator(check_available=True)
+        wanted = _there(device) if device is not None else found or torch.device("cpu")
         # It joins processes on CPUs only if it is told that CPUs are meant.
-        cpu = wanted.type == "cpu" if wanted is not None else not torch.accelerator.is_available()
-        patience = InitProcessGroupKwargs(timeout=PATIENCE)
-        self._accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patience])
-        self.count: int = self._accelerator.num_processes
-        self.rank: int = self._accelerator.process_index
-        self.is_main: bool = self._accelerator.is_main_process
+        self._state = PartialState(cpu=wanted.type == "cpu", timeout=TIMEOUT)
+        self.count: int = self._state.num_processes
+        self.rank: int = self._state.process_index
+        self.is_main: bool = self._state.is_main_process
         # One process may be told a certain device; of several, each has its own.
-        self.device: torch.device = wanted if wanted is not None and self.count == 1 else self._accelerator.device
+        self.device: torch.device = wanted if self.count == 1 else self._state.device
         self._mixed = mixed_precision == "bf16"
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -64,49 +59,41 @@ class Processes:
         """Add up the gradients of all processes in place, and the numbers of `extra`, which are returned."""
         if self.count == 1:
             return list(extra)
+        from accelerate.utils import reduce
+
         # One vector, one message: gradients, then 1 for each parameter that has one (a parameter that no process used
-        # keeps the gradient None, so that the optimiser leaves it alone as it would in one process), then the extra
-        # numbers.
+        # keeps the gradient None, so that the optimiser leaves it alone as it would in one process), then `extra`.
         used = [float(p.grad is not None) for p in parameters]
         pieces = [_reals(torch.zeros_like(p) if p.grad is None else p.grad).double() for p in parameters]
         tail = torch.tensor([*used, *extra], dtype=torch.float64, device=self.device)
-        total: Tensor = self._accelerator.reduce(torch.cat([*pieces, tail]), reduction="sum")
-        start = 0
-        for parameter, piece in zip(parameters, pieces, strict=True):
-            summed = total[start : start + piece.numel()]
-            real = summed.view(-1, 2) if parameter.is_complex() else summed
-            values = torch.view_as_complex(real) if parameter.is_complex() else real
-            parameter.grad = values.to(parameter.dtype).view_as(parameter)
-            start += piece.numel()
-        numbers: list[float] = total[start:].tolist()
-        for parameter, flag in zip(parameters, numbers[: len(used)], strict=True):
-            if not flag:
-                parameter.grad = None
+        *summed, tail = reduce(torch.cat([*pieces, tail]), "sum").split([*(len(piece) for piece in pieces), len(tail)])
+        numbers: list[float] = tail.tolist()
+        for parameter, values, flag in zip(parameters, summed, numbers, strict=False):
+            real = torch.view_as_complex(values.view(-1, 2)) if parameter.is_complex() else values
+            parameter.grad = real.to(parameter.dtype).view_as(parameter) if flag else None
         return numbers[len(used) :]
 
-    def from_main(self, value: Any) -> Any:
-        """What the main process holds, on every process."""
-        if self.count == 1:
-            return value
-        from accelerate.utils import broadcast_object_list
+    def from_main(self, compute: Callable[[], T]) -> T:
+        """What `compute` gives on the main process, which alone calls it, on every process."""
+        box = [compute() if self.is_main else None]
+        if self.count > 1:
+            from accelerate.utils import broadcast_object_list
 
-        box = [value]
-        broadcast_object_list(box, from_process=0)
-        return box[0]
+            broadcast_object_list(box, from_process=0)
+        return box[0]  # type: ignore[return-value]
 
+    @torch.no_grad()
     def share(self, model: nn.Module) -> None:
         """Give every process the main process's weights, should they have begun with others."""
-        if self.count == 1:
-            return
-        from accelerate.utils import broadcast
+        if self.count > 1:
+            from accelerate.utils import broadcast
 
-        with torch.no_grad():
             for tensor in [*model.parameters(), *model.buffers()]:
                 tensor.copy_(broadcast(tensor.detach().clone(), from_process=0))
 
     def wait(self) -> None:
         """Return when every process has come this far."""
-        self._accelerator.wait_for_everyone()
+        self._state.wait_for_everyone()
 
 
 def _there(device: torch.device | str) -> torch.device:

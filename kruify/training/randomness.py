@@ -16,22 +16,22 @@ import numpy as np
 import torch
 
 
-def mix(*key: int | str) -> int:
+def derived_seed(*key: int | str) -> int:
     """A 63-bit number that follows from `key` alone."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def seed_all(*key: int | str) -> None:
     """Seed torch (all devices), numpy and random."""
-    number = mix(*key)
+    number = derived_seed(*key)
     torch.manual_seed(number)
     np.random.seed(number % 2**32)
     random.seed(number)
 
 
 @contextmanager
-def isolated() -> Iterator[None]:
-    """Put the generators of torch, numpy and random back afterwards."""
+def isolated_generators() -> Iterator[None]:
+    """Put the generators of torch, numpy and random back as they were afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

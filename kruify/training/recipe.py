@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from kruify.errors import UsageError
 from kruify.training.schedule import SCHEDULES
@@ -17,47 +18,32 @@ class Recipe:
 
     Attributes:
         epochs: passes over the train split, end to end; fractions are allowed.
-        lr: peak learning rate of AdamW. What conversion put out of place has a long way to go: 6e-3 and a teacher that
-            falls silent ended better than 2e-3 (factors at 6e-3) and one that does not on all four tasks of
-            benchmarks/recovery. In fewer than about five passes the latter is better.
+        lr: peak learning rate of AdamW. A converted network has a long way to go: 6e-3 with an annealed teacher ended
+            better than 2e-3 (factors at 6e-3) with a constant one on all four tasks of benchmarks/recovery. In fewer
+            than about five epochs the latter is better.
         schedule: "onecycle", "cosine", "linear" or "constant".
         warmup: share of the run in which the learning rate rises.
-        weight_decay: of dense matrices; biases, diagonals and scales are never decayed.
-        factor_lr: learning rate of Kronecker factors and overlays, as a multiple of `lr`. Over T steps a change of an
-            angle of W counts T times, so long memories learnt from scratch want it small.
+        weight_decay: of dense matrices; factors, sparse residuals, biases, diagonals and scales are never decayed.
+        factor_lr: learning rate of Kronecker factors and sparse residuals, as a multiple of `lr`. Over T steps a change
+            of an angle of W counts T times, so long memories learnt from scratch need a small one.
         modrelu_lr: the same for the biases of modReLU in a KRU, which act on the state at every step, too; None for
             `factor_lr`.
-        factor_weight_decay: weight decay of Kronecker factors and overlays.
         clip: gradients are scaled down to this norm; 0 for never.
         unitary_penalty: lambda of the soft unitary penalty; None for on where a plain RNN carries the state, off
             elsewhere.
-        accumulate: batches added up in one optimiser step, on each process.
-        ema: decay of a running average of the weights that is validated and kept in their place; 0 for none.
+        accumulate: batches per optimiser step on each process.
         patience: epochs without a better validation metric after which training stops; 0 for never.
         mixed_precision: "no" or "bf16".
         seed: of the order of batches, of dropout, of everything random.
-        evaluate_first: validate before the first step, so that a run never ends worse than it began.
-        distill_logits: share of the loss that compares the outputs with the teacher's; the rest compares with the
-            labels.
-        distill_hidden: weight of the distance to the teacher's hidden states, 0 for none. Off by default: with it (1.0)
-            and outputs together, g2p-en at 16x ended no better after five epochs than without, and it costs time.
-        distill_until: share of the last phase in which both of these fall to 0 along a line, so that the network can
-            become better than its teacher (teacher annealing, Clark et al. 2019); None for never. With `distill_only`
-            they stay.
-        temperature: of the outputs that are compared.
-        distill_only: no labels at all: outputs and hidden states of the teacher alone.
-        heal_epochs: before all else every converted layer learns by itself to answer the teacher's inputs with the
-            teacher's outputs.
-        heal_lr: peak learning rate of that phase, None for `lr`.
-        warm_epochs: then the Kronecker matrices are trained end to end while everything else is frozen.
-        overlay_start: share of a matrix that its sparse overlay begins with, where the dense matrix is known from the
-            teacher; it is pruned to its own size while training. 0 leaves overlays as they are.
-        overlay_until: share of the last phase after which overlays have their size.
-        overlay_pooled: the blocks of all annealed overlays compete with each other, so that gates and layers that
-            need more of them get more, instead of equally many a gate.
-        overlay_dropout: probability with which rows of K and rows of the overlay are dropped in training.
-        save_seconds: how often the state is written to the `resume` folder, apart from every end of an epoch.
-        save_steps: the same in optimiser steps; 0 for by the clock alone.
+        distill_logits: weight a of the teacher in the loss (1 - a) * task loss + a * distance from the teacher's
+            outputs; 1 with `distill_until=None` uses no labels.
+        distill_until: share of the run after which a has been annealed linearly to zero, so that the network can
+            become better than its teacher (teacher annealing, Clark et al. 2019); None keeps it constant.
+        sparse_start: share of a matrix that its sparse residual begins with, taken from the teacher's dense matrix;
+            gradual pruning brings it to its own size while training. 0 leaves sparse residuals as they are.
+        heal_epochs: epochs of layer-wise training before all else: every converted layer by itself learns to map the
+            teacher's inputs to the teacher's outputs.
+        heal_lr: peak learning rate of layer-wise training; None for `lr`.
     """
 
     epochs: float = 5.0
@@ -67,32 +53,17 @@ class Recipe:
     weight_decay: float = 0.01
     factor_lr: float = 1.0
     modrelu_lr: float | None = None
-    factor_weight_decay: float = 0.0
     clip: float = 1.0
     unitary_penalty: float | None = None
     accumulate: int = 1
-    ema: float = 0.0
     patience: int = 0
     mixed_precision: str = "no"
     seed: int = 0
-    evaluate_first: bool = True
     distill_logits: float = 0.5
-    distill_hidden: float = 0.0
     distill_until: float | None = 1.0
-    temperature: float = 1.0
-    distill_only: bool = False
+    sparse_start: float = 0.0
     heal_epochs: float = 0.0
     heal_lr: float | None = None
-    warm_epochs: float = 0.0
-    overlay_start: float = 0.0
-    overlay_until: float = 0.6
-    overlay_pooled: bool = False
-    overlay_dropout: float = 0.0
-    save_seconds: float = 60.0
-    save_steps: int = 0
-
-    # What may differ between a run and its continuation without changing a bit of the result.
-    FREE: ClassVar[tuple[str, ...]] = ("save_seconds", "save_steps")
 
     @classmethod
     def from_scratch(cls) -> Recipe:
@@ -117,38 +88,37 @@ class Recipe:
 
     def check(self) -> None:
         """Raises UsageError for a value that makes no sense."""
-        for name, value in self.to_json().items():
-            endless = value == math.inf and name in ("epochs", "heal_epochs", "warm_epochs", "lr", "heal_lr")
-            if isinstance(value, float) and (math.isnan(value) or endless):
+        for name, (holds, expected) in _RULES.items():
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
                 raise UsageError(f"{name} must be a number, got {value}", "fine-tuning")
-        for name, wrong, expected in (
-            ("epochs", self.epochs < 0, "0 or more"),
-            ("lr", self.lr <= 0, "above 0"),
-            ("schedule", self.schedule not in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-            ("warmup", not 0 <= self.warmup <= 1, "between 0 and 1"),
-            ("weight_decay", self.weight_decay < 0, "0 or more"),
-            ("factor_lr", self.factor_lr < 0, "0 or more"),
-            ("modrelu_lr", self.modrelu_lr is not None and self.modrelu_lr < 0, "0 or more"),
-            ("factor_weight_decay", self.factor_weight_decay < 0, "0 or more"),
-            ("clip", self.clip < 0, "0 or more"),
-            ("unitary_penalty", self.unitary_penalty is not None and self.unitary_penalty < 0, "0 or more"),
-            ("accumulate", self.accumulate < 1, "1 or more"),
-            ("ema", not 0 <= self.ema < 1, "from 0 to below 1"),
-            ("distill_logits", not 0 <= self.distill_logits <= 1, "between 0 and 1"),
-            ("distill_hidden", self.distill_hidden < 0, "0 or more"),
-            ("distill_until", self.distill_until is not None and not 0 < self.distill_until <= 1, "above 0, at most 1"),
-            ("temperature", self.temperature <= 0, "above 0"),
-            ("heal_epochs", self.heal_epochs < 0, "0 or more"),
-            ("heal_lr", self.heal_lr is not None and self.heal_lr <= 0, "above 0"),
-            ("warm_epochs", self.warm_epochs < 0, "0 or more"),
-            ("overlay_start", not 0 <= self.overlay_start <= 1, "between 0 and 1"),
-            ("overlay_until", not 0 <= self.overlay_until <= 1, "between 0 and 1"),
-            ("overlay_dropout", not 0 <= self.overlay_dropout < 1, "from 0 to below 1"),
-            ("patience", self.patience < 0, "0 or more"),
-            ("mixed_precision", self.mixed_precision not in ("no", "bf16"), "no or bf16"),
-        ):
-            if wrong:
-                raise UsageError(f"{name} must be {expected}, got {getattr(self, name)}", "fine-tuning")
+            if value is not None and not holds(value):
+                raise UsageError(f"{name} must be {expected}, got {value}", "fine-tuning")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+_Rule = tuple[Callable[[Any], bool], str]
+_NOT_NEGATIVE: _Rule = (lambda v: v >= 0, "0 or more")
+_POSITIVE: _Rule = (lambda v: v > 0, "above 0")
+_SHARE: _Rule = (lambda v: 0 <= v <= 1, "between 0 and 1")
+_RULES: dict[str, _Rule] = {
+    "epochs": _NOT_NEGATIVE,
+    "lr": _POSITIVE,
+    "schedule": (lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+    "warmup": _SHARE,
+    "weight_decay": _NOT_NEGATIVE,
+    "factor_lr": _NOT_NEGATIVE,
+    "modrelu_lr": _NOT_NEGATIVE,
+    "clip": _NOT_NEGATIVE,
+    "unitary_penalty": _NOT_NEGATIVE,
+    "accumulate": (lambda v: 1 <= v < 2**31, "from 1 to 2147483647"),
+    "patience": _NOT_NEGATIVE,
+    "mixed_precision": (lambda v: v in ("no", "bf16"), "no or bf16"),
+    "distill_logits": _SHARE,
+    "distill_until": (lambda v: 0 < v <= 1, "above 0, at most 1"),
+    "sparse_start": _SHARE,
+    "heal_epochs": _NOT_NEGATIVE,
+    "heal_lr": _POSITIVE,
+}

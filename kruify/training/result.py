@@ -1,55 +1,55 @@
-"""What a fine-tuning run tells: while it runs, and when it is done."""
+"""What a fine-tuning run tells when it is done."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
+from kruify.training.recurrent_conditioning import RecurrentConditioning
+
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a run stands.
+class Validation:
+    """One entry of the history of a run.
 
     Attributes:
-        phase: "heal", "warm" or "train".
-        epoch: current epoch of all phases together, from 1.
-        epochs: epochs of all phases together.
-        step, steps: optimiser steps done and to do, of all phases together.
-        loss: mean training loss of the current epoch so far.
-        lr: learning rate of the last step.
-        seconds: time spent, resumed runs included.
-        remaining: estimate of the seconds left, None before there is one.
-        metrics: of the last validation, empty before the first.
+        phase: "start" (the network as it came), "heal" or "train".
+        epoch: epochs done, of all phases together; 0 at the start.
+        step: optimiser steps done, of all phases together.
+        loss: mean training loss of the epoch; None at the start.
+        penalty: the soft unitary penalty, not multiplied by lambda.
+        lr: learning rate at the end of the epoch.
+        metrics: name -> value on the "valid" split.
+        conditioning: where it was asked for.
     """
 
     phase: str
     epoch: int
-    epochs: int
     step: int
-    steps: int
-    loss: float
+    loss: float | None
+    penalty: float
     lr: float
-    seconds: float
-    remaining: float | None
     metrics: dict[str, float]
+    conditioning: RecurrentConditioning | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """`phase epoch step loss penalty lr metrics`, and `conditioning` where it was measured."""
+        entry = asdict(self)
+        if self.conditioning is None:
+            del entry["conditioning"]
+        return entry
 
 
-OnProgress = Callable[[Progress], None]
-
-
-@dataclass
+@dataclass(frozen=True)
 class FinetuneResult:
     """Outcome of `finetune`.
 
     Attributes:
         model: the network given, now with the weights that validated best.
-        history: one entry a validation: phase, epoch, step, loss (mean over the epoch), penalty (unweighted), lr,
-            metrics; conditioning where it was asked for. The first, of epoch 0, is the network as it came, if the
-            recipe asked for it.
-        metrics: on "valid", of the weights kept.
+        history: one entry per validation.
+        metrics: name -> value on the "valid" split, of the weights kept.
         best_epoch: the epoch they come from.
         steps: optimiser steps done.
         seconds: time spent, resumed runs included.
@@ -58,10 +58,20 @@ class FinetuneResult:
     """
 
     model: nn.Module
-    history: list[dict[str, Any]] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
-    best_epoch: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-    stopped_early: bool = False
-    is_main: bool = True
+    history: tuple[Validation, ...]
+    metrics: dict[str, float]
+    best_epoch: int
+    steps: int
+    seconds: float
+    stopped_early: bool
+    is_main: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """`history metrics best_epoch steps seconds`."""
+        return {
+            "history": [entry.to_json() for entry in self.history],
+            "metrics": self.metrics,
+            "best_epoch": self.best_epoch,
+            "steps": self.steps,
+            "seconds": self.seconds,
+        }

@@ -14,11 +14,11 @@ from kruify.conversion.plan import make_plan
 from kruify.ops import has_kernel
 
 
-def prepared(teacher: nn.Module, device: torch.device, converted: Collection[str]) -> nn.Module:
-    """A copy on `device`, frozen, for evaluation, of the same function to rounding.
+def frozen_teacher(teacher: nn.Module, device: torch.device, converted: Collection[str]) -> nn.Module:
+    """A copy on `device`, without gradients, in evaluation mode, of the same function to rounding.
 
-    On a CPU its layers `converted` become kruify's, W_hh whole as their only factor: torch's GRU takes twice the time
-    of kruify's kernels there, and no layer takes less.
+    On a CPU its layers `converted` become kruify's, with W_hh whole as their only factor: torch's GRU takes twice the
+    time of kruify's kernels there, and no layer takes less.
     """
     layers = [layer for layer in locate(teacher).layers if layer.name in converted]
     if layers and device.type == "cpu" and has_kernel("cpu"):

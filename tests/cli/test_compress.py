@@ -29,7 +29,7 @@ def test_out_of_reach(folder, run):
 def test_resumed_with_options_of_the_recipe(folder, run, run_json):
     command = (
         "compress", "model.pt", "--task", "task.py:Echo", "--budget", "2x", "--epochs", "0.5", "--resume", "state",
-        "--option", "ema=0.5", "-o", "small.kru.safetensors",
+        "--option", "warmup=0.1", "-o", "small.kru.safetensors",
     )  # fmt: skip
     first = run_json(*command)
     assert run_json(*command) == first  # nothing is trained again

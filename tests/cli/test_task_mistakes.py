@@ -140,7 +140,7 @@ def test_what_all_else_is_compared_with_is_known(mistakes, run):
 
 
 def test_options_that_are_no_numbers():
-    for name in ("epochs", "lr", "temperature"):
+    for name in ("epochs", "lr", "clip"):
         with pytest.raises(UsageError, match=f"{name} must be a number, got nan"):
             Recipe().changed(**{name: float("nan")})
     with pytest.raises(UsageError, match="epochs must be a number, got inf"):

@@ -198,7 +198,7 @@ def test_resumed_it_ends_with_the_same_bits(trained: nn.Module, tmp_path: Path, 
             if seen == stop:
                 raise Stop
 
-        options = {"max_drop": -1.0, "attempts": 2, "epochs": 2, "save_steps": 1, "device": "cpu"}
+        options = {"max_drop": -1.0, "attempts": 2, "epochs": 2, "device": "cpu"}
         return compress(trained, Delay(), "4x", resume=resume, progress=count, **options), seen
 
     whole, steps = run(resume=None)
@@ -206,7 +206,7 @@ def test_resumed_it_ends_with_the_same_bits(trained: nn.Module, tmp_path: Path, 
         run(stop=at)
     torch.rand(5)
     resumed, rest = run()
-    assert rest < steps
+    assert rest < steps or at == 2  # then no epoch had ended, and nothing was saved
     torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
     assert resumed.to_json() == whole.to_json()
     again, none = run()

@@ -21,6 +21,6 @@ def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_speaks_of_options_that_exist() -> None:
     options = Recipe().to_json()
-    elsewhere = {"on_best", "output_kind"}
+    elsewhere = {"on_best", "output_kind", "stopped_early", "best_epoch", "save_seconds"}
     for name in re.findall(r"`([a-z]+_[a-z_]+)(?:=[^`]*)?`", TEXT):
         assert name in options or name in elsewhere, name

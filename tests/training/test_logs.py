@@ -22,9 +22,9 @@ def test_history_as_csv(tmp_path: Path) -> None:
     assert len(rows) == len(result.history) == 3
     assert rows[0]["loss"] == ""
     for row, entry in zip(rows, result.history, strict=True):
-        assert (row["phase"], int(row["epoch"]), int(row["step"])) == (entry["phase"], entry["epoch"], entry["step"])
-        assert float(row["valid_accuracy"]) == entry["metrics"]["accuracy"]
-        assert float(row["penalty"]) == entry["penalty"]
+        assert (row["phase"], int(row["epoch"]), int(row["step"])) == (entry.phase, entry.epoch, entry.step)
+        assert float(row["valid_accuracy"]) == entry.metrics["accuracy"]
+        assert float(row["penalty"]) == entry.penalty
 
 
 def test_missing_tensorboard_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,9 @@ def test_tensorboard_gets_every_number_once(tmp_path: Path, monkeypatch: pytest.
     expected = []
     for entry in result.history:
         expected += [
-            (name, entry[name], entry["step"]) for name in ("loss", "penalty", "lr") if entry[name] is not None
+            (name, getattr(entry, name), entry.step)
+            for name in ("loss", "penalty", "lr")
+            if getattr(entry, name) is not None
         ]
-        expected += [(f"valid/{name}", value, entry["step"]) for name, value in entry["metrics"].items()]
+        expected += [(f"valid/{name}", value, entry.step) for name, value in entry.metrics.items()]
     assert scalars == expected

@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny import Delay, same
+from torch import Tensor, nn
 
 from kruify.training import finetune
+from kruify.training.processes import Processes
 
 HERE = Path(__file__).parent
 SCRIPT = """
@@ -23,19 +26,19 @@ import torch
 torch.set_num_threads(1)
 from tiny import Delay
 from kruify.training import finetune
-slow = lambda p: time.sleep(float(sys.argv[2])) or print(p.step, flush=True)
+slow = lambda done, total, phase: time.sleep(float(sys.argv[2])) or print(done, flush=True)
 task = Delay(count=7, dropout=0.3)
 import os
 model = task.kronecker(seed=int(os.environ.get("RANK", 0)))  # the weights of rank 0 are the ones that count
 device = "cpu" if torch.accelerator.is_available() else None  # None is what users leave it at
-options = dict(epochs=3, lr=2e-2, save_steps=1, device=device, accumulate=int(sys.argv[3]))
-result = finetune(model, task, resume=sys.argv[1], on_progress=slow, **options)
+options = dict(epochs=3, lr=2e-2, save_seconds=0, device=device, accumulate=int(sys.argv[3]))
+result = finetune(model, task, resume=sys.argv[1], progress=slow, **options)
 patience = None
 if torch.distributed.is_initialized():
     group = torch.distributed.distributed_c10d._get_default_group()
     patience = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 if result.is_main:
-    state = {{"model": result.model.state_dict(), "history": result.history, "patience": patience}}
+    state = {{"model": result.model.state_dict(), "history": result.to_json()["history"], "patience": patience}}
     torch.save(state, sys.argv[1] + "/out.pt")
 """
 
@@ -53,7 +56,7 @@ def environment() -> dict[str, str]:
 def here(accumulate: int) -> dict[str, Any]:
     task = Delay(count=7, dropout=0.3)
     result = finetune(task.kronecker(), task, epochs=3, lr=2e-2, device="cpu", accumulate=accumulate)
-    return {"model": result.model.state_dict(), "history": result.history}
+    return {"model": result.model.state_dict(), "history": result.to_json()["history"]}
 
 
 def test_kill_9_and_resume(tmp_path: Path) -> None:
@@ -103,3 +106,28 @@ def test_torchrun_with_two_processes_is_one_with_the_double_batch(tmp_path: Path
     for a, b in zip(two["history"], one["history"], strict=True):
         assert (a["epoch"], a["step"]) == (b["epoch"], b["step"])
         torch.testing.assert_close(a["metrics"]["loss"], b["metrics"]["loss"], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+def test_gradients_and_numbers_are_added_up(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = Processes("cpu")
+    processes.count = 2
+    used, unused, elsewhere = parameters = [nn.Parameter(torch.zeros(2, 3, dtype=dtype)) for _ in range(3)]
+    mine, other = torch.randn(2, 3, dtype=dtype), torch.randn(2, 3, dtype=dtype)
+    messages: list[Tensor] = []
+
+    def reduce(message: Tensor, reduction: str) -> Tensor:
+        """Stands for accelerate's: the first call is the second process's, the second one adds it."""
+        assert reduction == "sum"
+        messages.append(message)
+        return torch.stack(messages).sum(0)
+
+    monkeypatch.setattr("accelerate.utils.reduce", reduce)
+    for gradients, extra in (([other, None, other], [2.0, 5.0]), ([mine, None, None], [1.0, 0.5])):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.clone()
+        numbers = processes.sum_gradients(parameters, extra)
+    assert numbers == [3.0, 5.5]
+    torch.testing.assert_close(used.grad, mine + other)
+    torch.testing.assert_close(elsewhere.grad, other)
+    assert unused.grad is None  # no process used it: the optimiser must leave it alone

@@ -47,7 +47,10 @@ def test_unknown_option_names_the_nearest() -> None:
         Recipe().changed(epoch=3)
 
 
-@pytest.mark.parametrize("change", [{"lr": 0}, {"epochs": -1}, {"schedule": "x"}, {"ema": 1.0}, {"accumulate": 0}])
+@pytest.mark.parametrize(
+    "change",
+    [{"lr": 0}, {"epochs": -1}, {"schedule": "x"}, {"patience": -1}, {"accumulate": 0}, {"clip": float("inf")}],
+)
 def test_senseless_values_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=next(iter(change))):
         Recipe().changed(**change)

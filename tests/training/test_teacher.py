@@ -10,7 +10,7 @@ from torch import nn
 from kruify.layers.base import KRUBase
 from kruify.ops import has_kernel
 from kruify.training import teacher as room
-from kruify.training.teacher import prepared
+from kruify.training.teacher import frozen_teacher
 
 CPU = torch.device("cpu")
 LAYERS = {
@@ -28,7 +28,7 @@ def test_the_same_function_on_the_kernels(kind: str, name: str) -> None:
     layer = LAYERS[kind]().double()
     dense = nn.Sequential(layer) if name else layer
     before = copy.deepcopy(dense.state_dict())
-    teacher = prepared(dense, CPU, [name])
+    teacher = frozen_teacher(dense, CPU, [name])
     assert isinstance(teacher.get_submodule(name), KRUBase)
     x = torch.randn(5, 3, 6, dtype=torch.float64)
     for ours, theirs in zip(teacher(x), dense(x), strict=True):
@@ -40,10 +40,10 @@ def test_the_same_function_on_the_kernels(kind: str, name: str) -> None:
 def test_what_was_not_converted_stays_as_it_is() -> None:
     dense = nn.ModuleDict({"a": nn.GRU(3, 4), "b": nn.Linear(4, 2)})
     for names in ([], ["c"]):
-        teacher = prepared(dense, CPU, names)
+        teacher = frozen_teacher(dense, CPU, names)
         assert isinstance(teacher["a"], nn.GRU) and teacher["a"] is not dense["a"]
 
 
 def test_without_kernels_it_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "has_kernel", lambda device: False)
-    assert isinstance(prepared(nn.GRU(3, 4), CPU, [""]), nn.GRU)
+    assert isinstance(frozen_teacher(nn.GRU(3, 4), CPU, [""]), nn.GRU)

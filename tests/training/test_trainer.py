@@ -3,6 +3,7 @@ from __future__ import annotations
 import builtins
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from kruify.errors import CorruptError, TaskError, UsageError
 from kruify.layers.kru import KRU
-from kruify.training import Progress, finetune
+from kruify.training import finetune
 from kruify.training.finetuning import finetune as finetune_function
 
 QUICK: dict[str, Any] = {"epochs": 3, "lr": 2e-2, "device": "cpu"}
@@ -23,11 +24,11 @@ def test_it_learns_and_keeps_the_best_weights() -> None:
     task = Delay(count=10)
     model = task.kronecker()
     result = finetune(model, task, epochs=8, lr=3e-2, device="cpu")
-    first, values = result.history[0], [entry["metrics"]["accuracy"] for entry in result.history]
-    assert [entry["epoch"] for entry in result.history] == list(range(9))
-    assert first["phase"] == "start" and first["loss"] is None
+    first, values = result.history[0], [entry.metrics["accuracy"] for entry in result.history]
+    assert [entry.epoch for entry in result.history] == list(range(9))
+    assert first.phase == "start" and first.loss is None
     assert result.metrics["accuracy"] == max(values) > values[0] + 0.3
-    assert result.history[result.best_epoch]["metrics"] == result.metrics
+    assert result.history[result.best_epoch].metrics == result.metrics
     assert task.evaluate(model, "valid") == result.metrics  # the best weights are the ones in the model
     assert result.model is model
     assert result.steps == 80
@@ -39,7 +40,7 @@ def test_loss_entry_is_the_mean_over_the_epoch() -> None:
     expected = task_loss(copy.deepcopy(model), task)
     # With a vanishing learning rate every batch sees the first weights.
     result = finetune(model, task, epochs=1, lr=1e-30, unitary_penalty=0.0, device="cpu")
-    assert result.history[1]["loss"] == pytest.approx(expected, rel=1e-12)
+    assert result.history[1].loss == pytest.approx(expected, rel=1e-12)
 
 
 def task_loss(model: nn.Module, task: Delay) -> float:
@@ -52,7 +53,7 @@ def task_loss(model: nn.Module, task: Delay) -> float:
 
 def test_one_step_is_adamw_with_clipping_and_penalty() -> None:
     from kruify.training import unitary_penalty
-    from kruify.training.randomness import mix
+    from kruify.training.randomness import derived_seed
 
     task = Delay(count=1)
     model = task.kronecker()
@@ -64,7 +65,7 @@ def test_one_step_is_adamw_with_clipping_and_penalty() -> None:
         model, task, epochs=1, lr=0.1, schedule="constant", warmup=0.0, clip=0.05, unitary_penalty=0.3,
         weight_decay=0.0, factor_lr=1.0, evaluate_first=False, device="cpu",
     )  # fmt: skip
-    (batch,) = task.batches("train", seed=mix(0, "epoch", 0) % 2**31)
+    (batch,) = task.batches("train", seed=derived_seed(0, "epoch", 0) % 2**31)
     loss = task.loss(task.forward(mine, batch), batch) + 0.3 * unitary_penalty(mine)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(mine.parameters(), 0.05)
@@ -100,7 +101,7 @@ def test_accumulating_is_the_larger_batch() -> None:
     a = finetune(small.kronecker(), small, accumulate=2, **QUICK)
     b = finetune(large.kronecker(), large, **QUICK)
     assert a.steps == b.steps == 9
-    assert a.history[-1]["loss"] == pytest.approx(b.history[-1]["loss"], rel=1e-9)
+    assert a.history[-1].loss == pytest.approx(b.history[-1].loss, rel=1e-9)
     for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
 
@@ -112,17 +113,13 @@ def pairs(batches: Any) -> Any:
         yield tuple(torch.cat(parts) for parts in zip(*group, strict=True))
 
 
-def test_early_stopping_and_average() -> None:
+def test_early_stopping() -> None:
     task = Delay()
     model = task.kronecker()
     before = copy.deepcopy(model.state_dict())
-    result = finetune(model, task, epochs=9, lr=1e-12, patience=2, ema=0.9, device="cpu")
+    result = finetune(model, task, epochs=9, lr=1e-12, patience=2, device="cpu")
     assert result.stopped_early and len(result.history) == 3
     assert same(model.state_dict(), before)  # nothing was better than the start
-    averaged = finetune(task.kronecker(), task, ema=0.9, **QUICK)
-    plain = finetune(task.kronecker(), task, **QUICK)
-    assert averaged.history[-1]["loss"] == plain.history[-1]["loss"]  # the average does not touch the training
-    assert averaged.history[-1]["metrics"]["loss"] != plain.history[-1]["metrics"]["loss"]
 
 
 def test_own_rate_for_factors() -> None:
@@ -135,15 +132,15 @@ def test_own_rate_for_factors() -> None:
 
 
 def test_progress_counts_up_to_the_end() -> None:
-    seen: list[Progress] = []
+    seen: list[tuple[float, float, str]] = []
     task = Delay(count=4)
-    finetune(task.kronecker(), task, epochs=1.5, lr=1e-2, device="cpu", on_progress=seen.append)
-    assert seen[-1].step == seen[-1].steps == 6
-    assert [p.step for p in seen] == sorted(p.step for p in seen)
-    assert seen[-1].epochs == 2 and seen[-1].epoch == 2
-    assert "accuracy" in seen[-1].metrics
-    assert all(math.isfinite(p.loss) for p in seen)
-    assert seen[0].remaining is None and seen[1].remaining > 0 and seen[-1].remaining == 0
+    finetune(
+        task.kronecker(), task, epochs=1.5, lr=1e-2, device="cpu", progress=lambda *told: seen.append(told)
+    )  # fmt: skip
+    assert [done for done, _, _ in seen] == [1, 2, 3, 4, 4, 5, 6, 6]  # after every step, and every validation
+    assert {total for _, total, _ in seen} == {6}
+    assert all(re.fullmatch(r"train epoch [12]/2 loss \d\.\d{3} accuracy 0\.\d{3}", text) for _, _, text in seen)
+    assert "epoch 1/2" in seen[3][2] and "epoch 2/2" in seen[5][2]
 
 
 def test_best_callback() -> None:
@@ -159,8 +156,8 @@ def test_mixed_precision_trains() -> None:
     task = Delay(count=10, dtype=torch.float32)
     result = finetune(task.kronecker(), task, epochs=4, lr=3e-2, device="cpu", mixed_precision="bf16")
     plain = finetune(task.kronecker(), task, epochs=4, lr=3e-2, device="cpu")
-    assert result.history[-1]["loss"] < result.history[1]["loss"]
-    assert result.history[-1]["loss"] != plain.history[-1]["loss"]
+    assert result.history[-1].loss < result.history[1].loss
+    assert result.history[-1].loss != plain.history[-1].loss
 
 
 class Unbounded(Delay):
@@ -207,23 +204,23 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("at", [1, 7, 12, 17])
 def test_resume_gives_the_same_bits(tmp_path: Path, at: int) -> None:
-    options: dict[str, Any] = {**QUICK, "ema": 0.9, "save_steps": 2, "accumulate": 1}
+    options: dict[str, Any] = {**QUICK, "save_seconds": 0}
     task = Delay(dropout=0.3)
 
-    def interrupt(progress: Progress) -> None:
-        if progress.step == at:
+    def interrupt(done: float, total: float, phase: str) -> None:
+        if done == at:
             raise Stop
 
     whole = finetune(task.kronecker(), task, **options)
     with pytest.raises(Stop):
-        finetune(task.kronecker(), task, resume=tmp_path, on_progress=interrupt, **options)
+        finetune(task.kronecker(), task, resume=tmp_path, progress=interrupt, **options)
     torch.rand(17)  # whatever happens between does not matter
     resumed = finetune(task.kronecker(seed=99), task, resume=tmp_path, **options)
     assert same(resumed.model.state_dict(), whole.model.state_dict())
     assert resumed.history == whole.history
     assert resumed.metrics == whole.metrics and resumed.steps == whole.steps == 18
     # A finished run is not run again.
-    again = finetune(task.kronecker(seed=98), task, resume=tmp_path, on_progress=interrupt, **options)
+    again = finetune(task.kronecker(seed=98), task, resume=tmp_path, progress=interrupt, **options)
     assert same(again.model.state_dict(), whole.model.state_dict()) and again.history == whole.history
 
 
@@ -260,18 +257,18 @@ def test_complex_unit_trains_with_its_penalty_and_resumes(tmp_path: Path) -> Non
         torch.manual_seed(0)
         return Published()
 
-    options: dict[str, Any] = {"epochs": 4, "lr": 3e-2, "ema": 0.5, "device": "cpu"}
+    options: dict[str, Any] = {"epochs": 4, "lr": 3e-2, "device": "cpu"}
     whole = finetune(model(), task, **options)
-    assert whole.history[-1]["loss"] < 0.9 * whole.history[1]["loss"]
+    assert whole.history[-1].loss < 0.9 * whole.history[1].loss
     free = finetune(model(), task, unitary_penalty=0.0, **options)
-    assert whole.history[-1]["penalty"] < free.history[-1]["penalty"]
+    assert whole.history[-1].penalty < free.history[-1].penalty
 
-    def interrupt(progress: Progress) -> None:
-        if progress.step == 15:
+    def interrupt(done: float, total: float, phase: str) -> None:
+        if done == 15:
             raise Stop
 
     with pytest.raises(Stop):
-        finetune(model(), task, resume=tmp_path, on_progress=interrupt, save_steps=4, **options)
+        finetune(model(), task, resume=tmp_path, progress=interrupt, save_seconds=0, **options)
     assert same(finetune(model(), task, resume=tmp_path, **options).model.state_dict(), whole.model.state_dict())
 
 

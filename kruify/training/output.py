@@ -33,17 +33,26 @@ def write_trained(
     """
     plan = plan_of(outcome.model)
     state = {name: tensor.cpu() for name, tensor in outcome.model.state_dict().items()}
-    told = {"kruify.history": json.dumps(outcome.history), "kruify.recipe": json.dumps(recipe.to_json())}
+    history = [entry.to_json() for entry in outcome.history]
+    told = {"kruify.history": json.dumps(history), "kruify.recipe": json.dumps(recipe.to_json())}
     before = source.metadata if source is not None else {}
     if network is not None or KEY in before:
         told[KEY] = json.dumps(network) if network is not None else before[KEY]
     if not plan.layers:
         write_model(path, state, told)
         return
-    extra = dict(told)
     dense = before.get("kruify.source_sha256", "")
     if source is not None:
-        earlier = json.loads(before.get("kruify.parents", "[]"))
-        parents = [*(earlier or [dense]), source.sha256]
-        extra = {"kruify.parents": json.dumps(parents), ORIGIN: before.get(ORIGIN, ""), **told}
-    write_model(path, state, metadata_for(plan.to_json(), source_sha256=dense, seed=recipe.seed, extra=extra))
+        parents = [*(earlier_files(source) or [dense]), source.sha256]
+        told |= {"kruify.parents": json.dumps(parents), ORIGIN: before.get(ORIGIN, "")}
+    write_model(path, state, metadata_for(plan.to_json(), source_sha256=dense, seed=recipe.seed, extra=told))
+
+
+def earlier_files(source: Checkpoint) -> list[str]:
+    """The hashes of the files that `source` was made from, as it tells; empty where it tells none, or nothing that can
+    be read: it is no reason to lose what was trained."""
+    try:
+        found = json.loads(source.metadata.get("kruify.parents", "[]"))
+    except (ValueError, RecursionError):
+        return []
+    return [str(item)[:64] for item in found] if isinstance(found, list) else []

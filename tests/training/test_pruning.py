@@ -11,8 +11,7 @@ from kruify.api import convert
 from kruify.conversion import plan_of, swap
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.training import finetune
-from kruify.training.anneal import OverlayAnnealing, strongest
-from kruify.training.ema import Average
+from kruify.training.pruning import UNTIL, GradualPruning, strongest
 
 
 def converted(spec: str = "4x4,2x2+sparse:12.5%:2") -> tuple[LayeredDelay, nn.Module, nn.Module]:
@@ -25,26 +24,26 @@ def blocks(model: nn.Module) -> list[int]:
     return [len(m.overlay.values) for m in model.modules() if isinstance(m, KroneckerMatrix) and m.overlay is not None]
 
 
-def test_a_full_overlay_is_the_dense_network() -> None:
+def test_a_full_residual_is_the_dense_network() -> None:
     _, teacher, student = converted()
-    annealing = OverlayAnnealing(student, teacher.state_dict(), start=1.0, until=0.5)
+    pruning = GradualPruning(student, teacher.state_dict(), start=1.0)
     final = blocks(student)
-    assert annealing.done
-    annealing.grow()
+    assert pruning.done
+    pruning.grow()
     assert blocks(student) == [3 * 32] * 2 and final == [3 * 4] * 2
-    assert not annealing.done
+    assert not pruning.done
     for name, module in student.named_modules():
         if isinstance(module, KroneckerMatrix):
             torch.testing.assert_close(module.to_dense(), teacher.state_dict()[name], rtol=1e-12, atol=1e-12)
 
 
-def test_grown_overlay_holds_the_largest_blocks_of_the_residual() -> None:
+def test_it_begins_with_the_largest_blocks() -> None:
     _, teacher, student = converted()
     matrix = student.rnn.weight_hh_l0
     with torch.no_grad():
         matrix.overlay.values.zero_()
         residual = teacher.rnn.weight_hh_l0 - matrix.to_dense()
-    OverlayAnnealing(student, teacher.state_dict(), start=0.25, until=0.5).grow()
+    GradualPruning(student, teacher.state_dict(), start=0.25).grow()
     norms = residual.reshape(3, 4, 2, 8).square().sum(2).reshape(3, 32)
     left = (teacher.rnn.weight_hh_l0 - matrix.to_dense()).detach().reshape(3, 4, 2, 8).square().sum(2).reshape(3, 32)
     for gate in range(3):
@@ -58,24 +57,22 @@ def test_grown_overlay_holds_the_largest_blocks_of_the_residual() -> None:
 
 def test_pruning_keeps_the_strongest_and_their_moments() -> None:
     _, teacher, student = converted()
-    annealing = OverlayAnnealing(student, teacher.state_dict(), start=1.0, until=0.5)
-    annealing.grow()
-    average = Average(student, 0.9)
+    pruning = GradualPruning(student, teacher.state_dict(), start=1.0)
+    pruning.grow()
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, weight_decay=0.0)
     sum(p.square().sum() for p in student.parameters()).backward()  # the gradient is twice the value
     optimizer.step()
     matrix = student.rnn.weight_hh_l0
     before = matrix.overlay.values.detach().clone()
-    annealing.prune(0.25, optimizer, average)
+    pruning.prune(UNTIL / 2, optimizer)
     wanted = 4 + round((1 - 0.5) ** 3 * 28)
     assert len(matrix.overlay.values) == 3 * wanted
     moments = optimizer.state[matrix.overlay.values]["exp_avg"]
     torch.testing.assert_close(moments, 0.2 * matrix.overlay.values.detach())
-    assert average.shadow["rnn.weight_hh_l0.overlay.values"].shape == matrix.overlay.values.shape
     gate = before[: 32].square().sum(1).sort(descending=True).values  # fmt: skip
     assert matrix.overlay.values[:wanted].square().sum(1).min().item() == pytest.approx(gate[wanted - 1].item())
-    annealing.prune(0.5, optimizer, average)
-    assert annealing.done
+    pruning.prune(UNTIL, optimizer)
+    assert pruning.done
     assert any(p is matrix.overlay.values for g in optimizer.param_groups for p in g["params"])
 
 
@@ -89,59 +86,36 @@ def test_the_best_network_has_the_final_size() -> None:
     sizes = blocks(student)
     shapes = {n: t.shape for n, t in student.state_dict().items()}
     teacher_metrics = task.evaluate(teacher, "valid")
-    result = finetune(student, task, teacher=teacher, epochs=4, lr=1e-2, overlay_start=1.0, device="cpu")
-    assert result.history[0]["metrics"] == pytest.approx(teacher_metrics)  # it began as the dense network
+    result = finetune(student, task, teacher=teacher, epochs=4, lr=1e-2, sparse_start=1.0, device="cpu")
+    assert result.history[0].metrics == pytest.approx(teacher_metrics)  # it began as the dense network
     assert blocks(result.model) == sizes
     assert {n: t.shape for n, t in result.model.state_dict().items()} == shapes
-    assert result.best_epoch >= 2  # in the first of four epochs the overlays are still larger
+    assert result.best_epoch >= 2  # in the first of four epochs the residuals are still larger
     assert task.evaluate(result.model, "valid") == result.metrics
 
 
-def test_without_a_teacher_overlays_are_left_alone() -> None:
+def test_without_a_teacher_residuals_are_left_alone() -> None:
     task, _, student = converted()
     index = copy.deepcopy(student.rnn.weight_hh_l0.overlay.index)
-    finetune(student, task, epochs=1, lr=1e-2, overlay_start=1.0, device="cpu")
+    finetune(student, task, epochs=1, lr=1e-2, sparse_start=1.0, device="cpu")
     assert torch.equal(student.rnn.weight_hh_l0.overlay.index, index)
 
 
-def test_pooled_overlays_share_their_blocks() -> None:
-    task, teacher, _ = converted()
-    with torch.no_grad():
-        teacher.rnn.weight_hh_l1[8:16].mul_(5)  # one gate has far larger entries
-    student = convert(teacher, "sparse:12.5%:2")[0]
-    total, before = sum(blocks(student)), copy.deepcopy(student)
-    result = finetune(
-        student, task, teacher=teacher, epochs=3, lr=1e-3, overlay_start=1.0, overlay_pooled=True, device="cpu"
-    )
-    assert sum(blocks(result.model)) == total
-    matrix = result.model.rnn.weight_hh_l1
-    counts = [s.sparse_blocks for s in matrix.structures]
-    gate = matrix.overlay.index[:, 0] // matrix.rows
-    assert counts == torch.bincount(gate, minlength=3).tolist()
-    assert counts[1] > 2 * max(counts[0], counts[2]) and min(counts) >= 1
-    # A file holds what the structures say: a network built from them takes the weights.
-    rebuilt = swap(task.model(), plan_of(result.model))
-    rebuilt.load_state_dict(result.model.state_dict())
-    assert task.evaluate(rebuilt, "valid") == result.metrics
-    assert [s.sparse_blocks for s in before.rnn.weight_hh_l1.structures] == [4, 4, 4]
-
-
-@pytest.mark.parametrize("pooled", [False, True])
-def test_the_overlay_of_stacked_gates_is_one(pooled: bool) -> None:
+def test_the_residual_of_stacked_gates_is_one() -> None:
     task, teacher, student = converted("stacked:12x4,2x2+sparse:12.5%:2")
     final = blocks(student)
     assert final == [12, 12]
-    annealing = OverlayAnnealing(student, teacher.state_dict(), start=1.0, until=0.5)
-    annealing.grow()
+    pruning = GradualPruning(student, teacher.state_dict(), start=1.0)
+    pruning.grow()
     assert blocks(student) == [96, 96]
     for name, module in student.named_modules():
         if isinstance(module, KroneckerMatrix):
             torch.testing.assert_close(module.to_dense(), teacher.state_dict()[name], rtol=1e-12, atol=1e-12)
     result = finetune(
         convert(teacher, "stacked:12x4,2x2+sparse:12.5%:2")[0],
-        task, teacher=teacher, epochs=2, overlay_start=1.0, overlay_pooled=pooled, overlay_dropout=0.1, device="cpu",
+        task, teacher=teacher, epochs=2, sparse_start=1.0, device="cpu",
     )  # fmt: skip
-    assert sum(blocks(result.model)) == sum(final) and (pooled or blocks(result.model) == final)
+    assert blocks(result.model) == final
     rebuilt = swap(task.model(), plan_of(result.model))
     rebuilt.load_state_dict(result.model.state_dict())
     assert task.evaluate(rebuilt, "valid") == result.metrics

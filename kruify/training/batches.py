@@ -1,4 +1,4 @@
-"""The batches of one epoch, in groups that one optimiser step takes, dealt out to the processes."""
+"""The batches of one epoch: one list per optimiser step, divided among the processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from kruify.errors import TaskError
 from kruify.tasks.base import Task
-from kruify.training.randomness import mix, seed_all
+from kruify.training.randomness import derived_seed, seed_all
 
 Batch = tuple[int, Any]  # (number of the batch in its epoch, batch)
 
@@ -19,33 +19,24 @@ def count_batches(task: Task, seed: int) -> int:
     Raises:
         TaskError: there are none.
     """
-    batches = task.batches("train", seed=mix(seed, "epoch", 0) % 2**31)
+    batches = train_batches(task, derived_seed(seed, "epoch", 0))
     count = len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
     if not count:
         raise TaskError('split "train" has no batches', where=type(task).__name__)
     return count
 
 
-def groups(
-    task: Task,
-    seed: int,
-    epoch: int,
-    *,
-    limit: int,
-    size: int,
-    skip: int,
-    rank: int,
-    processes: int,
+def steps_of_epoch(
+    task: Task, seed: int, epoch: int, *, limit: int, per_step: int, skip: int, rank: int, processes: int
 ) -> Iterator[list[Batch]]:
-    """This process's share of each group of `size` consecutive batches; it is empty where the last group is too short
-    for all.
+    """For every optimiser step this process's share of its `per_step` consecutive batches; it is empty where the last
+    step has too few for all.
 
     Args:
         limit: batches taken from the epoch at most.
-        skip: groups left out at the start (a resumed run has done them).
+        skip: steps left out at the start (a resumed run has done them).
     """
-    # Task seeds are 31 bits: numpy and some samplers take no more.
-    batches = iter(task.batches("train", seed=mix(seed, "epoch", epoch) % 2**31))
+    batches = iter(train_batches(task, derived_seed(seed, "epoch", epoch)))
 
     def numbered() -> Iterator[Batch]:
         for number in range(limit):
@@ -58,7 +49,12 @@ def groups(
 
     stream = numbered()
     for _ in range(skip):
-        if not list(islice(stream, size)):
+        if not list(islice(stream, per_step)):
             return
-    while group := list(islice(stream, size)):
-        yield group[rank::processes]
+    while step := list(islice(stream, per_step)):
+        yield step[rank::processes]
+
+
+def train_batches(task: Task, seed: int) -> Any:
+    """The task's batches of "train". Its seed has 31 bits: numpy and some samplers take no more."""
+    return task.batches("train", seed=seed % 2**31)

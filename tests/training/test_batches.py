@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tiny import Delay
 
 from kruify.errors import TaskError
-from kruify.training.feed import count_batches, groups
-from kruify.training.randomness import isolated, mix, seed_all
+from kruify.training.batches import count_batches, steps_of_epoch
+from kruify.training.randomness import derived_seed, isolated_generators, seed_all
 
 
 class Numbers(Delay):
@@ -36,12 +36,12 @@ def test_every_batch_goes_to_one_process(count: int, accumulate: int, processes:
     steps = -(-count // size)
     skip = data.draw(st.integers(0, steps))
 
-    def feed(rank: int, processes: int, skip: int) -> list[list[Any]]:
-        return list(groups(task, 3, 5, limit=count, size=size, skip=skip, rank=rank, processes=processes))
+    def dealt(rank: int, processes: int, skip: int) -> list[list[Any]]:
+        return list(steps_of_epoch(task, 3, 5, limit=count, per_step=size, skip=skip, rank=rank, processes=processes))
 
-    with isolated():
-        alone = feed(0, 1, 0)
-        shared = [feed(rank, processes, skip) for rank in range(processes)]
+    with isolated_generators():
+        alone = dealt(0, 1, 0)
+        shared = [dealt(rank, processes, skip) for rank in range(processes)]
     assert sorted(batch[0] for group in alone for _, batch in group) == list(range(count))
     assert all(len(share) == steps - skip for share in shared)  # the same number of steps on every process
     for step in range(skip, steps):
@@ -53,9 +53,9 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     task = Numbers(9)
 
     def order(seed: int, epoch: int) -> tuple[int, ...]:
-        with isolated():
-            feed = groups(task, seed, epoch, limit=9, size=1, skip=0, rank=0, processes=1)
-            return tuple(batch[0] for ((_, batch),) in feed)
+        with isolated_generators():
+            steps = steps_of_epoch(task, seed, epoch, limit=9, per_step=1, skip=0, rank=0, processes=1)
+            return tuple(batch[0] for ((_, batch),) in steps)
 
     assert len({order(seed, epoch) for seed in range(3) for epoch in range(3)}) == 9
     assert order(1, 2) == order(1, 2)
@@ -68,9 +68,9 @@ def test_counting() -> None:
 
 
 def test_limit_cuts_an_epoch_that_came_out_longer() -> None:
-    with isolated():
-        feed = groups(Numbers(9), 0, 0, limit=5, size=2, skip=0, rank=0, processes=1)
-        assert [len(group) for group in feed] == [2, 2, 1]
+    with isolated_generators():
+        steps = steps_of_epoch(Numbers(9), 0, 0, limit=5, per_step=2, skip=0, rank=0, processes=1)
+        assert [len(group) for group in steps] == [2, 2, 1]
 
 
 def test_seeds_cover_all_generators_and_isolation_puts_them_back() -> None:
@@ -82,8 +82,8 @@ def test_seeds_cover_all_generators_and_isolation_puts_them_back() -> None:
     seed_all("a", 2)
     assert all(a != b for a, b in zip(first, draw(), strict=True))
     seed_all("a", 1)
-    with isolated():
+    with isolated_generators():
         draw()
         seed_all("b")
     assert draw() == first
-    assert mix("a", 12) != mix("a1", 2) and 0 <= mix(0) < 2**63
+    assert derived_seed("a", 12) != derived_seed("a1", 2) and 0 <= derived_seed(0) < 2**63

@@ -16,8 +16,13 @@ from kruify.analysis.conditioning import conditioning
 from kruify.layers import KRU, KRUGRU
 from kruify.tasks.base import Task
 from kruify.training import Recipe, finetune
-from kruify.training.conditioning import POINTS, gradient_through_time, matrices, measure
-from kruify.training.groups import parameter_groups
+from kruify.training.parameter_groups import parameter_groups
+from kruify.training.recurrent_conditioning import (
+    POINTS,
+    gradient_through_time,
+    matrix_conditioning,
+    recurrent_conditioning,
+)
 
 STEPS, BATCH = 6, 3
 
@@ -86,8 +91,8 @@ def test_against_states_kept_by_hand(kind: str) -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     (x, _) = task.batches("train")
-    assert found["steps"] == list(range(1, STEPS + 1))
-    assert found["norms"] == pytest.approx(by_hand(model, x, kind == "kru", task.loss))
+    assert found.steps == list(range(1, STEPS + 1))
+    assert found.norms == pytest.approx(by_hand(model, x, kind == "kru", task.loss))
 
 
 def test_long_sequences_are_measured_at_some_steps_and_unitary_ones_keep_the_gradient() -> None:
@@ -99,21 +104,21 @@ def test_long_sequences_are_measured_at_some_steps_and_unitary_ones_keep_the_gra
 
     layer = KRU(2, 8, batch_first=True, factors="2x2", bias=False, dtype=torch.float64)
     found = gradient_through_time(Net(layer, 16).double(), Last(steps=100), 0)["rnn"]
-    assert len(found["steps"]) == POINTS and found["steps"][-1] == 100
-    np.testing.assert_allclose(found["norms"], found["norms"][-1], rtol=1e-9)
+    assert len(found.steps) == POINTS and found.steps[-1] == 100
+    np.testing.assert_allclose(found.norms, found.norms[-1], rtol=1e-9)
 
 
 def test_time_first_two_layers_lstm() -> None:
     model = Net(nn.LSTM(2, 4, num_layers=2, dtype=torch.float64), 4).double()
     found = gradient_through_time(model, Sums(time_first=True), 0)["rnn"]
-    assert found["steps"] == list(range(1, STEPS + 1)) and min(found["norms"]) > 0
+    assert found.steps == list(range(1, STEPS + 1)) and min(found.norms) > 0
 
 
 def test_layers_that_do_not_unroll_have_no_gradient_but_matrices() -> None:
     model = Net(nn.GRU(2, 4, bidirectional=True, batch_first=True, dtype=torch.float64), 8).double()
-    found = measure(model, Sums(), 0)
-    assert found["gradient"] == {}
-    assert [(m["name"], m["gate"]) for m in found["matrices"]] == [
+    found = recurrent_conditioning(model, Sums(), 0)
+    assert found.gradient == {}
+    assert [(m.name, m.gate) for m in found.matrices] == [
         (f"rnn.weight_hh_l0{suffix}", gate) for suffix in ("", "_reverse") for gate in "rzn"
     ]
 
@@ -121,10 +126,10 @@ def test_layers_that_do_not_unroll_have_no_gradient_but_matrices() -> None:
 def test_matrices_are_those_of_the_layers() -> None:
     model = Net(KRUGRU(2, 4, factors="2x2"), 4)
     dense = model.rnn.weight_hh_l0.to_dense().detach().double()
-    for found, gate in zip(matrices(model), dense.split(4), strict=True):
+    for found, gate in zip(matrix_conditioning(model), dense.split(4), strict=True):
         expected = conditioning(gate)
-        assert found["condition_number"] == pytest.approx(expected.condition_number, rel=1e-5)
-        assert found["spectral_norm"] == pytest.approx(expected.spectral_norm, rel=1e-5)
+        assert found.condition_number == pytest.approx(expected.condition_number, rel=1e-5)
+        assert found.spectral_norm == pytest.approx(expected.spectral_norm, rel=1e-5)
 
 
 def test_a_run_measures_at_every_validation_and_trains_the_same(tmp_path: Path) -> None:
@@ -136,21 +141,21 @@ def test_a_run_measures_at_every_validation_and_trains_the_same(tmp_path: Path) 
     plain, watched = run(), run(conditioning=True, log_dir=tmp_path)
     for a, b in zip(plain.model.parameters(), watched.model.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert "conditioning" not in plain.history[0]
+    assert plain.history[0].conditioning is None and "conditioning" not in plain.history[0].to_json()
     assert len(watched.history) == 3
     with (tmp_path / "history.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     for row, entry in zip(rows, watched.history, strict=True):
-        (matrix,) = entry["conditioning"]["matrices"]
-        for measure_ in ("condition_number", "spectral_norm", "unitarity_defect"):
-            assert float(row[f"{measure_} rnn.weight_hh_l0.h"]) == matrix[measure_]
+        (matrix,) = entry.conditioning.matrices
+        for measure in ("condition_number", "spectral_norm", "unitarity_defect"):
+            assert float(row[f"{measure} rnn.weight_hh_l0.h"]) == getattr(matrix, measure)
     assert float(rows[0]["condition_number rnn.weight_hh_l0.h"]) == pytest.approx(1)
     with (tmp_path / "gradient.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 3 * STEPS
-    assert [float(line["gradient_norm"]) for line in lines[-STEPS:]] == watched.history[-1]["conditioning"]["gradient"][
+    assert [float(line["gradient_norm"]) for line in lines[-STEPS:]] == watched.history[-1].conditioning.gradient[
         "rnn"
-    ]["norms"]
+    ].norms
 
 
 def test_what_acts_at_every_step_has_a_learning_rate_of_its_own() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -20,77 +21,97 @@ from kruify.layers import KRU
 from kruify.layers.base import GATES
 from kruify.layers.matrix import exact
 from kruify.tasks.base import Task, device_of, to_device
-from kruify.training.randomness import isolated, mix, seed_all
+from kruify.training.batches import train_batches
+from kruify.training.randomness import derived_seed, isolated_generators, seed_all
 from kruify.training.recurrent import RECURRENT
 
-POINTS = 32  # moments of a sequence at which the gradient is measured
+POINTS = 32  # steps of a sequence at which the gradient is measured
 
 
-def measure(model: nn.Module, task: Task, seed: int) -> dict[str, Any]:
-    """Return {"matrices": [...], "gradient": {layer: {"steps": [...], "norms": [...]}}}, leaving no trace in `model`.
+@dataclass(frozen=True)
+class GateConditioning:
+    """Of one gate of one recurrent matrix; kruify.analysis.conditioning says what each measure is."""
 
-    "matrices" has `name gate condition_number spectral_norm unitarity_defect` of each gate. "gradient" is that of the
-    loss of the train split's first batch; layers that run in both directions, over packed sequences or step by step
-    (cells) have none.
+    name: str
+    gate: str
+    condition_number: float
+    spectral_norm: float
+    unitarity_defect: float
+
+
+@dataclass(frozen=True)
+class GradientNorms:
+    """`norms[i]` is |dL/dh_t| over the batch at step t = `steps[i]`, counted from 1."""
+
+    steps: list[float]
+    norms: list[float]
+
+
+@dataclass(frozen=True)
+class RecurrentConditioning:
+    """Conditioning of every recurrent matrix, and the gradient through time of every layer, by name.
+
+    The gradient is that of the loss of the train split's first batch; layers that run in both directions, over packed
+    sequences or step by step (cells) have none.
     """
-    return {"matrices": list(matrices(model)), "gradient": gradient_through_time(model, task, seed)}
+
+    matrices: list[GateConditioning]
+    gradient: dict[str, GradientNorms]
 
 
-def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> recurrent layer or cell."""
+def recurrent_conditioning(model: nn.Module, task: Task, seed: int) -> RecurrentConditioning:
+    """Measures `model` and leaves no trace in it."""
+    return RecurrentConditioning(list(matrix_conditioning(model)), gradient_through_time(model, task, seed))
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, (*RECURRENT, KRU))}
 
 
-def matrices(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yield the conditioning of each gate of each recurrent matrix of the model's recurrent layers."""
+def matrix_conditioning(model: nn.Module) -> Iterator[GateConditioning]:
+    """Yields the conditioning of each gate of each recurrent matrix of the model's recurrent layers."""
     kind_of = {len(gates): kind for kind, gates in GATES.items()}
-    for prefix, layer in layers_of(model).items():
-        held = [name for name, _ in (*layer.named_parameters(recurse=False), *layer.named_children())]
-        for name in held:
+    for prefix, layer in _layers(model).items():
+        for name, _ in (*layer.named_parameters(recurse=False), *layer.named_children()):
             if not name.startswith("weight_hh"):
                 continue
             dense = exact(getattr(layer, name))
             gates = GATES[kind_of[dense.shape[0] // int(layer.hidden_size)]]  # type: ignore[arg-type]
             for gate, matrix in zip(gates, dense.chunk(len(gates)), strict=True):
-                found = conditioning(matrix)
-                yield {
-                    "name": f"{prefix}.{name}" if prefix else name,
-                    "gate": gate,
-                    "condition_number": found.condition_number,
-                    "spectral_norm": found.spectral_norm,
-                    "unitarity_defect": found.unitarity_defect,
-                }
+                c = conditioning(matrix)
+                full_name = f"{prefix}.{name}" if prefix else name
+                yield GateConditioning(full_name, gate, c.condition_number, c.spectral_norm, c.unitarity_defect)
 
 
-def gradient_through_time(model: nn.Module, task: Task, seed: int) -> dict[str, dict[str, list[float]]]:
-    """Return layer -> steps (from 1) and the norms of dL/dh_t over the batch there, t at most POINTS of the steps."""
+def gradient_through_time(model: nn.Module, task: Task, seed: int) -> dict[str, GradientNorms]:
+    """Layer -> the norms of dL/dh_t over one batch, at no more than POINTS of its steps."""
     modes = [(module, module.training) for module in model.modules()]
-    layers = {name: layer for name, layer in layers_of(model).items() if _unrolls(layer)}
+    layers = {
+        name: layer
+        for name, layer in _layers(model).items()
+        if hasattr(layer, "batch_first") and not getattr(layer, "bidirectional", False)
+    }
     try:
-        with isolated(), torch.enable_grad(), ExitStack() as stack:
+        with isolated_generators(), torch.enable_grad(), ExitStack() as stack:
             model.eval()
             for layer in layers.values():
                 layer.train()  # cuDNN has no backward pass in evaluation mode
             seed_all(seed, "conditioning")
-            batch = next(iter(task.batches("train", seed=mix(seed, "conditioning") % 2**31)))
+            batch = to_device(next(iter(train_batches(task, derived_seed(seed, "conditioning")))), device_of(model))
             probes = {name: stack.enter_context(_probed(layer)) for name, layer in layers.items()}
-            batch = to_device(batch, device_of(model))
             loss = task.loss(task.forward(model, batch), batch)
-            found = {name: pair for name, pair in probes.items() if pair}
-            flat = [probe for pairs in found.values() for _, probe in pairs]
-            grads = iter(torch.autograd.grad(loss, flat, allow_unused=True) if flat else ())
+            zeros = [zero for pairs in probes.values() for _, zero in pairs]
+            grads = iter(torch.autograd.grad(loss, zeros, allow_unused=True) if zeros else ())
     finally:
         for module, training in modes:
             module.training = training
-    result: dict[str, dict[str, list[float]]] = {}
-    for name, pairs in found.items():
-        norms = [0.0 if grad is None else float(grad.norm()) for grad in (next(grads) for _ in pairs)]
-        result[name] = {"steps": [float(step) for step, _ in pairs], "norms": norms}
-    return result
-
-
-def _unrolls(layer: nn.Module) -> bool:
-    return not getattr(layer, "bidirectional", False) and hasattr(layer, "batch_first")
+    norms = {
+        name: [0.0 if g is None else float(g.norm()) for _, g in zip(p, grads, strict=False)]
+        for name, p in probes.items()
+    }
+    return {
+        name: GradientNorms([float(t) for t, _ in probes[name]], values) for name, values in norms.items() if values
+    }
 
 
 @contextmanager
