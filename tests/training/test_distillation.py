@@ -170,11 +170,8 @@ def test_without_labels() -> None:
         return float(torch.stack(found).mean())
 
     before = distance()
-    finetune(
-        student, task, teacher=teacher, distill_logits=1.0, distill_until=None, device="cpu", epochs=20, lr=2e-2,
-        evaluate_first=False,
-    )  # fmt: skip
-    assert distance() < 0.5 * before
+    finetune(student, task, teacher=teacher, distill_logits=1.0, distill_until=None, **{**QUICK, "epochs": 4})
+    assert distance() < 0.8 * before
 
 
 def test_teacher_of_another_size() -> None:
