@@ -34,7 +34,7 @@ from kruify.tasks.base import Task, measure
 from kruify.tasks.loader import load_task
 from kruify.training import FinetuneResult, Recipe
 from kruify.training import finetune as _finetune
-from kruify.training.written import write_trained
+from kruify.training.output import write_trained
 
 FilePath = str | os.PathLike[str]
 Network = nn.Module | Checkpoint | FilePath
