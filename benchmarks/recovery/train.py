@@ -15,7 +15,7 @@ from measurements import Row, where_and_when
 from timing import best_times
 from torch import nn
 
-from kruify.api import convert
+from kruify import convert
 from kruify.conversion import convert_module, swap
 from kruify.conversion.locate import RecurrentLayer, locate
 from kruify.conversion.plan import Plan, make_plan

@@ -10,7 +10,7 @@ from tiny import LayeredDelay, same
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
-from kruify.api import convert
+from kruify import convert
 from kruify.errors import UsageError
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.training import finetune

@@ -7,7 +7,7 @@ import torch
 from tiny import LayeredDelay
 from torch import nn
 
-from kruify.api import convert
+from kruify import convert
 from kruify.conversion import plan_of, swap
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.training import finetune
