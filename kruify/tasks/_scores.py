@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
 import math
-import os
-import tempfile
 import zipfile
 from contextlib import suppress
 from fractions import Fraction
@@ -17,7 +13,7 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from kruify.errors import TaskError
-from kruify.tasks._data import cache_folder
+from kruify.tasks._data import cache_folder, find_in_package, keep, split_of
 from kruify.tasks.base import SPLITS
 
 Piece = list[list[int]]
@@ -32,9 +28,8 @@ _FORMAT = 1  # of the cache file
 
 def chorales() -> dict[str, list[Piece]]:
     """Return split -> chorales of the installed music21, 60/20/20 by sha1 of the file name; TaskError if missing."""
-    spec = importlib.util.find_spec("music21")
-    folder = Path((spec.submodule_search_locations or [""])[0]) / "corpus" / "bach" if spec else None
-    if folder is None or not folder.is_dir():
+    folder = find_in_package("music21", "corpus/bach")
+    if folder is None:
         hint = (
             "Run `pip install --no-deps music21` (its own dependencies are not needed), or name a file: jsb:data=FILE"
         )
@@ -46,28 +41,9 @@ def chorales() -> dict[str, list[Piece]]:
     splits: dict[str, list[Piece]] = {split: [] for split in SPLITS}
     for file in sorted(folder.glob("*.mxl")):
         if piece := frames(_score(file)):
-            splits[split_of(file.name)].append(piece)
-    with suppress(OSError):  # a home that cannot be written to costs time, nothing else
-        _write(cached, json.dumps(splits))
+            splits[split_of(file.name, 20)].append(piece)
+    keep(cached, json.dumps(splits).encode())
     return splits
-
-
-def split_of(name: str) -> str:
-    """Return the split of a file name: 20 % "test", 20 % "valid", the rest "train"."""
-    part = int(hashlib.sha1(name.encode()).hexdigest(), 16) % 100
-    return "test" if part < 20 else "valid" if part < 40 else "train"
-
-
-def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-    try:
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(text)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _score(file: Path) -> Element:

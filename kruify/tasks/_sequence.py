@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from kruify.tasks._cells import last_output, output_size, recurrent
-from kruify.tasks.base import Task
+from kruify.tasks.base import Task, check_split, evaluating, to_device
 
 
 class SequenceNetwork(nn.Module):
@@ -27,9 +28,6 @@ class SequenceNetwork(nn.Module):
     def __init__(self, inputs: int, outputs: int, options: SequenceTask, *, one_hot: bool = False, last: bool = False):
         super().__init__()
         self.inputs, self.one_hot, self.last = inputs, one_hot, last
-        between = (
-            options.dropout if options.layers > 1 else 0.0
-        )  # torch warns of dropout between layers that are not there
         self.rnn = recurrent(
             options.cell,
             inputs,
@@ -37,7 +35,7 @@ class SequenceNetwork(nn.Module):
             factors=options.factors,
             start=options.start,
             num_layers=options.layers,
-            dropout=between,
+            dropout=options.dropout if options.layers > 1 else 0.0,  # torch warns where it would act on nothing
             batch_first=True,
         )
         self.dropout = nn.Dropout(options.dropout)
@@ -65,7 +63,7 @@ class Batch(NamedTuple):
     """What goes in, what should come out, and where that counts."""
 
     x: Tensor  # (batch, steps, ...)
-    y: Tensor  # (batch, ...) or (batch, steps, ...)
+    y: Tensor  # (batch, ...) or (batch, steps, ...); a class below 0 does not count
     mask: Tensor | None = None  # (batch, steps) bool; None: everywhere
 
 
@@ -94,19 +92,70 @@ class SequenceTask(Task):
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         return cast(Tensor, model(batch.x))
 
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the mean cross entropy in nats of the classes in y."""
+        return functional.cross_entropy(outputs.flatten(0, -2), batch.y.flatten(), ignore_index=-1)
+
     def weight(self, batch: Batch) -> float:
-        """Return the number of sequences in the batch; they are equally long, unless a subclass says otherwise."""
-        return float(len(batch.x))
+        """Return the number of sequences in the batch; where they differ in length, of frames that count."""
+        return float(len(batch.x) if batch.mask is None else batch.mask.sum())
+
+    def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
+        """Return the metrics of one batch, each summed over its sequences or frames: by default the loss."""
+        return {self.metric: float(self.loss(outputs, batch)) * self.weight(batch)}
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """Return the mean over all sequences or frames of what `metrics` sums."""
+        sums: dict[str, float] = {}
+        count = 0.0
+        with evaluating(model) as device:
+            for batch in self.batches(split):
+                batch = to_device(batch, device)
+                for name, value in self.metrics(self.forward(model, batch), batch).items():
+                    sums[name] = sums.get(name, 0.0) + value
+                count += self.weight(batch)
+        return {name: value / count for name, value in sums.items()}
+
+    def parts(self, count: int, split: str, seed: int, size: int) -> Iterable[Tensor]:
+        """Return the numbers below `count` in batches: shuffled for "train", else in order, `size` at a time."""
+        if split == "train":
+            return shuffled(count, self.batch_size, seed)
+        return torch.split(torch.arange(count), size)
 
 
 @dataclass(eq=False)
-class FramewiseTask(SequenceTask):
-    """Sequences of different lengths; the mask says which frames count."""
+class GeneratedTask(SequenceTask):
+    """Sequences that are drawn: "train" anew for every seed, the other splits always from the same.
 
-    def weight(self, batch: Batch) -> float:
-        """Return the number of frames that the loss is over."""
-        assert batch.mask is not None  # batches() makes one
-        return float(batch.mask.sum())
+    Args:
+        train_examples: freshly drawn sequences in an epoch.
+    """
+
+    train_examples: int = 6400
+    cell: str = "rnn"
+
+    drawn: ClassVar[dict[str, tuple[int, int]]]
+    """Split -> number of sequences, seed."""
+    evaluation_batch: ClassVar[int]
+
+    @abstractmethod
+    def draw(self, count: int, generator: torch.Generator, *, train: bool) -> Batch:
+        """Return the next batch, of `count` sequences."""
+
+    def examples(self, split: str) -> int:
+        return self.train_examples if check_split(split) == "train" else self.drawn[split][0]
+
+    def batches(self, split: str, *, seed: int = 0) -> Iterator[Batch]:
+        count, train = self.examples(split), split == "train"
+        generator = torch.Generator().manual_seed(seed if train else self.drawn[split][1])
+        size = self.batch_size if train else self.evaluation_batch
+        for start in range(0, count, size):
+            yield self.draw(min(size, count - start), generator, train=train)
+
+
+def accuracy(outputs: Tensor, batch: Batch) -> dict[str, float]:
+    """Return how many of the classes in y are the likeliest, as `SequenceTask.metrics`."""
+    return {"accuracy": int((outputs.argmax(-1) == batch.y).sum())}
 
 
 def shuffled(count: int, size: int, seed: int) -> Iterator[Tensor]:

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from kruify.errors import CorruptError, TaskError
-from kruify.tasks._sequence import Batch, SequenceNetwork, SequenceTask, shuffled
-from kruify.tasks.base import check_split, evaluating, to_device
+from kruify.tasks._sequence import Batch, SequenceNetwork, SequenceTask, accuracy
+from kruify.tasks.base import check_split
 
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
 _VALID = 5000  # the last pictures of the training file
@@ -79,23 +78,12 @@ class FashionMnistRows(SequenceTask):
     def batches(self, split: str, *, seed: int = 0) -> Iterator[Batch]:
         """Yield x (batch, steps, pixels per step) float32 in [0, 1], y (batch,) int64."""
         images, labels = self._split(split)
-        every = torch.split(torch.arange(len(images)), _EVALUATION_BATCH)
-        for index in shuffled(len(images), self.batch_size, seed) if split == "train" else every:
+        for index in self.parts(len(images), split, seed, _EVALUATION_BATCH):
             pixels = self.order(images[index].flatten(1)).float().div(255)
             yield Batch(pixels.reshape(len(index), -1, self.step), labels[index])
 
-    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return the mean cross entropy in nats."""
-        return functional.cross_entropy(outputs, batch.y)
-
-    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """Return {"accuracy"}."""
-        right = 0
-        with evaluating(model) as device:
-            for batch in self.batches(split):
-                batch = to_device(batch, device)
-                right += int((self.forward(model, batch).argmax(-1) == batch.y).sum())
-        return {"accuracy": right / self.examples(split)}
+    def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
+        return accuracy(outputs, batch)
 
 
 @dataclass(eq=False)

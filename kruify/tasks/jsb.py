@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,20 +22,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.io import loadmat
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from kruify.errors import CorruptError, TaskError, UnsafeError
 from kruify.tasks._scores import Piece, chorales
-from kruify.tasks._sequence import Batch, FramewiseTask, SequenceNetwork, shuffled
-from kruify.tasks.base import SPLITS, check_split, evaluating, to_device
+from kruify.tasks._sequence import Batch, SequenceNetwork, SequenceTask
+from kruify.tasks.base import SPLITS, check_split
 
 LOWEST, KEYS = 21, 88  # the piano: A0 is MIDI pitch 21
 
 
 @dataclass(eq=False)
-class Jsb(FramewiseTask):
+class Jsb(SequenceTask):
     """408 chorales, 22,618 quarter-note frames of 88 keys; 60/20/20 by sha1 of the file name.
 
     Not the classic split and not quite its pieces: figures are near published ones, not equal to them. For those give
@@ -71,10 +71,7 @@ class Jsb(FramewiseTask):
     def batches(self, split: str, *, seed: int = 0) -> Iterator[Batch]:
         """Yield x, y (pieces, frames, 88) float32, y the frames and x the frame before each (none before the first)."""
         pieces = self._pieces(split)
-        parts: Iterable[Tensor] = torch.split(torch.arange(len(pieces)), self.batch_size)
-        if split == "train":
-            parts = shuffled(len(pieces), self.batch_size, seed)
-        for index in parts:
+        for index in self.parts(len(pieces), split, seed, self.batch_size):
             chosen = [pieces[i] for i in index.tolist()]
             y = pad_sequence(chosen, batch_first=True).float()
             mask = torch.arange(y.shape[1]) < torch.tensor([len(piece) for piece in chosen])[:, None]
@@ -84,15 +81,6 @@ class Jsb(FramewiseTask):
         """Return the mean over all frames of the negative log-likelihood of their 88 keys in nats."""
         keys = functional.binary_cross_entropy_with_logits(outputs, batch.y, reduction="none")
         return keys.sum(-1)[batch.mask].mean()
-
-    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """Return {"nll"} of a frame."""
-        total = 0.0
-        with evaluating(model) as device:
-            for batch in self.batches(split):
-                batch = to_device(batch, device)
-                total += float(self.loss(self.forward(model, batch), batch)) * int(batch.mask.sum())
-        return {"nll": total / self.examples(split)}
 
 
 @dataclass(eq=False)

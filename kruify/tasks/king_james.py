@@ -7,7 +7,6 @@ Penn Treebank has a task of its own, penn-treebank.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import shutil
@@ -20,9 +19,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from kruify.errors import CorruptError, TaskError
+from kruify.tasks._data import split_of
 from kruify.tasks._sequence import Batch, SequenceNetwork, SequenceTask, shuffled
 from kruify.tasks.base import SPLITS, check_split, evaluating
 
@@ -77,10 +76,6 @@ class KingJames(SequenceTask):
             at = starts[index, None] + within
             yield Batch(text[at], text[at + 1])
 
-    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return the mean cross entropy of a character in nats."""
-        return functional.cross_entropy(outputs.flatten(0, 1), batch.y.flatten())
-
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """Return {"bits_per_character"}: the split in 64 equal parts side by side, state carried from end to end."""
         text = self._text(split)
@@ -120,8 +115,7 @@ def split_chapters(lines: Iterable[str]) -> dict[str, str]:
         match = _VERSE.fullmatch(line)
         if match is None:
             raise CorruptError(f'"{line[:40]}" is no verse', where="bible", hint="Reinstall the package bible-kjv")
-        part = int(hashlib.sha1(match["chapter"].encode()).hexdigest(), 16) % 100
-        splits["test" if part < 5 else "valid" if part < 10 else "train"].append(match["text"] + "\n")
+        splits[split_of(match["chapter"], 5)].append(match["text"] + "\n")
     return {name: "".join(text) for name, text in splits.items()}
 
 

@@ -17,7 +17,7 @@ import kruify.tasks.g2p_en.lexicon as lexicon_module
 from kruify.errors import TaskError
 from kruify.tasks import _data
 from kruify.tasks.g2p_en import G2PEn, G2PNetwork
-from kruify.tasks.g2p_en.lexicon import GRAPHEMES, PHONEMES, lexicon, read, spell, split_of
+from kruify.tasks.g2p_en.lexicon import GRAPHEMES, PHONEMES, lexicon, read, spell
 from kruify.tasks.g2p_en.metrics import edit_distance, error_rates
 from kruify.tasks.g2p_en.task import _bucketed, _collate, predict
 from kruify.tasks.loader import load_task
@@ -192,7 +192,7 @@ def test_read_knows_variants_and_comments() -> None:
 def test_split_of_is_the_documented_hash() -> None:
     # sha1("test") = a94a8fe5ccb19ba61c4c0873d391e987982fbbd3; its last two decimal digits decide
     part = 0xA94A8FE5CCB19BA61C4C0873D391E987982FBBD3 % 100
-    assert split_of("test") == ("test" if part < 5 else "valid" if part < 10 else "train")
+    assert _data.split_of("test", 5) == ("test" if part < 5 else "valid" if part < 10 else "train")
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm", "kru-gru", "kru-lstm", "kru-rnn"])

@@ -16,8 +16,9 @@ from scipy.io import savemat
 from torch import nn
 
 from kruify.errors import CorruptError, TaskError, UnsafeError
-from kruify.tasks import _scores, jsb
-from kruify.tasks._scores import chorales, frames, split_of
+from kruify.tasks import _data, _scores, jsb
+from kruify.tasks._data import split_of
+from kruify.tasks._scores import chorales, frames
 from kruify.tasks.loader import load_task
 
 installed = pytest.mark.skipif(importlib.util.find_spec("music21") is None, reason="package music21 is not installed")
@@ -134,7 +135,7 @@ def test_damaged_files(tmp_path: Path, content: bytes) -> None:
 def test_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TaskError, match="no such file"):
         load_task("jsb", data=tmp_path / "a.json").examples("train")
-    monkeypatch.setattr(_scores.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_data.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TaskError, match="pip install --no-deps music21"):
         load_task("jsb").examples("train")
 
@@ -207,7 +208,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             archive.writestr("META-INF/container.xml", "<container/>")
             archive.writestr("score.xml", score(part("Soprano", note("C4", 1), note("D4", number))))
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "music21")])
-    monkeypatch.setattr(_scores.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(_data.importlib.util, "find_spec", lambda name: spec)
     monkeypatch.setattr(_scores.metadata, "version", lambda name: "0.test")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
@@ -217,7 +218,7 @@ def test_chorales_are_split_by_name_and_cached(corpus: Path) -> None:
     splits = chorales()
     expected: dict[str, list[list[list[int]]]] = {"train": [], "valid": [], "test": []}
     for number in range(10):
-        expected[split_of(f"bwv{number}.mxl")].append([[60]] + [[62]] * number)
+        expected[split_of(f"bwv{number}.mxl", 20)].append([[60]] + [[62]] * number)
     assert splits == expected
     (cached,) = (corpus / "cache" / "kruify").iterdir()
     assert cached.name == "jsb-1-music21-0.test.json"

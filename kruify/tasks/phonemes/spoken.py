@@ -8,7 +8,6 @@ process that it does not like.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import random
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from scipy.signal import resample_poly
 
 from kruify.errors import TaskError
-from kruify.tasks._data import cache_folder
+from kruify.tasks._data import cache_folder, find_in_package, keep
 from kruify.tasks.base import SPLITS
 from kruify.tasks.phonemes.features import RATE, frame_labels, log_mel
 from kruify.tasks.phonemes.labels import SILENCE, from_espeak
@@ -67,29 +66,17 @@ def utterances() -> dict[str, list[Utterance]]:
         if done.returncode or not file.is_file():
             last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
             raise TaskError(f"espeak-ng does not speak: {last[:200]}", where=library, hint=INSTALL)
-        with suppress(OSError):  # a home that cannot be written to costs time, nothing else
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            partial = kept.with_suffix(".partial")
-            partial.write_bytes(file.read_bytes())
-            partial.replace(kept)
+        keep(kept, file.read_bytes())
         return _load(file)
 
 
 def find() -> Path:
     """Return the file of the library: of the package espeakng-loader, else of the system."""
-    spec = importlib.util.find_spec("espeakng_loader")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (file := Path(folder) / "libespeak-ng.so").is_file():
-            return file
+    if packaged := find_in_package("espeakng_loader", "libespeak-ng.so"):
+        return packaged
     name = find_library("espeak-ng")
-    for folder in (
-        "/usr/lib/x86_64-linux-gnu",
-        "/usr/lib/aarch64-linux-gnu",
-        "/usr/lib64",
-        "/usr/lib",
-        "/usr/local/lib",
-    ):
-        if name is not None and (file := Path(folder) / name).is_file():
+    for folder in ("lib/x86_64-linux-gnu", "lib/aarch64-linux-gnu", "lib64", "lib", "local/lib"):
+        if name is not None and (file := Path("/usr") / folder / name).is_file():
             return file
     raise TaskError("espeak-ng, which speaks the sentences, is not installed", hint=INSTALL)
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kruify.errors import TaskError
-from kruify.tasks._sequence import Batch, FramewiseTask, SequenceNetwork, shuffled
-from kruify.tasks.base import check_split, evaluating, to_device
+from kruify.tasks._sequence import Batch, SequenceNetwork, SequenceTask, accuracy
+from kruify.tasks.base import check_split
 from kruify.tasks.phonemes import spoken, timit
 from kruify.tasks.phonemes.features import FEATURES, with_differences
 from kruify.tasks.phonemes.labels import CLASSES, IGNORED
@@ -23,7 +22,7 @@ _EVALUATION_BATCH = 32
 
 
 @dataclass(eq=False)
-class Phonemes(FramewiseTask):
+class Phonemes(SequenceTask):
     """Frames of 10 ms, each described by 123 numbers (40 mel bands, energy, two orders of differences), 39 classes.
 
     espeak-ng speaks 650 sentences in thirteen voices, two of them heard in the test split alone: a stand-in for TIMIT,
@@ -56,27 +55,13 @@ class Phonemes(FramewiseTask):
     def batches(self, split: str, *, seed: int = 0) -> Iterator[Batch]:
         """Yield x (utterances, frames, 123) float32, y (utterances, frames) int64, mask where a frame counts."""
         found = self._utterances(split)
-        parts: Iterable[Tensor] = torch.split(torch.arange(len(found)), _EVALUATION_BATCH)
-        if split == "train":
-            parts = shuffled(len(found), self.batch_size, seed)
-        for index in parts:
+        for index in self.parts(len(found), split, seed, _EVALUATION_BATCH):
             chosen = [found[i] for i in index.tolist()]
             y = pad_sequence([labels for _, labels in chosen], batch_first=True, padding_value=float(IGNORED))
             yield Batch(pad_sequence([features for features, _ in chosen], batch_first=True), y, y != IGNORED)
 
-    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return the mean cross entropy of a frame in nats."""
-        return functional.cross_entropy(outputs.flatten(0, 1), batch.y.flatten(), ignore_index=IGNORED)
-
-    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """Return {"accuracy"} of a frame."""
-        right = 0
-        with evaluating(model) as device:
-            for batch in self.batches(split):
-                batch = to_device(batch, device)
-                assert batch.mask is not None
-                right += int((self.forward(model, batch).argmax(-1) == batch.y)[batch.mask].sum())
-        return {"accuracy": right / self.examples(split)}
+    def metrics(self, outputs: Tensor, batch: Batch) -> dict[str, float]:
+        return accuracy(outputs, batch)
 
 
 @dataclass(eq=False)

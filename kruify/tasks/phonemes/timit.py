@@ -6,7 +6,6 @@ everybody reads (SA) are left out, as usual.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import wave
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kruify.errors import CorruptError, TaskError, UnsupportedError
+from kruify.tasks._data import sha1
 from kruify.tasks.phonemes.features import RATE, frame_labels, log_mel
 from kruify.tasks.phonemes.labels import fold
 
@@ -41,7 +41,7 @@ def utterances(folder: Path) -> dict[str, list[Utterance]]:
         hint = "Name the folder of TIMIT that holds TRAIN and TEST: timit:data=FOLDER"
         raise TaskError("there are no folders TRAIN and TEST", where=folder, hint=hint)
     spoken = {name: _speakers(parts[name]) for name in ("train", "test")}
-    others = sorted((s for s in spoken["test"] if s not in CORE), key=lambda s: hashlib.sha1(s.encode()).hexdigest())
+    others = sorted((s for s in spoken["test"] if s not in CORE), key=sha1)
     chosen = {
         "train": list(spoken["train"]),
         "valid": others[:_VALID_SPEAKERS],
