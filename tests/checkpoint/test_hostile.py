@@ -33,25 +33,19 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 
 
 def test_the_corpus_is_whole(results: dict[str, dict]) -> None:
-    assert len(results) >= MINIMUM
+    assert len(results) >= MINIMUM and set(hostile.FILES) <= set(results)
 
 
-@pytest.mark.parametrize("name", list(hostile.FILES))
-def test_refused(results: dict[str, dict], name: str) -> None:
-    check(results[name], name)
-
-
-def test_refused_where_a_library_is_needed(results: dict[str, dict]) -> None:
-    for name in set(results) - set(hostile.FILES) - {"probe"}:
-        check(results[name], name)
-
-
-def check(result: dict, name: str) -> None:
-    assert result["code"] in (3, 4), (name, result)
-    assert result["events"] == [], (name, result)
-    assert "\n" not in result["text"] and len(result["text"]) < 600, (name, result)
-    assert name in result["text"], (name, result)
+def test_refused(results: dict[str, dict]) -> None:
+    wrong = {name: result for name, result in results.items() if name != "probe" and not refused(result, name)}
+    assert wrong == {}
     assert not Path("/tmp/pwned").exists()
+
+
+def refused(result: dict, name: str) -> bool:
+    """As unsafe or corrupt, in one sentence that names the file, with nothing run."""
+    text = result["text"]
+    return result["code"] in (3, 4) and result["events"] == [] and "\n" not in text and len(text) < 600 and name in text
 
 
 def test_the_hook_sees_what_it_is_there_for(results: dict[str, dict]) -> None:

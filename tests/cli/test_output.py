@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -77,31 +78,31 @@ def test_nothing_is_overwritten_that_the_command_reads_or_writes(command, folder
     assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        (*CONVERT, "-o"),
-        (*CONVERT, "--plan-out"),
-        ("finetune", "model.pt", *TUNE, "-o"),
-        ("finetune", "model.pt", *TUNE, "-o", "new.pt", "--conditioning"),
-        ("train", *TUNE, "-o"),
-        ("train", *TUNE, "-o", "new.pt", "--conditioning"),
-        ("compress", "model.pt", *TUNE, "--budget", "2x", "-o"),
-        ("sweep", "model.pt", *TUNE, "--budgets", "2x", "--html"),
-        ("report", "model.pt", "model.pt", "--html"),
-        ("export", "model.pt", "--to", "torch", "-o"),
-        ("tasks", "--export", "g2p-en", "-o"),
-    ],
+PLACES = (
+    ("nowhere/x", "there is no folder nowhere"),
+    (".", "it is a folder"),
+    (os.devnull, "it is not a regular file"),
 )
-@pytest.mark.parametrize(
-    ("place", "sentence"),
-    [
-        ("nowhere/x", "there is no folder nowhere"),
-        (".", "it is a folder"),
-        (os.devnull, "it is not a regular file"),
-    ],
+OUTPUTS = (
+    (*CONVERT, "-o"),
+    (*CONVERT, "--plan-out"),
+    ("finetune", "model.pt", *TUNE, "-o"),
+    ("finetune", "model.pt", *TUNE, "-o", "new.pt", "--conditioning"),
+    ("train", *TUNE, "-o"),
+    ("train", *TUNE, "-o", "new.pt", "--conditioning"),
+    ("compress", "model.pt", *TUNE, "--budget", "2x", "-o"),
+    ("sweep", "model.pt", *TUNE, "--budgets", "2x", "--html"),
+    ("report", "model.pt", "model.pt", "--html"),
+    ("export", "model.pt", "--to", "torch", "-o"),
+    ("tasks", "--export", "g2p-en", "-o"),
 )
-def test_a_place_that_cannot_be_written_is_told_before_the_work(place, sentence, command, folder, run):
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "sentence"),
+    [(command, *place) for command, place in zip(OUTPUTS, itertools.cycle(PLACES))],
+)
+def test_a_place_that_cannot_be_written_is_told_before_the_work(command, place, sentence, folder, run):
     before = sorted(folder.iterdir())
     result = run(*command, place)
     assert result.exit_code == 2

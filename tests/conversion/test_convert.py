@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from pathlib import Path
 
 import pytest
 import torch
+from all_pairs import all_pairs
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -36,35 +36,32 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("kind", "layers", "bidirectional", "bias", "proj"),
-    [
-        case
-        for case in itertools.product(CLASSES, (1, 2), (False, True), (False, True), (0, 4))
-        if case[0] == "lstm" or not case[4]
-    ],
-)
+    ("kind", "layers", "bidirectional", "bias", "proj", "batch_first"),
+    all_pairs(
+        lambda kind, proj, **_: kind == "lstm" or not proj,
+        kind=tuple(CLASSES), layers=(1, 2), bidirectional=(False, True), bias=(False, True), proj=(0, 4),
+        batch_first=(False, True),
+    ),
+)  # fmt: skip
 def test_all_terms_kept_equals_the_dense_layer(
-    kind: str, layers: int, bidirectional: bool, bias: bool, proj: int
+    kind: str, layers: int, bidirectional: bool, bias: bool, proj: int, batch_first: bool
 ) -> None:
     options = {"proj_size": proj} if proj else {}
     spec = "8*(4x2,2x2)" if proj else ALL_TERMS
     sizes = (proj or 8, 8) if kind == "lstm" else (8,)
-    for batch_first in (False, True):
-        dense = CLASSES[kind](
-            5, 8, layers, bias=bias, bidirectional=bidirectional, batch_first=batch_first, dtype=F64, **options
-        )
-        converted, _ = kruify.convert(dense, spec)
-        assert converted.batch_first == batch_first
-        state = tuple(torch.randn(layers * (1 + bidirectional), 3, size, dtype=F64) for size in sizes)
-        x = torch.randn((3, 6, 5) if batch_first else (6, 3, 5), dtype=F64)
-        packed = pack_padded_sequence(x, torch.tensor([6, 2, 4]), batch_first, enforce_sorted=False)
-        for hx in (None, state if kind == "lstm" else state[0]):
-            for backend in ("auto", "reference", "dense"):
-                converted.backend = backend
-                torch.testing.assert_close(converted(x, hx), dense(x, hx), rtol=0, atol=1e-12)
-                ours, theirs = converted(packed, hx), dense(packed, hx)
-                torch.testing.assert_close(ours[0].data, theirs[0].data, rtol=0, atol=1e-12)
-                torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=1e-12)
+    dense = CLASSES[kind](
+        5, 8, layers, bias=bias, bidirectional=bidirectional, batch_first=batch_first, dtype=F64, **options
+    )
+    converted, _ = kruify.convert(dense, spec)
+    assert converted.batch_first == batch_first
+    state = tuple(torch.randn(layers * (1 + bidirectional), 3, size, dtype=F64) for size in sizes)
+    x = torch.randn((3, 6, 5) if batch_first else (6, 3, 5), dtype=F64)
+    packed = pack_padded_sequence(x, torch.tensor([6, 2, 4]), batch_first, enforce_sorted=False)
+    for hx in (None, state if kind == "lstm" else state[0]):
+        torch.testing.assert_close(converted(x, hx), dense(x, hx), rtol=0, atol=1e-12)
+        ours, theirs = converted(packed, hx), dense(packed, hx)
+        torch.testing.assert_close(ours[0].data, theirs[0].data, rtol=0, atol=1e-12)
+        torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("cell", [nn.RNNCell, nn.LSTMCell, nn.GRUCell])

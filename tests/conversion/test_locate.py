@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
+from all_pairs import all_pairs
 from torch import nn
 
 from kruify.conversion.locate import locate
@@ -24,13 +23,14 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize(
     ("kind", "layers", "bidirectional", "bias", "proj"),
-    [*itertools.product(CLASSES, (1, 3), (False, True), (False, True), (0, 3))],
-)
+    all_pairs(
+        lambda kind, proj, **_: kind == "lstm" or not proj,
+        kind=tuple(CLASSES), layers=(1, 3), bidirectional=(False, True), bias=(False, True), proj=(0, 3),
+    ),
+)  # fmt: skip
 def test_state_dict_tells_what_the_module_is(
     kind: str, layers: int, bidirectional: bool, bias: bool, proj: int
 ) -> None:
-    if proj and kind != "lstm":
-        return
     options = {"proj_size": proj} if proj else {}
     layer = CLASSES[kind](5, 6, layers, bidirectional=bidirectional, bias=bias, dtype=torch.float64, **options)
     net = Net(layer)

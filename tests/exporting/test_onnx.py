@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from all_pairs import all_pairs
 from torch import Tensor, nn
 
 import kruify
@@ -44,21 +45,18 @@ def check(path: Path, dense: Any, tolerance: float = 1e-5) -> None:
             np.testing.assert_allclose(a, b.numpy(), atol=tolerance)
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "bidirectional": {"bidirectional": True},
-    "two layers": {"num_layers": 2},
-    "two layers, bidirectional": {"num_layers": 2, "bidirectional": True},
-    "batch first": {"batch_first": True},
-    "no bias": {"bias": False},
-}
-
-
-@pytest.mark.parametrize("dense_nodes", [False, True], ids=["factors", "dense"])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_round_trip(tmp_path: Path, kind: Any, variant: str, dense_nodes: bool) -> None:
-    model, _ = kruify.convert(kind(6, 8, **VARIANTS[variant]), "2*(4x2,2x4)")
+@pytest.mark.parametrize(
+    ("kind", "layers", "bidirectional", "batch_first", "bias", "dense_nodes"),
+    all_pairs(
+        kind=(nn.LSTM, nn.GRU, nn.RNN), layers=(1, 2), bidirectional=(False, True), batch_first=(False, True),
+        bias=(False, True), dense_nodes=(False, True),
+    ),
+)  # fmt: skip
+def test_round_trip(
+    tmp_path: Path, kind: Any, layers: int, bidirectional: bool, batch_first: bool, bias: bool, dense_nodes: bool
+) -> None:
+    options = {"num_layers": layers, "bidirectional": bidirectional, "batch_first": batch_first, "bias": bias}
+    model, _ = kruify.convert(kind(6, 8, **options), "2*(4x2,2x4)")
     exported = export_onnx(model, tmp_path / "layer.onnx", dense=dense_nodes)
     check(exported.path, densify(model))
     assert exported.difference < 1e-5 and exported.cases == 15

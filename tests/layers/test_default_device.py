@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from all_pairs import all_pairs
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 from kruify.layers import KRU, KRUGRU, KRULSTM, KRURNN, KRULSTMCell
 
 
-@pytest.mark.parametrize("backend", ["auto", "kernel", "dense", "reference"])
-@pytest.mark.parametrize("layer", [KRULSTM, KRUGRU, KRURNN])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "backend", "training"),
+    all_pairs(
+        layer=(KRULSTM, KRUGRU, KRURNN), backend=("auto", "kernel", "dense", "reference"), training=(False, True)
+    ),
+)
 def test_layers(layer, backend, training) -> None:  # type: ignore[no-untyped-def]
     rnn = layer(5, 16, num_layers=2, bidirectional=True, factors="4x4,4x4+diag+sparse:5%", backend=backend)
     same(rnn, torch.randn(6, 3, 5), training)

@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+from all_pairs import all_pairs
 from torch import Tensor, nn
 
 from kruify.errors import UsageError
@@ -81,10 +82,10 @@ def test_the_matrix_is_the_kronecker_sum_of_the_stack(kind: type[KRULSTM], name:
     assert sum(p.numel() for p in matrix.parameters()) == matrix.structures[0].parameters
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "dense", "kernel"])
-@pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("kind", GATES)
-@pytest.mark.parametrize("batch", [1, 19])
+@pytest.mark.parametrize(
+    ("kind", "name", "backend", "batch"),
+    all_pairs(kind=tuple(GATES), name=tuple(SPECS), backend=("auto", "reference", "dense", "kernel"), batch=(1, 19)),
+)
 def test_outputs_and_gradients_are_those_of_the_dense_layer(
     kind: type[KRULSTM], name: str, backend: str, batch: int
 ) -> None:

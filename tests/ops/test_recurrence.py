@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
+from all_pairs import all_pairs
 from ops_cases import BATCHES, GATES, MATRICES, cast, differentiable, recurrence_arguments, replace
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -52,10 +54,13 @@ def follow_reference(wide: list[Any]) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "matrix"), [(k, m) for k in GATES for m in MATRICES if m != "257" or k != "rnn_modrelu_complex"]
-)
+    ("kind", "matrix", "reverse"),
+    all_pairs(
+        lambda kind, matrix, reverse: matrix != "257" or kind != "rnn_modrelu_complex",
+        kind=tuple(GATES), matrix=tuple(MATRICES), reverse=(False, True),
+    ),
+)  # fmt: skip
 def test_outputs_and_gradients(kind: str, matrix: str, reverse: bool) -> None:
     for sizes in BATCHES[:1] if matrix == "257" else BATCHES:
         projected = len(sizes) == 3
@@ -72,8 +77,7 @@ def test_more_steps_than_the_kernels_take_at_once(kind: str, reverse: bool) -> N
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("inputs", [1, 70, 300])
-@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize(("kind", "inputs"), zip(GATES, itertools.cycle((1, 70, 300))))
 def test_layer_backward(kind: str, inputs: int) -> None:
     x, weight, *rest = [a.detach() if isinstance(a, Tensor) else a for a in recurrence_arguments(kind, "50", (9, 9, 3))]
     x, weight = torch.randn(x.shape[0], inputs, dtype=x.dtype), torch.randn(weight.shape[0], inputs, dtype=x.dtype)
@@ -103,8 +107,7 @@ def test_infinite_gates_saturate(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("block", [1, 3, 8])
-@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize(("kind", "block"), zip(GATES, itertools.cycle((1, 3, 8))))
 def test_overlays_of_many_samples(kind: str, block: int) -> None:
     """More samples than a vector has lanes, sequences that end inside a tile of them, both directions."""
     sizes = (37, 33, 20, 2)
