@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kruify.checkpoint import LazyTensor
+from kruify.checkpoint.tensors import ties
+from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.calibration import Moments
 from kruify.conversion.locate import AnyTensor, RecurrentLayer
 from kruify.conversion.plan import Plan, Structures, make_plan
@@ -194,7 +196,8 @@ def make_budget_plan(
     """
     inputs = "auto" if input_budget else None
     everything = make_plan(layers, "auto", inputs, only, skip)
-    names = {part: _matrices(everything, tensors, part, moments) for part in ("weight_hh", "weight_ih")}
+    first_of = ties(as_lazy(tensors))
+    names = {part: _matrices(everything, tensors, part, moments, first_of) for part in ("weight_hh", "weight_ih")}
     scaled = {layer.full_name(weight) for layer, weight, structures in everything.matrices() if structures[0].scaled}
     chosen: dict[str, Structures] = {}
     for part, limit in (("weight_hh", budget), ("weight_ih", input_budget)):
@@ -209,17 +212,25 @@ def make_budget_plan(
                 progress=progress,
             )
             chosen |= found.structures
+    chosen |= {name: chosen[first] for name, first in first_of.items() if first in chosen}
     return make_plan(layers, "auto", inputs, only, skip, overrides, chosen)
 
 
 def _matrices(
-    plan: Plan, tensors: Mapping[str, AnyTensor], part: str, moments: Mapping[str, Moments] | None
+    plan: Plan,
+    tensors: Mapping[str, AnyTensor],
+    part: str,
+    moments: Mapping[str, Moments] | None,
+    first_of: Mapping[str, str],
 ) -> Matrices:
-    found = {}
+    """Of several names of one matrix the first."""
+    found: dict[str, tuple[Tensor, int, Tensor | None]] = {}
     for layer, weight, structures in plan.matrices():
         if not weight.startswith(part):
             continue
         name = layer.full_name(weight)
+        if first_of.get(name) in found:
+            continue
         tensor = tensors[name]
         known = (moments or {}).get(name)
         covariance = None if known is None else known.weight(layer.bias)

@@ -94,7 +94,7 @@ def plan_of(model: nn.Module) -> Plan:
 
 def matrices_of(module: Factored) -> dict[str, Structures]:
     """Name within the layer -> structures of the gates, as in `LayerPlan.matrices`."""
-    return {n: child.structures for n, child in module.named_children() if isinstance(child, KroneckerMatrix)}
+    return {n: child.structures for n, child in module._modules.items() if isinstance(child, KroneckerMatrix)}
 
 
 def describe_kru(name: str, module: Factored) -> RecurrentLayer:

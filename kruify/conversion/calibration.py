@@ -51,6 +51,9 @@ class Moments:
         self.total += v.sum(dim=0)
         self.outer += v.T @ v
 
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer)
+
     @property
     def mean(self) -> Tensor:
         """E[h], (n,)."""

@@ -226,7 +226,14 @@ def _locate_modules(module: nn.Module, subclasses: bool) -> Located:
     # A layer that stands in several places has all their names, as in the state dict.
     for name, child in module.named_modules(remove_duplicate=False):
         if type(child) in MODULES or (subclasses and isinstance(child, tuple(MODULES))):
-            found.layers.append(describe(name, child))
+            layer = describe(name, child)
+            names = {f"weight_{part}{suffix}" for suffix in layer.suffixes for part in ("ih", "hh")}
+            computed = sorted(names - set(dict(child.named_parameters(recurse=False, remove_duplicate=False))))
+            if computed:
+                reason = f"{computed[0]} is computed from other parameters; remove weight norm or pruning from it first"
+                found.skipped.append(Skipped(name, reason))
+            else:
+                found.layers.append(layer)
         elif isinstance(child, tuple(MODULES)):
             base = next(b.__name__ for b in MODULES if isinstance(child, b))
             reason = f"{type(child).__name__} is a subclass of torch.nn.{base}: it may compute something else"

@@ -18,8 +18,9 @@ from kruify.conversion.build import (
 )
 from kruify.conversion.calibration import Moments
 from kruify.conversion.check import check_plan, load_tensors
-from kruify.conversion.locate import KRU_KINDS, MODULES, AnyTensor, Located, describe
-from kruify.conversion.plan import LayerPlan, Plan
+from kruify.conversion.keeping import keep_additions
+from kruify.conversion.locate import KRU_KINDS, MODULES, Located, describe, locate
+from kruify.conversion.plan import LayerPlan, Plan, Structures
 from kruify.conversion.result import Conversion
 from kruify.conversion.tensors import convert_tensors
 from kruify.errors import PlanError
@@ -31,13 +32,16 @@ def swap(model: nn.Module, plan: Plan) -> nn.Module:
     """Puts the plan's KRU layers into `model`, in place, dense weights copied and factors random; returns the model.
 
     A bare nn.LSTM cannot be changed into another class: then the new layer itself is returned. What the plan does not
-    know (batch_first, dropout, the nonlinearity: a state dict does not tell) is taken from the dense layer. A layer
-    that stands in several places stays one where the plan says the same of all of them.
+    know (batch_first, dropout, the nonlinearity: a state dict does not tell) is taken from the dense layer, and so are
+    hooks, attributes and `requires_grad`. A layer that stands in several places, and a weight that several layers or
+    directions share, stays one where the plan says the same of all of them.
 
     Raises:
         PlanError: a layer of the plan is not in the model or differs from it.
+        UnsupportedError: a layer has a method replaced.
     """
     swapped: list[tuple[nn.Module, LayerPlan, nn.Module]] = []  # dense layer, its entry of the plan, what stands for it
+    matrices: dict[tuple[int, Structures], KroneckerMatrix] = {}  # (id of the dense weight, structures) -> its factors
     for item in plan.layers:
         try:
             dense = model.get_submodule(item.layer.name)
@@ -63,12 +67,14 @@ def swap(model: nn.Module, plan: Plan) -> nn.Module:
         check_plan(Plan([item]), Located([actual], []))
         weight = next(dense.parameters())
         layer = build_layer(LayerPlan(actual, item.matrices), weight.device, weight.dtype)
-        with torch.no_grad():
-            for name, parameter in dense.named_parameters():
-                target = getattr(layer, name, None)
-                if isinstance(target, nn.Parameter):
-                    target.copy_(parameter)
-                    target.requires_grad_(parameter.requires_grad)
+        for name, parameter in dense.named_parameters(remove_duplicate=False):
+            target = getattr(layer, name, None)
+            if isinstance(target, KroneckerMatrix):
+                target.requires_grad_(parameter.requires_grad)
+                setattr(layer, name, matrices.setdefault((id(parameter), target.structures), target))
+            elif isinstance(target, nn.Parameter):
+                setattr(layer, name, parameter)
+        keep_additions(dense, build_dense(actual, "meta"), layer, item.layer.name)
         layer.train(dense.training)
         swapped.append((dense, item, layer))
         model = _set_submodule(model, item.layer.name, layer)
@@ -84,42 +90,44 @@ def convert_module(
     progress: Progress | None = None,
 ) -> tuple[nn.Module, Conversion]:
     """A copy of `model` with the plan's layers decomposed and swapped; the original is untouched."""
-    located = Located([item.layer for item in plan.layers], [])
+    converted = swap(copy.deepcopy(model), plan)  # first, because it may refuse
+    located = locate(model, subclasses=True)
     conversion = convert_tensors(model.state_dict(), plan, located, moments=moments, seed=seed, progress=progress)
-    return with_tensors(model, plan, conversion.tensors), conversion
-
-
-def with_tensors(model: nn.Module, plan: Plan, tensors: Mapping[str, AnyTensor]) -> nn.Module:
-    """A copy of `model` with the plan's layers swapped and the converted tensors in it."""
-    converted = swap(copy.deepcopy(model), plan)
-    load_tensors(converted, tensors)
-    return converted
+    load_tensors(converted, conversion.tensors)
+    return converted, conversion
 
 
 def densify(model: nn.Module) -> nn.Module:
     """A copy of `model` with every KRU layer turned into torch.nn's dense one of the same function.
 
-    A `KRU`, which torch.nn does not know, becomes one with a single dense factor.
+    Hooks, attributes and shared weights stay. A `KRU`, which torch.nn does not know, becomes one with a single dense
+    factor.
+
+    Raises:
+        UnsupportedError: a layer has a method replaced.
     """
     model = copy.deepcopy(model)
-    dense: dict[nn.Module, nn.Module] = {}  # a layer that stands in several places stays one
+    layers: dict[nn.Module, nn.Module] = {}  # a layer that stands in several places stays one
+    weights: dict[KroneckerMatrix, nn.Parameter] = {}  # and a matrix that several layers share
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, Factored):
-            if module not in dense:
-                dense[module] = _dense_layer(name, module)
-            model = _set_submodule(model, name, dense[module])
+            if module not in layers:
+                layers[module] = dense_kru(module) if isinstance(module, KRU) else _dense_layer(name, module, weights)
+            model = _set_submodule(model, name, layers[module])
     return model
 
 
-def _dense_layer(name: str, module: Factored) -> nn.Module:
-    weight = next(module.parameters())
-    if isinstance(module, KRU):
-        return dense_kru(module)
-    dense = build_dense(describe_kru(name, module), weight.device, weight.dtype)
-    with torch.no_grad():
-        for parameter_name, parameter in dense.named_parameters():
-            value = getattr(module, parameter_name)
-            parameter.copy_(value.to_dense() if isinstance(value, KroneckerMatrix) else value)
+@torch.no_grad()
+def _dense_layer(name: str, module: Factored, weights: dict[KroneckerMatrix, nn.Parameter]) -> nn.Module:
+    layer, first = describe_kru(name, module), next(module.parameters())
+    dense = build_dense(layer, first.device, first.dtype)
+    for parameter_name in dict(dense.named_parameters()):
+        value = getattr(module, parameter_name)
+        if isinstance(value, KroneckerMatrix):
+            trained = any(p.requires_grad for p in value.parameters())
+            value = weights.setdefault(value, nn.Parameter(value.to_dense(), requires_grad=trained))
+        setattr(dense, parameter_name, value)
+    keep_additions(module, build_layer(LayerPlan(layer, matrices_of(module)), "meta"), dense, name)
     return dense.train(module.training)
 
 

@@ -11,11 +11,12 @@ from typing import TypedDict, Unpack, overload
 from torch import nn
 
 from kruify.checkpoint import ORIGIN, Checkpoint, check_model_target, metadata_for, origin, read, write_model
+from kruify.checkpoint.target import FOREIGN, TORCH
 from kruify.conversion.budget import make_budget_plan
 from kruify.conversion.calibration import calibrate
 from kruify.conversion.check import check_plan
 from kruify.conversion.locate import AnyTensor, Located, RecurrentLayer, locate, locate_checkpoint
-from kruify.conversion.modules import with_tensors
+from kruify.conversion.modules import convert_module
 from kruify.conversion.network import load_network
 from kruify.conversion.plan import Plan, make_plan
 from kruify.conversion.result import Conversion, expected
@@ -25,6 +26,7 @@ from kruify.progress import Progress
 from kruify.tasks.base import Task
 from kruify.tasks.loader import load_task
 
+ENDINGS = {*TORCH, *FOREIGN, ".safetensors", ".index", ".tar", ".pkl", ".hdf5", ".th", ".ts", ".model", ".weights"}
 FilePath = str | os.PathLike[str]
 
 
@@ -137,13 +139,17 @@ def convert(
     if dry_run:
         conversion = expected(tensors, plan, located)
         return (source, conversion) if isinstance(source, nn.Module) else conversion
-    conversion = convert_tensors(tensors, plan, located, moments=moments, seed=seed, progress=progress)
+    converted = source
+    if isinstance(source, nn.Module):
+        converted, conversion = convert_module(source, plan, moments=moments, seed=seed, progress=progress)
+    else:
+        conversion = convert_tensors(tensors, plan, located, moments=moments, seed=seed, progress=progress)
     if output is not None:
         conversion = replace(conversion, output=Path(output))
         sha256, extra = ("", {}) if isinstance(source, nn.Module) else (source.sha256, {ORIGIN: origin(source)})
         metadata = metadata_for(plan.to_json(), source_sha256=sha256, seed=seed, extra=extra)
         write_model(output, conversion.tensors, metadata, progress=progress)
-    return (with_tensors(source, plan, conversion.tensors), conversion) if isinstance(source, nn.Module) else conversion
+    return (converted, conversion) if isinstance(converted, nn.Module) else conversion
 
 
 def _opened(source: nn.Module | Checkpoint, subclasses: bool) -> tuple[Mapping[str, AnyTensor], Located, object]:
@@ -175,4 +181,7 @@ def refuse_converted(checkpoint: Checkpoint) -> None:
 def default_output(path: FilePath) -> Path:
     """Where `convert` writes if it is not told: `model.pt` -> `model.kru.safetensors` beside it."""
     path = Path(path)
-    return path.with_name(f"{path.name.partition('.')[0] or path.name}.kru.safetensors")
+    stem = Path(path.name)
+    while stem.suffix.lower() in ENDINGS:  # model.safetensors.index.json; what follows another dot belongs to the name
+        stem = stem.with_suffix("")
+    return path.with_name(f"{stem.name}.kru.safetensors")

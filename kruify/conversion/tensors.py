@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor
 
+from kruify.checkpoint.tensors import ties
+from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.calibration import Moments, bias_correction
 from kruify.conversion.check import check_plan, load_tensors, loaded
 from kruify.conversion.locate import AnyTensor, Located
@@ -31,6 +35,8 @@ def convert_tensors(
 ) -> Conversion:
     """Decomposes every matrix that the plan names; all other tensors are handed on untouched.
 
+    Names of one and the same tensor that become the same factors are decomposed once, and share them.
+
     Args:
         moments: full weight name -> moments of what the matrix is applied to (conversion.calibration). With them the
             fit minimises the error of the output, E||(W - K) h||^2, and the bias beside the matrix takes up
@@ -44,13 +50,19 @@ def convert_tensors(
     converted = dict(tensors)
     results: list[GateResult] = []
     todo = list(plan.matrices())
+    first_of = ties(as_lazy(tensors))
+    shared: dict[tuple[str, Structures], tuple[KroneckerMatrix, list[Fit]]] = {}
+    moments = _joined(moments or {}, first_of)
     for done, (layer, weight, structures) in enumerate(todo, 1):
         name = layer.full_name(weight)
         dense = loaded(converted.pop(name))
         _check_finite(dense, name)
-        known = (moments or {}).get(name)
-        covariance = None if known is None else known.weight(layer.bias)
-        matrix, fits = decompose_matrix(dense, structures, name, covariance=covariance, seed=seed)
+        known = moments.get(name)
+        key = (first_of.get(name, name), structures)
+        if key not in shared:
+            covariance = None if known is None else known.weight(layer.bias)
+            shared[key] = decompose_matrix(dense, structures, name, covariance=covariance, seed=seed)
+        matrix, fits = shared[key]
         if known is not None and layer.bias:
             bias_name = layer.full_name(weight.replace("weight", "bias"))
             bias = loaded(converted[bias_name])
@@ -63,6 +75,15 @@ def convert_tensors(
             progress(done, len(todo), f"decomposing {name}")
     converted = {name: converted[name] for name in _in_order(tensors, converted)}
     return Conversion(plan, results, count_parameters(tensors, results, located), converted)
+
+
+def _joined(moments: Mapping[str, Moments], first_of: Mapping[str, str]) -> dict[str, Moments]:
+    """The moments, those of all names of one matrix added up."""
+    joined = dict(moments)
+    for first in {first_of[name] for name in moments if name in first_of}:
+        names = [name for name in moments if first_of.get(name, name) == first]
+        joined |= dict.fromkeys(names, reduce(operator.add, (moments[name] for name in names)))
+    return joined
 
 
 def _check_finite(dense: Tensor, name: str) -> None:

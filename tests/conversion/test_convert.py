@@ -15,6 +15,7 @@ import kruify
 from kruify.checkpoint import read
 from kruify.conversion import convert_tensors, densify_tensors, expected, plan_of
 from kruify.conversion.locate import locate, locate_checkpoint
+from kruify.conversion.pipeline import default_output
 from kruify.conversion.plan import make_plan
 from kruify.errors import CorruptError, PlanError, UnsupportedError, UsageError
 from kruify.layers import KRULSTM, KRURNNCell
@@ -352,3 +353,18 @@ def test_stacked_input_gates(tmp_path: Path) -> None:
     torch.testing.assert_close(exact.weight_ih_l0.to_dense(), net.weight_ih_l0, rtol=0, atol=1e-12)
     x = torch.randn(4, 3, 6, dtype=F64)
     torch.testing.assert_close(exact(x), kruify.densify(exact)(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("model.pt", "model"),
+        ("epoch=1-val_loss=0.25.ckpt", "epoch=1-val_loss=0.25"),
+        ("epoch=1-val_loss=0.25", "epoch=1-val_loss=0.25"),
+        ("v1.2.safetensors", "v1.2"),
+        ("best.pth.tar", "best"),
+        ("pytorch_model.bin.index.json", "pytorch_model"),
+    ],
+)
+def test_default_output_keeps_dots_that_begin_no_known_ending(name, written):
+    assert str(default_output(f"folder/{name}")) == f"folder/{written}.kru.safetensors"
