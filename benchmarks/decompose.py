@@ -28,9 +28,13 @@ from torch import Tensor
 
 from kruify.conversion.budget import plan_budget
 from kruify.conversion.calibration import Moments, bias_correction, calibrate
-from kruify.decomposition import choose, fit
-from kruify.decomposition.rearrange import rearrange
+from kruify.decomposition import Fit, fit
+from kruify.decomposition.als import by_shared_contractions, by_tensorly
+from kruify.decomposition.frobenius import Frobenius
+from kruify.decomposition.rearrangement import rearrange
+from kruify.decomposition.structure_search import StructureSearch
 from kruify.decomposition.successive import higher_order_svd, successive_svd
+from kruify.decomposition.vectors import VectorSum
 from kruify.factors import Structure, Term, parse, two_factor_shapes
 
 HERE = Path(__file__).parent
@@ -62,7 +66,7 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
 
 
 def budgets() -> list[Row]:
-    """At 16x fewer parameters: the best single Kronecker shape, low rank, and what `choose` finds."""
+    """At 16x fewer parameters: the best single Kronecker shape, low rank, and the best of the search's first three."""
     matrices = {f"{name} {GATES[g]}": w for name, ws in g2p().items() for g, w in enumerate(ws.chunk(3))}
     matrices["Gaussian 256x256"] = gaussian(256, 256)
     matrices["uniform 256x256"] = torch.rand(256, 256, generator=torch.Generator().manual_seed(1)) - 0.5
@@ -72,12 +76,10 @@ def budgets() -> list[Row]:
         for shapes in two_factor_shapes(256, 256):
             rank = SIXTEENTH // Term(shapes).parameters
             if rank and 1 not in (*shapes[0], *shapes[1]):
-                singles.append(fit(w, Structure(256, 256, (Term(shapes, rank),)), null=False))
+                singles.append(fit(w, Structure(256, 256, (Term(shapes, rank),))))
         single = max(singles, key=lambda f: f.energy)
         low = fit(w, parse("8*(256x1,1x256)").resolve(256, 256))
-        chosen, cpu, _ = timed(lambda w=w: choose(w, SIXTEENTH))
-        chosen = fit(w, chosen.structure)
-        single = fit(w, single.structure)
+        chosen, cpu, _ = timed(lambda w=w: best_of_search(w))
         rows.append(
             {
                 "matrix": name,
@@ -94,6 +96,12 @@ def budgets() -> list[Row]:
             }
         )
     return rows
+
+
+def best_of_search(w: Tensor) -> Fit:
+    search = StructureSearch(w, Frobenius())
+    fits = [search.fitted(found.structure)[0] for found in search.candidates(SIXTEENTH)[:3]]
+    return max(fits, key=lambda f: f.energy)
 
 
 def g2p_moments() -> dict[str, Moments]:
@@ -114,9 +122,9 @@ def weighted() -> list[Row]:
         for g, w in enumerate(g2p()[name].double().chunk(3)):
             for spec in WEIGHTED:
                 structure = parse(spec).resolve(256, 256)
-                plain = fit(w, structure, null=False)
-                ours, cpu, _ = timed(lambda w=w, s=structure, c=c: fit(w, s, covariance=c, null=False))
-                raw = fit(w, structure, covariance=second, null=False)
+                plain = fit(w, structure)
+                ours, cpu, _ = timed(lambda w=w, s=structure, c=c: fit(w, s, covariance=c))
+                raw = fit(w, structure, covariance=second)
 
                 def lost(k: Tensor, moment: Tensor, w: Tensor = w) -> float:
                     e = w - k
@@ -150,7 +158,7 @@ def words() -> list[Row]:
                     name = f"{layer}.weight_hh_l0"
                     c = moments[name].covariance if use else None
                     dense = state[name].double()
-                    fitted = torch.cat([fit(w, structure, covariance=c, null=False).to_dense() for w in dense.chunk(3)])
+                    fitted = torch.cat([fit(w, structure, covariance=c).to_dense() for w in dense.chunk(3)])
                     if use:
                         state[f"{layer}.bias_hh_l0"] += bias_correction(dense, fitted, moments[name].mean).float()
                     state[name] = fitted.float()
@@ -183,7 +191,7 @@ def large() -> list[Row]:
     structure = parse("64x64,64x64").resolve(4096, 4096)
     rows = []
     for g, gate in enumerate(w.chunk(4)):
-        ours, cpu, wall = timed(lambda gate=gate: fit(gate, structure, null=False))
+        ours, cpu, wall = timed(lambda gate=gate: fit(gate, structure))
         matrix = gate.double().reshape(64, 64, 64, 64).permute(0, 2, 1, 3).reshape(4096, 4096).numpy()
         (left, values, right), numpy_cpu, numpy_wall = timed(lambda m=matrix: np.linalg.svd(m))
         scale, factors = ours.terms[0]
@@ -207,41 +215,52 @@ def large() -> list[Row]:
     return rows
 
 
+MANY = [
+    ("4x4", 64, False), ("2*(4x4)", 64, False), ("4*(8x8,8x8,4x4)", 256, False), ("4*(8x8)", 512, False),
+    ("4*(8x8,8x8,16x16)", 1024, False), ("4x4", 256, False), ("4*(4x4,4x4,4x4,8x8)", 512, False),
+    ("16*(4x4,4x4,2x2,2x2,4x4)", 256, False), ("4*(2x2,2x2,2x2,4x4,4x4,4x4)", 512, False), ("2x2", 64, False),
+    ("2x2", 256, False), ("2x2", 512, False), ("8*(2x2)", 512, False), ("2x2", 1024, True),
+]  # fmt: skip
+
+
 def many() -> list[Row]:
-    """Three factors and more: energy of the successive SVDs, the HOSVD, and after ALS."""
-    rows = []
-    cases = [("2x2", 512, 1, 0), ("2x2", 512, 8, 0), ("8x8", 512, 4, 0), ("2x2", 4096, 1, 0), ("2x2", 4096, 1, 1)]
-    for shape, size, rank, planted in cases:
-        spec = shape if rank == 1 else f"{rank}*({shape})"
-        structure = parse(spec).resolve(size, size)
-        w = gaussian(size, size)
-        if planted:  # one product hidden in noise of half its norm
-            w *= 0.5 / w.norm()
-            product = torch.ones(1, 1, dtype=torch.float64)
-            for f, (p, q) in enumerate(structure.terms[0].factors):
-                product = torch.kron(product, gaussian(p, q, seed=100 + f))
-            w += product / product.norm()
-        tensor = rearrange(w, structure.terms[0].factors)
-        total = float(w.square().sum())
-        starts = [
-            1 - float((tensor - start(tensor, rank).dense()).square().sum()) / total
-            for start in (successive_svd, higher_order_svd)
-        ]
-        found, cpu, wall = timed(lambda s=structure, w=w: fit(w, s, null=False))
-        rows.append(
-            {
-                "matrix": f"{'planted + noise' if planted else 'Gaussian'} {size}",
-                "structure": spec,
-                "factors": len(structure.terms[0].factors),
-                "TKPSVD": starts[0],
-                "HOSVD": starts[1],
-                "after ALS": found.energy,
-                "planted energy": 1 - 0.25 / total if planted else None,
-                "cpu seconds": cpu,
-                "wall seconds": wall,
-            }
-        )
-    return rows
+    """Three factors and more: energy of the two starts that the matrix gives (successive SVDs, HOSVD), and after
+    alternating least squares from both, by tensorly and by sweeps that share contractions; CPU seconds of each, and of
+    tensorly's HOSVD. Gaussian matrices; in the last row a product is hidden in noise of half its norm."""
+    by_tensorly(gaussian(2, 2, 2), [gaussian(2, 1)] * 3, 1, 0)  # the import is no part of a time
+    return [many_row(spec, size, planted) for spec, size, planted in MANY]
+
+
+def many_row(spec: str, size: int, planted: bool) -> Row:
+    import tensorly
+    from tensorly.decomposition import tucker
+
+    (term,) = parse(spec).resolve(size, size).terms
+    w = gaussian(size, size)
+    if planted:
+        product = torch.ones(1, 1, dtype=torch.float64)
+        for f, (p, q) in enumerate(term.factors):
+            product = torch.kron(product, gaussian(p, q, seed=100 + f))
+        w = 0.5 * w / w.norm() + product / product.norm()
+    tensor = rearrange(w, term.factors).contiguous()
+    total = float(w.square().sum())
+    row: Row = {"size": size, "structure": spec, "planted": planted, "factors": tensor.ndim}
+    starts = [successive_svd(tensor, term.rank)]
+    higher, row["HOSVD: cpu"], _ = timed(lambda: higher_order_svd(tensor, term.rank))
+    starts.append(higher)
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        row["tensorly HOSVD: cpu"] = timed(lambda: tucker(tensor, rank=list(tensor.shape), n_iter_max=0))[1]
+    row |= dict(zip(("successive SVDs", "HOSVD"), (1 - s.distance(tensor) / total for s in starts), strict=True))
+    vectors = [[v * s.weight ** (1 / tensor.ndim) for v in s.vectors] for s in starts]
+
+    def descended(descend: Callable[[Tensor, list[Tensor], int, float], VectorSum]) -> tuple[float, float]:
+        found, cpu, _ = timed(lambda: [descend(tensor, v, 200, 1e-10) for v in vectors])
+        return max(1 - f.distance(tensor) / total for f in found), cpu
+
+    row["tensorly: energy"], row["tensorly: cpu"] = descended(by_tensorly)
+    row["shared: energy"], row["shared: cpu"] = descended(by_shared_contractions)
+    row["tensorly / shared: cpu"] = row["tensorly: cpu"] / row["shared: cpu"]
+    return row
 
 
 def planner() -> list[Row]:
@@ -253,7 +272,7 @@ def planner() -> list[Row]:
         kept = 0.0
         for name, (weight, _, _) in matrices.items():
             for w, s in zip(weight.double().chunk(len(structures[name])), structures[name], strict=True):
-                kept += fit(w, s, null=False).energy * float(w.square().sum())
+                kept += fit(w, s).energy * float(w.square().sum())
         return kept / total
 
     rows = []

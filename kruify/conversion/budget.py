@@ -18,14 +18,14 @@ from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.calibration import Moments
 from kruify.conversion.locate import AnyTensor, RecurrentLayer
 from kruify.conversion.plan import Plan, Structures, make_plan
-from kruify.decomposition.choose import Candidate, Search
-from kruify.decomposition.fit import check, metric_of
+from kruify.decomposition.fitting import check, metric_of
+from kruify.decomposition.structure_search import ScoredStructure, StructureSearch
 from kruify.errors import PlanError, TargetMissedError
 from kruify.factors import Structure, Term
 from kruify.progress import Progress
 
 Matrices = Mapping[str, tuple[Tensor, int, Tensor | None]]  # name -> (gates*rows, cols) weight, gates, covariance
-Searches = dict[tuple[str, int], Search]  # (name, gate, -1 for all stacked) -> what was learnt of it
+Searches = dict[tuple[str, int], StructureSearch]  # (name, gate, -1 for all stacked) -> what was learnt of it
 LEVELS = (0.25, 0.5, 1.0, 1.75, 3.0)  # budgets tried for one gate, relative to an even share
 ERROR_LEVELS = tuple(2 ** (-k / 2) for k in range(20, -1, -1))  # shares of the dense size tried for an error bound
 PRICES = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of multiply-adds against parameters in the price of a candidate
@@ -145,7 +145,7 @@ def plan_budget(
         chosen = []
         for i, gate in enumerate(gates):
             chosen.append(_within_error(gate, max_error))
-            gate.search.forget()
+            gate.search.free()
             _tell(progress, i + 1, len(gates))
         return _collect(matrices, gates, chosen)
     limits = parse_budget(budget)
@@ -244,7 +244,7 @@ class _Gate:
 
     name: str
     number: int
-    search: Search
+    search: StructureSearch
     scale: float  # what a share of this gate's energy is worth beside the others'
 
     @property
@@ -270,7 +270,7 @@ def _gates(
                 check(part, Structure(*part.shape))
                 first = searches.get((name, 0))  # one norm serves all of a matrix
                 metric = metric_of(covariance, weight.shape[1]) if first is None else first.metric
-                search = searches[key] = Search(part, metric, seed, together, name in scaled)
+                search = searches[key] = StructureSearch(part, metric, seed, together, name in scaled)
             found.append(_Gate(*key, search, float(together) if mixed else search.total))
     return found
 
@@ -280,12 +280,12 @@ def _tell(progress: Progress | None, done: int, total: int) -> None:
         progress(done, total, "choosing factors")
 
 
-def _dense(gate: _Gate) -> Candidate:
+def _dense(gate: _Gate) -> ScoredStructure:
     rows, cols = gate.search.rows, gate.search.cols
-    return Candidate(Structure(rows, cols, (Term(((rows, cols),)),), gates=gate.search.gates), 1.0)
+    return ScoredStructure(Structure(rows, cols, (Term(((rows, cols),)),), gates=gate.search.gates), 1.0)
 
 
-def _pool(gate: _Gate, limits: Budget) -> list[Candidate]:
+def _pool(gate: _Gate, limits: Budget) -> list[ScoredStructure]:
     """Candidates of many sizes around an even share of the budget, from the smallest there is to the dense matrix."""
     share = limits.parameters or limits.multiply_adds or 1.0
     whole = _dense(gate)
@@ -304,7 +304,7 @@ def _pool(gate: _Gate, limits: Budget) -> list[Candidate]:
     return list(pool.values())
 
 
-def _smallest(gate: _Gate) -> list[Candidate]:
+def _smallest(gate: _Gate) -> list[ScoredStructure]:
     """One product each of low rank and of the balanced pair, and the product of the most factors there is."""
     search = gate.search
     found = search.singles(search.rows + search.cols)[:1]
@@ -312,24 +312,26 @@ def _smallest(gate: _Gate) -> list[Candidate]:
     return found
 
 
-def _allocated(gates: list[_Gate], limits: Budget, budget: str, tell: Callable[[int], None]) -> list[Candidate]:
+def _allocated(gates: list[_Gate], limits: Budget, budget: str, tell: Callable[[int], None]) -> list[ScoredStructure]:
     pools = []
     for i, gate in enumerate(gates):
         pools.append(_pool(gate, limits))
-        gate.search.forget()
+        gate.search.free()
         tell(i + 1)
     return _allocate(gates, pools, limits, budget)
 
 
-def _kept(gates: list[_Gate], chosen: list[Candidate]) -> float:
+def _kept(gates: list[_Gate], chosen: list[ScoredStructure]) -> float:
     """The share of all energy."""
     return _worth(gates, chosen) / max(sum(gate.scale for gate in gates), 1e-300)
 
 
-def _allocate(gates: list[_Gate], pools: list[list[Candidate]], limits: Budget, budget: str) -> list[Candidate]:
+def _allocate(
+    gates: list[_Gate], pools: list[list[ScoredStructure]], limits: Budget, budget: str
+) -> list[ScoredStructure]:
     dense = sum(g.dense for g in gates)
     most = [None if s is None else s * dense for s in (limits.parameters, limits.multiply_adds)]
-    best: list[Candidate] | None = None
+    best: list[ScoredStructure] | None = None
     for weight in PRICES if limits.parameters is not None and limits.multiply_adds is not None else (1.0,):
         chosen = _greedy(gates, pools, most, weight)
         if chosen is not None and (best is None or _worth(gates, chosen) > _worth(gates, best)):
@@ -346,12 +348,12 @@ def _allocate(gates: list[_Gate], pools: list[list[Candidate]], limits: Budget, 
 
 
 def _greedy(
-    gates: list[_Gate], pools: list[list[Candidate]], most: list[float | None], weight: float
-) -> list[Candidate] | None:
+    gates: list[_Gate], pools: list[list[ScoredStructure]], most: list[float | None], weight: float
+) -> list[ScoredStructure] | None:
     """From the cheapest candidates upwards: again and again the exchange with the most energy per price, while it fits;
     at the end any exchange that still fits. `weight` prices multiply-adds against parameters."""
 
-    def price(c: Candidate) -> float:
+    def price(c: ScoredStructure) -> float:
         parameters = 0.0 if most[0] is None else c.parameters / most[0]
         adds = 0.0 if most[1] is None else c.multiply_adds / most[1]
         if most[0] is None or most[1] is None:
@@ -386,15 +388,15 @@ def _greedy(
         chosen[i] = c
 
 
-def _worth(gates: list[_Gate], chosen: list[Candidate]) -> float:
+def _worth(gates: list[_Gate], chosen: list[ScoredStructure]) -> float:
     return sum(g.scale * c.energy for g, c in zip(gates, chosen, strict=True))
 
 
-def _error(candidate: Candidate) -> float:
+def _error(candidate: ScoredStructure) -> float:
     return math.sqrt(max(0.0, 1 - candidate.energy))
 
 
-def _within_error(gate: _Gate, max_error: float) -> Candidate:
+def _within_error(gate: _Gate, max_error: float) -> ScoredStructure:
     for level in ERROR_LEVELS:
         good = [c for c in gate.search.candidates(int(level * gate.dense)) if _error(c) <= max_error]
         if good:
@@ -402,7 +404,7 @@ def _within_error(gate: _Gate, max_error: float) -> Candidate:
     return _dense(gate)
 
 
-def _check_error(gates: list[_Gate], chosen: list[Candidate], max_error: float, budget: str) -> None:
+def _check_error(gates: list[_Gate], chosen: list[ScoredStructure], max_error: float, budget: str) -> None:
     worst = max(range(len(gates)), key=lambda i: _error(chosen[i]))
     if _error(chosen[worst]) > max_error:
         raise TargetMissedError(
@@ -412,7 +414,7 @@ def _check_error(gates: list[_Gate], chosen: list[Candidate], max_error: float, 
         )
 
 
-def _collect(matrices: Matrices, gates: list[_Gate], chosen: list[Candidate]) -> BudgetPlan:
+def _collect(matrices: Matrices, gates: list[_Gate], chosen: list[ScoredStructure]) -> BudgetPlan:
     structures: dict[str, Structures] = {name: () for name in matrices}
     energy: dict[str, tuple[float, ...]] = {name: () for name in matrices}
     for gate, candidate in zip(gates, chosen, strict=True):

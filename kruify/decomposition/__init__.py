@@ -1,8 +1,7 @@
-"""Dense matrix -> factors: nearest Kronecker products, their sums, diagonal and overlay, with exact errors."""
+"""Dense matrix -> factors: nearest Kronecker products, their sums, diagonal and sparse residual, with exact errors."""
 
 from __future__ import annotations
 
-from kruify.decomposition.choose import choose
-from kruify.decomposition.fit import Fit, fit, null_energy
+from kruify.decomposition.fitting import Fit, fit, null_energy
 
-__all__ = ["Fit", "choose", "fit", "null_energy"]
+__all__ = ["Fit", "fit", "null_energy"]

@@ -7,57 +7,82 @@ from torch import Tensor
 
 from kruify.decomposition.vectors import VectorSum, khatri_rao, normalised
 
-PROXIMAL = 1e-12  # relative; keeps the normal equations solvable when terms become parallel, and keeps the descent
+PROXIMAL = 1e-12  # relative; keeps the normal equations solvable when terms become parallel
+TENSORLY_MODES = 3  # its sweep passes over the tensor once per mode, ours twice
 
 
 def refine(tensor: Tensor, start: VectorSum, *, sweeps: int = 200, tolerance: float = 1e-10) -> VectorSum:
     """Lowers ||tensor - sum||_F from `start`, never raising it.
+
+    Three modes by tensorly's `parafac`, more by sweeps that share partial contractions. Both keep the same energy;
+    section "many" of benchmarks/decompose.md has the times of both.
 
     Args:
         tensor: (mode 0, mode 1, ...).
         start: the sum to improve; terms of weight 0 stay out of it.
         sweeps: at most so many passes over all modes.
         tolerance: stops when a sweep gains less than this share of ||tensor||^2.
-
-    One sweep costs two passes over the tensor whatever the number of modes: partial contractions are shared along a
-    binary tree of modes (Phan, Tichavsky & Cichocki, "Fast alternating LS algorithms for high order CP", 2013).
     """
     live = start.weight > 0
-    if len(start.vectors) < 2 or not bool(live.any()):
+    if tensor.ndim < 2 or not bool(live.any()):
         return start
+    # The weight is shared out evenly, so that no mode dwarfs the regularisation of another.
+    vectors = [v[:, live] * start.weight[live] ** (1 / tensor.ndim) for v in start.vectors]
+    descend = by_tensorly if tensor.ndim <= TENSORLY_MODES else by_shared_contractions
+    found = descend(tensor, vectors, sweeps, tolerance).padded(start.rank)
+    return found if found.distance(tensor) <= start.distance(tensor) else start
+
+
+def by_tensorly(tensor: Tensor, vectors: list[Tensor], sweeps: int, tolerance: float) -> VectorSum:
+    """`tensorly.decomposition.parafac` from the given vectors, one (mode size, rank) per mode."""
+    import tensorly
+    from tensorly.decomposition import parafac
+
+    ridge = PROXIMAL * float(_normal([v.T @ v for v in vectors], 0).diagonal().mean())
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        # Its tolerance is of the error, ours of the squared error, twice as large where little is kept.
+        start, rank = tensorly.cp_tensor.CPTensor((None, vectors)), vectors[0].shape[1]
+        found = parafac(tensor, rank, init=start, n_iter_max=sweeps, tol=tolerance / 2, l2_reg=ridge)
+    return normalised(found.factors)
+
+
+def by_shared_contractions(tensor: Tensor, vectors: list[Tensor], sweeps: int, tolerance: float) -> VectorSum:
+    """One sweep costs two passes over the tensor whatever the number of modes: partial contractions are shared along a
+    binary tree of modes (Phan, Tichavsky & Cichocki, "Fast alternating LS algorithms for high order CP", 2013)."""
     total = float(tensor.square().sum())
-    # The weight is shared out evenly, so that no mode dwarfs the proximal term of another.
-    share = start.weight[live] ** (1 / len(start.vectors))
-    state = _State([v[:, live] * share for v in start.vectors])
-    best, best_error = start, _error(total, tensor, start)
-    error = best_error
+    best, best_error, error = normalised(vectors), float("inf"), float("inf")
     for _ in range(sweeps):
-        _sweep(tensor[..., None], list(range(len(state.vectors))), state)
+        state = _State(vectors)
+        _sweep(tensor[..., None], list(range(tensor.ndim)), state)
         current = normalised(state.vectors)
+        # A difference of large numbers: it tells when to stop; the caller compares what was found directly.
         before, error = error, float(total + current.gram().sum() - 2 * state.inner)
+        vectors = [v * current.weight ** (1 / tensor.ndim) for v in current.vectors]
         if error < best_error:
             best, best_error = current, error
         if not before - error > tolerance * total:
             break
-        share = current.weight ** (1 / len(current.vectors))
-        state = _State([v * share for v in current.vectors])
-    # `error` is a difference of large numbers; the gain is taken only if it is there when computed directly.
-    padded = best.padded(start.rank)
-    return padded if _residual(tensor, padded) <= _residual(tensor, start) else start
+    return best
+
+
+def _normal(grams: list[Tensor], mode: int) -> Tensor:
+    """The matrix of the normal equations of one mode: (rank, rank)."""
+    normal = torch.ones_like(grams[0])
+    for other, gram in enumerate(grams):
+        if other != mode:
+            normal = normal * gram
+    return normal
 
 
 class _State:
     def __init__(self, vectors: list[Tensor]) -> None:
-        self.vectors = vectors
+        self.vectors = list(vectors)
         self.grams = [v.T @ v for v in vectors]
         self.inner = 0.0  # <tensor, sum>, known after the last mode of a sweep
 
     def update(self, mode: int, projected: Tensor) -> None:
         """Solves for one mode; `projected` is the tensor contracted with the vectors of all others, (n, rank)."""
-        normal = torch.ones_like(self.grams[0])
-        for other, gram in enumerate(self.grams):
-            if other != mode:
-                normal = normal * gram
+        normal = _normal(self.grams, mode)
         ridge = PROXIMAL * normal.diagonal().mean()
         lhs = normal + ridge * torch.eye(len(normal), dtype=normal.dtype)
         rhs = projected + ridge * self.vectors[mode]
@@ -95,17 +120,3 @@ def _contract(partial: Tensor, half: int, vectors: list[Tensor], *, last: bool) 
         cube = partial.reshape(rows, -1, partial.shape[-1])
         out = torch.einsum("mnr,nr->mr", cube, product) if last else torch.einsum("mnr,mr->nr", cube, product)
     return out.reshape(*kept, product.shape[1])
-
-
-def _error(total: float, tensor: Tensor, current: VectorSum) -> float:
-    return float(total + current.gram().sum() - 2 * _inner(tensor, current))
-
-
-def _inner(tensor: Tensor, current: VectorSum) -> Tensor:
-    half = max(1, len(current.vectors) // 2)
-    left, right = khatri_rao(current.vectors[:half]), khatri_rao(current.vectors[half:])
-    return ((tensor.reshape(left.shape[0], -1) @ right) * left * current.weight).sum()
-
-
-def _residual(tensor: Tensor, current: VectorSum) -> float:
-    return float((tensor - current.dense()).square().sum())

@@ -46,6 +46,10 @@ class VectorSum:
             gram = gram * (v.T @ v)
         return gram
 
+    def distance(self, tensor: Tensor) -> float:
+        """||tensor - sum||_F^2."""
+        return float((tensor - self.dense()).square().sum())
+
     def padded(self, rank: int) -> VectorSum:
         """The same sum with terms of weight 0 appended up to `rank`."""
         extra = rank - self.rank

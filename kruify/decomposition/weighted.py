@@ -1,7 +1,7 @@
 """The activation-weighted norm ||E C^(1/2)||_F = (E ||E h||^2)^(1/2), with C = E[h h^T].
 
 SVD-LLM (Wang et al., 2024) fits low-rank matrices in it. Here every part of a structure is: low rank exactly, other
-Kronecker products by alternating least squares, diagonal entry by entry, overlay by its normal equations.
+Kronecker products by alternating least squares, diagonal entry by entry, sparse residual by its normal equations.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from kruify.decomposition.nearest import nearest
-from kruify.decomposition.overlay import add_overlay, heaviest
-from kruify.decomposition.rearrange import rearrange, restore
+from kruify.decomposition.nearest_sum import nearest
+from kruify.decomposition.rearrangement import rearrange, restore
+from kruify.decomposition.sparse_residual import Blocks, add_blocks, heaviest
 from kruify.decomposition.svd import follow
 from kruify.decomposition.vectors import VectorSum, normalised
 from kruify.factors import Shape, Term
@@ -23,7 +23,7 @@ DAMPING = 1e-6  # of the mean variance, added to every direction: what was never
 PROXIMAL = 1e-10
 SWEEPS, LATER_SWEEPS, TOLERANCE = 60, 4, 1e-5
 SEARCH_SWEEPS, SEARCH_LATER_SWEEPS, SEARCH_TOLERANCE = 6, 2, 1e-3
-SYSTEMS = 1 << 24  # entries of the overlay's systems that are solved at once
+SYSTEMS = 1 << 24  # entries of the sparse residual's systems that are solved at once
 
 
 class Weighted:
@@ -72,21 +72,21 @@ class Weighted:
         n = min(rest.shape)
         return (rest @ self.c)[:n].diagonal() / self.c.diagonal()[:n]
 
-    def overlay(self, rest: Tensor, blocks: int, block: int, old: Tensor | None) -> tuple[Tensor, Tensor]:
+    def sparse_residual(self, rest: Tensor, blocks: int, block: int, old: Blocks | None) -> Blocks:
         """Places by the gain each block would bring alone, in rounds that see what earlier rounds took; values by
         least squares. Keeps the old places where new ones are no better: choosing them is a hard problem."""
         found = self._pursuit(rest, blocks, block)
         if old is None:
             return found
-        kept = self._solve(rest, old, block)
+        kept = self._solve(rest, old[1], block)
         return found if self._left(rest, found) < self._left(rest, kept) else kept
 
-    def _left(self, rest: Tensor, overlay: tuple[Tensor, Tensor]) -> float:
+    def _left(self, rest: Tensor, found: Blocks) -> float:
         rest = rest.clone()
-        add_overlay(rest, -overlay[0], overlay[1])
+        add_blocks(rest, -found[0], found[1])
         return self.error(rest)
 
-    def _pursuit(self, rest: Tensor, blocks: int, block: int, rounds: int = 4) -> tuple[Tensor, Tensor]:
+    def _pursuit(self, rest: Tensor, blocks: int, block: int, rounds: int = 4) -> Blocks:
         rows, cols = rest.shape
         left = rest.clone()
         taken = torch.zeros(rows // block, cols, dtype=torch.bool)
@@ -100,10 +100,10 @@ class Weighted:
             index = taken.nonzero() * torch.tensor([block, 1])
             values, index = self._solve(rest, index, block)
             left = rest.clone()
-            add_overlay(left, -values, index)
+            add_blocks(left, -values, index)
         return values, index
 
-    def _solve(self, rest: Tensor, index: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    def _solve(self, rest: Tensor, index: Tensor, block: int) -> Blocks:
         """Best values for given places: one small system per stripe of `block` rows, solved many at once."""
         target = rest @ self.c
         values = torch.empty(len(index), block, dtype=torch.float64)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kruify.decomposition.fit import Fit, Products
+from kruify.decomposition.fitting import Fit, Products
 from kruify.errors import UsageError
 from kruify.layers.matrix import KroneckerMatrix, group_terms
 
@@ -42,7 +42,7 @@ def assign(matrix: KroneckerMatrix, fits: Sequence[Fit]) -> None:
             assert diagonal is not None
             matrix.diagonal[row].copy_(diagonal)
     if matrix.overlay is not None:
-        parts = [(gate, f.overlay) for gate, f in enumerate(fits) if f.overlay is not None]
+        parts = [(gate, f.sparse_residual) for gate, f in enumerate(fits) if f.sparse_residual is not None]
         offset = torch.tensor([matrix.structures[0].rows, 0])
         # Sorted within a gate, and gates follow each other in rows: sorted over all.
         matrix.overlay.index.copy_(torch.cat([overlay[1] + gate * offset for gate, overlay in parts]))

@@ -5,7 +5,7 @@ import torch
 
 from kruify.conversion.budget import Budget, parse_budget, plan_budget
 from kruify.decomposition import fit
-from kruify.decomposition.choose import Search
+from kruify.decomposition.structure_search import StructureSearch
 from kruify.errors import PlanError, TargetMissedError
 from kruify.factors import parse
 
@@ -52,15 +52,15 @@ def test_the_plan_keeps_within_the_budget_and_is_the_same_again(budget):
         found = plan.structures[name]
         for w, s, energy in zip(weight.chunk(len(found)), found, plan.energy[name], strict=True):
             assert parse(str(s)).resolve(s.rows, s.cols, s.gates) == s
-            assert fit(w, s, null=False).energy >= energy - 1e-6
+            assert fit(w, s).energy >= energy - 1e-6
 
 
 def test_what_one_budget_learnt_serves_the_next_and_changes_nothing(monkeypatch):
     budgets = ("2x", "4x", "8x", "params=60%,macs=3x")
     alone = [plan_budget(matrices(), budget) for budget in budgets]
     fits = []
-    quick = Search._fitted
-    monkeypatch.setattr(Search, "_fitted", lambda *a: fits.append(a) or quick(*a))
+    quick = StructureSearch._fitted
+    monkeypatch.setattr(StructureSearch, "_fitted", lambda *a: fits.append(a) or quick(*a))
     searches = {}
     for budget, wanted in zip(budgets, alone, strict=True):
         assert plan_budget(matrices(), budget, searches=searches) == wanted
@@ -75,7 +75,7 @@ def total_energy(plan):
     lost = 0.0
     for name, (weight, _, _) in matrices().items():
         for w, s in zip(weight.chunk(len(plan[name])), plan[name], strict=True):
-            lost += float((w - fit(w, s, null=False).to_dense()).square().sum())
+            lost += float((w - fit(w, s).to_dense()).square().sum())
     return 1 - lost / sum(float(w.square().sum()) for w, _, _ in matrices().values())
 
 
@@ -102,7 +102,7 @@ def test_an_error_bound_alone_is_kept_by_every_gate(bound):
     plan = plan_budget(matrices(), None, max_error=bound)
     for name, (weight, gates, _) in matrices().items():
         for w, s in zip(weight.chunk(gates), plan.structures[name], strict=True):
-            assert fit(w, s, null=False).relative_error <= bound + 1e-6
+            assert fit(w, s).relative_error <= bound + 1e-6
     assert plan.structures["a"][0].parameters < 32 * 24 / 2  # of rank two
 
 
@@ -137,7 +137,7 @@ def test_sizes_without_handsome_divisors_are_planned_too(rows, cols):
     plan = plan_budget({"w": (gaussian(rows, cols), 1, None)}, "params=60%" if min(rows, cols) > 1 else "1x")
     assert plan.parameters <= plan.dense_parameters
     structure = parse("auto").resolve(rows, cols)
-    assert 0 < fit(gaussian(rows, cols), structure, null=False).energy <= 1 + 1e-12
+    assert 0 < fit(gaussian(rows, cols), structure).energy <= 1 + 1e-12
 
 
 def common_inputs(gates=3):
@@ -149,7 +149,7 @@ def test_gates_with_something_in_common_are_stacked():
     plan = plan_budget({"w": (common_inputs(), 3, None)}, "params=12%")
     (structure,) = plan.structures["w"]
     assert structure.gates == 3 and plan.energy["w"][0] > 0.999  # gate by gate rank 2 takes 17 %
-    assert fit(common_inputs(), structure, null=False).energy > 0.999
+    assert fit(common_inputs(), structure).energy > 0.999
 
 
 def test_gates_without_anything_in_common_are_not():

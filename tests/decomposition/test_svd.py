@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kruify.decomposition import null_energy
-from kruify.decomposition.null import gaussian_energy
+from kruify.decomposition.random_matrix import gaussian_energy
 from kruify.decomposition.svd import truncated_svd
 from kruify.factors import parse
 

@@ -40,7 +40,7 @@ STRUCTURES = [
 def test_the_weighted_fit_loses_less_of_the_output_than_the_plain_one(spec):
     w, c = gaussian(24, 16), covariance(16)
     structure = parse(spec).resolve(24, 16)
-    plain, weighted = fit(w, structure, null=False), fit(w, structure, covariance=c, null=False)
+    plain, weighted = fit(w, structure), fit(w, structure, covariance=c)
     ours, theirs = output_error(w, weighted.to_dense(), c), output_error(w, plain.to_dense(), c)
     assert ours < theirs
     total = output_error(w, torch.zeros_like(w), c)
@@ -51,7 +51,7 @@ def test_the_weighted_fit_loses_less_of_the_output_than_the_plain_one(spec):
 
 def test_low_rank_reaches_the_optimum_of_the_whitened_matrix():
     w, c = gaussian(24, 16), covariance(16, decay=1.0)
-    found = fit(w, parse("3*(24x1,1x16)").resolve(24, 16), covariance=c, null=False)
+    found = fit(w, parse("3*(24x1,1x16)").resolve(24, 16), covariance=c)
     root = np.linalg.cholesky(c.numpy())
     tail = np.linalg.svd(w.numpy() @ root, compute_uv=False)[3:]
     assert output_error(w, found.to_dense(), c) == pytest.approx((tail**2).sum(), rel=1e-4)
@@ -59,7 +59,7 @@ def test_low_rank_reaches_the_optimum_of_the_whitened_matrix():
 
 def test_no_factor_can_be_improved_alone():
     w, c, structure = gaussian(24, 16), covariance(16, decay=1.0), parse("2*(4x4,6x4)").resolve(24, 16)
-    scale, factors = fit(w, structure, covariance=c, null=False).terms[0]
+    scale, factors = fit(w, structure, covariance=c).terms[0]
     variables = [(factors[0] * scale[:, None, None]).requires_grad_(), factors[1].clone().requires_grad_()]
     k = sum(torch.kron(variables[0][r].contiguous(), variables[1][r].contiguous()) for r in range(2))
     error = ((w - k) @ c * (w - k)).sum()
@@ -69,8 +69,8 @@ def test_no_factor_can_be_improved_alone():
 
 def test_an_identity_covariance_changes_nothing():
     w, structure = gaussian(24, 16), parse("2*(4x4,6x4)").resolve(24, 16)
-    weighted = fit(w, structure, covariance=torch.eye(16), null=False)
-    assert weighted.energy == pytest.approx(fit(w, structure, null=False).energy, abs=1e-9)
+    weighted = fit(w, structure, covariance=torch.eye(16))
+    assert weighted.energy == pytest.approx(fit(w, structure).energy, abs=1e-9)
 
 
 @pytest.mark.parametrize("rank", [1, 4])
@@ -79,9 +79,9 @@ def test_a_covariance_of_low_rank_or_zero_still_fits(rank):
     w = gaussian(24, 16)
     for c in (h.T @ h, torch.zeros(16, 16)):
         for spec in ("2*(4x4,6x4)", "4*(24x1,1x16)", "2*(24x1,1x16)+sparse:10%"):
-            found = fit(w, parse(spec).resolve(24, 16), covariance=c, null=False)
+            found = fit(w, parse(spec).resolve(24, 16), covariance=c)
             assert bool(torch.isfinite(found.to_dense()).all())
-    exact = fit(w, parse("4*(24x1,1x16)").resolve(24, 16), covariance=h.T @ h, null=False)
+    exact = fit(w, parse("4*(24x1,1x16)").resolve(24, 16), covariance=h.T @ h)
     assert exact.energy_weighted > 1 - 1e-6  # as many terms as directions that ever occur
 
 

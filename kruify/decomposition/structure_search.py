@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kruify.decomposition.fit import Fit, check, fit_with, metric_of
-from kruify.decomposition.plain import Plain
-from kruify.decomposition.quick import Quick
+from kruify.decomposition.backfitting import Metric
+from kruify.decomposition.fitting import Fit, fit_with
+from kruify.decomposition.subspace import SubspaceFrobenius
 from kruify.decomposition.weighted import Weighted
-from kruify.errors import UsageError
 from kruify.factors import BLOCK_HEIGHTS, Shape, Structure, Term, balanced, two_factor_shapes
 
 SHAPES_LIMIT = 1 << 19  # entries up to which every pair of shapes is looked at, not only the balanced ones
@@ -26,7 +25,7 @@ SHORTLIST = 2  # Kronecker shapes that enter sums
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ScoredStructure:
     """A structure and the share of the (weighted) energy it keeps."""
 
     structure: Structure
@@ -41,7 +40,7 @@ class Candidate:
         return self.structure.multiply_adds
 
 
-class Search:
+class StructureSearch:
     """Looks for structures of one matrix; what is learnt at one budget serves the next.
 
     Args:
@@ -50,9 +49,7 @@ class Search:
         scaled: every product has a number of its own beside its factors (factors.Structure).
     """
 
-    def __init__(
-        self, matrix: Tensor, metric: Plain | Weighted, seed: int = 0, gates: int = 1, scaled: bool = False
-    ) -> None:
+    def __init__(self, matrix: Tensor, metric: Metric, seed: int = 0, gates: int = 1, scaled: bool = False) -> None:
         self.gates, self.scaled = gates, scaled
         self.matrix = matrix.detach().to("cpu", torch.float64)
         self.rows, self.cols = self.matrix.shape
@@ -62,8 +59,8 @@ class Search:
         slow = isinstance(metric, Weighted) or self.matrix.numel() > SHAPES_LIMIT
         self._shortlist = 1 if slow else SHORTLIST
         # In the weighted norm only a guide: see `spectrum_energy`.
-        self._quick = Quick(self.matrix @ metric.root if isinstance(metric, Weighted) else self.matrix)
-        self._searching = metric.for_search() if isinstance(metric, Weighted) else self._quick
+        self._subspace = SubspaceFrobenius(self.matrix @ metric.root if isinstance(metric, Weighted) else self.matrix)
+        self._searching = metric.for_search() if isinstance(metric, Weighted) else self._subspace
         self._fits: dict[Structure, float] = {}
 
     def energy(self, structure: Structure, sweeps: int = SEARCH_SWEEPS) -> float:
@@ -76,13 +73,13 @@ class Search:
         """A thorough fit and the share of the energy it keeps in the norm of the search."""
         return self._fitted(self.metric, structure, sweeps)
 
-    def _fitted(self, metric: Plain | Weighted, structure: Structure, sweeps: int) -> tuple[Fit, float]:
+    def _fitted(self, metric: Metric, structure: Structure, sweeps: int) -> tuple[Fit, float]:
         fit = fit_with(metric, self.matrix, structure, seed=self.seed, sweeps=sweeps)
         return fit, 1 - self.metric.error(self.matrix - fit.to_dense()) / self.total if self.total > 0 else 1.0
 
-    def forget(self) -> None:
+    def free(self) -> None:
         """Frees what only further searching would use."""
-        self._quick.forget()
+        self._subspace.free()
 
     def low_rank(self) -> tuple[Shape, Shape]:
         return (self.rows, 1), (1, self.cols)
@@ -101,45 +98,40 @@ class Search:
         return sorted(pairs, key=lambda s: (sum(p * q for p, q in s), s))[:3]
 
     def spectrum_energy(self, shapes: tuple[Shape, ...], rank: int) -> float:
-        """Energy of the best `rank` products of a pair of shapes: exact in the plain norm and for factors that span all
-        columns, elsewhere a guide that treats the weight as if it could be moved into the factors."""
+        """Energy of the best `rank` products of a pair of shapes: exact in the Frobenius norm and for factors that span
+        all columns, elsewhere a guide that treats the weight as if it could be moved into the factors."""
         if self.total == 0:
             return 1.0
-        return float(self._quick.spectrum(shapes, rank)[0][:rank].sum()) / self.total
+        return float(self._subspace.spectrum(shapes, rank)[0][:rank].sum()) / self.total
 
-    def singles(self, parameters: int, multiply_adds: int | None = None) -> list[Candidate]:
+    def singles(self, parameters: int, multiply_adds: int | None = None) -> list[ScoredStructure]:
         """Sums of one shape that fit the budget, the most energy first; the first is exact, the others estimates."""
         found = []
         for shapes in [self.low_rank(), *self.shapes()]:
             term = self._term(shapes, parameters, multiply_adds)
             if term is not None:
-                found.append(Candidate(self._structure(term), self.spectrum_energy(shapes, term.rank)))
+                found.append(ScoredStructure(self._structure(term), self.spectrum_energy(shapes, term.rank)))
         if isinstance(self.metric, Weighted):  # the guide is replaced by the truth for those that matter
             low = [c for c in found if c.structure.terms[0].factors == self.low_rank()]
             rest = sorted((c for c in found if c not in low), key=_order)[: self._shortlist + 1]
-            found = low + [Candidate(c.structure, self.energy(c.structure)) for c in rest]
+            found = low + [ScoredStructure(c.structure, self.energy(c.structure)) for c in rest]
         return sorted(found, key=_order)
 
-    def every_single(self, parameters: int, multiply_adds: int | None = None) -> list[Structure]:
-        """Each pair of factor shapes that the search looks at, low rank first, with as many terms as fit the budget."""
-        terms = [self._term(shapes, parameters, multiply_adds) for shapes in [self.low_rank(), *self.shapes()]]
-        return [self._structure(term) for term in terms if term is not None]
-
-    def many_factors(self, parameters: int, multiply_adds: int | None = None) -> list[Candidate]:
+    def many_factors(self, parameters: int, multiply_adds: int | None = None) -> list[ScoredStructure]:
         """Single products of three factors and more, for budgets below what two factors need."""
-        found: list[Candidate] = []
+        found: list[ScoredStructure] = []
         for count in range(3, max(self.rows, self.cols).bit_length()):
             shapes = balanced(self.rows, self.cols, count, self.gates)
             structure = self._structure(Term(shapes))
             if len(shapes) < 3 or any(c.structure == structure for c in found):
                 continue
             if _fits(structure, parameters, multiply_adds):
-                found.append(Candidate(structure, self.energy(structure)))
+                found.append(ScoredStructure(structure, self.energy(structure)))
                 break  # fewer factors hold more: the first that fits is the one
         return found
 
     def sums(self, parameters: int, multiply_adds: int | None = None) -> Iterator[Structure]:
-        """Sums of low rank, the best Kronecker shapes, overlay and diagonal that share out the budget."""
+        """Sums of low rank, the best Kronecker shapes, sparse residual and diagonal that share out the budget."""
         singles = self.singles(parameters, multiply_adds)
         kron = [
             c.structure.terms[0].factors
@@ -157,7 +149,7 @@ class Search:
             plans += [([(low, 1.0)], 0.0, True), ([(low, 0.5)], 0.5, True)]
         plans += [([(low, 0.34), (k, 0.33)], 0.33, False) for k in kron[:1]]
         seen = set()
-        for shares, overlay, diagonal in plans:
+        for shares, sparse, diagonal in plans:
             left = parameters - (side if diagonal else 0)
             adds = None if multiply_adds is None else multiply_adds - (side if diagonal else 0)
             terms = []
@@ -172,7 +164,7 @@ class Search:
             spare = left - used
             if adds is not None:
                 spare = min(spare, adds - sum(t.multiply_adds for t in terms))
-            blocks = max(0, spare) // self.block if overlay else 0
+            blocks = max(0, spare) // self.block if sparse else 0
             blocks = min(blocks, self.rows * self.cols // self.block)
             block = self.block if blocks else 1
             structure = self._structure(*terms, diagonal=diagonal, sparse_blocks=blocks, block=block)
@@ -180,11 +172,11 @@ class Search:
                 seen.add(structure)
                 yield structure
 
-    def candidates(self, parameters: int, multiply_adds: int | None = None) -> list[Candidate]:
+    def candidates(self, parameters: int, multiply_adds: int | None = None) -> list[ScoredStructure]:
         """Everything worth comparing at one budget, the most energy first."""
         found = self.singles(parameters, multiply_adds)[: SHORTLIST + 1]
         for structure in self.sums(parameters, multiply_adds):
-            found.append(Candidate(structure, self.energy(structure)))
+            found.append(ScoredStructure(structure, self.energy(structure)))
         if not any(c.structure.terms for c in found):
             found += self.many_factors(parameters, multiply_adds)
         return sorted(found, key=_order)
@@ -205,58 +197,10 @@ class Search:
         return Structure(self.rows, self.cols, terms, scaled=self.scaled, gates=self.gates, **rest)
 
 
-def choose(
-    matrix: Tensor,
-    parameters: int,
-    *,
-    multiply_adds: int | None = None,
-    covariance: Tensor | None = None,
-    seed: int = 0,
-) -> Fit:
-    """The fit that keeps the most (weighted) energy of one matrix within a budget.
-
-    Compares every pair of factor shapes (above `SHAPES_LIMIT` entries the three most balanced) with as many terms as
-    fit, low rank among them, then sums of low rank, the best Kronecker shapes, diagonal and overlay. So the result
-    never keeps less (weighted) energy than `fit` does with any of these pairs and as many terms (weighted: as many as
-    `WEIGHTED_LIMIT` unknowns of a least-squares step serve), or, in the plain norm, with an overlay of as many
-    parameters.
-
-    Args:
-        matrix: (rows, cols), one gate.
-        parameters: at most so many trainable numbers.
-        multiply_adds: at most so many multiply-adds of a matrix-vector product.
-        covariance: (cols, cols), as for `fit`.
-
-    Raises:
-        UsageError, UnsupportedError: as `fit`; UsageError also where no structure is that small.
-    """
-    check(matrix, Structure(*_two(matrix.shape)))
-    search = Search(matrix, metric_of(covariance, matrix.shape[1]), seed)
-    found = search.candidates(parameters, multiply_adds)
-    if not found:
-        raise UsageError(
-            f"no structure of a {search.rows}x{search.cols} matrix has {parameters} parameters or fewer",
-            hint="Allow more parameters or multiply-adds",
-        )
-    structures = [candidate.structure for candidate in found[:3]]
-    if covariance is not None:  # the search has only a guide to what weighted products keep: all are fitted
-        structures += [s for s in search.every_single(parameters, multiply_adds) if s not in structures]
-    best, best_energy = search.fitted(structures[0])
-    for structure in structures[1:]:
-        other, energy = search.fitted(structure)
-        if energy > best_energy:
-            best, best_energy = other, energy
-    return best
-
-
-def _two(shape: Sequence[int]) -> tuple[int, int]:
-    return (shape[0], shape[1]) if len(shape) == 2 else (0, 0)
-
-
 def _fits(structure: Structure, parameters: int, multiply_adds: int | None) -> bool:
     return structure.parameters <= parameters and (multiply_adds is None or structure.multiply_adds <= multiply_adds)
 
 
-def _order(candidate: Candidate) -> tuple[float, int, str]:
+def _order(candidate: ScoredStructure) -> tuple[float, int, str]:
     """Most energy first; where it is equal to rounding, the cheaper, then the name: the same choice everywhere."""
     return -round(candidate.energy, 10), candidate.multiply_adds, str(candidate.structure)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kruify.decomposition.nearest import nearest
-from kruify.decomposition.overlay import best_overlay
-from kruify.decomposition.rearrange import rearrange
+from kruify.decomposition.nearest_sum import nearest
+from kruify.decomposition.rearrangement import rearrange
+from kruify.decomposition.sparse_residual import Blocks, largest_blocks
 from kruify.decomposition.vectors import VectorSum
 from kruify.factors import Term
 
 
-class Plain:
+class Frobenius:
     """Fits measured by ||E||_F."""
 
     def error(self, rest: Tensor) -> float:
@@ -28,6 +28,6 @@ class Plain:
         """The best diagonal for `rest`."""
         return rest.diagonal().clone()
 
-    def overlay(self, rest: Tensor, blocks: int, block: int, old: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The best overlay for `rest`; `old` (blocks, 2) is the index it had."""
-        return best_overlay(rest, blocks, block)
+    def sparse_residual(self, rest: Tensor, blocks: int, block: int, old: Blocks | None) -> Blocks:
+        """The best `blocks` blocks of `block` rows for `rest`; `old` are those it had."""
+        return largest_blocks(rest, blocks, block)

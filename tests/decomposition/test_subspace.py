@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from kruify.decomposition import svd, weighted
-from kruify.decomposition.choose import Search
-from kruify.decomposition.fit import fit_with
-from kruify.decomposition.overlay import heaviest
-from kruify.decomposition.plain import Plain
-from kruify.decomposition.quick import Quick
+from kruify.decomposition.fitting import fit_with
+from kruify.decomposition.frobenius import Frobenius
+from kruify.decomposition.sparse_residual import heaviest
+from kruify.decomposition.structure_search import StructureSearch
+from kruify.decomposition.subspace import SubspaceFrobenius
 from kruify.decomposition.svd import follow, truncated_svd
 from kruify.decomposition.vectors import VectorSum
 from kruify.decomposition.weighted import Weighted
@@ -42,33 +42,37 @@ def test_a_step_never_loses_and_many_reach_the_svd(shape, single, monkeypatch):
 
 @pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_quick_fit_is_a_close_bound_from_below(spec, single, monkeypatch):
+def test_a_fit_of_a_search_is_a_close_bound_from_below(spec, single, monkeypatch):
     if single:
         monkeypatch.setattr(svd, "SINGLE_FROM", 1)
     w, structure = gaussian(24, 24), parse(spec).resolve(24, 24)
-    quick = fit_with(Quick(w), w, structure, sweeps=2).energy
-    thorough = fit_with(Plain(), w, structure).energy
-    assert 0.9 * thorough <= quick <= thorough + 1e-6
+    approximate = fit_with(SubspaceFrobenius(w), w, structure, sweeps=2).energy
+    thorough = fit_with(Frobenius(), w, structure).energy
+    assert 0.9 * thorough <= approximate <= thorough + 1e-6
 
 
 def test_a_whole_matrix_is_fitted_exactly_and_what_is_left_of_an_exact_fit_too():
     w = gaussian(24, 24)
     for term in (term for spec in SPECS for term in parse(spec).resolve(24, 24).terms):
-        exact = Plain().term(w, term, None, 0)
-        torch.testing.assert_close(Quick(w).term(w, term, None, 0).dense(), exact.dense(), atol=1e-9, rtol=0)
+        exact = Frobenius().term(w, term, None, 0)
+        torch.testing.assert_close(
+            SubspaceFrobenius(w).term(w, term, None, 0).dense(), exact.dense(), atol=1e-9, rtol=0
+        )
     planted = torch.kron(gaussian(4, 6), gaussian(6, 4, seed=1))
-    quick = Quick(planted)
+    approximate = SubspaceFrobenius(planted)
     (term,) = parse("2*(4x6,6x4)").resolve(24, 24).terms
     rest = planted + 0.1 * w
-    torch.testing.assert_close(quick.term(rest, term, None, 0).dense(), Plain().term(rest, term, None, 0).dense())
+    torch.testing.assert_close(
+        approximate.term(rest, term, None, 0).dense(), Frobenius().term(rest, term, None, 0).dense()
+    )
 
 
-def test_forgetting_changes_nothing_but_the_memory():
+def test_freeing_changes_nothing_but_the_memory():
     w = gaussian(24, 24)
-    search, other = Search(w, Plain()), Search(w, Plain())
+    search, other = StructureSearch(w, Frobenius()), StructureSearch(w, Frobenius())
     search.candidates(200)
-    search.forget()
-    assert not search._quick._spectra
+    search.free()
+    assert not search._subspace._spectra
     assert [(c.structure, c.energy) for c in search.candidates(150)] == [
         (c.structure, c.energy) for c in other.candidates(150)
     ]
@@ -79,15 +83,15 @@ def test_a_weighted_search_is_a_bound_from_below_too(spec):
     w, h = gaussian(24, 24), gaussian(60, 24, seed=1) * torch.logspace(0, -1, 24, dtype=torch.float64)
     structure, metric = parse(spec).resolve(24, 24), Weighted(h.T @ h / 60)
     total = metric.error(w)
-    quick, thorough = (
+    approximate, thorough = (
         1 - metric.error(w - fit_with(m, w, structure, sweeps=s).to_dense()) / total
         for m, s in ((metric.for_search(), 2), (metric, 30))
     )
-    assert 0.9 * thorough <= quick <= thorough + 1e-6
+    assert 0.9 * thorough <= approximate <= thorough + 1e-6
 
 
 @pytest.mark.parametrize("together", [1, 1 << 24])
-def test_the_values_of_an_overlay_are_the_least_squares_ones(together, monkeypatch):
+def test_the_values_of_a_sparse_residual_are_the_least_squares_ones(together, monkeypatch):
     monkeypatch.setattr(weighted, "SYSTEMS", together)
     w, h = gaussian(16, 12), gaussian(40, 12, seed=1)
     metric = Weighted(h.T @ h / 40)

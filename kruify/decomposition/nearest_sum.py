@@ -53,12 +53,12 @@ def nearest(
     generator = torch.Generator().manual_seed(seed)
     starts += [_random_start(tensor, rank, generator) for _ in range(restarts)]
     best = refine(tensor, best, sweeps=sweeps)
-    error = _distance(tensor, best)
+    error = best.distance(tensor)
     for candidate in starts:
         if error <= 1e-24 * total:
             break
         refined = refine(tensor, candidate, sweeps=sweeps)
-        if (other := _distance(tensor, refined)) < error:
+        if (other := refined.distance(tensor)) < error:
             best, error = refined, other
     return best
 
@@ -68,7 +68,3 @@ def _random_start(tensor: Tensor, rank: int, generator: torch.Generator) -> Vect
     units = [v / v.norm(dim=0) for v in vectors]
     weight = tensor.new_full((rank,), float(tensor.norm()) / tensor.numel() ** 0.5)
     return VectorSum(weight, units)
-
-
-def _distance(tensor: Tensor, current: VectorSum) -> float:
-    return float((tensor - current.dense()).square().sum())

@@ -1,8 +1,8 @@
-"""The plain norm for a search that compares hundreds of fits: every pair of factors starts from the singular vectors of
-the whole matrix, found once, and follows what the other parts leave by subspace iteration.
+"""The Frobenius norm for a search that compares hundreds of fits: every pair of factors starts from the singular
+vectors of the whole matrix, found once, and follows what the other parts leave by subspace iteration.
 
 For two modes that is alternating least squares: it never loses, costs two products with the matrix instead of an SVD,
-and a fit that it ends with is a bound from below on what `Plain` reaches.
+and a fit that it ends with is a bound from below on what `Frobenius` reaches.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kruify.decomposition.plain import Plain
-from kruify.decomposition.rearrange import rearrange
+from kruify.decomposition.frobenius import Frobenius
+from kruify.decomposition.rearrangement import rearrange
 from kruify.decomposition.svd import follow, shorter_side, truncated_svd
 from kruify.decomposition.vectors import NUMERICALLY_ZERO, VectorSum, normalised
 from kruify.factors import Shape, Term
@@ -20,7 +20,7 @@ SPECTRUM_LIMIT = 2048  # shorter side up to which all singular values of a shape
 ITERATIONS, TOLERANCE = 4, 1e-3  # steps of a new part, at most; they end when one captures less than this share more
 
 
-class Quick(Plain):
+class SubspaceFrobenius(Frobenius):
     """Fits of one matrix measured by ||E||_F, good enough to compare structures.
 
     Args:
@@ -41,7 +41,7 @@ class Quick(Plain):
             known = self._spectra[shapes] = _spectrum(rearrange(self.matrix, shapes), rank)
         return known
 
-    def forget(self) -> None:
+    def free(self) -> None:
         """Frees the singular vectors; they are found again when they are needed."""
         self._spectra.clear()
 

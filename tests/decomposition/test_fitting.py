@@ -38,8 +38,8 @@ def dense(f):
     if f.diagonal is not None:
         for i, d in enumerate(f.diagonal.tolist()):
             w[i, i] += d
-    if f.overlay is not None:
-        for values, (row, col) in zip(f.overlay[0].tolist(), f.overlay[1].tolist(), strict=True):
+    if f.sparse_residual is not None:
+        for values, (row, col) in zip(f.sparse_residual[0].tolist(), f.sparse_residual[1].tolist(), strict=True):
             for offset, value in enumerate(values):
                 w[row + offset, col] += value
     return w
@@ -52,7 +52,7 @@ sizes = st.integers(1, 4)
 @given(sizes, sizes, sizes, sizes, st.integers(1, 6), st.integers(0, 99))
 def test_two_factors_reach_the_eckart_young_tail(p0, q0, p1, q1, rank, seed):
     w = gaussian(p0 * p1, q0 * q1, seed)
-    f = fit(w, Structure(p0 * p1, q0 * q1, (Term(((p0, q0), (p1, q1)), rank),)), null=False)
+    f = fit(w, Structure(p0 * p1, q0 * q1, (Term(((p0, q0), (p1, q1)), rank),)))
     tail = np.linalg.svd(oracle_rearranged(w, p0, q0, p1, q1), compute_uv=False)[rank:]
     error = np.linalg.norm(w.numpy() - dense(f))
     assert error == pytest.approx(np.linalg.norm(tail), abs=1e-10)
@@ -78,7 +78,7 @@ ALL_TERMS = [
 def test_all_terms_reproduce_the_matrix_through_assign(spec, rows, cols, scaled):
     structure = replace(parse(spec).resolve(rows, cols), scaled=scaled)
     gates = [gaussian(rows, cols, seed) for seed in range(2)]
-    fits = [fit(w, structure, null=False) for w in gates]
+    fits = [fit(w, structure) for w in gates]
     module = KroneckerMatrix([structure] * 2, dtype=torch.float64)
     assign(module, fits)
     wanted = torch.cat(gates)
@@ -96,25 +96,25 @@ def test_the_input_is_not_touched():
     for spec in ("diag", "sparse:10%", "2*(4x4,4x4)+diag+sparse:5%", "4x4"):
         w = gaussian(16, 16)
         kept = w.clone()
-        fit(w, parse(spec).resolve(16, 16), null=False)
+        fit(w, parse(spec).resolve(16, 16))
         assert torch.equal(w, kept), spec
 
 
 def test_diagonal_and_overlay_alone_are_what_they_say():
     w = gaussian(16, 8)
-    f = fit(w, parse("diag").resolve(16, 8), null=False)
+    f = fit(w, parse("diag").resolve(16, 8))
     assert torch.equal(f.diagonal, w.diagonal())
-    f = fit(w, parse("sparse:25%:4").resolve(16, 8), null=False)
+    f = fit(w, parse("sparse:25%:4").resolve(16, 8))
     heaviest = w.reshape(4, 4, 8).square().sum(1).flatten().sort(descending=True).values[:8].sum()
     assert f.energy == pytest.approx(float(heaviest / w.square().sum()))
-    assert f.overlay[1].tolist() == sorted(f.overlay[1].tolist())
+    assert f.sparse_residual[1].tolist() == sorted(f.sparse_residual[1].tolist())
     np.testing.assert_allclose(dense(f), f.to_dense().numpy())
 
 
 def test_gates_of_different_structures_land_in_their_own_places():
     specs = ["2*(4x4,4x2)+sparse:10%:4+diag", "16x1,1x8", "2*(4x4,4x2)+2*(4x4,4x2)+sparse:20%:4"]
     structures = [parse(s).resolve(16, 8) for s in specs]
-    fits = [fit(gaussian(16, 8, i), s, null=False) for i, s in enumerate(structures)]
+    fits = [fit(gaussian(16, 8, i), s) for i, s in enumerate(structures)]
     module = KroneckerMatrix(structures, dtype=torch.float64)
     assign(module, fits)
     np.testing.assert_allclose(module.to_dense().detach().numpy(), np.concatenate([dense(f) for f in fits]), atol=1e-12)
@@ -126,7 +126,7 @@ def test_gates_of_different_structures_land_in_their_own_places():
 
 def test_norms_are_balanced():
     structure = parse("3*(4x4,2x8,8x2)").resolve(64, 64)
-    scale, factors = fit(gaussian(64, 64), structure, null=False).terms[0]
+    scale, factors = fit(gaussian(64, 64), structure).terms[0]
     assert (scale > 0).all()
     for factor in factors:
         expected = math.sqrt(min(factor.shape[1:]))
@@ -136,7 +136,7 @@ def test_norms_are_balanced():
 def test_more_terms_than_the_matrix_needs_stay_trainable():
     structure = parse("3*(4x4,4x4)").resolve(16, 16)
     w = torch.kron(gaussian(4, 4, 1), gaussian(4, 4, 2))
-    f = fit(w, structure, null=False)
+    f = fit(w, structure)
     module = KroneckerMatrix([structure], dtype=torch.float64)
     assign(module, [f])
     assert f.relative_error < 1e-12

@@ -1,9 +1,12 @@
-"""The sparse overlay: blocks of consecutive rows in one column, the heaviest of what the other parts leave."""
+"""The sparse residual: blocks of consecutive rows in one column, the largest of what the other parts leave."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+Blocks = tuple[Tensor, Tensor]
+"""values (blocks, block), index (blocks, 2) int64 = (first row, column), ascending."""
 
 
 def heaviest(weight: Tensor, blocks: int) -> Tensor:
@@ -22,19 +25,15 @@ def heaviest(weight: Tensor, blocks: int) -> Tensor:
     return torch.stack([places // weight.shape[1], places % weight.shape[1]], dim=1)
 
 
-def best_overlay(rest: Tensor, blocks: int, block: int) -> tuple[Tensor, Tensor]:
-    """The `blocks` blocks of `block` rows x 1 column of (rows, cols) that hold the most energy.
-
-    Returns:
-        values (blocks, block), index (blocks, 2) int64 = (first row, column), ascending.
-    """
+def largest_blocks(rest: Tensor, blocks: int, block: int) -> Blocks:
+    """The `blocks` blocks of `block` rows x 1 column of (rows, cols) that hold the most energy."""
     rows, cols = rest.shape
     weight = rest.reshape(rows // block, block, cols).square().sum(dim=1)
     index = heaviest(weight, blocks) * torch.tensor([block, 1])
     return rest[_rows(index, block), index[:, 1:]], index
 
 
-def add_overlay(dense: Tensor, values: Tensor, index: Tensor) -> None:
+def add_blocks(dense: Tensor, values: Tensor, index: Tensor) -> None:
     """Adds the blocks to (rows, cols) in place; no two blocks overlap."""
     dense[_rows(index, values.shape[1]), index[:, 1:]] += values
 
