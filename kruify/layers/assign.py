@@ -45,8 +45,8 @@ def assign(matrix: KroneckerMatrix, fits: Sequence[Fit]) -> None:
         parts = [(gate, f.sparse_residual) for gate, f in enumerate(fits) if f.sparse_residual is not None]
         offset = torch.tensor([matrix.structures[0].rows, 0])
         # Sorted within a gate, and gates follow each other in rows: sorted over all.
-        matrix.overlay.index.copy_(torch.cat([overlay[1] + gate * offset for gate, overlay in parts]))
-        matrix.overlay.values.copy_(torch.cat([overlay[0] for _, overlay in parts]))
+        matrix.overlay.index.copy_(torch.cat([index + gate * offset for gate, (_, index) in parts]))
+        matrix.overlay.values.copy_(torch.cat([values for _, (values, _) in parts]))
 
 
 def _folded(products: Products) -> Products:

@@ -161,6 +161,11 @@ class KRUBase(RecurrentLayer):
     def kernel_kind(self) -> str:
         return f"rnn_{self.nonlinearity}" if self.kind == "rnn" else self.kind
 
+    @property
+    def mode(self) -> str:
+        """torch.nn's name of the kind: LSTM, GRU, RNN_TANH or RNN_RELU."""
+        return self.kernel_kind.upper()
+
     def reset_parameters(self) -> None:
         """Dense weights and biases as torch does, uniform in +-1/sqrt(hidden); factors orthogonal."""
         reset_like_torch(self, self.hidden_size)

@@ -51,7 +51,7 @@ def pick(layer: RecurrentLayer, steps: int, batch: int, x: Tensor) -> str:
     """The fastest of "kernel", "dense" and "reference" for these sizes.
 
     Where the compiled kernels serve, their work is compared with the dense product's: `gain` is the ratio of vector
-    multiply-adds. Where they do not, forming W costs about one pass over it and a loop in Python a fixed time a step:
+    multiply-adds. Where they do not, forming W costs about one pass over it and a loop in Python a fixed time per step:
     one step alone (streaming) is faster with the factors; from the second step on torch's own kernel wins.
     """
     if not layer.torch_has_it:
@@ -114,4 +114,4 @@ def _needed_gain(layer: RecurrentLayer, batch: int) -> float:
 
 def kernel_serves(layer: RecurrentLayer, x: Tensor) -> bool:
     """Whether the compiled kernels can run every layer and direction."""
-    return all(kernel.serves(matrix, x, layer.output_size < layer.hidden_size) for matrix in layer.recurrent_weights())
+    return all(kernel.serves(matrix, x, bool(layer.proj_size)) for matrix in layer.recurrent_weights())

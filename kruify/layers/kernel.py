@@ -63,10 +63,10 @@ def _form(matrix: KroneckerMatrix, planned: Callable[[KroneckerTerm], TermPlan])
         parts.append((len(p.order), p.groups if p.merges or scaled else None, scaled))
     layout = Layout(gates, rows, cols, matrix.diagonal_gates, tuple(terms)).encode()
     assembly = Assembly(tuple(parts), layout)
-    plain = Layout(gates, rows, cols, (), (TermLayout(1, tuple(range(gates))),)).encode()
+    one_stage = Layout(gates, rows, cols, (), (TermLayout(1, tuple(range(gates))),)).encode()
     cost = sum(p.cost for p in plans) + len(matrix.diagonal_gates) * rows / LANES
     dense = gates * -(-rows // LANES) * cols
-    return Form(assembly, replace(assembly, whole=plain), plans, cost, dense)
+    return Form(assembly, replace(assembly, whole=one_stage), plans, cost, dense)
 
 
 def parameters_of(matrix: KroneckerMatrix, form: Form) -> list[Tensor]:
@@ -74,7 +74,7 @@ def parameters_of(matrix: KroneckerMatrix, form: Form) -> list[Tensor]:
     found: list[Tensor] = []
     for p, module in zip(form.plans, matrix.terms._modules.values(), strict=True):
         assert isinstance(module, KroneckerTerm)
-        held = module.factors._parameters  # a ParameterList takes a microsecond an element
+        held = module.factors._parameters  # a ParameterList takes a microsecond per element
         factors = [held[str(i)] for i in p.order] if len(held) == len(p.order) else [module.factors[i] for i in p.order]
         found += _repeated(factors, p) if module.stacked else factors  # type: ignore[arg-type]
         if module.scale is not None:

@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 
 from kruify.ops import reference
-from kruify.ops.functions import (
-    Assembly,
-    Optional,
-    matrix_gradients,
-    needs_reference,
-    reference_gradients,
-)
-from kruify.ops.layout import decode
-from kruify.ops.registration import WEIGHTS, autograd_inside, check, define, empty_grads, gradients, present
+from kruify.ops.functions import Assembly, Optional, matrix_gradients, needs_reference, reference_gradients
+from kruify.ops.registration import WEIGHTS, define
 
 _ops = torch.ops.kruify
 
@@ -27,27 +20,8 @@ def _dense(*weights: Any) -> Tensor:
     return reference.dense(*weights).contiguous()
 
 
-def _dense_fake(stages: list[Tensor], diagonal: Optional, residual: Optional, index: Optional, layout: Any) -> Tensor:
-    form, like = decode(layout), present(*stages, diagonal, residual)
-    check(len(like) > 0, "dense: a matrix without parts")
-    return like[0].new_empty(form.gates * form.rows, form.cols)
-
-
-def _backward(grad: Tensor, stages: list[Tensor], *rest: Any) -> list[Tensor]:
-    diagonal, residual, index, layout = rest
-    with autograd_inside():
-        found = gradients(
-            lambda t: [reference.dense(t[:-2], t[-2], t[-1], index, layout)], [*stages, diagonal, residual], [grad]
-        )
-    return [g.clone() for g in present(*found)]
-
-
-def _backward_fake(grad: Tensor, stages: list[Tensor], *rest: Any) -> list[Tensor]:
-    return empty_grads(*stages, *rest[:2])
-
-
-define("dense", f"({WEIGHTS}) -> Tensor", _dense, _dense_fake)
-define("dense_backward", f"(Tensor grad, {WEIGHTS}) -> Tensor[]", _backward, _backward_fake)
+define("dense", f"({WEIGHTS}) -> Tensor", _dense)
+define("dense_backward", f"(Tensor grad, {WEIGHTS}) -> Tensor[]")
 
 
 def form_dense(

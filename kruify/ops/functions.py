@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from kruify.ops import reference
 from kruify.ops.layout import decode
-from kruify.ops.registration import gradients
+from kruify.ops.library import has_kernel
 
 Optional = Tensor | None
 _ops = torch.ops.kruify
@@ -91,11 +91,13 @@ def matrix_gradients(
 
 
 def needs_reference(grads: Sequence[Optional]) -> bool:
-    """Whether a backward pass is differentiated itself (create_graph), or runs on a batch (is_grads_batched)."""
+    """Whether a backward pass is differentiated itself (create_graph), runs on a batch (is_grads_batched), or on a
+    device without compiled kernels."""
     functorch = torch._C._functorch
     if torch.is_grad_enabled() or functorch.peek_interpreter_stack() is not None:
         return True
-    return any(g is not None and functorch.is_legacy_batchedtensor(g) for g in grads)
+    present = [g for g in grads if g is not None]
+    return any(functorch.is_legacy_batchedtensor(g) or not has_kernel(g.device.type) for g in present)
 
 
 def reference_gradients(
@@ -113,9 +115,19 @@ def reference_gradients(
         grads: of the outputs.
     """
 
-    def of_all(t: list[Any]) -> Sequence[Optional]:
-        diagonal, residual, index, *parameters = t[first:]
-        matrix = {"stages": assembly.reference_stages(parameters), "diagonal": diagonal, "residual": residual}
-        return function(t[:first], {**matrix, "residual_index": index, "layout": assembly.layout})
-
-    return gradients(of_all, tensors, grads, create_graph=torch.is_grad_enabled())
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not again:
+            tensors = [t.detach().requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors]
+        diagonal, residual, index, *parameters = tensors[first:]
+        stages = assembly.reference_stages(parameters)  # type: ignore[arg-type]
+        matrix = {"stages": stages, "diagonal": diagonal, "residual": residual, "residual_index": index}
+        outputs = function(list(tensors[:first]), {**matrix, "layout": assembly.layout})
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
+        pairs = [(o, g) for o, g in pairs if o.requires_grad]
+        wanted = [t for t in tensors if t is not None and t.requires_grad]
+        found: Any = iter([None] * len(wanted))
+        if pairs:
+            ends, given = zip(*pairs, strict=True)
+            found = iter(torch.autograd.grad(ends, wanted, given, create_graph=again, allow_unused=True))
+        return [next(found) if t is not None and t.requires_grad else None for t in tensors]

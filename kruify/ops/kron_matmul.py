@@ -9,50 +9,14 @@ import torch
 from torch import Tensor
 
 from kruify.ops import reference
-from kruify.ops.functions import (
-    Assembly,
-    Optional,
-    matrix_gradients,
-    needs_reference,
-    reference_gradients,
-    unmerged,
-)
-from kruify.ops.layout import decode
-from kruify.ops.registration import (
-    MATRIX,
-    PRECISION,
-    autograd_inside,
-    check,
-    define,
-    empty_grads,
-    gradients,
-    present,
-)
+from kruify.ops.functions import Assembly, Optional, matrix_gradients, needs_reference, reference_gradients, unmerged
+from kruify.ops.registration import MATRIX, PRECISION, define, empty_grads
 
 _ops = torch.ops.kruify
 
 
 def _product(x: Tensor, *matrix_and_precision: Any) -> Tensor:
     return reference.kron_matmul(x, *matrix_and_precision[:6])
-
-
-def _product_fake(x: Tensor, *matrix_and_precision: Any) -> Tensor:
-    layout = decode(matrix_and_precision[5])
-    check(x.shape[-1] == layout.cols, f"kron_matmul: x has {x.shape[-1]} columns, W has {layout.cols}")
-    return x.new_empty(*x.shape[:-1], layout.gates * layout.rows)
-
-
-def backward_fallback(grad: Tensor, x: Tensor, *matrix_and_precision: Any) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of x and of stages, diagonal, residual and bias, those that there are."""
-    stages, diagonal, residual, index, bias, layout = matrix_and_precision[:6]
-
-    def function(t: list[Any]) -> list[Tensor]:
-        x, *stages, diagonal, residual, bias = t
-        return [reference.kron_matmul(x, stages, diagonal, residual, index, bias, layout)]
-
-    with autograd_inside():
-        grad_x, *found = present(*gradients(function, [x, *stages, diagonal, residual, bias], [grad]))
-    return grad_x, [g.clone() for g in found]
 
 
 def _backward_fake(grad: Tensor, x: Tensor, *matrix_and_precision: Any) -> tuple[Tensor, list[Tensor]]:
@@ -121,10 +85,9 @@ class _KronMatmul(torch.autograd.Function):
 
 _node: Any = _KronMatmul.apply  # torch does not type it
 
-define("kron_matmul", f"(Tensor x, {MATRIX}, {PRECISION}) -> Tensor", _product, _product_fake, _autograd)
+define("kron_matmul", f"(Tensor x, {MATRIX}, {PRECISION}) -> Tensor", _product, autograd=_autograd)
 define(
     "kron_matmul_backward",
     f"(Tensor grad, Tensor x, {MATRIX}, {PRECISION}) -> (Tensor, Tensor[])",
-    backward_fallback,
-    _backward_fake,
+    fake=_backward_fake,
 )

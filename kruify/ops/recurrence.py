@@ -10,15 +10,7 @@ from torch import Tensor
 
 from kruify.errors import UsageError
 from kruify.ops import reference
-from kruify.ops.functions import (
-    Assembly,
-    Optional,
-    matrix_gradients,
-    needs_reference,
-    reference_gradients,
-    unmerged,
-)
-from kruify.ops.kron_matmul import backward_fallback as kron_matmul_backward
+from kruify.ops.functions import Assembly, Optional, matrix_gradients, needs_reference, reference_gradients, unmerged
 from kruify.ops.layout import decode
 from kruify.ops.registration import MATRIX, PRECISION, check, define, empty_grads
 
@@ -156,21 +148,6 @@ def _recurrence_fake(x: Tensor, w_ih: Optional, _: Optional, __: Tensor, h0: Ten
     return h0.new_empty(x.shape[0], form.rows), h0.new_empty(h0.shape), c, workspace
 
 
-def _backward(grad_out: Optional, grad_h: Optional, grad_c: Optional, *rest: Any) -> tuple[Any, ...]:
-    out, workspace, batch_sizes, h0, c0, *matrix, bias, layout, kind, reverse = rest[:13]
-    stages, diagonal, residual, index = matrix
-    dense = reference.dense(stages, diagonal, residual, index, layout)
-    grad_gates, grad_product, grad_h0, grad_c0 = reference.recurrence_backward(
-        grad_out, grad_h, grad_c, out, workspace, batch_sizes, h0, c0, dense, bias, kind, reverse
-    )
-    before = reference.previous_states(out, batch_sizes.tolist(), h0, reverse)
-    inner = None if kind in reference.MODRELU else bias
-    _, grads = kron_matmul_backward(grad_product, before, *matrix, inner, layout)
-    if bias is not None and inner is None:
-        grads.append(reference.modrelu_bias_backward(workspace, grad_gates, kind).sum(0))
-    return grad_gates, grad_h0, h0.new_empty(0) if c0 is None else grad_c0, grads
-
-
 def _backward_fake(grad_out: Optional, grad_h: Optional, grad_c: Optional, *rest: Any) -> tuple[Any, ...]:
     out, _, _, h0, c0, stages, diagonal, residual, _, bias, layout = rest[:11]
     form = decode(layout)
@@ -204,8 +181,7 @@ define(
     "recurrence_backward",
     f"({_GRADS}, Tensor out, Tensor workspace, {_STATE}, {MATRIX}, str kind, bool reverse, {PRECISION})"
     " -> (Tensor grad_gates, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_matrix)",
-    _backward,
-    _backward_fake,
+    fake=_backward_fake,
 )
 define(
     "layer_backward",

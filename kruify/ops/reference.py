@@ -205,98 +205,11 @@ def recurrence(
     return out, state[0], None if c0 is None else state[1], workspace
 
 
-def recurrence_backward(
-    grad_out: Tensor | None,  # (S, H)
-    grad_h: Tensor | None,  # (B, H)
-    grad_c: Tensor | None,  # (B, H)
-    out: Tensor,
-    workspace: Tensor,
-    batch_sizes: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    dense: Tensor,  # (gates * H, H)
-    bias: Tensor | None,  # modReLU's
-    kind: str,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (gates before activation, W_hh h + b_hh, h0, c0), written out by hand.
-
-    The first two differ only for the GRU, whose reset gate stands between them. The gradients of the matrix follow
-    from the second and `previous_states` in one step.
-    """
-    sizes, batch = batch_sizes.tolist(), h0.shape[0]
-    starts = _starts(sizes)
-    h_before = previous_states(out, sizes, h0, reverse)
-    c_before = None if c0 is None else previous_states(workspace[:, -c0.shape[1] :], sizes, c0, reverse)
-    grad_gates = out.new_empty(out.shape[0], dense.shape[0])
-    grad_product = torch.empty_like(grad_gates)
-    dh = torch.zeros_like(h0) if grad_h is None else grad_h.clone()
-    dc = torch.zeros_like(h0) if grad_c is None else grad_c.clone()
-    for t in range(len(sizes)) if reverse else reversed(range(len(sizes))):
-        rows, n = slice(starts[t], starts[t + 1]), min(sizes[t], batch)
-        step = dh[:n] if grad_out is None else dh[:n] + grad_out[rows]
-        saved = workspace[rows]
-        if kind == "lstm":
-            assert c_before is not None
-            i, f, g, o, c = saved.chunk(5, dim=1)
-            tanh_c = c.tanh()
-            total = dc[:n] + step * o * (1 - tanh_c**2)
-            di, df = total * g * i * (1 - i), total * c_before[rows] * f * (1 - f)
-            dg, do = total * i * (1 - g**2), step * tanh_c * o * (1 - o)
-            grad_gates[rows] = grad_product[rows] = torch.cat([di, df, dg, do], dim=1)
-            dc[:n] = total * f
-            dh[:n] = grad_product[rows] @ dense
-        elif kind == "gru":
-            r, z, gate, hn = saved.chunk(4, dim=1)
-            dn = step * (1 - z) * (1 - gate**2)
-            dz = step * (h_before[rows] - gate) * z * (1 - z)
-            dr = dn * hn * r * (1 - r)
-            grad_gates[rows] = torch.cat([dr, dz, dn], dim=1)
-            grad_product[rows] = torch.cat([dr, dz, dn * r], dim=1)
-            dh[:n] = grad_product[rows] @ dense + step * z
-        elif kind in MODRELU:
-            grad_gates[rows] = grad_product[rows] = modrelu_backward(saved, bias, step, kind)
-            dh[:n] = grad_product[rows] @ dense
-        else:
-            h = out[rows]
-            grad_gates[rows] = grad_product[rows] = step * ((h > 0).to(h.dtype) if kind == "rnn_relu" else 1 - h**2)
-            dh[:n] = grad_product[rows] @ dense
-    return grad_gates, grad_product, dh, dc
-
-
-def previous_states(out: Tensor, sizes: Sequence[int], initial: Tensor, reverse: bool) -> Tensor:  # (S, H)
-    """The state that each packed row started from."""
-    starts, pieces = _starts(sizes), []
-    for t, n in enumerate(sizes):
-        if reverse:
-            following = sizes[t + 1] if t + 1 < len(sizes) else 0
-            pieces += [out[starts[t + 1] : starts[t + 1] + following], initial[following:n]]
-        else:
-            pieces.append(out[starts[t - 1] : starts[t - 1] + n] if t else initial[:n])
-    return torch.cat(pieces) if pieces else out[:0]
-
-
 def modrelu(z: Tensor, bias: Tensor | None) -> Tensor:
     """relu(|z| + b) z/|z| of real or complex z, 0 with derivative 0 where z is 0 (Arjovsky, Shah, Bengio 2016,
     equation 8)."""
     size = z.abs()
     return (size if bias is None else size + bias).relu() * z.sgn()
-
-
-def modrelu_backward(total: Tensor, bias: Tensor | None, grad: Tensor, kind: str) -> Tensor:
-    """The gradient of modReLU's argument: along z as it comes, across z stretched as z is."""
-    z, grad = state_of(total, kind), state_of(grad, kind)
-    size, unit = z.abs(), z.sgn()
-    length = size if bias is None else size + bias
-    along = (unit.conj() * grad).real * unit if z.is_complex() else grad
-    result = along + length / size * (grad - along)
-    return planar(result.masked_fill((size == 0) | (length <= 0), 0))
-
-
-def modrelu_bias_backward(total: Tensor, grad_total: Tensor, kind: str) -> Tensor:
-    """The gradient of modReLU's bias by row: what passed along z."""
-    unit, passed = state_of(total, kind).sgn(), state_of(grad_total, kind)
-    return (unit.conj() * passed).real if unit.is_complex() else unit * passed
 
 
 def state_of(planes: Tensor, kind: str) -> Tensor:
@@ -310,10 +223,3 @@ def state_of(planes: Tensor, kind: str) -> Tensor:
 def planar(state: Tensor) -> Tensor:
     """The way back: the real parts of a complex state followed by its imaginary ones; a real one as it is."""
     return torch.cat([state.real, state.imag], dim=-1) if state.is_complex() else state
-
-
-def _starts(sizes: Sequence[int]) -> list[int]:
-    starts = [0]
-    for n in sizes:
-        starts.append(starts[-1] + n)
-    return starts

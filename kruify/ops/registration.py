@@ -7,8 +7,7 @@ sparse residual, and the static `Layout` that says what belongs to what.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,8 +31,9 @@ def define(
     """Defines an operator.
 
     Args:
-        fallback: its torch implementation, for every device that has no compiled kernel.
-        fake: what it returns for tensors without data.
+        fallback: its torch implementation, for every device that has no compiled kernel. Backward passes need none:
+            there the derivatives are those of the reference (functions.needs_reference).
+        fake: what it returns for tensors without data, where the fallback is too much work for that.
         autograd: the implementation with derivatives. Any such costs every call a round trip through Python, so that
             the operator is there a second time without it, as `{name}_forward`.
     """
@@ -41,8 +41,8 @@ def define(
         _definitions.define(variant + schema, tags=(torch.Tag.pt2_compliant_tag,))
         if fallback is not None:
             _definitions.impl(variant, fallback, "CompositeExplicitAutograd")
-        if fake is not None:
-            _torch.library.register_fake(f"kruify::{variant}")(fake)
+        if fake or fallback:
+            _torch.library.register_fake(f"kruify::{variant}")(fake or fallback)
     if autograd is not None:
         _definitions.impl(name, autograd, "Autograd")
 
@@ -56,58 +56,6 @@ def check(condition: bool, message: str) -> None:
     _torch._check(condition, lambda: message)
 
 
-def present(*tensors: Tensor | None) -> list[Tensor]:
-    return [t for t in tensors if t is not None]
-
-
 def empty_grads(*tensors: Tensor | None) -> list[Tensor]:
     """Gradients without data for the tensors that there are."""
-    return [t.new_empty(t.shape) for t in present(*tensors)]
-
-
-@contextmanager
-def autograd_inside() -> Iterator[None]:
-    """Derivatives inside an operator's implementation, where the dispatcher has switched them off."""
-    exclude = torch._C._dispatch_tls_local_exclude_set()
-    for key in ("AutogradFunctionality", "ADInplaceOrView"):
-        exclude = exclude.remove(torch._C._parse_dispatch_key(key) or key)
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude), torch.enable_grad():
-        yield
-
-
-def gradients(
-    function: Callable[[list[Any]], Sequence[Tensor | None]],
-    inputs: Sequence[Tensor | None],
-    grads: Sequence[Tensor | None],
-    create_graph: bool = False,
-) -> list[Tensor | None]:
-    """Gradients of a differentiable function, one per input; None for those that are None or hold integers.
-
-    Args:
-        function: of the list of inputs, gives outputs in the order of `grads`.
-        create_graph: whether the gradients can be differentiated again, in the inputs and in `grads`.
-    """
-    with torch.enable_grad():
-        if not create_graph:
-            inputs = [t if t is None or not t.is_floating_point() else t.detach().requires_grad_() for t in inputs]
-        outputs = function(list(inputs))
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
-        pairs = [(o, g) for o, g in pairs if o.requires_grad]
-        wanted = [t for t in inputs if t is not None and t.requires_grad]
-        found: Iterator[Tensor] = iter(
-            torch.autograd.grad(
-                [o for o, _ in pairs],
-                wanted,
-                [g for _, g in pairs],
-                create_graph=create_graph,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            if pairs
-            else [torch.zeros_like(t) for t in wanted]
-        )
-        return [
-            next(found) if t is not None and t.requires_grad else None if t is None or not t.is_floating_point()
-            else torch.zeros_like(t)
-            for t in inputs
-        ]  # fmt: skip
+    return [t.new_empty(t.shape) for t in tensors if t is not None]

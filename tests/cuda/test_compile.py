@@ -17,8 +17,8 @@ CSRC = ROOT / "kruify" / "csrc"
 MARK = b"\nsaid by ptxas:\n"
 REGISTERS = """
 import torch
-from kruify.ops import operators
-names = "merge merge_forward merge_backward kron_matmul kron_matmul_forward kron_matmul_backward".split()
+from kruify import ops
+names = "merge merge_backward kron_matmul kron_matmul_forward kron_matmul_backward".split()
 names += "recurrence recurrence_forward recurrence_backward".split()
 has = lambda n: torch._C._dispatch_has_kernel_for_dispatch_key("kruify::" + n, "CUDA")
 assert not any(map(has, names))

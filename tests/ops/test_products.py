@@ -87,6 +87,7 @@ def _single(value: object) -> object:
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 4))
 
 
+@pytest.mark.usefixtures("compiled")
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(shapes, min_size=1, max_size=3), min_size=1, max_size=3), st.booleans(), st.integers(1, 3))
 def test_merge_is_kron(groups: list[list[tuple[int, int]]], scaled: bool, rank: int) -> None:
