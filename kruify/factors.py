@@ -6,7 +6,7 @@
     4*(32x32,16x16)         a sum of four such products
     A+B                     a sum of different shapes
     ...+diag                a diagonal
-    ...+sparse:2%           an overlay of the largest entries of what is left, in blocks of 8 rows x 1 column
+    ...+sparse:2%           a sparse residual: the largest entries of what is left, in blocks of 8 rows x 1 column
     ...+sparse:2%:1         the same with blocks of 1 (any block height that divides the rows)
     auto, auto:3            balanced shapes for the size at hand (two factors; three); 4*auto is a sum of four
     stacked:26*(2048x1,1x512)   the gates of an LSTM with 512 units seen as one matrix, as torch stacks them: every gate
@@ -29,7 +29,7 @@ Shape = tuple[int, int]  # (rows, columns) of one factor
 
 GRAMMAR = "'2x2', '32x32,16x16', '4*(32x32,16x16)+8*(512x1,1x512)+diag+sparse:2%', 'auto' or 'auto:3'"
 STACKED = "stacked:"
-BLOCK_HEIGHTS = (8, 4, 2, 1)  # overlay blocks a SIMD lane can take, best first
+BLOCK_HEIGHTS = (8, 4, 2, 1)  # of the blocks of a sparse residual that SIMD lanes can take, best first
 
 
 @dataclass(frozen=True)
@@ -71,20 +71,20 @@ class Term:
 
 @dataclass(frozen=True)
 class Structure:
-    """What stands in for one dense (rows, cols) matrix: a sum of terms, a diagonal, an overlay of blocks."""
+    """What stands in for one dense (rows, cols) matrix: a sum of terms, a diagonal, a sparse residual."""
 
     rows: int
     cols: int
     terms: tuple[Term, ...] = ()
     diagonal: bool = False
     sparse_blocks: int = 0
-    block: int = 1  # rows of one overlay block; it is one column wide
+    block: int = 1  # rows of one block of the sparse residual; it is one column wide
     scaled: bool = False  # one separate scalar per product, instead of scale folded into the factors
     gates: int = 1  # gates stacked in the rows; all share every factor but the first
 
     @property
     def parameters(self) -> int:
-        """Trainable numbers: factor entries, separate scales, diagonal and overlay values (indices are not trained)."""
+        """Trainable numbers: factor entries, separate scales, diagonal and sparse values (indices are not trained)."""
         scales = sum(t.rank for t in self.terms) if self.scaled else 0
         diagonal = min(self.rows, self.cols) if self.diagonal else 0
         return sum(t.parameters for t in self.terms) + scales + diagonal + self.sparse_blocks * self.block
@@ -170,7 +170,7 @@ class Spec:
         block = self.block or next(b for b in BLOCK_HEIGHTS if high % b == 0)
         if high % block:
             raise FactorSpecError(
-                f"overlay blocks of {block} rows do not divide {high} rows",
+                f"sparse blocks of {block} rows do not divide {high} rows",
                 self.text,
                 f"Try sparse:...%:{next(b for b in BLOCK_HEIGHTS if high % b == 0)}",
             )
@@ -208,7 +208,7 @@ def parse(text: str) -> Spec:
             diagonal = True
         elif match := _SPARSE.fullmatch(part):
             if fraction:
-                raise FactorSpecError("the sparse overlay is named twice", text)
+                raise FactorSpecError("the sparse residual is named twice", text)
             fraction, block = float(match[1]) / 100, int(match[2]) if match[2] else None
             if not 0 < fraction <= 1 or block == 0:
                 raise FactorSpecError(f"'{part}' is not a share above 0 % and up to 100 %", text)
