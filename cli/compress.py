@@ -14,7 +14,6 @@ from .options import (
     key_option,
     lr_option,
     model_argument,
-    network,
     seed_option,
     task_option,
 )
@@ -22,7 +21,7 @@ from .training import others_option, recipe_options, resume_option, share_option
 
 if TYPE_CHECKING:
     from kruify.search.candidates import CandidateResult
-    from kruify.search.compress import Attempt, Compression
+    from kruify.search.compression import Attempt, Compression
     from kruify.tasks.base import Task
 
 
@@ -71,24 +70,19 @@ def compress(
     code is 6.
     """
     with output(json_only) as out:
-        from kruify.api import save
-        from kruify.checkpoint import check_model_target, read
-        from kruify.conversion.pipeline import refuse_converted
+        from kruify.api import compress as run
         from kruify.errors import TargetMissedError
-        from kruify.search.compress import compress as run
         from kruify.tasks.base import measure
         from kruify.tasks.loader import load_task
 
-        checkpoint = read(model, key=key)
-        refuse_converted(checkpoint)
-        check_model_target(target, *checkpoint.files)
         task = load_task(task_name)
-        dense = network(checkpoint, task)
         with progress("starting") as advance:
             done = run(
-                dense,
+                model,
                 task,
                 budget,
+                output=target,
+                key=key,
                 max_drop=max_drop,
                 attempts=attempts,
                 device=device,
@@ -99,7 +93,6 @@ def compress(
                 **given(share=share),
                 **recipe_options(others, seed=seed, epochs=epochs, lr=lr),
             )
-        save(done.model, target, source_sha256=checkpoint.sha256, seed=seed)
         metrics = measure(task, done.model, "test")
         _show(out, done, task, metrics, target)
         out.result({"output": target, **done.to_json(), "metrics": metrics})

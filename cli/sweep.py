@@ -25,7 +25,7 @@ from .options import (
 from .training import others_option, recipe_options, share_option
 
 if TYPE_CHECKING:
-    from kruify.search.sweep import Point, Sweep
+    from kruify.search.trade_off import Point, Sweep
     from kruify.tasks.base import Task
 
 
@@ -71,7 +71,7 @@ def sweep(
     with output(json_only) as out:
         from kruify.checkpoint import atomic_file, check_target, read
         from kruify.conversion.pipeline import refuse_converted
-        from kruify.search.sweep import sweep as run
+        from kruify.search.trade_off import sweep as run
         from kruify.tasks.loader import load_task
 
         checkpoint = read(model, key=key)

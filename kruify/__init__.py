@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from kruify.ops import backend_info
     from kruify.progress import Progress
     from kruify.reporting import Report
-    from kruify.search.compress import Compression
-    from kruify.search.sweep import Sweep
+    from kruify.search.compression import Compression
+    from kruify.search.trade_off import Sweep
     from kruify.tasks.base import Task
     from kruify.training import FinetuneResult, Recipe, unitary_penalty
 
@@ -39,8 +39,8 @@ _HOMES = {
     "ops": "backend_info",
     "progress": "Progress",
     "reporting": "Report",
-    "search.compress": "Compression",
-    "search.sweep": "Sweep",
+    "search.compression": "Compression",
+    "search.trade_off": "Sweep",
     "tasks.base": "Task",
     "training": "FinetuneResult Recipe unitary_penalty",
 }

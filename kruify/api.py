@@ -26,10 +26,10 @@ from kruify.conversion.plan import stored_plan
 from kruify.errors import CorruptError, UsageError
 from kruify.exporting import Exported, export_dense, export_layers, export_network
 from kruify.reporting import Report, build_report
-from kruify.search.compress import Compression
-from kruify.search.compress import compress as _compress
-from kruify.search.sweep import Sweep
-from kruify.search.sweep import sweep as _sweep
+from kruify.search.compression import Compression
+from kruify.search.compression import compress as _compress
+from kruify.search.trade_off import Sweep
+from kruify.search.trade_off import sweep as _sweep
 from kruify.tasks.base import Task, measure
 from kruify.tasks.loader import load_task
 from kruify.training import FinetuneResult, Recipe
@@ -122,7 +122,7 @@ def compress(
         small = kruify.compress("model.pt", "task.py:Name", "16x", max_drop=0.01, output="small.kru.safetensors").model
 
     Args:
-        options: further arguments of `kruify.search.compress.compress`: max_drop, attempts, and options of the recipe.
+        options: further arguments of `kruify.search.compression.compress`: max_drop, attempts, options of the recipe.
 
     Raises:
         UsageError: no recurrent layer, a bad option, or a file that cannot be read or written.
@@ -151,7 +151,7 @@ def sweep(
 
     Args:
         folder: for networks and state; None for `MODEL.sweep` beside a file.
-        options: further arguments of `kruify.search.sweep.sweep`: split, share, seed, and options of the recipe.
+        options: further arguments of `kruify.search.trade_off.sweep`: split, share, seed, and options of the recipe.
 
     Raises:
         UsageError: a bad budget or option, no recurrent layer, no folder for a module, or one that holds another sweep.

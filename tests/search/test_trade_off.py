@@ -15,7 +15,7 @@ import kruify
 from kruify.analysis.latency import measure_latency
 from kruify.cli.main import cli
 from kruify.errors import UsageError
-from kruify.search.sweep import Point, knee, sweep
+from kruify.search.trade_off import Point, knee, sweep
 from kruify.tasks.base import Task
 
 

@@ -15,7 +15,7 @@ from kruify.conversion.plan import Plan, make_plan
 from kruify.errors import PlanError, UsageError
 from kruify.search.candidate_search import CandidateSearch
 from kruify.search.candidates import Candidate, CandidateResult, first_of_the_best, half_and_half, make_candidates
-from kruify.search.compress import Attempt, Compression, compress
+from kruify.search.compression import Attempt, Compression, compress
 from kruify.tasks.base import Task
 from kruify.training import finetune
 
