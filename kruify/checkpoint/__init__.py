@@ -1,9 +1,9 @@
 """Every byte in and out: read checkpoints of any kind without running anything in them, write them all or nothing."""
 
 from kruify.checkpoint.checkpoint import Checkpoint
-from kruify.checkpoint.file_format import SCHEMA, metadata_for
+from kruify.checkpoint.file_format import ORIGIN, SCHEMA, metadata_for
 from kruify.checkpoint.modules import ModuleHint
-from kruify.checkpoint.original import NEEDS_SOURCE, ORIGIN, origin, write_original
+from kruify.checkpoint.original import NEEDS_SOURCE, origin, write_original
 from kruify.checkpoint.reading import read
 from kruify.checkpoint.target import check_model_target, check_target, write_model
 from kruify.checkpoint.tensors import LazyTensor, Tensors

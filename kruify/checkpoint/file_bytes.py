@@ -44,11 +44,33 @@ def parse_json(data: bytes | str, what: str, path: object, hint: str = AGAIN) ->
         raise UnsafeError(f"{what} takes {len(data)} bytes", path)
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")  # json itself would guess at other encodings
-        return json.loads(text, object_pairs_hook=_unique)
+        value = json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:
         raise UnsafeError(f"{what} is nested too deeply", path) from error
     except ValueError as error:
         raise CorruptError(f"{what} is no JSON ({str(error)[:100]})", path, hint) from error
+    level = [value]
+    for _ in range(limits.DEPTH):
+        containers = [node for node in level if isinstance(node, dict | list)]
+        level = [item for node in containers for item in (node.values() if isinstance(node, dict) else node)]
+        if not level:
+            return value
+    raise UnsafeError(f"{what} is nested too deeply", path)
+
+
+def fits(value: Any, pattern: Any) -> bool:
+    """Whether a JSON value has the types of a pattern: a type, (one, or another), [of these], {str: of these}.
+
+    >>> fits({"a": [1]}, {str: [int]}), fits(True, int)
+    (True, False)
+    """
+    if isinstance(pattern, tuple):
+        return any(fits(value, one) for one in pattern)
+    if isinstance(pattern, list):
+        return isinstance(value, list) and all(fits(item, pattern[0]) for item in value)
+    if isinstance(pattern, dict):
+        return isinstance(value, dict) and all(fits(item, pattern[str]) for item in value.values())
+    return pattern is object or type(value) is pattern
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,15 +19,14 @@ from torch import Tensor
 
 from kruify.checkpoint import in_place
 from kruify.checkpoint.checkpoint import Checkpoint
-from kruify.checkpoint.extras import from_json, to_json
+from kruify.checkpoint.extras import to_json
+from kruify.checkpoint.file_format import parse_origin
 from kruify.checkpoint.parametrised import Computed, sources_for
 from kruify.checkpoint.reading import read, read_contents
+from kruify.checkpoint.sharded import is_file_name
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.checkpoint.writing import as_lazy, atomic_file, write_safetensors, write_torch
 from kruify.errors import CorruptError, UnsupportedError, UsageError
-
-ORIGIN = "kruify.origin"
-"""The metadata entry for `origin(...)`."""
 
 NEEDS_SOURCE = ("torch-module", "torchscript", "onnx", "keras")
 """Formats that are written into a copy of the original file."""
@@ -43,10 +42,11 @@ def origin(checkpoint: Checkpoint) -> str:
         "order": [name for weight in checkpoint.tensors for name in _stored_names(checkpoint, weight)],
         "computed": {name: [how.how, list(how.sources), how.dim] for name, how in checkpoint.computed.items()},
         "ties": dict(checkpoint.ties),
-        "extras": to_json(dict(checkpoint.extras)),
+        "extras": {name: to_json(value) for name, value in checkpoint.extras.items()},
         "extras_before": checkpoint.extras_before,
         "metadata": metadata,
         "shards": shards,
+        "assumed": dict(checkpoint.assumed),
     }
     return json.dumps({name: value for name, value in table.items() if value})
 
@@ -72,9 +72,9 @@ def write_original(
         CorruptError: `origin` is damaged, or the written file does not hold what was asked for.
     """
     path = Path(path)
-    table = _load(origin, path)
+    table = parse_origin(origin, path)
     lazy = as_lazy(tensors)
-    computed = {name: Computed(how, tuple(names), dim) for name, (how, names, dim) in table["computed"].items()}
+    computed = table["computed"]
     stored = _in_order(_sources(lazy, computed), table["order"])
     named = {table["names"].get(name, name): tensor for name, tensor in stored.items()}
     kind, key = table["format"], table["key"]
@@ -123,24 +123,6 @@ def _shards(checkpoint: Checkpoint) -> tuple[dict[str, list[str]], dict[str, Any
     return table, index.get("metadata", {})
 
 
-def _load(origin: str, path: Path) -> dict[str, Any]:
-    empty: dict[str, Any] = {
-        "key": None,
-        "extras": {},
-        "extras_before": 0,
-        "metadata": {},
-        "shards": {},
-        "order": [],
-    }
-    try:
-        table = {**empty, "names": {}, "computed": {}, "ties": {}, **json.loads(origin)}
-        table["format"]
-        table["extras"] = dict(from_json(table["extras"]))
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:  # RecursionError is the last
-        raise CorruptError("its note of the original file is damaged", path, "Convert the source again") from error
-    return table
-
-
 def _sources(lazy: Mapping[str, LazyTensor], computed: Mapping[str, Computed]) -> dict[str, LazyTensor]:
     found: dict[str, LazyTensor] = {}
     for name, tensor in lazy.items():
@@ -165,8 +147,10 @@ def _write_npz(path: Path, named: Mapping[str, LazyTensor]) -> None:
 
 def _write_shards(path: Path, named: Mapping[str, LazyTensor], table: Mapping[str, Any]) -> None:
     for shard in table["shards"]:
-        if "/" in shard or shard in ("", ".", "..") or (path.parent / shard).exists():
-            raise UsageError(f"its shard {shard[:80]} is there already", path, "Write to another folder")
+        if not is_file_name(shard) or (path.parent / shard).exists():
+            raise UsageError(
+                f"its shard {shard[:80]!r} is there already, or no file name", path, "Write to another folder"
+            )
     index: dict[str, str] = {}
     for shard, names in table["shards"].items():
         content = {name: named[name] for name in names if name in named}

@@ -30,6 +30,10 @@ class Computed:
     dim: int | None = 0
 
 
+SOURCES = {"weight_norm": (2,), "spectral_norm": (3,), "pruning": (2,), "weight_drop": (1, 2)}
+"""How a weight can be computed, and from how many tensors."""
+
+
 def compute_weights(
     tensors: Mapping[str, LazyTensor],
 ) -> tuple[dict[str, LazyTensor], dict[str, Computed], dict[str, str]]:

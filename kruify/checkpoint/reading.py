@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 from kruify.checkpoint import keras_file, limits, onnx_file, torch_file
 from kruify.checkpoint.archive import Archive
 from kruify.checkpoint.checkpoint import Checkpoint
-from kruify.checkpoint.file_bytes import AGAIN, parse_json
-from kruify.checkpoint.file_format import check_schema
+from kruify.checkpoint.file_bytes import AGAIN, fits
+from kruify.checkpoint.file_format import ORIGIN, check_metadata, check_schema, parse_origin
 from kruify.checkpoint.modules import ModuleHint, ModuleTree, resolve
 from kruify.checkpoint.npz_file import read_npz
 from kruify.checkpoint.parametrised import compute_weights
@@ -158,7 +158,9 @@ def _from_torch(path: Path, kind: str, found: torch_file.TorchFile, key: str | N
     metadata: dict[str, str] = {}
     extras = dict(chosen.extras)
     if isinstance(own := extras.get("kruify"), dict):
-        metadata = {str(name): str(text) for name, text in own.items()}
+        if not fits(own, {str: str}) or not all(isinstance(name, str) for name in own):
+            raise CorruptError("its metadata are not all text", path, "Convert the source again")
+        metadata = dict(own)
         del extras["kruify"]
     hints: Mapping[str, ModuleHint] = {}
     if isinstance(chosen.node, ModuleTree):
@@ -180,8 +182,13 @@ def _from_torch(path: Path, kind: str, found: torch_file.TorchFile, key: str | N
 def _finish(path: Path, contents: Contents) -> Checkpoint:
     _check_total(path, contents)
     schema = check_schema(contents.metadata, path)
+    check_metadata(contents.metadata, path)
+    assumed = contents.assumed
+    if note := contents.metadata.get(ORIGIN):
+        assumed = parse_origin(note, path)["assumed"]
     if schema is not None:
-        _check_plan(path, contents.metadata)
+        if "kruify.plan" not in contents.metadata:
+            raise CorruptError("its plan is missing", path, "Convert the source again")
         prefix, stripped = "", {name: name for name in contents.tensors}  # a converted file says its names itself
     else:
         prefix, stripped = strip(list(contents.tensors))
@@ -201,7 +208,7 @@ def _finish(path: Path, contents: Contents) -> Checkpoint:
         extras_before=contents.before,
         dropped=contents.dropped,
         skipped={**contents.skipped, **unknown},
-        assumed=contents.assumed,
+        assumed=assumed,
         ties=ties(tensors),
         module_hints=_strip_hints(contents.hints, prefix),
         globals=contents.globals,
@@ -219,8 +226,3 @@ def _check_total(path: Path, contents: Contents) -> None:
         raise UnsafeError(f"its {len(contents.tensors)} tensors ask for {total} bytes, far more than it holds", path)
     if sum(len(name) + len(text) for name, text in contents.metadata.items()) > limits.METADATA:
         raise UnsafeError(f"its metadata take more than {limits.METADATA} bytes", path)
-
-
-def _check_plan(path: Path, metadata: dict[str, str]) -> None:
-    """Refuse a plan that is no JSON here, so that later rooms see JSON only."""
-    parse_json(metadata.get("kruify.plan", ""), "its plan", path, "Convert the source again")

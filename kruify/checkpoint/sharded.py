@@ -46,7 +46,7 @@ def read_index(path: Path, size: int, read_shard: ReadShard) -> Sharded:
     opened: dict[str, dict[str, LazyTensor]] = {}
     formats = set()
     for name in names:
-        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name or len(name) > limits.NAME:
+        if not is_file_name(name):
             raise UnsafeError(f"its index names the file {name[:80]!r}, outside of its folder", path)
         shard = path.parent / name
         if not shard.is_file():
@@ -63,3 +63,8 @@ def read_index(path: Path, size: int, read_shard: ReadShard) -> Sharded:
         tuple(path.parent / name for name in names),
         formats,
     )
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name is that of a file in its folder and leads nowhere else."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0") and len(name) <= limits.NAME
