@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -26,9 +26,9 @@ class Output:
     With `json_only`, `show` prints nothing, and stray prints (a user's task file may print) go to stderr.
     """
 
-    def __init__(self, json_only: bool) -> None:
+    def __init__(self, json_only: bool, stdout: TextIO) -> None:
         self.json_only = json_only
-        self._stdout = sys.stdout
+        self._stdout = stdout
 
     def show(self, *renderables: RenderableType) -> None:
         """Prints lines or tables on stdout. A line is never broken: paths and hashes are there to be copied."""
@@ -59,12 +59,32 @@ class Output:
 @contextmanager
 def output(json_only: bool) -> Iterator[Output]:
     """The output of one command."""
-    out = Output(json_only)
     if not json_only:
-        yield out
+        yield Output(json_only, sys.stdout)
         return
-    with redirect_stdout(sys.stderr):
-        yield out
+    with _kept_for_json() as stdout, redirect_stdout(sys.stderr):
+        yield Output(json_only, stdout)
+
+
+@contextmanager
+def _kept_for_json() -> Iterator[TextIO]:
+    """stdout, while file descriptor 1, on which child processes and C code print, leads to stderr."""
+    try:
+        number = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file: a test
+        number = -1
+    if number != 1:
+        yield sys.stdout
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with os.fdopen(os.dup(kept), "w", encoding="utf-8") as stdout:
+            yield stdout
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 json_option = click.option("--json", "json_only", is_flag=True, help="Print one JSON object on stdout, nothing else.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -45,7 +46,7 @@ class Commands(click.Group):
                 return super().invoke(ctx)
             except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
                 raise
-            except (Exception, KeyboardInterrupt, SystemExit) as error:
+            except BaseException as error:  # task files may raise SystemExit or GeneratorExit, too
                 # Interrupted imports may end in errors of their own.
                 if interrupts or isinstance(error, KeyboardInterrupt | click.Abort):
                     click.echo("kruify: interrupted; nothing was left half-written", err=True)
@@ -128,6 +129,9 @@ for _command in (inspect, convert, finetune, compress, evaluate, sweep, report, 
 
 def main() -> None:
     """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a locale may lack what a name or a table is drawn with
     try:
         cli(prog_name="kruify")
     except BrokenPipeError:  # `kruify inspect x | head`

@@ -162,6 +162,8 @@ class Spec:
         Raises:
             FactorSpecError: the factors do not multiply to the size; the text names the nearest specs that do.
         """
+        if any(p.rank > rows * cols for p in self.products):
+            raise FactorSpecError(f"it has more terms than a {rows}x{cols} matrix has entries", self.text)
         terms = tuple(p.resolve(rows, cols, gates) for p in self.products)
         structure = Structure(rows, cols, terms, self.diagonal, gates=gates)
         if not self.sparse_fraction:
@@ -181,10 +183,11 @@ class Spec:
         return self.text
 
 
-_TERM = re.compile(r"(?:(\d+)\*)?(?:\(([^()]*)\)|([^()*+]*))")
-_SHAPE = re.compile(r"(\d+)x(\d+)")
-_AUTO = re.compile(r"auto(?::(\d+))?")
-_SPARSE = re.compile(r"sparse:(\d+(?:\.\d*)?(?:e-?\d+)?)%(?::(\d+))?")
+_INT = "[0-9]{1,9}"  # no other digits of Unicode, and no number beyond any matrix
+_TERM = re.compile(rf"(?:({_INT})\*)?(?:\(([^()]*)\)|([^()*+]*))")
+_SHAPE = re.compile(rf"({_INT})x({_INT})")
+_AUTO = re.compile(rf"auto(?::({_INT}))?")
+_SPARSE = re.compile(rf"sparse:({_INT}(?:\.[0-9]*)?(?:e-?[0-9]{{1,3}})?)%(?::({_INT}))?")
 
 
 def parse(text: str) -> Spec:
@@ -238,8 +241,8 @@ def _parse_product(part: str, text: str) -> _Product | _Auto:
         raise FactorSpecError(f"'{part}' is not a factor spec", text, f"Write for example {GRAMMAR}")
     if auto:
         count = int(auto[1]) if auto[1] else 2
-        if count < 1:
-            raise FactorSpecError("auto needs at least one factor", text)
+        if not 1 <= count <= 32:
+            raise FactorSpecError(f"auto takes 1 to 32 factors, not {count}", text)
         return _Auto(count, rank)
     factors = tuple((int(m[1]), int(m[2])) for m in shapes if m)
     if any(p < 1 or q < 1 for p, q in factors):

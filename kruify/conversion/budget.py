@@ -72,7 +72,7 @@ class BudgetPlan:
         return [s for structures in self.structures.values() for s in structures]
 
 
-_CLAUSE = re.compile(r"(?:(params|macs)=)?(\d+(?:\.\d+)?)(x|%)")
+_CLAUSE = re.compile(r"(?:(params|macs)=)?([0-9]{1,9}(?:\.[0-9]+)?)(x|%)")
 
 
 def parse_budget(text: str) -> Budget:

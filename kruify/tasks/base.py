@@ -140,7 +140,7 @@ def measure(task: Task, model: nn.Module, split: str, *, known: bool = False) ->
     for name, value in found.items():
         try:
             metrics[str(name)] = float(value)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             raise TaskError(f"evaluate() gave {_a(value)} as '{name}', not a number", where=where) from None
     if task.metric not in metrics:
         raise TaskError(
@@ -167,8 +167,9 @@ def check_loss(loss: Any, task: Task) -> Tensor:
 
 
 def _one_number(loss: Any, task: Task) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
         shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
+        shape += f" and {loss.dtype}" if isinstance(loss, Tensor) and loss.is_complex() else ""
         raise TaskError(f"loss() gave {_a(loss)}{shape}, not one number in a tensor", where=type(task).__name__)
     return loss
 
