@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from all_pairs import all_pairs
 from torch import Tensor, nn
 
 import kruify
@@ -104,9 +105,7 @@ def parity(m, kind, sizes, reverse, dtype, columns=0, products=precision.FLOAT32
         close(f"result {k}", got, wanted, LOWER.get(products, TOLERANCE[dtype]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", MENU, ids=str)
-@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize(("kind", "shape", "batch"), all_pairs(kind=KINDS, shape=MENU, batch=(1, 5)))
 def test_menu(matrix, kind, shape, batch) -> None:  # type: ignore[no-untyped-def]
     parity(matrix(*pair(kind, *shape, 1)), kind, [batch] * 7, batch == 1, torch.float32)
 
@@ -224,9 +223,10 @@ def test_ranks(matrix, kind, rank) -> None:  # type: ignore[no-untyped-def]
     parity(matrix(*pair(kind, 16, 32, rank), diagonal=(0,)), kind, [3, 3, 2, 1], True, torch.float32, columns=10)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "reverse", "dtype"),
+    all_pairs(kind=KINDS, reverse=(False, True), dtype=(torch.float32, torch.float64)),
+)
 def test_general(matrix, kind, reverse, dtype) -> None:  # type: ignore[no-untyped-def]
     m = matrix(*everything(kind), diagonal=[GATES[kind] - 1], overlay=30)
     parity(m, kind, [4, 3, 3, 1], reverse, dtype, columns=6)

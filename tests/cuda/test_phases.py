@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from all_pairs import all_pairs
 from phase_cases import FP32, FP64, KINDS, MENU, SIZES, check, compare, pair
 
 from kruify.ops import reference
@@ -77,9 +78,10 @@ def test_no_race_within_a_phase(phases, matrix, options, kind, cluster) -> None:
             assert a is b is None or torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "reverse", "dtype"),
+    all_pairs(kind=KINDS, reverse=(False, True), dtype=(torch.float32, torch.float64)),
+)
 def test_the_general_kernel_takes_everything(phases, matrix, options, kind, reverse, dtype) -> None:  # type: ignore[no-untyped-def]
     gates = {"lstm": 4, "gru": 3}.get(kind, 1)
     terms = [
@@ -159,9 +161,10 @@ PRODUCTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", PRODUCTS)
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("name", "dtype", "bias"),
+    all_pairs(name=tuple(PRODUCTS), dtype=(torch.float32, torch.float64), bias=(False, True)),
+)
 def test_product(phases, matrix, options, name, dtype, bias) -> None:  # type: ignore[no-untyped-def]
     gates, rows, cols, terms, extras = PRODUCTS[name]
     m = matrix(gates, rows, cols, terms, bias=bias, **extras)
@@ -183,10 +186,8 @@ def test_product(phases, matrix, options, name, dtype, bias) -> None:  # type: i
             compare(f"gradient {k}", got, want, tolerance)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", MENU, ids=str)
-def test_the_menu_fits_an_h200_with_one_row_a_cluster(phases, options, kind, shape) -> None:  # type: ignore[no-untyped-def]
-    for backward, batch in itertools.product((False, True), (1, 64, 256)):
+def test_the_menu_fits_an_h200_with_one_row_a_cluster(phases, options) -> None:  # type: ignore[no-untyped-def]
+    for kind, shape, backward, batch in itertools.product(KINDS, MENU, (False, True), (1, 64, 256)):
         cluster, threads, tile, size, _ = phases.choice(kind, *shape, 1, batch, backward, options())
         assert cluster >= 1 and size <= 232448 and threads % 32 == 0 and threads <= 512 and tile in (2, 4)
         assert batch != 64 or cluster * batch <= 132

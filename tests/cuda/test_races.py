@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from all_pairs import all_pairs
 from phase_cases import KINDS, SIZES, pair
 
 from kruify.ops.precision import BF16, FLOAT32, NAMES, TF32
@@ -46,9 +47,9 @@ def structure(kind: str) -> Any:
     return gates, rows, cols, [(range(gates), 2, [(3, 3), (2, 2), (4, 4)]), ([gates - 1], 1, [(24, 1), (1, 24)])]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("precision", [FLOAT32, TF32, BF16], ids=lambda p: NAMES[p])
-@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "precision", "cluster"), all_pairs(kind=KINDS, precision=(FLOAT32, TF32, BF16), cluster=(1, 2))
+)
 def test_templates(quiet, matrix, options, kind, precision, cluster) -> None:  # type: ignore[no-untyped-def]
     m = matrix(*pair(kind, 16, 32, 2), diagonal=(0,))
     for tile in (2, 4) if precision == FLOAT32 else (0,):

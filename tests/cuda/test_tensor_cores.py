@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from all_pairs import all_pairs
 from phase_cases import MENU, SIZES, check, compare, pair
 from torch import Tensor
 
@@ -108,10 +109,8 @@ def parity(phases: Any, m: Any, kind: str, sizes: list[int], reverse: bool, o: A
     return tuple(results)
 
 
-@LOWER
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", MENU, ids=str)
-def test_every_template(phases, matrix, options, kind, shape, precision) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(("kind", "shape", "precision"), all_pairs(kind=KINDS, shape=MENU, precision=(TF32, BF16)))
+def test_templates(phases, matrix, options, kind, shape, precision) -> None:  # type: ignore[no-untyped-def]
     m = matrix(*pair(kind, *shape, 1))
     parity(phases, m, kind, [2, 1, 1] if shape[0] < 64 else [1, 1], shape[0] == 32, options(precision=precision))
 

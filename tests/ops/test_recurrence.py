@@ -77,7 +77,7 @@ def test_more_steps_than_the_kernels_take_at_once(kind: str, reverse: bool) -> N
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize(("kind", "inputs"), zip(GATES, itertools.cycle((1, 70, 300))))
+@pytest.mark.parametrize(("kind", "inputs"), list(zip(GATES, itertools.cycle((1, 70, 300)))))
 def test_layer_backward(kind: str, inputs: int) -> None:
     x, weight, *rest = [a.detach() if isinstance(a, Tensor) else a for a in recurrence_arguments(kind, "50", (9, 9, 3))]
     x, weight = torch.randn(x.shape[0], inputs, dtype=x.dtype), torch.randn(weight.shape[0], inputs, dtype=x.dtype)
@@ -107,7 +107,7 @@ def test_infinite_gates_saturate(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize(("kind", "block"), zip(GATES, itertools.cycle((1, 3, 8))))
+@pytest.mark.parametrize(("kind", "block"), list(zip(GATES, itertools.cycle((1, 3, 8)))))
 def test_overlays_of_many_samples(kind: str, block: int) -> None:
     """More samples than a vector has lanes, sequences that end inside a tile of them, both directions."""
     sizes = (37, 33, 20, 2)
