@@ -8,14 +8,14 @@ from torch import Tensor
 from kruify.decomposition.vectors import VectorSum, khatri_rao, normalised
 
 PROXIMAL = 1e-12  # relative; keeps the normal equations solvable when terms become parallel
-TENSORLY_MODES = 3  # its sweep passes over the tensor once per mode, ours twice
+TENSORLY_MODES, TENSORLY_ENTRIES = 3, 1 << 18  # up to these: its sweep copies the tensor once per mode
 
 
 def refine(tensor: Tensor, start: VectorSum, *, sweeps: int = 200, tolerance: float = 1e-10) -> VectorSum:
     """Lowers ||tensor - sum||_F from `start`, never raising it.
 
-    Three modes by tensorly's `parafac`, more by sweeps that share partial contractions. Both keep the same energy;
-    section "many" of benchmarks/decompose.md has the times of both.
+    Three modes of up to 512x512 entries by tensorly's `parafac`, at most 1.3 times our time; all others by sweeps that
+    share partial contractions. Both keep the same energy (section "many" of benchmarks/decompose.md).
 
     Args:
         tensor: (mode 0, mode 1, ...).
@@ -28,7 +28,8 @@ def refine(tensor: Tensor, start: VectorSum, *, sweeps: int = 200, tolerance: fl
         return start
     # The weight is shared out evenly, so that no mode dwarfs the regularisation of another.
     vectors = [v[:, live] * start.weight[live] ** (1 / tensor.ndim) for v in start.vectors]
-    descend = by_tensorly if tensor.ndim <= TENSORLY_MODES else by_shared_contractions
+    small = tensor.ndim <= TENSORLY_MODES and tensor.numel() <= TENSORLY_ENTRIES
+    descend = by_tensorly if small else by_shared_contractions
     found = descend(tensor, vectors, sweeps, tolerance).padded(start.rank)
     return found if found.distance(tensor) <= start.distance(tensor) else start
 
