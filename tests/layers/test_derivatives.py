@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from all_pairs import all_pairs
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -44,20 +45,23 @@ def first(output: Any) -> Tensor:
     return first(output[0]) if isinstance(output, tuple) else output
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("kind", "options"), LAYERS)
-@pytest.mark.parametrize("factors", SPECS)
-def test_forward_mode(kind: str, options: dict[str, Any], factors: str, backend: str) -> None:
-    if backend == "kernel" and options.get("proj_size"):
-        pytest.skip("the kernels do not project")
-    layer, dense = pair(kind, factors, **options, backend=backend)
+@pytest.mark.parametrize(
+    ("layer", "factors", "backend"),
+    all_pairs(
+        lambda layer, factors, backend: backend != "kernel" or "proj_size" not in layer[1],
+        layer=LAYERS, factors=SPECS, backend=BACKENDS,
+    ),
+)  # fmt: skip
+def test_forward_mode(layer: tuple[str, dict[str, Any]], factors: str, backend: str) -> None:
+    kind, options = layer
+    kru, dense = pair(kind, factors, **options, backend=backend)
     x, v = torch.randn(4, 2, 3, dtype=F64), torch.randn(4, 2, 3, dtype=F64)
     wanted = torch.autograd.functional.jvp(lambda x: first(dense(x)), x, v)[1]  # twice reverse
     assert wanted.abs().max() > 1e-3
-    torch.testing.assert_close(torch.func.jvp(lambda x: first(layer(x)), (x,), (v,))[1], wanted)
+    torch.testing.assert_close(torch.func.jvp(lambda x: first(kru(x)), (x,), (v,))[1], wanted)
     for grad in (True, False):
         with torch.set_grad_enabled(grad), forward_ad.dual_level():
-            found = forward_ad.unpack_dual(first(layer(forward_ad.make_dual(x, v)))).tangent
+            found = forward_ad.unpack_dual(first(kru(forward_ad.make_dual(x, v)))).tangent
             assert found is not None
             torch.testing.assert_close(found, wanted)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.utils.parametrize
+from all_pairs import all_pairs
 from torch import Tensor
 
 from kruify.layers import KRUGRU, KRULSTM, KRULSTMCell
@@ -20,10 +21,14 @@ def fresh(layer: KRUGRU | KRULSTM, x: Tensor) -> Tensor:
         return twin(x)[0]
 
 
-def train(layer: KRUGRU | KRULSTM, x: Tensor, fused: bool) -> None:
+def step(layer: KRUGRU | KRULSTM, x: Tensor, fused: bool = False) -> None:
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused)
     layer(x)[0].square().sum().backward()
     optimizer.step()
+
+
+def fused_step(layer: KRUGRU | KRULSTM, x: Tensor) -> None:
+    step(layer, x, fused=True)
 
 
 def load(layer: KRUGRU | KRULSTM, x: Tensor) -> None:
@@ -39,7 +44,7 @@ def through_data(layer: KRUGRU | KRULSTM, x: Tensor) -> None:
 def in_inference_mode(layer: KRUGRU | KRULSTM, x: Tensor) -> None:
     with torch.inference_mode():
         layer(x)
-    train(layer, x, False)  # nothing made in inference mode may reach the backward pass
+    step(layer, x)  # nothing made in inference mode may reach the backward pass
 
 
 def move_overlay(layer: KRUGRU | KRULSTM, x: Tensor) -> None:
@@ -47,19 +52,13 @@ def move_overlay(layer: KRUGRU | KRULSTM, x: Tensor) -> None:
     index[:, 1] = (index[:, 1] + 1) % 16
 
 
-@pytest.mark.parametrize("backend", ["dense", "kernel"])
-@pytest.mark.parametrize("kind", [KRUGRU, KRULSTM])
 @pytest.mark.parametrize(
-    "change",
-    [
-        lambda m, x: train(m, x, True),
-        lambda m, x: train(m, x, False),
-        load,
-        move_overlay,
-        through_data,
-        in_inference_mode,
-    ],
-    ids=["fused step", "step", "load", "overlay", "data", "inference mode"],
+    ("backend", "kind", "change"),
+    all_pairs(
+        backend=("dense", "kernel"),
+        kind=(KRUGRU, KRULSTM),
+        change=(fused_step, step, load, move_overlay, through_data, in_inference_mode),
+    ),
 )
 def test_a_change_is_seen(
     backend: str, kind: type[KRUGRU] | type[KRULSTM], change: Callable[[KRUGRU | KRULSTM, Tensor], None]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from all_pairs import all_pairs
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -55,9 +56,14 @@ def there_and_back(cell: nn.Module) -> None:
     cell.float()
 
 
-@pytest.mark.parametrize("change", [scaled, exchanged, there_and_back])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("factors", ["stacked:1*({0}x1,1x4)", "stacked:2*({1}x2,2x2)+sparse:10%:1", "2x2", "diag"])
+@pytest.mark.parametrize(
+    ("kind", "factors", "change"),
+    all_pairs(
+        kind=KINDS,
+        factors=("stacked:1*({0}x1,1x4)", "stacked:2*({1}x2,2x2)+sparse:10%:1", "2x2", "diag"),
+        change=(scaled, exchanged, there_and_back),
+    ),
+)
 def test_a_cell_follows_parameters_that_are_exchanged(kind: str, factors: str, change: Any) -> None:
     gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[kind]
     spec = factors.format(4 * gates, 2 * gates)
@@ -108,9 +114,9 @@ def test_replicas_of_a_kru_and_of_cells() -> None:
         torch.testing.assert_close(replica_of(module)(given), module(given))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["GRU", "RNN"])
-@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "backend", "batch_first"), all_pairs(kind=("GRU", "RNN"), backend=BACKENDS, batch_first=(False, True))
+)
 def test_outputs_may_be_changed_in_place(kind: str, backend: str, batch_first: bool) -> None:
     layer = getattr(layers, f"KRU{kind}")(3, 8, backend=backend, batch_first=batch_first)
     dense = getattr(nn, kind)(3, 8, batch_first=batch_first)

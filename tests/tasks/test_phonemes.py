@@ -17,6 +17,7 @@ from kruify.tasks.phonemes import spoken, task
 from kruify.tasks.phonemes.features import FEATURES, HOP, RATE, WINDOW, frame_labels, log_mel, with_differences
 from kruify.tasks.phonemes.labels import CLASSES, IGNORED, SILENCE, fold, from_espeak
 from kruify.tasks.phonemes.sentences import sentences, vocabulary
+from kruify.tasks.phonemes.task import load
 from kruify.tasks.phonemes.timit import CORE, audio, bounds, utterances
 
 TIMIT_61 = """
@@ -207,7 +208,7 @@ def test_batches_loss_and_accuracy_leave_out_padding_and_glottal_stops(corpus: P
     assert batch.x.shape == (4, max(lengths), FEATURES)
     counted = sum(int((labels != IGNORED).sum()) for _, labels in utterances(corpus)["train"])
     assert task.weight(batch) == task.examples("train") == counted
-    every = torch.cat([x[: len(y)] for x, y in task._utterances("train")])
+    every = torch.cat([x[: len(y)] for x, y in load(task.data)["train"]])
     torch.testing.assert_close(every.mean(0), torch.zeros(FEATURES), atol=1e-4, rtol=0)
     labels = torch.cat([torch.from_numpy(y) for _, y in utterances(corpus)["train"]])
     labels = labels[labels != IGNORED]
@@ -261,8 +262,8 @@ def test_espeak_speaks_and_tells_when(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
     monkeypatch.setattr(spoken.subprocess, "run", run)
     task = load_task("phonemes", hidden=8)
-    assert [len(task._utterances(split)) for split in ("train", "valid", "test")] == [6, 2, 2]
-    features, labels = task._utterances("train")[0]
+    assert [len(load(task.data)[split]) for split in ("train", "valid", "test")] == [6, 2, 2]
+    features, labels = load(task.data)["train"][0]
     assert features.shape == (len(labels), FEATURES)
     seconds = len(labels) * HOP / RATE
     assert 1 < seconds < 10
@@ -270,7 +271,7 @@ def test_espeak_speaks_and_tells_when(monkeypatch: pytest.MonkeyPatch, tmp_path:
     changes = 1 + int((labels[1:] != labels[:-1]).sum())
     assert len(text) * 0.4 < changes < len(text), "about a phoneme a letter or two"
     # Silence is quieter than speech: labels and sound belong together.
-    every = [(x[:, 40], y) for x, y in task._utterances("train")]
+    every = [(x[:, 40], y) for x, y in load(task.data)["train"]]
     quiet = torch.cat([e[y == SILENCE] for e, y in every]).mean()
     loud = torch.cat([e[y == CLASSES.index("aa")] for e, y in every]).mean()
     assert loud > quiet + 1
