@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from kruify import convert, save
 from kruify.analysis.counts import count_parameters, multiply_adds
 from kruify.analysis.latency import measure_latency
 from kruify.analysis.layers import layers_of
 from kruify.analysis.matrices import matrix_health
-from kruify.api import convert, save
 from kruify.checkpoint import Checkpoint, read, write_safetensors
 from kruify.conversion import densify
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from kruify import convert, save
 from kruify.analysis.verify import verify
-from kruify.api import convert, save
 from kruify.checkpoint import read, write_safetensors
 from kruify.errors import CorruptError, PlanError, TargetMissedError
 

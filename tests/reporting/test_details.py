@@ -10,10 +10,10 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
+from kruify import save
 from kruify.analysis.latency import measure_latency
 from kruify.analysis.layers import layers_of
 from kruify.analysis.matrices import matrix_health
-from kruify.api import save
 from kruify.checkpoint import metadata_for, read, write_safetensors
 from kruify.cli.main import cli
 from kruify.conversion import convert, convert_tensors

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from kruify.api import convert, save
+from kruify import convert, save
 from kruify.checkpoint import read
 from kruify.errors import CorruptError, UsageError
 from kruify.reporting import Report, build_report, tables
