@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from kruify.analysis.layers import Layers
-from kruify.progress import Progress
 
 BATCHES = (1, 32)
 STEPS = 64
@@ -24,7 +23,7 @@ class Latency:
     """Median milliseconds of the recurrent layers over sequences of `steps`.
 
     Attributes:
-        median: one entry a model: batch size -> milliseconds.
+        median: one entry per model: batch size -> milliseconds.
         p95: the same for the 95th percentile.
     """
 
@@ -41,7 +40,6 @@ def measure_latency(
     steps: int = STEPS,
     threads: int = 1,
     seconds: float = SECONDS,
-    progress: Progress | None = None,
 ) -> Latency:
     """Times the recurrent layers of several models against each other, on the CPU, on random inputs.
 
@@ -54,14 +52,12 @@ def measure_latency(
     medians: list[dict[int, float]] = [{} for _ in models]
     p95s: list[dict[int, float]] = [{} for _ in models]
     with _threads(threads), torch.inference_mode():
-        for done, batch in enumerate(batches):
+        for batch in batches:
             runs = [runner(layers, module, batch, steps) for layers, module in zip(models, modules, strict=True)]
             samples = _interleaved(runs, seconds * len(runs))
             for median, p95, sample in zip(medians, p95s, samples, strict=True):
                 median[batch] = 1e3 * statistics.median(sample)
                 p95[batch] = 1e3 * sorted(sample)[int(0.95 * (len(sample) - 1) + 0.5)]
-            if progress:
-                progress(done + 1, len(batches), "measuring latency")
     return Latency(medians, p95s, steps, threads)
 
 

@@ -10,6 +10,7 @@ from kruify.checkpoint import Checkpoint
 from kruify.conversion import build_dense, build_layer, load_tensors
 from kruify.conversion.locate import RecurrentLayer, locate_checkpoint
 from kruify.conversion.plan import LayerPlan, Plan, Structures
+from kruify.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,19 @@ class Layers:
 
 
 def layers_of(checkpoint: Checkpoint) -> Layers:
-    """The recurrent layers of a dense or a converted checkpoint."""
+    """The recurrent layers of a dense or a converted checkpoint.
+
+    Raises:
+        UsageError: it has none.
+    """
     dense = locate_checkpoint(checkpoint).layers
     text = checkpoint.metadata.get("kruify.plan")
     plan = Plan.from_json(text, f"plan in {checkpoint.path}") if text else Plan()
     planned = {item.layer.name for item in plan.layers}
     items: list[tuple[RecurrentLayer, dict[str, Structures]]] = [(item.layer, item.matrices) for item in plan.layers]
     items += [(layer, {}) for layer in dense if layer.name not in planned]
+    if not items:
+        raise UsageError("there is no RNN, LSTM or GRU layer in it", checkpoint.path, "See 'kruify inspect'")
     order = {name: i for i, name in enumerate(checkpoint.tensors)}
     return Layers(checkpoint, sorted(items, key=lambda item: _first(item[0], order)))
 

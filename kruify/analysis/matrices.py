@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,14 +44,9 @@ class MatrixHealth:
     energy_null: float | None = None
 
 
-def matrix_health(layers: Layers, progress: Callable[[str], None] | None = None) -> list[MatrixHealth]:
+def matrix_health(layers: Layers) -> list[MatrixHealth]:
     """The health of every gate of every recurrent matrix, in float64."""
-    results = []
-    for name, gate, matrix, structure in gate_matrices(layers):
-        if progress:
-            progress(f"{name} {gate}")
-        results.append(_health(name, gate, matrix, structure))
-    return results
+    return [_health(*found) for found in gate_matrices(layers)]
 
 
 def gate_matrices(layers: Layers) -> Iterator[tuple[str, str, Tensor, Structure | None]]:
@@ -72,18 +67,15 @@ def gate_matrices(layers: Layers) -> Iterator[tuple[str, str, Tensor, Structure 
 
 
 def _health(name: str, gate: str, matrix: Tensor, structure: Structure | None) -> MatrixHealth:
-    measured = conditioning(matrix)
+    measured = vars(conditioning(matrix))
     reals = 2 if matrix.is_complex() else 1
     return MatrixHealth(
         name=name,
         gate=gate,
-        condition_number=measured.condition_number,
-        spectral_norm=measured.spectral_norm,
-        unitarity_defect=measured.unitarity_defect,
         factors="dense" if structure is None else str(structure),
         parameters=reals * (matrix.numel() if structure is None else structure.parameters // structure.gates),
         dense_parameters=reals * matrix.numel(),
-        singular_values=_sample(measured.singular_values),
+        **measured | {"singular_values": _sample(measured["singular_values"])},
     )
 
 

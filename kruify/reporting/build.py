@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -11,13 +10,12 @@ from pathlib import Path
 
 from kruify.analysis.counts import count_parameters, multiply_adds
 from kruify.analysis.latency import measure_latency
-from kruify.analysis.layers import Layers, layers_of
+from kruify.analysis.layers import layers_of
 from kruify.analysis.matrices import matrix_health
-from kruify.checkpoint import Checkpoint, read
+from kruify.checkpoint import read
 from kruify.conversion.network import load_network
-from kruify.errors import UsageError
 from kruify.progress import Progress
-from kruify.reporting.details import agreeing, history, peak_memory, provenance, with_energies
+from kruify.reporting.details import agreeing, history, peak_memory, provenance, sources, with_energies
 from kruify.reporting.report import LatencySetup, ModelReport, Report
 from kruify.tasks.base import Task, measure
 
@@ -46,7 +44,7 @@ def build_report(
     tell = progress or (lambda done, total, text: None)
     total = 2 * len(files) + 1
     checkpoints = [read(file, key=key) for file in files]
-    layers = agreeing([_layers(checkpoint) for checkpoint in checkpoints])
+    layers = agreeing([layers_of(checkpoint) for checkpoint in checkpoints])
     metrics = []
     for index, checkpoint in enumerate(checkpoints):
         tell(index, total, f"evaluating {checkpoint.path}")
@@ -68,7 +66,7 @@ def build_report(
                 metrics=metrics[index],
                 recurrent_matrices=with_energies(matrix_health(layers[index]), layers[index], layers[0]),
                 sha256=checkpoint.sha256,
-                sources=_sources(checkpoint),
+                sources=sources(checkpoint),
                 latency_p95_ms=latency.p95[index],
                 memory_bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.lazy.values()),
                 peak_memory_bytes=peak_memory(layers[index], latency.steps),
@@ -87,13 +85,6 @@ def build_report(
     )
 
 
-def _layers(checkpoint: Checkpoint) -> Layers:
-    layers = layers_of(checkpoint)
-    if not layers.items:
-        raise UsageError("there is no RNN, LSTM or GRU layer in it", checkpoint.path, "See 'kruify inspect'")
-    return layers
-
-
 def _names(files: Sequence[str | PathLike[str]]) -> list[str]:
     """Short unique names: the file's name without its endings, with a number where it came before."""
     names: list[str] = []
@@ -103,16 +94,6 @@ def _names(files: Sequence[str | PathLike[str]]) -> list[str]:
             stem = stem.removesuffix(ending)
         names.append(stem if stem not in names else f"{stem} ({len(names) + 1})")
     return names
-
-
-def _sources(checkpoint: Checkpoint) -> list[str]:
-    source = checkpoint.metadata.get("kruify.source_sha256")
-    parents = checkpoint.metadata.get("kruify.parents")
-    try:
-        chain = json.loads(parents) if parents else []
-    except ValueError:
-        chain = []
-    return [str(item) for item in chain] or ([source] if source else [])
 
 
 def machine() -> str:

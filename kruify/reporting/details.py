@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from kruify.analysis.latency import BATCHES, runner
 from kruify.analysis.layers import Layers
 from kruify.analysis.matrices import MatrixHealth, gate_matrices
 from kruify.checkpoint import Checkpoint
+from kruify.conversion.locate import RecurrentLayer
 from kruify.decomposition import null_energy
 
 METADATA_LABELS = {  # metadata key -> label in a report
@@ -48,21 +49,16 @@ def agreeing(layers: Sequence[Layers]) -> list[Layers]:
     """Fills in what one file says of a layer and another does not (batch_first, nonlinearity), so that all of them
     are measured in the same layout: a state dict says less than a fine-tuned file."""
     known: dict[tuple[str, str], Any] = {}
-    for model in layers:
-        for layer, _ in model.items:
-            for field in fields(layer):
-                value = getattr(layer, field.name)
-                if value is not None:
-                    known.setdefault((layer.name, field.name), value)
-    filled = []
-    for model in layers:
-        items = []
-        for layer, matrices in model.items:
-            unknown = [field.name for field in fields(layer) if getattr(layer, field.name) is None]
-            found = {name: known[layer.name, name] for name in unknown if (layer.name, name) in known}
-            items.append((replace(layer, **found), matrices))
-        filled.append(replace(model, items=items))
-    return filled
+    for layer in (layer for model in layers for layer, _ in model.items):
+        for name, value in vars(layer).items():
+            if value is not None:
+                known.setdefault((layer.name, name), value)
+
+    def filled(layer: RecurrentLayer) -> RecurrentLayer:
+        told: dict[str, Any] = {n: known.get((layer.name, n)) for n, value in vars(layer).items() if value is None}
+        return replace(layer, **told)
+
+    return [replace(model, items=[(filled(layer), found) for layer, found in model.items]) for model in layers]
 
 
 def peak_memory(layers: Layers, steps: int) -> dict[int, int]:
@@ -107,13 +103,22 @@ def _memory_events(profiler: Any) -> list[int]:
 
 def history(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """The validations of the fine-tuning, as the file records them; empty if it has none or they are unreadable."""
+    entries = _list(checkpoint, "kruify.history")
+    return [e for e in entries if isinstance(e, dict) and isinstance(e.get("metrics"), dict)]
+
+
+def sources(checkpoint: Checkpoint) -> list[str]:
+    """sha256 of the files that this one was made from, the first one first."""
+    source = checkpoint.metadata.get("kruify.source_sha256")
+    return [str(item) for item in _list(checkpoint, "kruify.parents")] or ([source] if source else [])
+
+
+def _list(checkpoint: Checkpoint, key: str) -> list[Any]:
     try:
-        entries = json.loads(checkpoint.metadata.get("kruify.history", "[]"))
+        found = json.loads(checkpoint.metadata.get(key, "[]"))
     except ValueError:
         return []
-    if not isinstance(entries, list):
-        return []
-    return [e for e in entries if isinstance(e, dict) and isinstance(e.get("metrics"), dict)]
+    return found if isinstance(found, list) else []
 
 
 def provenance(checkpoint: Checkpoint) -> dict[str, str]:

@@ -16,13 +16,11 @@ from kruify.reporting.rows import (
     headlines,
     latency_note,
     metric_note,
-    plan,
     provenance,
     title,
 )
 from kruify.reporting.style import CSS
 
-STRONG = ("Recurrent parameters", "All parameters")
 STRONG_ROW = ' class="strong"'
 TEXT_CELL = ' class="text"'
 SHORT = ' class="short"'
@@ -91,8 +89,7 @@ def _comparison(report: Report) -> str:
             f"<td>{escape(value)}" + (f"<small>{escape(change)}</small>" if change else "") + "</td>"
             for value, change in zip(row.values, row.changes, strict=True)
         )
-        main = row.label in STRONG or (report.metric is not None and row.label.startswith(f"{report.metric},"))
-        lines.append(f"<tr{STRONG_ROW if main else ''}><th>{escape(row.label)}</th>{cells}</tr>")
+        lines.append(f"<tr{STRONG_ROW if row.main else ''}><th>{escape(row.label)}</th>{cells}</tr>")
     return _table(f"<th></th>{heads}", "".join(lines), "compare")
 
 
@@ -102,33 +99,37 @@ def _table(head: str, rows: str, names: str = "") -> str:
 
 
 def _pictures(report: Report, knee: str | None) -> str:
+    better = "higher" if report.higher_is_better else "lower"
     found = [
-        _figure("Parameters", pictures.sizes(report), "Numbers in the file, by where they stand."),
-        _figure(
-            "Latency", pictures.latency(report), "Bar and figure: median. Mark: 95th percentile. Shorter is faster."
+        ("Parameters", pictures.sizes(report), "Numbers in the file, by where they stand."),
+        ("Latency", pictures.latency(report), "Bar and figure: median. Mark: 95th percentile. Shorter is faster."),
+        (
+            "Accuracy against size",
+            pictures.tradeoff(report, knee),
+            f"{report.metric} on the {report.split} split; {better} is better.",
+        ),
+        (
+            f"Training: {report.metric}",
+            training.over_epochs(report, lambda entry: entry["metrics"].get(report.metric)),
+            "Validation split, after each epoch.",
+        ),
+        (
+            "Training: loss",
+            training.over_epochs(report, lambda entry: entry.get("loss")),
+            "Mean over the train split in each epoch.",
+        ),
+        (
+            "Training: condition number",
+            training.over_epochs(report, training.largest_condition_number),
+            "The largest of all recurrent matrices.",
+        ),
+        (
+            "Training: gradient through time",
+            training.gradients(report),
+            "Norm of the gradient that reaches the state at each step, at the end of the run.",
         ),
     ]
-    for key, picture in (
-        ("metric", pictures.tradeoff(report, knee)),
-        ("curve", pictures.curves(report, report.metric)),
-    ):
-        if picture and key == "metric":
-            better = "higher" if report.higher_is_better else "lower"
-            caption = f"{report.metric} on the {report.split} split; {better} is better."
-            found.append(_figure("Accuracy against size", picture, caption))
-        elif picture:
-            found.append(
-                _figure(f"Training: {report.metric or 'loss'}", picture, "Validation split, after each epoch.")
-            )
-    loss = pictures.curves(report, None) if report.metric is not None else None
-    if loss:
-        found.append(_figure("Training: loss", loss, "Mean over the train split in each epoch."))
-    if condition := training.condition_numbers(report):
-        found.append(_figure("Training: condition number", condition, "The largest of all recurrent matrices."))
-    if gradient := training.gradients(report):
-        caption = "Norm of the gradient that reaches the state at each step, at the end of the run."
-        found.append(_figure("Training: gradient through time", gradient, caption))
-    return "".join(found)
+    return "".join(_figure(name, svg, caption) for name, svg, caption in found if svg)
 
 
 def _figure(name: str, svg: str, caption: str) -> str:
@@ -181,14 +182,12 @@ def _spectra(report: Report) -> str:
 
 
 def _made(model: ModelReport, index: int) -> str:
-    folded = ("fine-tuning",)
+    folded = ("fine-tuning", "plan")
     entries = provenance(model)
     listed = "".join(f"<dt>{escape(k)}</dt><dd><code>{escape(v)}</code></dd>" for k, v in entries if k not in folded)
-    extra = "".join(_details(label, text) for label, text in entries if label in folded)
-    if lines := plan(model):
-        extra += _details("plan", "\n".join(lines))
+    extra = "".join(
+        f"<details><summary>{label}</summary><pre>{escape(text)}</pre></details>"
+        for label, text in entries
+        if label in folded
+    )
     return f'<section class="card long"><h3>{_key(index)}{escape(model.name)}</h3><dl>{listed}</dl>{extra}</section>'
-
-
-def _details(summary: str, text: str) -> str:
-    return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"

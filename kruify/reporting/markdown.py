@@ -14,7 +14,6 @@ from kruify.reporting.rows import (
     latency_note,
     metric,
     metric_note,
-    plan,
     provenance,
     quarters,
     title,
@@ -53,10 +52,8 @@ def to_markdown(report: Report) -> str:
     lines += _table(["model", "matrix", "gate", *GATE_COLUMNS, "singular values"], rows)
     lines += ["", "## How it was made", ""]
     for model in report.models:
-        entries = provenance(model)
-        if planned := plan(model):
-            entries.append(("plan", "; ".join(planned)))
-        lines.append(f"- {_text(model.name)}: " + ", ".join(f"{label} `{_text(text)}`" for label, text in entries))
+        made = (f"{label} `{_text(text)}`" for label, text in provenance(model))
+        lines.append(f"- {_text(model.name)}: {', '.join(made)}")
     return "\n".join(lines) + "\n"
 
 
@@ -79,4 +76,4 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _text(value: str) -> str:
-    return value.replace("|", "\\|").replace("\n", " ")
+    return value.replace("|", "\\|").replace("\n", "; ")

@@ -10,10 +10,10 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from kruify.errors import UnsupportedError
-from kruify.reporting.report import ModelReport, Report
+from kruify.reporting.report import Report
 from kruify.reporting.style import CSS
 
 INK, FAINT, GRID, SOFT = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
@@ -160,45 +160,48 @@ def latency(report: Report) -> str:
     return draw(paint, (0.6 + 0.33 * len(report.models)) * len(batches))
 
 
-def curves(report: Report, key: str | None) -> str | None:
-    """Training: the task's metric (or the loss) on the validation split over epochs; None if no file has them."""
-    trained = [(i, m) for i, m in enumerate(report.models) if len(_points(m, key)[0]) > 1]
-    if not trained:
-        return None
+class Curve(NamedTuple):
+    """One line of a picture.
+
+    Attributes:
+        place: of its colour in `SERIES`.
+    """
+
+    place: int
+    label: str
+    x: list[float]
+    y: list[float]
+    dashed: bool = False
+
+
+def plot(axes: Any, curves: Sequence[Curve], label: str, markersize: float = 0) -> None:
+    """Curves over integers; on a logarithmic scale where the values span more than a factor of 30 and allow it."""
+    for curve in curves:
+        line = "--" if curve.dashed else "-"
+        marks = {"marker": "o", "markersize": markersize} if markersize else {}
+        axes.plot(curve.x, curve.y, color=color(curve.place), linestyle=line, label=curve.label, **marks)
+    finite = [value for curve in curves for value in curve.y if math.isfinite(value)]
+    if finite and min(finite) > 0 and max(finite) / min(finite) > 30:
+        axes.set_yscale("log")
+    axes.set_xlabel(label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def curves_svg(curves: Sequence[Curve], label: str, markersize: float = 0) -> str | None:
+    """A picture of its own; None without curves."""
 
     def paint(figure: Any) -> None:
         axes = figure.add_subplot()
-        for index, model in trained:
-            x, y = _points(model, key)
-            axes.plot(x, y, color=color(index), marker="o", markersize=3, label=short(model.name, 30))
-        axes.set_xlabel("epoch")
-        if all(y > 0 for _, m in trained for y in _points(m, key)[1]) and _spread(trained, key) > 30:
-            axes.set_yscale("log")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        plot(axes, curves, label, markersize)
         legend_above(axes)
 
-    return draw(paint, 2.2 + 0.18 * len(trained))
-
-
-def _points(model: ModelReport, key: str | None) -> tuple[list[float], list[float]]:
-    x, y = [], []
-    for entry in model.history:
-        value = entry.get("loss") if key is None else entry["metrics"].get(key)
-        if isinstance(value, int | float) and isinstance(entry.get("epoch"), int | float) and math.isfinite(value):
-            x.append(float(entry["epoch"]))
-            y.append(float(value))
-    return x, y
-
-
-def _spread(trained: Sequence[tuple[int, ModelReport]], key: str | None) -> float:
-    values = [y for _, m in trained for y in _points(m, key)[1]]
-    return max(values) / min(values)
+    return draw(paint, 2.2 + 0.18 * len(curves)) if curves else None
 
 
 def spectra(report: Report, matrix: str) -> str:
     """Singular values of one recurrent matrix, one panel per gate, dense against converted."""
-    entries = [entry for model in report.models for entry in model.recurrent_matrices if entry.name == matrix]
-    gates = list(dict.fromkeys(entry.gate for entry in entries))
+    found = [(i, e) for i, m in enumerate(report.models) for e in m.recurrent_matrices if e.name == matrix]
+    gates = list(dict.fromkeys(entry.gate for _, entry in found))
     columns = 2 if len(gates) > 1 else 1
     rows = -(-len(gates) // columns)
 
@@ -206,13 +209,10 @@ def spectra(report: Report, matrix: str) -> str:
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for place, (axes, gate) in enumerate(zip(panels, gates, strict=False)):
             largest = 0.0
-            for index, model in enumerate(report.models):
-                for entry in model.recurrent_matrices:
-                    if (entry.name, entry.gate) == (matrix, gate):
-                        values = entry.singular_values
-                        share = [i / max(1, len(values) - 1) for i in range(len(values))]
-                        axes.plot(share, values, color=color(index), linewidth=1.5)
-                        largest = max(largest, *values)
+            for index, values in ((i, entry.singular_values) for i, entry in found if entry.gate == gate):
+                share = [i / max(1, len(values) - 1) for i in range(len(values))]
+                axes.plot(share, values, color=color(index), linewidth=1.5)
+                largest = max(largest, *values)
             axes.set_title(f"gate {gate}")
             axes.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"])
             axes.tick_params(axis="x", labelbottom=place + columns >= len(gates))

@@ -12,16 +12,22 @@ from kruify.reporting.report import ModelReport, Report
 from kruify.reporting.training import largest_condition_number
 
 GATE_COLUMNS = ("factors", "parameters", "energy (null)", "condition", "spectral norm", "unitarity defect")
+WORSE = {"smaller": "larger", "fewer": "more", "faster": "slower"}
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity: one value per model, and how each compares with the first model ("" where it does not)."""
+    """One quantity: one value per model, and how each compares with the first model ("" where it does not).
+
+    Attributes:
+        main: whether it is one of those that matter most.
+    """
 
     label: str
     values: list[str]
     changes: list[str]
+    main: bool
 
     @property
     def cells(self) -> list[str]:
@@ -52,12 +58,12 @@ def headlines(report: Report) -> list[Headline]:
     for model in report.models[1:]:
         parts = model.parameters
         figures = [
-            times(first.parameters.recurrent, parts.recurrent, "smaller", "larger", "recurrent matrices"),
-            times(first.parameters.total, parts.total, "smaller", "larger", "whole model"),
+            times(first.parameters.recurrent, parts.recurrent, "smaller", "recurrent matrices"),
+            times(first.parameters.total, parts.total, "smaller", "whole model"),
         ]
         if batch is not None:
             what = f"recurrent layers, batch {batch}"
-            figures.append(times(first.latency_ms[batch], model.latency_ms[batch], "faster", "slower", what))
+            figures.append(times(first.latency_ms[batch], model.latency_ms[batch], "faster", what))
         if report.metric is not None:
             before, after = first.metrics[report.metric], model.metrics[report.metric]
             figures.append((f"{metric(before)} → {metric(after)}", f"{report.metric}, {report.split} split"))
@@ -65,17 +71,12 @@ def headlines(report: Report) -> list[Headline]:
     return results
 
 
-def times(before: float, after: float, better: str, worse: str, what: str) -> tuple[str, str]:
+def times(before: float, after: float, better: str, what: str) -> tuple[str, str]:
     """("8.1x", "smaller: whole model")."""
     if not before or not after:
         return "-", what
-    if after > before * 1.005:
-        return f"{factor(after / before)}x", f"{worse}: {what}"
-    return f"{factor(before / after)}x", f"{better}: {what}"
-
-
-def factor(value: float) -> str:
-    return f"{value:.0f}" if value >= 20 else f"{value:.1f}"
+    ratio, word = (after / before, WORSE[better]) if after > before * 1.005 else (before / after, better)
+    return f"{ratio:.0f}x" if ratio >= 20 else f"{ratio:.1f}x", f"{word}: {what}"
 
 
 def metric(value: float) -> str:
@@ -89,7 +90,7 @@ def comparison(report: Report) -> list[Row]:
 
     def add(label: str, values: Sequence[float], text: Callable[[float], str], better: str) -> None:
         changes = [""] + [_change(values[0], other, better) for other in values[1:]]
-        rows.append(Row(label, [text(v) for v in values], changes))
+        rows.append(Row(label, [text(v) for v in values], changes, label in ("Recurrent parameters", "All parameters")))
 
     for part, label in (
         ("recurrent", "Recurrent parameters"),
@@ -110,17 +111,15 @@ def comparison(report: Report) -> list[Row]:
     for name in report.models[0].metrics:
         values = [model.metrics[name] for model in report.models]
         changes = [""] + [f"{value - values[0]:+.3f}" for value in values[1:]]
-        rows.append(Row(f"{name}, {report.split} split", [f"{value:.4f}" for value in values], changes))
+        rows.append(
+            Row(f"{name}, {report.split} split", [f"{value:.4f}" for value in values], changes, name == report.metric)
+        )
     return rows
 
 
 def _change(before: float, after: float, better: str) -> str:
-    if not before or not after:
-        return ""
-    worse = {"smaller": "larger", "fewer": "more", "faster": "slower"}[better]
-    ratio, word = (before / after, better) if after < before else (after / before, worse)
-    text = factor(ratio)
-    return "" if text == "1.0" else f"{text}x {word}"
+    figure, word = times(before, after, better, "")
+    return "" if figure in ("-", "1.0x") else f"{figure} {word.removesuffix(': ')}"
 
 
 def integer(value: float) -> str:
@@ -186,11 +185,12 @@ def plan(model: ModelReport) -> list[str]:
 
 
 def provenance(model: ModelReport) -> list[tuple[str, str]]:
-    """How a file was made, without the plan: (label, text)."""
+    """How a file was made: (label, text)."""
     entries = [("file", model.file), ("sha256", model.sha256)]
     if model.sources:
         entries.append(("made from", " → ".join(source[:16] for source in model.sources)))
-    return entries + [(label, recipe(text) if label == "fine-tuning" else text) for label, text in model.made.items()]
+    entries += [(label, recipe(text) if label == "fine-tuning" else text) for label, text in model.made.items()]
+    return entries + ([("plan", "\n".join(lines))] if (lines := plan(model)) else [])
 
 
 def recipe(text: str) -> str:

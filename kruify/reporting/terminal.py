@@ -17,7 +17,6 @@ from kruify.reporting.rows import (
     latency_note,
     metric,
     metric_note,
-    plan,
     provenance,
     sparkline,
     sparkline_of_spectrum,
@@ -56,8 +55,6 @@ def _made(report: Report) -> Table:
         table.add_column(overflow="fold", max_width=widest)
     for model in report.models:
         entries = provenance(model)
-        if lines := plan(model):
-            entries.append(("plan", "\n".join(lines)))
         for place, (label, text) in enumerate(entries):
             table.add_row("" if place else model.name, label, text, end_section=place == len(entries) - 1)
     return table
@@ -89,6 +86,5 @@ def _comparison(report: Report) -> Table:
     said = " ".join(sentence for sentence in (metric_note(report), latency_note(report)) if sentence)
     table = _table("comparison", "", *(model.name for model in report.models), caption=said)
     for row in comparison(report):
-        main = report.metric is not None and row.label.startswith(f"{report.metric},")
-        table.add_row(Text(row.label, "bold") if main else row.label, *row.cells)
+        table.add_row(Text(row.label, "bold") if row.main else row.label, *row.cells)
     return table

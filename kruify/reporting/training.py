@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kruify.errors import UsageError
-from kruify.reporting.pictures import color, draw, legend_above, short, standalone
+from kruify.reporting.pictures import Curve, curves_svg, plot, short, standalone
 from kruify.reporting.report import Report
 
 History = Sequence[Mapping[str, Any]]
-Curve = tuple[list[float], list[float]]  # x, y
 MEASURES = {
     "condition_number": "condition number",
     "spectral_norm": "spectral norm",
@@ -35,100 +34,54 @@ def conditioning_svg(history: History) -> str:
     def paint(figure: Any) -> None:
         panels = figure.subplots(2, 2).ravel()
         for axes, (measure, title) in zip(panels, MEASURES.items(), strict=False):
-            _curves(axes, gates(history, measure), title)
-        _through_time(panels[3], {"start": history[0], "end": history[-1]})
+            _panel(axes, title, _gates(history, measure), "epoch", 2.5)
+        ends = [*_gradients(history[0], 0, "start of the run"), *_gradients(history[-1], 1, "end of the run")]
+        _panel(panels[3], "gradient through time, |dL/dh_t|", ends, "step t")
 
     return standalone(paint, 4.6)
 
 
-def condition_numbers(report: Report) -> str | None:
-    """The largest condition number of each model's recurrent matrices over epochs; None if no file has them."""
-    curves = {}
+def _panel(axes: Any, title: str, curves: Sequence[Curve], label: str, markersize: float = 0) -> None:
+    axes.set_title(title)
+    plot(axes, curves, label, markersize)
+    if len(curves) > 1:
+        axes.legend(ncols=2 if len(curves) > 3 else 1, handlelength=1.2, labelspacing=0.2)
+
+
+def over_epochs(report: Report, value: Callable[[Mapping[str, Any]], Any]) -> str | None:
+    """One quantity of each validation, a curve per model; None where no file has it at two validations."""
+    curves = []
     for index, model in enumerate(report.models):
-        found = [(float(entry["epoch"]), largest_condition_number(entry)) for entry in model.history]
-        known = [(x, y) for x, y in found if y is not None]
-        if known:
-            x, y = zip(*known, strict=True)
-            curves[index] = (short(model.name, 30), (list(x), list(y)))
-    if not curves:
-        return None
-
-    def paint(figure: Any) -> None:
-        axes = figure.add_subplot()
-        for index, (name, (x, y)) in curves.items():
-            axes.plot(x, y, color=color(index), marker="o", markersize=3, label=name)
-        _axes(axes, "epoch", [value for _, (_, y) in curves.values() for value in y])
-        legend_above(axes)
-
-    return draw(paint, 2.2 + 0.16 * len(curves))
+        points = [(entry.get("epoch"), value(entry)) for entry in model.history]
+        known = [p for p in points if all(isinstance(n, int | float) and math.isfinite(n) for n in p)]
+        if len(known) > 1:
+            x, y = (list(map(float, numbers)) for numbers in zip(*known, strict=True))
+            curves.append(Curve(index, short(model.name, 30), x, y))
+    return curves_svg(curves, "epoch", 3)
 
 
 def gradients(report: Report) -> str | None:
     """The gradient through time of each model at its last validation; None if no file has them."""
-    entries = {i: m.history[-1] for i, m in enumerate(report.models) if m.history and _gradients(m.history[-1])}
-    if not entries:
-        return None
-
-    def paint(figure: Any) -> None:
-        axes = figure.add_subplot()
-        seen = []
-        for index, entry in entries.items():
-            for place, (layer, (x, y)) in enumerate(_gradients(entry).items()):
-                name = short(report.models[index].name, 30) + (f" {layer}" if place else "")
-                axes.plot(x, y, color=color(index), linestyle="-" if not place else "--", label=name)
-                seen += y
-        _axes(axes, "step", seen)
-        legend_above(axes)
-
-    return draw(paint, 2.2 + 0.16 * len(entries))
+    trained = [(index, model) for index, model in enumerate(report.models) if model.history]
+    return curves_svg([c for i, m in trained for c in _gradients(m.history[-1], i, short(m.name, 30))], "step")
 
 
-def gates(history: History, measure: str) -> dict[str, Curve]:
-    """Gate -> epochs and values of one measure; the gate alone is the name where there is one matrix."""
-    found: dict[tuple[str, str], Curve] = {}
+def _gates(history: History, measure: str) -> list[Curve]:
+    """One measure over epochs, per gate; the gate alone is the name where there is one matrix."""
+    found: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
     for entry in history:
         for matrix in _matrices(entry):
             x, y = found.setdefault((matrix["name"], matrix["gate"]), ([], []))
             x.append(float(entry["epoch"]))
             y.append(float(matrix[measure]))
     several = len({name for name, _ in found}) > 1
-    return {f"{name} {gate}" if several else gate: curve for (name, gate), curve in found.items()}
-
-
-def _curves(axes: Any, curves: Mapping[str, Curve], title: str) -> None:
-    for index, (name, (x, y)) in enumerate(curves.items()):
-        axes.plot(x, y, color=color(index + 1), marker="o", markersize=2.5, label=short(name))
-    axes.set_title(title)
-    _axes(axes, "epoch", [value for _, y in curves.values() for value in y])
-    if len(curves) > 1:
-        axes.legend(ncols=2, handlelength=1.2, labelspacing=0.2)
-
-
-def _through_time(axes: Any, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    seen: list[float] = []
-    for index, (when, entry) in enumerate(entries.items()):
-        for place, (layer, (x, y)) in enumerate(_gradients(entry).items()):
-            label = f"{when} of the run" + (f", {layer}" if place else "")
-            axes.plot(x, y, color=color(index), linestyle="-" if not place else "--", label=label)
-            seen += y
-    axes.set_title("gradient through time, |dL/dh_t|")
-    _axes(axes, "step t", seen)
-    if seen:
-        axes.legend(handlelength=1.2, labelspacing=0.2)
+    labels = [short(f"{name} {gate}" if several else gate) for name, gate in found]
+    return [Curve(i, label, *curve) for i, (label, curve) in enumerate(zip(labels, found.values(), strict=True), 1)]
 
 
 def largest_condition_number(entry: Mapping[str, Any]) -> float | None:
     """Of all recurrent matrices at one validation; None where the file does not tell."""
     return max((float(m["condition_number"]) for m in _matrices(entry)), default=None)
-
-
-def _axes(axes: Any, label: str, values: Sequence[float]) -> None:
-    """A logarithmic scale where the values span more than a factor of 30 and allow it."""
-    axes.set_xlabel(label)
-    finite = [value for value in values if math.isfinite(value)]
-    if finite and min(finite) > 0 and max(finite) / min(finite) > 30:
-        axes.set_yscale("log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _matrices(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -143,12 +96,14 @@ def _matrices(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _gradients(entry: Mapping[str, Any]) -> dict[str, Curve]:
+def _gradients(entry: Mapping[str, Any], index: int, name: str) -> list[Curve]:
+    """The norm of the gradient at each step, per layer; malformed entries are left out."""
     found = entry.get("conditioning")
     layers = found.get("gradient") if isinstance(found, dict) else None
-    curves = {}
-    for name, curve in layers.items() if isinstance(layers, dict) else ():
+    curves: list[Curve] = []
+    for layer, curve in layers.items() if isinstance(layers, dict) else ():
         steps, norms = (curve.get(key) for key in ("steps", "norms")) if isinstance(curve, dict) else (None, None)
         if isinstance(steps, list) and isinstance(norms, list) and len(steps) == len(norms):
-            curves[str(name)] = ([float(s) for s in steps], [float(n) for n in norms])
+            label = f"{name}, {layer}" if curves else name
+            curves.append(Curve(index, label, [float(s) for s in steps], [float(n) for n in norms], bool(curves)))
     return curves
