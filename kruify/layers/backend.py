@@ -20,7 +20,7 @@ Weights = dict[str, KroneckerMatrix | Tensor | None]  # weight_ih, weight_hh, bi
 Direction = Callable[[Weights, Tensor, State, bool], tuple[Tensor, State]]  # weights, data, state, reverse
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen ones take several times as long to make
 class Sequences:
     """A batch of sequences one step after the other, sorted by descending length, as in a PackedSequence.
 
@@ -75,17 +75,19 @@ def run_each_direction(
     layer: RecurrentLayer, data: Tensor, state: State, run_direction: Direction
 ) -> tuple[Tensor, State]:
     """One layer and direction after the other, dropout between the layers."""
+    directions = layer.num_directions
+    if directions == layer.num_layers == 1:  # the same with less around it
+        data, final = run_direction(layer.weights(0, 0), data, tuple([s[0] for s in state]), False)
+        return data, tuple([s.unsqueeze(0) for s in final])
     finals: list[State] = []
     for k in range(layer.num_layers):
         if k and layer.dropout:
             data = F.dropout(data, layer.dropout, layer.training)
         outputs = []
-        for d in range(layer.num_directions):
+        for d in range(directions):
             own = tuple(s[len(finals)] for s in state)
             output, final = run_direction(layer.weights(k, d), data, own, d == 1)
             outputs.append(output)
             finals.append(final)
         data = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
-    if len(finals) == 1:
-        return data, tuple(s.unsqueeze(0) for s in finals[0])
     return data, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))

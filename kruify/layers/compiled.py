@@ -32,7 +32,7 @@ class CompiledBackend:
     def run(self, layer: RecurrentLayer, input: Sequences, state: State) -> tuple[Tensor, State]:
         one = partial(run_direction, layer.kernel_kind, input.batch_sizes)
         output, final = run_each_direction(layer, input.packed(), state, one)
-        if layer.kind != "lstm" and layer.num_directions == 1 and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and layer.kind != "lstm" and layer.num_directions == 1:
             output = output.clone()  # the node keeps its own: torch.nn's GRU and RNN may be changed in place, too
         return output, final
 

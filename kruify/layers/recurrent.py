@@ -134,9 +134,10 @@ class RecurrentLayer(nn.Module):
         """
         if x.shape[-1] != self.input_size:
             raise UsageError(f"expected {self.input_size} input features, got {x.shape[-1]}", type(self).__name__)
-        rows, sizes = self.num_layers * self.num_directions, self.state_sizes
+        rows = self.num_layers * self.num_directions
         if hx is None:
             return self.zero_state(x, rows, batch)
+        sizes = self.state_sizes
         given: State = (hx,) if isinstance(hx, Tensor) else tuple(hx)
         if len(given) != len(sizes):
             wanted = "the pair (h_0, c_0)" if len(sizes) == 2 else "h_0 alone"
