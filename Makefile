@@ -11,6 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 EXTRAS := dev,finetune,report,examples,onnx,keras
 CSRC := $(shell find kruify/csrc -type f)
+CPP := $(shell find kruify/csrc tests -name "*.h" -o -name "*.cuh" -o -name "*.cpp" -o -name "*.cu")
 # Several threads on several processes would wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1
 
@@ -27,6 +28,7 @@ test: lint types
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 types: $(VENV)/.built
 	$(BIN)/mypy

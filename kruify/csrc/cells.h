@@ -155,7 +155,8 @@ KRUIFY_INLINE Polar<T> polar(Vec<T> re, Vec<T> im) {
   constexpr bool F = sizeof(T) == 4;
   const Vec<T> zero{}, one = splat<T>(1);
   const Vec<T> a = re < zero ? -re : re, b = im < zero ? -im : im, most = a > b ? a : b;
-  const auto small = most < splat<T>(F ? T(0x1p-50) : T(0x1p-400)), large = most > splat<T>(F ? T(0x1p60) : T(0x1p500));
+  const Vec<T> lowest = splat<T>(F ? T(0x1p-50) : T(0x1p-400)), highest = splat<T>(F ? T(0x1p60) : T(0x1p500));
+  const auto small = most < lowest, large = most > highest;
   const Vec<T> up = splat<T>(F ? T(0x1p100) : T(0x1p700)), down = splat<T>(F ? T(0x1p-70) : T(0x1p-560));
   const Vec<T> scale = small ? up : large ? down : one, back = small ? one / up : large ? one / down : one;
   re *= scale, im *= scale;
