@@ -21,7 +21,8 @@ inline void pack_b(int64_t K, int64_t N, const T* b, int64_t rs, int64_t cs, T* 
       transpose(columns, K, b + n * cs, cs, panel, kPanel);
     } else if (cs == 1) {
       for (int64_t k = 0; k < K; ++k)
-        for_vectors<T>(columns, [&](int64_t j, auto get, auto put) { put(panel + k * kPanel + j, get(b + k * rs + n + j)); });
+        for_vectors<T>(
+            columns, [&](int64_t j, auto get, auto put) { put(panel + k * kPanel + j, get(b + k * rs + n + j)); });
     } else {
       for (int64_t k = 0; k < K; ++k)
         for (int64_t j = 0; j < columns; ++j) panel[k * kPanel + j] = b[k * rs + (n + j) * cs];
@@ -33,7 +34,7 @@ inline void pack_b(int64_t K, int64_t N, const T* b, int64_t rs, int64_t cs, T* 
 
 template <class T, int MR, bool UnitK>
 KRUIFY_INLINE void packed_rows(int64_t M, int64_t K, int64_t columns, const T* a, int64_t as, const T* panel, T* c,
-                               int64_t ldc, bool accumulate, const T* bias) {
+    int64_t ldc, bool accumulate, const T* bias) {
   const int64_t step = UnitK ? as : 1;
   int64_t m = 0;
   for (; m + MR <= M; m += MR)
@@ -44,7 +45,7 @@ KRUIFY_INLINE void packed_rows(int64_t M, int64_t K, int64_t columns, const T* a
 // C[m0:m1] = A[m0:m1] B + bias, or += A[m0:m1] B.
 template <class T>
 inline void big_gemm(int64_t m0, int64_t m1, int64_t N, int64_t K, const T* a, int64_t rs, int64_t cs, const T* packed,
-                     const T* bias, T* c, int64_t ldc, bool accumulate, T* scratch) {
+    const T* bias, T* c, int64_t ldc, bool accumulate, T* scratch) {
   for (int64_t m = m0; m < m1; m += kBlockM) {
     const int64_t rows = min64(kBlockM, m1 - m);
     for (int64_t k = 0; k < K || k == 0; k += kBlockK) {
@@ -58,9 +59,8 @@ inline void big_gemm(int64_t m0, int64_t m1, int64_t N, int64_t K, const T* a, i
         transpose(rows, depth, a + m * rs + k, rs, scratch, rows);
       } else if (rs == 1) {
         for (int64_t j = 0; j < depth; ++j)
-          for_vectors<T>(rows, [&](int64_t i, auto get, auto put) {
-            put(scratch + j * rows + i, get(a + (k + j) * cs + m + i));
-          });
+          for_vectors<T>(
+              rows, [&](int64_t i, auto get, auto put) { put(scratch + j * rows + i, get(a + (k + j) * cs + m + i)); });
       } else {
         for (int64_t j = 0; j < depth; ++j)
           for (int64_t i = 0; i < rows; ++i) scratch[j * rows + i] = a[(m + i) * rs + (k + j) * cs];
@@ -69,7 +69,8 @@ inline void big_gemm(int64_t m0, int64_t m1, int64_t N, int64_t K, const T* a, i
         const int64_t columns = min64(kPanel, N - n);
         T* out = c + m * ldc + n;
         const auto multiply = direct && cs == 1 ? &packed_rows<T, kTall, true> : &packed_rows<T, kTall, false>;
-        multiply(rows, depth, columns, block, ld, packed + n * K + k * kPanel, out, ldc, accumulate || k > 0, bias ? bias + n : nullptr);
+        multiply(rows, depth, columns, block, ld, packed + n * K + k * kPanel, out, ldc, accumulate || k > 0,
+            bias ? bias + n : nullptr);
       }
     }
   }

@@ -23,8 +23,7 @@ using Optional = std::optional<Tensor>;
 
 // Uninitialised memory, aligned for the widest vectors, with slack for tiles. A thread's last buffer is kept for the
 // next call: fresh pages would cost more than the work of a single step.
-template <class T>
-class Buffer {
+template <class T> class Buffer {
  public:
   explicit Buffer(int64_t count) {
     STD_TORCH_CHECK(count >= 0 && count < (int64_t(1) << 46), "kruify: a buffer of ", count, " elements");
@@ -77,11 +76,11 @@ Tensor checked(const char* what, const Tensor& t, torch::headeronly::ScalarType 
   STD_TORCH_CHECK(t.is_cpu(), "kruify: ", what, " must be a CPU tensor");
   STD_TORCH_CHECK(t.scalar_type() == dtype, "kruify: ", what, " has another dtype than the other arguments");
   const int64_t want[] = {int64_t(sizes)..., 0};
-  STD_TORCH_CHECK(t.dim() == int64_t(sizeof...(sizes)), "kruify: ", what, " must have ", sizeof...(sizes), " dimensions, got ",
-                  t.dim());
+  STD_TORCH_CHECK(t.dim() == int64_t(sizeof...(sizes)), "kruify: ", what, " must have ", sizeof...(sizes),
+      " dimensions, got ", t.dim());
   for (int64_t d = 0; d < int64_t(sizeof...(sizes)); ++d)
     STD_TORCH_CHECK(want[d] < 0 || t.size(d) == want[d], "kruify: ", what, " has size ", t.size(d), " in dimension ", d,
-                    ", not ", want[d]);
+        ", not ", want[d]);
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
@@ -99,7 +98,8 @@ inline Tensor empty_like(const Tensor& like, const int64_t* shape, int64_t dims)
   int32_t dtype;
   AtenTensorHandle result;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, shape, strides, dtype, aoti_torch_device_type_cpu(), 0, &result));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, shape, strides, dtype, aoti_torch_device_type_cpu(), 0, &result));
   return Tensor(result);
 }
 
@@ -109,23 +109,17 @@ inline Tensor empty_like(const Tensor& like, std::initializer_list<int64_t> size
 
 inline Tensor empty_as(const Tensor& like) { return empty_like(like, like.sizes().data(), like.dim()); }
 
-template <class T>
-const T* pointer(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
+template <class T> const T* pointer(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
 
-template <class T>
-T* mutable_pointer(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
+template <class T> T* mutable_pointer(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 
-// The `stages, diagonal, overlay, overlay_index, bias, layout` of an operator, checked, with packed copies of the stages.
-// One entry of the bias serves `rows_a_bias` rows.
-template <class T>
-class CheckedMatrix {
+// The `stages, diagonal, overlay, overlay_index, bias, layout` of an operator, checked, with packed copies of the
+// stages. One entry of the bias serves `rows_a_bias` rows.
+template <class T> class CheckedMatrix {
  public:
-  CheckedMatrix(const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay, const Optional& index,
-                const Optional& bias, const std::vector<int64_t>& layout, torch::headeronly::ScalarType dtype, int64_t rows_a_bias = 1);
+  CheckedMatrix(const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay,
+      const Optional& index, const Optional& bias, const std::vector<int64_t>& layout,
+      torch::headeronly::ScalarType dtype, int64_t rows_a_bias = 1);
   CheckedMatrix(const CheckedMatrix&) = delete;
 
   Matrix<T> matrix{};
@@ -147,7 +141,8 @@ class LayoutReader {
   int64_t next(int64_t low, int64_t high, const char* what) {
     STD_TORCH_CHECK(at_ < code_.size(), "kruify: the layout ends before its ", what);
     const int64_t value = code_[at_++];
-    STD_TORCH_CHECK(value >= low && value <= high, "kruify: the layout's ", what, " is ", value, ", not in ", low, "..", high);
+    STD_TORCH_CHECK(
+        value >= low && value <= high, "kruify: the layout's ", what, " is ", value, ", not in ", low, "..", high);
     return value;
   }
   bool done() const { return at_ == code_.size(); }
@@ -159,8 +154,8 @@ class LayoutReader {
 
 template <class T>
 CheckedMatrix<T>::CheckedMatrix(const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay,
-                                const Optional& index, const Optional& bias, const std::vector<int64_t>& layout,
-                                torch::headeronly::ScalarType dtype, int64_t rows_a_bias) {
+    const Optional& index, const Optional& bias, const std::vector<int64_t>& layout,
+    torch::headeronly::ScalarType dtype, int64_t rows_a_bias) {
   constexpr int64_t kHuge = int64_t(1) << 31;
   LayoutReader read(layout);
   Matrix<T>& m = matrix;
@@ -196,10 +191,13 @@ CheckedMatrix<T>::CheckedMatrix(const std::vector<Tensor>& stages, const Optiona
       rows = times(rows, term.p[f]), cols = times(cols, term.q[f]);
       term.w[f] = pointer<T>(tensors_.back());
     }
-    STD_TORCH_CHECK(rows == m.rows && cols == m.cols, "kruify: the stages of a term multiply to ", rows, "x", cols, ", not to ",
-                    m.rows, "x", m.cols);
+    STD_TORCH_CHECK(rows == m.rows && cols == m.cols, "kruify: the stages of a term multiply to ", rows, "x", cols,
+        ", not to ", m.rows, "x", m.cols);
     const bool thin = term.stages == 2 && term.q[0] == 1 && term.p[1] == 1;
-    term.kind = term.stages == 1 ? TermKind::kDense : thin ? TermKind::kLowRank : term.stages == 2 ? TermKind::kPair : TermKind::kChain;
+    term.kind = term.stages == 1 ? TermKind::kDense
+        : thin                   ? TermKind::kLowRank
+        : term.stages == 2       ? TermKind::kPair
+                                 : TermKind::kChain;
     const int64_t n = term.products();
     int64_t scratch = 0;
     if (term.kind == TermKind::kLowRank) scratch = times(n, 16) + 64;
@@ -207,7 +205,8 @@ CheckedMatrix<T>::CheckedMatrix(const std::vector<Tensor>& stages, const Optiona
       scratch = m.cols + times(2 * n, times(term.q[0], term.p[1])) + 32 * term.q[0];  // rows of T are padded
     if (term.kind == TermKind::kChain) {
       const int64_t tail = times(term.p[1], term.p[2]), t1 = times(times(term.q[0], term.q[1]), times(n, term.p[2]));
-      scratch = times(2, t1) + times(n, times(term.q[0], tail)) + 2 * times(term.q[0], tail) + times(term.q[1], term.p[2]);
+      scratch =
+          times(2, t1) + times(n, times(term.q[0], tail)) + 2 * times(term.q[0], tail) + times(term.q[1], term.p[2]);
     }
     if (scratch > m.scratch) m.scratch = scratch;
     for (int f = 0; f < term.stages; ++f) {
@@ -243,8 +242,9 @@ CheckedMatrix<T>::CheckedMatrix(const std::vector<Tensor>& stages, const Optiona
     m.index = pointer<int32_t>(tensors_.back());
     for (int64_t b = 0; b < m.blocks; ++b) {
       const int64_t row = m.index[2 * b], column = m.index[2 * b + 1];
-      STD_TORCH_CHECK(row >= 0 && column >= 0 && column < m.cols && row < m.gates * m.rows && row % m.rows + m.block <= m.rows,
-                      "kruify: overlay block ", b, " at (", row, ", ", column, ") lies outside its gate");
+      STD_TORCH_CHECK(
+          row >= 0 && column >= 0 && column < m.cols && row < m.gates * m.rows && row % m.rows + m.block <= m.rows,
+          "kruify: overlay block ", b, " at (", row, ", ", column, ") lies outside its gate");
     }
     m.grad_overlay = m.grad_size;
     m.grad_size += times(m.blocks, m.block);
@@ -262,8 +262,7 @@ CheckedMatrix<T>::CheckedMatrix(const std::vector<Tensor>& stages, const Optiona
   m.grad_size = (m.grad_size + 15) / 16 * 16;
 }
 
-template <class T>
-void CheckedMatrix<T>::pack(T* memory) {
+template <class T> void CheckedMatrix<T>::pack(T* memory) {
   for (Term<T>& term : terms_)
     for (int f = 0; f < term.stages; ++f) {
       term.packed[f] = memory;
@@ -273,8 +272,7 @@ void CheckedMatrix<T>::pack(T* memory) {
   kernels<T>().pack(matrix);
 }
 
-template <class T>
-std::vector<Tensor> CheckedMatrix<T>::empty_gradients() const {
+template <class T> std::vector<Tensor> CheckedMatrix<T>::empty_gradients() const {
   std::vector<Tensor> grads;
   grads.reserve(parameters_.size());
   for (const Tensor& t : parameters_) grads.push_back(empty_as(t));
@@ -282,8 +280,7 @@ std::vector<Tensor> CheckedMatrix<T>::empty_gradients() const {
 }
 
 // Sums the threads' arenas into the first, and writes the gradients out.
-template <class T>
-std::vector<Tensor> collect(const CheckedMatrix<T>& w, T* arenas, int64_t count) {
+template <class T> std::vector<Tensor> collect(const CheckedMatrix<T>& w, T* arenas, int64_t count) {
   for (int64_t i = 1; i < count; ++i) kernels<T>().axpy(w.matrix.grad_size, arenas + i * w.matrix.grad_size, arenas);
   std::vector<Tensor> grads = w.empty_gradients();
   std::vector<T*> pointers;
@@ -293,8 +290,7 @@ std::vector<Tensor> collect(const CheckedMatrix<T>& w, T* arenas, int64_t count)
 }
 
 // Calls f(i) for i in [0, count) on torch's threads.
-template <class F>
-void parallel(int64_t count, const F& f) {
+template <class F> void parallel(int64_t count, const F& f) {
   if (count == 1) return f(0);
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i);
@@ -309,8 +305,8 @@ inline void check_precision(int64_t precision) {
 inline torch::headeronly::ScalarType floating(const char* op, const Tensor& t) {
   const auto dtype = t.scalar_type();
   STD_TORCH_CHECK(t.is_cpu(), "kruify::", op, " got tensors of several devices");
-  STD_TORCH_CHECK(dtype == torch::headeronly::ScalarType::Float || dtype == torch::headeronly::ScalarType::Double, "kruify::", op,
-                  " takes float32 and float64");
+  STD_TORCH_CHECK(dtype == torch::headeronly::ScalarType::Float || dtype == torch::headeronly::ScalarType::Double,
+      "kruify::", op, " takes float32 and float64");
   return dtype;
 }
 

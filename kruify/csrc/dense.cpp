@@ -11,7 +11,7 @@ const Tensor& some_part(const std::vector<Tensor>& stages, const Optional& diago
 
 template <class T>
 Tensor run(const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay, const Optional& index,
-           const std::vector<int64_t>& layout) {
+    const std::vector<int64_t>& layout) {
   const Tensor& like = some_part(stages, diagonal, overlay);
   const CheckedMatrix<T> w(stages, diagonal, overlay, index, std::nullopt, layout, like.scalar_type());
   const int64_t rows = times(w.matrix.gates, w.matrix.rows);
@@ -23,15 +23,15 @@ Tensor run(const std::vector<Tensor>& stages, const Optional& diagonal, const Op
   return out;
 }
 
-Tensor dense(const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay, const Optional& index,
-             const std::vector<int64_t>& layout) {
+Tensor dense(const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay,
+    const Optional& index, const std::vector<int64_t>& layout) {
   const bool single = floating("dense", some_part(stages, diagonal, overlay)) == torch::headeronly::ScalarType::Float;
   return (single ? &run<float> : &run<double>)(stages, diagonal, overlay, index, layout);
 }
 
 template <class T>
 std::vector<Tensor> run_backward(const Tensor& grad_given, const std::vector<Tensor>& stages, const Optional& diagonal,
-                                 const Optional& overlay, const Optional& index, const std::vector<int64_t>& layout) {
+    const Optional& overlay, const Optional& index, const std::vector<int64_t>& layout) {
   const auto dtype = some_part(stages, diagonal, overlay).scalar_type();
   const CheckedMatrix<T> w(stages, diagonal, overlay, index, std::nullopt, layout, dtype);
   const Tensor grad = checked("the gradient", grad_given, dtype, times(w.matrix.gates, w.matrix.rows), w.matrix.cols);
@@ -44,8 +44,9 @@ std::vector<Tensor> run_backward(const Tensor& grad_given, const std::vector<Ten
 }
 
 std::vector<Tensor> dense_backward(const Tensor& grad, const std::vector<Tensor>& stages, const Optional& diagonal,
-                                   const Optional& overlay, const Optional& index, const std::vector<int64_t>& layout) {
-  const bool single = floating("dense_backward", some_part(stages, diagonal, overlay)) == torch::headeronly::ScalarType::Float;
+    const Optional& overlay, const Optional& index, const std::vector<int64_t>& layout) {
+  const bool single =
+      floating("dense_backward", some_part(stages, diagonal, overlay)) == torch::headeronly::ScalarType::Float;
   return (single ? &run_backward<float> : &run_backward<double>)(grad, stages, diagonal, overlay, index, layout);
 }
 

@@ -20,8 +20,8 @@ inline void add_kron(int64_t p0, int64_t q0, const T* a, int64_t p1, int64_t q1,
 
 // The gradients of a and b from that of their product; `sums` holds q0 vectors.
 template <class T>
-inline void kron_backward(int64_t p0, int64_t q0, const T* a, int64_t p1, int64_t q1, const T* b, const T* grad, T* da, T* db,
-                          T* sums) {
+inline void kron_backward(
+    int64_t p0, int64_t q0, const T* a, int64_t p1, int64_t q1, const T* b, const T* grad, T* da, T* db, T* sums) {
   constexpr int W = kWidth<T>;
   for (int64_t i = 0; i < p1 * q1; ++i) db[i] = 0;
   for (int64_t i = 0; i < p0; ++i) {
@@ -43,17 +43,15 @@ inline void kron_backward(int64_t p0, int64_t q0, const T* a, int64_t p1, int64_
 
 // Sizes and memory of one gate's share of a term: of all ranks the leading stages (rank, p0 q0), a chain's first two
 // multiplied, and the rearrangement of their sum, R (p0 q0, p1 q1), which is a plain product of rank `rank`.
-template <class T>
-struct Share {
+template <class T> struct Share {
   int64_t p0, q0, p1, q1;
-  const T *a, *b;        // (rank, p0 q0), (rank, p1 q1)
+  const T *a, *b;         // (rank, p0 q0), (rank, p1 q1)
   T *r, *rt, *da, *sums;  // R and its transpose, gradient of a chain's `a`
   int64_t outer() const { return p0 * q0; }
   int64_t inner() const { return p1 * q1; }
 };
 
-template <class T>
-inline Share<T> share_of(const Term<T>& term, int gate, T* memory) {
+template <class T> inline Share<T> share_of(const Term<T>& term, int gate, T* memory) {
   const int last = term.stages - 1;
   Share<T> s{term.p[0], term.q[0], term.p[last], term.q[last]};
   s.a = term.w[0] + int64_t(gate) * term.rank * s.outer();
@@ -63,7 +61,7 @@ inline Share<T> share_of(const Term<T>& term, int gate, T* memory) {
     for (int64_t i = 0; i < term.rank * size; ++i) memory[i] = 0;
     for (int64_t r = 0; r < term.rank; ++r)
       add_kron(term.p[0], term.q[0], s.a + r * first, term.p[1], term.q[1],
-               term.w[1] + (int64_t(gate) * term.rank + r) * second, memory + r * size);
+          term.w[1] + (int64_t(gate) * term.rank + r) * second, memory + r * size);
     s.p0 *= term.p[1], s.q0 *= term.q[1];
     s.a = memory, s.da = memory + term.rank * size, memory += 2 * term.rank * size;
   }
@@ -71,8 +69,7 @@ inline Share<T> share_of(const Term<T>& term, int gate, T* memory) {
   return s;
 }
 
-template <class T>
-inline void dense(const Matrix<T>& m, T* out, T* scratch) {
+template <class T> inline void dense(const Matrix<T>& m, T* out, T* scratch) {
   const int64_t size = m.rows * m.cols;
   for_vectors<T>(m.gates * size, [&](int64_t i, auto, auto put) { put(out + i, Vec<T>{}); });
   for (int t = 0; t < m.terms; ++t) {
@@ -81,12 +78,13 @@ inline void dense(const Matrix<T>& m, T* out, T* scratch) {
       T* w = out + term.gate[g] * size;
       if (term.kind == TermKind::kLowRank) {
         gemm<T, false>(m.rows, m.cols, term.rank, term.w[0] + g * term.rank * m.rows, m.rows,
-                       term.w[1] + term.place(g * term.rank) * m.cols, m.cols, w, m.cols, true);
+            term.w[1] + term.place(g * term.rank) * m.cols, m.cols, w, m.cols, true);
         continue;
       }
       if (term.kind == TermKind::kDense) {
         for (int64_t i = int64_t(g) * term.rank; i < int64_t(g + 1) * term.rank; ++i)
-          for_vectors<T>(size, [&](int64_t k, auto get, auto put) { put(w + k, get(w + k) + get(term.w[0] + i * size + k)); });
+          for_vectors<T>(
+              size, [&](int64_t k, auto get, auto put) { put(w + k, get(w + k) + get(term.w[0] + i * size + k)); });
         continue;
       }
       const Share<T> s = share_of(term, g, scratch);
@@ -104,11 +102,11 @@ inline void dense(const Matrix<T>& m, T* out, T* scratch) {
     for (int64_t i = 0; i < m.diagonal_size; ++i)
       out[m.diagonal_gate[g] * size + i * m.cols + i] += m.diagonal[g * m.diagonal_size + i];
   for (int64_t b = 0; b < m.blocks; ++b)
-    for (int64_t i = 0; i < m.block; ++i) out[(m.index[2 * b] + i) * m.cols + m.index[2 * b + 1]] += m.overlay[b * m.block + i];
+    for (int64_t i = 0; i < m.block; ++i)
+      out[(m.index[2 * b] + i) * m.cols + m.index[2 * b + 1]] += m.overlay[b * m.block + i];
 }
 
-template <class T>
-inline void dense_backward(const Matrix<T>& m, const T* grad, T* const* grads, T* scratch) {
+template <class T> inline void dense_backward(const Matrix<T>& m, const T* grad, T* const* grads, T* scratch) {
   const int64_t size = m.rows * m.cols;
   for (int t = 0; t < m.terms; ++t) {
     const Term<T>& term = m.term[t];
@@ -123,13 +121,15 @@ inline void dense_backward(const Matrix<T>& m, const T* grad, T* const* grads, T
         for (int64_t r = 0; r < term.rank; ++r)
           for (int64_t i = 0; i < m.rows; ++i) {
             Vec<T> total{};
-            for_vectors<T>(m.cols, [&](int64_t j, auto get, auto) { total += get(dw + i * m.cols + j) * get(v + r * m.cols + j); });
+            for_vectors<T>(m.cols,
+                [&](int64_t j, auto get, auto) { total += get(dw + i * m.cols + j) * get(v + r * m.cols + j); });
             du[r * m.rows + i] = sum<T>(total);
           }
         continue;
       }
       if (term.kind == TermKind::kDense) {
-        for (int64_t i = int64_t(g) * term.rank; i < int64_t(g + 1) * term.rank; ++i) copy(size, dw, grads[0] + i * size);
+        for (int64_t i = int64_t(g) * term.rank; i < int64_t(g + 1) * term.rank; ++i)
+          copy(size, dw, grads[0] + i * size);
         continue;
       }
       const Share<T> s = share_of(term, g, scratch);
@@ -138,16 +138,17 @@ inline void dense_backward(const Matrix<T>& m, const T* grad, T* const* grads, T
         for (int64_t j = 0; j < s.q0; ++j)
           for (int64_t k = 0; k < s.p1; ++k, r += s.q1) copy(s.q1, dw + (i * s.p1 + k) * m.cols + j * s.q1, r);
       const int64_t start = int64_t(g) * term.rank;
-      gemm<T, true>(term.rank, s.inner(), s.outer(), s.a, s.outer(), s.r, s.inner(), grads[last] + term.place(start) * s.inner(),
-                    s.inner(), term.again(start));
+      gemm<T, true>(term.rank, s.inner(), s.outer(), s.a, s.outer(), s.r, s.inner(),
+          grads[last] + term.place(start) * s.inner(), s.inner(), term.again(start));
       transpose(s.outer(), s.inner(), s.r, s.inner(), s.rt, s.outer());
       const bool chain = term.stages == 3;
       T* da = chain ? s.da : grads[0] + start * s.outer();
       gemm<T, true>(term.rank, s.outer(), s.inner(), s.b, s.inner(), s.rt, s.outer(), da, s.outer(), false);
       const int64_t first = term.p[0] * term.q[0], second = term.p[1] * term.q[1];
       for (int64_t i = 0; chain && i < term.rank; ++i)
-        kron_backward(term.p[0], term.q[0], term.w[0] + (start + i) * first, term.p[1], term.q[1], term.w[1] + (start + i) * second,
-                      da + i * s.outer(), grads[0] + (start + i) * first, grads[1] + (start + i) * second, s.sums);
+        kron_backward(term.p[0], term.q[0], term.w[0] + (start + i) * first, term.p[1], term.q[1],
+            term.w[1] + (start + i) * second, da + i * s.outer(), grads[0] + (start + i) * first,
+            grads[1] + (start + i) * second, s.sums);
     }
     grads += term.stages;
   }
@@ -156,12 +157,12 @@ inline void dense_backward(const Matrix<T>& m, const T* grad, T* const* grads, T
       grads[0][g * m.diagonal_size + i] = grad[m.diagonal_gate[g] * size + i * m.cols + i];
   grads += m.diagonal != nullptr;
   for (int64_t b = 0; b < m.blocks; ++b)
-    for (int64_t i = 0; i < m.block; ++i) grads[0][b * m.block + i] = grad[(m.index[2 * b] + i) * m.cols + m.index[2 * b + 1]];
+    for (int64_t i = 0; i < m.block; ++i)
+      grads[0][b * m.block + i] = grad[(m.index[2 * b] + i) * m.cols + m.index[2 * b + 1]];
 }
 
 // What both need of scratch memory.
-template <class T>
-inline int64_t dense_scratch(const Matrix<T>& m) {
+template <class T> inline int64_t dense_scratch(const Matrix<T>& m) {
   int64_t most = 0;
   for (int t = 0; t < m.terms; ++t) {
     const Term<T>& term = m.term[t];

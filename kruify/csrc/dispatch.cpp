@@ -8,10 +8,10 @@
 
 namespace kruify {
 
-#define KRUIFY_DECLARE(isa)                 \
-  namespace isa {                           \
-  const Kernels<float>& float_kernels();    \
-  const Kernels<double>& double_kernels();  \
+#define KRUIFY_DECLARE(isa)                \
+  namespace isa {                          \
+  const Kernels<float>& float_kernels();   \
+  const Kernels<double>& double_kernels(); \
   }
 KRUIFY_DECLARE(portable)
 #if defined(__x86_64__)
@@ -36,8 +36,7 @@ InstructionSet instruction_set() {
   return chosen;
 }
 
-template <>
-const Kernels<float>& kernels<float>() {
+template <> const Kernels<float>& kernels<float>() {
 #if defined(__x86_64__)
   if (instruction_set() == InstructionSet::kAvx512) return avx512::float_kernels();
   if (instruction_set() == InstructionSet::kAvx2) return avx2::float_kernels();
@@ -45,8 +44,7 @@ const Kernels<float>& kernels<float>() {
   return portable::float_kernels();
 }
 
-template <>
-const Kernels<double>& kernels<double>() {
+template <> const Kernels<double>& kernels<double>() {
 #if defined(__x86_64__)
   if (instruction_set() == InstructionSet::kAvx512) return avx512::double_kernels();
   if (instruction_set() == InstructionSet::kAvx2) return avx2::double_kernels();

@@ -7,8 +7,7 @@
 
 namespace kruify::KRUIFY_ISA {
 
-template <class T>
-void axpy(int64_t n, const T* x, T* y) {
+template <class T> void axpy(int64_t n, const T* x, T* y) {
   for_vectors<T>(n, [&](int64_t i, auto get, auto put) { put(y + i, get(y + i) + get(x + i)); });
 }
 
@@ -49,9 +48,9 @@ void thin_gemm(int64_t rows, int64_t N, int64_t K, const T* x, const T* w, const
 
 // `inline`: a constant would have internal linkage, and dispatch.cpp could not see it.
 template <class T>
-inline constexpr Kernels<T> kTable = {
-    pack<T>,    product<T>,  dense<T>,      dense_backward<T>, dense_scratch<T>, product_backward<T>, unpack<T>, forward<T>,
-    backward<T>, packed_b_size, pack_b<T>, big_gemm<T>,       thin_gemm<T>,        axpy<T>};
+inline constexpr Kernels<T> kTable = {pack<T>, product<T>, dense<T>, dense_backward<T>, dense_scratch<T>,
+    product_backward<T>, unpack<T>, forward<T>, backward<T>, packed_b_size, pack_b<T>, big_gemm<T>, thin_gemm<T>,
+    axpy<T>};
 
 const Kernels<float>& float_kernels() { return kTable<float>; }
 const Kernels<double>& double_kernels() { return kTable<double>; }

@@ -8,7 +8,8 @@ namespace kruify {
 namespace {
 
 int64_t rows_of(const Tensor& x, int64_t columns) {
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == columns, "kruify::kron_matmul: x must have ", columns, " columns");
+  STD_TORCH_CHECK(
+      x.dim() >= 1 && x.size(x.dim() - 1) == columns, "kruify::kron_matmul: x must have ", columns, " columns");
   int64_t rows = 1;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) rows = times(rows, x.size(d));
   return rows;
@@ -16,7 +17,7 @@ int64_t rows_of(const Tensor& x, int64_t columns) {
 
 template <class T>
 Tensor run(const Tensor& x_given, const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay,
-           const Optional& index, const Optional& bias, const std::vector<int64_t>& layout) {
+    const Optional& index, const Optional& bias, const std::vector<int64_t>& layout) {
   const auto dtype = x_given.scalar_type();
   CheckedMatrix<T> w(stages, diagonal, overlay, index, bias, layout, dtype);
   const Matrix<T>& m = w.matrix;
@@ -39,14 +40,16 @@ Tensor run(const Tensor& x_given, const std::vector<Tensor>& stages, const Optio
       for (int64_t r = 0; r < nb; ++r)
         if (m.bias) std::copy_n(m.bias, width, out + r * width);
         else std::fill_n(out + r * width, width, T(0));
-      kernels<T>().product(m, nb, pointer<T>(x) + first * m.cols, m.cols, gates, width, scratch.data() + worker * m.scratch);
+      kernels<T>().product(
+          m, nb, pointer<T>(x) + first * m.cols, m.cols, gates, width, scratch.data() + worker * m.scratch);
     }
   });
   return y;
 }
 
-Tensor kron_matmul(const Tensor& x, const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay,
-                   const Optional& index, const Optional& bias, const std::vector<int64_t>& layout, int64_t precision) {
+Tensor kron_matmul(const Tensor& x, const std::vector<Tensor>& stages, const Optional& diagonal,
+    const Optional& overlay, const Optional& index, const Optional& bias, const std::vector<int64_t>& layout,
+    int64_t precision) {
   check_precision(precision);
   const bool single = floating("kron_matmul", x) == torch::headeronly::ScalarType::Float;
   return (single ? &run<float> : &run<double>)(x, stages, diagonal, overlay, index, bias, layout);
@@ -55,14 +58,15 @@ Tensor kron_matmul(const Tensor& x, const std::vector<Tensor>& stages, const Opt
 using Gradients = std::tuple<Tensor, std::vector<Tensor>>;
 
 template <class T>
-Gradients run_backward(const Tensor& grad_given, const Tensor& x_given, const std::vector<Tensor>& stages, const Optional& diagonal,
-                       const Optional& overlay, const Optional& index, const Optional& bias, const std::vector<int64_t>& layout) {
+Gradients run_backward(const Tensor& grad_given, const Tensor& x_given, const std::vector<Tensor>& stages,
+    const Optional& diagonal, const Optional& overlay, const Optional& index, const Optional& bias,
+    const std::vector<int64_t>& layout) {
   const auto dtype = x_given.scalar_type();
   CheckedMatrix<T> w(stages, diagonal, overlay, index, bias, layout, dtype);
   const Matrix<T>& m = w.matrix;
   const int64_t rows = rows_of(x_given, m.cols), width = times(m.gates, m.rows);
   STD_TORCH_CHECK(grad_given.scalar_type() == dtype && grad_given.is_cpu() && rows_of(grad_given, width) == rows,
-                  "kruify::kron_matmul_backward: the gradient has another shape or dtype than the output");
+      "kruify::kron_matmul_backward: the gradient has another shape or dtype than the output");
   const Tensor x = x_given.is_contiguous() ? x_given : torch::stable::contiguous(x_given);
   const Tensor grad = grad_given.is_contiguous() ? grad_given : torch::stable::contiguous(grad_given);
   Tensor grad_x = empty_as(x);
@@ -81,19 +85,20 @@ Gradients run_backward(const Tensor& grad_given, const Tensor& x_given, const st
       // The kernels only read through these.
       for (int g = 0; g < m.gates; ++g) gates[g] = const_cast<T*>(pointer<T>(grad)) + r * width + g * m.rows;
       kernels<T>().product_backward(m, std::min(tile, rows - r), pointer<T>(x) + r * m.cols, m.cols, gates, width,
-                                    mutable_pointer<T>(grad_x) + r * m.cols, m.cols, arenas.data() + worker * m.grad_size,
-                                    scratch.data() + worker * m.scratch);
+          mutable_pointer<T>(grad_x) + r * m.cols, m.cols, arenas.data() + worker * m.grad_size,
+          scratch.data() + worker * m.scratch);
     }
   });
   return {grad_x, collect(w, arenas.data(), workers)};
 }
 
-Gradients kron_matmul_backward(const Tensor& grad, const Tensor& x, const std::vector<Tensor>& stages, const Optional& diagonal,
-                               const Optional& overlay, const Optional& index, const Optional& bias,
-                               const std::vector<int64_t>& layout, int64_t precision) {
+Gradients kron_matmul_backward(const Tensor& grad, const Tensor& x, const std::vector<Tensor>& stages,
+    const Optional& diagonal, const Optional& overlay, const Optional& index, const Optional& bias,
+    const std::vector<int64_t>& layout, int64_t precision) {
   check_precision(precision);
   const bool single = floating("kron_matmul_backward", x) == torch::headeronly::ScalarType::Float;
-  return (single ? &run_backward<float> : &run_backward<double>)(grad, x, stages, diagonal, overlay, index, bias, layout);
+  return (
+      single ? &run_backward<float> : &run_backward<double>)(grad, x, stages, diagonal, overlay, index, bias, layout);
 }
 
 }  // namespace

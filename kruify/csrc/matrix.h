@@ -16,11 +16,10 @@ enum class TermKind : int {
   kChain,    // three stages
 };
 
-// W[gate] += sum_r stage0[g, r] (x) stage1[g, r] (x) ...; `w` (gates, rank, p, q) as given, `packed` as the forward pass
-// reads it: the trailing stage as (q, gates, rank, p), the others as (gates, rank, q, p). Gates may share the trailing
-// stage of two or three: it is then that of one gate, and so is what it makes of x.
-template <class T>
-struct Term {
+// W[gate] += sum_r stage0[g, r] (x) stage1[g, r] (x) ...; `w` (gates, rank, p, q) as given, `packed` as the forward
+// pass reads it: the trailing stage as (q, gates, rank, p), the others as (gates, rank, q, p). Gates may share the
+// trailing stage of two or three: it is then that of one gate, and so is what it makes of x.
+template <class T> struct Term {
   TermKind kind;
   int stages, gates, rank;
   bool shared;  // the trailing stage
@@ -37,8 +36,7 @@ struct Term {
   int64_t size(int f) const { return (f == stages - 1 ? trailing() : products()) * p[f] * q[f]; }
 };
 
-template <class T>
-struct Matrix {
+template <class T> struct Matrix {
   int gates;
   int64_t rows, cols;
   int terms;
@@ -46,23 +44,23 @@ struct Matrix {
   int diagonal_gates;
   int diagonal_gate[kMaxGates];
   int64_t diagonal_size;
-  const T* diagonal;      // null where there is none
-  const T* overlay;       // null where there is none
-  const int32_t* index;   // (blocks, 2)
+  const T* diagonal;     // null where there is none
+  const T* overlay;      // null where there is none
+  const int32_t* index;  // (blocks, 2)
   int64_t blocks, block;
-  const T* bias;          // null where there is none
+  const T* bias;  // null where there is none
   int64_t bias_size;
   int64_t grad_diagonal, grad_overlay, grad_bias, grad_size;  // offsets in a thread's arena, and its size
-  int64_t scratch;        // elements of scratch that a product with kTile samples needs, forward or backward
+  int64_t scratch;  // elements of scratch that a product with kTile samples needs, forward or backward
 };
 
 enum class Kind : int { kLstm, kGru, kRnnTanh, kRnnRelu, kModRelu, kModReluComplex };
 
 inline bool is_modrelu(Kind kind) { return kind == Kind::kModRelu || kind == Kind::kModReluComplex; }
 
-// One layer in one direction. Row of (t, b) in every (S, ...) array: starts[t] + b, less `first_row` in `gates` and `grad_gates`.
-template <class T>
-struct Sequence {
+// One layer in one direction. Row of (t, b) in every (S, ...) array: starts[t] + b, less `first_row` in `gates` and
+// `grad_gates`.
+template <class T> struct Sequence {
   Kind kind;
   bool reverse, training;
   int64_t saved;  // columns of the workspace, in units of the hidden size
@@ -74,24 +72,23 @@ struct Sequence {
   Matrix<T> matrix;
   const T* threshold;  // of modReLU, or null: its bias, and not one of the matrix
   // forward
-  T* gates;           // the input's share, overwritten by the activated gates
-  T* h;               // (B, H) running state, in the end hT
-  T* c;               // (B, H)
-  T* out;             // (S, H)
+  T* gates;  // the input's share, overwritten by the activated gates
+  T* h;      // (B, H) running state, in the end hT
+  T* c;      // (B, H)
+  T* out;    // (S, H)
   // backward
   const T* grad_out;  // (S, H) or null
   const T* workspace;
   const T* h0;
   const T* c0;
   const T* out_in;
-  T* grad_gates;      // (rows, gates * H)
-  T* grad_h;          // (B, H) running gradient, in the end grad_h0
+  T* grad_gates;  // (rows, gates * H)
+  T* grad_h;      // (B, H) running gradient, in the end grad_h0
   T* grad_c;
 };
 
 // What one instruction set offers.
-template <class T>
-struct Kernels {
+template <class T> struct Kernels {
   // Fills the packed copies of a matrix.
   void (*pack)(const Matrix<T>&);
   // y[g] (nb rows, stride ys) += W[g] x
@@ -101,8 +98,8 @@ struct Kernels {
   void (*dense_backward)(const Matrix<T>&, const T* grad, T* const* grads, T* scratch);
   int64_t (*dense_scratch)(const Matrix<T>&);
   // dx (nb rows, stride dxs) += W^T dy, and the gradients' sums in `arena`
-  void (*product_backward)(const Matrix<T>&, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys, T* dx, int64_t dxs,
-                           T* arena, T* scratch);
+  void (*product_backward)(const Matrix<T>&, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys, T* dx,
+      int64_t dxs, T* arena, T* scratch);
   // Writes an arena's sums out in the layout of the parameters; grads[i] in the operators' order.
   void (*unpack)(const Matrix<T>&, const T* arena, T* const* grads);
   // Steps [t0, t1) in time, samples [b0, b1).
@@ -112,18 +109,17 @@ struct Kernels {
   int64_t (*packed_b_size)(int64_t K, int64_t N);
   void (*pack_b)(int64_t K, int64_t N, const T* b, int64_t rs, int64_t cs, T* packed, int64_t n0, int64_t n1);
   void (*big_gemm)(int64_t m0, int64_t m1, int64_t N, int64_t K, const T* a, int64_t rs, int64_t cs, const T* packed,
-                   const T* bias, T* c, int64_t ldc, bool accumulate, T* scratch);
+      const T* bias, T* c, int64_t ldc, bool accumulate, T* scratch);
   // out = x w^T + bias for few rows, w (N, K) as it is.
   void (*thin_gemm)(int64_t rows, int64_t N, int64_t K, const T* x, const T* w, const T* bias, T* out, int64_t ldo);
   void (*axpy)(int64_t n, const T* x, T* y);  // y += x
 };
 
 constexpr int64_t kBigGemmScratch = 96 * (128 + 16);  // elements
-constexpr int64_t kPanel = 64;                 // columns of a packed panel of B
+constexpr int64_t kPanel = 64;                        // columns of a packed panel of B
 
 enum class InstructionSet : int { kPortable, kAvx2, kAvx512 };
 InstructionSet instruction_set();
-template <class T>
-const Kernels<T>& kernels();
+template <class T> const Kernels<T>& kernels();
 
 }  // namespace kruify

@@ -11,8 +11,7 @@ struct Shape {
 };
 
 // out (mp, nq) = a (m, n) (x) b (p, q)
-template <class T>
-void kron(const T* a, Shape sa, const T* b, Shape sb, T* out) {
+template <class T> void kron(const T* a, Shape sa, const T* b, Shape sb, T* out) {
   for (int64_t i = 0; i < sa.p; ++i)
     for (int64_t k = 0; k < sb.p; ++k)
       for (int64_t j = 0; j < sa.q; ++j) {
@@ -22,8 +21,7 @@ void kron(const T* a, Shape sa, const T* b, Shape sb, T* out) {
 }
 
 // The two gradients of kron; ga is written, gb is added to.
-template <class T>
-void kron_backward(const T* g, const T* a, Shape sa, const T* b, Shape sb, T* ga, T* gb) {
+template <class T> void kron_backward(const T* g, const T* a, Shape sa, const T* b, Shape sb, T* ga, T* gb) {
   const int64_t columns = sa.q * sb.q;
   for (int64_t i = 0; i < sa.p; ++i)
     for (int64_t j = 0; j < sa.q; ++j) {
@@ -50,19 +48,22 @@ struct Group {
   int64_t p, q;
 };
 
-std::vector<Group> groups_of(const std::vector<Tensor>& factors, const Optional& scale, const std::vector<int64_t>& sizes) {
+std::vector<Group> groups_of(
+    const std::vector<Tensor>& factors, const Optional& scale, const std::vector<int64_t>& sizes) {
   STD_TORCH_CHECK(!factors.empty() && !sizes.empty(), "kruify::merge: no factors");
   const auto dtype = floating("merge", factors[0]);
   std::vector<Group> groups;
   size_t next = 0;
   for (int64_t size : sizes) {
-    STD_TORCH_CHECK(size >= 1 && size_t(size) <= factors.size() - next, "kruify::merge: the groups do not cover the factors");
+    STD_TORCH_CHECK(
+        size >= 1 && size_t(size) <= factors.size() - next, "kruify::merge: the groups do not cover the factors");
     Group g{next, next + size_t(size), 1, 1};
     for (; next < g.last; ++next) {
       const Tensor& f = factors[next];
       const bool fits = f.is_cpu() && f.scalar_type() == dtype && f.dim() == 4 && f.size(0) == factors[0].size(0) &&
-                        f.size(1) == factors[0].size(1);
-      STD_TORCH_CHECK(fits, "kruify::merge: every factor must have shape (gates, rank, P, Q), with the same gates, rank and dtype");
+          f.size(1) == factors[0].size(1);
+      STD_TORCH_CHECK(
+          fits, "kruify::merge: every factor must have shape (gates, rank, P, Q), with the same gates, rank and dtype");
       g.p = times(g.p, rows(f)), g.q = times(g.q, columns(f));
     }
     times(times(g.p, g.q), products(factors[0]));
@@ -70,9 +71,9 @@ std::vector<Group> groups_of(const std::vector<Tensor>& factors, const Optional&
   }
   STD_TORCH_CHECK(next == factors.size(), "kruify::merge: the groups do not cover the factors");
   if (scale)
-    STD_TORCH_CHECK(scale->dim() == 2 && scale->is_cpu() && scale->scalar_type() == dtype && scale->size(0) == factors[0].size(0) &&
-                        scale->size(1) == factors[0].size(1),
-                    "kruify::merge: the scale must have shape (gates, rank) and the factors' dtype");
+    STD_TORCH_CHECK(scale->dim() == 2 && scale->is_cpu() && scale->scalar_type() == dtype &&
+            scale->size(0) == factors[0].size(0) && scale->size(1) == factors[0].size(1),
+        "kruify::merge: the scale must have shape (gates, rank) and the factors' dtype");
   return groups;
 }
 
@@ -83,8 +84,7 @@ std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
 }
 
 // The products of the first 1, 2, ... factors of a group, one after the other in `memory`; returns where the last is.
-template <class T>
-T* chain(const std::vector<Tensor>& factors, const Group& g, int64_t product, T* memory) {
+template <class T> T* chain(const std::vector<Tensor>& factors, const Group& g, int64_t product, T* memory) {
   Shape shape{rows(factors[g.first]), columns(factors[g.first])};
   std::copy_n(pointer<T>(factors[g.first]) + product * shape.p * shape.q, shape.p * shape.q, memory);
   for (size_t f = g.first + 1; f < g.last; ++f) {
@@ -104,7 +104,8 @@ int64_t chain_size(const std::vector<Tensor>& factors, const Group& g) {
 }
 
 template <class T>
-std::vector<Tensor> run(const std::vector<Tensor>& given, const Optional& scale_given, const std::vector<int64_t>& sizes) {
+std::vector<Tensor> run(
+    const std::vector<Tensor>& given, const Optional& scale_given, const std::vector<int64_t>& sizes) {
   const std::vector<Group> groups = groups_of(given, scale_given, sizes);
   const std::vector<Tensor> factors = contiguous(given);
   Optional scale;
@@ -127,15 +128,15 @@ std::vector<Tensor> run(const std::vector<Tensor>& given, const Optional& scale_
 }
 
 template <class T>
-std::vector<Tensor> run_backward(const std::vector<Tensor>& grads_given, const std::vector<Tensor>& given, const Optional& scale_given,
-                                 const std::vector<int64_t>& sizes) {
+std::vector<Tensor> run_backward(const std::vector<Tensor>& grads_given, const std::vector<Tensor>& given,
+    const Optional& scale_given, const std::vector<int64_t>& sizes) {
   const std::vector<Group> groups = groups_of(given, scale_given, sizes);
   STD_TORCH_CHECK(grads_given.size() == groups.size(), "kruify::merge_backward: one gradient a stage");
   std::vector<Tensor> all = given, results;
   if (scale_given) all.push_back(*scale_given);
   for (size_t k = 0; k < groups.size(); ++k)
-    checked("a stage's gradient", grads_given[k], given[0].scalar_type(), given[0].size(0), given[0].size(1), groups[k].p,
-            groups[k].q);
+    checked("a stage's gradient", grads_given[k], given[0].scalar_type(), given[0].size(0), given[0].size(1),
+        groups[k].p, groups[k].q);
   const std::vector<Tensor> factors = contiguous(all), grads = contiguous(grads_given);
   for (const Tensor& t : factors) {
     results.push_back(empty_as(t));
@@ -162,7 +163,7 @@ std::vector<Tensor> run_backward(const std::vector<Tensor>& grads_given, const s
         const Shape last{rows(factors[f]), columns(factors[f])}, rest{whole.p / last.p, whole.q / last.q};
         product -= rest.p * rest.q;
         kron_backward(grad, product, rest, pointer<T>(factors[f]) + i * last.p * last.q, last, next,
-                      mutable_pointer<T>(results[f]) + i * last.p * last.q);
+            mutable_pointer<T>(results[f]) + i * last.p * last.q);
         std::swap(grad, next);
         whole = rest;
       }
@@ -172,14 +173,15 @@ std::vector<Tensor> run_backward(const std::vector<Tensor>& grads_given, const s
   return results;
 }
 
-std::vector<Tensor> merge(const std::vector<Tensor>& factors, const Optional& scale, const std::vector<int64_t>& groups) {
+std::vector<Tensor> merge(
+    const std::vector<Tensor>& factors, const Optional& scale, const std::vector<int64_t>& groups) {
   STD_TORCH_CHECK(!factors.empty(), "kruify::merge: no factors");
   const bool single = floating("merge", factors[0]) == torch::headeronly::ScalarType::Float;
   return (single ? &run<float> : &run<double>)(factors, scale, groups);
 }
 
-std::vector<Tensor> merge_backward(const std::vector<Tensor>& grads, const std::vector<Tensor>& factors, const Optional& scale,
-                                   const std::vector<int64_t>& groups) {
+std::vector<Tensor> merge_backward(const std::vector<Tensor>& grads, const std::vector<Tensor>& factors,
+    const Optional& scale, const std::vector<int64_t>& groups) {
   STD_TORCH_CHECK(!factors.empty(), "kruify::merge_backward: no factors");
   const bool single = floating("merge_backward", factors[0]) == torch::headeronly::ScalarType::Float;
   return (single ? &run_backward<float> : &run_backward<double>)(grads, factors, scale, groups);

@@ -10,34 +10,31 @@
 namespace kruify::KRUIFY_ISA {
 
 // Whether lanes over samples beat lanes over the rows of a block, transposing included.
-template <class T>
-inline bool samples_in_lanes(const Matrix<T>& m, int64_t nb) {
+template <class T> inline bool samples_in_lanes(const Matrix<T>& m, int64_t nb) {
   return nb * ((m.block + kWidth<T> - 1) / kWidth<T>) >= 2 * m.block;
 }
 
 // to (n, kWidth) = x (nb, n) transposed; lanes beyond nb are zero.
-template <class T>
-inline void samples_to_lanes(int64_t nb, int64_t n, const T* x, int64_t xs, T* to) {
+template <class T> inline void samples_to_lanes(int64_t nb, int64_t n, const T* x, int64_t xs, T* to) {
   if (nb < kWidth<T>)
     for (int64_t i = 0; i < n; ++i) store(to + i * kWidth<T>, Vec<T>{});
   transpose(nb, n, x, xs, to, int64_t(kWidth<T>));
 }
 
 // y (nb, n) += from (n, kWidth) transposed.
-template <class T>
-inline void add_lanes(int64_t nb, int64_t n, const T* from, T* y, int64_t ys) {
+template <class T> inline void add_lanes(int64_t nb, int64_t n, const T* from, T* y, int64_t ys) {
   constexpr int W = kWidth<T>;
   T part[W * W];
   for (int64_t i = 0; i < n; i += W) {
     const int count = int(min64(W, n - i));
     transpose(int64_t(count), int64_t(W), from + i * W, int64_t(W), part, int64_t(W));
-    for (int64_t s = 0; s < nb; ++s) store_n(y + s * ys + i, load_n(y + s * ys + i, count) + load_n(part + s * W, count), count);
+    for (int64_t s = 0; s < nb; ++s)
+      store_n(y + s * ys + i, load_n(y + s * ys + i, count) + load_n(part + s * W, count), count);
   }
 }
 
 // Blocks of one set of rows follow each other: they add up in a register before they touch memory.
-template <class T, class F>
-KRUIFY_INLINE void for_runs(const Matrix<T>& m, F f) {
+template <class T, class F> KRUIFY_INLINE void for_runs(const Matrix<T>& m, F f) {
   for (int64_t first = 0, next; first < m.blocks; first = next) {
     next = first + 1;
     while (next < m.blocks && m.index[2 * next] == m.index[2 * first]) ++next;
@@ -46,7 +43,8 @@ KRUIFY_INLINE void for_runs(const Matrix<T>& m, F f) {
 }
 
 template <class T>
-inline void overlay_in_lanes(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys, T* scratch) {
+inline void overlay_in_lanes(
+    const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys, T* scratch) {
   constexpr int W = kWidth<T>;
   T *xt = scratch, *yt = xt + m.cols * W;
   samples_to_lanes(nb, m.cols, x, xs, xt);
@@ -67,8 +65,7 @@ inline void overlay_in_lanes(const Matrix<T>& m, int64_t nb, const T* x, int64_t
 }
 
 // Blocks of one number, one sample: a plain sparse product.
-template <class T>
-inline void overlay_single(const Matrix<T>& m, const T* x, T* const* y) {
+template <class T> inline void overlay_single(const Matrix<T>& m, const T* x, T* const* y) {
   for_runs(m, [&](int64_t row, int64_t first, int64_t next) __attribute__((always_inline)) {
     T total[4] = {};
     int64_t b = first;
@@ -100,7 +97,8 @@ inline void overlay_in_rows(const Matrix<T>& m, int64_t nb, const T* x, int64_t 
 
 // y[g] += S[g] x
 template <class T>
-inline void product_overlay(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys, T* scratch) {
+inline void product_overlay(
+    const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys, T* scratch) {
   T* part[kMaxGates];
   for (int64_t s = 0; s < nb; s += kWidth<T>) {
     const int64_t count = min64(kWidth<T>, nb - s);
@@ -112,8 +110,8 @@ inline void product_overlay(const Matrix<T>& m, int64_t nb, const T* x, int64_t 
 }
 
 template <class T>
-inline void backward_overlay_in_lanes(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys, T* dx,
-                                      int64_t dxs, T* sums, T* scratch) {
+inline void backward_overlay_in_lanes(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys,
+    T* dx, int64_t dxs, T* sums, T* scratch) {
   constexpr int W = kWidth<T>;
   T *xt = scratch, *dxt = xt + m.cols * W, *dyt = dxt + m.cols * W;
   samples_to_lanes(nb, m.cols, x, xs, xt);
@@ -132,8 +130,7 @@ inline void backward_overlay_in_lanes(const Matrix<T>& m, int64_t nb, const T* x
   add_lanes(nb, m.cols, dxt, dx, dxs);
 }
 
-template <class T>
-inline void backward_overlay_in_rows(const Matrix<T>& m, const T* x, T* const* dy, T* dx, T* sums) {
+template <class T> inline void backward_overlay_in_rows(const Matrix<T>& m, const T* x, T* const* dy, T* dx, T* sums) {
   if (m.block == 1) {
     for_runs(m, [&](int64_t row, int64_t first, int64_t next) __attribute__((always_inline)) {
       const T d = dy[row / m.rows][row % m.rows];
@@ -160,8 +157,8 @@ inline void backward_overlay_in_rows(const Matrix<T>& m, const T* x, T* const* d
 
 // dx += sum_g S[g]^T dy[g]; sums (blocks, block) grow by these samples' share of the gradient.
 template <class T>
-inline void backward_overlay(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys, T* dx, int64_t dxs,
-                             T* sums, T* scratch) {
+inline void backward_overlay(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys, T* dx,
+    int64_t dxs, T* sums, T* scratch) {
   T* part[kMaxGates];
   for (int64_t s = 0; s < nb; s += kWidth<T>) {
     const int64_t count = min64(kWidth<T>, nb - s);

@@ -27,33 +27,33 @@ std::vector<int64_t> starts_of(const Tensor& batch_sizes, int64_t batch) {
   const int64_t steps = batch_sizes.numel();
   std::vector<int64_t> starts(steps + 1, 0);
   for (int64_t t = 0; t < steps; ++t) {
-    STD_TORCH_CHECK(sizes[t] >= 0 && sizes[t] <= (t ? sizes[t - 1] : batch), "kruify::recurrence: batch_sizes must start with ",
-                    batch, " and never grow, got ", sizes[t], " at step ", t);
+    STD_TORCH_CHECK(sizes[t] >= 0 && sizes[t] <= (t ? sizes[t - 1] : batch),
+        "kruify::recurrence: batch_sizes must start with ", batch, " and never grow, got ", sizes[t], " at step ", t);
     starts[t + 1] = starts[t] + sizes[t];
   }
-  STD_TORCH_CHECK(steps == 0 || sizes[0] == batch, "kruify::recurrence: batch_sizes starts with ", steps ? sizes[0] : 0, ", h0 has ",
-                  batch, " rows");
+  STD_TORCH_CHECK(steps == 0 || sizes[0] == batch, "kruify::recurrence: batch_sizes starts with ", steps ? sizes[0] : 0,
+      ", h0 has ", batch, " rows");
   return starts;
 }
 
-template <class T>
-void check_shape(const Matrix<T>& m, Kind kind, int64_t hidden) {
-  STD_TORCH_CHECK(m.gates == gates_of(kind), "kruify::recurrence: this kind has ", gates_of(kind), " gates, the layout ", m.gates);
-  STD_TORCH_CHECK(m.rows == hidden && m.cols == hidden, "kruify::recurrence: a state of ", hidden, " with a matrix of ", m.rows, "x",
-                  m.cols);
+template <class T> void check_shape(const Matrix<T>& m, Kind kind, int64_t hidden) {
+  STD_TORCH_CHECK(
+      m.gates == gates_of(kind), "kruify::recurrence: this kind has ", gates_of(kind), " gates, the layout ", m.gates);
+  STD_TORCH_CHECK(m.rows == hidden && m.cols == hidden, "kruify::recurrence: a state of ", hidden, " with a matrix of ",
+      m.rows, "x", m.cols);
   STD_TORCH_CHECK(hidden % rows_a_bias(kind) == 0, "kruify::recurrence: a complex state of ", hidden, " real numbers");
 }
 
 // modReLU's bias belongs to the cell: the matrix is left without one.
-template <class T>
-void bind(Sequence<T>& s, const Matrix<T>& m) {
+template <class T> void bind(Sequence<T>& s, const Matrix<T>& m) {
   s.matrix = m;
   if (is_modrelu(s.kind)) std::swap(s.threshold, s.matrix.bias);
 }
 
-constexpr int64_t kChunkBytes = 3 << 18;  // of input gates, or their gradients, that stay in the L2 cache between GEMM and time loop
-constexpr int64_t kSideBySide = 8;        // samples that share what a product reads of a plain or thin matrix
-constexpr int64_t kFewRows = 192;         // up to which W_ih is packed panel by panel
+constexpr int64_t kChunkBytes =
+    3 << 18;  // of input gates, or their gradients, that stay in the L2 cache between GEMM and time loop
+constexpr int64_t kSideBySide = 8;  // samples that share what a product reads of a plain or thin matrix
+constexpr int64_t kFewRows = 192;   // up to which W_ih is packed panel by panel
 
 // Steps that are done together, [t0, t1) after `done` of all in the order of the walk: as many as have `limit` rows.
 template <class T>
@@ -78,14 +78,12 @@ struct Tiles {
   }
 };
 
-template <class T>
-bool has_term(const Matrix<T>& m, std::initializer_list<TermKind> kinds) {
+template <class T> bool has_term(const Matrix<T>& m, std::initializer_list<TermKind> kinds) {
   const auto one_of = [&](const Term<T>& t) { return std::find(kinds.begin(), kinds.end(), t.kind) != kinds.end(); };
   return std::any_of(m.term, m.term + m.terms, one_of);
 }
 
-template <class T>
-void copy_rows(const Tensor& from, T* to) {
+template <class T> void copy_rows(const Tensor& from, T* to) {
   const T* p = pointer<T>(from);
   std::copy(p, p + from.numel(), to);
 }
@@ -94,9 +92,9 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
 Outputs run(const Tensor& x_given, const Optional& w_ih_given, const Optional& bias_ih_given, const Tensor& sizes_given,
-            const Tensor& h0_given, const Optional& c0_given, const std::vector<Tensor>& stages, const Optional& diagonal,
-            const Optional& overlay, const Optional& index, const Optional& bias, const std::vector<int64_t>& layout, Kind kind,
-            bool reverse, bool training) {
+    const Tensor& h0_given, const Optional& c0_given, const std::vector<Tensor>& stages, const Optional& diagonal,
+    const Optional& overlay, const Optional& index, const Optional& bias, const std::vector<int64_t>& layout, Kind kind,
+    bool reverse, bool training) {
   const auto dtype = x_given.scalar_type();
   CheckedMatrix<T> w(stages, diagonal, overlay, index, bias, layout, dtype, rows_a_bias(kind));
   const Tensor h0 = checked("h0", h0_given, dtype, -1, w.matrix.rows);
@@ -156,7 +154,9 @@ Outputs run(const Tensor& x_given, const Optional& w_ih_given, const Optional& b
     done += t1 - t0;
     const int64_t first = starts[t0], count = starts[t1] - first;
     s.first_row = first;
-    s.gates = in_out ? s.out + first * H : in_workspace ? mutable_pointer<T>(workspace) + first * workspace_of(kind) * H : gates.data();
+    s.gates = in_out   ? s.out + first * H
+        : in_workspace ? mutable_pointer<T>(workspace) + first * workspace_of(kind) * H
+                       : gates.data();
     s.gates_ld = in_workspace ? workspace_of(kind) * H : gates_width;
     const T* rows_x = pointer<T>(x) + first * inputs;
     if (packed_ih) {
@@ -173,24 +173,26 @@ Outputs run(const Tensor& x_given, const Optional& w_ih_given, const Optional& b
     }
     parallel(tiles.workers, [&, t0 = t0, t1 = t1](int64_t worker) {
       for (int64_t i = worker; i < tiles.count; i += tiles.workers)
-        kernels<T>().forward(s, t0, t1, i * tiles.tile, std::min(batch, (i + 1) * tiles.tile), scratch.data() + worker * scratch_size);
+        kernels<T>().forward(
+            s, t0, t1, i * tiles.tile, std::min(batch, (i + 1) * tiles.tile), scratch.data() + worker * scratch_size);
     });
   }
   return {out, h, c, workspace};
 }
 
-Outputs recurrence(const Tensor& x, const Optional& w_ih, const Optional& bias_ih, const Tensor& batch_sizes, const Tensor& h0,
-                   const Optional& c0, const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay,
-                   const Optional& index, const Optional& bias, const std::vector<int64_t>& layout, const std::string& kind,
-                   bool reverse, bool training, int64_t precision) {
+Outputs recurrence(const Tensor& x, const Optional& w_ih, const Optional& bias_ih, const Tensor& batch_sizes,
+    const Tensor& h0, const Optional& c0, const std::vector<Tensor>& stages, const Optional& diagonal,
+    const Optional& overlay, const Optional& index, const Optional& bias, const std::vector<int64_t>& layout,
+    const std::string& kind, bool reverse, bool training, int64_t precision) {
   check_precision(precision);
   const bool single = floating("recurrence", x) == torch::headeronly::ScalarType::Float;
   const auto call = single ? &run<float> : &run<double>;
-  return call(x, w_ih, bias_ih, batch_sizes, h0, c0, stages, diagonal, overlay, index, bias, layout, kind_of(kind), reverse, training);
+  return call(x, w_ih, bias_ih, batch_sizes, h0, c0, stages, diagonal, overlay, index, bias, layout, kind_of(kind),
+      reverse, training);
 }
 
-// What the gradients of the gates are for: with W_ih those of x, W_ih and b_ih as far as they are needed, without it they
-// are themselves those of x.
+// What the gradients of the gates are for: with W_ih those of x, W_ih and b_ih as far as they are needed, without it
+// they are themselves those of x.
 struct Inputs {
   const Tensor& x;
   const Optional& w_ih;
@@ -203,17 +205,18 @@ struct Gradients {
 };
 
 template <class T>
-Gradients run_backward(const std::optional<Inputs>& inputs, const Optional& grad_out_given, const Optional& grad_h_given,
-                       const Optional& grad_c_given, const Tensor& out_given, const Tensor& workspace_given,
-                       const Tensor& sizes_given, const Tensor& h0_given, const Optional& c0_given, const std::vector<Tensor>& stages,
-                       const Optional& diagonal, const Optional& overlay, const Optional& index, const Optional& bias,
-                       const std::vector<int64_t>& layout, Kind kind, bool reverse) {
+Gradients run_backward(const std::optional<Inputs>& inputs, const Optional& grad_out_given,
+    const Optional& grad_h_given, const Optional& grad_c_given, const Tensor& out_given, const Tensor& workspace_given,
+    const Tensor& sizes_given, const Tensor& h0_given, const Optional& c0_given, const std::vector<Tensor>& stages,
+    const Optional& diagonal, const Optional& overlay, const Optional& index, const Optional& bias,
+    const std::vector<int64_t>& layout, Kind kind, bool reverse) {
   const auto dtype = out_given.scalar_type();
   CheckedMatrix<T> w(stages, diagonal, overlay, index, bias, layout, dtype, rows_a_bias(kind));
   const Tensor h0 = checked("h0", h0_given, dtype, -1, w.matrix.rows);
   const int64_t batch = h0.size(0), H = h0.size(1), width = gates_of(kind) * H;
   check_shape(w.matrix, kind, H);
-  STD_TORCH_CHECK(c0_given.has_value() == (kind == Kind::kLstm), "kruify::recurrence_backward: c0 belongs to the LSTM alone");
+  STD_TORCH_CHECK(
+      c0_given.has_value() == (kind == Kind::kLstm), "kruify::recurrence_backward: c0 belongs to the LSTM alone");
   const Tensor sizes = checked("batch_sizes", sizes_given, torch::headeronly::ScalarType::Long, -1);
   const std::vector<int64_t> starts = starts_of(sizes, batch);
   const int64_t rows = starts.back();
@@ -260,7 +263,8 @@ Gradients run_backward(const std::optional<Inputs>& inputs, const Optional& grad
   const Tiles tiles(batch, w.matrix.overlay ? kTile : has_term<T>(w.matrix, {TermKind::kDense}) ? kSideBySide : 1);
   s.together = tiles.together;
   // A chunk's gradients are used while they are in the cache; where they are an output they are one chunk.
-  s.gates_ld = projected ? width + 16 : width;  // a power of two would put all rows of a column into the same few cache lines
+  s.gates_ld =
+      projected ? width + 16 : width;  // a power of two would put all rows of a column into the same few cache lines
   const int64_t chunk_rows = std::max<int64_t>(kChunkBytes / int64_t(sizeof(T)) / width, 64);
   const int64_t buffer_rows = projected ? std::min(rows, std::max(chunk_rows, batch)) : rows;
   Buffer<T> gates(projected ? buffer_rows * s.gates_ld : 0);
@@ -282,10 +286,11 @@ Gradients run_backward(const std::optional<Inputs>& inputs, const Optional& grad
     parallel(tiles.workers, [&, t0 = t0, t1 = t1](int64_t worker) {
       for (int64_t i = worker; i < tiles.count; i += tiles.workers)
         kernels<T>().backward(s, t0, t1, i * tiles.tile, std::min(batch, (i + 1) * tiles.tile),
-                              arenas.data() + worker * w.matrix.grad_size, scratch.data() + worker * scratch_size);
+            arenas.data() + worker * w.matrix.grad_size, scratch.data() + worker * scratch_size);
     });
     if (packed_ih)
-      packed_ih->multiply(count, s.grad_gates, s.gates_ld, 1, nullptr, mutable_pointer<T>(grads.x) + first * columns, columns);
+      packed_ih->multiply(
+          count, s.grad_gates, s.gates_ld, 1, nullptr, mutable_pointer<T>(grads.x) + first * columns, columns);
     if (projected && inputs->needs_w_ih)
       PackedB<T>(count, columns, pointer<T>(*x) + first * columns, columns, 1)
           .multiply(width, s.grad_gates, 1, s.gates_ld, nullptr, mutable_pointer<T>(grads.w_ih), columns, done > 0);
@@ -298,30 +303,30 @@ Gradients run_backward(const std::optional<Inputs>& inputs, const Optional& grad
   return grads;
 }
 
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward(
-    const Optional& grad_out, const Optional& grad_h, const Optional& grad_c, const Tensor& out, const Tensor& workspace,
-    const Tensor& batch_sizes, const Tensor& h0, const Optional& c0, const std::vector<Tensor>& stages, const Optional& diagonal,
-    const Optional& overlay, const Optional& index, const Optional& bias, const std::vector<int64_t>& layout,
-    const std::string& kind, bool reverse, int64_t precision) {
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward(const Optional& grad_out,
+    const Optional& grad_h, const Optional& grad_c, const Tensor& out, const Tensor& workspace,
+    const Tensor& batch_sizes, const Tensor& h0, const Optional& c0, const std::vector<Tensor>& stages,
+    const Optional& diagonal, const Optional& overlay, const Optional& index, const Optional& bias,
+    const std::vector<int64_t>& layout, const std::string& kind, bool reverse, int64_t precision) {
   check_precision(precision);
   const bool single = floating("recurrence_backward", out) == torch::headeronly::ScalarType::Float;
   const auto call = single ? &run_backward<float> : &run_backward<double>;
-  Gradients g = call(std::nullopt, grad_out, grad_h, grad_c, out, workspace, batch_sizes, h0, c0, stages, diagonal, overlay, index,
-                     bias, layout, kind_of(kind), reverse);
+  Gradients g = call(std::nullopt, grad_out, grad_h, grad_c, out, workspace, batch_sizes, h0, c0, stages, diagonal,
+      overlay, index, bias, layout, kind_of(kind), reverse);
   return {g.x, g.h0, g.c0, std::move(g.matrix)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> layer_backward(
-    const Optional& grad_out, const Optional& grad_h, const Optional& grad_c, const Tensor& x, const Optional& w_ih,
-    const Tensor& out, const Tensor& workspace, const Tensor& batch_sizes, const Tensor& h0, const Optional& c0,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> layer_backward(const Optional& grad_out,
+    const Optional& grad_h, const Optional& grad_c, const Tensor& x, const Optional& w_ih, const Tensor& out,
+    const Tensor& workspace, const Tensor& batch_sizes, const Tensor& h0, const Optional& c0,
     const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay, const Optional& index,
     const Optional& bias, const std::vector<int64_t>& layout, const std::string& kind, bool reverse, bool needs_x,
     bool needs_w_ih, bool needs_bias_ih, int64_t precision) {
   check_precision(precision);
   const bool single = floating("layer_backward", out) == torch::headeronly::ScalarType::Float;
   const auto call = single ? &run_backward<float> : &run_backward<double>;
-  Gradients g = call(Inputs{x, w_ih, needs_x, needs_w_ih, needs_bias_ih}, grad_out, grad_h, grad_c, out, workspace, batch_sizes, h0,
-                     c0, stages, diagonal, overlay, index, bias, layout, kind_of(kind), reverse);
+  Gradients g = call(Inputs{x, w_ih, needs_x, needs_w_ih, needs_bias_ih}, grad_out, grad_h, grad_c, out, workspace,
+      batch_sizes, h0, c0, stages, diagonal, overlay, index, bias, layout, kind_of(kind), reverse);
   return {g.x, g.w_ih, g.bias_ih, g.h0, g.c0, std::move(g.matrix)};
 }
 

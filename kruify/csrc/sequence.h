@@ -1,5 +1,5 @@
-// The time loop: a thread takes a few samples through a stretch of steps, without waiting for anybody. Step by step, so that
-// what the samples read and write lies in a row.
+// The time loop: a thread takes a few samples through a stretch of steps, without waiting for anybody. Step by step, so
+// that what the samples read and write lies in a row.
 #pragma once
 
 #include "cells.h"
@@ -8,18 +8,18 @@
 namespace kruify::KRUIFY_ISA {
 
 // After the product: gates (i, f, g, o) in y -> h and c; training keeps the gates and c in the workspace.
-template <class T, bool Training>
-KRUIFY_INLINE void step_lstm(int64_t H, T* gates, T* c, T* h, T* out) {
+template <class T, bool Training> KRUIFY_INLINE void step_lstm(int64_t H, T* gates, T* c, T* h, T* out) {
   for_groups<T, kTogether<T>>(H, [&]<int U>(int64_t u, auto get, auto put) __attribute__((always_inline)) {
     constexpr int W = kWidth<T>;
     Vec<T> a[4 * U], before[U];
-    KRUIFY_EACH(j, 4 * U) a[j] = get(gates + j % 4 * H + u + j / 4 * W);
-    KRUIFY_EACH(j, U) before[j] = get(c + u + j * W);
+    KRUIFY_EACH (j, 4 * U) a[j] = get(gates + j % 4 * H + u + j / 4 * W);
+    KRUIFY_EACH (j, U) before[j] = get(c + u + j * W);
     const Lstm<T, U> s = lstm<T, U, Training>(a, before);
-    KRUIFY_EACH(j, U) {
+    KRUIFY_EACH (j, U) {
       const int64_t v = u + j * W;
       if (Training) {
-        put(gates + v, s.i[j]), put(gates + H + v, s.f[j]), put(gates + 2 * H + v, s.g[j]), put(gates + 3 * H + v, s.o[j]);
+        put(gates + v, s.i[j]), put(gates + H + v, s.f[j]), put(gates + 2 * H + v, s.g[j]),
+            put(gates + 3 * H + v, s.o[j]);
         put(gates + 4 * H + v, s.c[j]);
       }
       put(c + v, s.c[j]), put(h + v, s.h[j]), put(out + v, s.h[j]);
@@ -27,15 +27,15 @@ KRUIFY_INLINE void step_lstm(int64_t H, T* gates, T* c, T* h, T* out) {
   });
 }
 
-template <class T>
-KRUIFY_INLINE void step_gru(int64_t H, bool training, T* gates, T* h, T* out) {
+template <class T> KRUIFY_INLINE void step_gru(int64_t H, bool training, T* gates, T* h, T* out) {
   for_groups<T, kTogether<T>>(H, [&]<int U>(int64_t u, auto get, auto put) __attribute__((always_inline)) {
     constexpr int W = kWidth<T>;
     Vec<T> a[2 * U], n[U], hn[U], before[U];
-    KRUIFY_EACH(j, 2 * U) a[j] = get(gates + j % 2 * H + u + j / 2 * W);
-    KRUIFY_EACH(j, U) n[j] = get(gates + 2 * H + u + j * W), hn[j] = get(gates + 3 * H + u + j * W), before[j] = get(h + u + j * W);
+    KRUIFY_EACH (j, 2 * U) a[j] = get(gates + j % 2 * H + u + j / 2 * W);
+    KRUIFY_EACH (j, U)
+      n[j] = get(gates + 2 * H + u + j * W), hn[j] = get(gates + 3 * H + u + j * W), before[j] = get(h + u + j * W);
     const Gru<T, U> s = gru<T, U>(a, n, hn, before);
-    KRUIFY_EACH(j, U) {
+    KRUIFY_EACH (j, U) {
       const int64_t v = u + j * W;
       if (training) put(gates + v, s.r[j]), put(gates + H + v, s.z[j]), put(gates + 2 * H + v, s.n[j]);
       put(h + v, s.h[j]), put(out + v, s.h[j]);
@@ -43,15 +43,15 @@ KRUIFY_INLINE void step_gru(int64_t H, bool training, T* gates, T* h, T* out) {
   });
 }
 
-template <class T>
-KRUIFY_INLINE void step_rnn(int64_t H, bool relu, T* gates, T* h, T* out) {
+template <class T> KRUIFY_INLINE void step_rnn(int64_t H, bool relu, T* gates, T* h, T* out) {
   for_groups<T, kTogether<T>>(H, [&]<int U>(int64_t u, auto get, auto put) __attribute__((always_inline)) {
     constexpr int W = kWidth<T>;
     Vec<T> a[U];
-    KRUIFY_EACH(j, U) a[j] = get(gates + u + j * W);
-    if (relu) KRUIFY_EACH(j, U) a[j] = a[j] < Vec<T>{} ? Vec<T>{} : a[j];
+    KRUIFY_EACH (j, U) a[j] = get(gates + u + j * W);
+    if (relu)
+      KRUIFY_EACH (j, U) a[j] = a[j] < Vec<T>{} ? Vec<T>{} : a[j];
     else tanh<T, U>(a);
-    KRUIFY_EACH(j, U) put(h + u + j * W, a[j]), put(out + u + j * W, a[j]);
+    KRUIFY_EACH (j, U) put(h + u + j * W, a[j]), put(out + u + j * W, a[j]);
   });
 }
 
@@ -74,10 +74,12 @@ KRUIFY_INLINE void step_modrelu(int64_t H, bool complex, const T* threshold, con
 
 // dh -> dz, and 0 in its place; grad_threshold grows.
 template <class T>
-KRUIFY_INLINE void back_modrelu(int64_t H, bool complex, const T* threshold, const T* z, T* dh, T* dz, T* grad_threshold) {
+KRUIFY_INLINE void back_modrelu(
+    int64_t H, bool complex, const T* threshold, const T* z, T* dh, T* dz, T* grad_threshold) {
   if (!complex) {
     for_vectors<T>(H, [&](int64_t u, auto get, auto put) __attribute__((always_inline)) {
-      const Vec<T> zero{}, v = get(z + u), d = modrelu_backward<T>(v, threshold ? get(threshold + u) : zero, get(dh + u));
+      const Vec<T> zero{}, v = get(z + u),
+                           d = modrelu_backward<T>(v, threshold ? get(threshold + u) : zero, get(dh + u));
       if (threshold) put(grad_threshold + u, get(grad_threshold + u) + (v < zero ? -d : d));
       put(dz + u, d), put(dh + u, zero);
     });
@@ -127,7 +129,8 @@ inline void forward(const Sequence<T>& s, int64_t t0, int64_t t1, int64_t b0, in
         if (s.kind == Kind::kGru) step_gru(H, s.training, gates + k * ys, h, out);
         else if (s.kind == Kind::kLstm && s.training) step_lstm<T, true>(H, gates + k * ys, s.c + (b0 + k) * H, h, out);
         else if (s.kind == Kind::kLstm) step_lstm<T, false>(H, gates + k * ys, s.c + (b0 + k) * H, h, out);
-        else if (is_modrelu(s.kind)) step_modrelu(H, s.kind == Kind::kModReluComplex, s.threshold, gates + k * ys, h, out);
+        else if (is_modrelu(s.kind))
+          step_modrelu(H, s.kind == Kind::kModReluComplex, s.threshold, gates + k * ys, h, out);
         else step_rnn(H, s.kind == Kind::kRnnRelu, gates + k * ys, h, out);
       }
     }
@@ -136,7 +139,8 @@ inline void forward(const Sequence<T>& s, int64_t t0, int64_t t1, int64_t b0, in
 
 // One sample's step before the product: dh and dc become what flows on beside it, d (gates, H) the gates' gradients.
 template <class T>
-KRUIFY_INLINE void backward_cell(const Sequence<T>& s, int64_t row, const T* h0, const T* c0, T* d, T* dn, T* dh, T* dc, T* grad_threshold) {
+KRUIFY_INLINE void backward_cell(
+    const Sequence<T>& s, int64_t row, const T* h0, const T* c0, T* d, T* dn, T* dh, T* dc, T* grad_threshold) {
   const int64_t H = s.hidden;
   if (s.grad_out)
     for_vectors<T>(H, [&](int64_t u, auto get, auto put) { put(dh + u, get(dh + u) + get(s.grad_out + row * H + u)); });
@@ -144,9 +148,9 @@ KRUIFY_INLINE void backward_cell(const Sequence<T>& s, int64_t row, const T* h0,
     const T* w = s.workspace + row * 5 * H;
     for_groups<T, kTogether<T>>(H, [&]<int U>(int64_t start, auto get, auto put) __attribute__((always_inline)) {
       Vec<T> tanh_c[U];
-      KRUIFY_EACH(j, U) tanh_c[j] = get(w + 4 * H + start + j * kWidth<T>);
+      KRUIFY_EACH (j, U) tanh_c[j] = get(w + 4 * H + start + j * kWidth<T>);
       tanh<T, U>(tanh_c);
-      KRUIFY_EACH(j, U) {
+      KRUIFY_EACH (j, U) {
         const int64_t u = start + j * kWidth<T>;
         const Vec<T> i = get(w + u), f = get(w + H + u), g = get(w + 2 * H + u), o = get(w + 3 * H + u);
         const Vec<T> tc = tanh_c[j], grad = get(dh + u), total = get(dc + u) + grad * o * (T(1) - tc * tc);
@@ -182,8 +186,7 @@ KRUIFY_INLINE void backward_cell(const Sequence<T>& s, int64_t row, const T* h0,
 }
 
 // Asks the memory for n numbers.
-template <class T>
-KRUIFY_INLINE void prefetch(const T* p, int64_t n) {
+template <class T> KRUIFY_INLINE void prefetch(const T* p, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i);
 }
 
@@ -205,14 +208,17 @@ inline void backward(const Sequence<T>& s, int64_t t0, int64_t t1, int64_t b0, i
       T* dy[kMaxGates];
       for (int g = 0; g < m.gates; ++g) dy[g] = s.grad_gates + (row - s.first_row) * ys + g * H;
       for (int64_t k = 0; k < next - b; ++k) {
-        const T* c0 = s.kind != Kind::kLstm ? nullptr : first ? s.c0 + (b + k) * H : s.workspace + (before + k) * 5 * H + 4 * H;
+        const T* c0 = s.kind != Kind::kLstm ? nullptr
+            : first                         ? s.c0 + (b + k) * H
+                                            : s.workspace + (before + k) * 5 * H + 4 * H;
         backward_cell(s, row + k, h0 + k * H, c0, dy[0] + k * ys, dn + k * ys, s.grad_h + (b + k) * H,
-                      s.grad_c ? s.grad_c + (b + k) * H : nullptr, arena + m.grad_bias);
+            s.grad_c ? s.grad_c + (b + k) * H : nullptr, arena + m.grad_bias);
       }
       if (s.kind == Kind::kGru) dy[2] = dn;
       if (!first) {
         // What the next step reads, while the products of this one run.
-        const int64_t n = (next - b) * H, ahead = next < end ? s.starts[t] + next : s.starts[s.reverse ? t + 1 : t - 1] + b0;
+        const int64_t n = (next - b) * H,
+                      ahead = next < end ? s.starts[t] + next : s.starts[s.reverse ? t + 1 : t - 1] + b0;
         if (s.grad_out) prefetch(s.grad_out + ahead * H, n);
         prefetch(s.workspace + ahead * s.saved * H, n * s.saved);
         if (next < end) prefetch(h0 + (next - b) * H, n);

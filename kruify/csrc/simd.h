@@ -29,46 +29,33 @@
 
 namespace kruify::KRUIFY_ISA {
 
-template <class T>
-struct Simd;
+template <class T> struct Simd;
 
-template <>
-struct Simd<float> {
+template <> struct Simd<float> {
   typedef float V __attribute__((vector_size(KRUIFY_VECTOR_BYTES)));
   typedef float Loose __attribute__((vector_size(KRUIFY_VECTOR_BYTES), aligned(4), may_alias));
   typedef int32_t I __attribute__((vector_size(KRUIFY_VECTOR_BYTES)));
 };
 
-template <>
-struct Simd<double> {
+template <> struct Simd<double> {
   typedef double V __attribute__((vector_size(KRUIFY_VECTOR_BYTES)));
   typedef double Loose __attribute__((vector_size(KRUIFY_VECTOR_BYTES), aligned(8), may_alias));
   typedef int64_t I __attribute__((vector_size(KRUIFY_VECTOR_BYTES)));
 };
 
-template <class T>
-using Vec = typename Simd<T>::V;
-template <class T>
-constexpr int kWidth = KRUIFY_VECTOR_BYTES / sizeof(T);
+template <class T> using Vec = typename Simd<T>::V;
+template <class T> constexpr int kWidth = KRUIFY_VECTOR_BYTES / sizeof(T);
 
-template <class T>
-KRUIFY_INLINE Vec<T> load(const T* p) {
+template <class T> KRUIFY_INLINE Vec<T> load(const T* p) {
   return *reinterpret_cast<const typename Simd<T>::Loose*>(p);
 }
 
-template <class T>
-KRUIFY_INLINE void store(T* p, Vec<T> v) {
-  *reinterpret_cast<typename Simd<T>::Loose*>(p) = v;
-}
+template <class T> KRUIFY_INLINE void store(T* p, Vec<T> v) { *reinterpret_cast<typename Simd<T>::Loose*>(p) = v; }
 
-template <class T>
-KRUIFY_INLINE Vec<T> splat(T s) {
-  return s - Vec<T>{};
-}
+template <class T> KRUIFY_INLINE Vec<T> splat(T s) { return s - Vec<T>{}; }
 
 // The first n lanes only; the others read as zero and are not written.
-template <class T>
-KRUIFY_INLINE Vec<T> load_n(const T* p, int n) {
+template <class T> KRUIFY_INLINE Vec<T> load_n(const T* p, int n) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
   else return (Vec<T>)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
@@ -87,8 +74,7 @@ KRUIFY_INLINE Vec<T> load_n(const T* p, int n) {
 #endif
 }
 
-template <class T>
-KRUIFY_INLINE void store_n(T* p, Vec<T> v, int n) {
+template <class T> KRUIFY_INLINE void store_n(T* p, Vec<T> v, int n) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
   else _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
@@ -106,17 +92,16 @@ KRUIFY_INLINE void store_n(T* p, Vec<T> v, int n) {
 }
 
 // Calls f(offset, lanes) over n elements; lanes is a compile-time kWidth except for the tail.
-template <class T, class F>
-KRUIFY_INLINE void for_vectors(int64_t n, F f) {
+template <class T, class F> KRUIFY_INLINE void for_vectors(int64_t n, F f) {
   int64_t i = 0;
-  for (; i + kWidth<T> <= n; i += kWidth<T>) f(i, [](const T* p) { return load(p); }, [](T* p, Vec<T> v) { store(p, v); });
+  for (; i + kWidth<T> <= n; i += kWidth<T>)
+    f(i, [](const T* p) { return load(p); }, [](T* p, Vec<T> v) { store(p, v); });
   if (const int rest = int(n - i); rest > 0)
     f(i, [rest](const T* p) { return load_n(p, rest); }, [rest](T* p, Vec<T> v) { store_n(p, v, rest); });
 }
 
 // The same for calls f.operator()<U>(offset, load, store) that take U vectors at once.
-template <class T, int U, class F>
-KRUIFY_INLINE void for_groups(int64_t n, F f) {
+template <class T, int U, class F> KRUIFY_INLINE void for_groups(int64_t n, F f) {
   constexpr int W = kWidth<T>;
   auto get = [](const T* p) { return load(p); };
   auto put = [](T* p, Vec<T> v) { store(p, v); };
@@ -125,12 +110,12 @@ KRUIFY_INLINE void for_groups(int64_t n, F f) {
   if constexpr (U > 1)
     for (; i + W <= n; i += W) f.template operator()<1>(i, get, put);
   if (const int rest = int(n - i); rest > 0)
-    f.template operator()<1>(i, [rest](const T* p) { return load_n(p, rest); }, [rest](T* p, Vec<T> v) { store_n(p, v, rest); });
+    f.template operator()<1>(
+        i, [rest](const T* p) { return load_n(p, rest); }, [rest](T* p, Vec<T> v) { store_n(p, v, rest); });
 }
 
 // The smaller (larger) of a constant and v; NaN in v stays NaN.
-template <class T>
-KRUIFY_INLINE Vec<T> at_most(Vec<T> limit, Vec<T> v) {
+template <class T> KRUIFY_INLINE Vec<T> at_most(Vec<T> limit, Vec<T> v) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_min_ps((__m512)limit, (__m512)v);
   else return (Vec<T>)_mm512_min_pd((__m512d)limit, (__m512d)v);
@@ -142,8 +127,7 @@ KRUIFY_INLINE Vec<T> at_most(Vec<T> limit, Vec<T> v) {
 #endif
 }
 
-template <class T>
-KRUIFY_INLINE Vec<T> at_least(Vec<T> limit, Vec<T> v) {
+template <class T> KRUIFY_INLINE Vec<T> at_least(Vec<T> limit, Vec<T> v) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_max_ps((__m512)limit, (__m512)v);
   else return (Vec<T>)_mm512_max_pd((__m512d)limit, (__m512d)v);
@@ -156,8 +140,7 @@ KRUIFY_INLINE Vec<T> at_least(Vec<T> limit, Vec<T> v) {
 }
 
 // 1 / sqrt(v), exact but for the last bit.
-template <class T>
-KRUIFY_INLINE Vec<T> inverse_root(Vec<T> v) {
+template <class T> KRUIFY_INLINE Vec<T> inverse_root(Vec<T> v) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
     const Vec<T> y = (Vec<T>)_mm512_rsqrt14_ps((__m512)v);
@@ -174,8 +157,7 @@ KRUIFY_INLINE Vec<T> inverse_root(Vec<T> v) {
 #endif
 }
 
-template <class T>
-KRUIFY_INLINE T sum(Vec<T> v) {
+template <class T> KRUIFY_INLINE T sum(Vec<T> v) {
   T total = 0;
   for (int i = 0; i < kWidth<T>; ++i) total += v[i];
   return total;
@@ -184,8 +166,7 @@ KRUIFY_INLINE T sum(Vec<T> v) {
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // a[s], b[s], a[s + 1], b[s + 1], ...
-template <class T>
-KRUIFY_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, int s) {
+template <class T> KRUIFY_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, int s) {
   using I = typename Simd<T>::I;
   constexpr int W = kWidth<T>;
   if constexpr (W == 16) return __builtin_shuffle(a, b, I{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23} + s);
@@ -195,8 +176,7 @@ KRUIFY_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, int s) {
 }
 
 // The sum of each of W vectors, in their order.
-template <class T>
-KRUIFY_INLINE Vec<T> sums(Vec<T> (&v)[kWidth<T>]) {
+template <class T> KRUIFY_INLINE Vec<T> sums(Vec<T> (&v)[kWidth<T>]) {
   constexpr int W = kWidth<T>;
 #pragma GCC unroll 4
   for (int half = W / 2; half; half /= 2)
@@ -206,8 +186,7 @@ KRUIFY_INLINE Vec<T> sums(Vec<T> (&v)[kWidth<T>]) {
 }
 
 // dst (cols, rows) = transpose of src (rows, cols).
-template <class T>
-inline void transpose(int64_t rows, int64_t cols, const T* src, int64_t lds, T* dst, int64_t ldd) {
+template <class T> inline void transpose(int64_t rows, int64_t cols, const T* src, int64_t lds, T* dst, int64_t ldd) {
   int64_t r = 0;
 #if defined(__AVX512F__) || defined(__AVX2__)
   constexpr int W = kWidth<T>;

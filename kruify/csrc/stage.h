@@ -11,8 +11,7 @@
 
 namespace kruify::KRUIFY_ISA {
 
-template <class T>
-inline void pack(const Matrix<T>& m) {
+template <class T> inline void pack(const Matrix<T>& m) {
   for (int t = 0; t < m.terms; ++t) {
     const Term<T>& term = m.term[t];
     const int last = term.stages - 1;
@@ -46,15 +45,15 @@ inline void product_dense(const Term<T>& term, int64_t nb, const T* x, int64_t x
 }
 
 template <class T>
-inline void product_low_rank(const Term<T>& term, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys,
-                             T* scratch) {
+inline void product_low_rank(
+    const Term<T>& term, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys, T* scratch) {
   const int64_t n = term.trailing(), p = term.p[0];
   for (int64_t s = 0; s < nb; s += 16) {
     const int64_t rows = min64(16, nb - s);
     gemm<T, true>(rows, n, term.q[1], x + s * xs, xs, term.packed[1], n, scratch, n, false);
     for (int g = 0; g < term.gates; ++g)
-      gemm<T, true>(rows, p, term.rank, scratch + term.place(g * term.rank), n, term.packed[0] + int64_t(g) * term.rank * p, p,
-                    y[term.gate[g]] + s * ys, ys, true);
+      gemm<T, true>(rows, p, term.rank, scratch + term.place(g * term.rank), n,
+          term.packed[0] + int64_t(g) * term.rank * p, p, y[term.gate[g]] + s * ys, ys, true);
   }
 }
 
@@ -69,32 +68,32 @@ inline void product_pair(const Term<T>& term, int64_t nb, const T* x, int64_t xs
     gemm<T, true>(q0, width, q1, x + s * xs, q1, term.packed[1], width, scratch, ld, false);
     for (int64_t i = 0; i < n; ++i)
       gemm<T, false>(p0, p1, q0, term.packed[0] + i * p0 * q0, p0, scratch + term.place(i) * p1, ld,
-                     y[term.gate[i / term.rank]] + s * ys, p1, true);
+          y[term.gate[i / term.rank]] + s * ys, p1, true);
   }
 }
 
-// The two inner results of a chain: T (q0 q1, trailing p2) from the trailing stage, U[i] (q0, p1, p2) from the middle one.
-template <class T>
-inline void chain_inner(const Term<T>& term, const T* x, T* t, T* u) {
+// The two inner results of a chain: T (q0 q1, trailing p2) from the trailing stage, U[i] (q0, p1, p2) from the middle
+// one.
+template <class T> inline void chain_inner(const Term<T>& term, const T* x, T* t, T* u) {
   const int64_t q0 = term.q[0], p1 = term.p[1], q1 = term.q[1], p2 = term.p[2], q2 = term.q[2];
   const int64_t n = term.products(), ld = term.trailing() * p2;
   gemm<T, true>(q0 * q1, ld, q2, x, q2, term.packed[2], ld, t, ld, false);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < q0; ++j)
       gemm<T, false>(p1, p2, q1, term.packed[1] + i * p1 * q1, p1, t + j * q1 * ld + term.place(i) * p2, ld,
-                     u + (i * q0 + j) * p1 * p2, p2, false);
+          u + (i * q0 + j) * p1 * p2, p2, false);
 }
 
 template <class T>
-inline void product_chain(const Term<T>& term, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys,
-                          T* scratch) {
+inline void product_chain(
+    const Term<T>& term, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys, T* scratch) {
   const int64_t p0 = term.p[0], q0 = term.q[0], tail = term.p[1] * term.p[2];
   T* u = scratch + q0 * term.q[1] * term.trailing() * term.p[2];
   for (int64_t s = 0; s < nb; ++s) {
     chain_inner(term, x + s * xs, scratch, u);
     for (int64_t i = 0; i < term.products(); ++i)
       gemm<T, false>(p0, tail, q0, term.packed[0] + i * p0 * q0, p0, u + i * q0 * tail, tail,
-                     y[term.gate[i / term.rank]] + s * ys, tail, true);
+          y[term.gate[i / term.rank]] + s * ys, tail, true);
   }
 }
 
@@ -104,9 +103,8 @@ inline void product_diagonal(const Matrix<T>& m, int64_t nb, const T* x, int64_t
     for (int64_t s = 0; s < nb; ++s) {
       T* out = y[m.diagonal_gate[g]] + s * ys;
       const T *d = m.diagonal + g * m.diagonal_size, *in = x + s * xs;
-      for_vectors<T>(m.diagonal_size, [&](int64_t i, auto get, auto put) {
-        put(out + i, get(out + i) + get(d + i) * get(in + i));
-      });
+      for_vectors<T>(m.diagonal_size,
+          [&](int64_t i, auto get, auto put) { put(out + i, get(out + i) + get(d + i) * get(in + i)); });
     }
 }
 
@@ -127,12 +125,13 @@ inline void product(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* c
 }
 
 // Backward. dW is summed in a thread's arena in the layout the GEMMs write best: of a pair or chain the trailing stage
-// as (q, trailing p), the others as given; of a low-rank term both with the long index last; a dense one as (gates, p, q).
+// as (q, trailing p), the others as given; of a low-rank term both with the long index last; a dense one as (gates, p,
+// q).
 
 // All samples at once: each of them alone would read and write all of dW.
 template <class T>
-inline void backward_dense(const Term<T>& term, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys, T* dx, int64_t dxs,
-                           T* arena) {
+inline void backward_dense(
+    const Term<T>& term, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys, T* dx, int64_t dxs, T* arena) {
   const int64_t p = term.p[0], q = term.q[0];
   for (int g = 0; g < term.gates; ++g) {
     const T* d = dy[term.gate[g]];
@@ -235,8 +234,8 @@ inline void backward_sample(const Matrix<T>& m, const T* x, T* const* dy, T* dx,
 
 // dx += sum_g W[g]^T dy[g] for nb samples; the sums of all gradients in `arena` grow by their share.
 template <class T>
-inline void product_backward(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys, T* dx, int64_t dxs,
-                             T* arena, T* scratch) {
+inline void product_backward(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys, T* dx,
+    int64_t dxs, T* arena, T* scratch) {
   for (int64_t s = 0; s < nb; ++s) {
     T* one[kMaxGates];
     for (int g = 0; g < m.gates; ++g) one[g] = dy[g] + s * ys;
@@ -247,13 +246,11 @@ inline void product_backward(const Matrix<T>& m, int64_t nb, const T* x, int64_t
   if (m.overlay) backward_overlay(m, nb, x, xs, dy, ys, dx, dxs, arena + m.grad_overlay, scratch);
 }
 
-template <class T>
-inline void copy(int64_t n, const T* from, T* to) {
+template <class T> inline void copy(int64_t n, const T* from, T* to) {
   for_vectors<T>(n, [&](int64_t i, auto get, auto put) { put(to + i, get(from + i)); });
 }
 
-template <class T>
-inline void unpack(const Matrix<T>& m, const T* arena, T* const* grads) {
+template <class T> inline void unpack(const Matrix<T>& m, const T* arena, T* const* grads) {
   for (int t = 0; t < m.terms; ++t) {
     const Term<T>& term = m.term[t];
     const int last = term.stages - 1;

@@ -1,5 +1,6 @@
 // Runs the CUDA kernels' phases on the CPU: every thread of every block, one phase after the other, in a chosen order,
-// and the host code that picks and orders the launches. Built by the tests with the C++ compiler alone, no part of kruify.
+// and the host code that picks and orders the launches. Built by the tests with the C++ compiler alone, no part of
+// kruify.
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -18,9 +19,10 @@ namespace {
 // A cluster of blocks. Memory starts as NaN, so that reading what nobody wrote shows in the result.
 //
 // Phases are kept until a barrier demands their results; then every thread goes as far as it may before the next one
-// starts, and, in a cluster, every block before the next one. A missing barrier thus shows too: a thread that runs ahead
-// finds what the others have not written yet, or overwrites what they have not read. Copies from global memory arrive when
-// their thread waits for them. Built with KRUIFY_RACES (races.h), every access of every thread is compared with the others'.
+// starts, and, in a cluster, every block before the next one. A missing barrier thus shows too: a thread that runs
+// ahead finds what the others have not written yet, or overwrites what they have not read. Copies from global memory
+// arrive when their thread waits for them. Built with KRUIFY_RACES (races.h), every access of every thread is compared
+// with the others'.
 struct HostBlock {
   int threads, ranks, order;  // order 0: threads ascending; 1: descending; 2: scattered
   int skipped;                // which barrier, from 1, is none for races.h
@@ -35,13 +37,18 @@ struct HostBlock {
   races::Place place{};
   int barriers = 0;
   bool arrival_skipped = false;
-  size_t arrived = 0;                           // lists that every block has behind it at the cluster's arrival
+  size_t arrived = 0;  // lists that every block has behind it at the cluster's arrival
   std::vector<int64_t> products = std::vector<int64_t>(1024);  // of tensor cores that each thread took part in
   inline static bool warps_agree = true;
   inline static int most_barriers = 0;  // of any block so far
 
   HostBlock(int threads, int ranks, int64_t bytes, int order, int skipped = 0)
-      : threads(threads), ranks(ranks), order(order), skipped(skipped), size(bytes / 8 * 8 + 16), on_their_way(threads * ranks) {
+      : threads(threads),
+        ranks(ranks),
+        order(order),
+        skipped(skipped),
+        size(bytes / 8 * 8 + 16),
+        on_their_way(threads * ranks) {
     for (int r = 0; r < ranks; ++r) {
       memory.emplace_back(new double[size / 8]);
       std::memset(memory.back().get(), 0xff, size);
@@ -50,8 +57,7 @@ struct HostBlock {
     races::own(on_their_way.data(), on_their_way.size() * sizeof(Copies));
     races::ignore(&emulated, sizeof emulated);
   }
-  template <class State>
-  struct PerThread {
+  template <class State> struct PerThread {
     std::vector<State> states = std::vector<State>(1024);
     PerThread() { races::own(states.data(), states.size() * sizeof(State)); }
     State& of(const Thread& t) { return states[t.id]; }
@@ -82,7 +88,8 @@ struct HostBlock {
   }
   void end() {
     run(waiting.size(), false);
-    for (int r = 0; r < ranks && ranks > 1; ++r) races::gone(r, memory[r].get(), size, {r, -1, place.interval, place.arrived, place.waited});
+    for (int r = 0; r < ranks && ranks > 1; ++r)
+      races::gone(r, memory[r].get(), size, {r, -1, place.interval, place.arrived, place.waited});
     races::meet();
     most_barriers = std::max(most_barriers, barriers);
   }
@@ -94,7 +101,9 @@ struct HostBlock {
         int step = 7;
         while (std::gcd(step, threads) != 1) ++step;
         for (int k = 0; k < threads; ++k) {
-          const int id = order == 0 ? k : order == 1 ? threads - 1 - k : static_cast<int>(static_cast<int64_t>(k) * step % threads);
+          const int id = order == 0 ? k
+              : order == 1          ? threads - 1 - k
+                                    : static_cast<int>(static_cast<int64_t>(k) * step % threads);
           const Thread thread{id, threads, rank, ranks, reinterpret_cast<char*>(memory[rank].get())};
           const int64_t before = emulated;
           copies = &on_their_way[rank * threads + id];
@@ -115,15 +124,14 @@ struct HostBlock {
     arrived = 0;
     if (met) races::meet();
   }
-  template <class T>
-  T* remote(const Thread& t, int rank, T* local) const {
-    return reinterpret_cast<T*>(reinterpret_cast<char*>(memory[rank].get()) + (reinterpret_cast<char*>(local) - t.memory));
+  template <class T> T* remote(const Thread& t, int rank, T* local) const {
+    return reinterpret_cast<T*>(
+        reinterpret_cast<char*>(memory[rank].get()) + (reinterpret_cast<char*>(local) - t.memory));
   }
 };
 
 // The template of a plan, float32 or for tensor cores.
-template <class F>
-void with_any_template(AnyShape s, bool menu, const PairPlan& p, Kind kind, const F& f) {
+template <class F> void with_any_template(AnyShape s, bool menu, const PairPlan& p, Kind kind, const F& f) {
   if (p.precision == kFloat32) with_template<false>(s, menu, p, kind, f);
   else with_template<true>(s, menu, p, kind, f);
 }
@@ -138,12 +146,12 @@ struct HostMachine {
   Chip chip;
   Options options;
   std::vector<std::unique_ptr<char[]>> memory;
-  int pairs = 0, generals = 0, tensors = 0;  // launches of the templates, of the general kernels, of those on tensor cores
+  int pairs = 0, generals = 0,
+      tensors = 0;  // launches of the templates, of the general kernels, of those on tensor cores
 
   explicit HostMachine(const Options& o) : chip{o.processors, o.shared_memory, o.clusters != 0}, options(o) {}
 
-  template <class T>
-  T* scratch(int64_t n) {
+  template <class T> T* scratch(int64_t n) {
     memory.emplace_back(new char[n * sizeof(T) + 16]);
     std::memset(memory.back().get(), 0xff, n * sizeof(T) + 16);
     return reinterpret_cast<T*>(memory.back().get());
@@ -153,8 +161,7 @@ struct HostMachine {
     std::copy(values.begin(), values.end(), to);
     return to;
   }
-  template <class Item>
-  void run(const Item& item) {
+  template <class Item> void run(const Item& item) {
     const int64_t n = item.items();
     races::launch();
     for (int64_t k = 0; k < n; ++k) {
@@ -166,10 +173,7 @@ struct HostMachine {
       races::meet();
     }
   }
-  template <class Item>
-  [[gnu::noinline]] static void run_one(const Item& item, int64_t number) {
-    item.run(number);
-  }
+  template <class Item> [[gnu::noinline]] static void run_one(const Item& item, int64_t number) { item.run(number); }
   void sort_columns(const int* index, int blocks, const int*& columns, const int64_t*& order) {
     int* sorted = scratch<int>(blocks);
     int64_t* from = scratch<int64_t>(blocks);
@@ -207,8 +211,7 @@ struct HostMachine {
       });
     }
   }
-  template <class T>
-  void general_recurrence(const Program<T>& m, Kind kind, const GeneralForward<T>& args) {
+  template <class T> void general_recurrence(const Program<T>& m, Kind kind, const GeneralForward<T>& args) {
     ++generals;
     races::launch();
     for (int sample = 0; sample < args.rows.batch; ++sample) {
@@ -217,8 +220,7 @@ struct HostMachine {
       with_gates(kind, [&](auto g) { general_forward<g.value>(block, m, args, sample); });
     }
   }
-  template <class T>
-  void general_recurrence_backward(const Program<T>& m, Kind kind, const GeneralBackward<T>& args) {
+  template <class T> void general_recurrence_backward(const Program<T>& m, Kind kind, const GeneralBackward<T>& args) {
     ++generals;
     races::launch();
     for (int sample = 0; sample < args.rows.batch; ++sample) {
@@ -246,7 +248,8 @@ struct HostMachine {
         races::unit(static_cast<int64_t>(r) * pieces + piece);
         HostBlock block(p.threads, 1, p.bytes, options.order, options.skipped);
         const PairGradient own = piece_of(args, s, p, piece, pieces, r);
-        with_precision(p.precision, [&](auto numbers) { kruify::cuda::pair_gradient<decltype(numbers)>(block, s, p, own); });
+        with_precision(
+            p.precision, [&](auto numbers) { kruify::cuda::pair_gradient<decltype(numbers)>(block, s, p, own); });
       }
   }
 };
@@ -260,8 +263,7 @@ struct Problem {  // mirrored in conftest.py
   int codes, stage_count, blocks, block, kind, steps, batch, reverse;
 };
 
-template <class T>
-Matrix<T> matrix_of(const Problem& p) {
+template <class T> Matrix<T> matrix_of(const Problem& p) {
   Matrix<T> m;
   m.layout = decode_layout(std::vector<int64_t>(p.code, p.code + p.codes));
   for (int k = 0; k < p.stage_count; ++k) {
@@ -274,20 +276,20 @@ Matrix<T> matrix_of(const Problem& p) {
   return m;
 }
 
-template <class T>
-MatrixGradient<T> gradient_of(const Problem& p, T* const* grads) {
+template <class T> MatrixGradient<T> gradient_of(const Problem& p, T* const* grads) {
   MatrixGradient<T> to;
   for (int k = 0; k < p.stage_count; ++k) to.stages.push_back(grads[k]);
   to.diagonal = grads[p.stage_count], to.overlay = grads[p.stage_count + 1], to.bias = grads[p.stage_count + 2];
   return to;
 }
 
-template <class T>
-int forward(const Problem& p, const Options& o, const T* const* in, T* const* out) {
+template <class T> int forward(const Problem& p, const Options& o, const T* const* in, T* const* out) {
   HostMachine machine(o);
   Matrix<T> m = matrix_of<T>(p);
-  recurrence(machine, m, Kind(p.kind), GeneralForward<T>{in[0], in[1], in[2], out[0], out[1], out[2], out[3], {p.starts, p.steps, p.batch, p.reverse != 0}},
-             Precision(o.precision));
+  recurrence(machine, m, Kind(p.kind),
+      GeneralForward<T>{
+          in[0], in[1], in[2], out[0], out[1], out[2], out[3], {p.starts, p.steps, p.batch, p.reverse != 0}},
+      Precision(o.precision));
   return machine.pairs + 1000 * machine.tensors;
 }
 
@@ -296,13 +298,13 @@ int backward(const Problem& p, const Options& o, const T* const* in, T* const* o
   HostMachine machine(o);
   Matrix<T> m = matrix_of<T>(p);
   recurrence_backward(machine, m, Kind(p.kind),
-                      GeneralBackward<T>{in[0], in[1], in[2], in[3], in[4], in[5], in[6], out[0], nullptr, out[1], out[2], {p.starts, p.steps, p.batch, p.reverse != 0}},
-                      rows, gradient_of(p, grads), Precision(o.precision));
+      GeneralBackward<T>{in[0], in[1], in[2], in[3], in[4], in[5], in[6], out[0], nullptr, out[1], out[2],
+          {p.starts, p.steps, p.batch, p.reverse != 0}},
+      rows, gradient_of(p, grads), Precision(o.precision));
   return machine.pairs + 1000 * machine.tensors;
 }
 
-template <class T>
-int multiply(const Problem& p, const Options& o, const T* x, T* y, int64_t rows) {
+template <class T> int multiply(const Problem& p, const Options& o, const T* x, T* y, int64_t rows) {
   HostMachine machine(o);
   Matrix<T> m = matrix_of<T>(p);
   product(machine, m, x, rows, y, Precision(o.precision));
@@ -310,7 +312,8 @@ int multiply(const Problem& p, const Options& o, const T* x, T* y, int64_t rows)
 }
 
 template <class T>
-int multiply_backward(const Problem& p, const Options& o, const T* grad, const T* x, T* grad_x, T* const* grads, int64_t rows) {
+int multiply_backward(
+    const Problem& p, const Options& o, const T* grad, const T* x, T* grad_x, T* const* grads, int64_t rows) {
   HostMachine machine(o);
   Matrix<T> m = matrix_of<T>(p);
   product_backward(machine, m, grad, x, rows, grad_x, gradient_of(p, grads), Precision(o.precision));
@@ -318,8 +321,7 @@ int multiply_backward(const Problem& p, const Options& o, const T* grad, const T
 }
 
 // A chain of `count` factors, each (pairs, P, Q).
-template <class T>
-Chain<T> chain_of(int pairs, int count, const int* shapes, const T* const* factors) {
+template <class T> Chain<T> chain_of(int pairs, int count, const int* shapes, const T* const* factors) {
   Chain<T> chain{};
   chain.pairs = pairs;
   for (int k = 0; k < count; ++k) chain.add(factors[k], shapes[2 * k], shapes[2 * k + 1]);
@@ -329,8 +331,7 @@ Chain<T> chain_of(int pairs, int count, const int* shapes, const T* const* facto
 std::string last_error;
 
 // What the call returns, or -1 and its error kept.
-template <class F>
-int guarded(const F& f) {
+template <class F> int guarded(const F& f) {
   try {
     return f();
   } catch (const std::exception& error) {
@@ -343,36 +344,43 @@ int guarded(const F& f) {
 
 extern "C" const char* what() { return last_error.c_str(); }
 
-// Each returns how many launches of two-stage templates the call would make, and a thousand times those on tensor cores.
-#define EXPORT(T)                                                                                                                                       \
-  extern "C" int forward_##T(const Problem* p, const Options* o, const T* const* in, T* const* out) {                                                   \
-    return guarded([&] { return forward(*p, *o, in, out); });                                                                                           \
-  }                                                                                                                                                     \
-  extern "C" int backward_##T(const Problem* p, const Options* o, const T* const* in, T* const* out, T* const* grads, int64_t rows) {                   \
-    return guarded([&] { return backward(*p, *o, in, out, grads, rows); });                                                                             \
-  }                                                                                                                                                     \
-  extern "C" int multiply_##T(const Problem* p, const Options* o, const T* x, T* y, int64_t rows) {                                                     \
-    return guarded([&] { return multiply(*p, *o, x, y, rows); });                                                                                       \
-  }                                                                                                                                                     \
-  extern "C" int multiply_backward_##T(const Problem* p, const Options* o, const T* grad, const T* x, T* grad_x, T* const* grads, int64_t rows) {       \
-    return guarded([&] { return multiply_backward(*p, *o, grad, x, grad_x, grads, rows); });                                                            \
-  }                                                                                                                                                     \
-  extern "C" int merge_##T(int pairs, int count, const int* shapes, const T* const* factors, const Options* o, T* out) {                                \
-    HostMachine machine(*o);                                                                                                                            \
-    machine.run(MergeChain<T>{chain_of(pairs, count, shapes, factors), out});                                                                           \
-    return 0;                                                                                                                                           \
-  }                                                                                                                                                     \
-  extern "C" int merge_backward_##T(int pairs, int count, const int* shapes, const T* const* factors, const Options* o, const T* grad, T* const* to) {  \
-    HostMachine machine(*o);                                                                                                                            \
-    chain_backward(machine, chain_of(pairs, count, shapes, factors), grad, std::vector<T*>(to, to + count));                                            \
-    return 0;                                                                                                                                           \
+// Each returns how many launches of two-stage templates the call would make, and a thousand times those on tensor
+// cores.
+#define EXPORT(T)                                                                                                \
+  extern "C" int forward_##T(const Problem* p, const Options* o, const T* const* in, T* const* out) {            \
+    return guarded([&] { return forward(*p, *o, in, out); });                                                    \
+  }                                                                                                              \
+  extern "C" int backward_##T(                                                                                   \
+      const Problem* p, const Options* o, const T* const* in, T* const* out, T* const* grads, int64_t rows) {    \
+    return guarded([&] { return backward(*p, *o, in, out, grads, rows); });                                      \
+  }                                                                                                              \
+  extern "C" int multiply_##T(const Problem* p, const Options* o, const T* x, T* y, int64_t rows) {              \
+    return guarded([&] { return multiply(*p, *o, x, y, rows); });                                                \
+  }                                                                                                              \
+  extern "C" int multiply_backward_##T(                                                                          \
+      const Problem* p, const Options* o, const T* grad, const T* x, T* grad_x, T* const* grads, int64_t rows) { \
+    return guarded([&] { return multiply_backward(*p, *o, grad, x, grad_x, grads, rows); });                     \
+  }                                                                                                              \
+  extern "C" int merge_##T(                                                                                      \
+      int pairs, int count, const int* shapes, const T* const* factors, const Options* o, T* out) {              \
+    HostMachine machine(*o);                                                                                     \
+    machine.run(MergeChain<T>{chain_of(pairs, count, shapes, factors), out});                                    \
+    return 0;                                                                                                    \
+  }                                                                                                              \
+  extern "C" int merge_backward_##T(int pairs, int count, const int* shapes, const T* const* factors,            \
+      const Options* o, const T* grad, T* const* to) {                                                           \
+    HostMachine machine(*o);                                                                                     \
+    chain_backward(machine, chain_of(pairs, count, shapes, factors), grad, std::vector<T*>(to, to + count));     \
+    return 0;                                                                                                    \
   }
 EXPORT(float)
 EXPORT(double)
 
 // cluster, threads, tile, bytes and precision that a launch takes on a chip; cluster 0: none fits.
-extern "C" void pair_choice(int kind, int P1, int P2, int rank, int batch, const Options* o, int backward, int* choice) {
-  const PairPlan p = pair_plan(AnyShape{P1, P1, P2, P2}, gates_of(Kind(kind)), rank, batch, {o->processors, o->shared_memory, o->clusters != 0}, backward, Precision(o->precision));
+extern "C" void pair_choice(
+    int kind, int P1, int P2, int rank, int batch, const Options* o, int backward, int* choice) {
+  const PairPlan p = pair_plan(AnyShape{P1, P1, P2, P2}, gates_of(Kind(kind)), rank, batch,
+      {o->processors, o->shared_memory, o->clusters != 0}, backward, Precision(o->precision));
   choice[0] = p.cluster, choice[1] = p.threads, choice[2] = p.tile, choice[3] = p.bytes, choice[4] = p.precision;
 }
 

@@ -29,8 +29,8 @@ bool watching = false;
 int64_t current = 0, clashes = 0;
 Place here;
 std::string last;
-std::vector<Access> accesses;                    // since the threads of the unit met
-std::unordered_map<uintptr_t, Owner> owners;     // by word, of the launch
+std::vector<Access> accesses;                 // since the threads of the unit met
+std::unordered_map<uintptr_t, Owner> owners;  // by word, of the launch
 std::vector<std::pair<uintptr_t, uintptr_t>> private_memory;
 std::pair<uintptr_t, uintptr_t> ignored;
 uintptr_t stack = 0;  // the CPU's stack grows down from here while a phase runs: its locals are registers
@@ -42,8 +42,9 @@ bool after(const Place& a, const Place& b) {  // whether b waited for a
 void clash(const Access& a, const Access& b) {
   ++clashes;
   char text[200];
-  std::snprintf(text, sizeof text, "block %d thread %d (%s) and block %d thread %d (%s) between the same barriers", a.place.rank, a.place.thread,
-                a.write ? "writes" : "reads", b.place.rank, b.place.thread, b.write ? "writes" : "reads");
+  std::snprintf(text, sizeof text, "block %d thread %d (%s) and block %d thread %d (%s) between the same barriers",
+      a.place.rank, a.place.thread, a.write ? "writes" : "reads", b.place.rank, b.place.thread,
+      b.write ? "writes" : "reads");
   last = text;
 }
 
@@ -53,7 +54,8 @@ void between_units(uintptr_t word, uint8_t bytes, bool write) {
   Owner& owner = owners.try_emplace(word, Owner{current, 0, 0}).first->second;
   if (owner.unit != current) {
     if ((owner.written & bytes) || (write && (owner.read & bytes))) {
-      ++clashes, last = "two blocks or items of a launch: " + std::to_string(owner.unit) + " and " + std::to_string(current);
+      ++clashes,
+          last = "two blocks or items of a launch: " + std::to_string(owner.unit) + " and " + std::to_string(current);
     }
     owner.unit = kSeveral;
   }
@@ -68,7 +70,9 @@ void own(const void* memory, size_t bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
   private_memory.emplace_back(begin, begin + bytes);
 }
-void ignore(const void* memory, size_t bytes) { ignored = {reinterpret_cast<uintptr_t>(memory), reinterpret_cast<uintptr_t>(memory) + bytes}; }
+void ignore(const void* memory, size_t bytes) {
+  ignored = {reinterpret_cast<uintptr_t>(memory), reinterpret_cast<uintptr_t>(memory) + bytes};
+}
 void enter(const Place& place) {
   here = place, watching = true;
   stack = reinterpret_cast<uintptr_t>(__builtin_frame_address(0)) + 64;
@@ -78,20 +82,24 @@ void leave() { watching = false; }
 void gone(int rank, const void* memory, size_t bytes, const Place& end) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
   for (const Access& a : accesses)
-    if (a.place.rank != rank && a.word * 4 >= begin && a.word * 4 < begin + bytes && !after(a.place, end)) clash(a, {a.word, a.bytes, true, end});
+    if (a.place.rank != rank && a.word * 4 >= begin && a.word * 4 < begin + bytes && !after(a.place, end))
+      clash(a, {a.word, a.bytes, true, end});
 }
 
 void meet() {
   std::sort(accesses.begin(), accesses.end(), [](const Access& a, const Access& b) { return a.word < b.word; });
   for (size_t first = 0, end; first < accesses.size(); first = end) {
     bool written = false;
-    for (end = first; end < accesses.size() && accesses[end].word == accesses[first].word; ++end) written |= accesses[end].write;
+    for (end = first; end < accesses.size() && accesses[end].word == accesses[first].word; ++end)
+      written |= accesses[end].write;
     if (!written) continue;
     for (size_t i = first; i < end; ++i) {
       if (!accesses[i].write) continue;
       for (size_t j = first; j < end; ++j) {
         const Access &a = accesses[i], &b = accesses[j];
-        if ((a.place.rank == b.place.rank && a.place.thread == b.place.thread) || !(a.bytes & b.bytes) || after(a.place, b.place) || after(b.place, a.place)) continue;
+        if ((a.place.rank == b.place.rank && a.place.thread == b.place.thread) || !(a.bytes & b.bytes) ||
+            after(a.place, b.place) || after(b.place, a.place))
+          continue;
         clash(a, b);
         break;
       }
@@ -115,8 +123,9 @@ void access(const void* address, size_t size, bool write) {
     uint8_t bytes = 0;
     for (uintptr_t at = std::max(begin, word * 4); at < std::min(end, word * 4 + 4); ++at) bytes |= 1 << at % 4;
     // A thread that comes by a word again between the same barriers says nothing new.
-    const bool known = !accesses.empty() && accesses.back().word == word && accesses.back().write == write && accesses.back().bytes == bytes &&
-                       accesses.back().place.thread == here.thread && accesses.back().place.rank == here.rank && accesses.back().place.interval == here.interval;
+    const bool known = !accesses.empty() && accesses.back().word == word && accesses.back().write == write &&
+        accesses.back().bytes == bytes && accesses.back().place.thread == here.thread &&
+        accesses.back().place.rank == here.rank && accesses.back().place.interval == here.interval;
     if (!known) accesses.push_back({word, bytes, write, here});
     between_units(word, bytes, write);
   }
@@ -124,11 +133,11 @@ void access(const void* address, size_t size, bool write) {
 
 }  // namespace races
 
-#define ACCESS(n)                                                                                          \
-  extern "C" void __tsan_read##n(void* p) { races::access(p, n, false); }                                  \
-  extern "C" void __tsan_write##n(void* p) { races::access(p, n, true); }                                  \
-  extern "C" void __tsan_unaligned_read##n(void* p) { races::access(p, n, false); }                        \
-  extern "C" void __tsan_unaligned_write##n(void* p) { races::access(p, n, true); }                        \
+#define ACCESS(n)                                                                   \
+  extern "C" void __tsan_read##n(void* p) { races::access(p, n, false); }           \
+  extern "C" void __tsan_write##n(void* p) { races::access(p, n, true); }           \
+  extern "C" void __tsan_unaligned_read##n(void* p) { races::access(p, n, false); } \
+  extern "C" void __tsan_unaligned_write##n(void* p) { races::access(p, n, true); } \
   extern "C" void __tsan_read_write##n(void* p) { races::access(p, n, true); }
 ACCESS(1)
 ACCESS(2)

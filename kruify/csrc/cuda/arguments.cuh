@@ -17,33 +17,27 @@ using Optional = std::optional<Tensor>;
 
 // A contiguous tensor of this device, dtype and shape.
 inline Tensor checked(const char* what, const Tensor& t, const Tensor& like, std::initializer_list<int64_t> shape) {
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == like.get_device_index(), "kruify: ", what, " is not on the device of the other arguments");
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), "kruify: ", what, " has another dtype than the other arguments");
-  STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(shape.size()), "kruify: ", what, " must have ", shape.size(), " dimensions, got ", t.dim());
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == like.get_device_index(), "kruify: ", what,
+      " is not on the device of the other arguments");
+  STD_TORCH_CHECK(
+      t.scalar_type() == like.scalar_type(), "kruify: ", what, " has another dtype than the other arguments");
+  STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(shape.size()), "kruify: ", what, " must have ", shape.size(),
+      " dimensions, got ", t.dim());
   int64_t k = 0;
   for (int64_t size : shape) {
-    STD_TORCH_CHECK(size < 0 || t.size(k) == size, "kruify: ", what, " must have size ", size, " in dimension ", k, ", got ", t.size(k));
+    STD_TORCH_CHECK(size < 0 || t.size(k) == size, "kruify: ", what, " must have size ", size, " in dimension ", k,
+        ", got ", t.size(k));
     ++k;
   }
   return torch::stable::contiguous(t);
 }
 
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.data_ptr());
-}
-template <class T>
-const T* data(const Optional& t) {
-  return t ? data<T>(*t) : nullptr;
-}
-template <class T>
-T* writable(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
+template <class T> const T* data(const Tensor& t) { return static_cast<const T*>(t.data_ptr()); }
+template <class T> const T* data(const Optional& t) { return t ? data<T>(*t) : nullptr; }
+template <class T> T* writable(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 
 // Calls f with a zero of the tensors' type.
-template <class F>
-auto typed(const Tensor& like, const F& f) {
+template <class F> auto typed(const Tensor& like, const F& f) {
   return like.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
 }
 
@@ -55,40 +49,53 @@ struct MatrixArguments {
   std::vector<Tensor> stages;
   Optional diagonal, overlay, index, bias;
 
-  MatrixArguments(const Tensor& like, const std::vector<Tensor>& given, const Optional& diagonal_, const Optional& overlay_, const Optional& index_,
-                  const Optional& bias_, const std::vector<int64_t>& code, int rows_a_bias = 1)
+  MatrixArguments(const Tensor& like, const std::vector<Tensor>& given, const Optional& diagonal_,
+      const Optional& overlay_, const Optional& index_, const Optional& bias_, const std::vector<int64_t>& code,
+      int rows_a_bias = 1)
       : layout(decode_layout(code)) {
     const ScalarType dtype = like.scalar_type();
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "kruify: the kernels take float32 and float64");
-    STD_TORCH_CHECK(static_cast<int64_t>(layout.gates) * layout.rows < (int64_t{1} << 30), "kruify: a matrix of ", layout.gates, " x ", layout.rows, " rows");
-    STD_TORCH_CHECK(static_cast<int>(given.size()) == layout.stages, "kruify: the layout has ", layout.stages, " stages, got ", given.size());
+    STD_TORCH_CHECK(
+        dtype == ScalarType::Float || dtype == ScalarType::Double, "kruify: the kernels take float32 and float64");
+    STD_TORCH_CHECK(static_cast<int64_t>(layout.gates) * layout.rows < (int64_t{1} << 30), "kruify: a matrix of ",
+        layout.gates, " x ", layout.rows, " rows");
+    STD_TORCH_CHECK(static_cast<int>(given.size()) == layout.stages, "kruify: the layout has ", layout.stages,
+        " stages, got ", given.size());
     for (const LayoutTerm& term : layout.terms) {
       int64_t rows = 1, cols = 1;
       for (int k = term.first; k < term.first + term.stages; ++k) {
-        STD_TORCH_CHECK(given[k].dim() == 4, "kruify: stage ", k, " must have 4 dimensions (gates, rank, P, Q), got ", given[k].dim());
-        stages.push_back(checked("a stage", given[k], like, {static_cast<int64_t>(term.gates.size()), given[term.first].size(1), -1, -1}));
-        STD_TORCH_CHECK(given[k].numel() < (int64_t{1} << 31), "kruify: stage ", k, " has ", given[k].numel(), " elements");
+        STD_TORCH_CHECK(given[k].dim() == 4, "kruify: stage ", k, " must have 4 dimensions (gates, rank, P, Q), got ",
+            given[k].dim());
+        stages.push_back(checked(
+            "a stage", given[k], like, {static_cast<int64_t>(term.gates.size()), given[term.first].size(1), -1, -1}));
+        STD_TORCH_CHECK(
+            given[k].numel() < (int64_t{1} << 31), "kruify: stage ", k, " has ", given[k].numel(), " elements");
         rows *= given[k].size(2), cols *= given[k].size(3);
-        STD_TORCH_CHECK(rows > 0 && cols > 0 && rows <= layout.rows && cols <= layout.cols, "kruify: stages of a term do not make ", layout.rows, " x ", layout.cols);
+        STD_TORCH_CHECK(rows > 0 && cols > 0 && rows <= layout.rows && cols <= layout.cols,
+            "kruify: stages of a term do not make ", layout.rows, " x ", layout.cols);
       }
-      STD_TORCH_CHECK(rows == layout.rows && cols == layout.cols, "kruify: stages of a term make ", rows, " x ", cols, ", not ", layout.rows, " x ", layout.cols);
+      STD_TORCH_CHECK(rows == layout.rows && cols == layout.cols, "kruify: stages of a term make ", rows, " x ", cols,
+          ", not ", layout.rows, " x ", layout.cols);
     }
-    STD_TORCH_CHECK(diagonal_.has_value() == !layout.diagonal_gates.empty(), "kruify: the layout and the diagonal do not agree");
-    if (diagonal_) diagonal = checked("the diagonal", *diagonal_, like, {static_cast<int64_t>(layout.diagonal_gates.size()), std::min(layout.rows, layout.cols)});
+    STD_TORCH_CHECK(
+        diagonal_.has_value() == !layout.diagonal_gates.empty(), "kruify: the layout and the diagonal do not agree");
+    if (diagonal_)
+      diagonal = checked("the diagonal", *diagonal_, like,
+          {static_cast<int64_t>(layout.diagonal_gates.size()), std::min(layout.rows, layout.cols)});
     STD_TORCH_CHECK(overlay_.has_value() == index_.has_value(), "kruify: an overlay needs its index");
     if (overlay_) {
       overlay = checked("the overlay", *overlay_, like, {-1, -1});
-      STD_TORCH_CHECK(index_->is_cuda() && index_->get_device_index() == like.get_device_index() && index_->scalar_type() == ScalarType::Int && index_->dim() == 2 &&
-                          index_->size(0) == overlay->size(0) && index_->size(1) == 2,
-                      "kruify: the overlay's index must be int32 of shape (blocks, 2) on the same device");
+      STD_TORCH_CHECK(index_->is_cuda() && index_->get_device_index() == like.get_device_index() &&
+              index_->scalar_type() == ScalarType::Int && index_->dim() == 2 && index_->size(0) == overlay->size(0) &&
+              index_->size(1) == 2,
+          "kruify: the overlay's index must be int32 of shape (blocks, 2) on the same device");
       index = torch::stable::contiguous(*index_);
       if (overlay->numel() == 0) overlay.reset(), index.reset();
     }
-    if (bias_) bias = checked("the bias", *bias_, like, {static_cast<int64_t>(layout.gates) * layout.rows / rows_a_bias});
+    if (bias_)
+      bias = checked("the bias", *bias_, like, {static_cast<int64_t>(layout.gates) * layout.rows / rows_a_bias});
   }
 
-  template <class T>
-  Matrix<T> matrix(Machine& machine) const {
+  template <class T> Matrix<T> matrix(Machine& machine) const {
     Matrix<T> m;
     m.layout = layout;
     for (const Tensor& s : stages) {

@@ -9,8 +9,7 @@ struct DeviceBlock {
   Thread thread;
 
   // State that a thread keeps from phase to phase, in registers.
-  template <class State>
-  struct PerThread {
+  template <class State> struct PerThread {
     State state;
     __device__ __forceinline__ State& of(const Thread&) { return state; }
   };
@@ -25,10 +24,7 @@ struct DeviceBlock {
 #endif
     return {t};
   }
-  template <class Phase>
-  __device__ __forceinline__ void each(const Phase& phase) const {
-    phase(thread);
-  }
+  template <class Phase> __device__ __forceinline__ void each(const Phase& phase) const { phase(thread); }
   __device__ __forceinline__ void barrier() const { __syncthreads(); }
   __device__ __forceinline__ void end() const {}
   __device__ __forceinline__ void cluster_barrier() const {
@@ -51,8 +47,7 @@ struct DeviceBlock {
 #endif
   }
   // The same place in the shared memory of another block of the cluster.
-  template <class T>
-  __device__ __forceinline__ T* remote(const Thread& t, int rank, T* local) const {
+  template <class T> __device__ __forceinline__ T* remote(const Thread& t, int rank, T* local) const {
 #if __CUDA_ARCH__ >= 900
     if (t.ranks > 1) {
       T* there;

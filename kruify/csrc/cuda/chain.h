@@ -10,8 +10,7 @@ namespace kruify::cuda {
 constexpr int kMaxFactors = 48;  // of one stage, the scale counted; factors above 1x1 are 31 at most
 
 // The product of `count` factors, each (pairs, P, Q); a scale is a factor of 1x1.
-template <class T>
-struct Chain {
+template <class T> struct Chain {
   const T* factor[kMaxFactors];
   int P[kMaxFactors], Q[kMaxFactors];
   int count = 0, pairs = 0, rows = 1, cols = 1;
@@ -31,8 +30,7 @@ struct Chain {
   }
 };
 
-template <class T>
-struct MergeChain {
+template <class T> struct MergeChain {
   Chain<T> chain;
   T* out;  // (pairs, rows, cols)
   KRUIFY_HD int64_t items() const { return static_cast<int64_t>(chain.pairs) * chain.rows * chain.cols; }
@@ -42,9 +40,9 @@ struct MergeChain {
   }
 };
 
-// Parts of the gradient of factor `which`: part[piece, pair, p, q], each over its share of the elements that hold (p, q).
-template <class T>
-struct ChainGradient {
+// Parts of the gradient of factor `which`: part[piece, pair, p, q], each over its share of the elements that hold (p,
+// q).
+template <class T> struct ChainGradient {
   Chain<T> chain;
   int which, below, beside;  // rows and columns of the factors behind `which`
   const T* grad;             // (pairs, rows, cols)
@@ -54,14 +52,16 @@ struct ChainGradient {
   KRUIFY_HD int64_t size() const { return static_cast<int64_t>(chain.pairs) * chain.P[which] * chain.Q[which]; }
   KRUIFY_HD int64_t items() const { return pieces * size(); }
   KRUIFY_HD void run(int64_t item) const {
-    const int P = chain.P[which], Q = chain.Q[which], q = static_cast<int>(item % Q), p = static_cast<int>(item / Q % P);
+    const int P = chain.P[which], Q = chain.Q[which], q = static_cast<int>(item % Q),
+              p = static_cast<int>(item / Q % P);
     const int pair = static_cast<int>(item % size() / Q / P), across = chain.cols / Q;
     const int64_t piece = item / size(), elements = static_cast<int64_t>(chain.rows / P) * across;
     T sum = 0;
     for (int64_t e = elements * piece / pieces; e < elements * (piece + 1) / pieces; ++e) {
       const int r = static_cast<int>(e / across), c = static_cast<int>(e % across);
       const int row = (r / below * P + p) * below + r % below, column = (c / beside * Q + q) * beside + c % beside;
-      sum += grad[(static_cast<int64_t>(pair) * chain.rows + row) * chain.cols + column] * chain.element(pair, row, column, which);
+      sum += grad[(static_cast<int64_t>(pair) * chain.rows + row) * chain.cols + column] *
+          chain.element(pair, row, column, which);
     }
     part[item] = sum;
   }

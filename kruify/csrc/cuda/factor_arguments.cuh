@@ -14,15 +14,18 @@ struct FactorArguments {
   FactorArguments(const std::vector<Tensor>& given, const Optional& scale_given, const std::vector<int64_t>& groups) {
     STD_TORCH_CHECK(!given.empty() && !groups.empty(), "kruify: no factors");
     const Tensor& like = given[0];
-    STD_TORCH_CHECK(like.scalar_type() == ScalarType::Float || like.scalar_type() == ScalarType::Double, "kruify: the kernels take float32 and float64");
+    STD_TORCH_CHECK(like.scalar_type() == ScalarType::Float || like.scalar_type() == ScalarType::Double,
+        "kruify: the kernels take float32 and float64");
     STD_TORCH_CHECK(like.dim() == 4, "kruify: a factor must have 4 dimensions (gates, rank, P, Q), got ", like.dim());
     gates = like.size(0), rank = like.size(1);
     for (const Tensor& f : given) factors.push_back(checked("a factor", f, like, {gates, rank, -1, -1}));
     if (scale_given) scale.push_back(checked("the scale", *scale_given, like, {gates, rank}));
     for (int64_t size : groups) {
-      STD_TORCH_CHECK(size > 0 && size <= static_cast<int64_t>(given.size() - first.back()), "kruify: the groups do not cover the factors");
+      STD_TORCH_CHECK(size > 0 && size <= static_cast<int64_t>(given.size() - first.back()),
+          "kruify: the groups do not cover the factors");
       first.push_back(first.back() + size);
-      STD_TORCH_CHECK(size + !scale.empty() <= kMaxFactors, "kruify: more than ", kMaxFactors - 1, " factors in one stage");
+      STD_TORCH_CHECK(
+          size + !scale.empty() <= kMaxFactors, "kruify: more than ", kMaxFactors - 1, " factors in one stage");
       int64_t elements = pairs();
       for (size_t k = first[first.size() - 2]; k < first.back(); ++k) {
         STD_TORCH_CHECK(factors[k].numel() > 0, "kruify: factor ", k, " is empty");
@@ -37,8 +40,7 @@ struct FactorArguments {
   int64_t columns(size_t k) const { return factors[k].size(3); }
   size_t groups() const { return first.size() - 1; }
 
-  template <class T>
-  Chain<T> chain(size_t group) const {
+  template <class T> Chain<T> chain(size_t group) const {
     Chain<T> chain{};
     chain.pairs = static_cast<int>(pairs());
     for (size_t k = first[group]; k < first[group + 1]; ++k) chain.add(data<T>(factors[k]), rows(k), columns(k));

@@ -22,10 +22,7 @@ KRUIFY_HD double hyperbolic(double x) { return tanh(x); }
 KRUIFY_HD float magnitude(float x, float y) { return hypotf(x, y); }
 KRUIFY_HD double magnitude(double x, double y) { return hypot(x, y); }
 
-template <class T>
-KRUIFY_HD T sigmoid(T x) {
-  return T(1) / (T(1) + exponential(-x));
-}
+template <class T> KRUIFY_HD T sigmoid(T x) { return T(1) / (T(1) + exponential(-x)); }
 
 // x: the input's share of the gates; y: W h + b; saved: what the backward pass needs. Returns h, updates c.
 template <int G, class T>
@@ -48,8 +45,8 @@ KRUIFY_HD T cell_forward(const T (&x)[G], const T (&y)[G], T h, T& c, Kind kind,
 // dh: gradient of this step's h. saved as above; h_before, c_before: the state the step started from; h: its result.
 // Writes the gradients of the gates before activation and of W h + b; updates dc; returns what of dh passes by W.
 template <int G, class T>
-KRUIFY_HD T cell_backward(T dh, const T (&saved)[5], T h, T h_before, T c_before, Kind kind, T& dc, T (&gates)[G],
-                          T (&product)[G]) {
+KRUIFY_HD T cell_backward(
+    T dh, const T (&saved)[5], T h, T h_before, T c_before, Kind kind, T& dc, T (&gates)[G], T (&product)[G]) {
   if constexpr (G == 4) {
     const T i = saved[0], f = saved[1], g = saved[2], o = saved[3], tanh_c = hyperbolic(saved[4]);
     const T total = dc + dh * o * (T(1) - tanh_c * tanh_c);
@@ -75,15 +72,13 @@ KRUIFY_HD T cell_backward(T dh, const T (&saved)[5], T h, T h_before, T c_before
 }
 
 // modReLU's unit: z and h are (re, im), im = 0 for a real one; im stands H / 2 behind re in every array.
-template <class T>
-KRUIFY_HD void modrelu_forward(const T (&z)[2], T b, T (&h)[2]) {
+template <class T> KRUIFY_HD void modrelu_forward(const T (&z)[2], T b, T (&h)[2]) {
   const T size = magnitude(z[0], z[1]), length = size + b < T(0) ? T(0) : size + b;  // NaN stays NaN
   for (int k = 0; k < 2; ++k) h[k] = size == T(0) ? T(0) : length * (z[k] / size);
 }
 
 // dh becomes dz: along z as it comes, across z stretched as z is.
-template <class T>
-KRUIFY_HD void modrelu_backward(const T (&z)[2], T b, T (&d)[2]) {
+template <class T> KRUIFY_HD void modrelu_backward(const T (&z)[2], T b, T (&d)[2]) {
   const T size = magnitude(z[0], z[1]), length = size + b;
   const bool off = size == T(0) || length <= T(0);
   const T re = z[0] / size, im = z[1] / size, along = d[0] * re + d[1] * im, stretch = length / size;

@@ -11,8 +11,7 @@ namespace kruify::cuda {
 constexpr int kMaxTerms = 16, kMaxOps = 48;  // of one launch; the host forms the dense matrix beyond them
 
 // One stage on its way through a term: (a, Q, b) -> (a, P, b) for every gate and rank.
-template <class T>
-struct Op {
+template <class T> struct Op {
   const T* data;  // (gates, rank, P, Q)
   int P, Q, a, b;
   int stage;  // which of the term's stages it is
@@ -40,12 +39,11 @@ struct Term {
   int gate[4];
 };
 
-template <class T>
-struct Overlay {
-  const T* values;         // (blocks, block), or null
-  const int* index;        // (blocks, 2): first row, column; ascending
-  const int* row_start;    // (rows + 1,) first block that starts at or below a row
-  const int* by_column;    // the columns in ascending order
+template <class T> struct Overlay {
+  const T* values;       // (blocks, block), or null
+  const int* index;      // (blocks, 2): first row, column; ascending
+  const int* row_start;  // (rows + 1,) first block that starts at or below a row
+  const int* by_column;  // the columns in ascending order
   const int64_t* blocks_by_column;
   int blocks, block;
 
@@ -74,8 +72,7 @@ struct Overlay {
   }
 };
 
-template <class T>
-struct Program {
+template <class T> struct Program {
   int hidden, gates, terms, width;  // width: elements of the widest intermediate
   Term term[kMaxTerms];
   Op<T> op[kMaxOps];
@@ -85,8 +82,7 @@ struct Program {
   const T* bias;
 };
 
-template <class T>
-struct GeneralForward {
+template <class T> struct GeneralForward {
   const T *x, *h0, *c0;
   T *out, *h_last, *c_last, *workspace;
   Rows rows;
@@ -94,8 +90,7 @@ struct GeneralForward {
   const T* threshold;  // modReLU's bias, or null
 };
 
-template <class T>
-struct GeneralBackward {
+template <class T> struct GeneralBackward {
   const T *grad_out, *grad_h, *grad_c, *out, *workspace, *h0, *c0;
   T *grad_gates, *grad_product, *grad_h0, *grad_c0;
   Rows rows;
@@ -104,26 +99,27 @@ struct GeneralBackward {
 };
 
 // Elements of the scratch that a block needs.
-template <class T>
-KRUIFY_HD int64_t general_scratch(const Program<T>& m) {
+template <class T> KRUIFY_HD int64_t general_scratch(const Program<T>& m) {
   return static_cast<int64_t>(m.hidden) * (m.gates + 3) + 2 * static_cast<int64_t>(m.width);
 }
 
-template <int G, class T>
-struct GeneralPhases {
+template <int G, class T> struct GeneralPhases {
   const Program<T>& m;
 
   KRUIFY_HD T* h(const Thread& t) const { return reinterpret_cast<T*>(t.memory); }  // backward: dh
   KRUIFY_HD T* c(const Thread& t) const { return h(t) + m.hidden; }                 // backward: dc
   KRUIFY_HD T* carry(const Thread& t) const { return h(t) + 2 * m.hidden; }
   KRUIFY_HD T* y(const Thread& t) const { return h(t) + 3 * m.hidden; }
-  KRUIFY_HD T* buffer(const Thread& t, int which) const { return y(t) + G * m.hidden + (which & 1) * static_cast<int64_t>(m.width); }
+  KRUIFY_HD T* buffer(const Thread& t, int which) const {
+    return y(t) + G * m.hidden + (which & 1) * static_cast<int64_t>(m.width);
+  }
 
   KRUIFY_HD void start(const Thread& t) const {
     for (int e = t.id; e < G * m.hidden; e += t.count) {
       const int g = e / m.hidden, i = e % m.hidden;
       T sum = m.bias ? m.bias[e] : T(0);
-      if (m.diagonal && m.diagonal_row[g] >= 0) sum += m.diagonal[static_cast<int64_t>(m.diagonal_row[g]) * m.hidden + i] * h(t)[i];
+      if (m.diagonal && m.diagonal_row[g] >= 0)
+        sum += m.diagonal[static_cast<int64_t>(m.diagonal_row[g]) * m.hidden + i] * h(t)[i];
       if (m.overlay.values) sum += m.overlay.row_product(e, h(t));
       y(t)[e] = sum;
     }
@@ -135,12 +131,14 @@ struct GeneralPhases {
     const int64_t stride = k ? op.in() : 0;
     if (k + 1 < term.count) {
       T* to = buffer(t, k + 1);
-      for (int e = t.id; e < pairs * op.out(); e += t.count) to[e] = op.apply(e / op.out(), from + e / op.out() * stride, e % op.out());
+      for (int e = t.id; e < pairs * op.out(); e += t.count)
+        to[e] = op.apply(e / op.out(), from + e / op.out() * stride, e % op.out());
     } else {
       for (int e = t.id; e < term.gates * m.hidden; e += t.count) {
         const int gate = e / m.hidden, i = e % m.hidden;
         T sum = 0;
-        for (int pair = gate * term.rank; pair < (gate + 1) * term.rank; ++pair) sum += op.apply(pair, from + pair * stride, i);
+        for (int pair = gate * term.rank; pair < (gate + 1) * term.rank; ++pair)
+          sum += op.apply(pair, from + pair * stride, i);
         y(t)[term.gate[gate] * m.hidden + i] += sum;
       }
     }
@@ -160,10 +158,15 @@ struct GeneralPhases {
     const int pairs = term.gates * term.rank;
     const bool first = k + 1 == term.count;
     const T* from = first ? y(t) : buffer(t, k + 1);
-    auto part = [&](int pair) { return from + (first ? static_cast<int64_t>(term.gate[pair / term.rank]) * m.hidden : static_cast<int64_t>(pair) * op.out()); };
+    auto part = [&](int pair) {
+      return from +
+          (first ? static_cast<int64_t>(term.gate[pair / term.rank]) * m.hidden
+                 : static_cast<int64_t>(pair) * op.out());
+    };
     if (k) {
       T* to = buffer(t, k);
-      for (int e = t.id; e < pairs * op.in(); e += t.count) to[e] = op.apply_transposed(e / op.in(), part(e / op.in()), e % op.in());
+      for (int e = t.id; e < pairs * op.in(); e += t.count)
+        to[e] = op.apply_transposed(e / op.in(), part(e / op.in()), e % op.in());
     } else {
       for (int i = t.id; i < m.hidden; i += t.count) {
         T sum = 0;
@@ -274,7 +277,8 @@ KRUIFY_HD void general_backward(Block& block, const Program<T>& m, const General
         if (args.grad_out) dh += args.grad_out[row * m.hidden + i];
         for (int k = 0; k < kept; ++k) saved[k] = args.workspace[(row * kept + k) * m.hidden + i];
         if (G == 3) h_before = n ? args.out[before * m.hidden + i] : args.h0[own + i];
-        if (G == 4) c_before = n ? args.workspace[(before * kept + 4) * m.hidden + i] : args.c0[own + i], c = phases.c(t)[i];
+        if (G == 4)
+          c_before = n ? args.workspace[(before * kept + 4) * m.hidden + i] : args.c0[own + i], c = phases.c(t)[i];
         phases.carry(t)[i] =
             cell_backward<G>(dh, saved, args.out[row * m.hidden + i], h_before, c_before, args.kind, c, gates, product);
         if (G == 4) phases.c(t)[i] = c;

@@ -2,8 +2,8 @@
 //
 // A kernel is written as a sequence of phases: `block.each(f)` runs f(thread) for every thread of a block, and
 // `block.barrier()` stands between phases. On the GPU `each` calls f once, in each thread; in tests/cuda a block is a
-// loop over all threads, so that index arithmetic, races inside a phase, missing barriers and missing waits show on a CPU.
-// Phases may run late there: they capture loop variables by value, and `block.end()` closes the kernel.
+// loop over all threads, so that index arithmetic, races inside a phase, missing barriers and missing waits show on a
+// CPU. Phases may run late there: they capture loop variables by value, and `block.end()` closes the kernel.
 #pragma once
 
 #include <cmath>
@@ -44,7 +44,8 @@ KRUIFY_HD Quad load_quad(const float* p) {
 #endif
 }
 
-// Copies of one emulated thread that are on their way, on a CPU: they arrive as late as they may, when the thread waits.
+// Copies of one emulated thread that are on their way, on a CPU: they arrive as late as they may, when the thread
+// waits.
 struct Copies {
   static constexpr int kMost = 256;
   float* to[kMost];
@@ -76,8 +77,7 @@ KRUIFY_HD void fetch_commit() {
 }
 
 // Waits until at most `pending` of this thread's latest groups are still on their way.
-template <int pending>
-KRUIFY_HD void fetch_wait() {
+template <int pending> KRUIFY_HD void fetch_wait() {
 #if defined(__CUDA_ARCH__)
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 #else
@@ -98,8 +98,8 @@ KRUIFY_HD void prefetch(const void* global) {
 #endif
 }
 
-// Stops what goes wrong. On the GPU that is the kernel: the message goes to stderr, and the next call that waits for the
-// device raises.
+// Stops what goes wrong. On the GPU that is the kernel: the message goes to stderr, and the next call that waits for
+// the device raises.
 KRUIFY_HD void demand(bool right, const char* what) {
   if (right) return;
 #if defined(__CUDA_ARCH__)

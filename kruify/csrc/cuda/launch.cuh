@@ -26,10 +26,11 @@ inline int most_shared_memory() {
 
 // `cluster` blocks together, each with `bytes` of shared memory. Neither allocates nor waits.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, int cluster, cudaStream_t stream, const char* what,
-            const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, int cluster, cudaStream_t stream,
+    const char* what, const Arguments&... arguments) {
   // Always the most there is: another thread may be about to launch the same kernel with more or less than `bytes`.
-  if (bytes > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_memory()), what);
+  if (bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_memory()), what);
   cudaLaunchConfig_t config{};
   config.gridDim = blocks, config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes, config.stream = stream;
   cudaLaunchAttribute attribute{};

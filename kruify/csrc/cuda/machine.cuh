@@ -19,8 +19,7 @@ namespace kruify::cuda {
 
 using torch::stable::Tensor;
 
-template <class Item>
-__global__ void __launch_bounds__(256) items_kernel(const __grid_constant__ Item item) {
+template <class Item> __global__ void __launch_bounds__(256) items_kernel(const __grid_constant__ Item item) {
   const int64_t count = item.items();
   for (int64_t k = blockIdx.x * int64_t{256} + threadIdx.x; k < count; k += gridDim.x * int64_t{256}) item.run(k);
 }
@@ -39,9 +38,11 @@ inline Chip chip_of(int device) {
     const bool runs = found != cudaErrorNoKernelImageForDevice && found != cudaErrorInvalidDeviceFunction;
     if (runs) check(found, "asking for the kernels");
     else cudaGetLastError();
-    check(cudaDeviceGetAttribute(&chip.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "asking the GPU for its size");
+    check(cudaDeviceGetAttribute(&chip.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "asking the GPU for its size");
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking the GPU for its size");
-    check(cudaDeviceGetAttribute(&chip.processors, cudaDevAttrMultiProcessorCount, device), "asking the GPU for its size");
+    check(cudaDeviceGetAttribute(&chip.processors, cudaDevAttrMultiProcessorCount, device),
+        "asking the GPU for its size");
     // Code that the driver translated from the PTX of an older chip knows nothing of clusters.
     chip.clusters = major >= 9 && code.ptxVersion >= 90;
     if (!runs) chip.shared_memory = 0;
@@ -59,16 +60,18 @@ class Machine {
     // The guard sets the device of torch's CUDA runtime; this library carries one of its own.
     check(cudaSetDevice(device), "choosing the GPU");
     chip = chip_of(device);
-    if (!aoti_torch_get_current_cuda_stream) throw std::runtime_error("kruify: the kernels were built beside a torch without CUDA: build them again beside this one");
+    if (!aoti_torch_get_current_cuda_stream)
+      throw std::runtime_error(
+          "kruify: the kernels were built beside a torch without CUDA: build them again beside this one");
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
-  template <class T>
-  T* scratch(int64_t n) {
+  template <class T> T* scratch(int64_t n) {
     const int64_t words = (n * static_cast<int64_t>(sizeof(T)) + 7) / 8;
-    kept_.push_back(torch::stable::new_empty(like_, std::array<int64_t, 1>{words}, torch::headeronly::ScalarType::Double));
+    kept_.push_back(
+        torch::stable::new_empty(like_, std::array<int64_t, 1>{words}, torch::headeronly::ScalarType::Double));
     return reinterpret_cast<T*>(kept_.back().mutable_data_ptr());
   }
   const int* upload(const std::vector<int>& values) {
@@ -81,11 +84,12 @@ class Machine {
     }
     return to;
   }
-  template <class Item>
-  void run(const Item& item) {
+  template <class Item> void run(const Item& item) {
     static_assert(sizeof(Item) <= 4096, "a launch takes 4 KB of parameters");
     const int64_t count = item.items();
-    if (count) launch(items_kernel<Item>, dim3(static_cast<unsigned>(least((count + 255) / 256, 1 << 20))), 256, 0, 1, stream_, "a launch over rows", item);
+    if (count)
+      launch(items_kernel<Item>, dim3(static_cast<unsigned>(least((count + 255) / 256, 1 << 20))), 256, 0, 1, stream_,
+          "a launch over rows", item);
   }
   void sort_columns(const int*, int, const int*& columns, const int64_t*& blocks) {
     const Tensor column = torch::stable::contiguous(torch::stable::select(overlay_index, 1, 1));
@@ -98,29 +102,31 @@ class Machine {
     blocks = static_cast<const int64_t*>(kept_.back().data_ptr());
   }
 
-  void pair_recurrence(AnyShape s, const PairPlan& p, Kind kind, const PairForward& args) { launch_pair_forward(s, p, kind, args, stream_); }
-  void pair_recurrence_backward(AnyShape s, const PairPlan& p, Kind kind, const PairBackward& args) { launch_pair_backward(s, p, kind, args, stream_); }
+  void pair_recurrence(AnyShape s, const PairPlan& p, Kind kind, const PairForward& args) {
+    launch_pair_forward(s, p, kind, args, stream_);
+  }
+  void pair_recurrence_backward(AnyShape s, const PairPlan& p, Kind kind, const PairBackward& args) {
+    launch_pair_backward(s, p, kind, args, stream_);
+  }
   void pair_product(AnyShape s, const PairProductPlan& p, const PairProduct& args, bool backward) {
     const int64_t turns = (args.rows + p.batch - 1) / p.batch, resident = greatest(1, chip.shared_memory / p.bytes);
-    launch_pair_product(s, p, args, backward, static_cast<int>(least(turns, least(4, resident) * chip.processors)), stream_);
+    launch_pair_product(
+        s, p, args, backward, static_cast<int>(least(turns, least(4, resident) * chip.processors)), stream_);
   }
   void pair_gradient(AnyShape s, const PairGradientPlan& p, const PairGradient& args, int pieces, int rank) {
     launch_pair_gradient(s, p, args, pieces, rank, stream_);
   }
-  template <class T>
-  void general_recurrence(const Program<T>& m, Kind kind, const GeneralForward<T>& args) {
+  template <class T> void general_recurrence(const Program<T>& m, Kind kind, const GeneralForward<T>& args) {
     const auto [memory, bytes] = general_memory(m, args.rows.batch);
     launch_general_forward<T>(m, kind, args, memory, bytes, stream_);
   }
-  template <class T>
-  void general_recurrence_backward(const Program<T>& m, Kind kind, const GeneralBackward<T>& args) {
+  template <class T> void general_recurrence_backward(const Program<T>& m, Kind kind, const GeneralBackward<T>& args) {
     const auto [memory, bytes] = general_memory(m, args.rows.batch);
     launch_general_backward<T>(m, kind, args, memory, bytes, stream_);
   }
 
  private:
-  template <class T>
-  std::pair<T*, int> general_memory(const Program<T>& m, int batch) {
+  template <class T> std::pair<T*, int> general_memory(const Program<T>& m, int batch) {
     const int64_t elements = general_scratch(m), bytes = elements * static_cast<int64_t>(sizeof(T));
     if (bytes <= chip.shared_memory) return {nullptr, static_cast<int>(bytes)};
     return {scratch<T>(elements * batch), 0};

@@ -23,7 +23,8 @@ struct MatrixLayout {
 inline MatrixLayout decode_layout(const std::vector<int64_t>& code) {
   size_t at = 0;
   auto next = [&](int64_t low, int64_t high) {
-    if (at >= code.size() || code[at] < low || code[at] > high) throw std::runtime_error("kruify: this is no operator layout");
+    if (at >= code.size() || code[at] < low || code[at] > high)
+      throw std::runtime_error("kruify: this is no operator layout");
     return static_cast<int>(code[at++]);
   };
   MatrixLayout m;
@@ -54,8 +55,7 @@ struct StageShape {
 };
 
 // A term's stages as ops in a cheap order: those that shrink the vector first, then the last one first.
-template <class T>
-std::vector<Op<T>> order_ops(const std::vector<StageShape>& shapes, const T* const* data) {
+template <class T> std::vector<Op<T>> order_ops(const std::vector<StageShape>& shapes, const T* const* data) {
   const int count = static_cast<int>(shapes.size());
   std::vector<int> order(count), size(count);
   for (int k = 0; k < count; ++k) order[k] = count - 1 - k, size[k] = shapes[k].Q;
@@ -75,7 +75,8 @@ std::vector<Op<T>> order_ops(const std::vector<StageShape>& shapes, const T* con
 
 // The matrix as the general recurrence takes it; false where it has more parts than one launch holds.
 template <class T>
-bool build_program(const MatrixLayout& m, const std::vector<StageShape>& shapes, const std::vector<const T*>& data, Program<T>& program) {
+bool build_program(const MatrixLayout& m, const std::vector<StageShape>& shapes, const std::vector<const T*>& data,
+    Program<T>& program) {
   program.hidden = m.rows, program.gates = m.gates, program.terms = 0, program.width = 0;
   for (int& row : program.diagonal_row) row = -1;
   if (m.gates > 4 || m.terms.size() > kMaxTerms) return false;
@@ -91,7 +92,9 @@ bool build_program(const MatrixLayout& m, const std::vector<StageShape>& shapes,
     int k = 0;
     for (const Op<T>& op : order_ops<T>(own, data.data() + from.first)) {
       program.op[used++] = op;
-      if (++k < from.stages) program.width = static_cast<int>(greatest(program.width, static_cast<int64_t>(op.out()) * term.gates * term.rank));
+      if (++k < from.stages)
+        program.width =
+            static_cast<int>(greatest(program.width, static_cast<int64_t>(op.out()) * term.gates * term.rank));
     }
   }
   return true;

@@ -10,8 +10,7 @@
 namespace kruify::cuda {
 
 // Calls f(shape) with the fixed shape where the menu has it, else with the sizes as they are.
-template <class F>
-void with_shape(AnyShape s, bool menu, const F& f) {
+template <class F> void with_shape(AnyShape s, bool menu, const F& f) {
   const bool square = s.P1 == s.Q1 && s.P2 == s.Q2;
 #define KRUIFY_ENTRY(rows1, rows2) \
   if (menu && square && s.P1 == rows1 && s.P2 == rows2) return f(Square<rows1, rows2>{});
@@ -20,16 +19,14 @@ void with_shape(AnyShape s, bool menu, const F& f) {
   f(s);
 }
 
-template <class F>
-void with_gates(Kind kind, const F& f) {
+template <class F> void with_gates(Kind kind, const F& f) {
   if (kind == kLstm) f(std::integral_constant<int, 4>{});
   else if (kind == kGru) f(std::integral_constant<int, 3>{});
   else f(std::integral_constant<int, 1>{});
 }
 
 // How a plan keeps its operands. The two halves are compiled apart.
-template <bool Tensor, class F>
-void with_numbers(const PairPlan& p, const F& f) {
+template <bool Tensor, class F> void with_numbers(const PairPlan& p, const F& f) {
   if constexpr (Tensor) {
     if (p.precision == kTf32) f(Tf32{});
     else f(Bf16{});
@@ -40,17 +37,17 @@ void with_numbers(const PairPlan& p, const F& f) {
 }
 
 // The kernels over many rows have tiles of four columns alone.
-template <class F>
-void with_precision(Precision precision, const F& f) {
+template <class F> void with_precision(Precision precision, const F& f) {
   if (precision == kTf32) f(Tf32{});
   else if (precision == kBf16) f(Bf16{});
   else f(Exact<4>{});
 }
 
 // Calls f(gates, numbers, shape) with the template of a recurrence.
-template <bool Tensor, class F>
-void with_template(AnyShape s, bool menu, const PairPlan& p, Kind kind, const F& f) {
-  with_shape(s, menu, [&](auto shape) { with_gates(kind, [&](auto gates) { with_numbers<Tensor>(p, [&](auto numbers) { f(gates, numbers, shape); }); }); });
+template <bool Tensor, class F> void with_template(AnyShape s, bool menu, const PairPlan& p, Kind kind, const F& f) {
+  with_shape(s, menu, [&](auto shape) {
+    with_gates(kind, [&](auto gates) { with_numbers<Tensor>(p, [&](auto numbers) { f(gates, numbers, shape); }); });
+  });
 }
 
 }  // namespace kruify::cuda

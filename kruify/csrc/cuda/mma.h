@@ -1,5 +1,6 @@
-// Products on tensor cores: a warp's tile of C[m][n] += sum_k A[m][k] B[n][k], operands rounded to TF32 or bf16, sums in
-// float32. Both operands are rows in shared memory; a row is counted in words of 4 bytes: one TF32 number, or two of bf16.
+// Products on tensor cores: a warp's tile of C[m][n] += sum_k A[m][k] B[n][k], operands rounded to TF32 or bf16, sums
+// in float32. Both operands are rows in shared memory; a row is counted in words of 4 bytes: one TF32 number, or two of
+// bf16.
 //
 // mma.sync.m16n8k8 (TF32) and m16n8k16 (bf16) take the same words: 16 rows of A and 8 rows of B, 8 words each, of which
 // lane l holds words l % 4 and l % 4 + 4 of row l / 4 (and of A's row l / 4 + 8); C's row l / 4 (and + 8), columns
@@ -42,9 +43,9 @@ KRUIFY_HD float float_of(uint32_t bits) {
 #endif
 }
 
-// How the templates keep operands in shared memory. `put` writes number k of a row, `put_pair` numbers k and k + 1, k even.
-template <int Columns>
-struct Exact {  // float32, by threads' tiles of `Columns` columns
+// How the templates keep operands in shared memory. `put` writes number k of a row, `put_pair` numbers k and k + 1, k
+// even.
+template <int Columns> struct Exact {  // float32, by threads' tiles of `Columns` columns
   static constexpr Precision precision = kFloat32;
   static constexpr int tile = Columns;
   static KRUIFY_HD void put(float* row, int k, float value) { row[k] = value; }
@@ -110,31 +111,38 @@ KRUIFY_HD Left take_left(int lane, const float* a, int step) {
   const Right low = load_words(p), high = load_words(p + 8 * step);
   return {{low.word[0], high.word[0], low.word[1], high.word[1]}};
 }
-KRUIFY_HD Right take_right(int lane, const float* b, int step) { return load_words(b + lane / 4 * step + lane % 4 * 2); }
+KRUIFY_HD Right take_right(int lane, const float* b, int step) {
+  return load_words(b + lane / 4 * step + lane % 4 * 2);
+}
 
 #if defined(__CUDACC__)
 __device__ __forceinline__ void mma(Tf32, float (&c)[4], const Left& a, const Right& b) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]));
 }
 __device__ __forceinline__ void mma(Bf16, float (&c)[4], const Left& a, const Right& b) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]));
 }
 #endif
 
 // The numbers of a word, low half first; what TF32 ignores is gone.
 inline void numbers_of(Tf32, uint32_t word, float (&to)[2]) { to[0] = float_of(word & 0xffffe000u), to[1] = 0.0f; }
-inline void numbers_of(Bf16, uint32_t word, float (&to)[2]) { to[0] = float_of(word << 16), to[1] = float_of(word & 0xffff0000u); }
+inline void numbers_of(Bf16, uint32_t word, float (&to)[2]) {
+  to[0] = float_of(word << 16), to[1] = float_of(word & 0xffff0000u);
+}
 
 // How often this CPU thread has emulated an mma: every lane of a warp has to meet each one.
 inline thread_local int64_t emulated = 0;
 
 // What one lane gets of an mma, from the words that all 32 lanes bring.
-template <class Format>
-void emulate_mma(Format format, int lane, float (&c)[4], const Left* left, const Right* right) {
+template <class Format> void emulate_mma(Format format, int lane, float (&c)[4], const Left* left, const Right* right) {
   ++emulated;
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
@@ -149,7 +157,8 @@ void emulate_mma(Format format, int lane, float (&c)[4], const Left* left, const
 
 // 16 x 8 NT of C, from the first rows of the tile in A and B on; rows lie `a_step` and `b_step` words apart.
 template <class Format, int NT>
-KRUIFY_HD void warp_tile(int lane, const float* a, int a_step, const float* b, int b_step, int words, float (&sum)[NT][4]) {
+KRUIFY_HD void warp_tile(
+    int lane, const float* a, int a_step, const float* b, int b_step, int words, float (&sum)[NT][4]) {
 #if defined(__CUDA_ARCH__)
   __syncwarp();  // mma.sync wants the whole warp, wherever its lanes come from
 #endif
@@ -172,7 +181,8 @@ KRUIFY_HD void warp_tile(int lane, const float* a, int a_step, const float* b, i
 }
 
 template <int NT, class Product, class Store>
-KRUIFY_HD void share_tiles_of(const Thread& t, int count, int rows, int columns, const Product& product, const Store& store) {
+KRUIFY_HD void share_tiles_of(
+    const Thread& t, int count, int rows, int columns, const Product& product, const Store& store) {
   const int lane = t.id % 32, down = rows / 16, across = columns / (8 * NT);
   for (int e = t.id / 32; e < count * down * across; e += t.count / 32) {
     const int column = e % across * (8 * NT), row = e / across % down * 16, number = e / (across * down);
@@ -188,11 +198,14 @@ KRUIFY_HD void share_tiles_of(const Thread& t, int count, int rows, int columns,
 }
 
 // `count` products C (rows, columns), rows and columns multiples of 16, shared out to the block's warps as tiles:
-// product(number, row, column, lane, sum) fills one, store(number, row, column, first, second) takes its elements in pairs.
+// product(number, row, column, lane, sum) fills one, store(number, row, column, first, second) takes its elements in
+// pairs.
 template <class Product, class Store>
-KRUIFY_HD void share_tiles(const Thread& t, int count, int rows, int columns, const Product& product, const Store& store) {
+KRUIFY_HD void share_tiles(
+    const Thread& t, int count, int rows, int columns, const Product& product, const Store& store) {
   // Wider tiles load less for each product, while there is one for every warp.
-  if (columns % 32 == 0 && count * (rows / 16) * (columns / 32) >= t.count / 32) share_tiles_of<4>(t, count, rows, columns, product, store);
+  if (columns % 32 == 0 && count * (rows / 16) * (columns / 32) >= t.count / 32)
+    share_tiles_of<4>(t, count, rows, columns, product, store);
   else share_tiles_of<2>(t, count, rows, columns, product, store);
 }
 

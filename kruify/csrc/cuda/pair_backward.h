@@ -5,8 +5,8 @@
 //   V[q1, q2]       = sum_{g, r, p2} U[g, r][q1, p2] B[g, r][p2, q2]              phase 3
 //
 // A block knows d for its own p2 alone, so V is a partial sum over the cluster (and over groups of gates, to occupy all
-// threads): each partial sum is written to the block that owns the unit, and added there in one fixed order. `Numbers` as
-// in the forward pass: with tensor cores the factors, d and U are rounded, sums and what the host gets are float32.
+// threads): each partial sum is written to the block that owns the unit, and added there in one fixed order. `Numbers`
+// as in the forward pass: with tensor cores the factors, d and U are rounded, sums and what the host gets are float32.
 #pragma once
 
 #include "pair_forward.h"
@@ -18,9 +18,9 @@ struct PairBackward {
   Diagonal diagonal;
   const float *grad_out, *grad_h, *grad_c;  // each may be null
   const float *out, *workspace, *h0, *c0;
-  float* grad_gates;            // (S, G * H)
-  float* grad_product;          // (S, G * H) for the GRU, else null: the same as grad_gates
-  float *grad_h0, *grad_c0;     // (B, H)
+  float* grad_gates;         // (S, G * H)
+  float* grad_product;       // (S, G * H) for the GRU, else null: the same as grad_gates
+  float *grad_h0, *grad_c0;  // (B, H)
   Rows rows;
   Kind kind;
   const float* threshold;
@@ -28,15 +28,16 @@ struct PairBackward {
 
 // A (pairs, rows, cols) array transposed into padded rows: to[pair][col][row], rows first.. alone.
 template <class Numbers = Exact<4>>
-KRUIFY_HD void load_columns(const Thread& t, float* to, const float* from, int pairs, int rows, int cols, int first, int count) {
+KRUIFY_HD void load_columns(
+    const Thread& t, float* to, const float* from, int pairs, int rows, int cols, int first, int count) {
   for (int e = t.id; e < pairs * count * cols; e += t.count) {
     const int k = e % cols, row = e / cols % count, pair = e / (cols * count);
-    Numbers::put(to + (pair * cols + k) * row_words(Numbers::precision, count), row, from[(static_cast<int64_t>(pair) * rows + first + row) * cols + k]);
+    Numbers::put(to + (pair * cols + k) * row_words(Numbers::precision, count), row,
+        from[(static_cast<int64_t>(pair) * rows + first + row) * cols + k]);
   }
 }
 
-template <int G, class Numbers, class Shape>
-struct PairBackwardPhases {
+template <int G, class Numbers, class Shape> struct PairBackwardPhases {
   static constexpr bool exact = Numbers::precision == kFloat32;
   Shape s;
   const PairPlan& p;
@@ -144,8 +145,7 @@ struct PairBackwardPhases {
     if constexpr (exact) first_factor_exact(t);
     else first_factor_tensor(t);
   }
-  template <class Block>
-  KRUIFY_HD void second_factor(const Block& block, const Thread& t) const {
+  template <class Block> KRUIFY_HD void second_factor(const Block& block, const Thread& t) const {
     if constexpr (exact) second_factor_exact(block, t);
     else second_factor_tensor(block, t);
   }
@@ -158,7 +158,7 @@ struct PairBackwardPhases {
       const int column = left.remainder, row = left.quotient % rows, pair = left.quotient / rows;
       float sum[kTileRows][NT] = {};
       tile_fma<NT, Shape::turns>(at(t, p.a) + (pair * s.Q1 + row) * (s.P1 + kPad), rows * (s.P1 + kPad),
-                   at(t, p.d) + (pair / p.rank * p.share + column) * (s.P1 + kPad), columns * (s.P1 + kPad), s.P1, sum);
+          at(t, p.d) + (pair / p.rank * p.share + column) * (s.P1 + kPad), columns * (s.P1 + kPad), s.P1, sum);
       float* to = at(t, p.u) + (pair * s.Q1 + row) * (p.share + kPad) + column;
       KRUIFY_UNROLL
       for (int i = 0; i < kTileRows; ++i) {
@@ -172,44 +172,46 @@ struct PairBackwardPhases {
     share_tiles(
         t, G * p.rank, s.Q1, p.share,
         [&](int pair, int row, int column, int lane, auto& sum) {
-          warp_tile<Numbers>(lane, at(t, p.a) + (pair * s.Q1 + row) * width, width, at(t, p.d) + (pair / p.rank * p.share + column) * width, width, depth, sum);
+          warp_tile<Numbers>(lane, at(t, p.a) + (pair * s.Q1 + row) * width, width,
+              at(t, p.d) + (pair / p.rank * p.share + column) * width, width, depth, sum);
         },
         [&](int pair, int row, int column, float first, float second) {
           Numbers::put_pair(at(t, p.u) + (pair * s.Q1 + row) * words(p.share), column, first, second);
         });
   }
 
-  template <class Block>
-  KRUIFY_HD void second_factor_exact(const Block& block, const Thread& t) const {
+  template <class Block> KRUIFY_HD void second_factor_exact(const Block& block, const Thread& t) const {
     constexpr int NT = Numbers::tile;
     const int columns = s.Q2 / NT, rows = s.Q1 / kTileRows, width = p.share + kPad;
     for (int e = t.id; e < p.groups * rows * columns; e += t.count) {
       const int column = e % columns, row = e / columns % rows, group = e / (columns * rows);
       float sum[kTileRows][NT] = {};
       for (int pair = group; pair < G * p.rank; pair += p.groups)
-        tile_fma<NT, Shape::turns>(at(t, p.u) + (pair * s.Q1 + row) * width, rows * width, at(t, p.b) + (pair * s.Q2 + column) * width,
-                     columns * width, p.share, sum);
+        tile_fma<NT, Shape::turns>(at(t, p.u) + (pair * s.Q1 + row) * width, rows * width,
+            at(t, p.b) + (pair * s.Q2 + column) * width, columns * width, p.share, sum);
       KRUIFY_UNROLL
       for (int j = 0; j < NT; ++j) {
         const Split owner = split<Shape>(column + j * columns, p.share, p.shift);
-        float* to = block.remote(t, owner.quotient, at(t, p.v)) + (t.rank * p.groups + group) * units() + owner.remainder;
+        float* to =
+            block.remote(t, owner.quotient, at(t, p.v)) + (t.rank * p.groups + group) * units() + owner.remainder;
         KRUIFY_UNROLL
         for (int i = 0; i < kTileRows; ++i) to[(row + i * rows) * p.share] = sum[i][j];
       }
     }
   }
-  template <class Block>
-  KRUIFY_HD void second_factor_tensor(const Block& block, const Thread& t) const {
+  template <class Block> KRUIFY_HD void second_factor_tensor(const Block& block, const Thread& t) const {
     const int width = words(p.share), depth = p.share / Numbers::numbers;
     share_tiles(
         t, p.groups, s.Q1, s.Q2,
         [&](int group, int row, int column, int lane, auto& sum) {
           for (int pair = group; pair < G * p.rank; pair += p.groups)
-            warp_tile<Numbers>(lane, at(t, p.u) + (pair * s.Q1 + row) * width, width, at(t, p.b) + (pair * s.Q2 + column) * width, width, depth, sum);
+            warp_tile<Numbers>(lane, at(t, p.u) + (pair * s.Q1 + row) * width, width,
+                at(t, p.b) + (pair * s.Q2 + column) * width, width, depth, sum);
         },
         [&](int group, int row, int column, float first, float second) {
           const Split owner = split<Shape>(column, p.share, p.shift);
-          float* to = block.remote(t, owner.quotient, at(t, p.v)) + (t.rank * p.groups + group) * units() + row * p.share + owner.remainder;
+          float* to = block.remote(t, owner.quotient, at(t, p.v)) + (t.rank * p.groups + group) * units() +
+              row * p.share + owner.remainder;
           to[0] = first, to[1] = second;
         });
   }

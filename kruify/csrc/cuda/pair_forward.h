@@ -4,9 +4,9 @@
 //   gate[g][p1, p2] = x + sum_{r, q1} A[g, r][p1, q1] T[p2, q1] phase 2
 //   h, c = cell(gates)                                          phase 3
 //
-// Three barriers a step, the last one across the cluster. Everything but x, out and what the backward pass wants stays on the chip.
-// `Numbers` says how the operands of phases 1 and 2 lie in shared memory (mma.h): float32, or rounded, for tensor cores;
-// h of the block's own units, c and all sums are float32.
+// Three barriers a step, the last one across the cluster. Everything but x, out and what the backward pass wants stays
+// on the chip. `Numbers` says how the operands of phases 1 and 2 lie in shared memory (mma.h): float32, or rounded, for
+// tensor cores; h of the block's own units, c and all sums are float32.
 #pragma once
 
 #include "gates.h"
@@ -24,7 +24,7 @@ struct Diagonal {
 };
 
 struct PairForward {
-  const float *a, *b;    // (G, rank, P1, Q1), (G, rank, P2, Q2)
+  const float *a, *b;  // (G, rank, P1, Q1), (G, rank, P2, Q2)
   Diagonal diagonal;
   const float* bias;     // (G * H,), or null
   const float* x;        // (S, G * H), 16-byte aligned
@@ -38,15 +38,16 @@ struct PairForward {
 
 // A share of a (pairs, rows, cols) array into padded rows: rows first.. of every pair.
 template <class Numbers = Exact<4>>
-KRUIFY_HD void load_rows(const Thread& t, float* to, const float* from, int pairs, int rows, int cols, int first, int count) {
+KRUIFY_HD void load_rows(
+    const Thread& t, float* to, const float* from, int pairs, int rows, int cols, int first, int count) {
   for (int e = t.id; e < pairs * count * cols; e += t.count) {
     const int k = e % cols, row = e / cols % count, pair = e / (cols * count);
-    Numbers::put(to + (pair * count + row) * row_words(Numbers::precision, cols), k, from[(static_cast<int64_t>(pair) * rows + first + row) * cols + k]);
+    Numbers::put(to + (pair * count + row) * row_words(Numbers::precision, cols), k,
+        from[(static_cast<int64_t>(pair) * rows + first + row) * cols + k]);
   }
 }
 
-template <int G, class Numbers, class Shape>
-struct PairForwardPhases {
+template <int G, class Numbers, class Shape> struct PairForwardPhases {
   static constexpr bool exact = Numbers::precision == kFloat32;
   Shape s;
   const PairPlan& p;
@@ -64,7 +65,8 @@ struct PairForwardPhases {
     load_rows<Numbers>(t, at(t, p.a), args.a, G * p.rank, s.P1, s.Q1, 0, s.P1);
     load_rows<Numbers>(t, at(t, p.b), args.b, G * p.rank, s.P2, s.Q2, t.rank * p.share, p.share);
     const int64_t row = static_cast<int64_t>(sample) * hidden();
-    for (int e = t.id; e < hidden(); e += t.count) Numbers::put(h(t, 0) + e / s.Q2 * words(s.Q2), e % s.Q2, args.h0[row + e]);
+    for (int e = t.id; e < hidden(); e += t.count)
+      Numbers::put(h(t, 0) + e / s.Q2 * words(s.Q2), e % s.Q2, args.h0[row + e]);
     if constexpr (G == 4 || !exact) {
       for (int u = t.id; u < units(); u += t.count) {
         const Split e = split<Shape>(u, p.share, p.shift);
@@ -108,7 +110,7 @@ struct PairForwardPhases {
       const int column = left.remainder, row = left.quotient % rows, pair = left.quotient / rows;
       float sum[kTileRows][NT] = {};
       tile_fma<NT, Shape::turns>(h(t, step) + row * (s.Q2 + kPad), rows * (s.Q2 + kPad),
-                   at(t, p.b) + (pair * p.share + column) * (s.Q2 + kPad), columns * (s.Q2 + kPad), s.Q2, sum);
+          at(t, p.b) + (pair * p.share + column) * (s.Q2 + kPad), columns * (s.Q2 + kPad), s.Q2, sum);
       float* to = at(t, p.t) + (pair * p.share + column) * (s.Q1 + kPad) + row;
       KRUIFY_UNROLL
       for (int i = 0; i < kTileRows; ++i) {
@@ -124,7 +126,9 @@ struct PairForwardPhases {
         [&](int, int row, int column, int lane, auto& sum) {
           warp_tile<Numbers>(lane, at(t, p.b) + row * width, width, h(t, step) + column * width, width, depth, sum);
         },
-        [&](int, int row, int column, float first, float second) { Numbers::put_pair(at(t, p.t) + row * words(s.Q1), column, first, second); });
+        [&](int, int row, int column, float first, float second) {
+          Numbers::put_pair(at(t, p.t) + row * words(s.Q1), column, first, second);
+        });
   }
 
   KRUIFY_HD void first_factor_exact(const Thread& t, int step) const {
@@ -137,7 +141,7 @@ struct PairForwardPhases {
       for (int r = 0; r < p.rank; ++r) {
         const int pair = gate * p.rank + r;
         tile_fma<NT, Shape::turns>(at(t, p.a) + (pair * s.P1 + row) * (s.Q1 + kPad), rows * (s.Q1 + kPad),
-                     at(t, p.t) + (pair * p.share + column) * (s.Q1 + kPad), columns * (s.Q1 + kPad), s.Q1, sum);
+            at(t, p.t) + (pair * p.share + column) * (s.Q1 + kPad), columns * (s.Q1 + kPad), s.Q1, sum);
       }
       const bool apart = G == 3 && gate == 2;  // the GRU's reset gate stands between the two shares
       float* to = (apart ? at(t, p.y) : x(t, step) + gate * units()) + row * p.share + column;
@@ -157,7 +161,8 @@ struct PairForwardPhases {
         t, G, s.P1, p.share,
         [&](int gate, int row, int column, int lane, auto& sum) {
           for (int pair = gate * p.rank; pair < (gate + 1) * p.rank; ++pair)
-            warp_tile<Numbers>(lane, at(t, p.a) + (pair * s.P1 + row) * width, width, at(t, p.t) + (pair * p.share + column) * width, width, depth, sum);
+            warp_tile<Numbers>(lane, at(t, p.a) + (pair * s.P1 + row) * width, width,
+                at(t, p.t) + (pair * p.share + column) * width, width, depth, sum);
         },
         [&](int gate, int row, int column, float first, float second) {
           const bool apart = G == 3 && gate == 2;
@@ -167,8 +172,7 @@ struct PairForwardPhases {
         });
   }
 
-  template <class Block>
-  KRUIFY_HD void modrelu(const Block& block, const Thread& t, int step) const {
+  template <class Block> KRUIFY_HD void modrelu(const Block& block, const Thread& t, int step) const {
     const int64_t row = args.rows.row(step, sample, length);
     const int parts = rows_a_bias(args.kind), count = units() / parts;
     for (int u = t.id; u < count; u += t.count) {
@@ -178,21 +182,22 @@ struct PairForwardPhases {
       for (int k = 0; k < parts; ++k) {
         const int unit = i + k * (hidden() / 2), place = (e.quotient + k * (s.P1 / 2)) * words(s.Q2) + p2;
         z[k] = x(t, step)[u + k * count];
-        if (const float* d = args.diagonal.of(0, hidden())) z[k] += d[unit] * (exact ? h(t, step)[place] : at(t, p.state)[u + k * count]);
+        if (const float* d = args.diagonal.of(0, hidden()))
+          z[k] += d[unit] * (exact ? h(t, step)[place] : at(t, p.state)[u + k * count]);
         if (args.workspace) args.workspace[row * hidden() + unit] = z[k];
       }
       modrelu_forward(z, args.threshold ? args.threshold[i] : 0.0f, now);
       for (int k = 0; k < parts; ++k) {
         const int place = (e.quotient + k * (s.P1 / 2)) * words(s.Q2);
-        for (int rank = 0; rank < t.ranks; ++rank) Numbers::put(block.remote(t, rank, h(t, step + 1)) + place, p2, now[k]);
+        for (int rank = 0; rank < t.ranks; ++rank)
+          Numbers::put(block.remote(t, rank, h(t, step + 1)) + place, p2, now[k]);
         if constexpr (!exact) at(t, p.state)[u + k * count] = now[k];
         args.out[row * hidden() + i + k * (hidden() / 2)] = now[k];
       }
     }
   }
 
-  template <class Block>
-  KRUIFY_HD void cell(const Block& block, const Thread& t, int step) const {
+  template <class Block> KRUIFY_HD void cell(const Block& block, const Thread& t, int step) const {
     if (G == 1 && is_modrelu(args.kind)) return modrelu(block, t, step);
     const int64_t row = args.rows.row(step, sample, length);
     for (int u = t.id; u < units(); u += t.count) {

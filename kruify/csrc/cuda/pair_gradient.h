@@ -4,8 +4,8 @@
 //   dB[p2, q2] = sum_{row, q1} U[p2, q1] x[q1, q2],   U[p2, q1] = sum_p1 d[p1, p2] A[p1, q1]
 //
 // A block takes one piece of the rows, keeps both sums in registers, and writes them as one part; the parts are added
-// afterwards in one order. No atomics. `Numbers` as in the recurrence: with tensor cores all operands are rounded, d and x
-// too, and both sums are float32.
+// afterwards in one order. No atomics. `Numbers` as in the recurrence: with tensor cores all operands are rounded, d
+// and x too, and both sums are float32.
 #pragma once
 
 #include "pair_product.h"
@@ -15,8 +15,8 @@ namespace kruify::cuda {
 struct PairGradientPlan {
   Precision precision;
   int batch, threads;
-  int groups_a, groups_b;            // threads' groups; each takes every n-th row of a batch and writes a part of its own
-  int a, b, d, dt, x, xt, t, u;      // offsets in floats
+  int groups_a, groups_b;        // threads' groups; each takes every n-th row of a batch and writes a part of its own
+  int a, b, d, dt, x, xt, t, u;  // offsets in floats
   int bytes;
 };
 
@@ -25,15 +25,18 @@ constexpr int kWarpTiles = 2;  // tiles of 16 x 16 that a warp keeps of each sum
 // bytes == 0 says that it does not fit. Sizes that tensor cores do not take stay float32, and so does what has no room.
 inline PairGradientPlan pair_gradient_plan(AnyShape s, Chip chip, Precision precision = kFloat32) {
   const bool exact = precision == kFloat32;
-  const int unit = exact ? 4 : 16, most = exact ? 256 : 8 * kWarpTiles, at_once = exact ? 256 : 8;  // tiles, by threads or by warps
+  const int unit = exact ? 4 : 16, most = exact ? 256 : 8 * kWarpTiles,
+            at_once = exact ? 256 : 8;  // tiles, by threads or by warps
   const int64_t tiles_a = int64_t{s.P1 / unit} * (s.Q1 / unit), tiles_b = int64_t{s.P2 / unit} * (s.Q2 / unit);
-  const bool takes = s.P1 % unit == 0 && s.Q1 % unit == 0 && s.P2 % unit == 0 && s.Q2 % unit == 0 && tiles_a <= most && tiles_b <= most;
+  const bool takes = s.P1 % unit == 0 && s.Q1 % unit == 0 && s.P2 % unit == 0 && s.Q2 % unit == 0 && tiles_a <= most &&
+      tiles_b <= most;
   auto words = [&](int n) { return row_words(precision, n); };
   for (int batch : {8, 4, 2, 1}) {
     if (!takes) break;
     PairGradientPlan p{};
     p.precision = precision, p.batch = batch, p.threads = 256;
-    p.groups_a = static_cast<int>(greatest(1, least(batch, at_once / tiles_a))), p.groups_b = static_cast<int>(greatest(1, least(batch, at_once / tiles_b)));
+    p.groups_a = static_cast<int>(greatest(1, least(batch, at_once / tiles_a))),
+    p.groups_b = static_cast<int>(greatest(1, least(batch, at_once / tiles_b)));
     if (batch > 1 && batch / 2 * (s.Q1 / unit) * (s.P2 / unit) >= at_once) continue;
     Room room;
     auto take = [&](int64_t matrices, int rows, int columns) { return room.take(matrices * rows * words(columns)); };
@@ -48,15 +51,17 @@ inline PairGradientPlan pair_gradient_plan(AnyShape s, Chip chip, Precision prec
 }
 
 struct PairGradient {
-  const float *a, *b;       // of this pair
-  const float *d, *x;       // of its gate; rows d_stride and x_stride apart
-  float *part_a, *part_b;   // (groups, P1 * Q1), (groups, P2 * Q2) of this piece
+  const float *a, *b;      // of this pair
+  const float *d, *x;      // of its gate; rows d_stride and x_stride apart
+  float *part_a, *part_b;  // (groups, P1 * Q1), (groups, P2 * Q2) of this piece
   int64_t d_stride, x_stride, first, last;
 };
 
 // What the block of one piece and one r works on.
-KRUIFY_HD PairGradient piece_of(PairGradient args, AnyShape s, const PairGradientPlan& p, int piece, int pieces, int r) {
-  const int64_t size_a = static_cast<int64_t>(s.P1) * s.Q1, size_b = static_cast<int64_t>(s.P2) * s.Q2, rows = args.last;
+KRUIFY_HD PairGradient piece_of(
+    PairGradient args, AnyShape s, const PairGradientPlan& p, int piece, int pieces, int r) {
+  const int64_t size_a = static_cast<int64_t>(s.P1) * s.Q1, size_b = static_cast<int64_t>(s.P2) * s.Q2,
+                rows = args.last;
   const int64_t part = static_cast<int64_t>(r) * pieces + piece;
   args.a += r * size_a, args.b += r * size_b;
   args.part_a += part * p.groups_a * size_a, args.part_b += part * p.groups_b * size_b;
@@ -64,8 +69,7 @@ KRUIFY_HD PairGradient piece_of(PairGradient args, AnyShape s, const PairGradien
   return args;
 }
 
-template <class Numbers>
-struct PairGradientPhases {
+template <class Numbers> struct PairGradientPhases {
   static constexpr bool exact = Numbers::precision == kFloat32;
   AnyShape s;
   const PairGradientPlan& p;
@@ -121,20 +125,26 @@ struct PairGradientPhases {
     share_tiles(
         t, p.batch, s.Q1, s.P2,
         [&](int n, int row, int column, int lane, auto& sum) {
-          warp_tile<Numbers>(lane, at(t, p.x) + (n * s.Q1 + row) * wide, wide, at(t, p.b) + column * wide, wide, s.Q2 / Numbers::numbers, sum);
+          warp_tile<Numbers>(lane, at(t, p.x) + (n * s.Q1 + row) * wide, wide, at(t, p.b) + column * wide, wide,
+              s.Q2 / Numbers::numbers, sum);
         },
-        [&](int n, int row, int column, float first, float second) { Numbers::put_pair(at(t, p.t) + (n * s.Q1 + row) * words(s.P2), column, first, second); });
+        [&](int n, int row, int column, float first, float second) {
+          Numbers::put_pair(at(t, p.t) + (n * s.Q1 + row) * words(s.P2), column, first, second);
+        });
     share_tiles(
         t, p.batch, s.P2, s.Q1,
         [&](int n, int row, int column, int lane, auto& sum) {
-          warp_tile<Numbers>(lane, at(t, p.dt) + (n * s.P2 + row) * high, high, at(t, p.a) + column * high, high, s.P1 / Numbers::numbers, sum);
+          warp_tile<Numbers>(lane, at(t, p.dt) + (n * s.P2 + row) * high, high, at(t, p.a) + column * high, high,
+              s.P1 / Numbers::numbers, sum);
         },
-        [&](int n, int row, int column, float first, float second) { Numbers::put_pair(at(t, p.u) + (n * s.P2 + row) * words(s.Q1), column, first, second); });
+        [&](int n, int row, int column, float first, float second) {
+          Numbers::put_pair(at(t, p.u) + (n * s.P2 + row) * words(s.Q1), column, first, second);
+        });
   }
 
-  // Calls f(group, row, column, k) for the tiles of a warp: its k-th stands in rows row.. and columns column.. of a sum.
-  template <class F>
-  KRUIFY_HD void warp_tiles(const Thread& t, int rows, int columns, int groups, const F& f) const {
+  // Calls f(group, row, column, k) for the tiles of a warp: its k-th stands in rows row.. and columns column.. of a
+  // sum.
+  template <class F> KRUIFY_HD void warp_tiles(const Thread& t, int rows, int columns, int groups, const F& f) const {
     const int across = columns / 16, tiles = rows / 16 * across;
     KRUIFY_UNROLL
     for (int k = 0; k < kWarpTiles; ++k) {
@@ -143,24 +153,28 @@ struct PairGradientPhases {
     }
   }
   // sum += A B^T over the rows of a batch that the warp's group takes; A (rows, depth), B (columns, depth) of each.
-  KRUIFY_HD void add_tiles(const Thread& t, const float* a, int rows, const float* b, int columns, int depth, int groups, float (&sum)[4][4]) const {
+  KRUIFY_HD void add_tiles(const Thread& t, const float* a, int rows, const float* b, int columns, int depth,
+      int groups, float (&sum)[4][4]) const {
     const int width = words(depth);
     warp_tiles(t, rows, columns, groups, [&](int group, int row, int column, int k) {
       float tile[2][4];
       copy(sum + 2 * k, tile);
       for (int n = group; n < p.batch; n += groups)
-        warp_tile<Numbers>(t.id % 32, a + (n * rows + row) * width, width, b + (n * columns + column) * width, width, depth / Numbers::numbers, tile);
+        warp_tile<Numbers>(t.id % 32, a + (n * rows + row) * width, width, b + (n * columns + column) * width, width,
+            depth / Numbers::numbers, tile);
       copy(tile, sum + 2 * k);
     });
   }
-  KRUIFY_HD void write_tiles(const Thread& t, const float (&sum)[4][4], float* part, int rows, int columns, int groups) const {
+  KRUIFY_HD void write_tiles(
+      const Thread& t, const float (&sum)[4][4], float* part, int rows, int columns, int groups) const {
     warp_tiles(t, rows, columns, groups, [&](int group, int row, int column, int k) {
       const int lane = t.id % 32;
       KRUIFY_UNROLL
       for (int j = 0; j < 2; ++j) {
         KRUIFY_UNROLL
         for (int i = 0; i < 4; ++i)
-          part[(static_cast<int64_t>(group) * rows + row + lane / 4 + i / 2 * 8) * columns + column + j * 8 + lane % 4 * 2 + i % 2] = sum[2 * k + j][i];
+          part[(static_cast<int64_t>(group) * rows + row + lane / 4 + i / 2 * 8) * columns + column + j * 8 +
+              lane % 4 * 2 + i % 2] = sum[2 * k + j][i];
       }
     });
   }
@@ -178,7 +192,7 @@ struct PairGradientPhases {
       const int column = e % columns, row = e / columns % rows, n = e / (columns * rows);
       float sum[kTileRows][4] = {};
       tile_fma<4, AnyShape::turns>(at(t, p.x) + (n * s.Q1 + row) * (s.Q2 + kPad), rows * (s.Q2 + kPad),
-                  at(t, p.b) + column * (s.Q2 + kPad), columns * (s.Q2 + kPad), s.Q2, sum);
+          at(t, p.b) + column * (s.Q2 + kPad), columns * (s.Q2 + kPad), s.Q2, sum);
       float* to = at(t, p.t) + (n * s.Q1 + row) * (s.P2 + kPad) + column;
       KRUIFY_UNROLL
       for (int i = 0; i < kTileRows; ++i) {
@@ -186,7 +200,7 @@ struct PairGradientPhases {
         for (int j = 0; j < 4; ++j) to[i * rows * (s.P2 + kPad) + j * columns] = sum[i][j], sum[i][j] = 0.0f;
       }
       tile_fma<4, AnyShape::turns>(at(t, p.a) + row * (s.P1 + kPad), rows * (s.P1 + kPad),
-                  at(t, p.dt) + (n * s.P2 + column) * (s.P1 + kPad), columns * (s.P1 + kPad), s.P1, sum);
+          at(t, p.dt) + (n * s.P2 + column) * (s.P1 + kPad), columns * (s.P1 + kPad), s.P1, sum);
       to = at(t, p.u) + (n * s.P2 + column) * (s.Q1 + kPad) + row;
       KRUIFY_UNROLL
       for (int i = 0; i < kTileRows; ++i) {
@@ -202,8 +216,8 @@ struct PairGradientPhases {
       const int group = t.id / (rows * columns);
       if (group < p.groups_a)
         for (int n = group; n < p.batch; n += p.groups_a)
-          tile_fma<4, AnyShape::turns>(at(t, p.d) + (n * s.P1 + row) * width, rows * width, at(t, p.t) + (n * s.Q1 + column) * width,
-                      columns * width, s.P2, sums.a);
+          tile_fma<4, AnyShape::turns>(at(t, p.d) + (n * s.P1 + row) * width, rows * width,
+              at(t, p.t) + (n * s.Q1 + column) * width, columns * width, s.P2, sums.a);
     }
     {
       const int columns = s.Q2 / 4, rows = s.P2 / 4, tile = t.id % (rows * columns), width = s.Q1 + kPad;
@@ -211,11 +225,12 @@ struct PairGradientPhases {
       const int group = t.id / (rows * columns);
       if (group < p.groups_b)
         for (int n = group; n < p.batch; n += p.groups_b)
-          tile_fma<4, AnyShape::turns>(at(t, p.u) + (n * s.P2 + row) * width, rows * width, at(t, p.xt) + (n * s.Q2 + column) * width,
-                      columns * width, s.Q1, sums.b);
+          tile_fma<4, AnyShape::turns>(at(t, p.u) + (n * s.P2 + row) * width, rows * width,
+              at(t, p.xt) + (n * s.Q2 + column) * width, columns * width, s.Q1, sums.b);
     }
   }
-  KRUIFY_HD void write_exact(const Thread& t, const float (&sum)[4][4], float* part, int rows, int columns, int groups) const {
+  KRUIFY_HD void write_exact(
+      const Thread& t, const float (&sum)[4][4], float* part, int rows, int columns, int groups) const {
     const int tile = t.id % (rows * columns), group = t.id / (rows * columns);
     if (group >= groups) return;
     KRUIFY_UNROLL

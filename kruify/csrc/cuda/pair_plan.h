@@ -16,8 +16,8 @@ struct Chip {
   bool clusters;      // compute capability 9.0 and above
 };
 
-// Shared memory dealt out piece by piece, counted in floats. Matrices may be far larger than any chip has room for: then
-// the offsets mean nothing, and `bytes` says 2^31 - 1.
+// Shared memory dealt out piece by piece, counted in floats. Matrices may be far larger than any chip has room for:
+// then the offsets mean nothing, and `bytes` says 2^31 - 1.
 struct Room {
   int64_t used = 0;
   int take(int64_t floats) {

@@ -2,8 +2,8 @@
 // gradient of x. A block keeps one gate's factors and takes a few rows at a time. `Numbers` as in the recurrence.
 #pragma once
 
-#include "pair_forward.h"
 #include "pair_backward.h"
+#include "pair_forward.h"
 
 namespace kruify::cuda {
 
@@ -15,7 +15,8 @@ struct PairProductPlan {
 };
 
 // bytes == 0 says that it does not fit. Sizes that tensor cores do not take stay float32, and so does what has no room.
-inline PairProductPlan pair_product_plan(AnyShape s, int rank, Chip chip, bool backward, Precision precision = kFloat32) {
+inline PairProductPlan pair_product_plan(
+    AnyShape s, int rank, Chip chip, bool backward, Precision precision = kFloat32) {
   const bool exact = precision == kFloat32;
   const int unit = exact ? 4 : 16, at_once = exact ? 256 : 8;  // tiles, by threads or by warps
   const bool takes = s.P1 % unit == 0 && s.Q1 % unit == 0 && s.P2 % unit == 0 && s.Q2 % unit == 0;
@@ -49,8 +50,7 @@ struct PairProduct {
   bool accumulate;
 };
 
-template <class Numbers>
-struct PairProductPhases {
+template <class Numbers> struct PairProductPhases {
   static constexpr bool exact = Numbers::precision == kFloat32;
   AnyShape s;
   const PairProductPlan& p;
@@ -58,7 +58,9 @@ struct PairProductPhases {
 
   KRUIFY_HD float* at(const Thread& t, int offset) const { return reinterpret_cast<float*>(t.memory) + offset; }
   static KRUIFY_HD int words(int n) { return row_words(Numbers::precision, n); }
-  KRUIFY_HD float* x(const Thread& t, int64_t turn) const { return at(t, p.x) + (turn & 1) * p.batch * s.Q1 * words(s.Q2); }
+  KRUIFY_HD float* x(const Thread& t, int64_t turn) const {
+    return at(t, p.x) + (turn & 1) * p.batch * s.Q1 * words(s.Q2);
+  }
 
   KRUIFY_HD void fetch(const Thread& t, int64_t first, int64_t turn) const {
     const int quads = s.Q1 * s.Q2 / 4;
@@ -94,26 +96,30 @@ struct PairProductPhases {
   }
 
   // t[n, r][m][k'] = sum_k factor[r][m][k] x[n][k'][k], for all rows of a batch and ranks.
-  KRUIFY_HD void tensor_inner(const Thread& t, int rows, int columns, int depth, const float* factor, const float* from) const {
+  KRUIFY_HD void tensor_inner(
+      const Thread& t, int rows, int columns, int depth, const float* factor, const float* from) const {
     const int width = words(depth);
     share_tiles(
         t, p.batch * p.rank, rows, columns,
         [&](int e, int row, int column, int lane, auto& sum) {
-          warp_tile<Numbers>(lane, factor + (e % p.rank * rows + row) * width, width, from + (e / p.rank * columns + column) * width, width,
-                             depth / Numbers::numbers, sum);
+          warp_tile<Numbers>(lane, factor + (e % p.rank * rows + row) * width, width,
+              from + (e / p.rank * columns + column) * width, width, depth / Numbers::numbers, sum);
         },
-        [&](int e, int row, int column, float first, float second) { Numbers::put_pair(at(t, p.t) + (e * rows + row) * words(columns), column, first, second); });
+        [&](int e, int row, int column, float first, float second) {
+          Numbers::put_pair(at(t, p.t) + (e * rows + row) * words(columns), column, first, second);
+        });
   }
   // y[n][m][k'] (+)= sum_{r, k} left[m][k] right[k'][k]: one of them is the factor's (r), the other t's (n, r).
-  KRUIFY_HD void tensor_outer(const Thread& t, int64_t first, int rows, int columns, int depth, const float* left, int left_moves, const float* right,
-                              int right_moves) const {
+  KRUIFY_HD void tensor_outer(const Thread& t, int64_t first, int rows, int columns, int depth, const float* left,
+      int left_moves, const float* right, int right_moves) const {
     const int width = words(depth);
     share_tiles(
         t, p.batch, rows, columns,
         [&](int n, int row, int column, int lane, auto& sum) {
           for (int r = 0; r < p.rank; ++r)
             warp_tile<Numbers>(lane, left + ((left_moves * n * p.rank + r) * rows + row) * width, width,
-                               right + ((right_moves * n * p.rank + r) * columns + column) * width, width, depth / Numbers::numbers, sum);
+                right + ((right_moves * n * p.rank + r) * columns + column) * width, width, depth / Numbers::numbers,
+                sum);
         },
         [&](int n, int row, int column, float value, float second) {
           if (first + n >= args.rows) return;
@@ -130,8 +136,8 @@ struct PairProductPhases {
       const int n = e / (columns * rows * p.rank);
       if (first + n >= args.rows) break;
       float sum[kTileRows][4] = {};
-      tile_fma<4, AnyShape::turns>(x(t, turn) + (n * s.Q1 + row) * width, rows * width, at(t, p.b) + (r * s.P2 + column) * width,
-                  columns * width, s.Q2, sum);
+      tile_fma<4, AnyShape::turns>(x(t, turn) + (n * s.Q1 + row) * width, rows * width,
+          at(t, p.b) + (r * s.P2 + column) * width, columns * width, s.Q2, sum);
       float* to = at(t, p.t) + ((n * p.rank + r) * s.P2 + column) * (s.Q1 + kPad) + row;
       for (int i = 0; i < kTileRows; ++i)
         for (int j = 0; j < 4; ++j) to[j * columns * (s.Q1 + kPad) + i * rows] = sum[i][j];
@@ -144,8 +150,8 @@ struct PairProductPhases {
       if (first + n >= args.rows) break;
       float sum[kTileRows][4] = {};
       for (int r = 0; r < p.rank; ++r)
-        tile_fma<4, AnyShape::turns>(at(t, p.a) + (r * s.P1 + row) * width, rows * width, at(t, p.t) + ((n * p.rank + r) * s.P2 + column) * width,
-                    columns * width, s.Q1, sum);
+        tile_fma<4, AnyShape::turns>(at(t, p.a) + (r * s.P1 + row) * width, rows * width,
+            at(t, p.t) + ((n * p.rank + r) * s.P2 + column) * width, columns * width, s.Q1, sum);
       float* to = args.y + (first + n) * args.y_stride;
       for (int i = 0; i < kTileRows; ++i)
         for (int j = 0; j < 4; ++j) {
@@ -171,8 +177,8 @@ struct PairProductPhases {
       const int n = e / (columns * rows * p.rank);
       if (first + n >= args.rows) break;
       float sum[kTileRows][4] = {};
-      tile_fma<4, AnyShape::turns>(at(t, p.a) + (r * s.Q1 + row) * width, rows * width, at(t, p.x) + (n * s.P2 + column) * width,
-                  columns * width, s.P1, sum);
+      tile_fma<4, AnyShape::turns>(at(t, p.a) + (r * s.Q1 + row) * width, rows * width,
+          at(t, p.x) + (n * s.P2 + column) * width, columns * width, s.P1, sum);
       float* to = at(t, p.t) + ((n * p.rank + r) * s.Q1 + row) * (s.P2 + kPad) + column;
       for (int i = 0; i < kTileRows; ++i)
         for (int j = 0; j < 4; ++j) to[i * rows * (s.P2 + kPad) + j * columns] = sum[i][j];
@@ -185,8 +191,8 @@ struct PairProductPhases {
       if (first + n >= args.rows) break;
       float sum[kTileRows][4] = {};
       for (int r = 0; r < p.rank; ++r)
-        tile_fma<4, AnyShape::turns>(at(t, p.t) + ((n * p.rank + r) * s.Q1 + row) * width, rows * width, at(t, p.b) + (r * s.Q2 + column) * width,
-                    columns * width, s.P2, sum);
+        tile_fma<4, AnyShape::turns>(at(t, p.t) + ((n * p.rank + r) * s.Q1 + row) * width, rows * width,
+            at(t, p.b) + (r * s.Q2 + column) * width, columns * width, s.P2, sum);
       float* to = args.y + (first + n) * args.y_stride;
       for (int i = 0; i < kTileRows; ++i)
         for (int j = 0; j < 4; ++j) {
@@ -199,7 +205,8 @@ struct PairProductPhases {
 
 // Rows first, first + stride, ... in batches: `index` of `blocks` blocks.
 template <class Numbers, class Block>
-KRUIFY_HD void pair_product(Block& block, AnyShape s, const PairProductPlan& p, const PairProduct& args, int index, int blocks) {
+KRUIFY_HD void pair_product(
+    Block& block, AnyShape s, const PairProductPlan& p, const PairProduct& args, int index, int blocks) {
   const PairProductPhases<Numbers> phases{s, p, args};
   const int64_t stride = static_cast<int64_t>(blocks) * p.batch;
   int64_t first = static_cast<int64_t>(index) * p.batch, turn = 0;
@@ -223,7 +230,8 @@ KRUIFY_HD void pair_product(Block& block, AnyShape s, const PairProductPlan& p, 
 }
 
 template <class Numbers, class Block>
-KRUIFY_HD void pair_product_backward(Block& block, AnyShape s, const PairProductPlan& p, const PairProduct& args, int index, int blocks) {
+KRUIFY_HD void pair_product_backward(
+    Block& block, AnyShape s, const PairProductPlan& p, const PairProduct& args, int index, int blocks) {
   const PairProductPhases<Numbers> phases{s, p, args};
   const int64_t stride = static_cast<int64_t>(blocks) * p.batch;
   block.each([&](const Thread& t) {

@@ -15,8 +15,7 @@ inline int64_t pieces_for(int64_t rows, int64_t items) {
 }
 
 // Where the vectors of a (row, pair) start: pair = gate index * rank + r.
-template <class T>
-struct View {
+template <class T> struct View {
   T* data;
   int64_t row, pair, gate;  // strides; gate: of the layout's gate number
   KRUIFY_HD T* at(int64_t r, int p, int g) const { return data + r * row + p * pair + g * gate; }
@@ -25,8 +24,7 @@ struct View {
 enum Sum : int { kEach = 0, kRank = 1, kAll = 2 };
 
 // out (+)= stage(in), for each pair, or summed over ranks, or over all pairs.
-template <class T>
-struct ApplyStage {
+template <class T> struct ApplyStage {
   Op<T> op;
   bool transposed, accumulate;
   Sum sum;
@@ -55,8 +53,7 @@ struct ApplyStage {
 };
 
 // Parts of a stage's gradient: part[piece, pair, p, q] = sum over the piece's rows, a, b of d[a, p, b] x[a, q, b].
-template <class T>
-struct StageGradient {
+template <class T> struct StageGradient {
   Op<T> op;
   int gates, rank;
   int gate[kMaxGates];
@@ -74,15 +71,15 @@ struct StageGradient {
       const T *left = d.at(row, pair, gate[pair / rank]), *right = x.at(row, pair, gate[pair / rank]);
       for (int a = 0; a < op.a; ++a)
         for (int b = 0; b < op.b; ++b)
-          total += left[(static_cast<int64_t>(a) * op.P + p) * op.b + b] * right[(static_cast<int64_t>(a) * op.Q + q) * op.b + b];
+          total += left[(static_cast<int64_t>(a) * op.P + p) * op.b + b] *
+              right[(static_cast<int64_t>(a) * op.Q + q) * op.b + b];
     }
     part[item] = total;
   }
 };
 
 // y[row, e] (+)= bias[e] + diagonal + overlay: where a product starts.
-template <class T>
-struct StartProduct {
+template <class T> struct StartProduct {
   const T *bias, *diagonal, *x;
   Overlay<T> overlay;
   const int* diagonal_row;  // (gates,) row of the diagonal or -1; on the device, or null
@@ -103,8 +100,7 @@ struct StartProduct {
 };
 
 // grad_x[row, i] = what reaches it by diagonal and overlay.
-template <class T>
-struct StartGradient {
+template <class T> struct StartGradient {
   const T *diagonal, *grad;
   Overlay<T> overlay;
   const int* diagonal_row;
@@ -118,15 +114,16 @@ struct StartGradient {
     const T* from = grad + item / width * gates * height;
     T sum = 0;
     for (int g = 0; diagonal && i < diagonal_size && g < gates; ++g)
-      if (diagonal_row[g] >= 0) sum += diagonal[static_cast<int64_t>(diagonal_row[g]) * diagonal_size + i] * from[static_cast<int64_t>(g) * height + i];
+      if (diagonal_row[g] >= 0)
+        sum += diagonal[static_cast<int64_t>(diagonal_row[g]) * diagonal_size + i] *
+            from[static_cast<int64_t>(g) * height + i];
     if (overlay.values) sum += overlay.column_product(i, from);
     grad_x[item] = sum;
   }
 };
 
 // Parts of the gradients of the diagonal and the overlay's values.
-template <class T>
-struct DiagonalGradient {
+template <class T> struct DiagonalGradient {
   const T *grad, *x;
   const int* gate;  // (diagonal gates,) on the device
   T* part;          // (pieces, diagonal gates, diagonal_size)
@@ -144,8 +141,7 @@ struct DiagonalGradient {
   }
 };
 
-template <class T>
-struct OverlayGradient {
+template <class T> struct OverlayGradient {
   const T *grad, *x;
   const int* index;
   T* part;  // (pieces, blocks, block)
@@ -175,7 +171,7 @@ struct OverlayRows {
     if (item < blocks) {
       const int row = index[2 * item], column = index[2 * item + 1];
       demand(row >= 0 && row < rows() && row % height + block <= height && column >= 0 && column < width,
-             "kruify: an overlay block lies outside its gate");
+          "kruify: an overlay block lies outside its gate");
       demand(item == 0 || index[2 * item - 2] <= row, "kruify: the overlay's index does not ascend by rows");
     }
     if (item > rows()) return;
@@ -191,8 +187,7 @@ struct OverlayRows {
 };
 
 // The state that each row started from.
-template <class T>
-struct PreviousStates {
+template <class T> struct PreviousStates {
   const T *out, *h0;
   T* before;
   Rows rows;
@@ -208,8 +203,7 @@ struct PreviousStates {
 };
 
 // Adds parts in order: out[k, i] (+)= sum over pieces of part[k, piece, i].
-template <class T>
-struct SumParts {
+template <class T> struct SumParts {
   const T* part;
   T* out;
   int64_t outer, pieces, size;
@@ -224,8 +218,7 @@ struct SumParts {
 };
 
 // part[piece, i] = sum over the piece's rows of x[row, i].
-template <class T>
-struct SumRows {
+template <class T> struct SumRows {
   const T* x;
   T* part;
   int64_t rows, pieces, size;
@@ -238,10 +231,9 @@ struct SumRows {
   }
 };
 
-// Partial sums over rows of the gradient of modReLU's bias: what passed along z. Complex units have their imaginary parts
-// `units` behind.
-template <class T>
-struct ThresholdGradient {
+// Partial sums over rows of the gradient of modReLU's bias: what passed along z. Complex units have their imaginary
+// parts `units` behind.
+template <class T> struct ThresholdGradient {
   const T *grad, *z;  // (rows, size)
   T* part;            // (pieces, units)
   int64_t rows, pieces, size, units;
@@ -259,8 +251,7 @@ struct ThresholdGradient {
 };
 
 // The unit vectors first, first + 1, ... as rows.
-template <class T>
-struct UnitRows {
+template <class T> struct UnitRows {
   T* out;
   int64_t rows, first, size;
   KRUIFY_HD int64_t items() const { return rows * size; }
@@ -268,8 +259,7 @@ struct UnitRows {
 };
 
 // to[i, first + row] = from[row, i]: columns of a dense matrix from its products with unit vectors.
-template <class T>
-struct Columns {
+template <class T> struct Columns {
   const T* from;
   T* to;
   int64_t rows, first, size, cols;
@@ -278,8 +268,7 @@ struct Columns {
 };
 
 // y[row, e] = x[row, e] + bias[e]: ready-made gates that still lack their bias.
-template <class T>
-struct AddBias {
+template <class T> struct AddBias {
   const T *x, *bias;
   T* y;
   int64_t rows, size;
