@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "kruify" / "csrc"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-MENU = ((16, 16), (32, 16), (32, 32), (64, 32), (64, 64))
+FIXED_SHAPES = ((16, 16), (32, 16), (32, 32), (64, 32), (64, 64))
 KINDS = ("lstm", "gru", "rnn_tanh")
 PRECISIONS = ("float32", "tf32", "bf16")  # in the order of kruify/ops/precision.py
 # Bytes of shared memory that a block may have, multiprocessors of a usual chip, clusters.
@@ -121,7 +121,7 @@ def shared_memory() -> list[dict[str, object]]:
     rows = []
     for chip, (size, processors, clusters) in CHIPS.items():
         for kind in KINDS:
-            for shape in MENU:
+            for shape in FIXED_SHAPES:
                 for rank in (1, 2, 4):
                     for backward, wanted in itertools.product((0, 1), range(3)):
                         options = (ctypes.c_int * 9)(processors, size, clusters, 0, 0, 0, 1, wanted, 0)

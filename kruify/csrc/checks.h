@@ -113,11 +113,11 @@ template <class T> const T* pointer(const Tensor& t) { return static_cast<const 
 
 template <class T> T* mutable_pointer(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 
-// The `stages, diagonal, overlay, overlay_index, bias, layout` of an operator, checked, with packed copies of the
+// The `stages, diagonal, sparse, sparse_index, bias, layout` of an operator, checked, with packed copies of the
 // stages. One entry of the bias serves `rows_a_bias` rows.
 template <class T> class CheckedMatrix {
  public:
-  CheckedMatrix(const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay,
+  CheckedMatrix(const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& sparse,
       const Optional& index, const Optional& bias, const std::vector<int64_t>& layout,
       torch::headeronly::ScalarType dtype, int64_t rows_a_bias = 1);
   CheckedMatrix(const CheckedMatrix&) = delete;
@@ -153,7 +153,7 @@ class LayoutReader {
 };
 
 template <class T>
-CheckedMatrix<T>::CheckedMatrix(const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay,
+CheckedMatrix<T>::CheckedMatrix(const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& sparse,
     const Optional& index, const Optional& bias, const std::vector<int64_t>& layout,
     torch::headeronly::ScalarType dtype, int64_t rows_a_bias) {
   constexpr int64_t kHuge = int64_t(1) << 31;
@@ -230,25 +230,25 @@ CheckedMatrix<T>::CheckedMatrix(const std::vector<Tensor>& stages, const Optiona
     m.grad_diagonal = m.grad_size;
     m.grad_size += m.diagonal_gates * m.diagonal_size;
   }
-  STD_TORCH_CHECK(overlay.has_value() == index.has_value(), "kruify: an overlay needs values and index");
-  if (overlay) {
-    STD_TORCH_CHECK(overlay->dim() == 2, "kruify: the overlay must have shape (blocks, block)");
-    m.blocks = overlay->size(0), m.block = overlay->size(1);
-    STD_TORCH_CHECK(m.block >= 1 && m.block <= m.rows, "kruify: overlay blocks of ", m.block, " rows");
-    tensors_.push_back(checked("the overlay", *overlay, dtype, -1, -1));
+  STD_TORCH_CHECK(sparse.has_value() == index.has_value(), "kruify: a sparse residual needs values and index");
+  if (sparse) {
+    STD_TORCH_CHECK(sparse->dim() == 2, "kruify: the sparse residual must have shape (blocks, block)");
+    m.blocks = sparse->size(0), m.block = sparse->size(1);
+    STD_TORCH_CHECK(m.block >= 1 && m.block <= m.rows, "kruify: sparse blocks of ", m.block, " rows");
+    tensors_.push_back(checked("the sparse residual", *sparse, dtype, -1, -1));
     parameters_.push_back(tensors_.back());
-    m.overlay = pointer<T>(tensors_.back());
-    tensors_.push_back(checked("the overlay's index", *index, torch::headeronly::ScalarType::Int, m.blocks, 2));
+    m.sparse = pointer<T>(tensors_.back());
+    tensors_.push_back(checked("the sparse residual's index", *index, torch::headeronly::ScalarType::Int, m.blocks, 2));
     m.index = pointer<int32_t>(tensors_.back());
     for (int64_t b = 0; b < m.blocks; ++b) {
       const int64_t row = m.index[2 * b], column = m.index[2 * b + 1];
       STD_TORCH_CHECK(
           row >= 0 && column >= 0 && column < m.cols && row < m.gates * m.rows && row % m.rows + m.block <= m.rows,
-          "kruify: overlay block ", b, " at (", row, ", ", column, ") lies outside its gate");
+          "kruify: sparse block ", b, " at (", row, ", ", column, ") lies outside its gate");
     }
-    m.grad_overlay = m.grad_size;
+    m.grad_sparse = m.grad_size;
     m.grad_size += times(m.blocks, m.block);
-    m.scratch = std::max(m.scratch, kTile * (2 * m.cols + times(m.gates, m.rows)));  // samples in lanes: overlay.h
+    m.scratch = std::max(m.scratch, kTile * (2 * m.cols + times(m.gates, m.rows)));  // samples in lanes: sparse.h
   }
   if (bias) {
     m.bias_size = m.gates * m.rows / rows_a_bias;

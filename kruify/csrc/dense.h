@@ -103,7 +103,7 @@ template <class T> inline void dense(const Matrix<T>& m, T* out, T* scratch) {
       out[m.diagonal_gate[g] * size + i * m.cols + i] += m.diagonal[g * m.diagonal_size + i];
   for (int64_t b = 0; b < m.blocks; ++b)
     for (int64_t i = 0; i < m.block; ++i)
-      out[(m.index[2 * b] + i) * m.cols + m.index[2 * b + 1]] += m.overlay[b * m.block + i];
+      out[(m.index[2 * b] + i) * m.cols + m.index[2 * b + 1]] += m.sparse[b * m.block + i];
 }
 
 template <class T> inline void dense_backward(const Matrix<T>& m, const T* grad, T* const* grads, T* scratch) {

@@ -16,10 +16,10 @@ int64_t rows_of(const Tensor& x, int64_t columns) {
 }
 
 template <class T>
-Tensor run(const Tensor& x_given, const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay,
+Tensor run(const Tensor& x_given, const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& sparse,
     const Optional& index, const Optional& bias, const std::vector<int64_t>& layout) {
   const auto dtype = x_given.scalar_type();
-  CheckedMatrix<T> w(stages, diagonal, overlay, index, bias, layout, dtype);
+  CheckedMatrix<T> w(stages, diagonal, sparse, index, bias, layout, dtype);
   const Matrix<T>& m = w.matrix;
   const int64_t rows = rows_of(x_given, m.cols), width = times(m.gates, m.rows);
   const Tensor x = x_given.is_contiguous() ? x_given : torch::stable::contiguous(x_given);
@@ -28,7 +28,7 @@ Tensor run(const Tensor& x_given, const std::vector<Tensor>& stages, const Optio
   Tensor y = empty_like(x, shape.data(), x.dim());
   Buffer<T> packed(w.packed_size);
   w.pack(packed.data());
-  const int64_t tile = m.overlay ? kTile : 8, tiles = (rows + tile - 1) / tile;
+  const int64_t tile = m.sparse ? kTile : 8, tiles = (rows + tile - 1) / tile;
   const int64_t workers = rows * width < (1 << 14) ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), tiles);
   Buffer<T> scratch(workers * m.scratch);
   parallel(workers, [&](int64_t worker) {
@@ -47,22 +47,21 @@ Tensor run(const Tensor& x_given, const std::vector<Tensor>& stages, const Optio
   return y;
 }
 
-Tensor kron_matmul(const Tensor& x, const std::vector<Tensor>& stages, const Optional& diagonal,
-    const Optional& overlay, const Optional& index, const Optional& bias, const std::vector<int64_t>& layout,
-    int64_t precision) {
+Tensor kron_matmul(const Tensor& x, const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& sparse,
+    const Optional& index, const Optional& bias, const std::vector<int64_t>& layout, int64_t precision) {
   check_precision(precision);
   const bool single = floating("kron_matmul", x) == torch::headeronly::ScalarType::Float;
-  return (single ? &run<float> : &run<double>)(x, stages, diagonal, overlay, index, bias, layout);
+  return (single ? &run<float> : &run<double>)(x, stages, diagonal, sparse, index, bias, layout);
 }
 
 using Gradients = std::tuple<Tensor, std::vector<Tensor>>;
 
 template <class T>
 Gradients run_backward(const Tensor& grad_given, const Tensor& x_given, const std::vector<Tensor>& stages,
-    const Optional& diagonal, const Optional& overlay, const Optional& index, const Optional& bias,
+    const Optional& diagonal, const Optional& sparse, const Optional& index, const Optional& bias,
     const std::vector<int64_t>& layout) {
   const auto dtype = x_given.scalar_type();
-  CheckedMatrix<T> w(stages, diagonal, overlay, index, bias, layout, dtype);
+  CheckedMatrix<T> w(stages, diagonal, sparse, index, bias, layout, dtype);
   const Matrix<T>& m = w.matrix;
   const int64_t rows = rows_of(x_given, m.cols), width = times(m.gates, m.rows);
   STD_TORCH_CHECK(grad_given.scalar_type() == dtype && grad_given.is_cpu() && rows_of(grad_given, width) == rows,
@@ -73,7 +72,7 @@ Gradients run_backward(const Tensor& grad_given, const Tensor& x_given, const st
   std::fill_n(mutable_pointer<T>(grad_x), grad_x.numel(), T(0));
   Buffer<T> packed(w.packed_size);
   w.pack(packed.data());
-  const int64_t tile = m.overlay ? kTile : 1, tiles = (rows + tile - 1) / tile;
+  const int64_t tile = m.sparse ? kTile : 1, tiles = (rows + tile - 1) / tile;
   const int64_t workers =
       rows * width < (1 << 14) ? 1 : std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), tiles));
   Buffer<T> arenas(workers * m.grad_size), scratch(workers * m.scratch);
@@ -93,12 +92,12 @@ Gradients run_backward(const Tensor& grad_given, const Tensor& x_given, const st
 }
 
 Gradients kron_matmul_backward(const Tensor& grad, const Tensor& x, const std::vector<Tensor>& stages,
-    const Optional& diagonal, const Optional& overlay, const Optional& index, const Optional& bias,
+    const Optional& diagonal, const Optional& sparse, const Optional& index, const Optional& bias,
     const std::vector<int64_t>& layout, int64_t precision) {
   check_precision(precision);
   const bool single = floating("kron_matmul_backward", x) == torch::headeronly::ScalarType::Float;
   return (
-      single ? &run_backward<float> : &run_backward<double>)(grad, x, stages, diagonal, overlay, index, bias, layout);
+      single ? &run_backward<float> : &run_backward<double>)(grad, x, stages, diagonal, sparse, index, bias, layout);
 }
 
 }  // namespace

@@ -45,12 +45,12 @@ template <class T> struct Matrix {
   int diagonal_gate[kMaxGates];
   int64_t diagonal_size;
   const T* diagonal;     // null where there is none
-  const T* overlay;      // null where there is none
+  const T* sparse;       // null where there is none
   const int32_t* index;  // (blocks, 2)
   int64_t blocks, block;
   const T* bias;  // null where there is none
   int64_t bias_size;
-  int64_t grad_diagonal, grad_overlay, grad_bias, grad_size;  // offsets in a thread's arena, and its size
+  int64_t grad_diagonal, grad_sparse, grad_bias, grad_size;  // offsets in a thread's arena, and its size
   int64_t scratch;  // elements of scratch that a product with kTile samples needs, forward or backward
 };
 

@@ -93,10 +93,10 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 template <class T>
 Outputs run(const Tensor& x_given, const Optional& w_ih_given, const Optional& bias_ih_given, const Tensor& sizes_given,
     const Tensor& h0_given, const Optional& c0_given, const std::vector<Tensor>& stages, const Optional& diagonal,
-    const Optional& overlay, const Optional& index, const Optional& bias, const std::vector<int64_t>& layout, Kind kind,
+    const Optional& sparse, const Optional& index, const Optional& bias, const std::vector<int64_t>& layout, Kind kind,
     bool reverse, bool training) {
   const auto dtype = x_given.scalar_type();
-  CheckedMatrix<T> w(stages, diagonal, overlay, index, bias, layout, dtype, rows_a_bias(kind));
+  CheckedMatrix<T> w(stages, diagonal, sparse, index, bias, layout, dtype, rows_a_bias(kind));
   const Tensor h0 = checked("h0", h0_given, dtype, -1, w.matrix.rows);
   const int64_t batch = h0.size(0), H = h0.size(1), width = gates_of(kind) * H;
   check_shape(w.matrix, kind, H);
@@ -144,7 +144,7 @@ Outputs run(const Tensor& x_given, const Optional& w_ih_given, const Optional& b
 
   // One sample at a time suffices where the trailing products fill the registers.
   const bool thin = has_term<T>(w.matrix, {TermKind::kDense, TermKind::kLowRank});
-  const Tiles tiles(batch, w.matrix.overlay ? kTile : thin ? kSideBySide : 1);
+  const Tiles tiles(batch, w.matrix.sparse ? kTile : thin ? kSideBySide : 1);
   s.together = tiles.together;
   const int64_t scratch_size = w.matrix.scratch + 16;
   Buffer<T> scratch(tiles.workers * scratch_size);
@@ -182,12 +182,12 @@ Outputs run(const Tensor& x_given, const Optional& w_ih_given, const Optional& b
 
 Outputs recurrence(const Tensor& x, const Optional& w_ih, const Optional& bias_ih, const Tensor& batch_sizes,
     const Tensor& h0, const Optional& c0, const std::vector<Tensor>& stages, const Optional& diagonal,
-    const Optional& overlay, const Optional& index, const Optional& bias, const std::vector<int64_t>& layout,
+    const Optional& sparse, const Optional& index, const Optional& bias, const std::vector<int64_t>& layout,
     const std::string& kind, bool reverse, bool training, int64_t precision) {
   check_precision(precision);
   const bool single = floating("recurrence", x) == torch::headeronly::ScalarType::Float;
   const auto call = single ? &run<float> : &run<double>;
-  return call(x, w_ih, bias_ih, batch_sizes, h0, c0, stages, diagonal, overlay, index, bias, layout, kind_of(kind),
+  return call(x, w_ih, bias_ih, batch_sizes, h0, c0, stages, diagonal, sparse, index, bias, layout, kind_of(kind),
       reverse, training);
 }
 
@@ -208,10 +208,10 @@ template <class T>
 Gradients run_backward(const std::optional<Inputs>& inputs, const Optional& grad_out_given,
     const Optional& grad_h_given, const Optional& grad_c_given, const Tensor& out_given, const Tensor& workspace_given,
     const Tensor& sizes_given, const Tensor& h0_given, const Optional& c0_given, const std::vector<Tensor>& stages,
-    const Optional& diagonal, const Optional& overlay, const Optional& index, const Optional& bias,
+    const Optional& diagonal, const Optional& sparse, const Optional& index, const Optional& bias,
     const std::vector<int64_t>& layout, Kind kind, bool reverse) {
   const auto dtype = out_given.scalar_type();
-  CheckedMatrix<T> w(stages, diagonal, overlay, index, bias, layout, dtype, rows_a_bias(kind));
+  CheckedMatrix<T> w(stages, diagonal, sparse, index, bias, layout, dtype, rows_a_bias(kind));
   const Tensor h0 = checked("h0", h0_given, dtype, -1, w.matrix.rows);
   const int64_t batch = h0.size(0), H = h0.size(1), width = gates_of(kind) * H;
   check_shape(w.matrix, kind, H);
@@ -260,7 +260,7 @@ Gradients run_backward(const std::optional<Inputs>& inputs, const Optional& grad
   s.workspace = pointer<T>(workspace), s.out_in = pointer<T>(out);
   s.h0 = pointer<T>(h0), s.c0 = c0 ? pointer<T>(*c0) : nullptr;
   s.grad_h = mutable_pointer<T>(grad_h), s.grad_c = c0 ? mutable_pointer<T>(grad_c) : nullptr;
-  const Tiles tiles(batch, w.matrix.overlay ? kTile : has_term<T>(w.matrix, {TermKind::kDense}) ? kSideBySide : 1);
+  const Tiles tiles(batch, w.matrix.sparse ? kTile : has_term<T>(w.matrix, {TermKind::kDense}) ? kSideBySide : 1);
   s.together = tiles.together;
   // A chunk's gradients are used while they are in the cache; where they are an output they are one chunk.
   s.gates_ld =
@@ -306,27 +306,27 @@ Gradients run_backward(const std::optional<Inputs>& inputs, const Optional& grad
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward(const Optional& grad_out,
     const Optional& grad_h, const Optional& grad_c, const Tensor& out, const Tensor& workspace,
     const Tensor& batch_sizes, const Tensor& h0, const Optional& c0, const std::vector<Tensor>& stages,
-    const Optional& diagonal, const Optional& overlay, const Optional& index, const Optional& bias,
+    const Optional& diagonal, const Optional& sparse, const Optional& index, const Optional& bias,
     const std::vector<int64_t>& layout, const std::string& kind, bool reverse, int64_t precision) {
   check_precision(precision);
   const bool single = floating("recurrence_backward", out) == torch::headeronly::ScalarType::Float;
   const auto call = single ? &run_backward<float> : &run_backward<double>;
   Gradients g = call(std::nullopt, grad_out, grad_h, grad_c, out, workspace, batch_sizes, h0, c0, stages, diagonal,
-      overlay, index, bias, layout, kind_of(kind), reverse);
+      sparse, index, bias, layout, kind_of(kind), reverse);
   return {g.x, g.h0, g.c0, std::move(g.matrix)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> layer_backward(const Optional& grad_out,
     const Optional& grad_h, const Optional& grad_c, const Tensor& x, const Optional& w_ih, const Tensor& out,
     const Tensor& workspace, const Tensor& batch_sizes, const Tensor& h0, const Optional& c0,
-    const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& overlay, const Optional& index,
+    const std::vector<Tensor>& stages, const Optional& diagonal, const Optional& sparse, const Optional& index,
     const Optional& bias, const std::vector<int64_t>& layout, const std::string& kind, bool reverse, bool needs_x,
     bool needs_w_ih, bool needs_bias_ih, int64_t precision) {
   check_precision(precision);
   const bool single = floating("layer_backward", out) == torch::headeronly::ScalarType::Float;
   const auto call = single ? &run_backward<float> : &run_backward<double>;
   Gradients g = call(Inputs{x, w_ih, needs_x, needs_w_ih, needs_bias_ih}, grad_out, grad_h, grad_c, out, workspace,
-      batch_sizes, h0, c0, stages, diagonal, overlay, index, bias, layout, kind_of(kind), reverse);
+      batch_sizes, h0, c0, stages, diagonal, sparse, index, bias, layout, kind_of(kind), reverse);
   return {g.x, g.w_ih, g.bias_ih, g.h0, g.c0, std::move(g.matrix)};
 }
 

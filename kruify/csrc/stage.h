@@ -7,7 +7,7 @@
 
 #include "gemm.h"
 #include "matrix.h"
-#include "overlay.h"
+#include "sparse.h"
 
 namespace kruify::KRUIFY_ISA {
 
@@ -121,7 +121,7 @@ inline void product(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* c
     }
   }
   if (m.diagonal) product_diagonal(m, nb, x, xs, y, ys);
-  if (m.overlay) product_overlay(m, nb, x, xs, y, ys, scratch);
+  if (m.sparse) product_sparse(m, nb, x, xs, y, ys, scratch);
 }
 
 // Backward. dW is summed in a thread's arena in the layout the GEMMs write best: of a pair or chain the trailing stage
@@ -204,7 +204,7 @@ inline void backward_chain(const Term<T>& term, const T* x, T* const* dy, T* dx,
   gemm<T, false>(q2, ld, q0 * q1, x, q2, dt, ld, arena + term.grad[2], ld, true);
 }
 
-// One sample's share of everything but dense terms and the overlay.
+// One sample's share of everything but dense terms and the sparse residual.
 template <class T>
 inline void backward_sample(const Matrix<T>& m, const T* x, T* const* dy, T* dx, T* arena, T* scratch) {
   for (int t = 0; t < m.terms; ++t) {
@@ -243,7 +243,7 @@ inline void product_backward(const Matrix<T>& m, int64_t nb, const T* x, int64_t
   }
   for (int t = 0; t < m.terms; ++t)
     if (m.term[t].kind == TermKind::kDense) backward_dense(m.term[t], nb, x, xs, dy, ys, dx, dxs, arena);
-  if (m.overlay) backward_overlay(m, nb, x, xs, dy, ys, dx, dxs, arena + m.grad_overlay, scratch);
+  if (m.sparse) backward_sparse(m, nb, x, xs, dy, ys, dx, dxs, arena + m.grad_sparse, scratch);
 }
 
 template <class T> inline void copy(int64_t n, const T* from, T* to) {
@@ -268,7 +268,7 @@ template <class T> inline void unpack(const Matrix<T>& m, const T* arena, T* con
     }
   }
   if (m.diagonal) copy(m.diagonal_gates * m.diagonal_size, arena + m.grad_diagonal, *grads++);
-  if (m.overlay) copy(m.blocks * m.block, arena + m.grad_overlay, *grads++);
+  if (m.sparse) copy(m.blocks * m.block, arena + m.grad_sparse, *grads++);
   if (m.bias) copy(m.bias_size, arena + m.grad_bias, *grads++);
 }
 

@@ -82,7 +82,7 @@ def plan_complex(shapes: tuple[Shape, ...], rank: int, templates: bool = False) 
 
 
 def _size(pair: TermPlan) -> tuple[int, int]:
-    """Elements of a pair; of equal ones that with the larger first stage, as in the kernels' menu, comes first."""
+    """Elements of a pair; of equal ones the larger first stage comes first, as in csrc/cuda/instantiations.h."""
     return sum(math.prod(s) for s in pair.shapes), -math.prod(pair.shapes[0])
 
 

@@ -11,7 +11,7 @@ from kruify import ops as ops  # registers the operators
 from kruify.ops import reference
 
 KINDS = tuple(reference.GATES)
-MENU = ((16, 16), (32, 16), (32, 32), (64, 32), (64, 64))
+FIXED_SHAPES = ((16, 16), (32, 16), (32, 32), (64, 32), (64, 64))
 SIZES = {"equal": [2, 2, 2], "packed": [3, 2, 2, 1]}
 FP32 = {"rtol": 1e-4, "atol": 2e-5}
 FP64 = {"rtol": 1e-9, "atol": 1e-10}

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/flow.h"
+#include "cuda/schedule.h"
 #include "races.h"
 
 using namespace kruify::cuda;
@@ -131,15 +131,15 @@ struct HostBlock {
 };
 
 // The template of a plan, float32 or for tensor cores.
-template <class F> void with_any_template(AnyShape s, bool menu, const PairPlan& p, Kind kind, const F& f) {
-  if (p.precision == kFloat32) with_template<false>(s, menu, p, kind, f);
-  else with_template<true>(s, menu, p, kind, f);
+template <class F> void with_any_template(AnyShape s, bool fixed, const PairPlan& p, Kind kind, const F& f) {
+  if (p.precision == kFloat32) with_template<false>(s, fixed, p, kind, f);
+  else with_template<true>(s, fixed, p, kind, f);
 }
 
 struct Options {  // mirrored in conftest.py
   int processors, shared_memory, clusters;
-  int order, cluster, tile, menu, precision;  // cluster, tile: 0 for what the plan says
-  int skipped;                                // a barrier that races.h does not count, from 1; 0: none
+  int order, cluster, tile, fixed, precision;  // cluster, tile: 0 for what the plan says
+  int skipped;                                 // a barrier that races.h does not count, from 1; 0: none
 };
 
 struct HostMachine {
@@ -194,7 +194,7 @@ struct HostMachine {
     for (int sample = 0; sample < args.rows.batch; ++sample) {
       races::unit(sample);
       HostBlock block(p.threads, p.cluster, p.bytes, options.order, options.skipped);
-      with_any_template(s, options.menu, p, kind, [&](auto g, auto numbers, auto shape) {
+      with_any_template(s, options.fixed, p, kind, [&](auto g, auto numbers, auto shape) {
         pair_forward<g.value, decltype(numbers)>(block, shape, p, args, sample);
       });
     }
@@ -206,7 +206,7 @@ struct HostMachine {
     for (int sample = 0; sample < args.rows.batch; ++sample) {
       races::unit(sample);
       HostBlock block(p.threads, p.cluster, p.bytes, options.order, options.skipped);
-      with_any_template(s, options.menu, p, kind, [&](auto g, auto numbers, auto shape) {
+      with_any_template(s, options.fixed, p, kind, [&](auto g, auto numbers, auto shape) {
         pair_backward<g.value, decltype(numbers)>(block, shape, p, args, sample);
       });
     }

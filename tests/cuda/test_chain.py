@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from phase_cases import FP32, FP64, KINDS, MENU, compare, pair
+from phase_cases import FIXED_SHAPES, FP32, FP64, KINDS, compare, pair
 
 from kruify.ops import reference
 from kruify.ops.precision import BF16, FLOAT32, TF32
@@ -66,7 +66,7 @@ def test_more_overlay_blocks_than_rows_are_checked_too(phases, matrix, options) 
 @pytest.mark.parametrize("memory", [232448, 166912, 101376, 8192])
 def test_the_limit_that_python_asks_for_is_that_of_the_launches(phases, matrix, options, memory, precision) -> None:  # type: ignore[no-untyped-def]
     for kind in KINDS:
-        for shape in (*MENU, (12, 20)):
+        for shape in (*FIXED_SHAPES, (12, 20)):
             for rank in (1, 4):
                 o = options(shared_memory=memory, clusters=int(memory == 232448), precision=precision)
                 forward, backward = (phases.choice(kind, *shape, rank, 64, b, o)[0] > 0 for b in (False, True))

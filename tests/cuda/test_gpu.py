@@ -30,7 +30,7 @@ pytestmark = [
 
 GATES = reference.GATES
 KINDS = tuple(GATES)
-MENU = ((16, 16), (32, 16), (32, 32), (64, 32), (64, 64))
+FIXED_SHAPES = ((16, 16), (32, 16), (32, 32), (64, 32), (64, 64))
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}  # of the largest value
 LOWER = {
     precision.TF32: 2e-3,
@@ -105,21 +105,21 @@ def parity(m, kind, sizes, reverse, dtype, columns=0, products=precision.FLOAT32
         close(f"result {k}", got, wanted, LOWER.get(products, TOLERANCE[dtype]))
 
 
-@pytest.mark.parametrize(("kind", "shape", "batch"), all_pairs(kind=KINDS, shape=MENU, batch=(1, 5)))
-def test_menu(matrix, kind, shape, batch) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(("kind", "shape", "batch"), all_pairs(kind=KINDS, shape=FIXED_SHAPES, batch=(1, 5)))
+def test_fixed_shapes(matrix, kind, shape, batch) -> None:  # type: ignore[no-untyped-def]
     parity(matrix(*pair(kind, *shape, 1)), kind, [batch] * 7, batch == 1, torch.float32)
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])  # rounding may take a ReLU over its kink; its template is that of tanh
-@pytest.mark.parametrize("shape", MENU, ids=str)
+@pytest.mark.parametrize("shape", FIXED_SHAPES, ids=str)
 @pytest.mark.parametrize("products", LOWER)
-def test_menu_on_tensor_cores(matrix, kind, shape, products) -> None:  # type: ignore[no-untyped-def]
+def test_fixed_shapes_on_tensor_cores(matrix, kind, shape, products) -> None:  # type: ignore[no-untyped-def]
     for batch in (1, 40, 150):
         parity(matrix(*pair(kind, *shape, 1)), kind, [batch] * 4, batch == 40, torch.float32, products=products)
 
 
 @pytest.mark.parametrize("products", LOWER)
-def test_tensor_cores_off_the_menu(matrix, products) -> None:  # type: ignore[no-untyped-def]
+def test_tensor_cores_with_other_shapes(matrix, products) -> None:  # type: ignore[no-untyped-def]
     m = matrix(*pair("lstm", 48, 16, 2), diagonal=(0,))
     parity(m, "lstm", [3, 3, 2, 1], True, torch.float32, columns=10, products=products)
 

@@ -1,4 +1,4 @@
-"""Every template of the menu and the general kernels, phase by phase on the CPU, against the float64 reference."""
+"""The template of every fixed shape and the general kernels, by phases on the CPU, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import itertools
 import pytest
 import torch
 from all_pairs import all_pairs
-from phase_cases import FP32, FP64, KINDS, MENU, SIZES, check, compare, pair
+from phase_cases import FIXED_SHAPES, FP32, FP64, KINDS, SIZES, check, compare, pair
 
 from kruify.ops import reference
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", MENU, ids=str)
-def test_every_template_of_the_menu(phases, matrix, options, kind, shape) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("shape", FIXED_SHAPES, ids=str)
+def test_every_fixed_shape(phases, matrix, options, kind, shape) -> None:  # type: ignore[no-untyped-def]
     cluster = 2 if shape[1] == 64 else 1
     m = matrix(*pair(kind, *shape, 1))
     for tile, reverse in ((2, False), (4, True)):
@@ -49,16 +49,16 @@ def test_ranks(phases, matrix, options, kind, rank) -> None:  # type: ignore[no-
 def test_clusters(phases, matrix, options, kind, cluster) -> None:  # type: ignore[no-untyped-def]
     m = matrix(*pair(kind, 16, 32, 1), diagonal=(0,))
     check(phases, m, kind, [2, 1], False, torch.float32, options(cluster=cluster))
-    check(phases, m, kind, [1], True, torch.float32, options(cluster=cluster, tile=4, menu=0))
+    check(phases, m, kind, [1], True, torch.float32, options(cluster=cluster, tile=4, fixed=0))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sizes_off_the_menu_run_the_same_code(phases, matrix, options, kind) -> None:  # type: ignore[no-untyped-def]
+def test_other_sizes_run_the_same_code(phases, matrix, options, kind) -> None:  # type: ignore[no-untyped-def]
     templates, _ = check(
         phases, matrix(*pair(kind, 12, 20, 2), diagonal=(0,)), kind, SIZES["packed"], False, torch.float32, options()
     )
     assert templates == 1
-    a = check(phases, matrix(*pair(kind, 32, 16, 1)), kind, [1, 1], False, torch.float32, options(menu=0))
+    a = check(phases, matrix(*pair(kind, 32, 16, 1)), kind, [1, 1], False, torch.float32, options(fixed=0))
     assert a[0] == 1
 
 
@@ -186,8 +186,8 @@ def test_product(phases, matrix, options, name, dtype, bias) -> None:  # type: i
             compare(f"gradient {k}", got, want, tolerance)
 
 
-def test_the_menu_fits_an_h200_with_one_row_a_cluster(phases, options) -> None:  # type: ignore[no-untyped-def]
-    for kind, shape, backward, batch in itertools.product(KINDS, MENU, (False, True), (1, 64, 256)):
+def test_the_fixed_shapes_fit_an_h200_with_one_row_a_cluster(phases, options) -> None:  # type: ignore[no-untyped-def]
+    for kind, shape, backward, batch in itertools.product(KINDS, FIXED_SHAPES, (False, True), (1, 64, 256)):
         cluster, threads, tile, size, _ = phases.choice(kind, *shape, 1, batch, backward, options())
         assert cluster >= 1 and size <= 232448 and threads % 32 == 0 and threads <= 512 and tile in (2, 4)
         assert batch != 64 or cluster * batch <= 132

@@ -16,7 +16,7 @@ from kruify.ops.stages import plan, plan_pair
 @pytest.mark.parametrize(
     ("bits", "wanted"), [(8, (16, 16)), (9, (32, 16)), (10, (32, 32)), (11, (64, 32)), (12, (64, 64))]
 )
-def test_chains_merge_to_the_menu(bits: int, wanted: tuple[int, int]) -> None:
+def test_chains_merge_to_the_fixed_shapes(bits: int, wanted: tuple[int, int]) -> None:
     found = plan_pair(((2, 2),) * bits, 4)
     assert found.shapes == tuple((n, n) for n in wanted)
     assert sum(found.groups) == bits and found.merges

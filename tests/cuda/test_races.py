@@ -59,7 +59,7 @@ def test_templates(quiet, matrix, options, kind, precision, cluster) -> None:  #
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sizes_off_the_menu(quiet, matrix, options, kind) -> None:  # type: ignore[no-untyped-def]
+def test_other_sizes(quiet, matrix, options, kind) -> None:  # type: ignore[no-untyped-def]
     run(quiet, matrix(*pair(kind, 12, 20, 2)), kind, SIZES["packed"], options())
     run(quiet, matrix(*pair(kind, 4, 32, 1)), kind, [1, 1], options(cluster=8))
 

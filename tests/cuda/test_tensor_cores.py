@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from all_pairs import all_pairs
-from phase_cases import MENU, SIZES, check, compare, pair
+from phase_cases import FIXED_SHAPES, SIZES, check, compare, pair
 from torch import Tensor
 
 from kruify.ops import reference
@@ -109,7 +109,9 @@ def parity(phases: Any, m: Any, kind: str, sizes: list[int], reverse: bool, o: A
     return tuple(results)
 
 
-@pytest.mark.parametrize(("kind", "shape", "precision"), all_pairs(kind=KINDS, shape=MENU, precision=(TF32, BF16)))
+@pytest.mark.parametrize(
+    ("kind", "shape", "precision"), all_pairs(kind=KINDS, shape=FIXED_SHAPES, precision=(TF32, BF16))
+)
 def test_templates(phases, matrix, options, kind, shape, precision) -> None:  # type: ignore[no-untyped-def]
     m = matrix(*pair(kind, *shape, 1))
     parity(phases, m, kind, [2, 1, 1] if shape[0] < 64 else [1, 1], shape[0] == 32, options(precision=precision))
@@ -142,7 +144,7 @@ def test_cells_with_a_kink(phases, matrix, options, kind, precision) -> None:  #
 
 @LOWER
 @pytest.mark.parametrize("kind", KINDS)
-def test_sizes_off_the_menu_ranks_and_a_diagonal(phases, matrix, options, kind, precision) -> None:  # type: ignore[no-untyped-def]
+def test_other_sizes_ranks_and_a_diagonal(phases, matrix, options, kind, precision) -> None:  # type: ignore[no-untyped-def]
     m = matrix(*pair(kind, 48, 16, 2), diagonal=(0,))
     parity(phases, m, kind, SIZES["packed"], True, options(precision=precision))
 
@@ -235,7 +237,7 @@ def test_float64_and_the_general_kernel_know_no_precision(phases, matrix, option
 def test_what_a_launch_takes(phases, options) -> None:  # type: ignore[no-untyped-def]
     """bf16 needs less shared memory than float32; what TF32 has no room for stays float32 where that fits."""
     for kind in KINDS:
-        for shape in MENU:
+        for shape in FIXED_SHAPES:
             for backward in (False, True):
                 float32 = phases.choice(kind, *shape, 1, 64, backward, options())
                 bf16 = phases.choice(kind, *shape, 1, 64, backward, options(precision=BF16))

@@ -47,10 +47,10 @@ inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes) { return tor
 struct MatrixArguments {
   MatrixLayout layout;
   std::vector<Tensor> stages;
-  Optional diagonal, overlay, index, bias;
+  Optional diagonal, sparse, index, bias;
 
   MatrixArguments(const Tensor& like, const std::vector<Tensor>& given, const Optional& diagonal_,
-      const Optional& overlay_, const Optional& index_, const Optional& bias_, const std::vector<int64_t>& code,
+      const Optional& sparse_, const Optional& index_, const Optional& bias_, const std::vector<int64_t>& code,
       int rows_a_bias = 1)
       : layout(decode_layout(code)) {
     const ScalarType dtype = like.scalar_type();
@@ -81,15 +81,15 @@ struct MatrixArguments {
     if (diagonal_)
       diagonal = checked("the diagonal", *diagonal_, like,
           {static_cast<int64_t>(layout.diagonal_gates.size()), std::min(layout.rows, layout.cols)});
-    STD_TORCH_CHECK(overlay_.has_value() == index_.has_value(), "kruify: an overlay needs its index");
-    if (overlay_) {
-      overlay = checked("the overlay", *overlay_, like, {-1, -1});
+    STD_TORCH_CHECK(sparse_.has_value() == index_.has_value(), "kruify: a sparse residual needs its index");
+    if (sparse_) {
+      sparse = checked("the sparse residual", *sparse_, like, {-1, -1});
       STD_TORCH_CHECK(index_->is_cuda() && index_->get_device_index() == like.get_device_index() &&
-              index_->scalar_type() == ScalarType::Int && index_->dim() == 2 && index_->size(0) == overlay->size(0) &&
+              index_->scalar_type() == ScalarType::Int && index_->dim() == 2 && index_->size(0) == sparse->size(0) &&
               index_->size(1) == 2,
-          "kruify: the overlay's index must be int32 of shape (blocks, 2) on the same device");
+          "kruify: the sparse residual's index must be int32 of shape (blocks, 2) on the same device");
       index = torch::stable::contiguous(*index_);
-      if (overlay->numel() == 0) overlay.reset(), index.reset();
+      if (sparse->numel() == 0) sparse.reset(), index.reset();
     }
     if (bias_)
       bias = checked("the bias", *bias_, like, {static_cast<int64_t>(layout.gates) * layout.rows / rows_a_bias});
@@ -103,10 +103,10 @@ struct MatrixArguments {
       m.stages.push_back(data<T>(s));
     }
     m.diagonal = data<T>(diagonal), m.bias = data<T>(bias);
-    if (overlay) {
-      m.overlay.values = data<T>(overlay), m.overlay.index = data<int>(index);
-      m.overlay.blocks = static_cast<int>(overlay->size(0)), m.overlay.block = static_cast<int>(overlay->size(1));
-      machine.overlay_index = *index;
+    if (sparse) {
+      m.sparse.values = data<T>(sparse), m.sparse.index = data<int>(index);
+      m.sparse.blocks = static_cast<int>(sparse->size(0)), m.sparse.block = static_cast<int>(sparse->size(1));
+      machine.sparse_index = *index;
     }
     return m;
   }
@@ -114,7 +114,7 @@ struct MatrixArguments {
 
 // New tensors for the matrix's gradients, in the operators' order, and pointers to them.
 template <class T>
-MatrixGradient<T> gradients(const MatrixArguments& m, const Optional& overlay, std::vector<Tensor>& tensors) {
+MatrixGradient<T> gradients(const MatrixArguments& m, const Optional& sparse, std::vector<Tensor>& tensors) {
   MatrixGradient<T> to;
   auto add = [&](const Tensor& like) {
     tensors.push_back(empty(like, {like.sizes().begin(), like.sizes().end()}));
@@ -122,8 +122,8 @@ MatrixGradient<T> gradients(const MatrixArguments& m, const Optional& overlay, s
   };
   for (const Tensor& s : m.stages) to.stages.push_back(add(s));
   if (m.diagonal) to.diagonal = add(*m.diagonal);
-  if (m.overlay) to.overlay = add(*m.overlay);
-  else if (overlay) add(*overlay);  // without blocks: nothing to write
+  if (m.sparse) to.sparse = add(*m.sparse);
+  else if (sparse) add(*sparse);  // without blocks: nothing to write
   if (m.bias) to.bias = add(*m.bias);
   return to;
 }

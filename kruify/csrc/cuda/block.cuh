@@ -1,7 +1,7 @@
 // A block of a running kernel, as the phases see it.
 #pragma once
 
-#include "hd.h"
+#include "host_device.h"
 
 namespace kruify::cuda {
 

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "hd.h"
+#include "host_device.h"
 
 namespace kruify::cuda {
 

@@ -1,6 +1,6 @@
-// The recurrence for any sum of Kronecker products: any number of terms and stages, ranks, diagonal, overlay; float32
-// and float64. One block a row of the batch; its vectors lie in shared memory where they fit, else in global scratch.
-// Plain loops, one output an item: right for every structure, and fast for none.
+// The recurrence for any sum of Kronecker products: any number of terms and stages, ranks, diagonal, sparse residual;
+// float32 and float64. One block a row of the batch; its vectors lie in shared memory where they fit, else in global
+// scratch. Plain loops, one output an item: right for every structure, and fast for none.
 #pragma once
 
 #include "gates.h"
@@ -39,7 +39,7 @@ struct Term {
   int gate[4];
 };
 
-template <class T> struct Overlay {
+template <class T> struct SparseResidual {
   const T* values;       // (blocks, block), or null
   const int* index;      // (blocks, 2): first row, column; ascending
   const int* row_start;  // (rows + 1,) first block that starts at or below a row
@@ -47,7 +47,7 @@ template <class T> struct Overlay {
   const int64_t* blocks_by_column;
   int blocks, block;
 
-  // Row `row` of the overlay times x.
+  // Row `row` of the sparse residual times x.
   KRUIFY_HD T row_product(int row, const T* x) const {
     T sum = 0;
     const int above = row - block + 1;
@@ -55,7 +55,7 @@ template <class T> struct Overlay {
       sum += values[static_cast<int64_t>(k) * block + row - index[2 * k]] * x[index[2 * k + 1]];
     return sum;
   }
-  // Column `column` of the overlay times y: its blocks lie together in blocks_by_column.
+  // Column `column` of the sparse residual times y: its blocks lie together in blocks_by_column.
   KRUIFY_HD T column_product(int column, const T* y) const {
     int low = 0, high = blocks;
     while (low < high) {
@@ -78,7 +78,7 @@ template <class T> struct Program {
   Op<T> op[kMaxOps];
   const T* diagonal;
   int diagonal_row[4];
-  Overlay<T> overlay;
+  SparseResidual<T> sparse;
   const T* bias;
 };
 
@@ -120,7 +120,7 @@ template <int G, class T> struct GeneralPhases {
       T sum = m.bias ? m.bias[e] : T(0);
       if (m.diagonal && m.diagonal_row[g] >= 0)
         sum += m.diagonal[static_cast<int64_t>(m.diagonal_row[g]) * m.hidden + i] * h(t)[i];
-      if (m.overlay.values) sum += m.overlay.row_product(e, h(t));
+      if (m.sparse.values) sum += m.sparse.row_product(e, h(t));
       y(t)[e] = sum;
     }
   }
@@ -149,7 +149,7 @@ template <int G, class T> struct GeneralPhases {
       for (int g = 0; g < G; ++g)
         if (m.diagonal && m.diagonal_row[g] >= 0)
           sum += m.diagonal[static_cast<int64_t>(m.diagonal_row[g]) * m.hidden + i] * y(t)[g * m.hidden + i];
-      if (m.overlay.values) sum += m.overlay.column_product(i, y(t));
+      if (m.sparse.values) sum += m.sparse.column_product(i, y(t));
       h(t)[i] = sum;
     }
   }

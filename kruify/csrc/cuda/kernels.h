@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "flow.h"
+#include "schedule.h"
 
 namespace kruify::cuda {
 

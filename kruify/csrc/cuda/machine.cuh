@@ -1,4 +1,4 @@
-// The machine that flow.h runs on: one GPU, the current stream of torch, memory from torch's caching allocator.
+// The machine that schedule.h runs on: one GPU, the current stream of torch, memory from torch's caching allocator.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -53,7 +53,7 @@ inline Chip chip_of(int device) {
 class Machine {
  public:
   Chip chip;
-  Tensor overlay_index;  // of the matrix at hand, where it has an overlay
+  Tensor sparse_index;  // of the matrix at hand, where it has a sparse residual
 
   explicit Machine(const Tensor& like) : guard_(like.get_device_index()), like_(like) {
     const int device = like.get_device_index();
@@ -92,7 +92,7 @@ class Machine {
           "a launch over rows", item);
   }
   void sort_columns(const int*, int, const int*& columns, const int64_t*& blocks) {
-    const Tensor column = torch::stable::contiguous(torch::stable::select(overlay_index, 1, 1));
+    const Tensor column = torch::stable::contiguous(torch::stable::select(sparse_index, 1, 1));
     using torch::stable::detail::from;
     std::array<StableIValue, 4> stack{from(column), from(std::optional<bool>(true)), from(int64_t{0}), from(false)};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));

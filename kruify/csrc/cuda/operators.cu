@@ -1,4 +1,4 @@
-// The operators on CUDA tensors: check, allocate, and run flow.h on the current stream.
+// The operators on CUDA tensors: check, allocate, and run schedule.h on the current stream.
 #include "factor_arguments.cuh"
 
 namespace kruify::cuda {
@@ -17,11 +17,11 @@ Precision precision_of(int64_t number) {
   return Precision(number);
 }
 
-Tensor kron_matmul(Tensor x, std::vector<Tensor> stages, Optional diagonal, Optional overlay, Optional index,
+Tensor kron_matmul(Tensor x, std::vector<Tensor> stages, Optional diagonal, Optional sparse, Optional index,
     Optional bias, std::vector<int64_t> layout, int64_t precision_number) {
   const Precision precision = precision_of(precision_number);
   STD_TORCH_CHECK(x.dim() > 0, "kruify: x must have at least one dimension");
-  const MatrixArguments given(x, stages, diagonal, overlay, index, bias, layout);
+  const MatrixArguments given(x, stages, diagonal, sparse, index, bias, layout);
   STD_TORCH_CHECK(x.size(x.dim() - 1) == given.layout.cols, "kruify: x has ", x.size(x.dim() - 1), " columns, W has ",
       given.layout.cols);
   const Tensor from = torch::stable::contiguous(x);
@@ -38,11 +38,11 @@ Tensor kron_matmul(Tensor x, std::vector<Tensor> stages, Optional diagonal, Opti
 }
 
 std::tuple<Tensor, std::vector<Tensor>> kron_matmul_backward(Tensor grad, Tensor x, std::vector<Tensor> stages,
-    Optional diagonal, Optional overlay, Optional index, Optional bias, std::vector<int64_t> layout,
+    Optional diagonal, Optional sparse, Optional index, Optional bias, std::vector<int64_t> layout,
     int64_t precision_number) {
   const Precision precision = precision_of(precision_number);
   STD_TORCH_CHECK(x.dim() > 0, "kruify: x must have at least one dimension");
-  const MatrixArguments given(x, stages, diagonal, overlay, index, bias, layout);
+  const MatrixArguments given(x, stages, diagonal, sparse, index, bias, layout);
   STD_TORCH_CHECK(x.size(x.dim() - 1) == given.layout.cols, "kruify: x has ", x.size(x.dim() - 1), " columns, W has ",
       given.layout.cols);
   const int64_t rows = x.numel() / given.layout.cols;
@@ -57,7 +57,7 @@ std::tuple<Tensor, std::vector<Tensor>> kron_matmul_backward(Tensor grad, Tensor
     using T = decltype(zero);
     Matrix<T> m = given.matrix<T>(machine);
     product_backward<T>(machine, m, data<T>(upper), data<T>(from), rows, writable<T>(grad_x),
-        gradients<T>(given, overlay, found), precision);
+        gradients<T>(given, sparse, found), precision);
   });
   return {grad_x, found};
 }
@@ -116,12 +116,12 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Optional& bias) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_operator(Tensor x, Optional w_ih, Optional bias_ih,
-    Tensor batch_sizes, Tensor h0, Optional c0, std::vector<Tensor> stages, Optional diagonal, Optional overlay,
+    Tensor batch_sizes, Tensor h0, Optional c0, std::vector<Tensor> stages, Optional diagonal, Optional sparse,
     Optional index, Optional bias, std::vector<int64_t> layout, std::string kind_name, bool reverse, bool training,
     int64_t precision_number) {
   const Precision precision = precision_of(precision_number);
   const Kind kind = kind_of(kind_name);
-  const MatrixArguments given(x, stages, diagonal, overlay, index, bias, layout, rows_a_bias(kind));
+  const MatrixArguments given(x, stages, diagonal, sparse, index, bias, layout, rows_a_bias(kind));
   const int64_t hidden = given.layout.rows, width = given.layout.gates * hidden;
   STD_TORCH_CHECK(given.layout.gates == gates_of(kind) && given.layout.cols == hidden, "kruify: ", kind_name,
       " takes a square matrix of ", gates_of(kind), " gates");
@@ -158,11 +158,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_operator(Tensor x, Optiona
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward_operator(Optional grad_out, Optional grad_h,
     Optional grad_c, Tensor out, Tensor workspace, Tensor batch_sizes, Tensor h0, Optional c0,
-    std::vector<Tensor> stages, Optional diagonal, Optional overlay, Optional index, Optional bias,
+    std::vector<Tensor> stages, Optional diagonal, Optional sparse, Optional index, Optional bias,
     std::vector<int64_t> layout, std::string kind_name, bool reverse, int64_t precision_number) {
   const Precision precision = precision_of(precision_number);
   const Kind kind = kind_of(kind_name);
-  const MatrixArguments given(out, stages, diagonal, overlay, index, bias, layout, rows_a_bias(kind));
+  const MatrixArguments given(out, stages, diagonal, sparse, index, bias, layout, rows_a_bias(kind));
   const int64_t hidden = given.layout.rows, width = given.layout.gates * hidden;
   STD_TORCH_CHECK(given.layout.gates == gates_of(kind) && given.layout.cols == hidden, "kruify: ", kind_name,
       " takes a square matrix of ", gates_of(kind), " gates");
@@ -186,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward_oper
     Matrix<T> m = given.matrix<T>(machine);
     const GeneralBackward<T> args{data<T>(upper), data<T>(upper_h), data<T>(upper_c), data<T>(result), data<T>(saved),
         data<T>(h), data<T>(c), writable<T>(grad_gates), nullptr, writable<T>(grad_h0), writable<T>(grad_c0), rows};
-    recurrence_backward<T>(machine, m, kind, args, total, gradients<T>(given, overlay, found), precision);
+    recurrence_backward<T>(machine, m, kind, args, total, gradients<T>(given, sparse, found), precision);
   });
   return {grad_gates, grad_h0, grad_c0, found};
 }

@@ -4,9 +4,9 @@
 #pragma once
 
 #include "block.cuh"
+#include "instantiations.h"
 #include "kernels.h"
 #include "launch.cuh"
-#include "menu.h"
 
 namespace kruify::cuda {
 

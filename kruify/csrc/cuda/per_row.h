@@ -1,5 +1,6 @@
 // Work on all rows of a matrix at once, one item a thread, for what the templates do not take: a stage of the bare
-// product and its gradients, diagonal, overlay, previous states. An item is an index; the launch runs over all of them.
+// product and its gradients, diagonal, sparse residual, previous states. An item is an index; the launch runs over all
+// of them.
 #pragma once
 
 #include "general.h"
@@ -78,10 +79,10 @@ template <class T> struct StageGradient {
   }
 };
 
-// y[row, e] (+)= bias[e] + diagonal + overlay: where a product starts.
+// y[row, e] (+)= bias[e] + diagonal + sparse residual: where a product starts.
 template <class T> struct StartProduct {
   const T *bias, *diagonal, *x;
-  Overlay<T> overlay;
+  SparseResidual<T> sparse;
   const int* diagonal_row;  // (gates,) row of the diagonal or -1; on the device, or null
   T* y;
   int64_t rows;
@@ -94,15 +95,15 @@ template <class T> struct StartProduct {
     T sum = bias ? bias[e] : T(0);
     if (diagonal && i < diagonal_size && diagonal_row[g] >= 0)
       sum += diagonal[static_cast<int64_t>(diagonal_row[g]) * diagonal_size + i] * from[i];
-    if (overlay.values) sum += overlay.row_product(e, from);
+    if (sparse.values) sum += sparse.row_product(e, from);
     y[item] = sum;
   }
 };
 
-// grad_x[row, i] = what reaches it by diagonal and overlay.
+// grad_x[row, i] = what reaches it by diagonal and sparse residual.
 template <class T> struct StartGradient {
   const T *diagonal, *grad;
-  Overlay<T> overlay;
+  SparseResidual<T> sparse;
   const int* diagonal_row;
   T* grad_x;
   int64_t rows;
@@ -117,12 +118,12 @@ template <class T> struct StartGradient {
       if (diagonal_row[g] >= 0)
         sum += diagonal[static_cast<int64_t>(diagonal_row[g]) * diagonal_size + i] *
             from[static_cast<int64_t>(g) * height + i];
-    if (overlay.values) sum += overlay.column_product(i, from);
+    if (sparse.values) sum += sparse.column_product(i, from);
     grad_x[item] = sum;
   }
 };
 
-// Parts of the gradients of the diagonal and the overlay's values.
+// Parts of the gradients of the diagonal and the sparse residual's values.
 template <class T> struct DiagonalGradient {
   const T *grad, *x;
   const int* gate;  // (diagonal gates,) on the device
@@ -141,7 +142,7 @@ template <class T> struct DiagonalGradient {
   }
 };
 
-template <class T> struct OverlayGradient {
+template <class T> struct SparseGradient {
   const T *grad, *x;
   const int* index;
   T* part;  // (pieces, blocks, block)
@@ -161,7 +162,7 @@ template <class T> struct OverlayGradient {
 
 // row_start[row] = the first block whose first row is `row` or below it. An index that would lead out of the matrix is
 // refused here, before any other kernel reads it: the host would have to wait for the device to look at it.
-struct OverlayRows {
+struct SparseRows {
   const int* index;
   int* row_start;
   int blocks, block, gates, height, width;
@@ -171,8 +172,8 @@ struct OverlayRows {
     if (item < blocks) {
       const int row = index[2 * item], column = index[2 * item + 1];
       demand(row >= 0 && row < rows() && row % height + block <= height && column >= 0 && column < width,
-          "kruify: an overlay block lies outside its gate");
-      demand(item == 0 || index[2 * item - 2] <= row, "kruify: the overlay's index does not ascend by rows");
+          "kruify: a block of the sparse residual lies outside its gate");
+      demand(item == 0 || index[2 * item - 2] <= row, "kruify: the sparse residual's index does not ascend by rows");
     }
     if (item > rows()) return;
     const int64_t row = item;

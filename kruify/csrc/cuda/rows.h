@@ -1,7 +1,7 @@
 // Rows of a packed batch: where step t of sample b lies, and how long b is.
 #pragma once
 
-#include "hd.h"
+#include "host_device.h"
 
 namespace kruify::cuda {
 

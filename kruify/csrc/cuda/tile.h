@@ -1,7 +1,7 @@
 // The arithmetic of the two-stage templates: one thread's tile of C[m][n] += sum_k A[m][k] B[n][k].
 #pragma once
 
-#include "hd.h"
+#include "host_device.h"
 
 namespace kruify::cuda {
 
@@ -32,7 +32,7 @@ KRUIFY_HD void tile_fma(
   }
 }
 
-// Shapes known when the kernel is compiled: one entry of the menu. The sizes are powers of two.
+// Shapes known when the kernel is compiled: one of instantiations.h. The sizes are powers of two.
 template <int Rows1, int Rows2> struct Square {
   static constexpr bool fixed = true;
   static constexpr int turns = 4;

@@ -1,7 +1,8 @@
-// The sparse overlay: blocks of `block` consecutive rows of one column.
+// The sparse residual: blocks of `block` consecutive rows of one column.
 //
 // One sample leaves most lanes of a vector idle where blocks are short. With several samples the lanes are the samples:
-// x, y and dy are transposed to (element, sample) once a call, and every number of the overlay is one multiply-add.
+// x, y and dy are transposed to (element, sample) once a call, and every number of the sparse residual is one
+// multiply-add.
 #pragma once
 
 #include "matrix.h"
@@ -43,7 +44,7 @@ template <class T, class F> KRUIFY_INLINE void for_runs(const Matrix<T>& m, F f)
 }
 
 template <class T>
-inline void overlay_in_lanes(
+inline void sparse_in_lanes(
     const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys, T* scratch) {
   constexpr int W = kWidth<T>;
   T *xt = scratch, *yt = xt + m.cols * W;
@@ -54,10 +55,10 @@ inline void overlay_in_lanes(
       Vec<T> even = load(yt + (row + i) * W), odd{};
       int64_t b = first;
       for (; b + 1 < next; b += 2) {
-        even += m.overlay[b * m.block + i] * load(xt + m.index[2 * b + 1] * W);
-        odd += m.overlay[(b + 1) * m.block + i] * load(xt + m.index[2 * b + 3] * W);
+        even += m.sparse[b * m.block + i] * load(xt + m.index[2 * b + 1] * W);
+        odd += m.sparse[(b + 1) * m.block + i] * load(xt + m.index[2 * b + 3] * W);
       }
-      if (b < next) even += m.overlay[b * m.block + i] * load(xt + m.index[2 * b + 1] * W);
+      if (b < next) even += m.sparse[b * m.block + i] * load(xt + m.index[2 * b + 1] * W);
       store(yt + (row + i) * W, even + odd);
     }
   });
@@ -65,19 +66,19 @@ inline void overlay_in_lanes(
 }
 
 // Blocks of one number, one sample: a plain sparse product.
-template <class T> inline void overlay_single(const Matrix<T>& m, const T* x, T* const* y) {
+template <class T> inline void sparse_single(const Matrix<T>& m, const T* x, T* const* y) {
   for_runs(m, [&](int64_t row, int64_t first, int64_t next) __attribute__((always_inline)) {
     T total[4] = {};
     int64_t b = first;
     for (; b + 4 <= next; b += 4)
-      for (int k = 0; k < 4; ++k) total[k] += m.overlay[b + k] * x[m.index[2 * (b + k) + 1]];
-    for (; b < next; ++b) total[0] += m.overlay[b] * x[m.index[2 * b + 1]];
+      for (int k = 0; k < 4; ++k) total[k] += m.sparse[b + k] * x[m.index[2 * (b + k) + 1]];
+    for (; b < next; ++b) total[0] += m.sparse[b] * x[m.index[2 * b + 1]];
     y[row / m.rows][row % m.rows] += (total[0] + total[1]) + (total[2] + total[3]);
   });
 }
 
 template <class T>
-inline void overlay_in_rows(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys) {
+inline void sparse_in_rows(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys) {
   for_runs(m, [&](int64_t row, int64_t first, int64_t next) __attribute__((always_inline)) {
     T* out = y[row / m.rows] + row % m.rows;
     for (int64_t s = 0; s < nb; ++s)
@@ -86,10 +87,10 @@ inline void overlay_in_rows(const Matrix<T>& m, int64_t nb, const T* x, int64_t 
         Vec<T> even = load_n(out + s * ys + i, lanes), odd{};
         int64_t b = first;
         for (; b + 1 < next; b += 2) {
-          even += x[s * xs + m.index[2 * b + 1]] * load_n(m.overlay + b * m.block + i, lanes);
-          odd += x[s * xs + m.index[2 * b + 3]] * load_n(m.overlay + (b + 1) * m.block + i, lanes);
+          even += x[s * xs + m.index[2 * b + 1]] * load_n(m.sparse + b * m.block + i, lanes);
+          odd += x[s * xs + m.index[2 * b + 3]] * load_n(m.sparse + (b + 1) * m.block + i, lanes);
         }
-        if (b < next) even += x[s * xs + m.index[2 * b + 1]] * load_n(m.overlay + b * m.block + i, lanes);
+        if (b < next) even += x[s * xs + m.index[2 * b + 1]] * load_n(m.sparse + b * m.block + i, lanes);
         store_n(out + s * ys + i, even + odd, lanes);
       }
   });
@@ -97,20 +98,20 @@ inline void overlay_in_rows(const Matrix<T>& m, int64_t nb, const T* x, int64_t 
 
 // y[g] += S[g] x
 template <class T>
-inline void product_overlay(
+inline void product_sparse(
     const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys, T* scratch) {
   T* part[kMaxGates];
   for (int64_t s = 0; s < nb; s += kWidth<T>) {
     const int64_t count = min64(kWidth<T>, nb - s);
     for (int g = 0; g < m.gates; ++g) part[g] = y[g] + s * ys;
-    if (samples_in_lanes(m, count)) overlay_in_lanes(m, count, x + s * xs, xs, part, ys, scratch);
-    else if (m.block == 1 && count == 1) overlay_single(m, x + s * xs, part);
-    else overlay_in_rows(m, count, x + s * xs, xs, part, ys);
+    if (samples_in_lanes(m, count)) sparse_in_lanes(m, count, x + s * xs, xs, part, ys, scratch);
+    else if (m.block == 1 && count == 1) sparse_single(m, x + s * xs, part);
+    else sparse_in_rows(m, count, x + s * xs, xs, part, ys);
   }
 }
 
 template <class T>
-inline void backward_overlay_in_lanes(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys,
+inline void backward_sparse_in_lanes(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys,
     T* dx, int64_t dxs, T* sums, T* scratch) {
   constexpr int W = kWidth<T>;
   T *xt = scratch, *dxt = xt + m.cols * W, *dyt = dxt + m.cols * W;
@@ -122,7 +123,7 @@ inline void backward_overlay_in_lanes(const Matrix<T>& m, int64_t nb, const T* x
       const Vec<T> d = load(dyt + (row + i) * W);
       for (int64_t b = first; b < next; ++b) {
         const int64_t column = m.index[2 * b + 1] * W;
-        store(dxt + column, load(dxt + column) + m.overlay[b * m.block + i] * d);
+        store(dxt + column, load(dxt + column) + m.sparse[b * m.block + i] * d);
         sums[b * m.block + i] += sum<T>(d * load(xt + column));
       }
     }
@@ -130,20 +131,20 @@ inline void backward_overlay_in_lanes(const Matrix<T>& m, int64_t nb, const T* x
   add_lanes(nb, m.cols, dxt, dx, dxs);
 }
 
-template <class T> inline void backward_overlay_in_rows(const Matrix<T>& m, const T* x, T* const* dy, T* dx, T* sums) {
+template <class T> inline void backward_sparse_in_rows(const Matrix<T>& m, const T* x, T* const* dy, T* dx, T* sums) {
   if (m.block == 1) {
     for_runs(m, [&](int64_t row, int64_t first, int64_t next) __attribute__((always_inline)) {
       const T d = dy[row / m.rows][row % m.rows];
       for (int64_t b = first; b < next; ++b) {
         sums[b] += x[m.index[2 * b + 1]] * d;
-        dx[m.index[2 * b + 1]] += m.overlay[b] * d;
+        dx[m.index[2 * b + 1]] += m.sparse[b] * d;
       }
     });
     return;
   }
   for (int64_t b = 0; b < m.blocks; ++b) {
     const int64_t row = m.index[2 * b], column = m.index[2 * b + 1];
-    const T *d = dy[row / m.rows] + row % m.rows, *v = m.overlay + b * m.block;
+    const T *d = dy[row / m.rows] + row % m.rows, *v = m.sparse + b * m.block;
     Vec<T> total{};
     for (int64_t i = 0; i < m.block; i += kWidth<T>) {
       const int lanes = int(min64(kWidth<T>, m.block - i));
@@ -157,20 +158,20 @@ template <class T> inline void backward_overlay_in_rows(const Matrix<T>& m, cons
 
 // dx += sum_g S[g]^T dy[g]; sums (blocks, block) grow by these samples' share of the gradient.
 template <class T>
-inline void backward_overlay(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys, T* dx,
+inline void backward_sparse(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys, T* dx,
     int64_t dxs, T* sums, T* scratch) {
   T* part[kMaxGates];
   for (int64_t s = 0; s < nb; s += kWidth<T>) {
     const int64_t count = min64(kWidth<T>, nb - s);
     for (int g = 0; g < m.gates; ++g) part[g] = dy[g] + s * ys;
     if (samples_in_lanes(m, count)) {
-      backward_overlay_in_lanes(m, count, x + s * xs, xs, part, ys, dx + s * dxs, dxs, sums, scratch);
+      backward_sparse_in_lanes(m, count, x + s * xs, xs, part, ys, dx + s * dxs, dxs, sums, scratch);
       continue;
     }
     for (int64_t i = 0; i < count; ++i) {
       T* one[kMaxGates];
       for (int g = 0; g < m.gates; ++g) one[g] = part[g] + i * ys;
-      backward_overlay_in_rows(m, x + (s + i) * xs, one, dx + (s + i) * dxs, sums);
+      backward_sparse_in_rows(m, x + (s + i) * xs, one, dx + (s + i) * dxs, sums);
     }
   }
 }

@@ -5,16 +5,16 @@
 
 #include "pair_plan.h"
 
-#define KRUIFY_CUDA_MENU(_) _(16, 16) _(32, 16) _(32, 32) _(64, 32) _(64, 64)
+#define KRUIFY_FIXED_SHAPES(_) _(16, 16) _(32, 16) _(32, 32) _(64, 32) _(64, 64)
 
 namespace kruify::cuda {
 
-// Calls f(shape) with the fixed shape where the menu has it, else with the sizes as they are.
-template <class F> void with_shape(AnyShape s, bool menu, const F& f) {
+// Calls f(shape) with the fixed shape where there is one, else with the sizes as they are.
+template <class F> void with_shape(AnyShape s, bool fixed, const F& f) {
   const bool square = s.P1 == s.Q1 && s.P2 == s.Q2;
 #define KRUIFY_ENTRY(rows1, rows2) \
-  if (menu && square && s.P1 == rows1 && s.P2 == rows2) return f(Square<rows1, rows2>{});
-  KRUIFY_CUDA_MENU(KRUIFY_ENTRY)
+  if (fixed && square && s.P1 == rows1 && s.P2 == rows2) return f(Square<rows1, rows2>{});
+  KRUIFY_FIXED_SHAPES(KRUIFY_ENTRY)
 #undef KRUIFY_ENTRY
   f(s);
 }
@@ -44,8 +44,8 @@ template <class F> void with_precision(Precision precision, const F& f) {
 }
 
 // Calls f(gates, numbers, shape) with the template of a recurrence.
-template <bool Tensor, class F> void with_template(AnyShape s, bool menu, const PairPlan& p, Kind kind, const F& f) {
-  with_shape(s, menu, [&](auto shape) {
+template <bool Tensor, class F> void with_template(AnyShape s, bool fixed, const PairPlan& p, Kind kind, const F& f) {
+  with_shape(s, fixed, [&](auto shape) {
     with_gates(kind, [&](auto gates) { with_numbers<Tensor>(p, [&](auto numbers) { f(gates, numbers, shape); }); });
   });
 }

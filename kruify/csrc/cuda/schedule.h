@@ -1,7 +1,7 @@
 // What an operator does, launch by launch, on a `machine`: the GPU (machine.cuh), or the CPU in tests/cuda. A machine
 //   run(item)                        runs item.run(k) for every k
 //   scratch<T>(n)                    memory that lives as long as the machine
-//   sort_columns(overlay) ...        fills by_column and blocks_by_column
+//   sort_columns(sparse) ...        fills by_column and blocks_by_column
 //   recurrence kernels, pair_product, pair_gradient: one launch each
 // Nothing here waits for the device, so that a call can be captured in a CUDA graph.
 #pragma once
@@ -10,8 +10,8 @@
 #include <utility>
 
 #include "chain.h"
+#include "instantiations.h"
 #include "matrix_layout.h"
-#include "menu.h"
 #include "pair_backward.h"
 #include "pair_forward.h"
 #include "pair_gradient.h"
@@ -25,7 +25,7 @@ template <class T> struct Matrix {
   std::vector<StageShape> shapes;
   std::vector<const T*> stages;  // each (gates of its term, rank, P, Q)
   const T *diagonal = nullptr, *bias = nullptr;
-  Overlay<T> overlay{};  // values, index, blocks, block from the caller; the rest by prepare_overlay
+  SparseResidual<T> sparse{};  // values, index, blocks, block from the caller; the rest by prepare_sparse
 
   int diagonal_size() const { return std::min(layout.rows, layout.cols); }
   int height() const { return layout.gates * layout.rows; }
@@ -34,21 +34,20 @@ template <class T> struct Matrix {
 // Where gradients go; null where nobody asks.
 template <class T> struct MatrixGradient {
   std::vector<T*> stages;
-  T *diagonal = nullptr, *overlay = nullptr, *bias = nullptr;
+  T *diagonal = nullptr, *sparse = nullptr, *bias = nullptr;
 };
 
 constexpr int64_t kScratchElements = int64_t{1} << 24;  // of one intermediate: more rows are taken in chunks
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-template <class T, class Machine> void prepare_overlay(Machine& machine, Matrix<T>& m, bool by_column) {
-  if (!m.overlay.values || m.overlay.row_start) return;
+template <class T, class Machine> void prepare_sparse(Machine& machine, Matrix<T>& m, bool by_column) {
+  if (!m.sparse.values || m.sparse.row_start) return;
   int* starts = machine.template scratch<int>(m.height() + 1);
-  machine.run(OverlayRows{
-      m.overlay.index, starts, m.overlay.blocks, m.overlay.block, m.layout.gates, m.layout.rows, m.layout.cols});
-  m.overlay.row_start = starts;
-  if (by_column)
-    machine.sort_columns(m.overlay.index, m.overlay.blocks, m.overlay.by_column, m.overlay.blocks_by_column);
+  machine.run(SparseRows{
+      m.sparse.index, starts, m.sparse.blocks, m.sparse.block, m.layout.gates, m.layout.rows, m.layout.cols});
+  m.sparse.row_start = starts;
+  if (by_column) machine.sort_columns(m.sparse.index, m.sparse.blocks, m.sparse.by_column, m.sparse.blocks_by_column);
 }
 
 // The diagonal's row of each gate, on the device.
@@ -95,12 +94,12 @@ template <class T, class Machine>
 void product(Machine& machine, Matrix<T>& m, const T* x, int64_t rows, T* y, Precision precision) {
   if (rows == 0) return;
   const MatrixLayout& layout = m.layout;
-  prepare_overlay(machine, m, false);
+  prepare_sparse(machine, m, false);
   bool started = false;
   AnyShape s{};
-  if (m.bias || m.diagonal || m.overlay.values || layout.terms.size() != 1 ||
+  if (m.bias || m.diagonal || m.sparse.values || layout.terms.size() != 1 ||
       static_cast<int>(layout.terms[0].gates.size()) != layout.gates) {
-    machine.run(StartProduct<T>{m.bias, m.diagonal, x, m.overlay, diagonal_rows(machine, m), y, rows, layout.gates,
+    machine.run(StartProduct<T>{m.bias, m.diagonal, x, m.sparse, diagonal_rows(machine, m), y, rows, layout.gates,
         layout.rows, layout.cols, m.diagonal_size()});
     started = true;
   }
@@ -154,10 +153,10 @@ void product_backward(Machine& machine, Matrix<T>& m, const T* grad, const T* x,
     const MatrixGradient<T>& to, Precision precision) {
   const MatrixLayout& layout = m.layout;
   const int height = m.height();
-  prepare_overlay(machine, m, true);
+  prepare_sparse(machine, m, true);
   AnyShape s{};
   if (grad_x && rows)
-    machine.run(StartGradient<T>{m.diagonal, grad, m.overlay, diagonal_rows(machine, m), grad_x, rows, layout.gates,
+    machine.run(StartGradient<T>{m.diagonal, grad, m.sparse, diagonal_rows(machine, m), grad_x, rows, layout.gates,
         layout.rows, layout.cols, m.diagonal_size()});
   if (to.bias) {
     const int64_t pieces = pieces_for(rows, height);
@@ -173,12 +172,12 @@ void product_backward(Machine& machine, Matrix<T>& m, const T* grad, const T* x,
         static_cast<int>(count), layout.gates, layout.rows, layout.cols, m.diagonal_size()});
     sum_parts(machine, part, to.diagonal, 1, pieces, size, false);
   }
-  if (to.overlay) {
-    const int64_t size = static_cast<int64_t>(m.overlay.blocks) * m.overlay.block, pieces = pieces_for(rows, size);
+  if (to.sparse) {
+    const int64_t size = static_cast<int64_t>(m.sparse.blocks) * m.sparse.block, pieces = pieces_for(rows, size);
     T* part = machine.template scratch<T>(pieces * size);
-    machine.run(OverlayGradient<T>{
-        grad, x, m.overlay.index, part, rows, pieces, m.overlay.blocks, m.overlay.block, height, layout.cols});
-    sum_parts(machine, part, to.overlay, 1, pieces, size, false);
+    machine.run(SparseGradient<T>{
+        grad, x, m.sparse.index, part, rows, pieces, m.sparse.blocks, m.sparse.block, height, layout.cols});
+    sum_parts(machine, part, to.sparse, 1, pieces, size, false);
   }
   for (const LayoutTerm& term : layout.terms) {
     const int rank = m.shapes[term.first].rank, gates = static_cast<int>(term.gates.size()), pairs = gates * rank;
@@ -295,8 +294,8 @@ template <class T, class Machine> Matrix<T> densify(Machine& machine, Matrix<T>&
 
 // Whether the two-stage kernels take this recurrence: one term of two stages for all gates in order, and a diagonal.
 template <class T> bool is_pair_recurrence(const Matrix<T>& m, AnyShape& s) {
-  if (!std::is_same_v<T, float> || m.overlay.values || m.layout.terms.size() != 1 ||
-      !is_pair(m, m.layout.terms[0], s) || !pair_takes(s))
+  if (!std::is_same_v<T, float> || m.sparse.values || m.layout.terms.size() != 1 || !is_pair(m, m.layout.terms[0], s) ||
+      !pair_takes(s))
     return false;
   const std::vector<int>& gates = m.layout.terms[0].gates;
   if (static_cast<int>(gates.size()) != m.layout.gates) return false;
@@ -322,8 +321,8 @@ template <class T, class Machine> Program<T> program_of(Machine& machine, Matrix
     program.bias = m.bias;
     return program;
   }
-  prepare_overlay(machine, m, backward);
-  program.diagonal = m.diagonal, program.overlay = m.overlay, program.bias = m.bias;
+  prepare_sparse(machine, m, backward);
+  program.diagonal = m.diagonal, program.sparse = m.sparse, program.bias = m.bias;
   return program;
 }
 
