@@ -101,9 +101,10 @@ template <class T> inline void dense(const Matrix<T>& m, T* out, T* scratch) {
   for (int g = 0; g < m.diagonal_gates && m.diagonal; ++g)
     for (int64_t i = 0; i < m.diagonal_size; ++i)
       out[m.diagonal_gate[g] * size + i * m.cols + i] += m.diagonal[g * m.diagonal_size + i];
-  for (int64_t b = 0; b < m.blocks; ++b)
-    for (int64_t i = 0; i < m.block; ++i)
-      out[(m.index[2 * b] + i) * m.cols + m.index[2 * b + 1]] += m.sparse[b * m.block + i];
+  const SparseResidual<T>& r = m.residual;
+  for (int64_t b = 0; b < r.blocks; ++b)
+    for (int64_t i = 0; i < r.block; ++i)
+      out[(r.index[2 * b] + i) * m.cols + r.index[2 * b + 1]] += r.values[b * r.block + i];
 }
 
 template <class T> inline void dense_backward(const Matrix<T>& m, const T* grad, T* const* grads, T* scratch) {
@@ -156,9 +157,10 @@ template <class T> inline void dense_backward(const Matrix<T>& m, const T* grad,
     for (int64_t i = 0; i < m.diagonal_size; ++i)
       grads[0][g * m.diagonal_size + i] = grad[m.diagonal_gate[g] * size + i * m.cols + i];
   grads += m.diagonal != nullptr;
-  for (int64_t b = 0; b < m.blocks; ++b)
-    for (int64_t i = 0; i < m.block; ++i)
-      grads[0][b * m.block + i] = grad[(m.index[2 * b] + i) * m.cols + m.index[2 * b + 1]];
+  const SparseResidual<T>& r = m.residual;
+  for (int64_t b = 0; b < r.blocks; ++b)
+    for (int64_t i = 0; i < r.block; ++i)
+      grads[0][b * r.block + i] = grad[(r.index[2 * b] + i) * m.cols + r.index[2 * b + 1]];
 }
 
 // What both need of scratch memory.

@@ -4,7 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "matrix.h"
+#include "kernels.h"
 
 namespace kruify {
 

@@ -48,9 +48,22 @@ void thin_gemm(int64_t rows, int64_t N, int64_t K, const T* x, const T* w, const
 
 // `inline`: a constant would have internal linkage, and dispatch.cpp could not see it.
 template <class T>
-inline constexpr Kernels<T> kTable = {pack<T>, product<T>, dense<T>, dense_backward<T>, dense_scratch<T>,
-    product_backward<T>, unpack<T>, forward<T>, backward<T>, packed_b_size, pack_b<T>, big_gemm<T>, thin_gemm<T>,
-    axpy<T>};
+inline constexpr Kernels<T> kTable = {
+    .pack = pack<T>,
+    .product = product<T>,
+    .dense = dense<T>,
+    .dense_backward = dense_backward<T>,
+    .dense_scratch = dense_scratch<T>,
+    .product_backward = product_backward<T>,
+    .unpack = unpack<T>,
+    .forward = forward<T>,
+    .backward = backward<T>,
+    .packed_b_size = packed_b_size,
+    .pack_b = pack_b<T>,
+    .big_gemm = big_gemm<T>,
+    .thin_gemm = thin_gemm<T>,
+    .axpy = axpy<T>,
+};
 
 const Kernels<float>& float_kernels() { return kTable<float>; }
 const Kernels<double>& double_kernels() { return kTable<double>; }

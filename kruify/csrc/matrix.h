@@ -1,13 +1,21 @@
-// A Kronecker matrix as the kernels see it: plain data, the same for every instruction set.
+// A Kronecker matrix and the kinds of recurrence, as the kernels of both devices see them: plain data.
 #pragma once
 
 #include <stdint.h>
 
 namespace kruify {
 
-constexpr int kMaxStages = 3;
-constexpr int kMaxGates = 8;
-constexpr int64_t kTile = 16;  // samples that a thread takes through a product together
+constexpr int kMaxGates = 8, kMaxStages = 3;
+
+enum Precision : int { kFloat32, kTf32, kBf16 };  // as in ops/precision.py
+enum Kind : int { kLstm, kGru, kRnnTanh, kRnnRelu, kModRelu, kModReluComplex };
+constexpr const char* kKindNames[] = {"lstm", "gru", "rnn_tanh", "rnn_relu", "rnn_modrelu", "rnn_modrelu_complex"};
+
+constexpr bool is_modrelu(Kind kind) { return kind == kModRelu || kind == kModReluComplex; }
+constexpr int gates_of(Kind kind) { return kind == kLstm ? 4 : kind == kGru ? 3 : 1; }
+// Columns of the workspace, in units of the hidden size.
+constexpr int saved_of(Kind kind) { return kind == kLstm ? 5 : kind == kGru ? 4 : is_modrelu(kind) ? 1 : 0; }
+constexpr int rows_per_bias(Kind kind) { return kind == kModReluComplex ? 2 : 1; }
 
 enum class TermKind : int {
   kDense,    // one stage: a plain matrix
@@ -16,18 +24,19 @@ enum class TermKind : int {
   kChain,    // three stages
 };
 
-// W[gate] += sum_r stage0[g, r] (x) stage1[g, r] (x) ...; `w` (gates, rank, p, q) as given, `packed` as the forward
-// pass reads it: the trailing stage as (q, gates, rank, p), the others as (gates, rank, q, p). Gates may share the
-// trailing stage of two or three: it is then that of one gate, and so is what it makes of x.
+// W[gate] += sum_r stage0[g, r] (x) stage1[g, r] (x) ..., each stage (gates, rank, p, q). On the CPU gates may share
+// the trailing stage of two or three: it is then that of one gate, and so is what it makes of x.
 template <class T> struct Term {
-  TermKind kind;
   int stages, gates, rank;
   bool shared;  // the trailing stage
   int gate[kMaxGates];
   int64_t p[kMaxStages], q[kMaxStages];
   const T* w[kMaxStages];
+  TermKind kind;
+  // For the CPU's kernels. `packed` is the stage as the forward pass reads it: the trailing one as (q, gates, rank, p),
+  // the others as (gates, rank, q, p). `grad` is the offset of the gradient's sum in a thread's arena.
   T* packed[kMaxStages];
-  int64_t grad[kMaxStages];  // offset of the gradient's sum in a thread's arena, same layouts as `packed` or `w`
+  int64_t grad[kMaxStages];
 
   int64_t products() const { return int64_t(gates) * rank; }
   int64_t trailing() const { return shared ? rank : products(); }  // products that the trailing stage tells apart
@@ -36,90 +45,35 @@ template <class T> struct Term {
   int64_t size(int f) const { return (f == stages - 1 ? trailing() : products()) * p[f] * q[f]; }
 };
 
+// Blocks of `block` consecutive rows of one column, ascending by row; null where there are none.
+template <class T> struct SparseResidual {
+  const T* values;       // (blocks, block)
+  const int32_t* index;  // (blocks, 2): first row of all gates' rows, column
+  int blocks, block;
+  // For the CUDA kernels, on the device.
+  const int* row_start;  // (rows + 1,) first block that starts at or below a row
+  const int* by_column;  // the columns in ascending order
+  const int64_t* blocks_by_column;
+};
+
 template <class T> struct Matrix {
   int gates;
-  int64_t rows, cols;
+  int64_t rows, cols;  // per gate
   int terms;
   Term<T>* term;
   int diagonal_gates;
   int diagonal_gate[kMaxGates];
   int64_t diagonal_size;
-  const T* diagonal;     // null where there is none
-  const T* sparse;       // null where there is none
-  const int32_t* index;  // (blocks, 2)
-  int64_t blocks, block;
-  const T* bias;  // null where there is none
+  const T* diagonal;  // (diagonal gates, diagonal_size), null where there is none
+  SparseResidual<T> residual;
+  const T* bias;  // (bias_size,), null where there is none
   int64_t bias_size;
-  int64_t grad_diagonal, grad_sparse, grad_bias, grad_size;  // offsets in a thread's arena, and its size
-  int64_t scratch;  // elements of scratch that a product with kTile samples needs, forward or backward
+  // For the CPU's kernels: offsets in a thread's arena of gradients and its size, and the elements of scratch that a
+  // product with kTile samples needs, forward or backward.
+  int64_t grad_diagonal, grad_residual, grad_bias, grad_size, scratch;
+
+  const Term<T>* begin() const { return term; }
+  const Term<T>* end() const { return term + terms; }
 };
-
-enum class Kind : int { kLstm, kGru, kRnnTanh, kRnnRelu, kModRelu, kModReluComplex };
-
-inline bool is_modrelu(Kind kind) { return kind == Kind::kModRelu || kind == Kind::kModReluComplex; }
-
-// One layer in one direction. Row of (t, b) in every (S, ...) array: starts[t] + b, less `first_row` in `gates` and
-// `grad_gates`.
-template <class T> struct Sequence {
-  Kind kind;
-  bool reverse, training;
-  int64_t saved;  // columns of the workspace, in units of the hidden size
-  int64_t steps, batch, hidden;
-  const int64_t* sizes;
-  const int64_t* starts;
-  int64_t gates_ld, first_row;  // of `gates` or `grad_gates`
-  int64_t together;             // samples that go through a product side by side
-  Matrix<T> matrix;
-  const T* threshold;  // of modReLU, or null: its bias, and not one of the matrix
-  // forward
-  T* gates;  // the input's share, overwritten by the activated gates
-  T* h;      // (B, H) running state, in the end hT
-  T* c;      // (B, H)
-  T* out;    // (S, H)
-  // backward
-  const T* grad_out;  // (S, H) or null
-  const T* workspace;
-  const T* h0;
-  const T* c0;
-  const T* out_in;
-  T* grad_gates;  // (rows, gates * H)
-  T* grad_h;      // (B, H) running gradient, in the end grad_h0
-  T* grad_c;
-};
-
-// What one instruction set offers.
-template <class T> struct Kernels {
-  // Fills the packed copies of a matrix.
-  void (*pack)(const Matrix<T>&);
-  // y[g] (nb rows, stride ys) += W[g] x
-  void (*product)(const Matrix<T>&, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys, T* scratch);
-  // out (gates * rows, cols) = W; and the gradients of what W is made of from that of W, in the operators' order.
-  void (*dense)(const Matrix<T>&, T* out, T* scratch);
-  void (*dense_backward)(const Matrix<T>&, const T* grad, T* const* grads, T* scratch);
-  int64_t (*dense_scratch)(const Matrix<T>&);
-  // dx (nb rows, stride dxs) += W^T dy, and the gradients' sums in `arena`
-  void (*product_backward)(const Matrix<T>&, int64_t nb, const T* x, int64_t xs, T* const* dy, int64_t ys, T* dx,
-      int64_t dxs, T* arena, T* scratch);
-  // Writes an arena's sums out in the layout of the parameters; grads[i] in the operators' order.
-  void (*unpack)(const Matrix<T>&, const T* arena, T* const* grads);
-  // Steps [t0, t1) in time, samples [b0, b1).
-  void (*forward)(const Sequence<T>&, int64_t t0, int64_t t1, int64_t b0, int64_t b1, T* scratch);
-  void (*backward)(const Sequence<T>&, int64_t t0, int64_t t1, int64_t b0, int64_t b1, T* arena, T* scratch);
-  // C[m0:m1] = A B + bias, or += A B, with B packed by pack_b.
-  int64_t (*packed_b_size)(int64_t K, int64_t N);
-  void (*pack_b)(int64_t K, int64_t N, const T* b, int64_t rs, int64_t cs, T* packed, int64_t n0, int64_t n1);
-  void (*big_gemm)(int64_t m0, int64_t m1, int64_t N, int64_t K, const T* a, int64_t rs, int64_t cs, const T* packed,
-      const T* bias, T* c, int64_t ldc, bool accumulate, T* scratch);
-  // out = x w^T + bias for few rows, w (N, K) as it is.
-  void (*thin_gemm)(int64_t rows, int64_t N, int64_t K, const T* x, const T* w, const T* bias, T* out, int64_t ldo);
-  void (*axpy)(int64_t n, const T* x, T* y);  // y += x
-};
-
-constexpr int64_t kBigGemmScratch = 96 * (128 + 16);  // elements
-constexpr int64_t kPanel = 64;                        // columns of a packed panel of B
-
-enum class InstructionSet : int { kPortable, kAvx2, kAvx512 };
-InstructionSet instruction_set();
-template <class T> const Kernels<T>& kernels();
 
 }  // namespace kruify

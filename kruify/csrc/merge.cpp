@@ -1,7 +1,8 @@
 // The operators `merge` and `merge_backward`: tiny factors multiplied into stages of a good size.
 #include <algorithm>
 
-#include "checks.h"
+#include "buffer.h"
+#include "factors.h"
 
 namespace kruify {
 namespace {
@@ -38,136 +39,90 @@ template <class T> void kron_backward(const T* g, const T* a, Shape sa, const T*
     }
 }
 
-// A factor is (gates, rank, P, Q).
-int64_t products(const Tensor& f) { return f.size(0) * f.size(1); }
-int64_t rows(const Tensor& f) { return f.size(2); }
-int64_t columns(const Tensor& f) { return f.size(3); }
+// The products of one group's factors, one after the other in memory.
+template <class T> class Chain {
+ public:
+  Chain(const CheckedFactors& f, const CheckedFactors::Group& g) : memory_(size(f, g)) {
+    for (size_t k = g.first; k < g.last; ++k) factors_.push_back({data<T>(f.factors[k]), {f.rows(k), f.columns(k)}});
+  }
+  size_t count() const { return factors_.size(); }
+  Shape shape(size_t k) const { return factors_[k].shape; }
+  const T* factor(size_t k, int64_t pair) const {
+    return factors_[k].data + pair * factors_[k].shape.p * factors_[k].shape.q;
+  }
+  // The products of the first 1, 2, ... factors of a (gate, rank), one behind the other; returns where the last is.
+  T* multiply(int64_t pair) const {
+    T* product = memory_.data();
+    Shape whole = shape(0);
+    std::copy_n(factor(0, pair), whole.p * whole.q, product);
+    for (size_t k = 1; k < count(); ++k) {
+      T* out = product + whole.p * whole.q;
+      kron(product, whole, factor(k, pair), shape(k), out);
+      whole = {whole.p * shape(k).p, whole.q * shape(k).q}, product = out;
+    }
+    return product;
+  }
 
-struct Group {
-  size_t first, last;  // factors [first, last)
-  int64_t p, q;
+ private:
+  struct Factor {
+    const T* data;
+    Shape shape;
+  };
+  std::vector<Factor> factors_;
+  Buffer<T> memory_;
+
+  static int64_t size(const CheckedFactors& f, const CheckedFactors::Group& g) {
+    int64_t total = 0, one = 1;
+    for (size_t k = g.first; k < g.last; ++k) total += one = times(one, f.rows(k) * f.columns(k));
+    return total;
+  }
 };
 
-std::vector<Group> groups_of(
-    const std::vector<Tensor>& factors, const Optional& scale, const std::vector<int64_t>& sizes) {
-  STD_TORCH_CHECK(!factors.empty() && !sizes.empty(), "kruify::merge: no factors");
-  const auto dtype = floating("merge", factors[0]);
-  std::vector<Group> groups;
-  size_t next = 0;
-  for (int64_t size : sizes) {
-    STD_TORCH_CHECK(
-        size >= 1 && size_t(size) <= factors.size() - next, "kruify::merge: the groups do not cover the factors");
-    Group g{next, next + size_t(size), 1, 1};
-    for (; next < g.last; ++next) {
-      const Tensor& f = factors[next];
-      const bool fits = f.is_cpu() && f.scalar_type() == dtype && f.dim() == 4 && f.size(0) == factors[0].size(0) &&
-          f.size(1) == factors[0].size(1);
-      STD_TORCH_CHECK(
-          fits, "kruify::merge: every factor must have shape (gates, rank, P, Q), with the same gates, rank and dtype");
-      g.p = times(g.p, rows(f)), g.q = times(g.q, columns(f));
-    }
-    times(times(g.p, g.q), products(factors[0]));
-    groups.push_back(g);
-  }
-  STD_TORCH_CHECK(next == factors.size(), "kruify::merge: the groups do not cover the factors");
-  if (scale)
-    STD_TORCH_CHECK(scale->dim() == 2 && scale->is_cpu() && scale->scalar_type() == dtype &&
-            scale->size(0) == factors[0].size(0) && scale->size(1) == factors[0].size(1),
-        "kruify::merge: the scale must have shape (gates, rank) and the factors' dtype");
-  return groups;
-}
-
-std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
-  std::vector<Tensor> all;
-  for (const Tensor& t : tensors) all.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
-  return all;
-}
-
-// The products of the first 1, 2, ... factors of a group, one after the other in `memory`; returns where the last is.
-template <class T> T* chain(const std::vector<Tensor>& factors, const Group& g, int64_t product, T* memory) {
-  Shape shape{rows(factors[g.first]), columns(factors[g.first])};
-  std::copy_n(pointer<T>(factors[g.first]) + product * shape.p * shape.q, shape.p * shape.q, memory);
-  for (size_t f = g.first + 1; f < g.last; ++f) {
-    const Shape next{rows(factors[f]), columns(factors[f])};
-    T* out = memory + shape.p * shape.q;
-    kron(memory, shape, pointer<T>(factors[f]) + product * next.p * next.q, next, out);
-    shape = {shape.p * next.p, shape.q * next.q};
-    memory = out;
-  }
-  return memory;
-}
-
-int64_t chain_size(const std::vector<Tensor>& factors, const Group& g) {
-  int64_t total = 0, size = 1;
-  for (size_t f = g.first; f < g.last; ++f) total += size = times(size, rows(factors[f]) * columns(factors[f]));
-  return total;
-}
-
-template <class T>
-std::vector<Tensor> run(
-    const std::vector<Tensor>& given, const Optional& scale_given, const std::vector<int64_t>& sizes) {
-  const std::vector<Group> groups = groups_of(given, scale_given, sizes);
-  const std::vector<Tensor> factors = contiguous(given);
-  Optional scale;
-  if (scale_given) scale = contiguous({*scale_given})[0];
-  const int64_t n = products(factors[0]);
+template <class T> std::vector<Tensor> run(const CheckedFactors& f) {
   std::vector<Tensor> stages;
-  for (const Group& g : groups) {
-    Tensor stage = empty_like(factors[0], {factors[0].size(0), factors[0].size(1), g.p, g.q});
-    T* out = mutable_pointer<T>(stage);
+  for (const auto& g : f.groups) {
+    const T* scale = stages.empty() ? data<T>(f.scale) : nullptr;
+    stages.push_back(f.empty_stage(g));
+    T* out = writable<T>(stages.back());
     const int64_t size = g.p * g.q;
-    Buffer<T> memory(chain_size(factors, g));
-    for (int64_t i = 0; i < n; ++i) {
-      const T* from = chain(factors, g, i, memory.data());
-      const T s = scale && stages.empty() ? pointer<T>(*scale)[i] : T(1);
-      for (int64_t k = 0; k < size; ++k) out[i * size + k] = s * from[k];
+    const Chain<T> chain(f, g);
+    for (int64_t i = 0; i < f.pairs(); ++i) {
+      const T *product = chain.multiply(i), s = scale ? scale[i] : T(1);
+      for (int64_t k = 0; k < size; ++k) out[i * size + k] = s * product[k];
     }
-    stages.push_back(stage);
   }
   return stages;
 }
 
-template <class T>
-std::vector<Tensor> run_backward(const std::vector<Tensor>& grads_given, const std::vector<Tensor>& given,
-    const Optional& scale_given, const std::vector<int64_t>& sizes) {
-  const std::vector<Group> groups = groups_of(given, scale_given, sizes);
-  STD_TORCH_CHECK(grads_given.size() == groups.size(), "kruify::merge_backward: one gradient a stage");
-  std::vector<Tensor> all = given, results;
-  if (scale_given) all.push_back(*scale_given);
-  for (size_t k = 0; k < groups.size(); ++k)
-    checked("a stage's gradient", grads_given[k], given[0].scalar_type(), given[0].size(0), given[0].size(1),
-        groups[k].p, groups[k].q);
-  const std::vector<Tensor> factors = contiguous(all), grads = contiguous(grads_given);
-  for (const Tensor& t : factors) {
-    results.push_back(empty_as(t));
-    std::fill_n(mutable_pointer<T>(results.back()), t.numel(), T(0));
-  }
-  const int64_t n = products(given[0]);
-  for (size_t k = 0; k < groups.size(); ++k) {
-    const Group& g = groups[k];
+template <class T> std::vector<Tensor> run_backward(const CheckedFactors& f, const std::vector<Tensor>& grads) {
+  std::vector<Tensor> results = f.empty_gradients();
+  for (const Tensor& t : results) std::fill_n(writable<T>(t), t.numel(), T(0));
+  for (size_t k = 0; k < f.groups.size(); ++k) {
+    const auto& g = f.groups[k];
     const int64_t size = g.p * g.q;
-    Buffer<T> memory(chain_size(factors, g)), first(size), second(size);
-    for (int64_t i = 0; i < n; ++i) {
-      T *product = chain(factors, g, i, memory.data()), *grad = first.data(), *next = second.data();
-      const T* above = pointer<T>(grads[k]) + i * size;
-      if (k == 0 && scale_given) {
-        const T s = pointer<T>(factors.back())[i];
+    const Chain<T> chain(f, g);
+    Buffer<T> first(size), second(size);
+    for (int64_t i = 0; i < f.pairs(); ++i) {
+      T *product = chain.multiply(i), *grad = first.data(), *next = second.data();
+      const T* above = data<T>(grads[k]) + i * size;
+      if (k == 0 && f.scale) {
+        const T s = data<T>(f.scale)[i];
         T total = 0;
         for (int64_t j = 0; j < size; ++j) total += above[j] * product[j], grad[j] = above[j] * s;
-        mutable_pointer<T>(results.back())[i] = total;
+        writable<T>(results.back())[i] = total;
       } else {
         std::copy_n(above, size, grad);
       }
       Shape whole{g.p, g.q};
-      for (size_t f = g.last; f-- > g.first + 1;) {
-        const Shape last{rows(factors[f]), columns(factors[f])}, rest{whole.p / last.p, whole.q / last.q};
+      for (size_t n = chain.count(); n-- > 1;) {
+        const Shape last = chain.shape(n), rest{whole.p / last.p, whole.q / last.q};
         product -= rest.p * rest.q;
-        kron_backward(grad, product, rest, pointer<T>(factors[f]) + i * last.p * last.q, last, next,
-            mutable_pointer<T>(results[f]) + i * last.p * last.q);
+        kron_backward(grad, product, rest, chain.factor(n, i), last, next,
+            writable<T>(results[g.first + n]) + i * last.p * last.q);
         std::swap(grad, next);
         whole = rest;
       }
-      std::copy_n(grad, whole.p * whole.q, mutable_pointer<T>(results[g.first]) + i * whole.p * whole.q);
+      std::copy_n(grad, whole.p * whole.q, writable<T>(results[g.first]) + i * whole.p * whole.q);
     }
   }
   return results;
@@ -175,16 +130,17 @@ std::vector<Tensor> run_backward(const std::vector<Tensor>& grads_given, const s
 
 std::vector<Tensor> merge(
     const std::vector<Tensor>& factors, const Optional& scale, const std::vector<int64_t>& groups) {
-  STD_TORCH_CHECK(!factors.empty(), "kruify::merge: no factors");
-  const bool single = floating("merge", factors[0]) == torch::headeronly::ScalarType::Float;
-  return (single ? &run<float> : &run<double>)(factors, scale, groups);
+  const Place place = place_of_factors("merge", factors);
+  const CheckedFactors given(factors, scale, groups, place);
+  return typed(place, [&](auto zero) { return run<decltype(zero)>(given); });
 }
 
 std::vector<Tensor> merge_backward(const std::vector<Tensor>& grads, const std::vector<Tensor>& factors,
     const Optional& scale, const std::vector<int64_t>& groups) {
-  STD_TORCH_CHECK(!factors.empty(), "kruify::merge_backward: no factors");
-  const bool single = floating("merge_backward", factors[0]) == torch::headeronly::ScalarType::Float;
-  return (single ? &run_backward<float> : &run_backward<double>)(grads, factors, scale, groups);
+  const Place place = place_of_factors("merge_backward", factors);
+  const CheckedFactors given(factors, scale, groups, place);
+  const std::vector<Tensor> upper = given.checked_gradients(grads, place);
+  return typed(place, [&](auto zero) { return run_backward<decltype(zero)>(given, upper); });
 }
 
 }  // namespace

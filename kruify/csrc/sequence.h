@@ -112,7 +112,7 @@ inline void forward(const Sequence<T>& s, int64_t t0, int64_t t1, int64_t b0, in
     const int64_t ys = s.gates_ld;
     T* y[kMaxGates];
     for (int g = 0; g < m.gates; ++g) y[g] = gates + g * H;
-    if (s.kind == Kind::kGru) {
+    if (s.kind == kGru) {
       // The last gate's product stands apart from the input's share: r comes between them.
       y[2] = gates + 3 * H;
       for (int64_t b = 0; b < nb; ++b)
@@ -126,12 +126,11 @@ inline void forward(const Sequence<T>& s, int64_t t0, int64_t t1, int64_t b0, in
       for (int g = 0; g < m.gates; ++g) y[g] += s.together * ys;
       for (int64_t k = b; k < next; ++k) {
         T *h = s.h + (b0 + k) * H, *out = s.out + (row + k) * H;
-        if (s.kind == Kind::kGru) step_gru(H, s.training, gates + k * ys, h, out);
-        else if (s.kind == Kind::kLstm && s.training) step_lstm<T, true>(H, gates + k * ys, s.c + (b0 + k) * H, h, out);
-        else if (s.kind == Kind::kLstm) step_lstm<T, false>(H, gates + k * ys, s.c + (b0 + k) * H, h, out);
-        else if (is_modrelu(s.kind))
-          step_modrelu(H, s.kind == Kind::kModReluComplex, s.threshold, gates + k * ys, h, out);
-        else step_rnn(H, s.kind == Kind::kRnnRelu, gates + k * ys, h, out);
+        if (s.kind == kGru) step_gru(H, s.training, gates + k * ys, h, out);
+        else if (s.kind == kLstm && s.training) step_lstm<T, true>(H, gates + k * ys, s.c + (b0 + k) * H, h, out);
+        else if (s.kind == kLstm) step_lstm<T, false>(H, gates + k * ys, s.c + (b0 + k) * H, h, out);
+        else if (is_modrelu(s.kind)) step_modrelu(H, s.kind == kModReluComplex, s.threshold, gates + k * ys, h, out);
+        else step_rnn(H, s.kind == kRnnRelu, gates + k * ys, h, out);
       }
     }
   }
@@ -144,7 +143,7 @@ KRUIFY_INLINE void backward_cell(
   const int64_t H = s.hidden;
   if (s.grad_out)
     for_vectors<T>(H, [&](int64_t u, auto get, auto put) { put(dh + u, get(dh + u) + get(s.grad_out + row * H + u)); });
-  if (s.kind == Kind::kLstm) {
+  if (s.kind == kLstm) {
     const T* w = s.workspace + row * 5 * H;
     for_groups<T, kTogether<T>>(H, [&]<int U>(int64_t start, auto get, auto put) __attribute__((always_inline)) {
       Vec<T> tanh_c[U];
@@ -162,7 +161,7 @@ KRUIFY_INLINE void backward_cell(
         put(dh + u, Vec<T>{});
       }
     });
-  } else if (s.kind == Kind::kGru) {
+  } else if (s.kind == kGru) {
     const T* w = s.workspace + row * 4 * H;
     for_vectors<T>(H, [&](int64_t u, auto get, auto put) __attribute__((always_inline)) {
       const Vec<T> r = get(w + u), z = get(w + H + u), n = get(w + 2 * H + u), hn = get(w + 3 * H + u);
@@ -174,9 +173,9 @@ KRUIFY_INLINE void backward_cell(
       put(dh + u, grad * z);
     });
   } else if (is_modrelu(s.kind)) {
-    back_modrelu(H, s.kind == Kind::kModReluComplex, s.threshold, s.workspace + row * H, dh, d, grad_threshold);
+    back_modrelu(H, s.kind == kModReluComplex, s.threshold, s.workspace + row * H, dh, d, grad_threshold);
   } else {
-    const bool relu = s.kind == Kind::kRnnRelu;
+    const bool relu = s.kind == kRnnRelu;
     for_vectors<T>(H, [&](int64_t u, auto get, auto put) __attribute__((always_inline)) {
       const Vec<T> h = get(s.out_in + row * H + u), grad = get(dh + u);
       put(d + u, relu ? (h > Vec<T>{} ? grad : Vec<T>{}) : grad * (T(1) - h * h));
@@ -208,13 +207,13 @@ inline void backward(const Sequence<T>& s, int64_t t0, int64_t t1, int64_t b0, i
       T* dy[kMaxGates];
       for (int g = 0; g < m.gates; ++g) dy[g] = s.grad_gates + (row - s.first_row) * ys + g * H;
       for (int64_t k = 0; k < next - b; ++k) {
-        const T* c0 = s.kind != Kind::kLstm ? nullptr
-            : first                         ? s.c0 + (b + k) * H
-                                            : s.workspace + (before + k) * 5 * H + 4 * H;
+        const T* c0 = s.kind != kLstm ? nullptr
+            : first                   ? s.c0 + (b + k) * H
+                                      : s.workspace + (before + k) * 5 * H + 4 * H;
         backward_cell(s, row + k, h0 + k * H, c0, dy[0] + k * ys, dn + k * ys, s.grad_h + (b + k) * H,
             s.grad_c ? s.grad_c + (b + k) * H : nullptr, arena + m.grad_bias);
       }
-      if (s.kind == Kind::kGru) dy[2] = dn;
+      if (s.kind == kGru) dy[2] = dn;
       if (!first) {
         // What the next step reads, while the products of this one run.
         const int64_t n = (next - b) * H,

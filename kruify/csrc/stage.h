@@ -6,7 +6,7 @@
 #pragma once
 
 #include "gemm.h"
-#include "matrix.h"
+#include "kernels.h"
 #include "sparse.h"
 
 namespace kruify::KRUIFY_ISA {
@@ -57,7 +57,7 @@ inline void product_low_rank(
   }
 }
 
-// Row length of T in scratch memory: a power of two would put all rows of a column into the same few cache lines.
+// Row length of T in scratch memory: with a power of two elements of one column would share few cache lines.
 inline int64_t padded(int64_t width) { return width + 16; }
 
 template <class T>
@@ -121,7 +121,7 @@ inline void product(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* c
     }
   }
   if (m.diagonal) product_diagonal(m, nb, x, xs, y, ys);
-  if (m.sparse) product_sparse(m, nb, x, xs, y, ys, scratch);
+  if (m.residual.values) product_sparse(m, nb, x, xs, y, ys, scratch);
 }
 
 // Backward. dW is summed in a thread's arena in the layout the GEMMs write best: of a pair or chain the trailing stage
@@ -243,7 +243,7 @@ inline void product_backward(const Matrix<T>& m, int64_t nb, const T* x, int64_t
   }
   for (int t = 0; t < m.terms; ++t)
     if (m.term[t].kind == TermKind::kDense) backward_dense(m.term[t], nb, x, xs, dy, ys, dx, dxs, arena);
-  if (m.sparse) backward_sparse(m, nb, x, xs, dy, ys, dx, dxs, arena + m.grad_sparse, scratch);
+  if (m.residual.values) backward_sparse(m, nb, x, xs, dy, ys, dx, dxs, arena + m.grad_residual, scratch);
 }
 
 template <class T> inline void copy(int64_t n, const T* from, T* to) {
@@ -268,7 +268,7 @@ template <class T> inline void unpack(const Matrix<T>& m, const T* arena, T* con
     }
   }
   if (m.diagonal) copy(m.diagonal_gates * m.diagonal_size, arena + m.grad_diagonal, *grads++);
-  if (m.sparse) copy(m.blocks * m.block, arena + m.grad_sparse, *grads++);
+  if (m.residual.values) copy(int64_t(m.residual.blocks) * m.residual.block, arena + m.grad_residual, *grads++);
   if (m.bias) copy(m.bias_size, arena + m.grad_bias, *grads++);
 }
 

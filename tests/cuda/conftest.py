@@ -63,7 +63,10 @@ class Options(ctypes.Structure):
 
 class _Problem(ctypes.Structure):
     _fields_ = [
-        *[(n, ctypes.c_void_p) for n in ("code", "shapes", "stages", "diagonal", "overlay", "bias", "index", "starts")],
+        *[
+            (n, ctypes.c_void_p)
+            for n in ("code", "shapes", "stages", "diagonal", "residual", "bias", "index", "starts")
+        ],
         *[(n, ctypes.c_int) for n in ("codes", "stage_count", "blocks", "block", "kind", "steps", "batch", "reverse")],
     ]
 
@@ -79,13 +82,13 @@ class Matrix:
 
     stages: list[Tensor]
     diagonal: Tensor | None
-    overlay: Tensor | None
+    residual: Tensor | None
     index: Tensor | None
     bias: Tensor | None
     layout: Layout
 
     def arguments(self) -> tuple[object, ...]:
-        return self.stages, self.diagonal, self.overlay, self.index, self.bias, self.layout.encode()
+        return self.stages, self.diagonal, self.residual, self.index, self.bias, self.layout.encode()
 
     def of_kind(self, kind: str) -> Matrix:
         """With a bias as the kind has it; modReLU's stays below 0, above it there is a leap at z = 0."""
@@ -100,7 +103,7 @@ class Matrix:
         return Matrix(
             [s.to(dtype) for s in self.stages],
             cast(self.diagonal),
-            cast(self.overlay),
+            cast(self.residual),
             self.index,
             cast(self.bias),
             self.layout,
@@ -137,10 +140,10 @@ class Phases:
             values = [0, *sizes.cumsum(0).tolist()]
             self._starts = (ctypes.c_int * len(values))(*values)
             starts = ctypes.cast(self._starts, ctypes.c_void_p)
-        blocks, block = (0, 0) if m.overlay is None else m.overlay.shape
+        blocks, block = (0, 0) if m.residual is None else m.residual.shape
         return _Problem(
             *[ctypes.cast(array, ctypes.c_void_p) for array in (self._code, self._shapes, self._stages)],
-            _pointer(m.diagonal), _pointer(m.overlay), _pointer(m.bias), _pointer(m.index), starts,
+            _pointer(m.diagonal), _pointer(m.residual), _pointer(m.bias), _pointer(m.index), starts,
             len(code), len(m.stages), blocks, block, KINDS.index(kind),
             0 if sizes is None else len(sizes), batch, int(reverse),
         )  # fmt: skip
@@ -171,7 +174,7 @@ class Phases:
         gates = torch.full((out.shape[0], GATES[kind] * h0.shape[1]), float("nan"), dtype=out.dtype)
         dh, dc = torch.full_like(h0, float("nan")), torch.full_like(h0, float("nan"))
         grads = [
-            None if t is None else torch.full_like(t, float("nan")) for t in (*m.stages, m.diagonal, m.overlay, m.bias)
+            None if t is None else torch.full_like(t, float("nan")) for t in (*m.stages, m.diagonal, m.residual, m.bias)
         ]
         problem = self._problem(m, kind, sizes, reverse, h0.shape[0])
         given = _pointers([grad_out, grad_h, grad_c, out, workspace, h0, c0])
@@ -196,7 +199,7 @@ class Phases:
     def kron_matmul_backward(self, grad: Tensor, x: Tensor, m: Matrix, o: Options) -> tuple[Tensor, list[Tensor]]:
         grad_x = torch.full_like(x, float("nan"))
         grads = [
-            None if t is None else torch.full_like(t, float("nan")) for t in (*m.stages, m.diagonal, m.overlay, m.bias)
+            None if t is None else torch.full_like(t, float("nan")) for t in (*m.stages, m.diagonal, m.residual, m.bias)
         ]
         problem = self._problem(m)
         given = [ctypes.c_void_p(_pointer(t)) for t in (grad, x, grad_x)]
@@ -278,7 +281,7 @@ def _built(compiler: str, name: str, parts: list[tuple[str, tuple[str, ...]]]) -
         for output in objects:
             os.unlink(output)
 
-    sources = [*folder.glob("*.cpp"), *folder.glob("*.h"), *(CSRC / "cuda").glob("*.h")]
+    sources = [*folder.glob("*.cpp"), *folder.glob("*.h"), *CSRC.rglob("*.h")]
     return Phases(ctypes.CDLL(str(cached(name, sorted(sources), [*command, repr(parts)], build))))
 
 
@@ -291,18 +294,18 @@ def _options() -> Callable[..., Options]:
 def matrix():  # type: ignore[no-untyped-def]
     """A maker of matrices: (gates, rows, cols, [(gates, rank, shapes)], extras) -> Matrix in float64."""
 
-    def build(gates, rows, cols, terms, diagonal=(), overlay=0, block=4, bias=True):  # type: ignore[no-untyped-def]
+    def build(gates, rows, cols, terms, diagonal=(), residual=0, block=4, bias=True):  # type: ignore[no-untyped-def]
         stages, layouts = [], []
         for own, rank, shapes in terms:
             scale = (len(terms) * rank * cols) ** (-0.5 / len(shapes))
             stages += [torch.randn(len(own), rank, *shape, dtype=torch.float64) * scale for shape in shapes]
             layouts.append(TermLayout(len(shapes), tuple(own)))
         values = index = None
-        if overlay:
-            row = torch.randint(gates, (overlay, 1)) * rows + torch.randint(rows - block + 1, (overlay, 1))
-            index = torch.cat([row, torch.randint(cols, (overlay, 1))], 1)
+        if residual:
+            row = torch.randint(gates, (residual, 1)) * rows + torch.randint(rows - block + 1, (residual, 1))
+            index = torch.cat([row, torch.randint(cols, (residual, 1))], 1)
             index = torch.stack(sorted(index, key=lambda r: tuple(r.tolist()))).to(torch.int32)
-            values = torch.randn(overlay, block, dtype=torch.float64) / 4
+            values = torch.randn(residual, block, dtype=torch.float64) / 4
         d = torch.randn(len(diagonal), min(rows, cols), dtype=torch.float64) / 4 if diagonal else None
         b = torch.randn(gates * rows, dtype=torch.float64) / 4 if bias else None
         return Matrix(stages, d, values, index, b, Layout(gates, rows, cols, tuple(diagonal), tuple(layouts)))

@@ -42,11 +42,11 @@ def check(
     grads = [torch.randn(total, hidden, dtype=torch.float64), torch.randn(batch, hidden, dtype=torch.float64)]
     grads += [torch.randn(batch, hidden, dtype=torch.float64) if kind == "lstm" else None]
     grads = [None if k in without else g for k, g in enumerate(grads)]
-    inputs = [x, h0, c0, *m.stages, m.diagonal, m.overlay, m.bias]
+    inputs = [x, h0, c0, *m.stages, m.diagonal, m.residual, m.bias]
     leaves = [None if t is None else t.clone().requires_grad_() for t in inputs]
-    x1, h1, c1, *stages, diagonal, overlay, bias = leaves
+    x1, h1, c1, *stages, diagonal, residual, bias = leaves
     wanted = reference.recurrence(
-        x1, None, None, batch_sizes, h1, c1, stages, diagonal, overlay, m.index, bias, m.layout.encode(), kind, reverse
+        x1, None, None, batch_sizes, h1, c1, stages, diagonal, residual, m.index, bias, m.layout.encode(), kind, reverse
     )
     pairs = [(y, g) for y, g in zip(wanted, grads, strict=False) if y is not None and g is not None]
     present = [t for t in leaves if t is not None]

@@ -10,8 +10,10 @@
 #include <vector>
 
 #include "cuda/schedule.h"
+#include "layout.h"
 #include "races.h"
 
+using namespace kruify;
 using namespace kruify::cuda;
 
 namespace {
@@ -174,59 +176,39 @@ struct HostMachine {
     }
   }
   template <class Item> [[gnu::noinline]] static void run_one(const Item& item, int64_t number) { item.run(number); }
-  void sort_columns(const int* index, int blocks, const int*& columns, const int64_t*& order) {
-    int* sorted = scratch<int>(blocks);
-    int64_t* from = scratch<int64_t>(blocks);
-    std::iota(from, from + blocks, 0);
-    std::stable_sort(from, from + blocks, [&](int64_t i, int64_t j) { return index[2 * i + 1] < index[2 * j + 1]; });
-    for (int k = 0; k < blocks; ++k) sorted[k] = index[2 * from[k] + 1];
-    columns = sorted, order = from;
+  template <class T> void sort_columns(SparseResidual<T>& s) {
+    int* sorted = scratch<int>(s.blocks);
+    int64_t* from = scratch<int64_t>(s.blocks);
+    std::iota(from, from + s.blocks, 0);
+    std::stable_sort(
+        from, from + s.blocks, [&](int64_t i, int64_t j) { return s.index[2 * i + 1] < s.index[2 * j + 1]; });
+    for (int k = 0; k < s.blocks; ++k) sorted[k] = s.index[2 * from[k] + 1];
+    s.by_column = sorted, s.blocks_by_column = from;
   }
   PairPlan forced(AnyShape s, Kind kind, PairPlan p, bool backward) const {
     if (options.cluster) p = pair_layout(s, gates_of(kind), p.rank, options.cluster, backward, p.precision);
     if (options.tile) p.tile = options.tile;
     return p;
   }
-  void pair_recurrence(AnyShape s, PairPlan plan, Kind kind, const PairForward& args) {
+  template <class Arguments> void pair_recurrence(AnyShape s, const PairPlan& plan, const Arguments& args) {
     ++pairs, tensors += plan.precision != kFloat32;
-    const PairPlan p = forced(s, kind, plan, false);
+    const PairPlan p = forced(s, args.kind, plan, std::is_same_v<Arguments, PairBackward>);
     races::launch();
     for (int sample = 0; sample < args.rows.batch; ++sample) {
       races::unit(sample);
       HostBlock block(p.threads, p.cluster, p.bytes, options.order, options.skipped);
-      with_any_template(s, options.fixed, p, kind, [&](auto g, auto numbers, auto shape) {
-        pair_forward<g.value, decltype(numbers)>(block, shape, p, args, sample);
+      with_any_template(s, options.fixed, p, args.kind, [&](auto g, auto numbers, auto shape) {
+        cuda::pair_recurrence<g.value, decltype(numbers)>(block, shape, p, args, sample);
       });
     }
   }
-  void pair_recurrence_backward(AnyShape s, PairPlan plan, Kind kind, const PairBackward& args) {
-    ++pairs, tensors += plan.precision != kFloat32;
-    const PairPlan p = forced(s, kind, plan, true);
-    races::launch();
-    for (int sample = 0; sample < args.rows.batch; ++sample) {
-      races::unit(sample);
-      HostBlock block(p.threads, p.cluster, p.bytes, options.order, options.skipped);
-      with_any_template(s, options.fixed, p, kind, [&](auto g, auto numbers, auto shape) {
-        pair_backward<g.value, decltype(numbers)>(block, shape, p, args, sample);
-      });
-    }
-  }
-  template <class T> void general_recurrence(const Program<T>& m, Kind kind, const GeneralForward<T>& args) {
+  template <class T, class Arrays> void general_recurrence(const Program<T>& m, const Arrays& args) {
     ++generals;
     races::launch();
     for (int sample = 0; sample < args.rows.batch; ++sample) {
       races::unit(sample);
       HostBlock block(64, 1, general_scratch(m) * int64_t(sizeof(T)), options.order, options.skipped);
-      with_gates(kind, [&](auto g) { general_forward<g.value>(block, m, args, sample); });
-    }
-  }
-  template <class T> void general_recurrence_backward(const Program<T>& m, Kind kind, const GeneralBackward<T>& args) {
-    ++generals;
-    races::launch();
-    for (int sample = 0; sample < args.rows.batch; ++sample) {
-      races::unit(sample);
-      HostBlock block(64, 1, general_scratch(m) * int64_t(sizeof(T)), options.order, options.skipped);
-      with_gates(kind, [&](auto g) { general_backward<g.value>(block, m, args, sample); });
+      with_gates(args.kind, [&](auto g) { cuda::general_recurrence<g.value>(block, m, args, sample); });
     }
   }
   void pair_product(AnyShape s, const PairProductPlan& p, const PairProduct& args, bool backward) {
@@ -237,7 +219,7 @@ struct HostMachine {
         races::unit(k);
         HostBlock block(p.threads, 1, p.bytes, options.order, options.skipped);
         if (backward) pair_product_backward<decltype(numbers)>(block, s, p, args, k, 3);
-        else kruify::cuda::pair_product<decltype(numbers)>(block, s, p, args, k, 3);
+        else cuda::pair_product<decltype(numbers)>(block, s, p, args, k, 3);
       });
   }
   void pair_gradient(AnyShape s, const PairGradientPlan& p, const PairGradient& args, int pieces, int rank) {
@@ -248,8 +230,7 @@ struct HostMachine {
         races::unit(static_cast<int64_t>(r) * pieces + piece);
         HostBlock block(p.threads, 1, p.bytes, options.order, options.skipped);
         const PairGradient own = piece_of(args, s, p, piece, pieces, r);
-        with_precision(
-            p.precision, [&](auto numbers) { kruify::cuda::pair_gradient<decltype(numbers)>(block, s, p, own); });
+        with_precision(p.precision, [&](auto numbers) { cuda::pair_gradient<decltype(numbers)>(block, s, p, own); });
       }
   }
 };
@@ -258,66 +239,86 @@ struct Problem {  // mirrored in conftest.py
   const int64_t* code;
   const int* shapes;  // rank, P, Q of every stage
   const void* const* stages;
-  const void *diagonal, *overlay, *bias;
+  const void *diagonal, *residual, *bias;
   const int *index, *starts;  // starts: first row of each step, or null
   int codes, stage_count, blocks, block, kind, steps, batch, reverse;
 };
 
-template <class T> Matrix<T> matrix_of(const Problem& p) {
-  Matrix<T> m;
-  m.layout = decode_layout(std::vector<int64_t>(p.code, p.code + p.codes));
-  for (int k = 0; k < p.stage_count; ++k) {
-    m.shapes.push_back({p.shapes[3 * k], p.shapes[3 * k + 1], p.shapes[3 * k + 2]});
-    m.stages.push_back(static_cast<const T*>(p.stages[k]));
+template <class T> struct HostMatrix {
+  std::vector<Term<T>> terms;
+  Matrix<T> matrix{};
+
+  explicit HostMatrix(const Problem& p) {
+    read_layout({p.code, p.code + p.codes}, matrix, terms);
+    int k = 0;
+    for (auto& term : terms)
+      for (int f = 0; f < term.stages; ++f, ++k) {
+        term.rank = p.shapes[3 * k], term.p[f] = p.shapes[3 * k + 1], term.q[f] = p.shapes[3 * k + 2];
+        term.w[f] = static_cast<const T*>(p.stages[k]);
+      }
+    matrix.diagonal = static_cast<const T*>(p.diagonal), matrix.bias = static_cast<const T*>(p.bias);
+    matrix.residual = {static_cast<const T*>(p.residual), p.index, p.blocks, p.block};
   }
-  m.diagonal = static_cast<const T*>(p.diagonal), m.bias = static_cast<const T*>(p.bias);
-  m.overlay.values = static_cast<const T*>(p.overlay), m.overlay.index = p.index;
-  m.overlay.blocks = p.blocks, m.overlay.block = p.block;
-  return m;
-}
+};
 
 template <class T> MatrixGradient<T> gradient_of(const Problem& p, T* const* grads) {
-  MatrixGradient<T> to;
-  for (int k = 0; k < p.stage_count; ++k) to.stages.push_back(grads[k]);
-  to.diagonal = grads[p.stage_count], to.overlay = grads[p.stage_count + 1], to.bias = grads[p.stage_count + 2];
-  return to;
+  T* const* rest = grads + p.stage_count;
+  return {{grads, rest}, rest[0], rest[1], rest[2]};
 }
 
-template <class T> int forward(const Problem& p, const Options& o, const T* const* in, T* const* out) {
+// Calls f(machine, matrix); returns how many launches it took of two-stage templates, and a thousand times those on
+// tensor cores.
+template <class T, class F> int launches(const Problem& p, const Options& o, const F& f) {
   HostMachine machine(o);
-  Matrix<T> m = matrix_of<T>(p);
-  recurrence(machine, m, Kind(p.kind),
-      GeneralForward<T>{
-          in[0], in[1], in[2], out[0], out[1], out[2], out[3], {p.starts, p.steps, p.batch, p.reverse != 0}},
-      Precision(o.precision));
+  HostMatrix<T> m(p);
+  f(machine, m.matrix);
   return machine.pairs + 1000 * machine.tensors;
+}
+
+Rows rows_of(const Problem& p) { return {p.starts, p.steps, p.batch, p.reverse != 0}; }
+
+template <class T> int forward(const Problem& p, const Options& o, const T* const* in, T* const* out) {
+  const ForwardArrays<T> arrays{.x = in[0],
+      .h0 = in[1],
+      .c0 = in[2],
+      .out = out[0],
+      .h_last = out[1],
+      .c_last = out[2],
+      .workspace = out[3],
+      .rows = rows_of(p)};
+  return launches<T>(p, o,
+      [&](HostMachine& machine, auto& m) { recurrence(machine, m, Kind(p.kind), arrays, Precision(o.precision)); });
 }
 
 template <class T>
 int backward(const Problem& p, const Options& o, const T* const* in, T* const* out, T* const* grads, int64_t rows) {
-  HostMachine machine(o);
-  Matrix<T> m = matrix_of<T>(p);
-  recurrence_backward(machine, m, Kind(p.kind),
-      GeneralBackward<T>{in[0], in[1], in[2], in[3], in[4], in[5], in[6], out[0], nullptr, out[1], out[2],
-          {p.starts, p.steps, p.batch, p.reverse != 0}},
-      rows, gradient_of(p, grads), Precision(o.precision));
-  return machine.pairs + 1000 * machine.tensors;
+  const BackwardArrays<T> arrays{.grad_out = in[0],
+      .grad_h = in[1],
+      .grad_c = in[2],
+      .out = in[3],
+      .workspace = in[4],
+      .h0 = in[5],
+      .c0 = in[6],
+      .grad_gates = out[0],
+      .grad_h0 = out[1],
+      .grad_c0 = out[2],
+      .rows = rows_of(p)};
+  return launches<T>(p, o, [&](HostMachine& machine, auto& m) {
+    recurrence_backward(machine, m, Kind(p.kind), arrays, rows, gradient_of(p, grads), Precision(o.precision));
+  });
 }
 
 template <class T> int multiply(const Problem& p, const Options& o, const T* x, T* y, int64_t rows) {
-  HostMachine machine(o);
-  Matrix<T> m = matrix_of<T>(p);
-  product(machine, m, x, rows, y, Precision(o.precision));
-  return machine.pairs + 1000 * machine.tensors;
+  return launches<T>(
+      p, o, [&](HostMachine& machine, auto& m) { product(machine, m, x, rows, y, Precision(o.precision)); });
 }
 
 template <class T>
 int multiply_backward(
     const Problem& p, const Options& o, const T* grad, const T* x, T* grad_x, T* const* grads, int64_t rows) {
-  HostMachine machine(o);
-  Matrix<T> m = matrix_of<T>(p);
-  product_backward(machine, m, grad, x, rows, grad_x, gradient_of(p, grads), Precision(o.precision));
-  return machine.pairs + 1000 * machine.tensors;
+  return launches<T>(p, o, [&](HostMachine& machine, auto& m) {
+    product_backward(machine, m, grad, x, rows, grad_x, gradient_of(p, grads), Precision(o.precision));
+  });
 }
 
 // A chain of `count` factors, each (pairs, P, Q).
@@ -344,8 +345,7 @@ template <class F> int guarded(const F& f) {
 
 extern "C" const char* what() { return last_error.c_str(); }
 
-// Each returns how many launches of two-stage templates the call would make, and a thousand times those on tensor
-// cores.
+// Each returns what `launches` does, but for the last two.
 #define EXPORT(T)                                                                                                \
   extern "C" int forward_##T(const Problem* p, const Options* o, const T* const* in, T* const* out) {            \
     return guarded([&] { return forward(*p, *o, in, out); });                                                    \

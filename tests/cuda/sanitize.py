@@ -31,11 +31,11 @@ def run(
     )
     diagonal, bias = leaf(1, hidden), leaf(gates * hidden)
     threshold = bias if "complex" not in kind else leaf(hidden // 2)
-    overlay = index = None
+    residual = index = None
     if len(terms) > 1:
-        overlay = leaf(3, 2)
+        residual = leaf(3, 2)
         index = torch.tensor([[0, 1], [1, 0], [gates * hidden - 2, 3]], dtype=torch.int32, device="cuda")
-    matrix = (stages, diagonal, overlay, index)
+    matrix = (stages, diagonal, residual, index)
     x, h0 = leaf(sum(sizes), gates * hidden), leaf(sizes[0], hidden)
     c0 = leaf(sizes[0], hidden) if kind == "lstm" else None
     steps = torch.tensor(sizes)

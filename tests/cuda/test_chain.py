@@ -1,4 +1,4 @@
-"""Factors merged into stages, and what reaches a kernel of an overlay: the CUDA code on the CPU."""
+"""Factors merged into stages, and what reaches a kernel of a sparse residual: the CUDA code on the CPU."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_merged_factors_and_their_gradients(phases, options, name, dtype) -> Non
     [((-1, 0), "outside"), ((70, 0), "outside"), ((64, 0), "outside"), ((17, 0), "outside"), ((0, -1), "outside"),
      ((0, 16), "outside"), ((48, 0), "ascend")],
 )  # fmt: skip
-def test_overlays_that_lead_out_of_the_matrix_are_refused(phases, matrix, options, place, message) -> None:  # type: ignore[no-untyped-def]
-    m = matrix(4, 16, 16, [(range(4), 1, [(4, 4), (4, 4)])], overlay=6, block=16).to(torch.float32)
+def test_sparse_residuals_that_lead_out_of_the_matrix_are_refused(phases, matrix, options, place, message) -> None:  # type: ignore[no-untyped-def]
+    m = matrix(4, 16, 16, [(range(4), 1, [(4, 4), (4, 4)])], residual=6, block=16).to(torch.float32)
     m.index[:, 0] = torch.tensor([0, 0, 16, 32, 48, 48])
     x = torch.randn(2, 16)
     phases.kron_matmul(x, m, options())
@@ -54,8 +54,8 @@ def test_overlays_that_lead_out_of_the_matrix_are_refused(phases, matrix, option
         phases.recurrence(torch.randn(2, 64), sizes, h0, h0.clone(), m, "lstm", False, options())
 
 
-def test_more_overlay_blocks_than_rows_are_checked_too(phases, matrix, options) -> None:  # type: ignore[no-untyped-def]
-    m = matrix(1, 4, 4, [], diagonal=[0], overlay=40, block=2).to(torch.float32)
+def test_more_sparse_blocks_than_rows_are_checked_too(phases, matrix, options) -> None:  # type: ignore[no-untyped-def]
+    m = matrix(1, 4, 4, [], diagonal=[0], residual=40, block=2).to(torch.float32)
     phases.kron_matmul(torch.randn(2, 4), m, options())
     m.index[-1] = torch.tensor([3, 0])
     with pytest.raises(RuntimeError, match="outside"):

@@ -42,7 +42,7 @@ def test_everything_compiles_without_spills_and_registers(cached, resources) -> 
     nvcc = resources.nvcc()
     if nvcc is None:
         pytest.skip("nvcc is not here: nothing to compile CUDA code with")
-    sources = sorted((CSRC / "cuda").glob("*"))
+    sources = sorted([*(CSRC / "cuda").glob("*"), *CSRC.glob("*.h")])
     objects = []
     for source in (s for s in sources if s.suffix == ".cu"):
         headers = [s for s in sources if s.suffix != ".cu"]

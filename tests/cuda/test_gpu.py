@@ -82,10 +82,10 @@ def run(m, kind, given, reverse, device, dtype, products=precision.FLOAT32):  # 
         return None if t is None else t.to(device, dtype).requires_grad_()
 
     x, w, b, sizes, h0, c0 = given
-    leaves = [leaf(t) for t in (x, w, b, h0, c0, *m.stages, m.diagonal, m.overlay, m.bias)]
-    x1, w1, b1, h1, c1, *stages, diagonal, overlay, bias = leaves
+    leaves = [leaf(t) for t in (x, w, b, h0, c0, *m.stages, m.diagonal, m.residual, m.bias)]
+    x1, w1, b1, h1, c1, *stages, diagonal, residual, bias = leaves
     index = None if m.index is None else m.index.to(device)
-    matrix = (stages, diagonal, overlay, index, bias, m.layout.encode())
+    matrix = (stages, diagonal, residual, index, bias, m.layout.encode())
     if device == "cpu":
         out, h, c, _ = reference.recurrence(x1, w1, b1, sizes, h1, c1, *matrix, kind, reverse)
     else:
@@ -188,7 +188,7 @@ def test_merge(dtype) -> None:  # type: ignore[no-untyped-def]
         close("result", got, wanted, TOLERANCE[dtype])
 
 
-def test_an_overlay_that_leads_out_of_the_matrix_is_told() -> None:
+def test_a_sparse_residual_that_leads_out_of_the_matrix_is_told() -> None:
     """In a process of its own: what stops a kernel ends the context."""
     code = """if True:
         import torch
@@ -228,7 +228,7 @@ def test_ranks(matrix, kind, rank) -> None:  # type: ignore[no-untyped-def]
     all_pairs(kind=KINDS, reverse=(False, True), dtype=(torch.float32, torch.float64)),
 )
 def test_general(matrix, kind, reverse, dtype) -> None:  # type: ignore[no-untyped-def]
-    m = matrix(*everything(kind), diagonal=[GATES[kind] - 1], overlay=30)
+    m = matrix(*everything(kind), diagonal=[GATES[kind] - 1], residual=30)
     parity(m, kind, [4, 3, 3, 1], reverse, dtype, columns=6)
 
 
@@ -256,40 +256,40 @@ def test_long_sequences(matrix, kind) -> None:  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("shapes", [[(4, 8), (12, 8)], [(32, 32), (32, 32)], [(2, 3), (3, 2), (4, 2)]], ids=str)
 def test_product(matrix, shapes, dtype) -> None:  # type: ignore[no-untyped-def]
     rows, cols = (int(torch.tensor([s[k] for s in shapes]).prod()) for k in (0, 1))
-    m = matrix(3, rows, cols, [((0, 2), 2, shapes), ((0, 1, 2), 1, shapes)], diagonal=(1,), overlay=9)
+    m = matrix(3, rows, cols, [((0, 2), 2, shapes), ((0, 1, 2), 1, shapes)], diagonal=(1,), residual=9)
     x = torch.randn(2, 37, cols, dtype=torch.float64)
     grad = torch.randn(2, 37, 3 * rows, dtype=torch.float64)
     results = []
     for device, kind in (("cuda", dtype), ("cpu", torch.float64)):
-        leaves = [t.to(device, kind).requires_grad_() for t in (x, *m.stages, m.diagonal, m.overlay, m.bias)]
-        x1, *stages, diagonal, overlay, bias = leaves
+        leaves = [t.to(device, kind).requires_grad_() for t in (x, *m.stages, m.diagonal, m.residual, m.bias)]
+        x1, *stages, diagonal, residual, bias = leaves
         function = torch.ops.kruify.kron_matmul if device == "cuda" else reference.kron_matmul
-        y = function(x1, stages, diagonal, overlay, m.index.to(device), bias, m.layout.encode())
+        y = function(x1, stages, diagonal, residual, m.index.to(device), bias, m.layout.encode())
         results.append([y, *torch.autograd.grad(y, leaves, grad.to(device, kind))])
     for got, wanted in zip(*results, strict=True):
         close("result", got, wanted, TOLERANCE[dtype])
 
 
 def on_gpu(m, dtype):  # type: ignore[no-untyped-def]
-    stages, diagonal, overlay, index, bias, layout = m.to(dtype).arguments()
+    stages, diagonal, residual, index, bias, layout = m.to(dtype).arguments()
     put = lambda t: None if t is None else t.cuda()  # noqa: E731
-    return [put(s) for s in stages], put(diagonal), put(overlay), put(index), put(bias), layout
+    return [put(s) for s in stages], put(diagonal), put(residual), put(index), put(bias), layout
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(matrix, kind) -> None:  # type: ignore[no-untyped-def]
     gates = GATES[kind]
-    m = matrix(gates, 6, 6, [(range(gates), 2, [(2, 3), (3, 2)])], diagonal=(0,), overlay=3, block=2).of_kind(kind)
+    m = matrix(gates, 6, 6, [(range(gates), 2, [(2, 3), (3, 2)])], diagonal=(0,), residual=3, block=2).of_kind(kind)
     x, w, b, sizes, h0, c0 = inputs(m, kind, [3, 2], columns=4)
-    stages, diagonal, overlay, index, bias, layout = on_gpu(m, torch.float64)
-    tensors = [x, w, b, h0, c0, *stages, diagonal, overlay, bias]
+    stages, diagonal, residual, index, bias, layout = on_gpu(m, torch.float64)
+    tensors = [x, w, b, h0, c0, *stages, diagonal, residual, bias]
     leaves = [t.cuda().requires_grad_() for t in tensors if t is not None]
 
     def function(*given: Tensor) -> tuple[Tensor, ...]:
         rest = iter(given)
-        x, w, b, h0, c0, *stages, diagonal, overlay, bias = (None if t is None else next(rest) for t in tensors)
+        x, w, b, h0, c0, *stages, diagonal, residual, bias = (None if t is None else next(rest) for t in tensors)
         found = torch.ops.kruify.recurrence(
-            x, w, b, sizes, h0, c0, stages, diagonal, overlay, index, bias, layout, kind, True, True
+            x, w, b, sizes, h0, c0, stages, diagonal, residual, index, bias, layout, kind, True, True
         )
         return found[: 3 if kind == "lstm" else 2]
 
@@ -301,7 +301,7 @@ def test_opcheck(matrix, kind) -> None:  # type: ignore[no-untyped-def]
     m = matrix(*pair(kind, 16, 16, 1))
     x, w, b, sizes, h0, c0 = inputs(m, kind, [2, 1], torch.float32, columns=5)
     put = lambda t: None if t is None else t.cuda().requires_grad_()  # noqa: E731
-    stages, diagonal, overlay, index, bias, layout = on_gpu(m, torch.float32)
+    stages, diagonal, residual, index, bias, layout = on_gpu(m, torch.float32)
     call = (
         put(x),
         put(w),
@@ -311,7 +311,7 @@ def test_opcheck(matrix, kind) -> None:  # type: ignore[no-untyped-def]
         put(c0),
         [s.requires_grad_() for s in stages],
         diagonal,
-        overlay,
+        residual,
         index,
         bias,
     )
@@ -319,13 +319,13 @@ def test_opcheck(matrix, kind) -> None:  # type: ignore[no-untyped-def]
     plain = tuple([s.detach() for s in t] if isinstance(t, list) else t if t is None else t.detach() for t in call)
     torch.library.opcheck(torch.ops.kruify.recurrence_forward.default, (*plain, layout, kind, False, False))
     y = torch.randn(3, 256, device="cuda", requires_grad=True)
-    torch.library.opcheck(torch.ops.kruify.kron_matmul.default, (y, stages, diagonal, overlay, index, bias, layout))
+    torch.library.opcheck(torch.ops.kruify.kron_matmul.default, (y, stages, diagonal, residual, index, bias, layout))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("general", [False, True])
 def test_the_same_bits_twice(matrix, kind, general) -> None:  # type: ignore[no-untyped-def]
-    m = matrix(*everything(kind), overlay=30) if general else matrix(*pair(kind, 32, 32, 1))
+    m = matrix(*everything(kind), residual=30) if general else matrix(*pair(kind, 32, 32, 1))
     given = inputs(m, kind, [64] * 5 + [3])
     first = run(m, kind, given, False, "cuda", torch.float32)
     second = run(m, kind, given, False, "cuda", torch.float32)
@@ -348,14 +348,14 @@ def test_another_stream(matrix) -> None:  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("general", [False, True])
 def test_cuda_graphs(matrix, sizes, general) -> None:  # type: ignore[no-untyped-def]
     """Forward and backward are captured and replayed on new inputs; packed sizes live in the graph."""
-    m = matrix(*everything("lstm"), overlay=30) if general else matrix(*pair("lstm", 16, 16, 1))
-    stages, diagonal, overlay, index, bias, layout = on_gpu(m, torch.float32)
+    m = matrix(*everything("lstm"), residual=30) if general else matrix(*pair("lstm", 16, 16, 1))
+    stages, diagonal, residual, index, bias, layout = on_gpu(m, torch.float32)
     x, _, _, batch_sizes, h0, c0 = inputs(m, "lstm", sizes, torch.float32)
     x, h0, c0, leaves = x.cuda().requires_grad_(), h0.cuda(), c0.cuda(), [s.requires_grad_() for s in stages]
 
     def step() -> list[Tensor]:
         out, h, c, _ = torch.ops.kruify.recurrence(
-            x, None, None, batch_sizes, h0, c0, stages, diagonal, overlay, index, bias, layout, "lstm", False, True
+            x, None, None, batch_sizes, h0, c0, stages, diagonal, residual, index, bias, layout, "lstm", False, True
         )
         return [out, h, c, *torch.autograd.grad((out.square().sum() + h.sum() + c.sum()), [x, *leaves])]
 
@@ -378,13 +378,13 @@ def test_cuda_graphs(matrix, sizes, general) -> None:  # type: ignore[no-untyped
 
 def test_torch_compile(matrix) -> None:  # type: ignore[no-untyped-def]
     m = matrix(*pair("gru", 16, 16, 1))
-    stages, diagonal, overlay, index, bias, layout = on_gpu(m, torch.float32)
+    stages, diagonal, residual, index, bias, layout = on_gpu(m, torch.float32)
     x, _, _, sizes, h0, _ = inputs(m, "gru", [2, 2], torch.float32)
     x, h0 = x.cuda().requires_grad_(), h0.cuda()
 
     def function(x: Tensor) -> Tensor:
         out, _, _, _ = torch.ops.kruify.recurrence(
-            x * 2, None, None, sizes, h0, None, stages, diagonal, overlay, index, bias, layout, "gru", False, True
+            x * 2, None, None, sizes, h0, None, stages, diagonal, residual, index, bias, layout, "gru", False, True
         )
         return out.sin().sum()
 
@@ -447,7 +447,7 @@ def test_finetuning(precision, processes) -> None:  # type: ignore[no-untyped-de
 
 def test_wrong_arguments_are_refused(matrix) -> None:  # type: ignore[no-untyped-def]
     m = matrix(*pair("lstm", 16, 16, 1))
-    stages, diagonal, overlay, index, bias, layout = on_gpu(m, torch.float32)
+    stages, diagonal, residual, index, bias, layout = on_gpu(m, torch.float32)
     x, _, _, sizes, h0, c0 = inputs(m, "lstm", [2, 1], torch.float32)
     good = [
         x.cuda(),
@@ -458,7 +458,7 @@ def test_wrong_arguments_are_refused(matrix) -> None:  # type: ignore[no-untyped
         c0.cuda(),
         stages,
         diagonal,
-        overlay,
+        residual,
         index,
         bias,
         layout,

@@ -12,7 +12,7 @@ from phase_cases import KINDS, SIZES, pair
 
 from kruify.ops.precision import BF16, FLOAT32, NAMES, TF32
 
-EVERYTHING = {"diagonal": [0], "overlay": 12}
+EVERYTHING = {"diagonal": [0], "residual": 12}
 
 
 @pytest.fixture
@@ -71,8 +71,8 @@ def test_the_general_kernel(quiet, matrix, options, kind) -> None:  # type: igno
 
 @pytest.mark.parametrize("precision", [FLOAT32, TF32, BF16], ids=lambda p: NAMES[p])
 def test_products(quiet, matrix, options, precision) -> None:  # type: ignore[no-untyped-def]
-    for terms in ([((0, 1), 2, [(16, 32), (16, 16)])], [((1, 0), 2, [(4, 8), (8, 8), (8, 8)])]):
-        m = matrix(2, 256, 512, terms, diagonal=(1,), overlay=9).to(torch.float32)
+    for terms in ([((0, 1), 2, [(16, 32), (16, 16)])], [((0, 1), 2, [(4, 8), (8, 8), (8, 8)])]):
+        m = matrix(2, 256, 512, terms, diagonal=(1,), residual=9).to(torch.float32)
         x, grad = torch.randn(40, 512), torch.randn(40, 512)
         quiet.kron_matmul(x, m, options(precision=precision))
         quiet.kron_matmul_backward(grad, x, m, options(precision=precision))

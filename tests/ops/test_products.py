@@ -78,6 +78,21 @@ def test_kron_matmul_is_the_dense_product(matrix: str, rows: int) -> None:
         torch.testing.assert_close((grad * direction).sum(), numeric, rtol=1e-5, atol=1e-6)
 
 
+def test_a_sparse_residual_without_blocks() -> None:
+    stage, bias = torch.randn(1, 1, 4, 4, requires_grad=True), torch.randn(4, requires_grad=True)
+    values, index = torch.empty(0, 2, requires_grad=True), torch.empty(0, 2, dtype=torch.int32)
+    x, upstream = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    y = OPS.kron_matmul(x, [stage], None, values, index, bias, Layout(1, 4, 4, (), (TermLayout(1, (0,)),)).encode())
+    want = x @ stage[0, 0].T + bias
+    torch.testing.assert_close(y, want)
+    leaves = [x, stage, bias]
+    wanted = torch.autograd.grad(want, leaves, upstream)
+    *found, of_values = torch.autograd.grad(y, [*leaves, values], upstream)
+    assert of_values.shape == values.shape
+    for a, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, w)
+
+
 def _single(value: object) -> object:
     if isinstance(value, list) and value and isinstance(value[0], Tensor):
         return [_single(v) for v in value]

@@ -1,4 +1,4 @@
-// Many small factors multiplied into one stage, one element a thread, and the derivative: `merge`.
+// Many small factors multiplied into one stage, one element per thread, and the derivative: `merge`.
 #pragma once
 
 #include <vector>

@@ -3,16 +3,12 @@
 
 #include <cmath>
 
+#include "../matrix.h"
 #include "host_device.h"
 
 namespace kruify::cuda {
 
-enum Kind : int { kLstm = 0, kGru = 1, kTanh = 2, kRelu = 3, kModRelu = 4, kModReluComplex = 5 };
-
-constexpr KRUIFY_HD int gates_of(Kind kind) { return kind == kLstm ? 4 : kind == kGru ? 3 : 1; }
-constexpr KRUIFY_HD bool is_modrelu(Kind kind) { return kind == kModRelu || kind == kModReluComplex; }
-constexpr KRUIFY_HD int rows_a_bias(Kind kind) { return kind == kModReluComplex ? 2 : 1; }
-constexpr KRUIFY_HD int saved_of(Kind kind) { return kind == kLstm ? 5 : kind == kGru ? 4 : is_modrelu(kind) ? 1 : 0; }
+// saved_of where the number of gates tells the kind.
 constexpr KRUIFY_HD int saved_of_gates(int gates) { return gates == 4 ? 5 : gates == 3 ? 4 : 0; }
 
 KRUIFY_HD float exponential(float x) { return expf(x); }
@@ -38,7 +34,7 @@ KRUIFY_HD T cell_forward(const T (&x)[G], const T (&y)[G], T h, T& c, Kind kind,
     return n + z * (h - n);
   } else {
     const T total = x[0] + y[0];
-    return kind == kRelu ? (total < T(0) ? T(0) : total) : hyperbolic(total);  // NaN stays NaN
+    return kind == kRnnRelu ? (total < T(0) ? T(0) : total) : hyperbolic(total);  // NaN stays NaN
   }
 }
 
@@ -66,7 +62,7 @@ KRUIFY_HD T cell_backward(
     product[0] = gates[0], product[1] = gates[1], product[2] = dn * r;
     return dh * z;
   } else {
-    gates[0] = product[0] = kind == kRelu ? (h > T(0) ? dh : T(0)) : dh * (T(1) - h * h);
+    gates[0] = product[0] = kind == kRnnRelu ? (h > T(0) ? dh : T(0)) : dh * (T(1) - h * h);
     return T(0);
   }
 }

@@ -1,14 +1,15 @@
 // The recurrence for any sum of Kronecker products: any number of terms and stages, ranks, diagonal, sparse residual;
-// float32 and float64. One block a row of the batch; its vectors lie in shared memory where they fit, else in global
-// scratch. Plain loops, one output an item: right for every structure, and fast for none.
+// float32 and float64. One block per row of the batch; its vectors lie in shared memory where they fit, else in global
+// scratch. Plain loops, one output per item: they take every structure and are fast for none.
 #pragma once
 
 #include "gates.h"
+#include "parts.h"
 #include "rows.h"
 
 namespace kruify::cuda {
 
-constexpr int kMaxTerms = 16, kMaxOps = 48;  // of one launch; the host forms the dense matrix beyond them
+constexpr int kMaxTerms = 16;  // of one launch; the host forms the dense matrix beyond them
 
 // One stage on its way through a term: (a, Q, b) -> (a, P, b) for every gate and rank.
 template <class T> struct Op {
@@ -33,66 +34,38 @@ template <class T> struct Op {
   }
 };
 
-struct Term {
+struct ProgramTerm {
   int first, count;  // its ops, in the order they are applied
   int gates, rank;
-  int gate[4];
-};
-
-template <class T> struct SparseResidual {
-  const T* values;       // (blocks, block), or null
-  const int* index;      // (blocks, 2): first row, column; ascending
-  const int* row_start;  // (rows + 1,) first block that starts at or below a row
-  const int* by_column;  // the columns in ascending order
-  const int64_t* blocks_by_column;
-  int blocks, block;
-
-  // Row `row` of the sparse residual times x.
-  KRUIFY_HD T row_product(int row, const T* x) const {
-    T sum = 0;
-    const int above = row - block + 1;
-    for (int k = row_start[above > 0 ? above : 0]; k < row_start[row + 1]; ++k)
-      sum += values[static_cast<int64_t>(k) * block + row - index[2 * k]] * x[index[2 * k + 1]];
-    return sum;
-  }
-  // Column `column` of the sparse residual times y: its blocks lie together in blocks_by_column.
-  KRUIFY_HD T column_product(int column, const T* y) const {
-    int low = 0, high = blocks;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (by_column[middle] < column) low = middle + 1;
-      else high = middle;
-    }
-    T sum = 0;
-    for (; low < blocks && by_column[low] == column; ++low) {
-      const int64_t k = blocks_by_column[low];
-      for (int i = 0; i < block; ++i) sum += values[k * block + i] * y[index[2 * k] + i];
-    }
-    return sum;
-  }
+  int gate[kMaxGates];
 };
 
 template <class T> struct Program {
   int hidden, gates, terms, width;  // width: elements of the widest intermediate
-  Term term[kMaxTerms];
-  Op<T> op[kMaxOps];
-  const T* diagonal;
-  int diagonal_row[4];
-  SparseResidual<T> sparse;
+  ProgramTerm term[kMaxTerms];
+  Op<T> op[kMaxTerms * kMaxStages];
+  Diagonal<T> diagonal;
+  SparseResidual<T> residual;
   const T* bias;
 };
 
-template <class T> struct GeneralForward {
-  const T *x, *h0, *c0;
-  T *out, *h_last, *c_last, *workspace;
+// The arrays of a recurrence, forward and backward, for all kernels. All of a layer's rows are packed: (S, ...).
+template <class T> struct ForwardArrays {
+  const T* x;        // (S, G * H), the input's share of the gates
+  const T *h0, *c0;  // (B, H)
+  T *out, *h_last, *c_last;
+  T* workspace;  // (S, saved * H), or null
   Rows rows;
   Kind kind;
   const T* threshold;  // modReLU's bias, or null
 };
 
-template <class T> struct GeneralBackward {
-  const T *grad_out, *grad_h, *grad_c, *out, *workspace, *h0, *c0;
-  T *grad_gates, *grad_product, *grad_h0, *grad_c0;
+template <class T> struct BackwardArrays {
+  const T *grad_out, *grad_h, *grad_c;  // each may be null
+  const T *out, *workspace, *h0, *c0;
+  T* grad_gates;         // (S, G * H)
+  T* grad_product;       // (S, G * H) for the GRU, else null: the same as grad_gates
+  T *grad_h0, *grad_c0;  // (B, H)
   Rows rows;
   Kind kind;
   const T* threshold;
@@ -118,13 +91,12 @@ template <int G, class T> struct GeneralPhases {
     for (int e = t.id; e < G * m.hidden; e += t.count) {
       const int g = e / m.hidden, i = e % m.hidden;
       T sum = m.bias ? m.bias[e] : T(0);
-      if (m.diagonal && m.diagonal_row[g] >= 0)
-        sum += m.diagonal[static_cast<int64_t>(m.diagonal_row[g]) * m.hidden + i] * h(t)[i];
-      if (m.sparse.values) sum += m.sparse.row_product(e, h(t));
+      if (const T* d = m.diagonal.of(g, m.hidden)) sum += d[i] * h(t)[i];
+      if (m.residual.values) sum += row_product(m.residual, e, h(t));
       y(t)[e] = sum;
     }
   }
-  KRUIFY_HD void step(const Thread& t, const Term& term, int k) const {
+  KRUIFY_HD void step(const Thread& t, const ProgramTerm& term, int k) const {
     const Op<T>& op = m.op[term.first + k];
     const int pairs = term.gates * term.rank;
     const T* from = k ? buffer(t, k) : h(t);
@@ -147,13 +119,12 @@ template <int G, class T> struct GeneralPhases {
     for (int i = t.id; i < m.hidden; i += t.count) {
       T sum = carry(t)[i];
       for (int g = 0; g < G; ++g)
-        if (m.diagonal && m.diagonal_row[g] >= 0)
-          sum += m.diagonal[static_cast<int64_t>(m.diagonal_row[g]) * m.hidden + i] * y(t)[g * m.hidden + i];
-      if (m.sparse.values) sum += m.sparse.column_product(i, y(t));
+        if (const T* d = m.diagonal.of(g, m.hidden)) sum += d[i] * y(t)[g * m.hidden + i];
+      if (m.residual.values) sum += column_product(m.residual, i, y(t));
       h(t)[i] = sum;
     }
   }
-  KRUIFY_HD void step_transposed(const Thread& t, const Term& term, int k) const {
+  KRUIFY_HD void step_transposed(const Thread& t, const ProgramTerm& term, int k) const {
     const Op<T>& op = m.op[term.first + k];
     const int pairs = term.gates * term.rank;
     const bool first = k + 1 == term.count;
@@ -176,8 +147,8 @@ template <int G, class T> struct GeneralPhases {
     }
   }
 
-  KRUIFY_HD void modrelu(const Thread& t, const GeneralForward<T>& args, int64_t row) const {
-    const int parts = rows_a_bias(args.kind), units = m.hidden / parts;
+  KRUIFY_HD void modrelu(const Thread& t, const ForwardArrays<T>& args, int64_t row) const {
+    const int parts = rows_per_bias(args.kind), units = m.hidden / parts;
     for (int i = t.id; i < units; i += t.count) {
       T z[2] = {}, now[2];
       for (int k = 0; k < parts; ++k) {
@@ -189,8 +160,8 @@ template <int G, class T> struct GeneralPhases {
       for (int k = 0; k < parts; ++k) h(t)[i + k * units] = args.out[row * m.hidden + i + k * units] = now[k];
     }
   }
-  KRUIFY_HD void modrelu(const Thread& t, const GeneralBackward<T>& args, int64_t row) const {
-    const int parts = rows_a_bias(args.kind), units = m.hidden / parts;
+  KRUIFY_HD void modrelu(const Thread& t, const BackwardArrays<T>& args, int64_t row) const {
+    const int parts = rows_per_bias(args.kind), units = m.hidden / parts;
     for (int i = t.id; i < units; i += t.count) {
       T z[2] = {}, d[2] = {};
       for (int k = 0; k < parts; ++k) {
@@ -208,7 +179,7 @@ template <int G, class T> struct GeneralPhases {
 };
 
 template <int G, class T, class Block>
-KRUIFY_HD void general_forward(Block& block, const Program<T>& m, const GeneralForward<T>& args, int sample) {
+KRUIFY_HD void general_recurrence(Block& block, const Program<T>& m, const ForwardArrays<T>& args, int sample) {
   const GeneralPhases<G, T> phases{m};
   const int length = args.rows.length(sample);
   const int64_t own = static_cast<int64_t>(sample) * m.hidden;
@@ -256,7 +227,7 @@ KRUIFY_HD void general_forward(Block& block, const Program<T>& m, const GeneralF
 }
 
 template <int G, class T, class Block>
-KRUIFY_HD void general_backward(Block& block, const Program<T>& m, const GeneralBackward<T>& args, int sample) {
+KRUIFY_HD void general_recurrence(Block& block, const Program<T>& m, const BackwardArrays<T>& args, int sample) {
   const GeneralPhases<G, T> phases{m};
   const int length = args.rows.length(sample);
   const int64_t own = static_cast<int64_t>(sample) * m.hidden;

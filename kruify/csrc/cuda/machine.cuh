@@ -9,15 +9,14 @@
 #include <array>
 #include <mutex>
 
-#include "kernels.h"
+#include "../arguments.h"
 #include "launch.cuh"
+#include "launches.h"
 
 // A library built with CUDA loads beside a torch without it; its CUDA operators are then never reached.
 #pragma weak aoti_torch_get_current_cuda_stream
 
 namespace kruify::cuda {
-
-using torch::stable::Tensor;
 
 template <class Item> __global__ void __launch_bounds__(256) items_kernel(const __grid_constant__ Item item) {
   const int64_t count = item.items();
@@ -53,7 +52,7 @@ inline Chip chip_of(int device) {
 class Machine {
  public:
   Chip chip;
-  Tensor sparse_index;  // of the matrix at hand, where it has a sparse residual
+  Optional residual_index;  // of the matrix at hand, where it has a sparse residual
 
   explicit Machine(const Tensor& like) : guard_(like.get_device_index()), like_(like) {
     const int device = like.get_device_index();
@@ -91,22 +90,19 @@ class Machine {
       launch(items_kernel<Item>, dim3(static_cast<unsigned>(least((count + 255) / 256, 1 << 20))), 256, 0, 1, stream_,
           "a launch over rows", item);
   }
-  void sort_columns(const int*, int, const int*& columns, const int64_t*& blocks) {
-    const Tensor column = torch::stable::contiguous(torch::stable::select(sparse_index, 1, 1));
+  template <class T> void sort_columns(SparseResidual<T>& s) {
+    const Tensor column = torch::stable::contiguous(torch::stable::select(*residual_index, 1, 1));
     using torch::stable::detail::from;
     std::array<StableIValue, 4> stack{from(column), from(std::optional<bool>(true)), from(int64_t{0}), from(false)};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
     kept_.push_back(torch::stable::detail::to<Tensor>(stack[0]));
-    columns = static_cast<const int*>(kept_.back().data_ptr());
+    s.by_column = data<int>(kept_.back());
     kept_.push_back(torch::stable::detail::to<Tensor>(stack[1]));
-    blocks = static_cast<const int64_t*>(kept_.back().data_ptr());
+    s.blocks_by_column = data<int64_t>(kept_.back());
   }
 
-  void pair_recurrence(AnyShape s, const PairPlan& p, Kind kind, const PairForward& args) {
-    launch_pair_forward(s, p, kind, args, stream_);
-  }
-  void pair_recurrence_backward(AnyShape s, const PairPlan& p, Kind kind, const PairBackward& args) {
-    launch_pair_backward(s, p, kind, args, stream_);
+  template <class Arguments> void pair_recurrence(AnyShape s, const PairPlan& p, const Arguments& args) {
+    launch_pair(s, p, args, stream_);
   }
   void pair_product(AnyShape s, const PairProductPlan& p, const PairProduct& args, bool backward) {
     const int64_t turns = (args.rows + p.batch - 1) / p.batch, resident = greatest(1, chip.shared_memory / p.bytes);
@@ -116,22 +112,14 @@ class Machine {
   void pair_gradient(AnyShape s, const PairGradientPlan& p, const PairGradient& args, int pieces, int rank) {
     launch_pair_gradient(s, p, args, pieces, rank, stream_);
   }
-  template <class T> void general_recurrence(const Program<T>& m, Kind kind, const GeneralForward<T>& args) {
-    const auto [memory, bytes] = general_memory(m, args.rows.batch);
-    launch_general_forward<T>(m, kind, args, memory, bytes, stream_);
-  }
-  template <class T> void general_recurrence_backward(const Program<T>& m, Kind kind, const GeneralBackward<T>& args) {
-    const auto [memory, bytes] = general_memory(m, args.rows.batch);
-    launch_general_backward<T>(m, kind, args, memory, bytes, stream_);
+  template <class T, class Arrays> void general_recurrence(const Program<T>& m, const Arrays& args) {
+    const int64_t elements = general_scratch(m), bytes = elements * static_cast<int64_t>(sizeof(T));
+    const bool fits = bytes <= chip.shared_memory;
+    T* memory = fits ? nullptr : scratch<T>(elements * args.rows.batch);
+    launch_general(m, args, memory, fits ? static_cast<int>(bytes) : 0, stream_);
   }
 
  private:
-  template <class T> std::pair<T*, int> general_memory(const Program<T>& m, int batch) {
-    const int64_t elements = general_scratch(m), bytes = elements * static_cast<int64_t>(sizeof(T));
-    if (bytes <= chip.shared_memory) return {nullptr, static_cast<int>(bytes)};
-    return {scratch<T>(elements * batch), 0};
-  }
-
   torch::stable::accelerator::DeviceGuard guard_;
   Tensor like_;
   cudaStream_t stream_;

@@ -10,11 +10,10 @@
 
 #include <cstring>
 
+#include "../matrix.h"
 #include "tile.h"
 
 namespace kruify::cuda {
-
-enum Precision : int { kFloat32 = 0, kTf32 = 1, kBf16 = 2 };  // as in ops/precision.py
 
 // Words between the starts of rows of n numbers in shared memory. For tensor cores an odd multiple of 32 bytes: the
 // lanes that load at one time then meet no bank twice.
@@ -53,7 +52,7 @@ template <int Columns> struct Exact {  // float32, by threads' tiles of `Columns
 
 struct Tf32 {
   static constexpr Precision precision = kTf32;
-  static constexpr int numbers = 1;  // a word
+  static constexpr int numbers = 1;  // per word
   // Nearest, ties away from zero.
   static KRUIFY_HD uint32_t round(float x) {
 #if defined(__CUDA_ARCH__)

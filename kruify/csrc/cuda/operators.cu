@@ -1,111 +1,75 @@
 // The operators on CUDA tensors: check, allocate, and run schedule.h on the current stream.
-#include "factor_arguments.cuh"
+#include "../factors.h"
+#include "../operators.h"
+#include "machine.cuh"
 
 namespace kruify::cuda {
 
 namespace {
 
-Kind kind_of(const std::string& name) {
-  constexpr const char* names[] = {"lstm", "gru", "rnn_tanh", "rnn_relu", "rnn_modrelu", "rnn_modrelu_complex"};
-  for (int k = 0; k < 6; ++k)
-    if (name == names[k]) return Kind(k);
-  STD_TORCH_CHECK(false, "kruify: unknown kind '", name, "'");
+template <class T> MatrixGradient<T> gradient_of(const Matrix<T>& m, const std::vector<Tensor>& grads) {
+  MatrixGradient<T> to;
+  auto next = grads.begin();
+  for (const Term<T>& term : m)
+    for (int f = 0; f < term.stages; ++f) to.stages.push_back(writable<T>(*next++));
+  if (m.diagonal) to.diagonal = writable<T>(*next++);
+  if (m.residual.values) to.residual = writable<T>(*next);
+  if (m.bias) to.bias = writable<T>(grads.back());
+  return to;
 }
 
-Precision precision_of(int64_t number) {
-  STD_TORCH_CHECK(number >= 0 && number <= 2, "kruify: there is no precision ", number);
-  return Precision(number);
+// Runs f(machine, matrix) where the tensors are.
+template <class T, class F> void on_device(const Tensor& like, const CheckedMatrix<T>& given, const F& f) {
+  Machine machine(like);
+  machine.residual_index = given.index();
+  Matrix<T> m = given.matrix;
+  f(machine, m);
 }
 
-Tensor kron_matmul(Tensor x, std::vector<Tensor> stages, Optional diagonal, Optional sparse, Optional index,
-    Optional bias, std::vector<int64_t> layout, int64_t precision_number) {
-  const Precision precision = precision_of(precision_number);
-  STD_TORCH_CHECK(x.dim() > 0, "kruify: x must have at least one dimension");
-  const MatrixArguments given(x, stages, diagonal, sparse, index, bias, layout);
-  STD_TORCH_CHECK(x.size(x.dim() - 1) == given.layout.cols, "kruify: x has ", x.size(x.dim() - 1), " columns, W has ",
-      given.layout.cols);
-  const Tensor from = torch::stable::contiguous(x);
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = static_cast<int64_t>(given.layout.gates) * given.layout.rows;
-  Tensor y = empty(x, sizes);
-  Machine machine(x);
-  typed(x, [&](auto zero) {
+Tensor product_operator(const Tensor& x_given, const MatrixTensors& given, Precision precision) {
+  const Place place = place_of("kron_matmul", x_given);
+  return typed(place, [&](auto zero) {
     using T = decltype(zero);
-    Matrix<T> m = given.matrix<T>(machine);
-    product<T>(machine, m, data<T>(from), from.numel() / given.layout.cols, writable<T>(y), precision);
+    const CheckedMatrix<T> w(given, place);
+    const int64_t rows = rows_of("x", x_given, place, w.matrix.cols);
+    const Tensor x = as_contiguous(x_given);
+    std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+    shape.back() = height_of(w.matrix);
+    Tensor y = empty(x, shape.data(), x.dim());
+    on_device(x, w,
+        [&](Machine& machine, Matrix<T>& m) { product(machine, m, data<T>(x), rows, writable<T>(y), precision); });
+    return y;
   });
-  return y;
 }
 
-std::tuple<Tensor, std::vector<Tensor>> kron_matmul_backward(Tensor grad, Tensor x, std::vector<Tensor> stages,
-    Optional diagonal, Optional sparse, Optional index, Optional bias, std::vector<int64_t> layout,
-    int64_t precision_number) {
-  const Precision precision = precision_of(precision_number);
-  STD_TORCH_CHECK(x.dim() > 0, "kruify: x must have at least one dimension");
-  const MatrixArguments given(x, stages, diagonal, sparse, index, bias, layout);
-  STD_TORCH_CHECK(x.size(x.dim() - 1) == given.layout.cols, "kruify: x has ", x.size(x.dim() - 1), " columns, W has ",
-      given.layout.cols);
-  const int64_t rows = x.numel() / given.layout.cols;
-  STD_TORCH_CHECK(grad.is_cuda() && grad.get_device_index() == x.get_device_index() &&
-          grad.scalar_type() == x.scalar_type() && grad.numel() == rows * given.layout.gates * given.layout.rows,
-      "kruify: the gradient does not have the shape, dtype or device of the product");
-  const Tensor from = torch::stable::contiguous(x), upper = torch::stable::contiguous(grad);
-  Tensor grad_x = empty(x, {x.sizes().begin(), x.sizes().end()});
-  std::vector<Tensor> found;
-  Machine machine(x);
-  typed(x, [&](auto zero) {
+ProductGradients product_backward_operator(
+    const Tensor& grad_given, const Tensor& x_given, const MatrixTensors& given, Precision precision) {
+  const Place place = place_of("kron_matmul_backward", x_given);
+  return typed(place, [&](auto zero) -> ProductGradients {
     using T = decltype(zero);
-    Matrix<T> m = given.matrix<T>(machine);
-    product_backward<T>(machine, m, data<T>(upper), data<T>(from), rows, writable<T>(grad_x),
-        gradients<T>(given, sparse, found), precision);
+    const CheckedMatrix<T> w(given, place);
+    const int64_t rows = rows_of("x", x_given, place, w.matrix.cols);
+    STD_TORCH_CHECK(rows_of("the gradient", grad_given, place, height_of(w.matrix)) == rows,
+        "kruify::kron_matmul_backward: x and the gradient have another number of rows");
+    const Tensor x = as_contiguous(x_given), grad = as_contiguous(grad_given);
+    Tensor grad_x = empty(x);
+    std::vector<Tensor> grads = w.empty_gradients();
+    on_device(x, w, [&](Machine& machine, Matrix<T>& m) {
+      product_backward(
+          machine, m, data<T>(grad), data<T>(x), rows, writable<T>(grad_x), gradient_of(m, grads), precision);
+    });
+    return {grad_x, grads};
   });
-  return {grad_x, found};
-}
-
-std::vector<Tensor> merge(std::vector<Tensor> factors, Optional scale, std::vector<int64_t> groups) {
-  const FactorArguments given(factors, scale, groups);
-  Machine machine(factors[0]);
-  return given.merged(machine);
-}
-
-std::vector<Tensor> merge_backward(
-    std::vector<Tensor> grads, std::vector<Tensor> factors, Optional scale, std::vector<int64_t> groups) {
-  const FactorArguments given(factors, scale, groups);
-  Machine machine(factors[0]);
-  return given.backward(machine, grads);
-}
-
-bool template_fits(
-    int64_t gates, int64_t rank, int64_t rows1, int64_t rows2, bool training, int64_t precision, int64_t device) {
-  const torch::stable::accelerator::DeviceGuard guard(static_cast<int>(device));
-  check(cudaSetDevice(static_cast<int>(device)), "choosing the GPU");
-  const AnyShape s{static_cast<int>(rows1), static_cast<int>(rows1), static_cast<int>(rows2), static_cast<int>(rows2)};
-  return pair_fits(s, static_cast<int>(gates), static_cast<int>(rank), chip_of(static_cast<int>(device)), training,
-      precision_of(precision));
 }
 
 // The packed rows of a call. What the device needs of batch_sizes travels in the parameters of a launch.
-Rows rows_of(Machine& machine, const Tensor& batch_sizes, int64_t total, int64_t batch, bool reverse) {
-  STD_TORCH_CHECK(batch_sizes.is_cpu() && batch_sizes.scalar_type() == ScalarType::Long && batch_sizes.dim() == 1,
-      "kruify: batch_sizes must be int64 of one dimension on the CPU");
-  const Tensor held = torch::stable::contiguous(batch_sizes);
-  const int64_t steps = held.numel(), *sizes = data<int64_t>(held);
-  STD_TORCH_CHECK(total < (int64_t{1} << 31) && steps < (int64_t{1} << 31) && batch < (int64_t{1} << 27),
-      "kruify: ", total, " rows are too many for one call");
+Rows rows_on(Machine& machine, const Sequences& call, bool reverse) {
   STD_TORCH_CHECK(
-      !steps || sizes[0] == batch, "kruify: h0 has ", batch, " rows, the first step ", steps ? sizes[0] : 0);
-  std::vector<int> starts(1, 0);
-  int64_t sum = 0;
-  for (int64_t t = 0; t < steps; ++t) {
-    STD_TORCH_CHECK(
-        sizes[t] > 0 && (!t || sizes[t] <= sizes[t - 1]), "kruify: batch_sizes must be positive and must not grow");
-    sum += sizes[t];
-    STD_TORCH_CHECK(sum <= total, "kruify: batch_sizes hold more rows than x");
-    starts.push_back(static_cast<int>(sum));
-  }
-  STD_TORCH_CHECK(sum == total, "kruify: batch_sizes hold ", sum, " rows, x has ", total);
-  const bool equal = !steps || sizes[steps - 1] == sizes[0];
-  return {equal ? nullptr : machine.upload(starts), static_cast<int>(steps), static_cast<int>(batch), reverse};
+      call.rows() < (int64_t{1} << 31) && call.steps < (int64_t{1} << 31) && call.batch < (int64_t{1} << 27),
+      "kruify: ", call.rows(), " rows are too many for one call");
+  const int* starts = nullptr;
+  if (call.rows() != call.steps * call.batch) starts = machine.upload({call.starts.begin(), call.starts.end()});
+  return {starts, static_cast<int>(call.steps), static_cast<int>(call.batch), reverse};
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const Optional& bias) {
@@ -115,80 +79,121 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Optional& bias) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_operator(Tensor x, Optional w_ih, Optional bias_ih,
-    Tensor batch_sizes, Tensor h0, Optional c0, std::vector<Tensor> stages, Optional diagonal, Optional sparse,
-    Optional index, Optional bias, std::vector<int64_t> layout, std::string kind_name, bool reverse, bool training,
-    int64_t precision_number) {
-  const Precision precision = precision_of(precision_number);
-  const Kind kind = kind_of(kind_name);
-  const MatrixArguments given(x, stages, diagonal, sparse, index, bias, layout, rows_a_bias(kind));
-  const int64_t hidden = given.layout.rows, width = given.layout.gates * hidden;
-  STD_TORCH_CHECK(given.layout.gates == gates_of(kind) && given.layout.cols == hidden, "kruify: ", kind_name,
-      " takes a square matrix of ", gates_of(kind), " gates");
-  STD_TORCH_CHECK(hidden % rows_a_bias(kind) == 0, "kruify: a complex state of ", hidden, " real numbers");
-  STD_TORCH_CHECK(c0.has_value() == (kind == kLstm), "kruify: c0 belongs to kind 'lstm' alone");
-  const Tensor from = checked("x", x, x, {-1, w_ih ? -1 : width}), h = checked("h0", h0, x, {-1, hidden});
-  const int64_t total = from.size(0), batch = h.size(0);
-  Optional c, weight, bias_in;
-  if (c0) c = checked("c0", *c0, x, {batch, hidden});
-  if (w_ih) weight = checked("w_ih", *w_ih, x, {width, from.size(1)});
-  if (bias_ih) bias_in = checked("bias_ih", *bias_ih, x, {width});
-  Machine machine(x);
-  const Rows rows = rows_of(machine, batch_sizes, total, batch, reverse);
-  const Tensor gates = weight ? linear(from, *weight, bias_in) : from;
-  Tensor out = empty(x, {total, hidden}), h_last = empty(x, {batch, hidden});
-  Tensor c_last = kind == kLstm ? empty(x, {batch, hidden}) : empty(x, {0});
-  Tensor workspace = empty(x, {training ? total : 0, saved_of(kind) * hidden});
-  typed(x, [&](auto zero) {
+States recurrence_operator(const ForwardTensors& given) {
+  const Place place = place_of("recurrence", given.x);
+  return typed(place, [&](auto zero) -> States {
     using T = decltype(zero);
-    const T* ready = data<T>(gates);
-    if (!weight && bias_in) {
-      T* sum = machine.scratch<T>(total * width);
-      machine.run(AddBias<T>{ready, data<T>(bias_in), sum, total, width});
-      ready = sum;
-    }
-    Matrix<T> m = given.matrix<T>(machine);
-    recurrence<T>(machine, m, kind,
-        GeneralForward<T>{ready, data<T>(h), data<T>(c), writable<T>(out), writable<T>(h_last), writable<T>(c_last),
-            training ? writable<T>(workspace) : nullptr, rows},
-        precision);
+    const CheckedMatrix<T> w(given.matrix, place, rows_per_bias(given.kind));
+    const ForwardCall call(given, w.matrix, place);
+    const Tensor gates = call.w_ih ? linear(call.x, *call.w_ih, call.bias_ih) : call.x;
+    on_device(call.x, w, [&](Machine& machine, Matrix<T>& m) {
+      const T* x = data<T>(gates);
+      if (!call.w_ih && call.bias_ih) {
+        T* sum = machine.scratch<T>(call.rows() * call.width);
+        machine.run(AddBias<T>{x, data<T>(call.bias_ih), sum, call.rows(), call.width});
+        x = sum;
+      }
+      const ForwardArrays<T> arrays{.x = x,
+          .h0 = data<T>(call.h0),
+          .c0 = data<T>(call.c0),
+          .out = writable<T>(call.out),
+          .h_last = writable<T>(call.h),
+          .c_last = writable<T>(call.c),
+          .workspace = given.training ? writable<T>(call.workspace) : nullptr,
+          .rows = rows_on(machine, call, given.reverse)};
+      recurrence(machine, m, given.kind, arrays, given.precision);
+    });
+    return {call.out, call.h, call.c, call.workspace};
   });
-  return {out, h_last, c_last, workspace};
 }
 
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward_operator(Optional grad_out, Optional grad_h,
-    Optional grad_c, Tensor out, Tensor workspace, Tensor batch_sizes, Tensor h0, Optional c0,
-    std::vector<Tensor> stages, Optional diagonal, Optional sparse, Optional index, Optional bias,
-    std::vector<int64_t> layout, std::string kind_name, bool reverse, int64_t precision_number) {
-  const Precision precision = precision_of(precision_number);
-  const Kind kind = kind_of(kind_name);
-  const MatrixArguments given(out, stages, diagonal, sparse, index, bias, layout, rows_a_bias(kind));
-  const int64_t hidden = given.layout.rows, width = given.layout.gates * hidden;
-  STD_TORCH_CHECK(given.layout.gates == gates_of(kind) && given.layout.cols == hidden, "kruify: ", kind_name,
-      " takes a square matrix of ", gates_of(kind), " gates");
-  STD_TORCH_CHECK(hidden % rows_a_bias(kind) == 0, "kruify: a complex state of ", hidden, " real numbers");
-  STD_TORCH_CHECK(c0.has_value() == (kind == kLstm), "kruify: c0 belongs to kind 'lstm' alone");
-  const Tensor result = checked("out", out, out, {-1, hidden}), h = checked("h0", h0, out, {-1, hidden});
-  const int64_t total = result.size(0), batch = h.size(0);
-  const Tensor saved = checked("workspace", workspace, out, {total, saved_of(kind) * hidden});
-  Optional c, upper, upper_h, upper_c;
-  if (c0) c = checked("c0", *c0, out, {batch, hidden});
-  if (grad_out) upper = checked("grad_out", *grad_out, out, {total, hidden});
-  if (grad_h) upper_h = checked("grad_hT", *grad_h, out, {batch, hidden});
-  if (grad_c && kind == kLstm) upper_c = checked("grad_cT", *grad_c, out, {batch, hidden});
-  Machine machine(out);
-  const Rows rows = rows_of(machine, batch_sizes, total, batch, reverse);
-  Tensor grad_gates = empty(out, {total, width}), grad_h0 = empty(out, {batch, hidden});
-  Tensor grad_c0 = kind == kLstm ? empty(out, {batch, hidden}) : empty(out, {0});
-  std::vector<Tensor> found;
-  typed(out, [&](auto zero) {
+StateGradients recurrence_backward_operator(const BackwardTensors& given) {
+  const Place place = place_of("recurrence_backward", given.out);
+  return typed(place, [&](auto zero) -> StateGradients {
     using T = decltype(zero);
-    Matrix<T> m = given.matrix<T>(machine);
-    const GeneralBackward<T> args{data<T>(upper), data<T>(upper_h), data<T>(upper_c), data<T>(result), data<T>(saved),
-        data<T>(h), data<T>(c), writable<T>(grad_gates), nullptr, writable<T>(grad_h0), writable<T>(grad_c0), rows};
-    recurrence_backward<T>(machine, m, kind, args, total, gradients<T>(given, sparse, found), precision);
+    const CheckedMatrix<T> w(given.matrix, place, rows_per_bias(given.kind));
+    const BackwardCall call(given, w.matrix, place);
+    Tensor grad_gates = empty(call.out, {call.rows(), call.width});
+    std::vector<Tensor> grads = w.empty_gradients();
+    on_device(call.out, w, [&](Machine& machine, Matrix<T>& m) {
+      const BackwardArrays<T> arrays{.grad_out = data<T>(call.grad_out),
+          .grad_h = data<T>(call.grad_h),
+          .grad_c = data<T>(call.grad_c),
+          .out = data<T>(call.out),
+          .workspace = data<T>(call.workspace),
+          .h0 = data<T>(call.h0),
+          .c0 = data<T>(call.c0),
+          .grad_gates = writable<T>(grad_gates),
+          .grad_h0 = writable<T>(call.grad_h0),
+          .grad_c0 = writable<T>(call.grad_c0),
+          .rows = rows_on(machine, call, given.reverse)};
+      recurrence_backward(machine, m, given.kind, arrays, call.rows(), gradient_of(m, grads), given.precision);
+    });
+    return {grad_gates, call.grad_h0, call.grad_c0, grads};
   });
-  return {grad_gates, grad_h0, grad_c0, found};
+}
+
+// The factors of group `k` of `merge`, with the scale as one more of the first.
+template <class T> Chain<T> chain_of(const CheckedFactors& f, size_t k) {
+  const auto& g = f.groups[k];
+  const bool scaled = k == 0 && f.scale;
+  STD_TORCH_CHECK(
+      g.last - g.first + scaled <= kMaxFactors, "kruify: more than ", kMaxFactors - 1, " factors in one stage");
+  Chain<T> chain{};
+  chain.pairs = static_cast<int>(f.pairs());
+  int64_t elements = f.pairs();
+  for (size_t n = g.first; n < g.last; ++n) {
+    elements *= f.rows(n) * f.columns(n);
+    STD_TORCH_CHECK(
+        elements > 0 && elements < (int64_t{1} << 31), "kruify: a stage would have ", elements, " elements");
+    chain.add(data<T>(f.factors[n]), f.rows(n), f.columns(n));
+  }
+  if (scaled) chain.add(data<T>(*f.scale), 1, 1);
+  return chain;
+}
+
+std::vector<Tensor> merge(
+    const std::vector<Tensor>& factors, const Optional& scale, const std::vector<int64_t>& groups) {
+  const Place place = place_of_factors("merge", factors);
+  const CheckedFactors given(factors, scale, groups, place);
+  std::vector<Tensor> stages;
+  typed(place, [&](auto zero) {
+    using T = decltype(zero);
+    Machine machine(factors[0]);
+    for (size_t k = 0; k < given.groups.size(); ++k) {
+      const Chain<T> chain = chain_of<T>(given, k);
+      stages.push_back(given.empty_stage(given.groups[k]));
+      machine.run(MergeChain<T>{chain, writable<T>(stages.back())});
+    }
+  });
+  return stages;
+}
+
+std::vector<Tensor> merge_backward(const std::vector<Tensor>& grads, const std::vector<Tensor>& factors,
+    const Optional& scale, const std::vector<int64_t>& groups) {
+  const Place place = place_of_factors("merge_backward", factors);
+  const CheckedFactors given(factors, scale, groups, place);
+  const std::vector<Tensor> upper = given.checked_gradients(grads, place), found = given.empty_gradients();
+  typed(place, [&](auto zero) {
+    using T = decltype(zero);
+    Machine machine(factors[0]);
+    for (size_t k = 0; k < given.groups.size(); ++k) {
+      std::vector<T*> to;
+      for (size_t n = given.groups[k].first; n < given.groups[k].last; ++n) to.push_back(writable<T>(found[n]));
+      if (k == 0 && scale) to.push_back(writable<T>(found.back()));
+      chain_backward(machine, chain_of<T>(given, k), data<T>(upper[k]), to);
+    }
+  });
+  return found;
+}
+
+bool template_fits(
+    int64_t gates, int64_t rank, int64_t rows1, int64_t rows2, bool training, int64_t precision, int64_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int>(device));
+  check(cudaSetDevice(static_cast<int>(device)), "choosing the GPU");
+  const int n1 = static_cast<int>(rows1), n2 = static_cast<int>(rows2);
+  return pair_fits(AnyShape{n1, n1, n2, n2}, static_cast<int>(gates), static_cast<int>(rank),
+      chip_of(static_cast<int>(device)), training, precision_of(precision));
 }
 
 }  // namespace
@@ -196,14 +201,15 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward_oper
 }  // namespace kruify::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(kruify, CUDA, m) {
-  m.impl("kron_matmul", TORCH_BOX(&kruify::cuda::kron_matmul));
-  m.impl("kron_matmul_forward", TORCH_BOX(&kruify::cuda::kron_matmul));
-  m.impl("kron_matmul_backward", TORCH_BOX(&kruify::cuda::kron_matmul_backward));
-  m.impl("merge", TORCH_BOX(&kruify::cuda::merge));
-  m.impl("merge_backward", TORCH_BOX(&kruify::cuda::merge_backward));
-  m.impl("recurrence", TORCH_BOX(&kruify::cuda::recurrence_operator));
-  m.impl("recurrence_forward", TORCH_BOX(&kruify::cuda::recurrence_operator));
-  m.impl("recurrence_backward", TORCH_BOX(&kruify::cuda::recurrence_backward_operator));
+  namespace cuda = kruify::cuda;
+  m.impl("kron_matmul", TORCH_BOX(&kruify::kron_matmul<cuda::product_operator>));
+  m.impl("kron_matmul_forward", TORCH_BOX(&kruify::kron_matmul<cuda::product_operator>));
+  m.impl("kron_matmul_backward", TORCH_BOX(&kruify::kron_matmul_backward<cuda::product_backward_operator>));
+  m.impl("merge", TORCH_BOX(&cuda::merge));
+  m.impl("merge_backward", TORCH_BOX(&cuda::merge_backward));
+  m.impl("recurrence", TORCH_BOX(&kruify::recurrence<cuda::recurrence_operator>));
+  m.impl("recurrence_forward", TORCH_BOX(&kruify::recurrence<cuda::recurrence_operator>));
+  m.impl("recurrence_backward", TORCH_BOX(&kruify::recurrence_backward<cuda::recurrence_backward_operator>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kruify, CompositeExplicitAutograd, m) {

@@ -13,17 +13,9 @@
 
 namespace kruify::cuda {
 
-struct PairBackward {
+struct PairBackward : BackwardArrays<float> {
   const float *a, *b;
-  Diagonal diagonal;
-  const float *grad_out, *grad_h, *grad_c;  // each may be null
-  const float *out, *workspace, *h0, *c0;
-  float* grad_gates;         // (S, G * H)
-  float* grad_product;       // (S, G * H) for the GRU, else null: the same as grad_gates
-  float *grad_h0, *grad_c0;  // (B, H)
-  Rows rows;
-  Kind kind;
-  const float* threshold;
+  Diagonal<float> diagonal;
 };
 
 // A (pairs, rows, cols) array transposed into padded rows: to[pair][col][row], rows first.. alone.
@@ -71,7 +63,7 @@ template <int G, class Numbers, class Shape> struct PairBackwardPhases {
 
   KRUIFY_HD void modrelu(const Thread& t, int step) const {
     const int64_t row = args.rows.row(step, sample, length) * hidden();
-    const int parts = rows_a_bias(args.kind), count = units() / parts;
+    const int parts = rows_per_bias(args.kind), count = units() / parts;
     for (int u = t.id; u < count; u += t.count) {
       const Split e = split<Shape>(u, p.share, p.shift);
       const int i = e.quotient * s.P2 + t.rank * p.share + e.remainder;
@@ -132,7 +124,7 @@ template <int G, class Numbers, class Shape> struct PairBackwardPhases {
     constexpr int kept = saved_of_gates(G);
     for (int u = t.id * 4; u < units(); u += t.count * 4) {
       const Split e = split<Shape>(u, p.share, p.shift);
-      if (e.remainder % 8 && p.share > 4) continue;  // one request a sector
+      if (e.remainder % 8 && p.share > 4) continue;  // one request per sector
       const int64_t i = e.quotient * s.P2 + t.rank * p.share + e.remainder;
       KRUIFY_UNROLL
       for (int k = 0; k < kept; ++k) prefetch(args.workspace + (row * kept + k) * hidden() + i);
@@ -227,7 +219,7 @@ template <int G, class Numbers, class Shape> struct PairBackwardPhases {
 };
 
 template <int G, class Numbers, class Shape, class Block>
-KRUIFY_HD void pair_backward(Block& block, Shape s, const PairPlan& p, const PairBackward& args, int sample) {
+KRUIFY_HD void pair_recurrence(Block& block, Shape s, const PairPlan& p, const PairBackward& args, int sample) {
   const int length = args.rows.length(sample);
   const PairBackwardPhases<G, Numbers, Shape> phases{s, p, args, sample, length};
   block.each([&](const Thread& t) { phases.load(t); });

@@ -4,36 +4,21 @@
 //   gate[g][p1, p2] = x + sum_{r, q1} A[g, r][p1, q1] T[p2, q1] phase 2
 //   h, c = cell(gates)                                          phase 3
 //
-// Three barriers a step, the last one across the cluster. Everything but x, out and what the backward pass wants stays
-// on the chip. `Numbers` says how the operands of phases 1 and 2 lie in shared memory (mma.h): float32, or rounded, for
-// tensor cores; h of the block's own units, c and all sums are float32.
+// Three barriers per step, the last one across the cluster. Everything but x, out and what the backward pass wants
+// stays on the chip. `Numbers` says how the operands of phases 1 and 2 lie in shared memory (mma.h): float32, or
+// rounded, for tensor cores; h of the block's own units, c and all sums are float32.
 #pragma once
 
-#include "gates.h"
+#include "general.h"
 #include "pair_plan.h"
-#include "rows.h"
 
 namespace kruify::cuda {
 
-struct Diagonal {
-  const float* values;  // (diagonal gates, H), or null
-  int row[4];           // of gate g, or -1
-  KRUIFY_HD const float* of(int gate, int hidden) const {
-    return values && row[gate] >= 0 ? values + static_cast<int64_t>(row[gate]) * hidden : nullptr;
-  }
-};
-
-struct PairForward {
+// `x` is 16-byte aligned.
+struct PairForward : ForwardArrays<float> {
   const float *a, *b;  // (G, rank, P1, Q1), (G, rank, P2, Q2)
-  Diagonal diagonal;
-  const float* bias;     // (G * H,), or null
-  const float* x;        // (S, G * H), 16-byte aligned
-  const float *h0, *c0;  // (B, H)
-  float *out, *h_last, *c_last;
-  float* workspace;  // (S, saved * H), or null
-  Rows rows;
-  Kind kind;
-  const float* threshold;  // modReLU's bias, or null
+  Diagonal<float> diagonal;
+  const float* bias;  // (G * H,), or null
 };
 
 // A share of a (pairs, rows, cols) array into padded rows: rows first.. of every pair.
@@ -174,7 +159,7 @@ template <int G, class Numbers, class Shape> struct PairForwardPhases {
 
   template <class Block> KRUIFY_HD void modrelu(const Block& block, const Thread& t, int step) const {
     const int64_t row = args.rows.row(step, sample, length);
-    const int parts = rows_a_bias(args.kind), count = units() / parts;
+    const int parts = rows_per_bias(args.kind), count = units() / parts;
     for (int u = t.id; u < count; u += t.count) {
       const Split e = split<Shape>(u, p.share, p.shift);
       const int p2 = t.rank * p.share + e.remainder, i = e.quotient * s.P2 + p2;
@@ -239,7 +224,7 @@ template <int G, class Numbers, class Shape> struct PairForwardPhases {
 };
 
 template <int G, class Numbers, class Shape, class Block>
-KRUIFY_HD void pair_forward(Block& block, Shape s, const PairPlan& p, const PairForward& args, int sample) {
+KRUIFY_HD void pair_recurrence(Block& block, Shape s, const PairPlan& p, const PairForward& args, int sample) {
   const int length = args.rows.length(sample);
   const PairForwardPhases<G, Numbers, Shape> phases{s, p, args, sample, length};
   block.each([&](const Thread& t) {

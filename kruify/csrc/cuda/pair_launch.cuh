@@ -1,12 +1,12 @@
-// One cluster a row of the batch, all steps in one launch: the launches of the two-stage recurrence, forward and
+// One cluster per row of the batch, all steps in one launch: the launches of the two-stage recurrence, forward and
 // backward, in float32 and on tensor cores. Each of the four files that include this compiles the templates of one of
 // them.
 #pragma once
 
 #include "block.cuh"
 #include "instantiations.h"
-#include "kernels.h"
 #include "launch.cuh"
+#include "launches.h"
 
 namespace kruify::cuda {
 
@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(512, 1)
     pair_forward_kernel(const Shape s, const __grid_constant__ PairPlan p, const __grid_constant__ PairForward args) {
   extern __shared__ __align__(16) char memory[];
   DeviceBlock block = DeviceBlock::here(memory);
-  pair_forward<G, Numbers>(block, s, p, args, static_cast<int>(blockIdx.x) / block.thread.ranks);
+  pair_recurrence<G, Numbers>(block, s, p, args, static_cast<int>(blockIdx.x) / block.thread.ranks);
 }
 
 template <int G, class Numbers, class Shape>
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(512, 1)
     pair_backward_kernel(const Shape s, const __grid_constant__ PairPlan p, const __grid_constant__ PairBackward args) {
   extern __shared__ __align__(16) char memory[];
   DeviceBlock block = DeviceBlock::here(memory);
-  pair_backward<G, Numbers>(block, s, p, args, static_cast<int>(blockIdx.x) / block.thread.ranks);
+  pair_recurrence<G, Numbers>(block, s, p, args, static_cast<int>(blockIdx.x) / block.thread.ranks);
 }
 
 template <int G, class Numbers, class Shape> auto kernel_for(const PairForward&) {
@@ -36,9 +36,8 @@ template <int G, class Numbers, class Shape> auto kernel_for(const PairBackward&
 }
 
 template <bool Tensor, class Arguments>
-void launch_pair(
-    AnyShape s, const PairPlan& p, Kind kind, const Arguments& args, cudaStream_t stream, const char* what) {
-  with_template<Tensor>(s, true, p, kind, [&](auto gates, auto numbers, auto shape) {
+void launch_template(AnyShape s, const PairPlan& p, const Arguments& args, cudaStream_t stream, const char* what) {
+  with_template<Tensor>(s, true, p, args.kind, [&](auto gates, auto numbers, auto shape) {
     const auto kernel = kernel_for<gates.value, decltype(numbers), decltype(shape)>(args);
     launch(kernel, dim3(args.rows.batch * p.cluster), p.threads, p.bytes, p.cluster, stream, what, shape, p, args);
   });

@@ -1,4 +1,4 @@
-// Where the two-stage kernels keep what in shared memory, how many threads and blocks a row takes, and what fits.
+// Where the two-stage kernels keep what in shared memory, how many threads and blocks per row, and what fits.
 //
 // A cluster of C blocks works on one row of the batch and splits p2, the second stage's output index: each block then
 // owns rows / C hidden units with all their gates, needs all of h and of A but only its share of B, and the only thing
@@ -12,7 +12,7 @@ namespace kruify::cuda {
 
 struct Chip {
   int processors;     // streaming multiprocessors
-  int shared_memory;  // bytes a block may have
+  int shared_memory;  // bytes that a block may have
   bool clusters;      // compute capability 9.0 and above
 };
 

@@ -1,4 +1,4 @@
-// The bare product of many rows with two stages, y[row, gate] (+)= (sum_r A[gate, r] (x) B[gate, r]) x[row], and the
+// The product of many rows with two stages, y[row, gate] (+)= (sum_r A[gate, r] (x) B[gate, r]) x[row], and the
 // gradient of x. A block keeps one gate's factors and takes a few rows at a time. `Numbers` as in the recurrence.
 #pragma once
 

@@ -1,7 +1,7 @@
-// Two stages over many rows: the bare product, its gradient, and the gradients of the factors.
+// Two stages over many rows: the product, its gradient, and the gradients of the factors.
 #include "block.cuh"
-#include "kernels.h"
 #include "launch.cuh"
+#include "launches.h"
 
 namespace kruify::cuda {
 

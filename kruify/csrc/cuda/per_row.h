@@ -1,4 +1,4 @@
-// Work on all rows of a matrix at once, one item a thread, for what the templates do not take: a stage of the bare
+// Work on all rows of a matrix at once, one item per thread, for what the templates do not take: a stage of the
 // product and its gradients, diagonal, sparse residual, previous states. An item is an index; the launch runs over all
 // of them.
 #pragma once
@@ -7,7 +7,6 @@
 
 namespace kruify::cuda {
 
-constexpr int kMaxGates = 64;               // of one launch; the host launches again for more
 constexpr int64_t kThreadsWanted = 200000;  // enough to occupy any chip
 
 // In how many pieces a sum over rows is taken where it has `items` results.
@@ -81,9 +80,9 @@ template <class T> struct StageGradient {
 
 // y[row, e] (+)= bias[e] + diagonal + sparse residual: where a product starts.
 template <class T> struct StartProduct {
-  const T *bias, *diagonal, *x;
-  SparseResidual<T> sparse;
-  const int* diagonal_row;  // (gates,) row of the diagonal or -1; on the device, or null
+  const T *bias, *x;
+  Diagonal<T> diagonal;
+  SparseResidual<T> residual;
   T* y;
   int64_t rows;
   int gates, height, width, diagonal_size;
@@ -93,18 +92,17 @@ template <class T> struct StartProduct {
     const int e = static_cast<int>(item % (static_cast<int64_t>(gates) * height)), g = e / height, i = e % height;
     const T* from = x + item / (static_cast<int64_t>(gates) * height) * width;
     T sum = bias ? bias[e] : T(0);
-    if (diagonal && i < diagonal_size && diagonal_row[g] >= 0)
-      sum += diagonal[static_cast<int64_t>(diagonal_row[g]) * diagonal_size + i] * from[i];
-    if (sparse.values) sum += sparse.row_product(e, from);
+    if (const T* d = i < diagonal_size ? diagonal.of(g, diagonal_size) : nullptr) sum += d[i] * from[i];
+    if (residual.values) sum += row_product(residual, e, from);
     y[item] = sum;
   }
 };
 
 // grad_x[row, i] = what reaches it by diagonal and sparse residual.
 template <class T> struct StartGradient {
-  const T *diagonal, *grad;
-  SparseResidual<T> sparse;
-  const int* diagonal_row;
+  const T* grad;
+  Diagonal<T> diagonal;
+  SparseResidual<T> residual;
   T* grad_x;
   int64_t rows;
   int gates, height, width, diagonal_size;
@@ -114,11 +112,9 @@ template <class T> struct StartGradient {
     const int i = static_cast<int>(item % width);
     const T* from = grad + item / width * gates * height;
     T sum = 0;
-    for (int g = 0; diagonal && i < diagonal_size && g < gates; ++g)
-      if (diagonal_row[g] >= 0)
-        sum += diagonal[static_cast<int64_t>(diagonal_row[g]) * diagonal_size + i] *
-            from[static_cast<int64_t>(g) * height + i];
-    if (sparse.values) sum += sparse.column_product(i, from);
+    for (int g = 0; i < diagonal_size && g < gates; ++g)
+      if (const T* d = diagonal.of(g, diagonal_size)) sum += d[i] * from[static_cast<int64_t>(g) * height + i];
+    if (residual.values) sum += column_product(residual, i, from);
     grad_x[item] = sum;
   }
 };
@@ -126,9 +122,9 @@ template <class T> struct StartGradient {
 // Parts of the gradients of the diagonal and the sparse residual's values.
 template <class T> struct DiagonalGradient {
   const T *grad, *x;
-  const int* gate;  // (diagonal gates,) on the device
-  T* part;          // (pieces, diagonal gates, diagonal_size)
+  T* part;  // (pieces, diagonal gates, diagonal_size)
   int64_t rows, pieces;
+  int gate[kMaxGates];  // of each row of the diagonal
   int diagonal_gates, gates, height, width, diagonal_size;
 
   KRUIFY_HD int64_t items() const { return pieces * diagonal_gates * diagonal_size; }

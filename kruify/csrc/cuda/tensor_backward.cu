@@ -3,8 +3,8 @@
 
 namespace kruify::cuda {
 
-void launch_tensor_backward(AnyShape s, const PairPlan& p, Kind kind, const PairBackward& args, cudaStream_t stream) {
-  launch_pair<true>(s, p, kind, args, stream, "the two-stage recurrence on tensor cores (backward)");
+void launch_tensor(AnyShape s, const PairPlan& p, const PairBackward& args, cudaStream_t stream) {
+  launch_template<true>(s, p, args, stream, "the two-stage recurrence on tensor cores (backward)");
 }
 
 }  // namespace kruify::cuda

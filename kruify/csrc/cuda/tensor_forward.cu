@@ -3,8 +3,8 @@
 
 namespace kruify::cuda {
 
-void launch_tensor_forward(AnyShape s, const PairPlan& p, Kind kind, const PairForward& args, cudaStream_t stream) {
-  launch_pair<true>(s, p, kind, args, stream, "the two-stage recurrence on tensor cores (forward)");
+void launch_tensor(AnyShape s, const PairPlan& p, const PairForward& args, cudaStream_t stream) {
+  launch_template<true>(s, p, args, stream, "the two-stage recurrence on tensor cores (forward)");
 }
 
 }  // namespace kruify::cuda
