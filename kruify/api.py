@@ -67,7 +67,7 @@ def evaluate(model: Network, task: Task | str, split: str = "test", *, key: str 
         TaskError: the task cannot be loaded or does not give its metric.
     """
     task = load_task(task)
-    return Evaluation(measure(task, _network(model, task, key)[0], split), split, task.examples(split))
+    return Evaluation(measure(task, _network(_opened(model, key), task), split), split, task.examples(split))
 
 
 def finetune(
@@ -93,17 +93,18 @@ def finetune(
         TaskError: the task cannot be loaded, has no batches or does not give its metric.
     """
     task = load_task(task)
-    student, source = _network(model, task, key)
+    student = _opened(model, key)
     # A converted file has one state dict, so the key is that of its teacher.
-    known = key if source is None or source.is_kruify else None
-    dense, origin = (None, None) if teacher is None else _network(teacher, task, known)
+    known = None if isinstance(student, Checkpoint) and not student.is_kruify else key
+    dense = None if teacher is None else _opened(teacher, known)
     if output is not None:
-        check_model_target(output, *(source.files if source else ()), *(origin.files if origin else ()))
+        check_model_target(output, *_files(student), *_files(dense))
     changes = {name: options.pop(name) for name in list(options) if name in Recipe().to_json()}
     recipe = (recipe or Recipe()).changed(**changes)
-    result = _finetune(student, task, teacher=dense, recipe=recipe, **options)
+    taught_by = None if dense is None else _network(dense, task)
+    result = _finetune(_network(student, task), task, teacher=taught_by, recipe=recipe, **options)
     if output is not None and result.is_main:
-        write_trained(output, result, recipe, source=source)
+        write_trained(output, result, recipe, source=student if isinstance(student, Checkpoint) else None)
     return result
 
 
@@ -129,12 +130,12 @@ def compress(
         PlanError: the budget cannot be met.
     """
     task = load_task(task)
-    dense, source = _network(model, task, key, dense=True)
+    dense = _opened(model, key, dense=True)
     if output is not None:
-        check_model_target(output, *(source.files if source else ()))
-    done = _compress(dense, task, budget, seed=seed, **options)
+        check_model_target(output, *_files(dense))
+    done = _compress(_network(dense, task), task, budget, seed=seed, **options)
     if output is not None:
-        save(done.model, output, source_sha256=source.sha256 if source else "", seed=seed)
+        save(done.model, output, source_sha256=_sha256(dense), seed=seed)
     return done
 
 
@@ -158,11 +159,11 @@ def sweep(
         PlanError: a budget cannot be met.
     """
     task = load_task(task)
-    dense, source = _network(model, task, key, dense=True)
-    if folder is None and source is None:
+    dense = _opened(model, key, dense=True)
+    if folder is None and isinstance(dense, nn.Module):
         raise UsageError("the sweep of a module needs a folder", "sweep", "Name one for its networks")
-    sha256 = source.sha256 if source else ""
-    return _sweep(dense, task, budgets, folder or f"{source and source.path}.sweep", source_sha256=sha256, **options)
+    folder = folder or f"{_files(dense)[0]}.sweep"
+    return _sweep(_network(dense, task), task, budgets, folder, source_sha256=_sha256(dense), **options)
 
 
 def report(
@@ -207,18 +208,16 @@ def export(
         TargetMissedError: the file differs from the network; it is deleted.
     """
     path = Path(output)
+    source = _opened(model, key)
+    check_target(path, *_files(source), *([] if original is None else [original]))
     if task is not None and to != "dense":
         task = load_task(task)
-        network, source = _network(model, task, key)
-        check_target(path, *(source.files if source else ()))
-        return [export_network(network, task, to, path, **options)]
-    if isinstance(model, nn.Module):
+        return [export_network(_network(source, task), task, to, path, **options)]
+    if isinstance(source, nn.Module):
         raise UsageError("a module is exported with its task", type(model).__name__, "Give task, or save it to a file")
-    checkpoint = _open(model, key)
-    check_target(path, *checkpoint.files, *([] if original is None else [original]))
     if to == "dense":
-        return [export_dense(checkpoint, path, source=Path(original) if original else None, **options)]
-    return export_layers(checkpoint, to, path, **options)
+        return [export_dense(source, path, source=Path(original) if original else None, **options)]
+    return export_layers(source, to, path, **options)
 
 
 def verify(file: FilePath, source: FilePath | None = None, *, key: str | None = None) -> list[Check]:
@@ -279,17 +278,23 @@ def load(path: FilePath, into: nn.Module | None = None, key: str | None = None) 
     return layers
 
 
-def _open(source: Checkpoint | FilePath, key: str | None) -> Checkpoint:
-    return source if isinstance(source, Checkpoint) else read(source, key=key)
-
-
-def _network(
-    model: Network, task: Task, key: str | None, *, dense: bool = False
-) -> tuple[nn.Module, Checkpoint | None]:
-    """The module, and the checkpoint where it comes from one; `dense` refuses what is converted already."""
+def _opened(model: Network, key: str | None, *, dense: bool = False) -> nn.Module | Checkpoint:
+    """The module or the open file; `dense` refuses what is converted already."""
     if isinstance(model, nn.Module):
-        return model, None
-    checkpoint = _open(model, key)
+        return model
+    checkpoint = model if isinstance(model, Checkpoint) else read(model, key=key)
     if dense:
         refuse_converted(checkpoint)
-    return load_network(checkpoint, task), checkpoint
+    return checkpoint
+
+
+def _network(source: nn.Module | Checkpoint, task: Task) -> nn.Module:
+    return source if isinstance(source, nn.Module) else load_network(source, task)
+
+
+def _files(source: nn.Module | Checkpoint | None) -> tuple[Path, ...]:
+    return source.files if isinstance(source, Checkpoint) else ()
+
+
+def _sha256(source: nn.Module | Checkpoint) -> str:
+    return source.sha256 if isinstance(source, Checkpoint) else ""
