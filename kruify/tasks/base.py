@@ -76,7 +76,7 @@ class Task(ABC):
         """
         losses = []
         with evaluating(model) as device:
-            for batch in self.batches(split):
+            for batch in check_batches(self.batches(split), self):
                 batch = to_device(batch, device)
                 losses.append(float(_one_number(self.loss(self.forward(model, batch), batch), self)))
         if not losses:
@@ -155,6 +155,28 @@ def measure(task: Task, model: nn.Module, split: str, *, known: bool = False) ->
     return metrics
 
 
+def check_batches(batches: Any, task: Task) -> Iterable[Any]:
+    """Return what `task.batches` gave if it can be iterated over; TaskError otherwise."""
+    if not isinstance(batches, Iterable):
+        raise TaskError(
+            f"batches() gave {_a(batches)}, nothing to iterate over",
+            where=type(task).__name__,
+            hint="Yield batches, or return a list or a DataLoader",
+        )
+    return batches
+
+
+def check_weight(weight: Any, task: Task) -> float:
+    """Return `weight` as a float if it is a finite number above 0; TaskError otherwise."""
+    try:
+        number = float(weight)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise TaskError(f"weight() gave {str(weight)[:50]}, not a number above 0", where=type(task).__name__)
+    return number
+
+
 def check_loss(loss: Any, task: Task) -> Tensor:
     """Return `loss` if training can use it: one number with a gradient; TaskError otherwise."""
     if not _one_number(loss, task).requires_grad:
@@ -171,6 +193,8 @@ def _one_number(loss: Any, task: Task) -> Tensor:
         shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
         shape += f" and {loss.dtype}" if isinstance(loss, Tensor) and loss.is_complex() else ""
         raise TaskError(f"loss() gave {_a(loss)}{shape}, not one number in a tensor", where=type(task).__name__)
+    if loss.is_complex():
+        raise TaskError("loss() gave a complex number", where=type(task).__name__, hint="Take its real part or abs()")
     return loss
 
 

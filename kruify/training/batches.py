@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any
 
 from kruify.errors import TaskError
-from kruify.tasks.base import Task
+from kruify.tasks.base import Task, check_batches
 from kruify.training.randomness import derived_seed, seed_all
 
 Batch = tuple[int, Any]  # (number of the batch in its epoch, batch)
@@ -55,6 +55,6 @@ def steps_of_epoch(
         yield step[rank::processes]
 
 
-def train_batches(task: Task, seed: int) -> Any:
+def train_batches(task: Task, seed: int) -> Iterable[Any]:
     """The task's batches of "train". Its seed has 31 bits: numpy and some samplers take no more."""
-    return task.batches("train", seed=seed % 2**31)
+    return check_batches(task.batches("train", seed=seed % 2**31), task)

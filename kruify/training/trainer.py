@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kruify.errors import UsageError
 from kruify.progress import Progress
-from kruify.tasks.base import Task, check_loss, measure, to_device
+from kruify.tasks.base import Task, check_loss, check_weight, measure, to_device
 from kruify.training import resume
 from kruify.training.batches import Batch, count_batches, steps_of_epoch
 from kruify.training.logs import Logs
@@ -218,7 +218,7 @@ class Trainer:
         weight_sum = loss_sum = 0.0
         for number, batch in batches:
             seed_all(self.recipe.seed, "step", state.phase, state.step // self.steps_per_epoch, number)
-            weight = float(self.task.weight(batch))
+            weight = check_weight(self.task.weight(batch), self.task)
             with self.processes.autocast():
                 loss = check_loss(phase.objective(to_device(batch, self.processes.device), progress), self.task)
             (loss if weight == 1.0 else loss * weight).backward()  # type: ignore[no-untyped-call]

@@ -69,6 +69,42 @@ class NanLoss(Echo):
         return {"loss": 1.0}
 
 
+class ComplexLoss(Echo):
+    def loss(self, outputs, batch):
+        return super().loss(outputs, batch) * 1j
+
+
+class NoBatches(Echo):
+    def batches(self, split, *, seed=0):
+        return None
+
+
+class Huge(Echo):
+    def evaluate(self, model, split):
+        return {"loss": 10**400}
+
+
+class Exits(Echo):
+    def batches(self, split, *, seed=0):
+        raise GeneratorExit
+
+
+class ExitsLater(Echo):
+    def batches(self, split, *, seed=0):
+        yield from super().batches(split, seed=seed)
+        raise GeneratorExit
+
+
+class NoWeight(Echo):
+    def weight(self, batch):
+        return 0
+
+
+class WordWeight(Echo):
+    def weight(self, batch):
+        return "heavy"
+
+
 class Seedless(Echo):
     def batches(self, split):
         yield torch.zeros(5, 4, 3)
@@ -95,6 +131,11 @@ def mistakes(folder: Path) -> Path:
         ("NoModel", "NoModel: model() gave None, not a torch.nn.Module"),
         ("Seedless", 'batches() of "Seedless" takes no seed. Write batches(self, split, *, seed=0)'),
         ("Leaves", "the task failed: SystemExit: 3"),
+        ("ComplexLoss", "ComplexLoss: loss() gave a complex number"),
+        ("NoBatches", "NoBatches: batches() gave None, nothing to iterate over"),
+        ("Huge", "Huge: evaluate() gave a int as 'loss', not a number"),
+        ("Exits", "the task failed: GeneratorExit"),
+        ("ExitsLater", "the task failed: GeneratorExit"),
     ],
 )
 @pytest.mark.parametrize("command", ["evaluate", "finetune"])
@@ -112,6 +153,8 @@ def test_methods(command, name, sentence, mistakes, run):
         ("Vector", "Vector: loss() gave a Tensor of shape (5, 4), not one number in a tensor"),
         ("Plain", "Plain: loss() gave a float, not one number in a tensor"),
         ("Detached", "Detached: loss() gave a number without a gradient"),
+        ("NoWeight", "NoWeight: weight() gave 0, not a number above 0"),
+        ("WordWeight", "WordWeight: weight() gave heavy, not a number above 0"),
         ("NanLoss", "training diverged: no step of the epoch has a finite gradient"),
         ("NotANumber", "NotANumber: evaluate() gave NaN as 'loss' on the valid split"),
     ],
