@@ -313,7 +313,8 @@ class Trainer:
             self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
             for parameter, found in self.optimizer.state.items():
                 shapes = {name: tuple(value.shape) for name, value in found.items()}
-                if shapes != {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
+                expected = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+                if shapes != expected or not found["step"] >= 0:
                     raise ValueError("the optimiser's moments do not fit the network")
 
     # ------------------------------------------------------------------ progress

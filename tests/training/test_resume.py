@@ -101,6 +101,7 @@ def test_no_missing_or_wrong_value_is_a_bug(state: Any, value: Any, tmp_path: Pa
         (("state", "history", 0, "metrics"), {"accuracy": "good"}),
         (("state", "best", "weights"), {}),
         (("moments", 0, "exp_avg"), torch.zeros(2, 5)),
+        (("moments", 0, "step"), -7),
         (("run", "shapes"), 3),
     ],
 )
