@@ -19,10 +19,10 @@ from kruify.analysis.verify import Check
 from kruify.analysis.verify import verify as _verify
 from kruify.checkpoint import Checkpoint, check_model_target, check_target, metadata_for, read, write_model
 from kruify.conversion import build_dense, build_layer, load_tensors, plan_of, swap
+from kruify.conversion.check import stored_plan
 from kruify.conversion.locate import locate_checkpoint
 from kruify.conversion.network import load_network
 from kruify.conversion.pipeline import refuse_converted
-from kruify.conversion.plan import stored_plan
 from kruify.errors import CorruptError, UsageError
 from kruify.exporting import Exported, export_dense, export_layers, export_network
 from kruify.reporting import Report, build_report

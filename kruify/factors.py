@@ -183,6 +183,7 @@ class Spec:
         return self.text
 
 
+MOST_TERMS = 1000
 _INT = "[0-9]{1,9}"  # no other digits of Unicode, and no number beyond any matrix
 _TERM = re.compile(rf"(?:({_INT})\*)?(?:\(([^()]*)\)|([^()*+]*))")
 _SHAPE = re.compile(rf"({_INT})x({_INT})")
@@ -202,7 +203,10 @@ def parse(text: str) -> Spec:
     stacked = compact.startswith(STACKED)
     products: list[_Product | _Auto] = []
     diagonal, fraction, block = False, 0.0, None
-    for part in compact.removeprefix(STACKED).split("+"):
+    parts = compact.removeprefix(STACKED).split("+")
+    if len(parts) > MOST_TERMS:
+        raise FactorSpecError(f"the spec has {len(parts)} terms, at most {MOST_TERMS} are possible", text[:80])
+    for part in parts:
         if part == "diag":
             if stacked:
                 raise FactorSpecError("stacked gates have no diagonal", text)

@@ -8,6 +8,7 @@ from torch import nn
 
 from kruify.checkpoint import Checkpoint
 from kruify.conversion import build_dense, build_layer, load_tensors
+from kruify.conversion.check import stored_plan
 from kruify.conversion.locate import RecurrentLayer, locate_checkpoint
 from kruify.conversion.plan import LayerPlan, Plan, Structures
 from kruify.errors import UsageError
@@ -47,8 +48,7 @@ def layers_of(checkpoint: Checkpoint) -> Layers:
         UsageError: it has none.
     """
     dense = locate_checkpoint(checkpoint).layers
-    text = checkpoint.metadata.get("kruify.plan")
-    plan = Plan.from_json(text, f"plan in {checkpoint.path}") if text else Plan()
+    plan = stored_plan(checkpoint) if checkpoint.is_kruify else Plan()
     planned = {item.layer.name for item in plan.layers}
     items: list[tuple[RecurrentLayer, dict[str, Structures]]] = [(item.layer, item.matrices) for item in plan.layers]
     items += [(layer, {}) for layer in dense if layer.name not in planned]

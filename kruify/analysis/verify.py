@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from kruify.analysis.layers import layers_of
 from kruify.checkpoint import Checkpoint, read
 from kruify.conversion import dense_kru, densify, densify_tensors
+from kruify.conversion.check import stored_plan
 from kruify.conversion.locate import RecurrentLayer
-from kruify.conversion.plan import Plan
 from kruify.errors import CorruptError, PlanError, TargetMissedError
 from kruify.layers import KRU
 
@@ -45,11 +45,11 @@ def verify(path: str | PathLike[str], source: str | PathLike[str] | None = None,
         TargetMissedError: a layer does not compute what its factors say.
     """
     checkpoint = read(path)
-    text = checkpoint.metadata.get("kruify.plan")
-    if text is None:
-        raise PlanError("the file carries no plan: kruify did not write it", path, "Verify a converted file")
-    checks = [Check("file", f"{checkpoint.size:,} bytes, checksum as written, sha256 {checkpoint.sha256}")]
-    plan = Plan.from_json(text, f"plan in {path}")
+    plan = stored_plan(checkpoint)
+    if not plan.layers:
+        raise PlanError("its plan has no layers", path, "Verify a converted file")
+    checksum = "checksum as written" if checkpoint.format == "safetensors" else "no checksum of kruify's"
+    checks = [Check("file", f"{checkpoint.size:,} bytes, {checksum}, sha256 {checkpoint.sha256}")]
     dense = densify_tensors(checkpoint.tensors, plan)
     checks.append(Check("plan", f"{len(list(plan.matrices()))} matrices rebuilt from their factors"))
     checks.append(_finite(checkpoint))

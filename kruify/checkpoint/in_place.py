@@ -60,8 +60,12 @@ def replace_in_onnx(source: Path, target: Path, tensors: Mapping[str, LazyTensor
             if node.op_type == "Constant" and attribute.name == "value":
                 protos[node.output[0]] = attribute.t
     new = {name: tensor.load() for name, tensor in tensors.items() if name in protos}
+    by_layer: dict[str, dict[str, LazyTensor]] = {}
+    for name, tensor in tensors.items():
+        layer, _, short = name.rpartition(".")
+        by_layer.setdefault(layer, {})[short] = tensor
     for layer, parts in found.parts.items():
-        own = {n.rpartition(".")[2]: t.load() for n, t in tensors.items() if n.rpartition(".")[0] == layer}
+        own = {short: tensor.load() for short, tensor in by_layer.get(layer, {}).items()}
         if own:
             hint = found.hints[layer].options
             kind, directions = str(hint["mode"]).lower(), 2 if hint["bidirectional"] else 1

@@ -37,6 +37,9 @@ JSON = 64 * MIB
 DEPTH = 100
 """Nesting of JSON and of pickled objects."""
 
+DIMENSIONS = 64
+"""Of a tensor."""
+
 SHARDS = 10_000
 """Files of a sharded checkpoint."""
 

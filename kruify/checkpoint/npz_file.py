@@ -83,6 +83,6 @@ def _loader(
             at += len(chunk)
         array = np.frombuffer(data, dtype=dtype)
         array = array.astype(dtype.newbyteorder("="), copy=False).reshape(shape, order="F" if fortran else "C")
-        return torch.from_numpy(np.ascontiguousarray(array))
+        return torch.from_numpy(np.ascontiguousarray(array)).reshape(shape)  # it makes a vector of one number
 
     return load

@@ -47,6 +47,7 @@ class OnnxFile:
     hints: dict[str, ModuleHint] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     parts: dict[str, dict[str, str]] = field(default_factory=dict)  # layer -> {"W": initializer name, ...}
+    repeats: dict[str, int] = field(default_factory=dict)  # name of a node -> how many have it
 
 
 def load_model(path: Path) -> Any:
@@ -106,7 +107,8 @@ def _add_node(node: Any, index: int, constants: dict[str, LazyTensor], found: On
     kind = KINDS[node.op_type]
     name = node.name.strip("/").replace("/", ".") or f"{kind}_{index}"
     while name in found.hints or name in found.skipped:
-        name += "_"
+        found.repeats[name] = found.repeats.get(name, 1) + 1
+        name = f"{name}_{found.repeats[name]}"
     attributes = {a.name: a for a in node.attribute}
     inputs = list(node.input)
     parts = {part: inputs[at] for at, part in ((1, "W"), (2, "R"), (3, "B")) if at < len(inputs) and inputs[at]}

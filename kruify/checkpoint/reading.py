@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +22,7 @@ from kruify.checkpoint.safetensors_file import read_safetensors
 from kruify.checkpoint.sharded import read_index
 from kruify.checkpoint.tensors import LazyTensor, Tensors, ties
 from kruify.checkpoint.wrapper import find_state_dict, strip
-from kruify.errors import CorruptError, KruifyError, UnsafeError, UsageError
+from kruify.errors import CorruptError, KruifyError, UnsafeError, UnsupportedError, UsageError
 
 
 @dataclass
@@ -221,6 +222,10 @@ def _strip_hints(hints: Mapping[str, ModuleHint], prefix: str) -> dict[str, Modu
 
 
 def _check_total(path: Path, contents: Contents) -> None:
+    for name, tensor in contents.tensors.items():
+        if len(tensor.shape) > limits.DIMENSIONS or prod(max(n, 1) for n in tensor.shape) >= 1 << 62:
+            sizes = str(list(tensor.shape))[:80]
+            raise UnsupportedError(f"its tensor {name[:80]} has the shape {sizes}, which torch cannot hold", path)
     total = sum(tensor.nbytes for tensor in contents.tensors.values())
     if len(contents.tensors) > limits.ENTRIES or total > limits.RATIO * contents.size + limits.SLACK:
         raise UnsafeError(f"its {len(contents.tensors)} tensors ask for {total} bytes, far more than it holds", path)

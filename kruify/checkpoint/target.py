@@ -13,7 +13,7 @@ from kruify.checkpoint.writing import write_safetensors, write_torch
 from kruify.errors import UsageError
 from kruify.progress import Progress
 
-TORCH = (".pt", ".pth", ".ckpt", ".bin")
+TORCH = (".pt", ".pth", ".ckpt", ".bin", ".th", ".pkl", ".tar", ".model")
 """Endings that promise what torch.load opens."""
 FOREIGN = (".onnx", ".keras", ".h5", ".npz", ".pt2", ".json", ".py")
 """Endings that promise what no state dict is; any other, or none, stands for safetensors."""

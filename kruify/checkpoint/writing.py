@@ -191,6 +191,11 @@ def _loaded(lazy: LazyTensor, name: str, path: object) -> Tensor:
 
 def _header(lazy: Mapping[str, LazyTensor], metadata: Mapping[str, str], path: object) -> tuple[bytes, list[str]]:
     """Header bytes with their length, and the order of the data: wide dtypes first, so that all are aligned."""
+    try:
+        "".join((*lazy, *metadata, *metadata.values())).encode()
+    except UnicodeEncodeError as error:
+        what = "safetensors cannot hold a name or text that is no Unicode (a lone surrogate)"
+        raise UnsupportedError(what, path, "Rename it, or write a .pt file") from error
     for name, tensor in lazy.items():
         if tensor.dtype not in DTYPES:
             raise UnsupportedError(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kruify.conversion.locate import KRU_KINDS, MODULES, RecurrentLayer
+from kruify.conversion.locate import DTYPES, KRU_KINDS, MODULES, RecurrentLayer
 from kruify.conversion.plan import LayerPlan, Plan, Structures
 from kruify.errors import PlanError
 from kruify.layers import KRU, KRUGRU, KRULSTM, KRURNN, KroneckerMatrix, KRUGRUCell, KRULSTMCell, KRURNNCell
@@ -54,7 +54,7 @@ def build_kru(
         complex_state=layer.kind == "kru",
         nonlinearity=layer.nonlinearity or "modrelu",
         device=device,
-        dtype=(dtype or getattr(torch, layer.dtype)).to_real(),
+        dtype=(dtype or DTYPES[layer.dtype]).to_real(),
     )
 
 
@@ -68,7 +68,7 @@ def build_dense(
 
 def _options(layer: RecurrentLayer, device: torch.device | str | None, dtype: torch.dtype | None) -> dict[str, Any]:
     """Constructor options that torch.nn's layers and kruify's share; what is not known gets torch's default."""
-    options: dict[str, Any] = {"bias": layer.bias, "device": device, "dtype": dtype or getattr(torch, layer.dtype)}
+    options: dict[str, Any] = {"bias": layer.bias, "device": device, "dtype": dtype or DTYPES[layer.dtype]}
     if layer.kind == "rnn":
         options["nonlinearity"] = layer.nonlinearity or "tanh"
     if not layer.cell:

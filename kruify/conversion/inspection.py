@@ -10,8 +10,9 @@ from torch import nn
 
 from kruify.checkpoint import Checkpoint, LazyTensor, read
 from kruify.conversion.build import plan_of
+from kruify.conversion.check import stored_plan
 from kruify.conversion.locate import RecurrentLayer, Skipped, locate, locate_checkpoint
-from kruify.conversion.plan import LayerPlan, Plan, by_gate, stored_plan
+from kruify.conversion.plan import LayerPlan, Plan, by_gate
 
 
 @dataclass(frozen=True)

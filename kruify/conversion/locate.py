@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from kruify.checkpoint import Checkpoint, LazyTensor
@@ -14,6 +15,11 @@ from kruify.layers.base import GATES
 
 AnyTensor = Tensor | LazyTensor  # shape and dtype are all that is asked of it
 _KIND_OF_GATES = {len(names): kind for kind, names in GATES.items()}
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+}
+"""The dtypes that a layer can have, by name."""
 KRU_KINDS = ("kru", "kru-real")
 """The unit as published (kruify.layers.KRU), its state complex or real. torch.nn has no counterpart."""
 MODULES: dict[type[nn.Module], tuple[str, bool]] = {

@@ -13,9 +13,8 @@ from typing import Any
 from torch import nn
 
 from kruify.checkpoint import Checkpoint
-from kruify.conversion.check import load_tensors
+from kruify.conversion.check import load_tensors, stored_plan
 from kruify.conversion.modules import swap
-from kruify.conversion.plan import stored_plan
 from kruify.errors import CorruptError, TaskError
 from kruify.tasks.base import Task, fresh_model
 

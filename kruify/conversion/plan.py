@@ -13,12 +13,18 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from kruify.checkpoint import Checkpoint
-from kruify.conversion.locate import RecurrentLayer
+from kruify.conversion.locate import DTYPES, RecurrentLayer
 from kruify.errors import FactorSpecError, PlanError, UnsupportedError, UsageError
 from kruify.factors import Structure, parse, stacks
 
 SCHEMA = 3  # with stacked gates; a plan without is written as 1, and 2 (relabelled hidden units) is no longer read
+BOUNDS = {
+    "input_size": (1, 1 << 24),
+    "hidden_size": (1, 1 << 24),
+    "num_layers": (1, 1024),
+    "proj_size": (0, 1 << 24),
+}
+"""The least and the most that the sizes of a layer may be."""
 ALL = "all"  # the name of all gates of a matrix stacked
 Structures = tuple[Structure, ...]  # one per gate, or one of all gates stacked
 
@@ -68,7 +74,8 @@ class Plan:
         """Reads what `to_json` wrote, or a person edited.
 
         Raises:
-            PlanError: not JSON, a key missing or unknown, a spec that does not fit, relabelled hidden units.
+            PlanError: not JSON, a key missing or unknown, a size out of bounds, a layer twice, a spec that does not
+                fit, relabelled hidden units.
             UnsupportedError: a schema newer than this kruify.
         """
         try:
@@ -84,7 +91,10 @@ class Plan:
             raise UnsupportedError(f"plan schema {schema} is newer than this kruify ({SCHEMA})", where, "Update kruify")
         if schema == 2:
             raise _relabelled(where)
-        return Plan([_read_layer(item, where) for item in data["layers"]])
+        layers = [_read_layer(item, where) for item in data["layers"]]
+        if len({item.layer.name for item in layers}) < len(layers):
+            raise PlanError("it has a layer twice", where)
+        return Plan(layers)
 
     @staticmethod
     def read(file: str | os.PathLike[str]) -> Plan:
@@ -101,18 +111,6 @@ class Plan:
         except (OSError, ValueError) as error:
             raise UsageError(f"the plan cannot be read ({error})", file) from None
         return Plan.from_json(text, str(file))
-
-
-def stored_plan(checkpoint: Checkpoint) -> Plan:
-    """The plan that a converted file carries.
-
-    Raises:
-        PlanError: the file was not written by kruify.
-    """
-    text = checkpoint.metadata.get("kruify.plan")
-    if text is None:
-        raise PlanError("the file carries no plan: kruify did not write it", checkpoint.path, "Convert it first")
-    return Plan.from_json(text, f"plan in {checkpoint.path}")
 
 
 def keeps_scales(layer: RecurrentLayer) -> bool:
@@ -143,6 +141,11 @@ def _read_layer(data: object, where: str) -> LayerPlan:
         gates = layer.gates
     except (TypeError, KeyError) as error:
         raise PlanError(f"layer '{values.get('name')}' is incomplete ({error})", where) from None
+    for key, (least, most) in BOUNDS.items():
+        if not least <= getattr(layer, key) <= most:
+            raise PlanError(f"'{key}' of layer '{layer.name}' must be from {least} to {most}", where)
+    if layer.dtype not in DTYPES:
+        raise PlanError(f"layer '{layer.name[:80]}' has an unknown dtype, '{layer.dtype[:40]}'", where)
     matrices = {}
     for weight, entry in data["matrices"].items():
         if weight not in _weight_names(layer):

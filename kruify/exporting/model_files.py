@@ -22,9 +22,10 @@ from kruify.checkpoint import (
     write_safetensors,
     write_torch,
 )
+from kruify.checkpoint.target import TORCH
 from kruify.conversion import densify, densify_tensors
+from kruify.conversion.check import stored_plan
 from kruify.conversion.locate import KRU_KINDS, RecurrentLayer
-from kruify.conversion.plan import Plan
 from kruify.errors import UnsupportedError, UsageError
 from kruify.exporting.check import TOLERANCE, Exported, compare, difference, layer_cases, require, staged
 from kruify.exporting.layer_files import (
@@ -126,10 +127,9 @@ def export_dense(
         UnsupportedError: it holds a layer that torch.nn does not know.
         TargetMissedError: a dense layer differs from the Kronecker layer; the file is deleted.
     """
-    text = checkpoint.metadata.get("kruify.plan")
-    if text is None:
+    if not checkpoint.is_kruify:
         raise UsageError("it is dense already: it carries no plan", checkpoint.path, "Export a converted file")
-    plan = Plan.from_json(text, f"plan in {checkpoint.path}")
+    plan = stored_plan(checkpoint)
     if any(item.layer.kind in KRU_KINDS for item in plan.layers):
         raise no_kru(checkpoint.path)
     write = _dense_writer(checkpoint, path, source)
@@ -159,16 +159,16 @@ def rounding(tensors: Mapping[str, Tensor]) -> float:
 
 
 ENDINGS = {
-    "torch": (".pt", ".pth", ".ckpt", ".bin"),
-    "torch-legacy": (".pt", ".pth", ".ckpt", ".bin"),
-    "torch-module": (".pt", ".pth"),
+    "torch": (*TORCH, ".weights", ""),
+    "torch-legacy": (*TORCH, ".weights", ""),
+    "torch-module": (*TORCH, ""),
     "torchscript": (".pt", ".pth", ".ts"),
     "safetensors": (".safetensors",),
     "safetensors-sharded": (".json",),
     "torch-sharded": (".json",),
     "npz": (".npz",),
     "onnx": (".onnx",),
-    "keras": (".h5", ".keras"),
+    "keras": (".h5", ".hdf5", ".keras"),
 }
 """Formats of `kruify.checkpoint` that one file can hold -> endings by which they are meant."""
 
@@ -181,7 +181,7 @@ def _dense_writer(checkpoint: Checkpoint, path: Path, source: Path | None) -> Ca
         return lambda file, tensors: write_original(file, tensors, note, source=source)
     if path.suffix == ".safetensors":
         return write_safetensors
-    if path.suffix in (".pt", ".pth"):
+    if path.suffix in TORCH:
         return write_torch
     hint = (
         "Give the original file with --original, or write .pt, .pth or .safetensors" if kind in NEEDS_SOURCE else None

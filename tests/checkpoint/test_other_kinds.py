@@ -41,6 +41,21 @@ def test_npz_big_endian_and_half(tmp_path: Path) -> None:
     assert found["a"].tolist() == [1.5, 2] and found["b"].dtype == torch.float16 and found["c"].item() is True
 
 
+def test_npz_of_single_numbers(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", count=np.array(7), w=np.ones((2, 2), "f4"))
+    found = read(tmp_path / "a.npz").tensors
+    assert found["count"].shape == () and found["count"].item() == 7
+
+
+@pytest.mark.parametrize("shape", [(0, 1 << 63), (0, 1 << 40, 1 << 40), (1,) * 70])
+def test_shapes_that_torch_cannot_hold_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    size = 0 if 0 in shape else 4
+    header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    with pytest.raises((UnsupportedError, CorruptError)):
+        read(tmp_path / "a.safetensors")
+
+
 def test_npz_refusals(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", a=np.array([{}], object))
     with pytest.raises(UnsafeError, match="is a pickle"):
@@ -48,6 +63,19 @@ def test_npz_refusals(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", a=np.array(["text"]))
     with pytest.raises(UnsupportedError, match="dtype"):
         read(tmp_path / "a.npz")
+
+
+def test_onnx_nodes_of_one_name(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    helper = onnx.helper
+    weights = [
+        onnx.numpy_helper.from_array(np.ones(shape, "f4"), name) for name, shape in (("W", (1, 4, 1)), ("R", (1, 4, 1)))
+    ]
+    nodes = [helper.make_node("LSTM", ["X", "W", "R"], [f"Y{i}"], name="same", hidden_size=1) for i in range(3000)]
+    graph = helper.make_graph(nodes, "g", [], [], weights)
+    onnx.save_model(helper.make_model(graph), tmp_path / "a.onnx")
+    checkpoint = read(tmp_path / "a.onnx")
+    assert len(checkpoint.module_hints) == 3000 and max(map(len, checkpoint.module_hints)) <= len("same_3000")
 
 
 def shards(folder: Path, kind: str) -> tuple[Path, dict[str, torch.Tensor]]:

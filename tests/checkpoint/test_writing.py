@@ -13,7 +13,7 @@ import torch
 
 from kruify.checkpoint import atomic_file, metadata_for, read, write_safetensors, write_torch
 from kruify.checkpoint.writing import DTYPES
-from kruify.errors import CorruptError, UsageError
+from kruify.errors import CorruptError, UnsupportedError, UsageError
 
 PLAN = json.dumps({"layers": [{"name": "rnn"}]})
 
@@ -141,3 +141,10 @@ def test_a_flipped_bit_in_a_converted_file_is_found(tmp_path: Path) -> None:
         path.write_bytes(broken)
         with pytest.raises(CorruptError):
             read(path)
+
+
+def test_names_that_safetensors_cannot_hold(tmp_path: Path) -> None:
+    for tensors, metadata in (({"a\ud800": torch.ones(1)}, {}), ({"a": torch.ones(1)}, {"b": "\udfff"})):
+        with pytest.raises(UnsupportedError, match="surrogate"):
+            write_safetensors(tmp_path / "a.safetensors", tensors, metadata)
+    assert not list(tmp_path.iterdir())
