@@ -92,7 +92,7 @@ def test_dense_refuses_what_is_dense_and_unknown_endings(tmp_path: Path, file: P
     with pytest.raises(UsageError, match="dense already"):
         export_dense(read(tmp_path / "plain.pt"), tmp_path / "out.pt")
     with pytest.raises(UsageError, match="ending"):
-        export_dense(read(file), tmp_path / "out.bin")
+        export_dense(read(file), tmp_path / "out.xyz")
 
 
 def test_each_layer_of_a_state_dict_gets_its_own_file(tmp_path: Path, file: Path) -> None:
