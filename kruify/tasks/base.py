@@ -193,8 +193,6 @@ def _one_number(loss: Any, task: Task) -> Tensor:
         shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
         shape += f" and {loss.dtype}" if isinstance(loss, Tensor) and loss.is_complex() else ""
         raise TaskError(f"loss() gave {_a(loss)}{shape}, not one number in a tensor", where=type(task).__name__)
-    if loss.is_complex():
-        raise TaskError("loss() gave a complex number", where=type(task).__name__, hint="Take its real part or abs()")
     return loss
 
 
