@@ -57,6 +57,8 @@ def convert(
 
     Conversion alone destroys a trained network's accuracy; `kruify finetune` brings it back.
     """
+    if options["input_budget"] is not None and options["budget"] is None and options["max_error"] is None:
+        raise click.UsageError("--input-budget goes with a budget: --budget or --max-error")
     if all(options[name] is None for name in ("plan", "factors", "budget", "max_error")):
         raise click.UsageError("say how to factor: --factors SPEC (for example auto), --budget 10x or --plan FILE")
     pairs = dict(map(_pair, overrides))

@@ -51,7 +51,7 @@ def test_a_row_is_trained_recorded_and_reported(
     modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, run = modules["rows"], modules["run"]
-    monkeypatch.setattr("kruify.tasks.copy_memory._EXAMPLES", {"valid": 20, "test": 20})
+    monkeypatch.setattr("kruify.tasks.copy_memory.CopyMemory.drawn", {"valid": (20, 1), "test": (20, 2)})
     small = rows.Row("copy-1000-kru", "copy-1000", "KRU", "copy-memory:T=5,train_examples=200", "kru", 8, 40)
     monkeypatch.setattr(run, "row_of", lambda key: small)
     monkeypatch.setattr(run, "RUNS", tmp_path / "runs.jsonl")

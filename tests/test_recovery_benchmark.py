@@ -40,7 +40,7 @@ def test_runs_are_trained_recorded_once_and_reported(
     modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid, run = modules["grid"], modules["run"]
-    monkeypatch.setattr("kruify.tasks.copy_memory._EXAMPLES", {"valid": 20, "test": 20})
+    monkeypatch.setattr("kruify.tasks.copy_memory.CopyMemory.drawn", {"valid": (20, 1), "test": (20, 2)})
 
     def named(hidden: int) -> str:
         return f"copy-memory:T=5,cell=gru,hidden={hidden},train_examples=64"

@@ -189,9 +189,10 @@ def check_loss(loss: Any, task: Task) -> Tensor:
 
 
 def _one_number(loss: Any, task: Task) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+    if isinstance(loss, Tensor) and loss.is_complex():
+        raise TaskError("loss() gave a complex number", where=type(task).__name__, hint="Take its real part or abs()")
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
-        shape += f" and {loss.dtype}" if isinstance(loss, Tensor) and loss.is_complex() else ""
         raise TaskError(f"loss() gave {_a(loss)}{shape}, not one number in a tensor", where=type(task).__name__)
     return loss
 

@@ -70,7 +70,7 @@ def test_a_terminal_without_unicode_is_served(folder):
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("    def loss(self, outputs, batch):\n        return outputs.sum().to(torch.complex64)\n", "complex64"),
+        ("    def loss(self, outputs, batch):\n        return outputs.sum().to(torch.complex64)\n", "complex number"),
         ("    def evaluate(self, model, split):\n        return {'loss': 10**400}\n", "not a number"),
         ("    def evaluate(self, model, split):\n        raise GeneratorExit\n", "GeneratorExit"),
     ],

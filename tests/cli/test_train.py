@@ -18,8 +18,8 @@ ADDING = "adding:T=5,train_examples=256"
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    monkeypatch.setattr("kruify.tasks.copy_memory._EXAMPLES", {"valid": 20, "test": 20})
-    monkeypatch.setattr("kruify.tasks.adding._EXAMPLES", {"valid": 20, "test": 20})
+    monkeypatch.setattr("kruify.tasks.copy_memory.CopyMemory.drawn", {"valid": (20, 1), "test": (20, 2)})
+    monkeypatch.setattr("kruify.tasks.adding.Adding.drawn", {"valid": (20, 1), "test": (20, 2)})
 
 
 @pytest.fixture

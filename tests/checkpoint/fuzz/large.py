@@ -55,8 +55,8 @@ def convert(path: Path, target: Path) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, started, written = memory("VmRSS"), time.monotonic(), [0]
 
-    def progress(count: int) -> None:
-        written[0] += count
+    def progress(done: float, total: float, phase: str) -> None:
+        written[0] = done
 
     checkpoint = read(path)
     tensors = {**checkpoint.tensors.lazy, "block0.weight": torch.zeros(4, 4)}
