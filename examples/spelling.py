@@ -42,8 +42,8 @@ def main(epochs: float, split: str, words: int) -> None:
     pronounce(dense)
 
     small, report = kruify.convert(dense, "4*(256x1,1x256)+sparse:3.125%:1")
-    ratios = report.parameters
-    print(f"\nConverted, recurrent matrices {ratios['recurrent_ratio']:.1f}x smaller: {task.evaluate(small, split)}")
+    ratio = report.parameters.recurrent_ratio
+    print(f"\nConverted, recurrent matrices {ratio:.1f}x smaller: {task.evaluate(small, split)}")
     print(
         f"   energy kept: {min(m.energy for m in report.matrices):.2f} to {max(m.energy for m in report.matrices):.2f}"
     )
