@@ -94,12 +94,10 @@ def test_suggestions_fit_and_auto_always_does(rows: int, cols: int) -> None:
 shapes = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4)
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), shapes), min_size=1, max_size=1), st.booleans(), st.integers(0, 40))
-def test_text_of_a_structure_reads_back(
-    products: list[tuple[int, list[tuple[int, int]]]], diagonal: bool, blocks: int
-) -> None:
-    terms = tuple(Term(tuple(factors), rank) for rank, factors in products)
-    rows, cols = terms[0].rows, terms[0].cols
+@given(st.integers(1, 9), shapes, st.booleans(), st.integers(0, 40))
+def test_text_of_a_structure_reads_back(rank: int, factors: list[tuple[int, int]], diagonal: bool, blocks: int) -> None:
+    rows, cols = Term(tuple(factors)).rows, Term(tuple(factors)).cols
+    terms = (Term(tuple(factors), min(rank, rows * cols)),)  # a spec of more terms than entries is refused
     blocks = min(blocks, rows * cols)
     structure = Structure(rows, cols, terms, diagonal, blocks, 1)
     assert parse(str(structure)).resolve(rows, cols) == structure
