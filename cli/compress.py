@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,10 +10,10 @@ from .console import Output, json_option, output, progress
 from .options import (
     NUMBER,
     device_option,
-    given,
     key_option,
     lr_option,
     model_argument,
+    output_option,
     seed_option,
     task_option,
 )
@@ -39,27 +39,11 @@ if TYPE_CHECKING:
 @others_option
 @resume_option
 @device_option
-@click.option("-o", "--output", "target", metavar="OUT", required=True, help="File to write.")
+@output_option
 @seed_option
 @key_option
 @json_option
-def compress(
-    model: str,
-    task_name: str,
-    budget: str,
-    max_drop: float | None,
-    attempts: int,
-    epochs: float | None,
-    share: float | None,
-    lr: float | None,
-    others: tuple[str, ...],
-    resume: str | None,
-    device: str | None,
-    target: str,
-    seed: int,
-    key: str | None,
-    json_only: bool,
-) -> None:
+def compress(model: str, task: str, others: tuple[str, ...], json_only: bool, **options: Any) -> None:
     """Plan, convert, fine-tune and evaluate in one go.
 
     Two candidates, the structure that keeps the most energy and one that is half low rank, half single entries, are
@@ -75,33 +59,25 @@ def compress(
         from kruify.tasks.base import measure
         from kruify.tasks.loader import load_task
 
-        task = load_task(task_name)
+        found = load_task(task)
         with progress("starting") as advance:
             done = run(
                 model,
-                task,
-                budget,
-                output=target,
-                key=key,
-                max_drop=max_drop,
-                attempts=attempts,
-                device=device,
+                found,
                 progress=advance,
-                on_candidate=lambda result: out.note(_candidate(result, task)),
-                on_attempt=lambda attempt: out.note(_line(attempt, task)),
-                resume=resume,
-                **given(share=share),
-                **recipe_options(others, seed=seed, epochs=epochs, lr=lr),
+                on_candidate=lambda result: out.note(_candidate(result, found)),
+                on_attempt=lambda attempt: out.note(_line(attempt, found)),
+                **recipe_options(others, options),
             )
-        metrics = measure(task, done.model, "test")
-        _show(out, done, task, metrics, target)
-        out.result({"output": target, **done.to_json(), "metrics": metrics})
+        metrics = measure(found, done.model, "test")
+        _show(out, done, found, metrics, options["output"])
+        out.result({"output": options["output"], **done.to_json(), "metrics": metrics})
         if not done.within:
             nearest = done.attempts[done.best]
             raise TargetMissedError(
-                f"the nearest of {len(done.attempts)} attempts loses {nearest.drop:.4f} {task.metric} at "
-                f"{nearest.recurrent_ratio:.1f}x, more than {max_drop}",
-                target,
+                f"the nearest of {len(done.attempts)} attempts loses {nearest.drop:.4f} {found.metric} at "
+                f"{nearest.recurrent_ratio:.1f}x, more than {options['max_drop']}",
+                options["output"],
                 "Allow more epochs, more attempts, a smaller reduction or a larger drop",
             )
 
@@ -115,11 +91,10 @@ def _line(attempt: Attempt, task: Task) -> str:
 
 
 def _show(out: Output, done: Compression, task: Task, metrics: dict[str, float], target: str) -> None:
-    from rich.table import Table
+    from kruify.reporting.terminal import table as titled
 
-    table = Table(title=f"validation split, {task.metric}", title_justify="left")
-    for heading in ("attempt", "recurrent parameters", "smaller", task.metric, "worse by"):
-        table.add_column(heading, justify="right")
+    columns = ("recurrent parameters", "smaller", task.metric, "worse by")
+    table = titled(f"validation split, {task.metric}", "attempt", *columns, words=0)
     table.add_row("dense", "", "", f"{done.baseline[task.metric]:.4f}", "")
     for i, attempt in enumerate(done.attempts):
         table.add_row(

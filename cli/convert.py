@@ -93,23 +93,19 @@ def _pair(item: str) -> tuple[str, str]:
 
 
 def _show(out: Output, model: str, conversion: Conversion) -> None:
-    from rich.table import Table
-
     from kruify.factors import stacks
+    from kruify.reporting.terminal import table as titled
 
     specs = {gate.factors for gate in conversion.matrices}
     title = model
     if len(specs) == 1:
         title += f": {spec}" if stacks(spec := specs.pop()) else f": {spec} in every gate"
     caption = "null: the energy that an unstructured matrix of this size keeps; error: ||W - K|| / ||W||"
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    for heading in ("matrix", "gate", "size", *(["factors"] if specs else [])):
-        table.add_column(heading, overflow="fold")
     columns = {"energy kept": "energy", "null": "energy_null", "error": "relative_error"}
     if any(gate.energy_weighted is not None for gate in conversion.matrices):
         columns["kept of W h"] = "energy_weighted"
-    for heading in ("parameters", *columns):
-        table.add_column(heading, justify="right", no_wrap=True)
+    words = ("matrix", "gate", "size", *(["factors"] if specs else []))
+    table = titled(title, *words, "parameters", *columns, words=len(words), caption=caption)
     for gate in conversion.matrices:
         values = gate.to_json()
         table.add_row(

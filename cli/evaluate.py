@@ -14,7 +14,7 @@ from .options import key_option, model_argument, split_option, task_option
 @split_option
 @key_option
 @json_option
-def evaluate(model: str, task_name: str, split: str, key: str | None, json_only: bool) -> None:
+def evaluate(model: str, task: str, split: str, key: str | None, json_only: bool) -> None:
     """Measure what MODEL, dense or converted, achieves on a task."""
     with output(json_only) as out:
         from rich.text import Text
@@ -22,7 +22,7 @@ def evaluate(model: str, task_name: str, split: str, key: str | None, json_only:
         from kruify.api import evaluate as run
 
         with out.waiting(f"evaluating on {split}"):
-            found = run(model, task_name, split, key=key)
+            found = run(model, task, split, key=key)
         counted = "" if found.examples is None else f" ({found.examples:,} examples)"
         values = ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
         out.show(Text.assemble(f"{model} on {split}{counted}: ", (values, "bold")))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .console import json_option, output
-from .options import NUMBER, given, key_option, model_argument
+from .options import NUMBER, given, key_option, model_argument, output_option
 
 if TYPE_CHECKING:
     from kruify.exporting import Exported
@@ -22,8 +22,8 @@ OPTIONS = {
 @click.command()
 @model_argument
 @click.option("--to", type=click.Choice(["dense", "onnx", "torch"]), required=True, help="What to write.")
-@click.option("-o", "--output", "target", metavar="OUT", required=True, help="File to write.")
-@click.option("--task", "task_name", metavar="TASK", help="Export the task's whole network, not layer by layer.")
+@output_option
+@click.option("--task", metavar="TASK", help="Export the task's whole network, not layer by layer.")
 @click.option("--dense", is_flag=True, help="Write dense matrices instead of factors (ONNX's own LSTM, GRU, RNN).")
 @click.option("--batch-first/--time-first", default=None, help="Layout of the layers' input.  [default: the layer's]")
 @click.option(
@@ -35,19 +35,7 @@ OPTIONS = {
 @click.option("--tolerance", type=NUMBER, metavar="X", help="Largest difference allowed.  [default: 1e-5]")
 @key_option
 @json_option
-def export(
-    model: str,
-    to: Literal["dense", "onnx", "torch"],
-    target: str,
-    task_name: str | None,
-    dense: bool,
-    batch_first: bool | None,
-    nonlinearity: str | None,
-    original: str | None,
-    tolerance: float | None,
-    key: str | None,
-    json_only: bool,
-) -> None:
+def export(model: str, json_only: bool, **options: Any) -> None:
     """Write MODEL in a form that runs without kruify, and compare it.
 
     \b
@@ -59,19 +47,19 @@ def export(
     before its ending. What was written is run and compared with the layers; a file that differs by more than the
     tolerance is deleted, and the exit code is 6.
     """
-    layout = batch_first is not None or nonlinearity is not None
-    if to == "dense" and (dense or task_name or layout):
+    to, task = options["to"], options["task"]
+    layout = options["batch_first"] is not None or options["nonlinearity"] is not None
+    if to == "dense" and (options["dense"] or task or layout):
         raise click.UsageError("--to dense writes a state dict: no --dense, --task, --batch-first or --nonlinearity")
-    if to != "dense" and original:
+    if to != "dense" and options["original"]:
         raise click.UsageError("--original goes with --to dense")
-    if task_name and layout:
+    if task and layout:
         raise click.UsageError("with --task the network tells: no --batch-first or --nonlinearity")
     with output(json_only) as out:
         from kruify.api import export as run
 
-        options = given(dense=dense or None, batch_first=batch_first, nonlinearity=nonlinearity, tolerance=tolerance)
         with out.waiting("exporting and comparing"):
-            files = run(model, to, target, task=task_name, original=original, key=key, **options)
+            files = run(model, **given(**{**options, "dense": options["dense"] or None}))
         for file in files:
             out.show(_sentence(file))
         if assumed := sorted({OPTIONS[item] for file in files for item in file.assumed}):

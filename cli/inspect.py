@@ -45,18 +45,11 @@ def inspect(model: str | None, backend: bool, key: str | None, json_only: bool) 
 
 
 def _show(out: Output, model: str, inspection: Inspection) -> None:
-    from rich.table import Table
+    from kruify.reporting.terminal import table as titled
 
-    table = Table(
-        title=f"{model}: {inspection.format}, {inspection.parameters:,} parameters",
-        title_justify="left",
-        caption="parameters in recurrent matrices (W_hh) and input matrices (W_ih); share of W_hh in the whole model",
-        caption_justify="left",
-    )
-    for heading in ("layer", "kind", "sizes"):
-        table.add_column(heading)
-    for heading in ("recurrent", "input", "of all"):
-        table.add_column(heading, justify="right")
+    heading = f"{model}: {inspection.format}, {inspection.parameters:,} parameters"
+    caption = "parameters in recurrent matrices (W_hh) and input matrices (W_ih); share of W_hh in the whole model"
+    table = titled(heading, "layer", "kind", "sizes", "recurrent", "input", "of all", words=3, caption=caption)
     for row in inspection.summaries:
         table.add_row(
             row.layer.name or "(the model itself)",
@@ -69,7 +62,7 @@ def _show(out: Output, model: str, inspection: Inspection) -> None:
     if inspection.summaries:
         out.show(table)
     else:
-        out.show(f"{model}: {inspection.format}, {inspection.parameters:,} parameters, no recurrent layer")
+        out.show(f"{heading}, no recurrent layer")
     for row in inspection.summaries:
         for weight, gates in row.factors.items():
             out.show(f"{row.layer.name}.{weight}: " + ", ".join(f"{gate} = {spec}" for gate, spec in gates.items()))

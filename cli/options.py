@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from kruify.checkpoint import Checkpoint
-    from kruify.tasks.base import Task
 
 
 class Number(click.types.FloatParamType):
@@ -28,9 +22,8 @@ NUMBER = Number()
 
 model_argument = click.argument("model", metavar="MODEL")
 key_option = click.option("--key", metavar="NAME", help="The entry of the file that holds the state dict, if several.")
-task_option = click.option(
-    "--task", "task_name", metavar="TASK", required=True, help="Built-in name or path/to/file.py:Name."
-)
+task_option = click.option("--task", metavar="TASK", required=True, help="Built-in name or path/to/file.py:Name.")
+output_option = click.option("-o", "--output", metavar="OUT", required=True, help="File to write.")
 split_option = click.option(
     "--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True, help="Data to look at."
 )
@@ -44,10 +37,3 @@ device_option = click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given on the command line; the others keep the defaults of what is called."""
     return {name: value for name, value in options.items() if value is not None}
-
-
-def network(checkpoint: Checkpoint, task: Task) -> nn.Module:
-    """The task's network with the numbers of the checkpoint in it."""
-    from kruify.conversion.network import load_network
-
-    return load_network(checkpoint, task)

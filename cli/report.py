@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from .console import json_option, output, progress
@@ -11,7 +13,7 @@ from .options import key_option, split_option
 @click.command()
 @click.argument("dense", metavar="DENSE")
 @click.argument("kru", metavar="KRU...", nargs=-1, required=True)
-@click.option("--task", "task_name", metavar="TASK", help="Built-in name or path/to/file.py:Name, for its metrics.")
+@click.option("--task", metavar="TASK", help="Built-in name or path/to/file.py:Name, for its metrics.")
 @split_option
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of the latency figures.")
 @click.option("--html", "html_file", metavar="FILE", help="Write one self-contained HTML page with pictures.")
@@ -21,13 +23,10 @@ from .options import key_option, split_option
 def report(
     dense: str,
     kru: tuple[str, ...],
-    task_name: str | None,
-    split: str,
-    threads: int,
     html_file: str | None,
     markdown_file: str | None,
-    key: str | None,
     json_only: bool,
+    **options: Any,
 ) -> None:
     """Compare checkpoints with DENSE: size, speed, accuracy.
 
@@ -43,7 +42,7 @@ def report(
             check_target(target, *taken)
             taken.append(target)
         with progress("reading") as advance:
-            made = run(dense, *kru, task=task_name, split=split, key=key, threads=threads, progress=advance)
+            made = run(dense, *kru, progress=advance, **options)
         out.show(*tables(made))
         for file, write in ((html_file, to_html), (markdown_file, to_markdown)):
             if file:

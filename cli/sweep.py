@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,11 +13,9 @@ from .console import Output, json_option, output, progress
 from .options import (
     NUMBER,
     device_option,
-    given,
     key_option,
     lr_option,
     model_argument,
-    network,
     seed_option,
     split_option,
     task_option,
@@ -47,20 +45,7 @@ if TYPE_CHECKING:
 @key_option
 @json_option
 def sweep(
-    model: str,
-    task_name: str,
-    budgets: str,
-    folder: str | None,
-    epochs: float | None,
-    share: float | None,
-    lr: float | None,
-    others: tuple[str, ...],
-    html_file: str | None,
-    device: str | None,
-    split: str,
-    seed: int,
-    key: str | None,
-    json_only: bool,
+    model: str, task: str, budgets: str, html_file: str | None, others: tuple[str, ...], json_only: bool, **options: Any
 ) -> None:
     """Draw the trade-off curve of MODEL under several budgets.
 
@@ -69,41 +54,33 @@ def sweep(
     An interrupted sweep goes on where it stopped when the same command is given again.
     """
     with output(json_only) as out:
-        from kruify.checkpoint import atomic_file, check_target, read
-        from kruify.conversion.pipeline import refuse_converted
-        from kruify.search.trade_off import sweep as run
+        from kruify.api import report
+        from kruify.api import sweep as run
+        from kruify.checkpoint import atomic_file, check_target
+        from kruify.reporting import to_html
         from kruify.tasks.loader import load_task
 
-        checkpoint = read(model, key=key)
-        refuse_converted(checkpoint)
         if html_file:
-            check_target(html_file, *checkpoint.files)
-        task = load_task(task_name)
+            check_target(html_file, model)
+        found = load_task(task)
         with progress("starting") as advance:
             done = run(
-                network(checkpoint, task),
-                task,
+                model,
+                found,
                 # A comma inside a budget (params=8x,macs=50%) is followed by a name.
                 [b.strip() for b in re.split(r",(?!\s*macs=)", budgets) if b.strip()],
-                folder or f"{model}.sweep",
-                split=split,
-                source_sha256=checkpoint.sha256,
-                device=device,
                 progress=advance,
-                on_point=lambda point: out.note(_line(point, task)),
-                **given(share=share),
-                **recipe_options(others, seed=seed, epochs=epochs, lr=lr),
+                on_point=lambda point: out.note(_line(point, found)),
+                **recipe_options(others, options),
             )
         _show(out, done)
         if html_file:
-            from kruify.reporting import build_report, to_html
-
-            files = [model, *(point.file for point in done.points if point.file)]
+            files = [point.file for point in done.points if point.file]
             with progress("report") as advance:
-                report = build_report(files, task, task_name=task_name, split=split, key=key, progress=advance)
-            knee = None if done.knee is None else report.models[done.knee].name
+                made = report(model, *files, task=task, split=options["split"], key=options["key"], progress=advance)
+            knee = None if done.knee is None else made.models[done.knee].name
             with atomic_file(html_file) as handle:
-                handle.write(to_html(report, knee=knee, heading=f"{Path(model).name}: the trade-off").encode())
+                handle.write(to_html(made, knee=knee, heading=f"{Path(model).name}: the trade-off").encode())
             out.show(f"wrote {html_file}")
         out.result(done.to_json())
 
@@ -113,12 +90,12 @@ def _line(point: Point, task: Task) -> str:
 
 
 def _show(out: Output, done: Sweep) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"{done.metric}, {done.split} split", title_justify="left")
-    for heading in ("budget", "recurrent parameters", "smaller", "all parameters", done.metric):
-        table.add_column(heading, justify="right")
+    from kruify.reporting.terminal import table as titled
+
+    columns = ("recurrent parameters", "smaller", "all parameters", done.metric)
+    table = titled(f"{done.metric}, {done.split} split", "budget", *columns, words=0)
     table.add_column("")
     values = [point.metrics[done.metric] for point in done.points]
     known = [value for value in values if math.isfinite(value)]

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from .console import json_option, output, progress
 from .options import NUMBER, given, lr_option, seed_option, task_option
-from .training import draw_conditioning, recipe_options, show, training_options
-
-if TYPE_CHECKING:
-    from kruify.tasks.base import Task
-    from kruify.training import Recipe
+from .training import recipe_options, show, training_options
 
 
 @click.command()
@@ -24,14 +17,14 @@ if TYPE_CHECKING:
 @click.option("--hidden", type=click.IntRange(1), metavar="N", help="Hidden size of each recurrent layer.")
 @click.option("--factors", metavar="SPEC", help="Factors of the recurrent matrices of a kru cell.")
 @click.option("--layers", type=click.IntRange(1), metavar="N", help="Recurrent layers.")
-@click.option("-o", "--output", "target", metavar="OUT", help="File to write.  [default: TASK-CELL-N.safetensors]")
+@click.option("-o", "--output", metavar="OUT", help="File to write.  [default: TASK-CELL-N.safetensors]")
 @click.option("--epochs", type=NUMBER, help="Passes over the train split; fractions are allowed.  [default: 5]")
 @click.option("--steps", type=click.IntRange(1), help="Optimiser steps, instead of --epochs.")
 @lr_option
 @click.option(
     "--penalty",
     "--unitary-penalty",
-    "penalty",
+    "unitary_penalty",
     type=NUMBER,
     metavar="L",
     help="Weight of the soft unitary penalty.  [default: 0.01 for a plain RNN and a KRU, 0 for LSTM and GRU]",
@@ -39,26 +32,7 @@ if TYPE_CHECKING:
 @training_options
 @seed_option
 @json_option
-def train(
-    task_name: str,
-    cell: str | None,
-    hidden: int | None,
-    factors: str | None,
-    layers: int | None,
-    target: str | None,
-    epochs: float | None,
-    steps: int | None,
-    lr: float | None,
-    penalty: float | None,
-    others: tuple[str, ...],
-    conditioning: str | None,
-    log_dir: str | None,
-    tensorboard: bool,
-    resume: str | None,
-    device: str | None,
-    seed: int,
-    json_only: bool,
-) -> None:
+def train(task: str, others: tuple[str, ...], json_only: bool, **options: Any) -> None:
     """Train a network from scratch on a task.
 
     \b
@@ -71,57 +45,32 @@ def train(
     arguments of its constructor. The file says which network it holds: evaluate, report and finetune need the task's
     name alone.
     """
-    if epochs is not None and steps is not None:
+    if options["epochs"] is not None and options["steps"] is not None:
         raise click.UsageError("--epochs and --steps say the same thing twice; give one")
     with output(json_only) as out:
-        import torch
-
         from kruify.analysis.counts import count_network
-        from kruify.checkpoint import check_model_target, check_target
+        from kruify.api import train as run
         from kruify.conversion.network import network_of
         from kruify.errors import UsageError
-        from kruify.tasks.base import fresh_model
         from kruify.tasks.loader import load_task
-        from kruify.training import Recipe, finetune
-        from kruify.training.output import write_trained
 
-        task = load_task(task_name, **given(cell=cell, hidden=hidden, factors=factors, layers=layers))
-        network = network_of(task)
-        if factors is not None and not str(network.get("cell", "kru")).startswith("kru"):
+        wanted = given(**{name: options.pop(name) for name in ("cell", "hidden", "factors", "layers")})
+        found = load_task(task, **wanted)
+        network = network_of(found)
+        if "factors" in wanted and not str(network.get("cell", "kru")).startswith("kru"):
             raise UsageError(f"a cell '{network['cell']}' has no factors", "--factors", "Leave --factors out")
-        options = recipe_options(others, seed=seed, epochs=epochs, lr=lr, unitary_penalty=penalty)
-        recipe = Recipe.from_scratch().changed(**options)
-        if steps is not None:
-            recipe = recipe.changed(epochs=steps / _steps_per_epoch(task, recipe))
-        path = Path(target or _default_name(task_name, network))
-        check_model_target(path)
-        if conditioning is not None:
-            check_target(conditioning, path)
-        torch.manual_seed(seed)
+        told = recipe_options(others, {**options, "output": options["output"] or _default_name(task, network)})
         with progress("starting") as advance:
-            outcome = finetune(
-                fresh_model(task),
-                task,
-                recipe=recipe,
-                resume=resume,
-                device=device,
-                progress=advance,
-                conditioning=conditioning is not None,
-                log_dir=log_dir,
-                tensorboard=tensorboard,
-            )
+            outcome = run(found, progress=advance, **told)
         if not outcome.is_main:  # under torchrun one process writes and prints
             return
-        write_trained(path, outcome, recipe, network=network)
-        show(out, str(path), outcome, task)
-        if task.chance:
-            out.show(f"a network that learnt nothing: {task.chance}")
-        if conditioning is not None:
-            draw_conditioning(out, conditioning, outcome)
+        show(out, outcome, found, told)
+        if found.chance:
+            out.show(f"a network that learnt nothing: {found.chance}")
         out.result(
             {
-                "output": str(path),
-                "task": task_name,
+                "output": told["output"],
+                "task": task,
                 "network": network,
                 "parameters": vars(count_network(outcome.model)),
                 **outcome.to_json(),
@@ -129,18 +78,11 @@ def train(
         )
 
 
-def _steps_per_epoch(task: Task, recipe: Recipe) -> int:
-    from kruify.training.batches import count_batches
-
-    together = recipe.accumulate * int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's number of processes
-    return math.ceil(count_batches(task, recipe.seed) / together)
-
-
-def _default_name(task_name: str, network: dict[str, Any]) -> str:
+def _default_name(task: str, network: dict[str, Any]) -> str:
     from kruify.tasks.loader import task_class
 
-    base = task_name.partition(":")[0]
+    base = task.partition(":")[0]
     if base.endswith(".py"):
-        base = task_class(task_name).__name__
+        base = task_class(task).__name__
     parts = [base, *(str(network[name]) for name in ("cell", "hidden") if name in network)]
     return "-".join(parts) + ".safetensors"

@@ -53,62 +53,51 @@ def training_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def recipe_options(pairs: tuple[str, ...], **said: Any) -> dict[str, Any]:
-    """What was said with options of their own, and NAME=VALUE with the value in the type of the recipe's default.
+def recipe_options(pairs: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """The `options` that were given, and NAME=VALUE with the value in the type of the recipe's default.
 
     Raises:
-        UsageError: a pair cannot be read, or sets what is set already.
+        UsageError: a pair cannot be read, names no option of the recipe, or sets what is set already.
     """
     from kruify.errors import UsageError
     from kruify.training import Recipe
 
     defaults = Recipe().to_json()
-    values = given(**said)
+    values, named = given(**options), dict[str, Any]()
     for pair in pairs:
         name, equals, text = pair.partition("=")
-        if name in values:
-            hint = f"Use --{name.replace('_', '-')} alone" if name in said else "Give it once"
+        if name in named or (name in values and name in defaults):
+            hint = f"Use --{name.replace('_', '-')} alone" if name in options else "Give it once"
             raise UsageError(f"--option {pair} sets {name} a second time", hint=hint)
         default = defaults.get(name, "")
         try:
             if not equals:
                 raise ValueError
-            if isinstance(default, bool):
-                values[name] = {"true": True, "false": False}[text.lower()]
-            elif isinstance(default, int | float) or default is None:
-                values[name] = type(default)(text) if default is not None else float(text)
+            if isinstance(default, int | float) or default is None:
+                named[name] = type(default)(text) if default is not None else float(text)
             else:
-                values[name] = text
-        except (ValueError, KeyError):
+                named[name] = text
+        except ValueError:
             example = f"{name}={default or 1}" if name in defaults else "patience=3"
             raise UsageError(f"--option {pair} cannot be read", hint=f"Write for example --option {example}") from None
-    return values
+    Recipe().changed(**named)
+    return values | named
 
 
-def show(out: Output, target: str, outcome: FinetuneResult, task: Task) -> None:
-    from rich.table import Table
+def show(out: Output, outcome: FinetuneResult, task: Task, told: dict[str, Any]) -> None:
+    """The validations as a table, and what was written."""
+    from kruify.reporting.terminal import table
 
     names = list(outcome.metrics)
-    table = Table(title=f"{outcome.steps} steps in {outcome.seconds:.0f} s, validation split", title_justify="left")
-    for heading in ("epoch", "step", "training loss", *names):
-        table.add_column(heading, justify="right")
+    title = f"{outcome.steps} steps in {outcome.seconds:.0f} s, validation split"
+    validations = table(title, "epoch", "step", "training loss", *names, words=0)
     for entry in outcome.history:
         best = " *" if entry.epoch == outcome.best_epoch else ""
         loss = "" if entry.loss is None else f"{entry.loss:.4f}"
         metrics = (f"{entry.metrics[name]:.4f}" for name in names)
-        table.add_row(f"{entry.epoch}{best}", f"{entry.step}", loss, *metrics)
-    out.show(table, f"wrote {target}: the weights of epoch {outcome.best_epoch} (*), {_metrics(outcome, task)}")
-
-
-def _metrics(outcome: FinetuneResult, task: Task) -> str:
+        validations.add_row(f"{entry.epoch}{best}", f"{entry.step}", loss, *metrics)
     value = outcome.metrics.get(task.metric)
-    return "" if value is None else f"{task.metric} {value:.4f} on the validation split"
-
-
-def draw_conditioning(out: Output, file: str, outcome: FinetuneResult) -> None:
-    from kruify.checkpoint import atomic_file
-    from kruify.reporting.training import conditioning_svg
-
-    with atomic_file(file) as handle:
-        handle.write(conditioning_svg(outcome.to_json()["history"]).encode())
-    out.show(f"wrote {file}")
+    reached = "" if value is None else f"{task.metric} {value:.4f} on the validation split"
+    out.show(validations, f"wrote {told['output']}: the weights of epoch {outcome.best_epoch} (*), {reached}")
+    if "conditioning" in told:
+        out.show(f"wrote {told['conditioning']}")

@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kruify.api import Evaluation, compress, evaluate, export, finetune, load, report, save, sweep, verify
+    from kruify.api import Evaluation, compress, evaluate, export, finetune, load, report, save, sweep, train, verify
     from kruify.conversion import Conversion, Inspection, convert, densify, inspect
     from kruify.conversion.plan import Plan
     from kruify.errors import KruifyError
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # Imported when first used, because torch takes a second: `kruify --help` must not wait for it.
 _HOMES = {
-    "api": "Evaluation compress evaluate export finetune load report save sweep verify",
+    "api": "Evaluation compress evaluate export finetune load report save sweep train verify",
     "conversion": "Conversion Inspection convert densify inspect",
     "conversion.plan": "Plan",
     "errors": "KruifyError",

@@ -13,27 +13,38 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import torch
 from torch import nn
 
 from kruify.analysis.verify import Check
 from kruify.analysis.verify import verify as _verify
-from kruify.checkpoint import Checkpoint, check_model_target, check_target, metadata_for, read, write_model
+from kruify.checkpoint import (
+    Checkpoint,
+    atomic_file,
+    check_model_target,
+    check_target,
+    metadata_for,
+    read,
+    write_model,
+)
 from kruify.conversion import build_dense, build_layer, load_tensors, plan_of, swap
 from kruify.conversion.check import stored_plan
 from kruify.conversion.locate import locate_checkpoint
-from kruify.conversion.network import load_network
+from kruify.conversion.network import load_network, network_of
 from kruify.conversion.pipeline import refuse_converted
 from kruify.errors import CorruptError, UsageError
 from kruify.exporting import Exported, export_dense, export_layers, export_network
 from kruify.reporting import Report, build_report
+from kruify.reporting.training import conditioning_svg
 from kruify.search.compression import Compression
 from kruify.search.compression import compress as _compress
 from kruify.search.trade_off import Sweep
 from kruify.search.trade_off import sweep as _sweep
-from kruify.tasks.base import Task, measure
+from kruify.tasks.base import Task, fresh_model, measure
 from kruify.tasks.loader import load_task
 from kruify.training import FinetuneResult, Recipe
 from kruify.training import finetune as _finetune
+from kruify.training.batches import steps_per_epoch
 from kruify.training.output import write_trained
 
 FilePath = str | os.PathLike[str]
@@ -77,6 +88,7 @@ def finetune(
     teacher: Network | None = None,
     output: FilePath | None = None,
     key: str | None = None,
+    conditioning: bool | FilePath = False,
     recipe: Recipe | None = None,
     **options: Any,
 ) -> FinetuneResult:
@@ -86,25 +98,55 @@ def finetune(
 
     Args:
         teacher: the dense network to learn from, too.
+        conditioning: measure the recurrent matrices at every validation; a path: draw the measures there, too (SVG).
         options: further arguments of `kruify.training.finetune`, and options of the recipe: epochs, lr, ...
 
     Raises:
         UsageError: an option makes no sense, or a file cannot be read or written.
         TaskError: the task cannot be loaded, has no batches or does not give its metric.
     """
-    task = load_task(task)
     student = _opened(model, key)
     # A converted file has one state dict, so the key is that of its teacher.
     known = None if isinstance(student, Checkpoint) and not student.is_kruify else key
     dense = None if teacher is None else _opened(teacher, known)
-    if output is not None:
-        check_model_target(output, *_files(student), *_files(dense))
-    changes = {name: options.pop(name) for name in list(options) if name in Recipe().to_json()}
-    recipe = (recipe or Recipe()).changed(**changes)
-    taught_by = None if dense is None else _network(dense, task)
-    result = _finetune(_network(student, task), task, teacher=taught_by, recipe=recipe, **options)
-    if output is not None and result.is_main:
-        write_trained(output, result, recipe, source=student if isinstance(student, Checkpoint) else None)
+    _check_targets(output, conditioning, *_files(student), *_files(dense))
+    task = load_task(task)
+    recipe, options = _recipe(recipe or Recipe(), options)
+    network = _network(student, task)
+    options["teacher"] = None if dense is None else _network(dense, task)
+    result = _finetune(network, task, recipe=recipe, conditioning=conditioning is not False, **options)
+    _write(result, recipe, output, conditioning, source=student if isinstance(student, Checkpoint) else None)
+    return result
+
+
+def train(
+    task: Task | str,
+    *,
+    output: FilePath | None = None,
+    conditioning: bool | FilePath = False,
+    recipe: Recipe | None = None,
+    steps: int | None = None,
+    **options: Any,
+) -> FinetuneResult:
+    """Trains a task's network from scratch: `kruify.train("copy-memory:cell=kru,hidden=128", output="copy.pt").model`.
+
+    Args:
+        conditioning: as for `finetune`.
+        recipe: None for `Recipe.from_scratch()`.
+        steps: optimiser steps, instead of the recipe's epochs.
+        options: as for `finetune`.
+
+    Raises:
+        UsageError, TaskError: as for `finetune`.
+    """
+    task = load_task(task)
+    recipe, options = _recipe(recipe or Recipe.from_scratch(), options)
+    if steps is not None:
+        recipe = recipe.changed(epochs=steps / steps_per_epoch(task, recipe))
+    _check_targets(output, conditioning)
+    torch.manual_seed(recipe.seed)
+    result = _finetune(fresh_model(task), task, recipe=recipe, conditioning=conditioning is not False, **options)
+    _write(result, recipe, output, conditioning, network=network_of(task))
     return result
 
 
@@ -286,6 +328,30 @@ def _opened(model: Network, key: str | None, *, dense: bool = False) -> nn.Modul
     if dense:
         refuse_converted(checkpoint)
     return checkpoint
+
+
+def _check_targets(output: FilePath | None, conditioning: bool | FilePath, *inputs: Path) -> None:
+    if output is not None:
+        check_model_target(output, *inputs)
+    if not isinstance(conditioning, bool):
+        check_target(conditioning, *inputs, *([] if output is None else [output]))
+
+
+def _recipe(recipe: Recipe, options: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe with those of the options that belong to it, and the others."""
+    changes = {name: value for name, value in options.items() if name in recipe.to_json()}
+    return recipe.changed(**changes), {name: value for name, value in options.items() if name not in changes}
+
+
+def _write(
+    result: FinetuneResult, recipe: Recipe, output: FilePath | None, conditioning: bool | FilePath, **made_from: Any
+) -> None:
+    """The network and the picture, where they were asked for; under torchrun one process writes."""
+    if output is not None and result.is_main:
+        write_trained(output, result, recipe, **made_from)
+    if not isinstance(conditioning, bool) and result.is_main:
+        with atomic_file(conditioning) as file:
+            file.write(conditioning_svg(result.to_json()["history"]).encode())
 
 
 def _network(source: nn.Module | Checkpoint, task: Task) -> nn.Module:

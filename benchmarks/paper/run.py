@@ -26,6 +26,7 @@ from measurements import Row as Run  # noqa: E402
 from measurements import read, store, where_and_when  # noqa: E402
 from rows import ROWS, Row, row_of, size_of, task_of  # noqa: E402
 
+from kruify.analysis.counts import count_network  # noqa: E402
 from kruify.conversion.network import network_of  # noqa: E402
 from kruify.errors import KruifyError  # noqa: E402
 from kruify.progress import Progress  # noqa: E402
@@ -75,20 +76,11 @@ def train(row: Row, fraction: float, seed: int, cache: Path) -> Run:
         "train_loss": result.history[-1].loss,
         "best_epoch": result.best_epoch,
         "condition_number": {"start": conditions[0], "end": conditions[-1], "largest": max(conditions)},
-        "recurrent_parameters": _recurrent(model),
+        "recurrent_parameters": count_network(model).recurrent,
         "parameters": size_of(task),
         "seconds": round(result.seconds, 1),
         **where_and_when(),
     }
-
-
-def _recurrent(model: torch.nn.Module) -> int:
-    """Real numbers in the recurrent matrices of the network."""
-    counted = 0
-    for name, parameter in model.named_parameters():
-        if ".weight_hh" in name:
-            counted += parameter.numel() * (2 if parameter.is_complex() else 1)
-    return counted
 
 
 def _tell() -> Progress:

@@ -59,8 +59,8 @@ class StructureSearch:
         slow = isinstance(metric, Weighted) or self.matrix.numel() > SHAPES_LIMIT
         self._shortlist = 1 if slow else SHORTLIST
         # In the weighted norm only a guide: see `spectrum_energy`.
-        self._subspace = SubspaceFrobenius(self.matrix @ metric.root if isinstance(metric, Weighted) else self.matrix)
-        self._searching = metric.for_search() if isinstance(metric, Weighted) else self._subspace
+        self.subspace = SubspaceFrobenius(self.matrix @ metric.root if isinstance(metric, Weighted) else self.matrix)
+        self._searching = metric.for_search() if isinstance(metric, Weighted) else self.subspace
         self._fits: dict[Structure, float] = {}
 
     def energy(self, structure: Structure, sweeps: int = SEARCH_SWEEPS) -> float:
@@ -79,7 +79,7 @@ class StructureSearch:
 
     def free(self) -> None:
         """Frees what only further searching would use."""
-        self._subspace.free()
+        self.subspace.free()
 
     def low_rank(self) -> tuple[Shape, Shape]:
         return (self.rows, 1), (1, self.cols)
@@ -102,7 +102,7 @@ class StructureSearch:
         all columns, elsewhere a guide that treats the weight as if it could be moved into the factors."""
         if self.total == 0:
             return 1.0
-        return float(self._subspace.spectrum(shapes, rank)[0][:rank].sum()) / self.total
+        return float(self.subspace.spectrum(shapes, rank)[0][:rank].sum()) / self.total
 
     def singles(self, parameters: int, multiply_adds: int | None = None) -> list[ScoredStructure]:
         """Sums of one shape that fit the budget, the most energy first; the first is exact, the others estimates."""

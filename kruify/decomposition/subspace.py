@@ -25,25 +25,28 @@ class SubspaceFrobenius(Frobenius):
 
     Args:
         matrix: (rows, cols) float64, whose parts are fitted.
+
+    Attributes:
+        spectra: what `spectrum` has found so far.
     """
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
-        self._spectra: dict[tuple[Shape, ...], tuple[Tensor, Tensor]] = {}
+        self.spectra: dict[tuple[Shape, ...], tuple[Tensor, Tensor]] = {}
 
     def spectrum(self, shapes: tuple[Shape, ...], rank: int) -> tuple[Tensor, Tensor]:
         """The heaviest squared singular values of the matrix rearranged for a pair of shapes, descending, and the
         singular vectors (shorter side, ...) of that side: all of them, or for large sides at least `rank` where there
         are so many."""
-        known = self._spectra.get(shapes)
+        known = self.spectra.get(shapes)
         shorter = min(p * q for p, q in shapes)
         if known is None or (len(known[0]) < min(rank, shorter) and shorter > SPECTRUM_LIMIT):
-            known = self._spectra[shapes] = _spectrum(rearrange(self.matrix, shapes), rank)
+            known = self.spectra[shapes] = _spectrum(rearrange(self.matrix, shapes), rank)
         return known
 
     def free(self) -> None:
         """Frees the singular vectors; they are found again when they are needed."""
-        self._spectra.clear()
+        self.spectra.clear()
 
     def term(self, rest: Tensor, term: Term, old: VectorSum | None, seed: int) -> VectorSum:
         if len(term.factors) != 2:

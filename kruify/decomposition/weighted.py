@@ -172,55 +172,59 @@ class Weighted:
         for _ in range(sweeps):
             inner = 0.0
             for f in range(len(shapes)):
-                factors[f], inner = self._solve_factor(target, shapes, factors, f)
+                factors[f], inner = best_factor(target, self.c, shapes, factors, f)
             before, error = error, total - inner
             factors = _evened(factors)
             if before - error <= self.tolerance * abs(error):
                 break
         return normalised([f.reshape(rank, -1).T for f in factors])
 
-    def _solve_factor(
-        self, target: Tensor, shapes: tuple[Shape, ...], factors: list[Tensor], f: int
-    ) -> tuple[Tensor, float]:
-        """The best factor f (rank, p, q) with the others given, and how much it takes off the squared error."""
-        p, q = shapes[f]
-        rank = factors[0].shape[0]
-        rows = [math.prod(s[0] for s in part) for part in (shapes[:f], shapes[f + 1 :])]
-        cols = [math.prod(s[1] for s in part) for part in (shapes[:f], shapes[f + 1 :])]
-        others = torch.ones(rank, 1, 1, dtype=torch.float64)
-        for g, factor in enumerate(factors):
-            if g != f:
-                others = torch.einsum("rab,rcd->racbd", others, factor).reshape(
-                    rank, others.shape[1] * factor.shape[1], -1
-                )
-        n = cols[0] * cols[1]
-        modes = self.c.reshape(cols[0], q, cols[1], cols[0], q, cols[1])
-        height = others.shape[1]
-        if rank * n <= height * q * q:  # products of the others first, or their images under C: whichever is smaller
-            inner_products = (
-                others.transpose(1, 2).reshape(rank * n, height) @ others.transpose(0, 1).reshape(height, rank * n)
-            ).reshape(rank, n, rank, n)
-            weight = modes.permute(0, 2, 3, 5, 1, 4).reshape(n * n, q * q)
-            flat = inner_products.transpose(1, 2).reshape(rank * rank, n * n) @ weight
-            system = flat.reshape(rank, rank, q, q).transpose(1, 2).reshape(rank * q, rank * q)
-        else:
-            weight = modes.permute(0, 2, 1, 4, 3, 5).reshape(n, q * q * n)
-            image = (others.reshape(rank * height, n) @ weight).reshape(rank, height, q, q, n)
-            image = image.permute(0, 2, 3, 1, 4).reshape(rank * q * q, height * n)
-            flat = image @ others.reshape(rank, height * n).T
-            system = flat.reshape(rank, q, q, rank).transpose(2, 3).reshape(rank * q, rank * q)
-        wanted = target.reshape(rows[0], p, rows[1], cols[0], q, cols[1]).permute(1, 4, 0, 2, 3, 5).reshape(p * q, -1)
-        right = (wanted @ others.reshape(rank, -1).T).reshape(p, q, rank).permute(2, 1, 0).reshape(rank * q, p)
-        old = factors[f].permute(0, 2, 1).reshape(rank * q, p)
-        ridge = PROXIMAL * float(system.diagonal().mean())
-        lhs = system + ridge * torch.eye(len(system), dtype=torch.float64)
-        root, info = torch.linalg.cholesky_ex(lhs)
-        if int(info) == 0:
-            new = torch.cholesky_solve(right + ridge * old, root)
-        else:
-            new = torch.linalg.lstsq(lhs, right + ridge * old, driver="gelsd").solution
-        inner = float((2 * new * right).sum() - (new * (system @ new)).sum())
-        return new.reshape(rank, q, p).permute(0, 2, 1), inner
+
+def best_factor(
+    target: Tensor, c: Tensor, shapes: tuple[Shape, ...], factors: list[Tensor], f: int
+) -> tuple[Tensor, float]:
+    """The best factor f (rank, p, q) with the others given, and how much it takes off the squared error.
+
+    Args:
+        target: (rows, cols), W C.
+        factors: one (rank, p, q) per shape; the f-th is only what the solution stays near where it is undetermined.
+    """
+    p, q = shapes[f]
+    rank = factors[0].shape[0]
+    rows = [math.prod(s[0] for s in part) for part in (shapes[:f], shapes[f + 1 :])]
+    cols = [math.prod(s[1] for s in part) for part in (shapes[:f], shapes[f + 1 :])]
+    others = torch.ones(rank, 1, 1, dtype=torch.float64)
+    for g, factor in enumerate(factors):
+        if g != f:
+            others = torch.einsum("rab,rcd->racbd", others, factor).reshape(rank, others.shape[1] * factor.shape[1], -1)
+    n = cols[0] * cols[1]
+    modes = c.reshape(cols[0], q, cols[1], cols[0], q, cols[1])
+    height = others.shape[1]
+    if rank * n <= height * q * q:  # products of the others first, or their images under C: whichever is smaller
+        inner_products = (
+            others.transpose(1, 2).reshape(rank * n, height) @ others.transpose(0, 1).reshape(height, rank * n)
+        ).reshape(rank, n, rank, n)
+        weight = modes.permute(0, 2, 3, 5, 1, 4).reshape(n * n, q * q)
+        flat = inner_products.transpose(1, 2).reshape(rank * rank, n * n) @ weight
+        system = flat.reshape(rank, rank, q, q).transpose(1, 2).reshape(rank * q, rank * q)
+    else:
+        weight = modes.permute(0, 2, 1, 4, 3, 5).reshape(n, q * q * n)
+        image = (others.reshape(rank * height, n) @ weight).reshape(rank, height, q, q, n)
+        image = image.permute(0, 2, 3, 1, 4).reshape(rank * q * q, height * n)
+        flat = image @ others.reshape(rank, height * n).T
+        system = flat.reshape(rank, q, q, rank).transpose(2, 3).reshape(rank * q, rank * q)
+    wanted = target.reshape(rows[0], p, rows[1], cols[0], q, cols[1]).permute(1, 4, 0, 2, 3, 5).reshape(p * q, -1)
+    right = (wanted @ others.reshape(rank, -1).T).reshape(p, q, rank).permute(2, 1, 0).reshape(rank * q, p)
+    old = factors[f].permute(0, 2, 1).reshape(rank * q, p)
+    ridge = PROXIMAL * float(system.diagonal().mean())
+    lhs = system + ridge * torch.eye(len(system), dtype=torch.float64)
+    root, info = torch.linalg.cholesky_ex(lhs)
+    if int(info) == 0:
+        new = torch.cholesky_solve(right + ridge * old, root)
+    else:
+        new = torch.linalg.lstsq(lhs, right + ridge * old, driver="gelsd").solution
+    inner = float((2 * new * right).sum() - (new * (system @ new)).sum())
+    return new.reshape(rank, q, p).permute(0, 2, 1), inner
 
 
 def _chunks(count: Tensor, together: int) -> list[slice]:

@@ -41,12 +41,12 @@ def tables(report: Report) -> list[RenderableType]:
     return parts
 
 
-def _table(title: str, *columns: str, caption: str | None = None) -> Table:
-    """The first column in words, the others figures."""
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+def table(title: str, *columns: str, words: int = 1, caption: str | None = None) -> Table:
+    """A table whose first `words` columns hold words, the others figures."""
+    made = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left", overflow="fold")
-    return table
+        made.add_column(column, justify="left" if place < words else "right", overflow="fold")
+    return made
 
 
 def _made(report: Report) -> Table:
@@ -63,28 +63,28 @@ def _made(report: Report) -> Table:
 def _gates(model: ModelReport) -> Table:
     kept = [place for place, column in enumerate(GATE_COLUMNS) if column != IN_PLAN]
     heads = [GATE_COLUMNS[place].replace(" ", "\n") for place in kept]  # leaves more room for names
-    table = _table(f"{model.name}: recurrent matrices", "gate", *heads, "singular\nvalues")
+    made = table(f"{model.name}: recurrent matrices", "gate", *heads, "singular\nvalues")
     for entry in model.recurrent_matrices:
         cells = gate_cells(entry)
         curve = sparkline_of_spectrum(entry.singular_values)
-        table.add_row(f"{entry.name} {entry.gate}", *(cells[place] for place in kept), curve)
-    return table
+        made.add_row(f"{entry.name} {entry.gate}", *(cells[place] for place in kept), curve)
+    return made
 
 
 def _training(report: Report) -> Table:
-    table = _table("training", "model", "quantity", "first", "last", "curve")
+    made = table("training", "model", "quantity", "first", "last", "curve")
     for model in report.models:
         for name, values in validations(model):
             known = [v for v in values if math.isfinite(v)]
             if not known:
                 continue
-            table.add_row(model.name, name, *(metric(v) for v in (known[0], known[-1])), sparkline(known))
-    return table
+            made.add_row(model.name, name, *(metric(v) for v in (known[0], known[-1])), sparkline(known))
+    return made
 
 
 def _comparison(report: Report) -> Table:
     said = " ".join(sentence for sentence in (metric_note(report), latency_note(report)) if sentence)
-    table = _table("comparison", "", *(model.name for model in report.models), caption=said)
+    made = table("comparison", "", *(model.name for model in report.models), caption=said)
     for row in comparison(report):
-        table.add_row(Text(row.label, "bold") if row.main else row.label, *row.cells)
-    return table
+        made.add_row(Text(row.label, "bold") if row.main else row.label, *row.cells)
+    return made

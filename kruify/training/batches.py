@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from kruify.errors import TaskError
 from kruify.tasks.base import Task, check_batches
 from kruify.training.randomness import derived_seed, seed_all
+from kruify.training.recipe import Recipe
 
 Batch = tuple[int, Any]  # (number of the batch in its epoch, batch)
 
@@ -24,6 +27,11 @@ def count_batches(task: Task, seed: int) -> int:
     if not count:
         raise TaskError('split "train" has no batches', where=type(task).__name__)
     return count
+
+
+def steps_per_epoch(task: Task, recipe: Recipe) -> int:
+    """Optimiser steps in one epoch of a run that has not begun: as many processes take part as torchrun has started."""
+    return math.ceil(count_batches(task, recipe.seed) / (recipe.accumulate * int(os.environ.get("WORLD_SIZE", "1"))))
 
 
 def steps_of_epoch(

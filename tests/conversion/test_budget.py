@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from kruify.conversion.budget import Budget, parse_budget, plan_budget
-from kruify.decomposition import fit
-from kruify.decomposition.structure_search import StructureSearch
+from kruify.decomposition import fit, structure_search
 from kruify.errors import PlanError, TargetMissedError
 from kruify.factors import parse
 
@@ -59,8 +58,8 @@ def test_what_one_budget_learnt_serves_the_next_and_changes_nothing(monkeypatch)
     budgets = ("2x", "4x", "8x", "params=60%,macs=3x")
     alone = [plan_budget(matrices(), budget) for budget in budgets]
     fits = []
-    quick = StructureSearch._fitted
-    monkeypatch.setattr(StructureSearch, "_fitted", lambda *a: fits.append(a) or quick(*a))
+    fit_with = structure_search.fit_with
+    monkeypatch.setattr(structure_search, "fit_with", lambda *a, **k: fits.append(a) or fit_with(*a, **k))
     searches = {}
     for budget, wanted in zip(budgets, alone, strict=True):
         assert plan_budget(matrices(), budget, searches=searches) == wanted

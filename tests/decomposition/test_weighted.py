@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kruify.decomposition import fit
-from kruify.decomposition.weighted import Weighted
+from kruify.decomposition.weighted import Weighted, best_factor
 from kruify.errors import UnsupportedError, UsageError
 from kruify.factors import parse
 
@@ -90,7 +90,7 @@ def test_both_ways_to_the_normal_equations_agree():
     shapes = ((2, 2), (32, 32))
     one = [gaussian(12, *s, seed=i) for i, s in enumerate(shapes)]
     for f in (0, 1):  # the first takes the one way, the second the other
-        solved, taken = metric._solve_factor(w @ metric.c, shapes, one, f)
+        solved, taken = best_factor(w @ metric.c, metric.c, shapes, one, f)
         k = sum(torch.kron(*[(solved if g == f else one[g])[r].contiguous() for g in (0, 1)]) for r in range(12))
         rest = w - k
         left = float(((rest @ metric.c) * rest).sum())

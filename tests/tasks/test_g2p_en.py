@@ -19,7 +19,7 @@ from kruify.tasks import _data
 from kruify.tasks.g2p_en import G2PEn, G2PNetwork
 from kruify.tasks.g2p_en.lexicon import GRAPHEMES, PHONEMES, lexicon, read, spell
 from kruify.tasks.g2p_en.metrics import edit_distance, error_rates
-from kruify.tasks.g2p_en.task import _bucketed, _collate, predict
+from kruify.tasks.g2p_en.task import bucketed, collate, predict
 from kruify.tasks.loader import load_task
 
 HERE = importlib.util.find_spec
@@ -201,11 +201,11 @@ def test_padding_changes_nothing(cell: str) -> None:
     model = G2PNetwork(hidden=16, cell=cell, factors="2*(4x4,4x4)").double()
     pairs = [(spell(word), tuple(range(4, 4 + n))) for word, n in [("a", 1), ("abcdefgh", 9), ("abc", 4), ("zz", 12)]]
     task = G2PEn()
-    together = _collate(pairs)
+    together = collate(pairs)
     logits = task.forward(model, together)
     total = torch.zeros((), dtype=torch.float64)
     for row, pair in enumerate(pairs):
-        alone = _collate([pair])
+        alone = collate([pair])
         expected = task.forward(model, alone)
         torch.testing.assert_close(logits[row : row + 1, : expected.shape[1]], expected, rtol=0, atol=1e-12)
         total += task.loss(expected, alone) * expected.shape[1]
@@ -221,7 +221,7 @@ def test_a_few_steps_learn() -> None:
     task = G2PEn(hidden=16, cell="lstm")
     model = task.model()
     pairs = [(spell(word), (4 + ord(word[0]) % 50, 5)) for word in ("cat", "dog", "fish", "bird", "ox")]
-    batches = [_collate(batch) for batch in _bucketed(pairs, 2, random.Random(0))]
+    batches = [collate(batch) for batch in bucketed(pairs, 2, random.Random(0))]
     assert sorted(len(batch.lengths) for batch in batches) == [1, 2, 2]
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     losses = []

@@ -12,6 +12,7 @@ from kruify.errors import CorruptError, TaskError
 from kruify.tasks import king_james
 from kruify.tasks.king_james import corpus, split_chapters
 from kruify.tasks.loader import load_task
+from kruify.tasks.penn_treebank import corpus as penn_treebank
 
 installed = pytest.mark.skipif(shutil.which("bible") is None, reason="Debian package bible-kjv is not installed")
 
@@ -155,7 +156,7 @@ def test_penn_treebank_in_either_form(tmp_path: Path, form: str) -> None:
             lines, name = [f" {' '.join(line.strip().replace(' ', '_'))} " for line in lines], f"ptb.char.{split}.txt"
         (tmp_path / name).write_text("\n".join(lines) + "\n")
     task = load_task("penn-treebank", data=tmp_path, steps=4, hidden=4)
-    symbols, texts = task._corpus()
+    symbols, texts = penn_treebank(str(tmp_path))
     spelled = {split: "".join(symbols[i] for i in text.tolist()) for split, text in texts.items()}
     assert spelled == {"train": "no_it_was_n't<unk>_rose_N_%", "valid": "a_b", "test": "was_it"}
     assert task.examples("train") == 27

@@ -96,7 +96,7 @@ def test_global_random_state_is_left_alone() -> None:
 def test_accumulating_is_the_larger_batch() -> None:
     # 5 batches of 16: the last group of 2 has one batch only, like the last batch of 32.
     small, large = Delay(batch=16, count=5), Delay(batch=32, count=5)
-    large._data = lambda _, seed: Delay._data(small, 80, seed)
+    large.data = lambda _, seed: Delay.data(small, 80, seed)
     large.batches = lambda split, seed=0: pairs(small.batches(split, seed=seed))
     a = finetune(small.kronecker(), small, accumulate=2, **QUICK)
     b = finetune(large.kronecker(), large, **QUICK)

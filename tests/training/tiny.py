@@ -59,14 +59,14 @@ class Delay(Task):
 
     def batches(self, split: str, *, seed: int = 0) -> Iterator[Batch]:
         examples = 2 * self.batch * self.count // 2
-        x, y = self._data(examples, {"train": 1, "valid": 2, "test": 3}[split])
+        x, y = self.data(examples, {"train": 1, "valid": 2, "test": 3}[split])
         order = torch.arange(examples)
         if split == "train":
             order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
         for rows in order.split(self.batch):
             yield x[rows], y[rows]
 
-    def _data(self, examples: int, seed: int) -> Batch:
+    def data(self, examples: int, seed: int) -> Batch:
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(examples, 5, 3, generator=generator, dtype=self.dtype)
         y = torch.randint(4, (examples,), generator=generator)

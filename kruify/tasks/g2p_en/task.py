@@ -92,12 +92,12 @@ class G2PEn(Task):
         """
         pairs = [(spell(word), pronunciations[0]) for word, pronunciations in self.words(split).items()]
         if split == "train":
-            batches = _bucketed(pairs, self.batch_size, random.Random(seed))
+            batches = bucketed(pairs, self.batch_size, random.Random(seed))
         else:
             pairs.sort(key=_lengths)
             batches = _chunks(pairs, _EVALUATION_BATCH)
         for batch in batches:
-            yield _collate(batch)
+            yield collate(batch)
 
     def forward(self, model: nn.Module, batch: G2PBatch) -> Tensor:
         """Return logits (batch, steps, 74)."""
@@ -137,7 +137,7 @@ T = TypeVar("T")
 Pair = tuple[list[int], Pronunciation]
 
 
-def _collate(pairs: list[Pair]) -> G2PBatch:
+def collate(pairs: list[Pair]) -> G2PBatch:
     return G2PBatch(
         graphemes=_padded([graphemes for graphemes, _ in pairs]),
         lengths=torch.tensor([len(graphemes) for graphemes, _ in pairs]),
@@ -146,7 +146,7 @@ def _collate(pairs: list[Pair]) -> G2PBatch:
     )
 
 
-def _bucketed(pairs: list[Pair], size: int, rng: random.Random) -> list[list[Pair]]:
+def bucketed(pairs: list[Pair], size: int, rng: random.Random) -> list[list[Pair]]:
     """Return all pairs in batches of `size`, shuffled, with words of nearly equal lengths together."""
     pairs = rng.sample(pairs, len(pairs))
     batches = [batch for pool in _chunks(pairs, size * _POOL) for batch in _chunks(sorted(pool, key=_lengths), size)]
