@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import scipy.linalg
 import torch
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 
 from kruify.decomposition.vectors import NUMERICALLY_ZERO, VectorSum, normalised
@@ -13,11 +15,10 @@ LANCZOS_FEW = 4  # ... that is, so many,
 LANCZOS_LARGE = 2048  # and the shorter side from which it also wins for
 LANCZOS_SHARE = 16  # ... 1/16 of all
 GRAM_SHARE = 8  # elsewhere, at most 1/8 of all triplets come from the Gram matrix
-LANCZOS_LIMIT = 1200  # steps; beyond, the basis costs more than LAPACK
 PANEL = 16  # rows that stay in the cache between the two products with them
-ACCURACY = 2e-8  # estimated distance of the subspace found from the true one; the estimate is ten times too careful
+BASIS = 40  # fewest Lanczos vectors between two restarts
+ACCURACY = 1e-13  # of the squared singular values, relative
 SINGLE_FROM = 1 << 20  # entries from which `follow` multiplies in single precision
-BACKWARD = 1e-13  # or: a residual at rounding level, where singular values lie too close to be told apart
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> VectorSum:
@@ -66,64 +67,23 @@ def _exact_triplets(work: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _lanczos(matrix: Tensor, rank: int) -> VectorSum | None:
-    """Lanczos on M^T M with full reorthogonalisation; None where it does not converge or misses a multiple value.
+    """The triplets by ARPACK's Lanczos iteration on M^T M; None where it does not converge.
 
-    Golub & Van Loan, "Matrix Computations", section 10.1. Working with the Gram matrix squares the condition, which
-    harms only triplets lighter than 1e-7 of the heaviest; those are left to LAPACK.
+    Working with the Gram matrix squares the condition, which harms only triplets lighter than 1e-7 of the heaviest;
+    those are left to LAPACK.
     """
     work = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     n = work.shape[1]
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(n, dtype=matrix.dtype, generator=generator)
-    limit = min(LANCZOS_LIMIT, n - 1)
-    basis = torch.empty(limit + 1, n, dtype=matrix.dtype)
-    basis[0] = start / start.norm()
-    alpha: list[float] = []
-    beta: list[float] = []
-    values = vectors = torch.empty(0)
-    for step in range(limit):
-        image = _gram(work, basis[step])
-        alpha.append(float(image @ basis[step]))
-        for _ in range(2):  # twice is enough (Parlett)
-            image -= basis[: step + 1].T @ (basis[: step + 1] @ image)
-        beta.append(float(image.norm()))
-        largest = max(alpha)
-        if largest == 0:
-            return None
-        broke_down = beta[-1] <= 1e-14 * largest
-        if broke_down or (step > 2 * rank and step % max(5, step // 20) == 0):
-            off = torch.tensor(beta[:-1], dtype=matrix.dtype)
-            small = torch.diag(torch.tensor(alpha, dtype=matrix.dtype)) + torch.diag(off, 1) + torch.diag(off, -1)
-            values, vectors = (t.flip(-1) for t in torch.linalg.eigh(small))
-            if broke_down:
-                break
-            residual = float((beta[-1] * vectors[-1, :rank]).norm())
-            gap = float(values[rank - 1] - values[rank])
-            if residual <= max(ACCURACY * gap, BACKWARD * float(values[0])):
-                break
-        basis[step + 1] = image / beta[-1]
-    else:
+    operator = LinearOperator((n, n), lambda x: _gram(work, torch.from_numpy(x)).numpy(), dtype=np.float64)
+    start = torch.randn(n, dtype=matrix.dtype, generator=torch.Generator().manual_seed(0)).numpy()
+    try:
+        values, vectors = eigsh(operator, rank, which="LA", v0=start, ncv=max(2 * rank + 1, BASIS), tol=ACCURACY)
+    except ArpackError:
         return None
-    if len(values) < rank or float(values[rank - 1]) <= 1e-14 * float(values[0]):
+    if values[0] <= 1e-14 * values[-1]:
         return None
-    right = basis[: len(values)].T @ vectors[:, :rank]
-    if _misses_one(work, right, float(values[rank - 1]), generator):
-        return None
-    left, weight, right = _exact_triplets(work, right)
+    left, weight, right = _exact_triplets(work, torch.from_numpy(vectors[:, ::-1].copy()))
     return VectorSum(weight, [left, right] if work is matrix else [right, left])
-
-
-def _misses_one(work: Tensor, right: Tensor, smallest: float, generator: torch.Generator) -> bool:
-    """One start vector sees only one direction of a multiple singular value; a second one finds the others."""
-    x = torch.randn(work.shape[1], dtype=work.dtype, generator=generator)
-    estimate = 0.0
-    for _ in range(4):
-        x -= right @ (right.T @ x)
-        x /= x.norm()
-        image = _gram(work, x)
-        estimate = float(image @ x)
-        x = image
-    return estimate > smallest * (1 + 1e-9)
 
 
 def follow(matrix: Tensor, start: VectorSum) -> VectorSum:
