@@ -11,7 +11,7 @@ from kruify.decomposition.rearrangement import restore
 from kruify.decomposition.sparse_residual import Blocks, add_blocks
 from kruify.decomposition.vectors import VectorSum
 from kruify.decomposition.weighted import Weighted
-from kruify.factors import Structure, Term
+from kruify.factors import Structure
 
 LARGE = 1 << 21  # entries from which one start has to do
 THOROUGH = 10  # rounds from which a sum is fitted from two starts
@@ -49,99 +49,81 @@ def _descend(
     w: Tensor, structure: Structure, metric: Metric, seed: int, sweeps: int, order: list[int] | None
 ) -> tuple[Parts, float, list[int]]:
     """One start and its rounds: (what was found, its squared error, the order in which the parts entered)."""
-    found = Parts([None] * len(structure.terms))
-    parts: list[_Part] = [_TermPart(found, metric, i, term, seed) for i, term in enumerate(structure.terms)]
-    if structure.diagonal:
-        parts.append(_DiagonalPart(found, metric))
-    if structure.sparse_blocks:
-        parts.append(_SparsePart(found, metric, structure.sparse_blocks, structure.block))
-    if len(parts) == 1:
-        parts[0].update(w)
-        return found, 0.0, [0]
+    parts = _Descent(structure, metric, seed, Parts([None] * len(structure.terms)))
+    places = parts.places()
+    if len(places) == 1:
+        parts.update(places[0], w)
+        return parts.found, 0.0, places
     rest = w.clone()
     total = error = metric.error(rest)
     entered: list[int] = []
-    while len(entered) < len(parts):
-        place = order[len(entered)] if order is not None else _greediest(parts, entered, rest, metric)
+    while len(entered) < len(places):
+        place = order[len(entered)] if order is not None else parts.greediest(entered, rest)
         entered.append(place)
-        parts[place].update(rest)
-        parts[place].add(rest, -1)
+        parts.update(place, rest)
+        parts.add(place, rest, -1)
     for _ in range(sweeps):
         before, error = error, metric.error(rest)
         if before - error <= TOLERANCE * error or error <= 1e-28 * total:
             break
-        for part in parts:
-            part.add(rest, 1)
-            part.update(rest)
-            part.add(rest, -1)
-    return found, metric.error(rest), entered
-
-
-def _greediest(parts: list[_Part], entered: list[int], rest: Tensor, metric: Metric) -> int:
-    """The term that alone takes the most off what is left; diagonal and sparse residual come last, since one that
-    enters first holds what the terms could have held for less."""
-    waiting = [place for place in range(len(parts)) if place not in entered]
-    terms = [(place, part) for place in waiting if isinstance(part := parts[place], _TermPart)]
-    if len(terms) < 2:
-        return terms[0][0] if terms else waiting[0]
-    errors = []
-    for _, part in terms:
-        part.update(rest)
-        part.add(rest, -1)
-        errors.append(metric.error(rest))
-        part.add(rest, 1)
-        part.found.terms[part.place] = None
-    return terms[errors.index(min(errors))][0]
+        for place in places:
+            parts.add(place, rest, 1)
+            parts.update(place, rest)
+            parts.add(place, rest, -1)
+    return parts.found, metric.error(rest), entered
 
 
 @dataclass
-class _Part:
-    """One part: `update` fits it to `rest` (rows, cols), `add` adds `sign` times what it holds to `rest` in place."""
+class _Descent:
+    """The parts of a structure by place: its terms, then the diagonal, then the sparse residual."""
 
-    found: Parts
+    structure: Structure
     metric: Metric
-
-    def update(self, rest: Tensor) -> None:
-        raise NotImplementedError
-
-    def add(self, rest: Tensor, sign: int) -> None:
-        raise NotImplementedError
-
-
-@dataclass
-class _TermPart(_Part):
-    place: int
-    term: Term
     seed: int
+    found: Parts
 
-    def update(self, rest: Tensor) -> None:
-        self.found.terms[self.place] = self.metric.term(rest, self.term, self.found.terms[self.place], self.seed)
+    def places(self) -> list[int]:
+        """The places of the parts that the structure has."""
+        s, count = self.structure, len(self.structure.terms)
+        return [*range(count), *([count] if s.diagonal else []), *([count + 1] if s.sparse_blocks else [])]
 
-    def add(self, rest: Tensor, sign: int) -> None:
-        products = self.found.terms[self.place]
-        assert products is not None
-        rest.add_(restore(products.dense(), self.term.factors), alpha=sign)
+    def update(self, place: int, rest: Tensor) -> None:
+        """Fits one part to `rest` (rows, cols)."""
+        s, found = self.structure, self.found
+        if place < len(s.terms):
+            found.terms[place] = self.metric.term(rest, s.terms[place], found.terms[place], self.seed)
+        elif place == len(s.terms):
+            found.diagonal = self.metric.diagonal(rest)
+        else:
+            found.sparse_residual = self.metric.sparse_residual(rest, s.sparse_blocks, s.block, found.sparse_residual)
 
+    def add(self, place: int, rest: Tensor, sign: int) -> None:
+        """Adds `sign` times what one part holds to `rest` in place."""
+        s, found = self.structure, self.found
+        if place < len(s.terms):
+            products = found.terms[place]
+            assert products is not None
+            rest.add_(restore(products.dense(), s.terms[place].factors), alpha=sign)
+        elif place == len(s.terms):
+            assert found.diagonal is not None
+            rest.diagonal().add_(found.diagonal, alpha=sign)
+        else:
+            assert found.sparse_residual is not None
+            values, index = found.sparse_residual
+            add_blocks(rest, sign * values, index)
 
-class _DiagonalPart(_Part):
-    def update(self, rest: Tensor) -> None:
-        self.found.diagonal = self.metric.diagonal(rest)
-
-    def add(self, rest: Tensor, sign: int) -> None:
-        assert self.found.diagonal is not None
-        rest.diagonal().add_(self.found.diagonal, alpha=sign)
-
-
-@dataclass
-class _SparsePart(_Part):
-    blocks: int
-    block: int
-
-    def update(self, rest: Tensor) -> None:
-        old = self.found.sparse_residual
-        self.found.sparse_residual = self.metric.sparse_residual(rest, self.blocks, self.block, old)
-
-    def add(self, rest: Tensor, sign: int) -> None:
-        assert self.found.sparse_residual is not None
-        values, index = self.found.sparse_residual
-        add_blocks(rest, sign * values, index)
+    def greediest(self, entered: list[int], rest: Tensor) -> int:
+        """The term that alone takes the most off what is left; diagonal and sparse residual come last, since one that
+        enters first holds what the terms could have held for less."""
+        waiting = [place for place in self.places() if place not in entered]
+        terms = [place for place in waiting if place < len(self.structure.terms)]
+        if len(terms) < 2:
+            return waiting[0]
+        errors = []
+        for place in terms:
+            self.update(place, rest)
+            self.add(place, rest, -1)
+            errors.append(self.metric.error(rest))
+            self.add(place, rest, 1)
+            self.found.terms[place] = None
+        return terms[errors.index(min(errors))]
