@@ -1,1 +1,1 @@
-"""The command line, installed as `kruify.cli`: parse, call, print. One file a command; no logic, no torch at import."""
+"""The command line, installed as `kruify.cli`: parse, call, print. One file per command; neither logic nor torch."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from kruify.progress import Progress
 
-WIDTH = 110  # columns where no terminal tells: files, pipes
+WIDTH = 110  # columns where the output is no terminal: files, pipes
 
 
 class Output:

@@ -39,7 +39,7 @@ _OPTIONS = (
         help="Measure condition number, spectral norm, unitarity defect and the gradient through time; "
         "draw them there.",
     ),
-    click.option("--log-dir", metavar="DIR", help="Write history.csv there, one line a validation."),
+    click.option("--log-dir", metavar="DIR", help="Write history.csv there, one line per validation."),
     click.option("--tensorboard", is_flag=True, help="Write TensorBoard events to the --log-dir, too."),
     resume_option,
     device_option,

@@ -16,7 +16,7 @@ const Tensor& some_part(const MatrixTensors& given) {
 template <class T> Tensor run(const MatrixTensors& given, const Place& place) {
   const CheckedMatrix<T> w(given, place);
   const int64_t rows = w.matrix.gates * w.matrix.rows;
-  // W, and twice a gate of it in scratch memory, must be a size that can be counted in bytes.
+  // W, and twice one gate of it in scratch memory, must be a size that can be counted in bytes.
   times(times(rows, w.matrix.cols), 4 * int64_t(sizeof(T)));
   Tensor out = empty(some_part(given), {rows, w.matrix.cols});
   Buffer<T> scratch(kernels<T>().dense_scratch(w.matrix));

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,16 +47,7 @@ class Exported:
 
     def to_json(self) -> dict[str, Any]:
         """One entry of `outputs` of `kruify export --json`."""
-        return {
-            "output": str(self.path),
-            "layer": self.layer,
-            "inputs": list(self.inputs),
-            "outputs": list(self.outputs),
-            "difference": self.difference,
-            "cases": self.cases,
-            "bytes": self.bytes,
-            "assumed": list(self.assumed),
-        }
+        return {"output": str(self.path), **{name: value for name, value in vars(self).items() if name != "path"}}
 
 
 def layer_cases(interface: Interface, dtype: torch.dtype, seed: int = 0) -> Iterator[list[Tensor]]:
@@ -67,9 +58,7 @@ def layer_cases(interface: Interface, dtype: torch.dtype, seed: int = 0) -> Iter
             steps = 1
         for scale in (0.0, 0.5, 3.0):
             shapes = interface.input_shapes(steps, batch)
-            values = [
-                torch.randn([int(n) for n in shape], generator=generator, dtype=torch.float64) for shape in shapes
-            ]
+            values = [torch.randn(*map(int, shape), generator=generator, dtype=torch.float64) for shape in shapes]
             yield [(value * (scale if place else 1.0)).to(dtype) for place, value in enumerate(values)]
 
 
@@ -86,7 +75,7 @@ def difference(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     return worst
 
 
-def compare(exported: Run, original: Run, cases: Iterator[list[Tensor]]) -> tuple[float, int]:
+def compare(exported: Run, original: Run, cases: Iterable[Sequence[Tensor]]) -> tuple[float, int]:
     """Runs both on every case; returns the largest difference and the number of cases."""
     worst, count = 0.0, 0
     with torch.no_grad():
@@ -104,6 +93,27 @@ def require(found: float, tolerance: float, path: Path) -> None:
             path,
             "The new file was deleted. Report this, or allow more with --tolerance",
         )
+
+
+def write_checked(
+    path: Path,
+    write: Callable[[Path], None],
+    load: Callable[[Path], Run],
+    original: Run,
+    cases: Iterable[Sequence[Tensor]],
+    tolerance: float,
+) -> Exported:
+    """Writes a file, runs it, and compares it with the original; names are left to the caller.
+
+    Raises:
+        UsageError: the folder is missing or read-only.
+        TargetMissedError: the file differs; it is not left behind.
+    """
+    with staged(path) as file:
+        write(file)
+        found, count = compare(load(file), original, cases)
+        require(found, tolerance, path)
+        return Exported(path, "", (), (), found, count, file.stat().st_size)
 
 
 @contextmanager

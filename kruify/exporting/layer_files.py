@@ -9,16 +9,17 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kruify.conversion import densify
 from kruify.errors import UnsupportedError
-from kruify.exporting.check import TOLERANCE, Exported, Run, compare, layer_cases, require, staged
+from kruify.exporting.check import TOLERANCE, Exported, Run, layer_cases, write_checked
 from kruify.exporting.scan_layer import traceable
 from kruify.exporting.shapes import Interface, interface_of
 from kruify.layers.base import KRUBase
@@ -78,7 +79,7 @@ def export_torch(
         UsageError, TargetMissedError: as `export_onnx`.
     """
     module, interface = _prepare(module, name)
-    traced = _Flat(traceable(densify(module) if dense else copy.deepcopy(module)), interface)
+    traced = _Flat(traceable(densify(module) if dense else copy.deepcopy(module)))
 
     def write(file: Path) -> None:
         # An example of size 1 would fix that size.
@@ -102,22 +103,18 @@ def save_program(program: torch.export.ExportedProgram, file: Path) -> None:
 class _Flat(nn.Module):
     """A layer with its states as separate arguments and results."""
 
-    def __init__(self, layer: nn.Module, interface: Interface) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer, self.cell = layer, interface.cell
+        self.layer = layer
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return call_layer(self.layer, inputs, self.cell)
+        return call_layer(self.layer, inputs)
 
 
-def call_layer(layer: nn.Module, inputs: Sequence[Tensor], cell: bool) -> tuple[Tensor, ...]:
+def call_layer(layer: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """(input, h) or (input, h, c) -> (output, h, c); for a cell (h, c)."""
-    state: Any = inputs[1] if len(inputs) == 2 else (inputs[1], inputs[2])
-    result: Any = layer(inputs[0], state)
-    if cell:
-        return tuple(result) if isinstance(result, tuple) else (result,)
-    output, final = result
-    return (output, *final) if isinstance(final, tuple) else (output, final)
+    state = inputs[1] if len(inputs) == 2 else tuple(inputs[1:])
+    return tuple(torch.utils._pytree.tree_leaves(layer(inputs[0], state)))
 
 
 def run_onnx(file: Path) -> Run:
@@ -168,16 +165,9 @@ def _write(
     load: Callable[[Path], Run],
     tolerance: float,
 ) -> Exported:
-    def original(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        return call_layer(module, inputs, interface.cell)
-
-    with staged(path) as file:
-        write(file)
-        cases: Iterator[list[Tensor]] = layer_cases(interface, _dtype(interface))
-        found, count = compare(load(file), original, cases)
-        require(found, tolerance, path)
-        size = file.stat().st_size
-    return Exported(path, interface.layer.name, interface.inputs, interface.outputs, found, count, size)
+    cases = layer_cases(interface, _dtype(interface))
+    written = write_checked(path, write, load, partial(call_layer, module), cases, tolerance)
+    return replace(written, layer=interface.layer.name, inputs=interface.inputs, outputs=interface.outputs)
 
 
 def _dtype(interface: Interface) -> torch.dtype:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,7 +29,7 @@ from kruify.conversion import densify, densify_tensors
 from kruify.conversion.check import stored_plan
 from kruify.conversion.locate import KRU_KINDS, RecurrentLayer
 from kruify.errors import UnsupportedError, UsageError
-from kruify.exporting.check import TOLERANCE, Exported, compare, difference, layer_cases, require, staged
+from kruify.exporting.check import TOLERANCE, Exported, compare, layer_cases, require, staged, write_checked
 from kruify.exporting.layer_files import (
     call_layer,
     export_onnx,
@@ -70,8 +72,6 @@ def export_layers(
         TargetMissedError: an exported file differs from its layer; it is deleted.
     """
     found = layers_of(checkpoint)
-    if not found.items:
-        raise UsageError("there is no RNN, LSTM or GRU layer in it", checkpoint.path, "See 'kruify inspect'")
     if nonlinearity is not None and all(layer.kind != "rnn" for layer, _ in found.items):
         raise UsageError("there is no plain RNN whose nonlinearity could be set", checkpoint.path, "Leave it out")
     completed = [_completed(layer, batch_first, nonlinearity, checkpoint.path) for layer, _ in found.items]
@@ -208,17 +208,7 @@ def _compare_layers(kru: nn.Module, dense: nn.Module, nonlinearity: str | None) 
         cast(Any, dense).batch_first = kru.batch_first
     interface = interface_of(kru)
     cases = layer_cases(interface, getattr(torch, interface.layer.dtype))
-    return compare(
-        lambda case: call_layer(dense, case, interface.cell), lambda case: call_layer(kru, case, interface.cell), cases
-    )
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The arguments that a task gives its network, flattened, with the way back."""
-
-    tensors: list[Tensor]
-    spec: Any
+    return compare(partial(call_layer, dense), partial(call_layer, kru), cases)
 
 
 def export_network(
@@ -255,19 +245,16 @@ def export_network(
         prepared = with_gaps(copy.deepcopy(model), layers)
     else:
         prepared = traceable(copy.deepcopy(model))
-    traced = _Network(prepared, calls[0].spec).eval()
-    original = _Network(model, calls[0].spec).eval()
-    with staged(path) as file:
-        _trace(traced, layers, calls[0].tensors, to, file, type(model).__name__)
-        load = run_onnx if to == "onnx" else run_torch
-        run, worst = load(file), 0.0
-        with torch.no_grad():
-            for call in calls:
-                worst = max(worst, difference(run(call.tensors), original(*call.tensors)))
-        require(worst, tolerance, path)
-        size = file.stat().st_size
-    inputs = tuple(f"input_{i}" for i in range(len(calls[0].tensors)))
-    return Exported(path, "", inputs, ("output",), worst, len(calls), size)
+    example, spec = calls[0]
+    traced, original = _Network(prepared, spec).eval(), _Network(model, spec).eval()
+
+    def write(file: Path) -> None:
+        _trace(traced, layers, example, to, file, type(model).__name__)
+
+    load = run_onnx if to == "onnx" else run_torch
+    cases = (tensors for tensors, _ in calls)
+    written = write_checked(path, write, load, lambda case: original(*case), cases, tolerance)
+    return replace(written, inputs=tuple(f"input_{i}" for i in range(len(example))), outputs=("output",))
 
 
 class _Network(nn.Module):
@@ -283,15 +270,13 @@ class _Network(nn.Module):
         return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
-def _calls(model: nn.Module, task: Task, split: str, count: int = 3) -> Iterator[_Call]:
-    """What the task's forward gives to the network for the first batches, and for parts of the first one.
+def _calls(model: nn.Module, task: Task, split: str, count: int = 3) -> Iterator[tuple[list[Tensor], Any]]:
+    """The arguments that the task's forward gives to the network for the first batches, flattened, with the way back.
 
     Raises:
         UnsupportedError: the network takes something other than tensors, or the task does not call it.
     """
-    for number, batch in enumerate(task.batches(split)):
-        if number == count:
-            return
+    for batch in itertools.islice(task.batches(split), count):
         caught: list[tuple[Any, Any]] = []
         handle = model.register_forward_pre_hook(
             lambda module, args, kwargs, caught=caught: caught.append((args, kwargs)), with_kwargs=True
@@ -306,7 +291,7 @@ def _calls(model: nn.Module, task: Task, split: str, count: int = 3) -> Iterator
         leaves, spec = torch.utils._pytree.tree_flatten(caught[0])
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise UnsupportedError("its forward takes something other than tensors", type(model).__name__, ONE_BY_ONE)
-        yield _Call(leaves, spec)
+        yield leaves, spec
 
 
 def _trace(
@@ -327,7 +312,5 @@ def _trace(
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UnsupportedError(
-            f"torch cannot trace the whole network ({type(error).__name__}: {reason[:200]})",
-            name,
-            ONE_BY_ONE,
+            f"torch cannot trace the whole network ({type(error).__name__}: {reason[:200]})", name, ONE_BY_ONE
         ) from error

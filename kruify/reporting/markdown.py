@@ -58,7 +58,7 @@ def to_markdown(report: Report) -> str:
 
 
 def _training(model: ModelReport) -> list[str]:
-    """One row a validation; nothing where the file does not tell."""
+    """One row per validation; nothing where the file does not tell."""
     if not model.history:
         return []
     columns = validations(model)

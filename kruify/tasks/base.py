@@ -84,7 +84,7 @@ class Task(ABC):
         return {"loss": sum(losses) / len(losses)}
 
     def weight(self, batch: Any) -> float:
-        """Return how much `batch` counts beside others: how many examples (tokens, frames) its mean loss is over.
+        """Return the weight of `batch` among others: how many examples (tokens, frames) its mean loss is over.
 
         With 1, the default, all batches of an optimiser step count alike.
         """

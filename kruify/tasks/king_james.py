@@ -33,7 +33,7 @@ _STREAMS, _CHUNK = 64, 256  # evaluation reads so many parts of the text side by
 
 @dataclass(eq=False)
 class KingJames(SequenceTask):
-    """Character language model: 4,137,850 characters, 63 symbols, one verse a line.
+    """Character language model: 4,137,850 characters, 63 symbols, one verse per line.
 
     Splits are whole chapters, by sha1 of the reference ("Ge1") % 100: 5 % test, 5 % valid. A single text file of your
     own is cut 90/5/5 from front to back.
@@ -124,7 +124,7 @@ def _verses() -> list[str]:
     if program is None:
         hint = "Run `apt-get install bible-kjv`, or name a text of your own: king-james:data=PATH"
         raise TaskError("the program `bible` of the Debian package bible-kjv is not installed", hint=hint)
-    command = [program, "-f", "Gen1:1-Rev22:21"]  # -f: a verse a line, each with its reference
+    command = [program, "-f", "Gen1:1-Rev22:21"]  # -f: one verse per line, each with its reference
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=120)
     except (OSError, subprocess.SubprocessError) as error:

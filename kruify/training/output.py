@@ -49,8 +49,8 @@ def write_trained(
 
 
 def earlier_files(source: Checkpoint) -> list[str]:
-    """The hashes of the files that `source` was made from, as it tells; empty where it tells none, or nothing that can
-    be read: it is no reason to lose what was trained."""
+    """The hashes of the files that `source` was made from, as it records them; empty where it records none that
+    can be read: that is no reason to lose what was trained."""
     try:
         found = json.loads(source.metadata.get("kruify.parents", "[]"))
     except (ValueError, RecursionError):

@@ -42,12 +42,12 @@ class Processes:
             ) from error
         found = torch.accelerator.current_accelerator(check_available=True)
         wanted = _there(device) if device is not None else found or torch.device("cpu")
-        # It joins processes on CPUs only if it is told that CPUs are meant.
+        # It joins processes on CPUs only where it is asked for CPUs.
         self._state = PartialState(cpu=wanted.type == "cpu", timeout=TIMEOUT)
         self.count: int = self._state.num_processes
         self.rank: int = self._state.process_index
         self.is_main: bool = self._state.is_main_process
-        # One process may be told a certain device; of several, each has its own.
+        # One process may be given a device; of several, each has its own.
         self.device: torch.device = wanted if self.count == 1 else self._state.device
         self._mixed = mixed_precision == "bf16"
 

@@ -1,4 +1,4 @@
-"""What a fine-tuning run tells when it is done."""
+"""The result of a fine-tuning run."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-RATE = 16_000  # samples a second
+RATE = 16_000  # samples per second
 HOP, WINDOW, FFT = 160, 400, 512  # samples: a frame of 25 ms every 10 ms
 BANDS = 40
 STATIC = BANDS + 1

@@ -151,7 +151,7 @@ class Voice:
 
         Args:
             variant: of the voice en-us: m1 to m8, f1 to f5.
-            speed: words a minute.
+            speed: words per minute.
             pitch: 0 to 99.
         """
         self._samples, self._times = [], []
