@@ -42,8 +42,7 @@ KRUIFY_HD float float_of(uint32_t bits) {
 #endif
 }
 
-// How the templates keep operands in shared memory. `put` writes number k of a row, `put_pair` numbers k and k + 1, k
-// even.
+// How the templates keep operands in shared memory. `put` writes number k of a row, or numbers k and k + 1, k even.
 template <int Columns> struct Exact {  // float32, by threads' tiles of `Columns` columns
   static constexpr Precision precision = kFloat32;
   static constexpr int tile = Columns;
@@ -64,7 +63,7 @@ struct Tf32 {
 #endif
   }
   static KRUIFY_HD void put(float* row, int k, float value) { row[k] = float_of(round(value)); }
-  static KRUIFY_HD void put_pair(float* row, int k, float first, float second) {
+  static KRUIFY_HD void put(float* row, int k, float first, float second) {
     put(row, k, first);
     put(row, k + 1, second);
   }
@@ -85,7 +84,7 @@ struct Bf16 {
 #endif
   }
   static KRUIFY_HD void put(float* row, int k, float value) { reinterpret_cast<uint16_t*>(row)[k] = round(value); }
-  static KRUIFY_HD void put_pair(float* row, int k, float first, float second) {
+  static KRUIFY_HD void put(float* row, int k, float first, float second) {
     row[k / 2] = float_of(round(first) | static_cast<uint32_t>(round(second)) << 16);
   }
 };
@@ -206,6 +205,54 @@ KRUIFY_HD void share_tiles(
   if (columns % 32 == 0 && count * (rows / 16) * (columns / 32) >= t.count / 32)
     share_tiles_of<4>(t, count, rows, columns, product, store);
   else share_tiles_of<2>(t, count, rows, columns, product, store);
+}
+
+// `count` products C (rows, columns) = sum of A B^T, shared out to the block: tiles of 4 x Numbers::tile to its
+// threads, or of 16 x 16 and 16 x 32 to its warps. The operands' rows of `depth` numbers lie in shared memory.
+//   operands(number, add)               calls add(A, B) for all that is summed up
+//   store(number, row, column, v...)    takes an element, on tensor cores two neighbours in a row
+// `Turned`: in float32 the four of a tile run along the columns. `shift`: the logarithm of the size that Numbers::tile
+// divides, where the shapes are fixed and it is not known when the kernel is compiled.
+template <class Numbers, class Shape, bool Turned = false, class Operands, class Store>
+KRUIFY_HD void products(const Thread& t, int count, int rows, int columns, int depth, const Operands& operands,
+    const Store& store, int shift = 0) {
+  const int width = row_words(Numbers::precision, depth);
+  if constexpr (Numbers::precision == kFloat32) {
+    constexpr int NT = Numbers::tile;
+    const int down = (Turned ? columns : rows) / kTileRows, across = (Turned ? rows : columns) / NT;
+    for (int e = t.id; e < count * down * across; e += t.count) {
+      const Split place = shift ? split<Shape>(e, across, shift - (NT == 4 ? 2 : 1)) : Split{e / across, e % across};
+      const int column = place.remainder, row = place.quotient % down, number = place.quotient / down;
+      float sum[kTileRows][NT] = {};
+      operands(number, [&](const float* a, const float* b) {
+        const float *left = Turned ? b : a, *right = Turned ? a : b;
+        tile_fma<NT, Shape::turns>(
+            left + row * width, down * width, right + column * width, across * width, depth, sum);
+      });
+      KRUIFY_UNROLL
+      for (int j = 0; j < NT; ++j) {
+        KRUIFY_UNROLL
+        for (int i = 0; i < kTileRows; ++i) {
+          const int high = row + i * down, wide = column + j * across;
+          store(number, Turned ? wide : high, Turned ? high : wide, sum[i][j]);
+        }
+      }
+    }
+  } else {
+    share_tiles(
+        t, count, rows, columns,
+        [&](int number, int row, int column, int lane, auto& sum) {
+          operands(number, [&](const float* a, const float* b) {
+            warp_tile<Numbers>(lane, a + row * width, width, b + column * width, width, depth / Numbers::numbers, sum);
+          });
+        },
+        store);
+  }
+}
+
+// to[0], to[1] ... = the values, or what was there and the values.
+template <class... Values> KRUIFY_HD void write_values(float* to, bool accumulate, Values... values) {
+  ((*to = accumulate ? *to + values : values, ++to), ...);
 }
 
 }  // namespace kruify::cuda

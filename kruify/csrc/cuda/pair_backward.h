@@ -18,17 +18,6 @@ struct PairBackward : BackwardArrays<float> {
   Diagonal<float> diagonal;
 };
 
-// A (pairs, rows, cols) array transposed into padded rows: to[pair][col][row], rows first.. alone.
-template <class Numbers = Exact<4>>
-KRUIFY_HD void load_columns(
-    const Thread& t, float* to, const float* from, int pairs, int rows, int cols, int first, int count) {
-  for (int e = t.id; e < pairs * count * cols; e += t.count) {
-    const int k = e % cols, row = e / cols % count, pair = e / (cols * count);
-    Numbers::put(to + (pair * cols + k) * row_words(Numbers::precision, count), row,
-        from[(static_cast<int64_t>(pair) * rows + first + row) * cols + k]);
-  }
-}
-
 template <int G, class Numbers, class Shape> struct PairBackwardPhases {
   static constexpr bool exact = Numbers::precision == kFloat32;
   Shape s;
@@ -42,8 +31,8 @@ template <int G, class Numbers, class Shape> struct PairBackwardPhases {
   static KRUIFY_HD int words(int n) { return row_words(Numbers::precision, n); }
 
   KRUIFY_HD void load(const Thread& t) const {
-    load_columns<Numbers>(t, at(t, p.a), args.a, G * p.rank, s.P1, s.Q1, 0, s.P1);
-    load_columns<Numbers>(t, at(t, p.b), args.b, G * p.rank, s.P2, s.Q2, t.rank * p.share, p.share);
+    load_rows<Numbers, true>(t, at(t, p.a), args.a, G * p.rank, s.P1, s.Q1, 0, s.P1);
+    load_rows<Numbers, true>(t, at(t, p.b), args.b, G * p.rank, s.P2, s.Q2, t.rank * p.share, p.share);
     const int64_t row = static_cast<int64_t>(sample) * hidden();
     for (int u = t.id; u < units(); u += t.count) {
       const Split e = split<Shape>(u, p.share, p.shift);
@@ -134,77 +123,27 @@ template <int G, class Numbers, class Shape> struct PairBackwardPhases {
   }
 
   KRUIFY_HD void first_factor(const Thread& t) const {
-    if constexpr (exact) first_factor_exact(t);
-    else first_factor_tensor(t);
+    products<Numbers, Shape>(
+        t, G * p.rank, s.Q1, p.share, s.P1,
+        [&](int pair, const auto& add) {
+          add(at(t, p.a) + pair * s.Q1 * words(s.P1), at(t, p.d) + pair / p.rank * p.share * words(s.P1));
+        },
+        [&](int pair, int row, int column, auto... values) {
+          Numbers::put(at(t, p.u) + (pair * s.Q1 + row) * words(p.share), column, values...);
+        },
+        p.shift);
   }
   template <class Block> KRUIFY_HD void second_factor(const Block& block, const Thread& t) const {
-    if constexpr (exact) second_factor_exact(block, t);
-    else second_factor_tensor(block, t);
-  }
-
-  KRUIFY_HD void first_factor_exact(const Thread& t) const {
-    constexpr int NT = Numbers::tile;
-    const int columns = p.share / NT, rows = s.Q1 / kTileRows, shift = p.shift - (NT == 4 ? 2 : 1);
-    for (int e = t.id; e < G * p.rank * rows * columns; e += t.count) {
-      const Split left = split<Shape>(e, columns, shift);
-      const int column = left.remainder, row = left.quotient % rows, pair = left.quotient / rows;
-      float sum[kTileRows][NT] = {};
-      tile_fma<NT, Shape::turns>(at(t, p.a) + (pair * s.Q1 + row) * (s.P1 + kPad), rows * (s.P1 + kPad),
-          at(t, p.d) + (pair / p.rank * p.share + column) * (s.P1 + kPad), columns * (s.P1 + kPad), s.P1, sum);
-      float* to = at(t, p.u) + (pair * s.Q1 + row) * (p.share + kPad) + column;
-      KRUIFY_UNROLL
-      for (int i = 0; i < kTileRows; ++i) {
-        KRUIFY_UNROLL
-        for (int j = 0; j < NT; ++j) to[i * rows * (p.share + kPad) + j * columns] = sum[i][j];
-      }
-    }
-  }
-  KRUIFY_HD void first_factor_tensor(const Thread& t) const {
-    const int width = words(s.P1), depth = s.P1 / Numbers::numbers;
-    share_tiles(
-        t, G * p.rank, s.Q1, p.share,
-        [&](int pair, int row, int column, int lane, auto& sum) {
-          warp_tile<Numbers>(lane, at(t, p.a) + (pair * s.Q1 + row) * width, width,
-              at(t, p.d) + (pair / p.rank * p.share + column) * width, width, depth, sum);
-        },
-        [&](int pair, int row, int column, float first, float second) {
-          Numbers::put_pair(at(t, p.u) + (pair * s.Q1 + row) * words(p.share), column, first, second);
-        });
-  }
-
-  template <class Block> KRUIFY_HD void second_factor_exact(const Block& block, const Thread& t) const {
-    constexpr int NT = Numbers::tile;
-    const int columns = s.Q2 / NT, rows = s.Q1 / kTileRows, width = p.share + kPad;
-    for (int e = t.id; e < p.groups * rows * columns; e += t.count) {
-      const int column = e % columns, row = e / columns % rows, group = e / (columns * rows);
-      float sum[kTileRows][NT] = {};
-      for (int pair = group; pair < G * p.rank; pair += p.groups)
-        tile_fma<NT, Shape::turns>(at(t, p.u) + (pair * s.Q1 + row) * width, rows * width,
-            at(t, p.b) + (pair * s.Q2 + column) * width, columns * width, p.share, sum);
-      KRUIFY_UNROLL
-      for (int j = 0; j < NT; ++j) {
-        const Split owner = split<Shape>(column + j * columns, p.share, p.shift);
-        float* to =
-            block.remote(t, owner.quotient, at(t, p.v)) + (t.rank * p.groups + group) * units() + owner.remainder;
-        KRUIFY_UNROLL
-        for (int i = 0; i < kTileRows; ++i) to[(row + i * rows) * p.share] = sum[i][j];
-      }
-    }
-  }
-  template <class Block> KRUIFY_HD void second_factor_tensor(const Block& block, const Thread& t) const {
-    const int width = words(p.share), depth = p.share / Numbers::numbers;
-    share_tiles(
-        t, p.groups, s.Q1, s.Q2,
-        [&](int group, int row, int column, int lane, auto& sum) {
+    products<Numbers, Shape>(
+        t, p.groups, s.Q1, s.Q2, p.share,
+        [&](int group, const auto& add) {
           for (int pair = group; pair < G * p.rank; pair += p.groups)
-            warp_tile<Numbers>(lane, at(t, p.u) + (pair * s.Q1 + row) * width, width,
-                at(t, p.b) + (pair * s.Q2 + column) * width, width, depth, sum);
+            add(at(t, p.u) + pair * s.Q1 * words(p.share), at(t, p.b) + pair * s.Q2 * words(p.share));
         },
-        [&](int group, int row, int column, float first, float second) {
+        [&](int group, int row, int column, auto... values) {
           const Split owner = split<Shape>(column, p.share, p.shift);
-          float* to = block.remote(t, owner.quotient, at(t, p.v)) + (t.rank * p.groups + group) * units() +
-              row * p.share + owner.remainder;
-          to[0] = first, to[1] = second;
+          float* to = block.remote(t, owner.quotient, at(t, p.v)) + (t.rank * p.groups + group) * units();
+          write_values(to + row * p.share + owner.remainder, false, values...);
         });
   }
 

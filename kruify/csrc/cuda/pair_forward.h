@@ -21,14 +21,17 @@ struct PairForward : ForwardArrays<float> {
   const float* bias;  // (G * H,), or null
 };
 
-// A share of a (pairs, rows, cols) array into padded rows: rows first.. of every pair.
-template <class Numbers = Exact<4>>
+// A share of a (pairs, rows, cols) array, rows first.. of every pair, into padded rows; `Transposed`: of its columns,
+// to[pair][col][row].
+template <class Numbers, bool Transposed = false>
 KRUIFY_HD void load_rows(
     const Thread& t, float* to, const float* from, int pairs, int rows, int cols, int first, int count) {
+  const int width = row_words(Numbers::precision, Transposed ? count : cols);
   for (int e = t.id; e < pairs * count * cols; e += t.count) {
     const int k = e % cols, row = e / cols % count, pair = e / (cols * count);
-    Numbers::put(to + (pair * count + row) * row_words(Numbers::precision, cols), k,
-        from[(static_cast<int64_t>(pair) * rows + first + row) * cols + k]);
+    const float value = from[(static_cast<int64_t>(pair) * rows + first + row) * cols + k];
+    if constexpr (Transposed) Numbers::put(to + (pair * cols + k) * width, row, value);
+    else Numbers::put(to + (pair * count + row) * width, k, value);
   }
 }
 
@@ -62,7 +65,7 @@ template <int G, class Numbers, class Shape> struct PairForwardPhases {
     }
   }
 
-  // Sends for the input gates of a step; an empty group keeps the count of groups equal to that of steps.
+  // Starts to fetch the input gates of one step; an empty group keeps the number of groups equal to that of steps.
   KRUIFY_HD void fetch(const Thread& t, int step) const {
     if (step < length) {
       const float* from = args.x + args.rows.row(step, sample, length) * (G * hidden()) + t.rank * p.share;
@@ -75,86 +78,31 @@ template <int G, class Numbers, class Shape> struct PairForwardPhases {
   }
 
   KRUIFY_HD void second_factor(const Thread& t, int step) const {
-    if constexpr (exact) second_factor_exact(t, step);
-    else second_factor_tensor(t, step);
+    products<Numbers, Shape, true>(
+        t, G * p.rank, p.share, s.Q1, s.Q2,
+        [&](int pair, const auto& add) { add(at(t, p.b) + pair * p.share * words(s.Q2), h(t, step)); },
+        [&](int pair, int row, int column, auto... values) {
+          Numbers::put(at(t, p.t) + (pair * p.share + row) * words(s.Q1), column, values...);
+        },
+        p.shift);
     // This thread's part of the step's input gates is there; the barrier makes it everybody's.
     if (p.depth == 4) fetch_wait<3>();
     else if (p.depth == 2) fetch_wait<1>();
     else fetch_wait<0>();
   }
   KRUIFY_HD void first_factor(const Thread& t, int step) const {
-    if constexpr (exact) first_factor_exact(t, step);
-    else first_factor_tensor(t, step);
-  }
-
-  KRUIFY_HD void second_factor_exact(const Thread& t, int step) const {
-    constexpr int NT = Numbers::tile;
-    const int columns = p.share / NT, rows = s.Q1 / kTileRows, shift = p.shift - (NT == 4 ? 2 : 1);
-    for (int e = t.id; e < G * p.rank * rows * columns; e += t.count) {
-      const Split left = split<Shape>(e, columns, shift);
-      const int column = left.remainder, row = left.quotient % rows, pair = left.quotient / rows;
-      float sum[kTileRows][NT] = {};
-      tile_fma<NT, Shape::turns>(h(t, step) + row * (s.Q2 + kPad), rows * (s.Q2 + kPad),
-          at(t, p.b) + (pair * p.share + column) * (s.Q2 + kPad), columns * (s.Q2 + kPad), s.Q2, sum);
-      float* to = at(t, p.t) + (pair * p.share + column) * (s.Q1 + kPad) + row;
-      KRUIFY_UNROLL
-      for (int i = 0; i < kTileRows; ++i) {
-        KRUIFY_UNROLL
-        for (int j = 0; j < NT; ++j) to[j * columns * (s.Q1 + kPad) + i * rows] = sum[i][j];
-      }
-    }
-  }
-  KRUIFY_HD void second_factor_tensor(const Thread& t, int step) const {
-    const int width = words(s.Q2), depth = s.Q2 / Numbers::numbers;
-    share_tiles(
-        t, 1, G * p.rank * p.share, s.Q1,
-        [&](int, int row, int column, int lane, auto& sum) {
-          warp_tile<Numbers>(lane, at(t, p.b) + row * width, width, h(t, step) + column * width, width, depth, sum);
-        },
-        [&](int, int row, int column, float first, float second) {
-          Numbers::put_pair(at(t, p.t) + row * words(s.Q1), column, first, second);
-        });
-  }
-
-  KRUIFY_HD void first_factor_exact(const Thread& t, int step) const {
-    constexpr int NT = Numbers::tile;
-    const int columns = p.share / NT, rows = s.P1 / kTileRows, shift = p.shift - (NT == 4 ? 2 : 1);
-    for (int e = t.id; e < G * rows * columns; e += t.count) {
-      const Split left = split<Shape>(e, columns, shift);
-      const int column = left.remainder, row = left.quotient % rows, gate = left.quotient / rows;
-      float sum[kTileRows][NT] = {};
-      for (int r = 0; r < p.rank; ++r) {
-        const int pair = gate * p.rank + r;
-        tile_fma<NT, Shape::turns>(at(t, p.a) + (pair * s.P1 + row) * (s.Q1 + kPad), rows * (s.Q1 + kPad),
-            at(t, p.t) + (pair * p.share + column) * (s.Q1 + kPad), columns * (s.Q1 + kPad), s.Q1, sum);
-      }
-      const bool apart = G == 3 && gate == 2;  // the GRU's reset gate stands between the two shares
-      float* to = (apart ? at(t, p.y) : x(t, step) + gate * units()) + row * p.share + column;
-      KRUIFY_UNROLL
-      for (int i = 0; i < kTileRows; ++i) {
-        KRUIFY_UNROLL
-        for (int j = 0; j < NT; ++j) {
-          float& place = to[i * rows * p.share + j * columns];
-          place = apart ? sum[i][j] : place + sum[i][j];
-        }
-      }
-    }
-  }
-  KRUIFY_HD void first_factor_tensor(const Thread& t, int step) const {
-    const int width = words(s.Q1), depth = s.Q1 / Numbers::numbers;
-    share_tiles(
-        t, G, s.P1, p.share,
-        [&](int gate, int row, int column, int lane, auto& sum) {
+    products<Numbers, Shape>(
+        t, G, s.P1, p.share, s.Q1,
+        [&](int gate, const auto& add) {
           for (int pair = gate * p.rank; pair < (gate + 1) * p.rank; ++pair)
-            warp_tile<Numbers>(lane, at(t, p.a) + (pair * s.P1 + row) * width, width,
-                at(t, p.t) + (pair * p.share + column) * width, width, depth, sum);
+            add(at(t, p.a) + pair * s.P1 * words(s.Q1), at(t, p.t) + pair * p.share * words(s.Q1));
         },
-        [&](int gate, int row, int column, float first, float second) {
-          const bool apart = G == 3 && gate == 2;
+        [&](int gate, int row, int column, auto... values) {
+          const bool apart = G == 3 && gate == 2;  // the GRU's reset gate stands between the two shares
           float* to = (apart ? at(t, p.y) : x(t, step) + gate * units()) + row * p.share + column;
-          to[0] = apart ? first : to[0] + first;
-          to[1] = apart ? second : to[1] + second;
-        });
+          write_values(to, !apart, values...);
+        },
+        p.shift);
   }
 
   template <class Block> KRUIFY_HD void modrelu(const Block& block, const Thread& t, int step) const {

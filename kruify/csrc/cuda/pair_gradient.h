@@ -99,16 +99,22 @@ template <class Numbers> struct PairGradientPhases {
     }
   }
   KRUIFY_HD void inner(const Thread& t) const {
-    if constexpr (exact) inner_exact(t);
-    else inner_tensor(t);
+    products<Numbers, AnyShape>(
+        t, p.batch, s.Q1, s.P2, s.Q2,
+        [&](int n, const auto& add) { add(at(t, p.x) + n * s.Q1 * words(s.Q2), at(t, p.b)); },
+        [&](int n, int row, int column, auto... values) {
+          Numbers::put(at(t, p.t) + (n * s.Q1 + row) * words(s.P2), column, values...);
+        });
+    products<Numbers, AnyShape>(
+        t, p.batch, s.P2, s.Q1, s.P1,
+        [&](int n, const auto& add) { add(at(t, p.dt) + n * s.P2 * words(s.P1), at(t, p.a)); },
+        [&](int n, int row, int column, auto... values) {
+          Numbers::put(at(t, p.u) + (n * s.P2 + row) * words(s.Q1), column, values...);
+        });
   }
   KRUIFY_HD void outer(const Thread& t, Sums& sums) const {
-    if constexpr (exact) {
-      outer_exact(t, sums);
-    } else {
-      add_tiles(t, at(t, p.d), s.P1, at(t, p.t), s.Q1, s.P2, p.groups_a, sums.a);
-      add_tiles(t, at(t, p.u), s.P2, at(t, p.xt), s.Q2, s.Q1, p.groups_b, sums.b);
-    }
+    add(t, at(t, p.d), s.P1, at(t, p.t), s.Q1, s.P2, p.groups_a, sums.a);
+    add(t, at(t, p.u), s.P2, at(t, p.xt), s.Q2, s.Q1, p.groups_b, sums.b);
   }
   KRUIFY_HD void write(const Thread& t, const Sums& sums) const {
     if constexpr (exact) {
@@ -118,28 +124,6 @@ template <class Numbers> struct PairGradientPhases {
       write_tiles(t, sums.a, args.part_a, s.P1, s.Q1, p.groups_a);
       write_tiles(t, sums.b, args.part_b, s.P2, s.Q2, p.groups_b);
     }
-  }
-
-  KRUIFY_HD void inner_tensor(const Thread& t) const {
-    const int wide = words(s.Q2), high = words(s.P1);
-    share_tiles(
-        t, p.batch, s.Q1, s.P2,
-        [&](int n, int row, int column, int lane, auto& sum) {
-          warp_tile<Numbers>(lane, at(t, p.x) + (n * s.Q1 + row) * wide, wide, at(t, p.b) + column * wide, wide,
-              s.Q2 / Numbers::numbers, sum);
-        },
-        [&](int n, int row, int column, float first, float second) {
-          Numbers::put_pair(at(t, p.t) + (n * s.Q1 + row) * words(s.P2), column, first, second);
-        });
-    share_tiles(
-        t, p.batch, s.P2, s.Q1,
-        [&](int n, int row, int column, int lane, auto& sum) {
-          warp_tile<Numbers>(lane, at(t, p.dt) + (n * s.P2 + row) * high, high, at(t, p.a) + column * high, high,
-              s.P1 / Numbers::numbers, sum);
-        },
-        [&](int n, int row, int column, float first, float second) {
-          Numbers::put_pair(at(t, p.u) + (n * s.P2 + row) * words(s.Q1), column, first, second);
-        });
   }
 
   // Calls f(group, row, column, k) for the tiles of a warp: its k-th stands in rows row.. and columns column.. of a
@@ -152,18 +136,26 @@ template <class Numbers> struct PairGradientPhases {
       if (group < groups) f(group, tile / across * 16, tile % across * 16, k);
     }
   }
-  // sum += A B^T over the rows of a batch that the warp's group takes; A (rows, depth), B (columns, depth) of each.
-  KRUIFY_HD void add_tiles(const Thread& t, const float* a, int rows, const float* b, int columns, int depth,
-      int groups, float (&sum)[4][4]) const {
+  // sum += A B^T over the rows of a batch that the thread's or warp's group takes; A (rows, depth), B (columns, depth)
+  // of each.
+  KRUIFY_HD void add(const Thread& t, const float* a, int rows, const float* b, int columns, int depth, int groups,
+      float (&sum)[4][4]) const {
     const int width = words(depth);
-    warp_tiles(t, rows, columns, groups, [&](int group, int row, int column, int k) {
-      float tile[2][4];
-      copy(sum + 2 * k, tile);
-      for (int n = group; n < p.batch; n += groups)
-        warp_tile<Numbers>(t.id % 32, a + (n * rows + row) * width, width, b + (n * columns + column) * width, width,
-            depth / Numbers::numbers, tile);
-      copy(tile, sum + 2 * k);
-    });
+    if constexpr (exact) {
+      const int down = rows / 4, across = columns / 4, tile = t.id % (down * across), group = t.id / (down * across);
+      for (int n = group; group < groups && n < p.batch; n += groups)
+        tile_fma<4, AnyShape::turns>(a + (n * rows + tile / across) * width, down * width,
+            b + (n * columns + tile % across) * width, across * width, depth, sum);
+    } else {
+      warp_tiles(t, rows, columns, groups, [&](int group, int row, int column, int k) {
+        float tile[2][4];
+        copy(sum + 2 * k, tile);
+        for (int n = group; n < p.batch; n += groups)
+          warp_tile<Numbers>(t.id % 32, a + (n * rows + row) * width, width, b + (n * columns + column) * width, width,
+              depth / Numbers::numbers, tile);
+        copy(tile, sum + 2 * k);
+      });
+    }
   }
   KRUIFY_HD void write_tiles(
       const Thread& t, const float (&sum)[4][4], float* part, int rows, int columns, int groups) const {
@@ -186,49 +178,6 @@ template <class Numbers> struct PairGradientPhases {
     }
   }
 
-  KRUIFY_HD void inner_exact(const Thread& t) const {
-    const int columns = s.P2 / 4, rows = s.Q1 / 4;
-    for (int e = t.id; e < p.batch * rows * columns; e += t.count) {
-      const int column = e % columns, row = e / columns % rows, n = e / (columns * rows);
-      float sum[kTileRows][4] = {};
-      tile_fma<4, AnyShape::turns>(at(t, p.x) + (n * s.Q1 + row) * (s.Q2 + kPad), rows * (s.Q2 + kPad),
-          at(t, p.b) + column * (s.Q2 + kPad), columns * (s.Q2 + kPad), s.Q2, sum);
-      float* to = at(t, p.t) + (n * s.Q1 + row) * (s.P2 + kPad) + column;
-      KRUIFY_UNROLL
-      for (int i = 0; i < kTileRows; ++i) {
-        KRUIFY_UNROLL
-        for (int j = 0; j < 4; ++j) to[i * rows * (s.P2 + kPad) + j * columns] = sum[i][j], sum[i][j] = 0.0f;
-      }
-      tile_fma<4, AnyShape::turns>(at(t, p.a) + row * (s.P1 + kPad), rows * (s.P1 + kPad),
-          at(t, p.dt) + (n * s.P2 + column) * (s.P1 + kPad), columns * (s.P1 + kPad), s.P1, sum);
-      to = at(t, p.u) + (n * s.P2 + column) * (s.Q1 + kPad) + row;
-      KRUIFY_UNROLL
-      for (int i = 0; i < kTileRows; ++i) {
-        KRUIFY_UNROLL
-        for (int j = 0; j < 4; ++j) to[j * columns * (s.Q1 + kPad) + i * rows] = sum[i][j];
-      }
-    }
-  }
-  KRUIFY_HD void outer_exact(const Thread& t, Sums& sums) const {
-    {
-      const int columns = s.Q1 / 4, rows = s.P1 / 4, tile = t.id % (rows * columns), width = s.P2 + kPad;
-      const int column = tile % columns, row = tile / columns;
-      const int group = t.id / (rows * columns);
-      if (group < p.groups_a)
-        for (int n = group; n < p.batch; n += p.groups_a)
-          tile_fma<4, AnyShape::turns>(at(t, p.d) + (n * s.P1 + row) * width, rows * width,
-              at(t, p.t) + (n * s.Q1 + column) * width, columns * width, s.P2, sums.a);
-    }
-    {
-      const int columns = s.Q2 / 4, rows = s.P2 / 4, tile = t.id % (rows * columns), width = s.Q1 + kPad;
-      const int column = tile % columns, row = tile / columns;
-      const int group = t.id / (rows * columns);
-      if (group < p.groups_b)
-        for (int n = group; n < p.batch; n += p.groups_b)
-          tile_fma<4, AnyShape::turns>(at(t, p.u) + (n * s.P2 + row) * width, rows * width,
-              at(t, p.xt) + (n * s.Q2 + column) * width, columns * width, s.Q1, sums.b);
-    }
-  }
   KRUIFY_HD void write_exact(
       const Thread& t, const float (&sum)[4][4], float* part, int rows, int columns, int groups) const {
     const int tile = t.id % (rows * columns), group = t.id / (rows * columns);
@@ -248,7 +197,7 @@ KRUIFY_HD void pair_gradient(Block& block, AnyShape s, const PairGradientPlan& p
   typename Block::template PerThread<typename PairGradientPhases<Numbers>::Sums> sums;
   block.each([&](const Thread& t) {
     sums.of(t) = {};
-    load_columns<Numbers>(t, phases.at(t, p.a), args.a, 1, s.P1, s.Q1, 0, s.P1);
+    load_rows<Numbers, true>(t, phases.at(t, p.a), args.a, 1, s.P1, s.Q1, 0, s.P1);
     load_rows<Numbers>(t, phases.at(t, p.b), args.b, 1, s.P2, s.Q2, 0, s.P2);
   });
   for (int64_t first = args.first; first < args.last; first += p.batch) {

@@ -72,93 +72,54 @@ template <class Numbers> struct PairProductPhases {
         if (there) fetch_quad(to + k % s.Q2, args.x + (first + n) * args.x_stride + k);
       } else {
         const Quad values = there ? load_quad(args.x + (first + n) * args.x_stride + k) : Quad{};
-        Numbers::put_pair(to, k % s.Q2, values.v[0], values.v[1]);
-        Numbers::put_pair(to, k % s.Q2 + 2, values.v[2], values.v[3]);
+        Numbers::put(to, k % s.Q2, values.v[0], values.v[1]);
+        Numbers::put(to, k % s.Q2 + 2, values.v[2], values.v[3]);
       }
     }
     fetch_commit();
   }
   KRUIFY_HD void second_factor(const Thread& t, int64_t first, int64_t turn) const {
-    if constexpr (exact) second_factor_exact(t, first, turn);
-    else tensor_inner(t, s.P2, s.Q1, s.Q2, at(t, p.b), x(t, turn));
+    inner(t, first, s.P2, s.Q1, s.Q2, at(t, p.b), x(t, turn));
   }
   KRUIFY_HD void first_factor(const Thread& t, int64_t first) const {
-    if constexpr (exact) first_factor_exact(t, first);
-    else tensor_outer(t, first, s.P1, s.P2, s.Q1, at(t, p.a), 0, at(t, p.t), 1);
+    outer(t, first, s.P1, s.P2, s.Q1, at(t, p.a), 0, at(t, p.t), 1);
   }
   KRUIFY_HD void first_transposed(const Thread& t, int64_t first) const {
-    if constexpr (exact) first_transposed_exact(t, first);
-    else tensor_inner(t, s.Q1, s.P2, s.P1, at(t, p.a), at(t, p.x));
+    inner(t, first, s.Q1, s.P2, s.P1, at(t, p.a), at(t, p.x));
   }
   KRUIFY_HD void second_transposed(const Thread& t, int64_t first) const {
-    if constexpr (exact) second_transposed_exact(t, first);
-    else tensor_outer(t, first, s.Q1, s.Q2, s.P2, at(t, p.t), 1, at(t, p.b), 0);
+    outer(t, first, s.Q1, s.Q2, s.P2, at(t, p.t), 1, at(t, p.b), 0);
   }
 
+  // How many rows of a batch there are.
+  KRUIFY_HD int there(int64_t first) const { return static_cast<int>(least(p.batch, args.rows - first)); }
+
   // t[n, r][m][k'] = sum_k factor[r][m][k] x[n][k'][k], for all rows of a batch and ranks.
-  KRUIFY_HD void tensor_inner(
-      const Thread& t, int rows, int columns, int depth, const float* factor, const float* from) const {
-    const int width = words(depth);
-    share_tiles(
-        t, p.batch * p.rank, rows, columns,
-        [&](int e, int row, int column, int lane, auto& sum) {
-          warp_tile<Numbers>(lane, factor + (e % p.rank * rows + row) * width, width,
-              from + (e / p.rank * columns + column) * width, width, depth / Numbers::numbers, sum);
+  KRUIFY_HD void inner(
+      const Thread& t, int64_t first, int rows, int columns, int depth, const float* factor, const float* from) const {
+    products<Numbers, AnyShape>(
+        t, there(first) * p.rank, rows, columns, depth,
+        [&](int e, const auto& add) {
+          add(factor + e % p.rank * rows * words(depth), from + e / p.rank * columns * words(depth));
         },
-        [&](int e, int row, int column, float first, float second) {
-          Numbers::put_pair(at(t, p.t) + (e * rows + row) * words(columns), column, first, second);
+        [&](int e, int row, int column, auto... values) {
+          Numbers::put(at(t, p.t) + (e * rows + row) * words(columns), column, values...);
         });
   }
   // y[n][m][k'] (+)= sum_{r, k} left[m][k] right[k'][k]: one of them is the factor's (r), the other t's (n, r).
-  KRUIFY_HD void tensor_outer(const Thread& t, int64_t first, int rows, int columns, int depth, const float* left,
+  KRUIFY_HD void outer(const Thread& t, int64_t first, int rows, int columns, int depth, const float* left,
       int left_moves, const float* right, int right_moves) const {
-    const int width = words(depth);
-    share_tiles(
-        t, p.batch, rows, columns,
-        [&](int n, int row, int column, int lane, auto& sum) {
+    products<Numbers, AnyShape>(
+        t, there(first), rows, columns, depth,
+        [&](int n, const auto& add) {
           for (int r = 0; r < p.rank; ++r)
-            warp_tile<Numbers>(lane, left + ((left_moves * n * p.rank + r) * rows + row) * width, width,
-                right + ((right_moves * n * p.rank + r) * columns + column) * width, width, depth / Numbers::numbers,
-                sum);
+            add(left + (left_moves * n * p.rank + r) * rows * words(depth),
+                right + (right_moves * n * p.rank + r) * columns * words(depth));
         },
-        [&](int n, int row, int column, float value, float second) {
-          if (first + n >= args.rows) return;
+        [&](int n, int row, int column, auto... values) {
           float* to = args.y + (first + n) * args.y_stride + row * columns + column;
-          to[0] = args.accumulate ? to[0] + value : value;
-          to[1] = args.accumulate ? to[1] + second : second;
+          write_values(to, args.accumulate, values...);
         });
-  }
-
-  KRUIFY_HD void second_factor_exact(const Thread& t, int64_t first, int64_t turn) const {
-    const int columns = s.P2 / 4, rows = s.Q1 / 4, width = s.Q2 + kPad;
-    for (int e = t.id; e < p.batch * p.rank * rows * columns; e += t.count) {
-      const int column = e % columns, row = e / columns % rows, r = e / (columns * rows) % p.rank;
-      const int n = e / (columns * rows * p.rank);
-      if (first + n >= args.rows) break;
-      float sum[kTileRows][4] = {};
-      tile_fma<4, AnyShape::turns>(x(t, turn) + (n * s.Q1 + row) * width, rows * width,
-          at(t, p.b) + (r * s.P2 + column) * width, columns * width, s.Q2, sum);
-      float* to = at(t, p.t) + ((n * p.rank + r) * s.P2 + column) * (s.Q1 + kPad) + row;
-      for (int i = 0; i < kTileRows; ++i)
-        for (int j = 0; j < 4; ++j) to[j * columns * (s.Q1 + kPad) + i * rows] = sum[i][j];
-    }
-  }
-  KRUIFY_HD void first_factor_exact(const Thread& t, int64_t first) const {
-    const int columns = s.P2 / 4, rows = s.P1 / 4, width = s.Q1 + kPad;
-    for (int e = t.id; e < p.batch * rows * columns; e += t.count) {
-      const int column = e % columns, row = e / columns % rows, n = e / (columns * rows);
-      if (first + n >= args.rows) break;
-      float sum[kTileRows][4] = {};
-      for (int r = 0; r < p.rank; ++r)
-        tile_fma<4, AnyShape::turns>(at(t, p.a) + (r * s.P1 + row) * width, rows * width,
-            at(t, p.t) + ((n * p.rank + r) * s.P2 + column) * width, columns * width, s.Q1, sum);
-      float* to = args.y + (first + n) * args.y_stride;
-      for (int i = 0; i < kTileRows; ++i)
-        for (int j = 0; j < 4; ++j) {
-          float& place = to[(row + i * rows) * s.P2 + column + j * columns];
-          place = args.accumulate ? place + sum[i][j] : sum[i][j];
-        }
-    }
   }
 
   // The gradient of x: the same with the factors transposed, the first one first.
@@ -168,37 +129,6 @@ template <class Numbers> struct PairProductPhases {
       const int n = e / size, p1 = e % size / s.P2, p2 = e % s.P2;
       const float value = first + n < args.rows ? args.x[(first + n) * args.x_stride + e % size] : 0.0f;
       Numbers::put(at(t, p.x) + (n * s.P2 + p2) * words(s.P1), p1, value);
-    }
-  }
-  KRUIFY_HD void first_transposed_exact(const Thread& t, int64_t first) const {
-    const int columns = s.P2 / 4, rows = s.Q1 / 4, width = s.P1 + kPad;
-    for (int e = t.id; e < p.batch * p.rank * rows * columns; e += t.count) {
-      const int column = e % columns, row = e / columns % rows, r = e / (columns * rows) % p.rank;
-      const int n = e / (columns * rows * p.rank);
-      if (first + n >= args.rows) break;
-      float sum[kTileRows][4] = {};
-      tile_fma<4, AnyShape::turns>(at(t, p.a) + (r * s.Q1 + row) * width, rows * width,
-          at(t, p.x) + (n * s.P2 + column) * width, columns * width, s.P1, sum);
-      float* to = at(t, p.t) + ((n * p.rank + r) * s.Q1 + row) * (s.P2 + kPad) + column;
-      for (int i = 0; i < kTileRows; ++i)
-        for (int j = 0; j < 4; ++j) to[i * rows * (s.P2 + kPad) + j * columns] = sum[i][j];
-    }
-  }
-  KRUIFY_HD void second_transposed_exact(const Thread& t, int64_t first) const {
-    const int columns = s.Q2 / 4, rows = s.Q1 / 4, width = s.P2 + kPad;
-    for (int e = t.id; e < p.batch * rows * columns; e += t.count) {
-      const int column = e % columns, row = e / columns % rows, n = e / (columns * rows);
-      if (first + n >= args.rows) break;
-      float sum[kTileRows][4] = {};
-      for (int r = 0; r < p.rank; ++r)
-        tile_fma<4, AnyShape::turns>(at(t, p.t) + ((n * p.rank + r) * s.Q1 + row) * width, rows * width,
-            at(t, p.b) + (r * s.Q2 + column) * width, columns * width, s.P2, sum);
-      float* to = args.y + (first + n) * args.y_stride;
-      for (int i = 0; i < kTileRows; ++i)
-        for (int j = 0; j < 4; ++j) {
-          float& place = to[(row + i * rows) * s.Q2 + column + j * columns];
-          place = args.accumulate ? place + sum[i][j] : sum[i][j];
-        }
     }
   }
 };
@@ -235,8 +165,8 @@ KRUIFY_HD void pair_product_backward(
   const PairProductPhases<Numbers> phases{s, p, args};
   const int64_t stride = static_cast<int64_t>(blocks) * p.batch;
   block.each([&](const Thread& t) {
-    load_columns<Numbers>(t, phases.at(t, p.a), args.a, p.rank, s.P1, s.Q1, 0, s.P1);
-    load_columns<Numbers>(t, phases.at(t, p.b), args.b, p.rank, s.P2, s.Q2, 0, s.P2);
+    load_rows<Numbers, true>(t, phases.at(t, p.a), args.a, p.rank, s.P1, s.Q1, 0, s.P1);
+    load_rows<Numbers, true>(t, phases.at(t, p.b), args.b, p.rank, s.P2, s.Q2, 0, s.P2);
   });
   for (int64_t first = static_cast<int64_t>(index) * p.batch; first < args.rows; first += stride) {
     block.each([&, first](const Thread& t) { phases.take_gradient(t, first); });

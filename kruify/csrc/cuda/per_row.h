@@ -119,40 +119,56 @@ template <class T> struct StartGradient {
   }
 };
 
-// Parts of the gradients of the diagonal and the sparse residual's values.
+// part[piece, i] = sum over the piece's rows of term(row, i).
+template <class T, class Term> struct RowSums {
+  Term term;
+  T* part;
+  int64_t rows, pieces, size;
+  KRUIFY_HD int64_t items() const { return pieces * size; }
+  KRUIFY_HD void run(int64_t item) const {
+    const int64_t piece = item / size, i = item % size;
+    T sum = 0;
+    for (int64_t row = rows * piece / pieces; row < rows * (piece + 1) / pieces; ++row) sum += term(row, i);
+    part[item] = sum;
+  }
+};
+
+// The terms of the gradients of a bias, the diagonal, the sparse residual's values and modReLU's bias.
+template <class T> struct RowEntry {
+  const T* x;  // (rows, size)
+  int64_t size;
+  KRUIFY_HD T operator()(int64_t row, int64_t i) const { return x[row * size + i]; }
+};
+
 template <class T> struct DiagonalGradient {
   const T *grad, *x;
-  T* part;  // (pieces, diagonal gates, diagonal_size)
-  int64_t rows, pieces;
+  int gates, height, width, diagonal_size;
   int gate[kMaxGates];  // of each row of the diagonal
-  int diagonal_gates, gates, height, width, diagonal_size;
-
-  KRUIFY_HD int64_t items() const { return pieces * diagonal_gates * diagonal_size; }
-  KRUIFY_HD void run(int64_t item) const {
-    const int i = static_cast<int>(item % diagonal_size), k = static_cast<int>(item / diagonal_size % diagonal_gates);
-    const int64_t piece = item / diagonal_size / diagonal_gates;
-    T sum = 0;
-    for (int64_t row = rows * piece / pieces; row < rows * (piece + 1) / pieces; ++row)
-      sum += grad[(row * gates + gate[k]) * height + i] * x[row * width + i];
-    part[item] = sum;
+  KRUIFY_HD T operator()(int64_t row, int64_t item) const {
+    const int i = static_cast<int>(item % diagonal_size), k = static_cast<int>(item / diagonal_size);
+    return grad[(row * gates + gate[k]) * height + i] * x[row * width + i];
   }
 };
 
 template <class T> struct SparseGradient {
   const T *grad, *x;
   const int* index;
-  T* part;  // (pieces, blocks, block)
-  int64_t rows, pieces;
-  int blocks, block, stride, width;
+  int block, stride, width;
+  KRUIFY_HD T operator()(int64_t row, int64_t item) const {
+    const int i = static_cast<int>(item % block), k = static_cast<int>(item / block);
+    return grad[row * stride + index[2 * k] + i] * x[row * width + index[2 * k + 1]];
+  }
+};
 
-  KRUIFY_HD int64_t items() const { return pieces * blocks * block; }
-  KRUIFY_HD void run(int64_t item) const {
-    const int i = static_cast<int>(item % block), k = static_cast<int>(item / block % blocks);
-    const int64_t piece = item / block / blocks;
-    T sum = 0;
-    for (int64_t row = rows * piece / pieces; row < rows * (piece + 1) / pieces; ++row)
-      sum += grad[row * stride + index[2 * k] + i] * x[row * width + index[2 * k + 1]];
-    part[item] = sum;
+// What passed along z. Complex units have their imaginary parts `units` behind.
+template <class T> struct ThresholdGradient {
+  const T *grad, *z;  // (rows, size)
+  int64_t size, units;
+  KRUIFY_HD T operator()(int64_t row, int64_t i) const {
+    const T *d = grad + row * size + i, *at = z + row * size + i;
+    const T re = at[0], im = units < size ? at[units] : T(0), length = magnitude(re, im);
+    if (length == T(0)) return 0;
+    return d[0] * (re / length) + (units < size ? d[units] * (im / length) : T(0));
   }
 };
 
@@ -211,39 +227,6 @@ template <class T> struct SumParts {
     T sum = accumulate ? out[item] : T(0);
     for (int64_t k = 0; k < pieces; ++k) sum += from[k * size];
     out[item] = sum;
-  }
-};
-
-// part[piece, i] = sum over the piece's rows of x[row, i].
-template <class T> struct SumRows {
-  const T* x;
-  T* part;
-  int64_t rows, pieces, size;
-  KRUIFY_HD int64_t items() const { return pieces * size; }
-  KRUIFY_HD void run(int64_t item) const {
-    const int64_t piece = item / size, i = item % size;
-    T sum = 0;
-    for (int64_t row = rows * piece / pieces; row < rows * (piece + 1) / pieces; ++row) sum += x[row * size + i];
-    part[item] = sum;
-  }
-};
-
-// Partial sums over rows of the gradient of modReLU's bias: what passed along z. Complex units have their imaginary
-// parts `units` behind.
-template <class T> struct ThresholdGradient {
-  const T *grad, *z;  // (rows, size)
-  T* part;            // (pieces, units)
-  int64_t rows, pieces, size, units;
-  KRUIFY_HD int64_t items() const { return pieces * units; }
-  KRUIFY_HD void run(int64_t item) const {
-    const int64_t piece = item / units, i = item % units;
-    T sum = 0;
-    for (int64_t row = rows * piece / pieces; row < rows * (piece + 1) / pieces; ++row) {
-      const T *d = grad + row * size + i, *at = z + row * size + i;
-      const T re = at[0], im = units < size ? at[units] : T(0), length = magnitude(re, im);
-      if (length != T(0)) sum += d[0] * (re / length) + (units < size ? d[units] * (im / length) : T(0));
-    }
-    part[item] = sum;
   }
 };
 

@@ -132,11 +132,13 @@ void sum_parts(Machine& machine, const T* part, T* out, int64_t outer, int64_t p
   machine.run(SumParts<T>{part, out, outer, pieces, size, accumulate});
 }
 
-// Runs an item that sums `size` results over rows, in pieces, and adds these up.
-template <class T, class Machine, class Item> void sum_rows(Machine& machine, Item item, T* out, int64_t size) {
-  item.pieces = pieces_for(item.rows, size), item.part = machine.template scratch<T>(item.pieces * size);
-  machine.run(item);
-  sum_parts(machine, item.part, out, 1, item.pieces, size, false);
+// out[i] = sum over rows of term(row, i), i < size: in pieces, which are then added up.
+template <class T, class Machine, class Term>
+void sum_rows(Machine& machine, const Term& term, int64_t rows, T* out, int64_t size) {
+  const int64_t pieces = pieces_for(rows, size);
+  T* part = machine.template scratch<T>(pieces * size);
+  machine.run(RowSums<T, Term>{term, part, rows, pieces, size});
+  sum_parts(machine, part, out, 1, pieces, size, false);
 }
 
 // Gradients of a pair's factors by the two-stage kernel; false where it has no room.
@@ -275,30 +277,17 @@ void product_backward(Machine& machine, Matrix<T>& m, const T* grad, const T* x,
         .height = height,
         .width = width,
         .diagonal_size = diagonal_size});
-  if (to.bias) sum_rows(machine, SumRows<T>{.x = grad, .rows = rows, .size = stride}, to.bias, stride);
+  if (to.bias) sum_rows(machine, RowEntry<T>{grad, stride}, rows, to.bias, stride);
   if (to.diagonal) {
-    DiagonalGradient<T> item{.grad = grad,
-        .x = x,
-        .rows = rows,
-        .diagonal_gates = m.diagonal_gates,
-        .gates = m.gates,
-        .height = height,
-        .width = width,
-        .diagonal_size = diagonal_size};
-    std::copy_n(m.diagonal_gate, m.diagonal_gates, item.gate);
-    sum_rows(machine, item, to.diagonal, m.diagonal_gates * m.diagonal_size);
+    DiagonalGradient<T> term{grad, x, m.gates, height, width, diagonal_size};
+    std::copy_n(m.diagonal_gate, m.diagonal_gates, term.gate);
+    sum_rows(machine, term, rows, to.diagonal, m.diagonal_gates * m.diagonal_size);
   }
-  if (to.residual)
-    sum_rows(machine,
-        SparseGradient<T>{.grad = grad,
-            .x = x,
-            .index = m.residual.index,
-            .rows = rows,
-            .blocks = m.residual.blocks,
-            .block = m.residual.block,
-            .stride = stride,
-            .width = width},
-        to.residual, static_cast<int64_t>(m.residual.blocks) * m.residual.block);
+  if (to.residual) {
+    const SparseResidual<T>& residual = m.residual;
+    const SparseGradient<T> term{grad, x, residual.index, residual.block, stride, width};
+    sum_rows(machine, term, rows, to.residual, static_cast<int64_t>(residual.blocks) * residual.block);
+  }
   T* const* stages = to.stages.data();
   for (const Term<T>& term : m) {
     bool x_done = !grad_x, matrix_done = false;
@@ -387,10 +376,7 @@ void recurrence_backward(Machine& machine, Matrix<T>& m, Kind kind, BackwardArra
   }
   if (T* out = is_modrelu(kind) ? std::exchange(to.bias, nullptr) : nullptr) {
     const int64_t units = m.rows / rows_per_bias(kind);
-    sum_rows(machine,
-        ThresholdGradient<T>{
-            .grad = arrays.grad_gates, .z = arrays.workspace, .rows = total, .size = m.rows, .units = units},
-        out, units);
+    sum_rows(machine, ThresholdGradient<T>{arrays.grad_gates, arrays.workspace, m.rows, units}, total, out, units);
   }
   T* before = machine.template scratch<T>(total * m.cols);
   machine.run(PreviousStates<T>{arrays.out, arrays.h0, before, arrays.rows, static_cast<int>(m.cols)});
