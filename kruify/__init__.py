@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kruify.api import Evaluation, compress, evaluate, export, finetune, load, report, save, sweep, train, verify
-    from kruify.conversion import Conversion, Inspection, convert, densify, inspect
+    from kruify.conversion import Conversion, Inspection, convert, densify, inspect, quantize
     from kruify.conversion.plan import Plan
     from kruify.errors import KruifyError
     from kruify.exporting import Exported
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Imported when first used, because torch takes a second: `kruify --help` must not wait for it.
 _HOMES = {
     "api": "Evaluation compress evaluate export finetune load report save sweep train verify",
-    "conversion": "Conversion Inspection convert densify inspect",
+    "conversion": "Conversion Inspection convert densify inspect quantize",
     "conversion.plan": "Plan",
     "errors": "KruifyError",
     "exporting": "Exported",

@@ -18,22 +18,16 @@ from torch import nn
 
 from kruify.analysis.verify import Check
 from kruify.analysis.verify import verify as _verify
-from kruify.checkpoint import (
-    Checkpoint,
-    atomic_file,
-    check_model_target,
-    check_target,
-    metadata_for,
-    read,
-    write_model,
-)
+from kruify.checkpoint import Checkpoint, atomic_file, check_model_target, check_target, read
 from kruify.conversion import build_dense, build_layer, load_tensors, plan_of, swap
-from kruify.conversion.check import stored_plan
-from kruify.conversion.locate import locate_checkpoint
+from kruify.conversion.check import dense_layers, stored_plan
 from kruify.conversion.network import load_network, network_of
 from kruify.conversion.pipeline import refuse_converted
+from kruify.conversion.plan import Plan
+from kruify.conversion.storing import write_converted
 from kruify.errors import CorruptError, UsageError
 from kruify.exporting import Exported, export_dense, export_layers, export_network
+from kruify.layers.storage import mark, marks, within
 from kruify.reporting import Report, build_report
 from kruify.reporting.training import conditioning_svg
 from kruify.search.compression import Compression
@@ -274,14 +268,15 @@ def verify(file: FilePath, source: FilePath | None = None, *, key: str | None = 
 def save(model: nn.Module, path: FilePath, *, source_sha256: str = "", seed: int = 0) -> None:
     """Writes a module with KRU layers, all or nothing: as safetensors, or for torch.load where `path` ends in .pt.
 
+    Weights that `kruify.quantize` marked, or that a file held so, are written in that dtype.
+
     Raises:
         UsageError: the module has no KRU layer, or the file cannot be written.
     """
     plan = plan_of(model)
     if not plan.layers:
         raise UsageError("the model has no KRU layer", type(model).__name__, "Convert it first with kruify.convert")
-    metadata = metadata_for(plan.to_json(), source_sha256=source_sha256, seed=seed)
-    write_model(path, model.state_dict(), metadata)
+    write_converted(path, model.state_dict(), plan, marks(model), source_sha256=source_sha256, seed=seed)
 
 
 @overload
@@ -308,15 +303,18 @@ def load(path: FilePath, into: nn.Module | None = None, key: str | None = None) 
     if into is not None:
         into = into if plan is None else swap(into, plan)
         load_tensors(into, checkpoint.tensors, checkpoint.path)
+        mark(into, checkpoint.storage)
         return into
-    layers: dict[str, nn.Module] = {item.layer.name: build_layer(item) for item in (plan.layers if plan else [])}
-    layers |= {layer.name: build_dense(layer) for layer in locate_checkpoint(checkpoint).layers}
+    plan = plan or Plan()
+    layers: dict[str, nn.Module] = {item.layer.name: build_layer(item) for item in plan.layers}
+    layers |= {layer.name: build_dense(layer) for layer in dense_layers(checkpoint, plan).layers}
     for name, module in layers.items():
         tensors = {f"{name}.{n}" if name else n: n for n in module.state_dict()}
         missing = sorted(set(tensors) - set(checkpoint.tensors))
         if missing:
             raise CorruptError(f"the tensor '{missing[0]}' is missing", checkpoint.path, "Convert the source again")
         load_tensors(module, {n: checkpoint.tensors[full] for full, n in tensors.items()}, checkpoint.path)
+        mark(module, within(checkpoint.storage, name))
     return layers
 
 

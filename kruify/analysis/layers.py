@@ -8,10 +8,11 @@ from torch import nn
 
 from kruify.checkpoint import Checkpoint
 from kruify.conversion import build_dense, build_layer, load_tensors
-from kruify.conversion.check import stored_plan
-from kruify.conversion.locate import RecurrentLayer, locate_checkpoint
+from kruify.conversion.check import dense_layers, stored_plan
+from kruify.conversion.locate import RecurrentLayer
 from kruify.conversion.plan import LayerPlan, Plan, Structures
 from kruify.errors import UsageError
+from kruify.layers.storage import mark, within
 
 
 @dataclass(frozen=True)
@@ -20,17 +21,19 @@ class Layers:
 
     Attributes:
         items: layer -> structures of its factored matrices by weight name, empty for a dense layer.
+        planned: names of the layers that are kruify's, factored or not; the others are torch.nn's.
     """
 
     checkpoint: Checkpoint
     items: list[tuple[RecurrentLayer, dict[str, Structures]]]
+    planned: frozenset[str] = frozenset()
 
     def modules(self) -> list[nn.Module]:
         """The layers as modules with the numbers of the checkpoint in them, in evaluation mode."""
         return [self._module(layer, matrices).eval() for layer, matrices in self.items]
 
     def _module(self, layer: RecurrentLayer, matrices: dict[str, Structures]) -> nn.Module:
-        if matrices:
+        if layer.name in self.planned:
             module: nn.Module = build_layer(LayerPlan(layer, matrices))
         else:
             module = build_dense(layer)
@@ -38,6 +41,7 @@ class Layers:
         wanted = module.state_dict()
         tensors = self.checkpoint.tensors
         load_tensors(module, {n: tensors[prefix + n] for n in wanted if prefix + n in tensors}, self.checkpoint.path)
+        mark(module, within(self.checkpoint.storage, layer.name))
         return module
 
 
@@ -47,15 +51,14 @@ def layers_of(checkpoint: Checkpoint) -> Layers:
     Raises:
         UsageError: it has none.
     """
-    dense = locate_checkpoint(checkpoint).layers
     plan = stored_plan(checkpoint) if checkpoint.is_kruify else Plan()
-    planned = {item.layer.name for item in plan.layers}
     items: list[tuple[RecurrentLayer, dict[str, Structures]]] = [(item.layer, item.matrices) for item in plan.layers]
-    items += [(layer, {}) for layer in dense if layer.name not in planned]
+    items += [(layer, {}) for layer in dense_layers(checkpoint, plan).layers]
     if not items:
         raise UsageError("there is no RNN, LSTM or GRU layer in it", checkpoint.path, "See 'kruify inspect'")
     order = {name: i for i, name in enumerate(checkpoint.tensors)}
-    return Layers(checkpoint, sorted(items, key=lambda item: _first(item[0], order)))
+    items.sort(key=lambda item: _first(item[0], order))
+    return Layers(checkpoint, items, frozenset(item.layer.name for item in plan.layers))
 
 
 def _first(layer: RecurrentLayer, order: dict[str, int]) -> int:

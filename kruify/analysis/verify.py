@@ -74,8 +74,8 @@ def _layers(checkpoint: Checkpoint) -> list[Check]:
     """Runs every converted layer as it would run here, and torch's own dense layer in float64."""
     checks = []
     layers = layers_of(checkpoint)
-    for (layer, matrices), module in zip(layers.items, layers.modules(), strict=True):
-        if not matrices:
+    for (layer, _), module in zip(layers.items, layers.modules(), strict=True):
+        if layer.name not in layers.planned:
             continue
         if isinstance(module, KRU):
             exact: nn.Module = dense_kru(module, torch.float64)

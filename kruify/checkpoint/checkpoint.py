@@ -12,7 +12,7 @@ from typing import Any
 from kruify.checkpoint.file_bytes import chunks
 from kruify.checkpoint.modules import ModuleHint
 from kruify.checkpoint.parametrised import Computed
-from kruify.checkpoint.tensors import Tensors
+from kruify.checkpoint.tensors import LazyTensor, Tensors
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Checkpoint:
         tensors: name -> tensor, loaded on access, without wrapper prefixes, parametrised weights computed, torch's gate
             order and layout.
         metadata: the strings that the file carries beside its tensors.
+        storage: weights that the file holds in fewer bits than `tensors` has them in (checkpoint.stored) -> dtype.
+        stored: the tensors as they stand in the file, by the names of `tensors` where they have one there.
         size: bytes of the file, with its shards.
         key: the nested entry that held the state dict ("state_dict", "a.b"), None if the file is the state dict itself.
         prefix: what was stripped from the front of every name ("module._orig_mod."), "" if nothing.
@@ -63,6 +65,8 @@ class Checkpoint:
     module_hints: Mapping[str, ModuleHint] = field(default_factory=dict)
     globals: tuple[str, ...] = ()
     shards: tuple[Path, ...] = ()
+    storage: Mapping[str, str] = field(default_factory=dict)
+    stored: Mapping[str, LazyTensor] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -6,6 +6,7 @@ same bytes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from types import NoneType
@@ -18,9 +19,12 @@ from kruify.checkpoint.file_bytes import fits, parse_json
 from kruify.checkpoint.parametrised import SOURCES, Computed
 from kruify.errors import CorruptError, UnsupportedError
 
-SCHEMA = 1
-"""The schema that this version writes. It reads this one and all older ones."""
+SCHEMA = 2
+"""The schema that this version writes: 2 stores weights in fewer bits and sparse indices by rows. All older ones can be
+read."""
 
+STORAGE = "kruify.storage"
+"""The metadata entry that names the weights which are stored in fewer bits than they are computed in."""
 
 ORIGIN = "kruify.origin"
 """The metadata entry for `origin(...)`."""
@@ -33,6 +37,7 @@ JSON_ENTRIES: dict[str, Any] = {
     "kruify.history": [{str: object}],
     "kruify.recipe": {str: object},
     "kruify.network": {str: (str, int)},
+    STORAGE: {str: str},
 }
 """Metadata that is JSON, and its types."""
 
@@ -71,7 +76,12 @@ def kruify_version() -> str:
 
 
 def metadata_for(
-    plan: str, *, source_sha256: str = "", seed: int = 0, extra: Mapping[str, str] | None = None
+    plan: str,
+    *,
+    source_sha256: str = "",
+    seed: int = 0,
+    storage: Mapping[str, str] | None = None,
+    extra: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Metadata of a converted file.
 
@@ -79,6 +89,7 @@ def metadata_for(
         plan: the plan as JSON.
         source_sha256: hash of the file that was converted.
         seed: the seed of everything random on the way.
+        storage: weight -> dtype, of those that are not stored as they are computed.
         extra: more strings, for instance what is needed to write the original kind of file again.
     """
     metadata = {
@@ -89,6 +100,8 @@ def metadata_for(
         "kruify.torch": str(torch.__version__),
         "kruify.seed": str(seed),
     }
+    if storage:
+        metadata[STORAGE] = json.dumps(dict(sorted(storage.items())))
     return {**metadata, **(extra or {})}
 
 

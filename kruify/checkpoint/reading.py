@@ -20,6 +20,7 @@ from kruify.checkpoint.parametrised import compute_weights
 from kruify.checkpoint.safe_unpickler import check_tree
 from kruify.checkpoint.safetensors_file import read_safetensors
 from kruify.checkpoint.sharded import read_index
+from kruify.checkpoint.stored import decode, matrix_names, read_storage
 from kruify.checkpoint.tensors import LazyTensor, Tensors, ties
 from kruify.checkpoint.wrapper import find_state_dict, strip
 from kruify.errors import CorruptError, KruifyError, UnsafeError, UnsupportedError, UsageError
@@ -194,7 +195,12 @@ def _finish(path: Path, contents: Contents) -> Checkpoint:
     else:
         prefix, stripped = strip(list(contents.tensors))
     stored = {stripped[name]: tensor for name, tensor in contents.tensors.items()}
-    tensors, computed, unknown = compute_weights(stored) if schema is None else (stored, {}, {})
+    storage: dict[str, str] = {}
+    if schema is None:
+        tensors, computed, unknown = compute_weights(stored)
+    else:
+        computed, unknown, storage = {}, {}, read_storage(contents.metadata, path)
+        tensors = decode(stored, storage, matrix_names(contents.metadata), path)
     return Checkpoint(
         path=path,
         format=contents.format,
@@ -214,6 +220,8 @@ def _finish(path: Path, contents: Contents) -> Checkpoint:
         module_hints=_strip_hints(contents.hints, prefix),
         globals=contents.globals,
         shards=contents.shards,
+        storage=storage,
+        stored=stored,
     )
 
 

@@ -6,6 +6,7 @@ from kruify.conversion.inspection import Inspection, LayerSummary, inspect
 from kruify.conversion.modules import convert_module, dense_kru, densify, swap
 from kruify.conversion.pipeline import convert
 from kruify.conversion.result import Conversion, GateResult, ParameterCounts, count_parameters, expected
+from kruify.conversion.storing import quantize
 from kruify.conversion.tensors import convert_tensors, decompose_matrix, densify_tensors
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "inspect",
     "load_tensors",
     "plan_of",
+    "quantize",
     "swap",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kruify.checkpoint import Checkpoint, LazyTensor
-from kruify.conversion.locate import DTYPES, KRU_KINDS, AnyTensor, Located, RecurrentLayer
+from kruify.conversion.locate import DTYPES, KRU_KINDS, AnyTensor, Located, RecurrentLayer, locate_checkpoint
 from kruify.conversion.plan import LayerPlan, Plan, Structures
 from kruify.errors import CorruptError, PlanError
 from kruify.layers.matrix import group_terms
@@ -21,12 +21,16 @@ _OWN = re.compile(r"(weight_(ih|hh|hr)|bias_(ih|hh))(_l\d+)?(_reverse)?")  # ten
 def check_plan(plan: Plan, located: Located) -> None:
     """Raises `PlanError` unless every layer of the plan is there and has the sizes that the plan was made for."""
     found = {layer.name: layer for layer in located.layers}
-    for layer, weight, structures in plan.matrices():
-        actual = found.get(layer.name)
+    for item in plan.layers:
+        layer, actual = item.layer, found.get(item.layer.name)
         if actual is None:
             raise PlanError(f"the plan names layer '{layer.name}', which the model does not have: {sorted(found)}")
+        if (actual.kind, actual.cell) != (layer.kind, layer.cell):
+            raise PlanError(f"the plan's {layer.kind} '{layer.name}' is a {actual.kind} in the model")
+    for layer, weight, structures in plan.matrices():
+        actual = found[layer.name]
         suffix = weight.removeprefix("weight_ih").removeprefix("weight_hh")
-        if (actual.kind, actual.cell) != (layer.kind, layer.cell) or suffix not in actual.suffixes:
+        if suffix not in actual.suffixes:
             raise PlanError(f"the plan's '{layer.full_name(weight)}' does not fit the {actual.kind} in the model")
         rows, cols = structures[0].rows // structures[0].gates, structures[0].cols
         if (rows, cols) != actual.shape(weight):
@@ -53,6 +57,12 @@ def stored_plan(checkpoint: Checkpoint) -> Plan:
     for item in plan.layers:
         _check_rest(checkpoint, item)
     return plan
+
+
+def dense_layers(checkpoint: Checkpoint, plan: Plan) -> Located:
+    """The recurrent layers of a checkpoint that its plan does not name: torch.nn's."""
+    located, planned = locate_checkpoint(checkpoint), {item.layer.name for item in plan.layers}
+    return Located([layer for layer in located.layers if layer.name not in planned], located.skipped)
 
 
 def stored_shapes(structures: Structures) -> dict[str, tuple[int, ...]]:

@@ -10,8 +10,8 @@ from torch import nn
 
 from kruify.checkpoint import Checkpoint, LazyTensor, read
 from kruify.conversion.build import plan_of
-from kruify.conversion.check import stored_plan
-from kruify.conversion.locate import RecurrentLayer, Skipped, locate, locate_checkpoint
+from kruify.conversion.check import dense_layers, stored_plan
+from kruify.conversion.locate import RecurrentLayer, Skipped, locate
 from kruify.conversion.plan import LayerPlan, Plan, by_gate
 
 
@@ -126,13 +126,14 @@ def inspect(source: nn.Module | Checkpoint | str | os.PathLike[str], key: str | 
         parameters = sum(LazyTensor.of(p).reals for p in source.parameters())
         return Inspection(located.layers, located.skipped, parameters, "module", plan if plan.layers else None)
     checkpoint = source if isinstance(source, Checkpoint) else read(source, key=key)
-    located = locate_checkpoint(checkpoint)
+    stored = stored_plan(checkpoint) if checkpoint.is_kruify else None
+    located = dense_layers(checkpoint, stored or Plan())
     return Inspection(
         located.layers,
         located.skipped,
         sum(t.reals for name, t in checkpoint.tensors.lazy.items() if name not in checkpoint.ties),
         checkpoint.format,
-        stored_plan(checkpoint) if checkpoint.is_kruify else None,
+        stored,
         FileFacts(
             checkpoint.sha256,
             checkpoint.size,

@@ -9,7 +9,8 @@ from torch import nn
 from kruify.errors import UnsupportedError
 
 _HOOKS = [name for name in vars(nn.Module()) if name.endswith(("hooks", "_with_kwargs", "_always_called"))]
-_CACHES = ("_kernel_streaming", "_compiled_call_impl")  # made anew when they are needed
+# Made anew when they are needed, and marks of how the weights of the old layer were stored.
+_CACHES = ("_kernel_streaming", "_compiled_call_impl", "_kruify_storage")
 
 
 def keep_additions(old: nn.Module, fresh: nn.Module, new: nn.Module, name: str) -> None:

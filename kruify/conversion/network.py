@@ -16,6 +16,7 @@ from kruify.checkpoint import Checkpoint
 from kruify.conversion.check import load_tensors, stored_plan
 from kruify.conversion.modules import swap
 from kruify.errors import CorruptError, TaskError
+from kruify.layers.storage import mark
 from kruify.tasks.base import Task, fresh_model
 
 KEY = "kruify.network"
@@ -40,6 +41,7 @@ def load_network(checkpoint: Checkpoint, task: Task) -> nn.Module:
     if checkpoint.is_kruify:
         model = swap(model, stored_plan(checkpoint))
     load_tensors(model, checkpoint.tensors, checkpoint.path)
+    mark(model, checkpoint.storage)
     return model
 
 

@@ -10,7 +10,7 @@ from typing import TypedDict, Unpack, overload
 
 from torch import nn
 
-from kruify.checkpoint import ORIGIN, Checkpoint, check_model_target, metadata_for, origin, read, write_model
+from kruify.checkpoint import ORIGIN, Checkpoint, check_model_target, origin, read
 from kruify.checkpoint.target import FOREIGN, TORCH
 from kruify.conversion.budget import make_budget_plan
 from kruify.conversion.calibration import calibrate
@@ -20,6 +20,7 @@ from kruify.conversion.modules import convert_module
 from kruify.conversion.network import load_network
 from kruify.conversion.plan import Plan, make_plan
 from kruify.conversion.result import Conversion, expected
+from kruify.conversion.storing import write_converted
 from kruify.conversion.tensors import convert_tensors
 from kruify.errors import UsageError
 from kruify.progress import Progress
@@ -147,8 +148,9 @@ def convert(
     if output is not None:
         conversion = replace(conversion, output=Path(output))
         sha256, extra = ("", {}) if isinstance(source, nn.Module) else (source.sha256, {ORIGIN: origin(source)})
-        metadata = metadata_for(plan.to_json(), source_sha256=sha256, seed=seed, extra=extra)
-        write_model(output, conversion.tensors, metadata, progress=progress)
+        write_converted(
+            output, conversion.tensors, plan, {}, source_sha256=sha256, seed=seed, extra=extra, progress=progress
+        )
     return (converted, conversion) if isinstance(converted, nn.Module) else conversion
 
 

@@ -139,8 +139,8 @@ def export_dense(
         worst, count = 0.0, 0
         converted, written = layers_of(checkpoint), layers_of(read(file))
         modules = {layer.name: module for (layer, _), module in zip(written.items, written.modules(), strict=True)}
-        for (layer, matrices), module in zip(converted.items, converted.modules(), strict=True):
-            if not matrices:
+        for (layer, _), module in zip(converted.items, converted.modules(), strict=True):
+            if layer.name not in converted.planned:
                 continue
             other = modules.get(layer.name)
             if other is None:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from kruify.checkpoint import metadata_for, write_safetensors
 from kruify.conversion import plan_of
 from kruify.conversion.budget import parse_budget
+from kruify.conversion.storing import write_converted
 from kruify.errors import UsageError
+from kruify.layers.storage import marks
 from kruify.progress import Progress
 from kruify.search.candidate_search import SHARE, CandidateSearch
 from kruify.search.candidates import CandidateResult
@@ -149,13 +150,9 @@ def _make(search: CandidateSearch, budget: str, stem: Path, split: str, source_s
     student, conversion = search.convert(choice.candidate)
     outcome = search.train(student, run)
     model = outcome.model.cpu()
-    metadata = metadata_for(
-        plan_of(model).to_json(),
-        source_sha256=source_sha256,
-        seed=search.seed,
-        extra={"kruify.history": json.dumps(outcome.to_json()["history"])},
-    )
-    write_safetensors(file, model.state_dict(), metadata)
+    history = {"kruify.history": json.dumps(outcome.to_json()["history"])}
+    state, plan = model.state_dict(), plan_of(model)
+    write_converted(file, state, plan, marks(model), source_sha256=source_sha256, seed=search.seed, extra=history)
     return Point(
         budget,
         str(file),

@@ -7,9 +7,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from kruify.checkpoint import ORIGIN, Checkpoint, metadata_for, write_model
+from kruify.checkpoint import ORIGIN, Checkpoint, write_model
 from kruify.conversion import plan_of
 from kruify.conversion.network import KEY
+from kruify.conversion.storing import write_converted
+from kruify.layers.storage import marks
 from kruify.training.recipe import Recipe
 from kruify.training.result import FinetuneResult
 
@@ -45,7 +47,7 @@ def write_trained(
     if source is not None:
         parents = [*(earlier_files(source) or [dense]), source.sha256]
         told |= {"kruify.parents": json.dumps(parents), ORIGIN: before.get(ORIGIN, "")}
-    write_model(path, state, metadata_for(plan.to_json(), source_sha256=dense, seed=recipe.seed, extra=told))
+    write_converted(path, state, plan, marks(outcome.model), source_sha256=dense, seed=recipe.seed, extra=told)
 
 
 def earlier_files(source: Checkpoint) -> list[str]:

@@ -1,0 +1,254 @@
+"""Weights as a converted file stores them: 16-bit floats, or eight-bit integers with scales; sparse indices by rows.
+
+`encode` makes that form of the tensors of a model, `decode` the tensors again; both one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Container, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kruify.checkpoint.file_bytes import fits
+from kruify.checkpoint.file_format import STORAGE
+from kruify.checkpoint.tensors import LazyTensor
+from kruify.checkpoint.writing import as_lazy
+from kruify.errors import CorruptError, UnsupportedError
+from kruify.quantization import DTYPES, dequantize, integers, pays, quantize_rows, row_dims, scale_of
+
+SCALE = ".scale"
+"""What follows the name of an int8 tensor in that of its scales. No parameter of a torch module has a name that begins
+with another parameter's and a dot."""
+INDEX, COUNTS, COLUMNS, VALUES = (f".overlay.{part}" for part in ("index", "counts", "columns", "values"))
+AGAIN = "Convert the source again"
+_MOST_SCALE = torch.finfo(torch.float32).max / 128
+
+Sizes = Mapping[str, tuple[int, int]]
+"""Full names of the Kronecker matrices -> (rows of all gates, columns)."""
+
+
+def encode(
+    tensors: Mapping[str, Tensor | LazyTensor], storage: Mapping[str, str], matrices: Sizes
+) -> dict[str, LazyTensor]:
+    """The tensors as a file stores them.
+
+    Args:
+        tensors: by name.
+        storage: weight (a tensor, or a Kronecker matrix with all its entries) -> dtype, a key of `quantization.DTYPES`.
+        matrices: the Kronecker matrices among them.
+
+    Raises:
+        UnsupportedError: the name of a scale is taken; on loading, a number has no form in the dtype.
+    """
+    lazy, stored = as_lazy(tensors), dict[str, LazyTensor]()
+    for name, tensor in lazy.items():
+        matrix = _owner(name, matrices)
+        dtype = storage.get(matrix or name, "")
+        if matrix and name == matrix + INDEX:
+            stored |= _compressed(matrix, tensor, lazy[matrix + VALUES], matrices[matrix])
+        elif matrix and name == matrix + VALUES and dtype == "int8":
+            stored |= _eight_bit_blocks(name, tensor, lazy[matrix + INDEX], matrices[matrix][0])
+        elif dtype == "int8" and (dims := eight_bit_dims(name, tensor, matrix)):
+            stored |= _eight_bit(name, tensor, dims)
+        elif dtype in ("float16", "bfloat16") and tensor.dtype.is_floating_point:
+            stored[name] = _narrow(name, tensor, DTYPES[dtype])
+        else:
+            stored[name] = tensor
+        if name + SCALE in stored and name + SCALE in lazy:
+            raise UnsupportedError("its name is that of the scales of another tensor", name + SCALE, "Rename it")
+    return stored
+
+
+def eight_bit_dims(name: str, tensor: LazyTensor, matrix: str | None) -> tuple[int, ...]:
+    """The dimensions that a row of a tensor runs over if it is stored as int8, () where int8 is not for it: vectors,
+    complex and whole numbers, rows of one entry. `matrix` is the Kronecker matrix that it is an entry of."""
+    if not tensor.dtype.is_floating_point or len(tensor.shape) < 2 or (matrix and len(tensor.shape) != 4):
+        return ()  # of a Kronecker matrix, diagonal and scales have one vector a gate
+    dims = row_dims(tensor.shape, factor=matrix is not None)
+    return dims if pays(tensor.shape, dims) else ()
+
+
+def _narrow(name: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    def load() -> Tensor:
+        found = tensor.load().detach()
+        narrow = found.to(dtype)
+        if bool((found.isfinite() & ~narrow.isfinite()).any()):
+            raise UnsupportedError(f"it has numbers beyond {dtype}", name, "Keep it: --keep, or take bfloat16")
+        return narrow
+
+    return LazyTensor(tensor.shape, dtype, load)
+
+
+def _eight_bit(name: str, tensor: LazyTensor, dims: tuple[int, ...]) -> dict[str, LazyTensor]:
+    def part(which: int) -> Callable[[], Tensor]:
+        return lambda: _named(name, lambda: quantize_rows(tensor.load(), dims))[which]
+
+    scales = tuple(1 if d in dims else n for d, n in enumerate(tensor.shape))
+    return {
+        name: LazyTensor(tensor.shape, torch.int8, part(0)),
+        name + SCALE: LazyTensor(scales, torch.float32, part(1)),
+    }
+
+
+def _eight_bit_blocks(name: str, values: LazyTensor, index: LazyTensor, rows: int) -> dict[str, LazyTensor]:
+    """A sparse residual's values (blocks, height) with one scale for all blocks that begin in one row."""
+    height = values.shape[1]
+
+    def load() -> tuple[Tensor, Tensor]:
+        found, group = values.load().detach().float(), index.load()[:, 0].long() // height
+        largest = found.new_zeros(rows // height).scatter_reduce(0, group, found.abs().amax(1), "amax")
+        scale = _named(name, lambda: scale_of(largest))[:, None]
+        return integers(found, scale[group]), scale
+
+    return {
+        name: LazyTensor(values.shape, torch.int8, lambda: load()[0]),
+        name + SCALE: LazyTensor((rows // height, 1), torch.float32, lambda: load()[1]),
+    }
+
+
+def _named(name: str, work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except UnsupportedError as error:
+        raise UnsupportedError(error.what, name, "Use a checkpoint from before training diverged") from None
+
+
+def _compressed(matrix: str, index: LazyTensor, values: LazyTensor, size: tuple[int, int]) -> dict[str, LazyTensor]:
+    """Row and column of every block -> how many blocks begin in each row that is a multiple of their height, and the
+    columns."""
+    (blocks, height), (rows, cols) = values.shape, size
+    dtype = torch.uint16 if cols < 1 << 16 else torch.int32
+
+    def counts() -> Tensor:
+        return torch.bincount(index.load()[:, 0].long() // height, minlength=rows // height).to(dtype)
+
+    return {
+        matrix + COUNTS: LazyTensor((rows // height,), dtype, counts),
+        matrix + COLUMNS: LazyTensor((blocks,), dtype, lambda: index.load()[:, 1].to(dtype)),
+    }
+
+
+def decode(
+    stored: Mapping[str, LazyTensor], storage: Mapping[str, str], matrices: Container[str], where: object
+) -> dict[str, LazyTensor]:
+    """The tensors of a model from those of a file, the weights of `storage` in float32: the inverse of `encode`.
+
+    Raises:
+        CorruptError: a tensor has no scale, or is not of the dtype that `storage` says; on loading, scales or counts
+            that no weight has.
+    """
+    found: dict[str, LazyTensor] = {}
+    for name, tensor in stored.items():
+        matrix = _owner(name, matrices)
+        dtype = storage.get(matrix or name, "")
+        base = name.removesuffix(SCALE)
+        of_int8 = storage.get(_owner(base, matrices) or base) == "int8"
+        if of_int8 and base != name and base in stored and stored[base].dtype == torch.int8:
+            continue
+        spot = f"{where}: {name}"
+        if dtype == "int8" and tensor.dtype == torch.int8:
+            scale = stored.get(name + SCALE)
+            blocks = stored.get(f"{matrix}{COUNTS}") if matrix and name == matrix + VALUES else None
+            found[name] = _restored(tensor, scale, blocks, spot)
+        elif dtype in ("float16", "bfloat16") and tensor.dtype == DTYPES[dtype]:
+            found[name] = _widened(tensor)
+        elif matrix and name == matrix + COLUMNS and matrix + COUNTS in stored and matrix + VALUES in stored:
+            found[matrix + INDEX] = _index(tensor, stored[matrix + COUNTS], stored[matrix + VALUES], spot)
+        elif matrix and name == matrix + COUNTS and matrix + COLUMNS in stored:
+            continue
+        elif dtype and not matrix:
+            raise CorruptError(f"it is {tensor.dtype} where the file says {dtype}", spot, AGAIN)
+        else:
+            found[name] = tensor
+    weights = {_owner(name, matrices) or name for name in found}
+    if missing := sorted(set(storage) - weights):
+        raise CorruptError(f"the weight '{missing[0][:80]}' is missing", where, AGAIN)
+    return found
+
+
+def _widened(tensor: LazyTensor) -> LazyTensor:
+    return LazyTensor(tensor.shape, torch.float32, lambda: tensor.load().float())
+
+
+def _restored(values: LazyTensor, scale: LazyTensor | None, counts: LazyTensor | None, where: str) -> LazyTensor:
+    if scale is None or scale.dtype != torch.float32:
+        raise CorruptError("it is int8 and has no scales", where, AGAIN)
+    groups = scale.shape if counts is None else (*counts.shape, 1)
+    alike = len(groups) == len(values.shape) and all(
+        a in (1, b) for a, b in zip(groups[counts is not None :], values.shape[counts is not None :], strict=True)
+    )
+    if scale.shape != groups or not alike:
+        raise CorruptError(f"its scales are of shape {list(scale.shape)}, which does not fit it", where, AGAIN)
+
+    def load() -> Tensor:
+        numbers, factor = values.load(), scale.load()
+        if not bool(((factor > 0) & (factor < _MOST_SCALE)).all()):
+            raise CorruptError("it has scales that are not positive and finite", where, AGAIN)
+        if bool((numbers == -128).any()):
+            raise CorruptError("it has integers outside of -127 to 127", where, AGAIN)
+        if counts is not None:
+            factor = factor.repeat_interleave(_checked(counts, values.shape[0], where), dim=0)
+        return dequantize(numbers, factor)
+
+    return LazyTensor(values.shape, torch.float32, load)
+
+
+def _index(columns: LazyTensor, counts: LazyTensor, values: LazyTensor, where: str) -> LazyTensor:
+    if len(counts.shape) != 1 or len(values.shape) != 2 or columns.shape != values.shape[:1]:
+        raise CorruptError("the parts of its index do not fit each other", where, AGAIN)
+    if {columns.dtype, counts.dtype} not in ({torch.uint16}, {torch.int32}):
+        raise CorruptError("its index is of neither uint16 nor int32", where, AGAIN)
+    blocks, height = values.shape
+
+    def load() -> Tensor:
+        rows = torch.arange(counts.shape[0], dtype=torch.int32) * height
+        rows = rows.repeat_interleave(_checked(counts, blocks, where))
+        return torch.stack([rows, columns.load().to(torch.int32)], dim=1)
+
+    return LazyTensor((blocks, 2), torch.int32, load)
+
+
+def _checked(counts: LazyTensor, blocks: int, where: str) -> Tensor:
+    """How many blocks begin in each row.
+
+    Raises:
+        CorruptError: they are not `blocks` in all.
+    """
+    found = counts.load().long()
+    if bool((found < 0).any()) or int(found.sum()) != blocks:
+        raise CorruptError(f"its counts do not add up to its {blocks} blocks", where, AGAIN)
+    return found
+
+
+def read_storage(metadata: Mapping[str, str], where: object) -> dict[str, str]:
+    """The weights that checked metadata name in `STORAGE`, with their dtypes.
+
+    Raises:
+        UnsupportedError: a dtype that this kruify does not know.
+    """
+    table: dict[str, str] = json.loads(metadata.get(STORAGE, "{}"))
+    for name, dtype in table.items():
+        if dtype not in DTYPES:
+            raise UnsupportedError(f"it stores {name[:80]} as '{dtype[:20]}'", where, "Update kruify")
+    return table
+
+
+def matrix_names(metadata: Mapping[str, str]) -> set[str]:
+    """Full names of the Kronecker matrices in checked metadata, as far as their plan makes sense: it is read later."""
+    layers = json.loads(metadata.get("kruify.plan", "{}")).get("layers")
+    found = set()
+    for layer in layers if fits(layers, [{str: object}]) else []:
+        name, matrices = layer.get("name"), layer.get("matrices")
+        if isinstance(name, str) and isinstance(matrices, dict):
+            found |= {f"{name}.{weight}" if name else weight for weight in matrices}
+    return found
+
+
+def _owner(name: str, weights: Container[str]) -> str | None:
+    """The weight that a tensor is an entry of: itself, or what its name begins with."""
+    while name and name not in weights:
+        name = name.rpartition(".")[0]
+    return name or None

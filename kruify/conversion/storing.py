@@ -1,0 +1,128 @@
+"""Which weights are stored in which dtype, and the writing of a converted network."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from kruify.checkpoint import LazyTensor, metadata_for, write_model
+from kruify.checkpoint.stored import decode, eight_bit_dims, encode
+from kruify.checkpoint.writing import as_lazy
+from kruify.conversion.build import plan_of
+from kruify.conversion.check import load_tensors
+from kruify.conversion.locate import AnyTensor, locate
+from kruify.conversion.modules import swap
+from kruify.conversion.plan import LayerPlan, Plan
+from kruify.errors import PlanError, UsageError
+from kruify.layers.storage import mark
+from kruify.progress import Progress
+from kruify.quantization import DTYPES
+
+
+def storage_for(
+    tensors: Mapping[str, AnyTensor], plan: Plan, dtype: str | None, keep: Sequence[str] = ()
+) -> dict[str, str]:
+    """The weights that `dtype` is for -> `dtype`; {} where it is None or "float32".
+
+    int8 is for Kronecker matrices (factors, sparse residual) and tensors with two or more dimensions, float16 and
+    bfloat16 for all real numbers.
+
+    Args:
+        keep: globs of weights, or of modules with all their weights, that stay float32.
+
+    Raises:
+        UsageError: no such dtype. PlanError: a pattern matches nothing.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"there is no storage as '{dtype}'", hint=f"Choose from {', '.join(DTYPES)}")
+    matrices = matrix_sizes(plan)
+    found: dict[str, str] = {}
+    unused = set(keep)
+    for name, tensor in as_lazy(tensors).items():
+        matrix = next((m for m in _prefixes(name) if m in matrices), None)
+        weight = matrix or name
+        matching = {pattern for pattern in keep if any(fnmatchcase(prefix, pattern) for prefix in _prefixes(weight))}
+        unused -= matching
+        if dtype in (None, "float32") or matching or not tensor.dtype.is_floating_point:
+            continue
+        if dtype != "int8" or eight_bit_dims(name, tensor, matrix) or (matrix and name.endswith(".overlay.values")):
+            found[weight] = dtype
+    if unused:
+        raise PlanError(f"the pattern '{min(unused)}' to keep matches no weight")
+    return found
+
+
+def matrix_sizes(plan: Plan) -> dict[str, tuple[int, int]]:
+    """Full name of every Kronecker matrix -> (rows of all gates, columns)."""
+    return {
+        layer.full_name(weight): (sum(s.rows for s in structures), structures[0].cols)
+        for layer, weight, structures in plan.matrices()
+    }
+
+
+def rounded(tensors: Mapping[str, AnyTensor], plan: Plan, storage: Mapping[str, str]) -> dict[str, LazyTensor]:
+    """The tensors as they will be when a file that stores them so is read.
+
+    Raises:
+        UnsupportedError: on loading, a number has no form in the dtype.
+    """
+    matrices = matrix_sizes(plan)
+    return decode(encode(tensors, storage, matrices), storage, matrices, "storage")
+
+
+def write_converted(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, AnyTensor],
+    plan: Plan,
+    storage: Mapping[str, str],
+    *,
+    source_sha256: str = "",
+    seed: int = 0,
+    extra: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the tensors of a converted network as `storage` says, with its plan: safetensors, or a .pt file.
+
+    Raises:
+        UsageError: the file cannot be written. UnsupportedError: a number has no form in its dtype.
+    """
+    metadata = metadata_for(plan.to_json(), source_sha256=source_sha256, seed=seed, storage=storage, extra=extra)
+    write_model(path, encode(tensors, storage, matrix_sizes(plan)), metadata, progress=progress)
+
+
+def quantize(model: nn.Module, dtype: str, keep: Sequence[str] = ()) -> nn.Module:
+    """A copy of a network whose weights are stored as `dtype`: rounded to it now, and written so by `kruify.save`.
+
+        small = kruify.quantize(model, "int8", keep=["embedding"])
+
+    Recurrent layers of torch.nn become kruify's, with dense weights where they are not factored, and all real numbers
+    float32. What is computed is computed in float32, or on a CPU in integers (kruify.layers).
+
+    Args:
+        dtype: "int8" (symmetric, one float32 scale a row; vectors stay float32), "float16", "bfloat16" or "float32".
+        keep: globs of weights or modules that stay float32.
+
+    Raises:
+        UsageError: no such dtype. PlanError: a pattern matches nothing. UnsupportedError: a number has no form in it.
+    """
+    model = copy.deepcopy(model).float()
+    model = swap(model, Plan([LayerPlan(layer, {}) for layer in locate(model).layers]))
+    return store_as(model, storage_for(model.state_dict(), plan_of(model), dtype, keep))
+
+
+@torch.no_grad()
+def store_as(model: nn.Module, storage: Mapping[str, str]) -> nn.Module:
+    """Rounds the weights of a network in place and marks them; returns the network."""
+    load_tensors(model, rounded(model.state_dict(), plan_of(model), storage))
+    mark(model, storage)
+    return model
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]

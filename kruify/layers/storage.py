@@ -1,0 +1,54 @@
+"""Marks of the dtype in which a weight is stored. In memory weights are float32, on the grid of that dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from kruify.layers.matrix import KroneckerMatrix
+
+_DENSE = "_kruify_storage"  # of a module: name of its parameter -> dtype
+
+
+def storage_of(module: nn.Module, name: str) -> str:
+    """Dtype in which `name` of a module is stored, a dense parameter or a `KroneckerMatrix`: "int8", "float16",
+    "bfloat16", or "float32" where nothing is marked."""
+    matrix = module._modules.get(name)
+    if isinstance(matrix, KroneckerMatrix):
+        return matrix.storage
+    found: dict[str, str] = vars(module).get(_DENSE, {})
+    return found.get(name, "float32")
+
+
+def mark(model: nn.Module, storage: Mapping[str, str]) -> None:
+    """Marks the weights of `storage`, full name of a dense parameter or a `KroneckerMatrix` -> dtype, and no others."""
+    for module in model.modules():
+        vars(module).pop(_DENSE, None)
+        if isinstance(module, KroneckerMatrix):
+            module.storage = "float32"
+    for full, dtype in storage.items():
+        owner, _, name = full.rpartition(".")
+        module = model.get_submodule(owner)
+        matrix = module._modules.get(name)
+        if isinstance(matrix, KroneckerMatrix):
+            matrix.storage = dtype
+        else:
+            vars(module).setdefault(_DENSE, {})[name] = dtype
+
+
+def marks(model: nn.Module) -> dict[str, str]:
+    """What `mark` set, by full names."""
+    found: dict[str, str] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, KroneckerMatrix) and module.storage != "float32":
+            found[prefix] = module.storage
+        dot = f"{prefix}." if prefix else ""
+        found |= {dot + name: dtype for name, dtype in vars(module).get(_DENSE, {}).items()}
+    return found
+
+
+def within(storage: Mapping[str, str], name: str) -> dict[str, str]:
+    """The part of `storage` that belongs to a submodule, by the names within it."""
+    dot = f"{name}." if name else ""
+    return {full.removeprefix(dot): dtype for full, dtype in storage.items() if full.startswith(dot)}

@@ -1,0 +1,224 @@
+"""Networks stored in fewer bits: what the file holds, what is loaded from it, and how far that is from float32."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import kruify
+from kruify.checkpoint import read, write_safetensors
+from kruify.layers import KRU, KroneckerMatrix
+from kruify.layers.storage import marks, storage_of
+
+SPECS = {
+    "kron": ("lstm", "2*(6x6,6x6)+diag"),
+    "low rank": ("gru", "8*(36x1,1x36)"),
+    "stacked": ("lstm", "stacked:8*(144x1,1x36)+sparse:5%:4"),
+    "scaled": ("rnn", "6x6,6x6"),
+    "sparse": ("gru", "auto+sparse:3%:1"),
+    "dense": ("lstm", None),
+}
+LAYERS: dict[str, type[nn.Module]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+
+
+class Net(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.rnn = LAYERS[kind](8, 36, 1, batch_first=True)
+        self.out = nn.Linear(36, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.conv(self.embedding(tokens).mT).mT
+        out: Tensor = self.out(self.rnn(x)[0])
+        return out
+
+
+def network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    kind, spec = SPECS[name]
+    net = Net(kind)
+    return net if spec is None else kruify.convert(net, spec)[0]
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("dtype", ["int8", "float16", "bfloat16"])
+def test_a_file_gives_back_what_was_rounded(name: str, dtype: str, tmp_path: Path) -> None:
+    net = network(name)
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    small = kruify.quantize(net, dtype)
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+    kruify.save(small, tmp_path / "a.safetensors", seed=5)
+    again = kruify.load(tmp_path / "a.safetensors", into=Net(SPECS[name][0]))
+    for n, tensor in small.state_dict().items():
+        assert torch.equal(again.state_dict()[n], tensor), n
+    assert marks(again) == marks(small) and storage_of(again.rnn, "weight_hh_l0") == dtype
+    kruify.save(again, tmp_path / "b.safetensors", seed=5)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    kruify.save(again, tmp_path / "a.pt")
+    from_torch = read(tmp_path / "a.pt").tensors
+    assert all(torch.equal(from_torch[n], tensor) for n, tensor in small.state_dict().items())
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_int8_is_within_half_a_scale(name: str, tmp_path: Path) -> None:
+    net = network(name)
+    kruify.save(kruify.quantize(net, "int8"), tmp_path / "a.safetensors")
+    stored, decoded = tensors_of(tmp_path / "a.safetensors"), read(tmp_path / "a.safetensors").tensors
+    state = net.state_dict()
+    assert set(decoded) == set(state)
+    for n, tensor in state.items():
+        if n + ".scale" not in stored:
+            assert torch.equal(decoded[n], tensor), n
+        elif not n.endswith("overlay.values"):
+            scale = stored[n + ".scale"]
+            assert torch.equal(decoded[n], stored[n].float() * scale)
+            assert bool(((decoded[n] - tensor).abs() <= scale / 2).all()), n
+        else:
+            row = state[n.replace("values", "index")][:, 0].long() // tensor.shape[1]
+            assert bool(((decoded[n] - tensor).abs() <= stored[n + ".scale"][row] / 2).all())
+    for n in ("embedding.weight", "conv.weight", "out.weight", "rnn.weight_ih_l0"):
+        assert stored[n].dtype == torch.int8 and stored[n + ".scale"].shape == (
+            len(state[n]),
+            *[1] * (state[n].dim() - 1),
+        )
+    assert all(t.dtype != torch.int8 for n, t in stored.items() if "bias" in n or "diagonal" in n)
+
+
+def test_rows_of_factors(tmp_path: Path) -> None:
+    shapes = {}
+    for name in ("kron", "low rank", "stacked"):
+        kruify.save(kruify.quantize(network(name), "int8"), tmp_path / "a.safetensors")
+        shapes[name] = {
+            n.removeprefix("rnn.weight_hh_l0."): tuple(t.shape)
+            for n, t in tensors_of(tmp_path / "a.safetensors").items()
+            if n.startswith("rnn.weight_hh_l0.") and n.endswith(".scale")
+        }
+    first, second = "terms.0.factors.0.scale", "terms.0.factors.1.scale"
+    assert shapes["kron"] == {first: (4, 2, 6, 1), second: (4, 2, 6, 1)}
+    assert shapes["low rank"] == {
+        first: (3, 1, 36, 1),
+        second: (3, 8, 1, 1),
+    }  # one a row of U (36 x 8), one a term of V
+    assert shapes["stacked"] == {first: (4, 1, 36, 1), second: (1, 8, 1, 1), "overlay.values.scale": (36, 1)}
+
+
+def test_dense_layers_become_kruifys_and_compute_the_same(tmp_path: Path) -> None:
+    net = network("dense")
+    small = kruify.quantize(net, "int8")
+    assert isinstance(small.rnn, kruify.KRULSTM)
+    kruify.save(small, tmp_path / "a.safetensors")
+    layers = kruify.load(tmp_path / "a.safetensors")
+    assert isinstance(layers["rnn"], kruify.KRULSTM) and storage_of(layers["rnn"], "weight_ih_l0") == "int8"
+    x = torch.randn(4, 3, 8)
+    reference = nn.LSTM(8, 36, batch_first=True)
+    reference.load_state_dict({n: small.state_dict()[f"rnn.{n}"] for n in reference.state_dict()})
+    torch.testing.assert_close(layers["rnn"](x)[0], reference(x)[0], rtol=1e-4, atol=1e-5)
+    assert [check.name for check in kruify.verify(tmp_path / "a.safetensors")][-1] == "layer rnn"
+    assert [item.layer.name for item in kruify.inspect(tmp_path / "a.safetensors").summaries] == ["rnn"]
+
+
+def test_keep(tmp_path: Path) -> None:
+    small = kruify.quantize(network("kron"), "int8", keep=["embedding", "*.weight_ih_l0"])
+    assert sorted(marks(small)) == ["conv.weight", "out.weight", "rnn.weight_hh_l0"]
+    with pytest.raises(kruify.KruifyError, match="matches no weight"):
+        kruify.quantize(network("kron"), "int8", keep=["encoder"])
+    with pytest.raises(kruify.KruifyError, match="int4"):
+        kruify.quantize(network("kron"), "int4")
+
+
+def test_float32_takes_the_marks_off(tmp_path: Path) -> None:
+    small = kruify.quantize(kruify.quantize(network("kron"), "int8"), "float32")
+    assert not marks(small)
+    kruify.save(small, tmp_path / "a.safetensors")
+    assert "kruify.storage" not in read(tmp_path / "a.safetensors").metadata
+
+
+def test_complex_numbers_stay(tmp_path: Path) -> None:
+    net = nn.ModuleDict({"kru": KRU(4, 8, factors="2x2"), "out": nn.Linear(16, 3)})
+    kruify.save(kruify.quantize(net, "int8"), tmp_path / "a.safetensors")
+    assert json.loads(read(tmp_path / "a.safetensors").metadata["kruify.storage"]) == {"out.weight": "int8"}
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("int8", float("inf")), ("float16", 1e6)])
+def test_numbers_without_a_form_are_refused(dtype: str, value: float) -> None:
+    net = network("kron")
+    with torch.no_grad():
+        net.out.weight[0, 0] = value
+    with pytest.raises(kruify.KruifyError, match=r"out\.weight"):
+        kruify.quantize(net, dtype)
+
+
+def test_marks_follow_copies_and_moves() -> None:
+    small = kruify.quantize(network("kron"), "int8")
+    for same in (copy.deepcopy(small), pickle.loads(pickle.dumps(small)), small.double().float()):
+        assert marks(same) == marks(small)
+    matrix = small.rnn.weight_hh_l0
+    assert isinstance(matrix, KroneckerMatrix) and matrix.storage == "int8"
+
+
+Damage = Callable[[dict[str, Tensor]], object]
+U = "rnn.weight_hh_l0.terms.0.factors.0"
+DAMAGES: dict[str, Damage] = {
+    "scale missing": lambda t: t.pop("out.weight.scale"),
+    "scale of a factor missing": lambda t: t.pop(f"{U}.scale"),
+    "nan": lambda t: t["out.weight.scale"].fill_(float("nan")),
+    "infinite": lambda t: t[f"{U}.scale"][0].fill_(float("inf")),
+    "negative": lambda t: t["out.weight.scale"].neg_(),
+    "zero": lambda t: t["out.weight.scale"].zero_(),
+    "overflow": lambda t: t["out.weight.scale"].fill_(3e38),
+    "shape": lambda t: t.__setitem__("out.weight.scale", t["out.weight.scale"][:-1].clone()),
+    "dims": lambda t: t.__setitem__("out.weight.scale", t["out.weight.scale"][:, 0].clone()),
+    "scale dtype": lambda t: t.__setitem__("out.weight.scale", t["out.weight.scale"].double()),
+    "minus 128": lambda t: t["out.weight"].fill_(-128),
+    "float where int8 is said": lambda t: t.__setitem__("out.weight", t["out.weight"].float()),
+    "weight missing": lambda t: (t.pop("out.weight"), t.pop("out.weight.scale")),
+    "counts do not add up": lambda t: t["rnn.weight_hh_l0.overlay.counts"].view(torch.int16)[0].add_(1),
+    "columns missing": lambda t: t.pop("rnn.weight_hh_l0.overlay.columns"),
+    "column outside": lambda t: t["rnn.weight_hh_l0.overlay.columns"].view(torch.int16)[-1].fill_(-1),
+    "too many columns": lambda t: t.__setitem__(
+        "rnn.weight_hh_l0.overlay.columns", torch.zeros(500, dtype=torch.uint16)
+    ),
+    "index dtype": lambda t: t.__setitem__(
+        "rnn.weight_hh_l0.overlay.columns", t["rnn.weight_hh_l0.overlay.columns"].long()
+    ),
+    "one row too many": lambda t: t.update(
+        {
+            "rnn.weight_hh_l0.overlay.counts": torch.cat(
+                [t["rnn.weight_hh_l0.overlay.counts"].long(), torch.zeros(1, dtype=torch.long)]
+            ).to(torch.uint16)
+        }
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], dict[str, str]]:
+    path = tmp_path_factory.mktemp("storing") / "a.safetensors"
+    kruify.save(kruify.quantize(network("stacked"), "int8"), path)
+    kruify.verify(path)
+    return tensors_of(path), read(path).metadata
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_verify_refuses_damage(how: str, good: tuple[dict[str, Tensor], dict[str, str]], tmp_path: Path) -> None:
+    tensors = {name: tensor.clone() for name, tensor in good[0].items()}
+    DAMAGES[how](tensors)
+    write_safetensors(tmp_path / "b.safetensors", tensors, good[1])
+    with pytest.raises(kruify.KruifyError) as caught:
+        kruify.verify(tmp_path / "b.safetensors")
+    assert caught.value.exit_code == 4

@@ -1,0 +1,82 @@
+"""Integers and scales against the same arithmetic in numpy, and what quantising twice gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from kruify.errors import UnsupportedError
+from kruify.quantization import dequantize, pays, quantize_rows, round_to, row_dims
+
+MATRICES = arrays.arrays(
+    np.float32,
+    arrays.array_shapes(min_dims=2, max_dims=4, max_side=6),
+    elements=st.floats(-float(np.finfo(np.float32).max), float(np.finfo(np.float32).max), width=32),
+)
+
+
+def oracle(values: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Integers and scales in float64, the scale cut to 17 significant bits."""
+    exact = np.maximum((np.abs(values).max(axes, keepdims=True) / np.float32(127)).astype(np.float64), 2.0**-126)
+    fraction, exponent = np.frexp(exact)
+    scale = np.ldexp(np.floor(np.ldexp(fraction, 17)), exponent - 17)
+    return np.clip(np.rint((values / scale.astype(np.float32)).astype(np.float64)), -127, 127), scale
+
+
+@given(MATRICES)
+def test_integers_and_scales_are_those_of_numpy(values: np.ndarray) -> None:
+    axes = tuple(range(1, values.ndim))
+    found, scale = quantize_rows(torch.from_numpy(values), axes)
+    wanted, wanted_scale = oracle(values, axes)
+    assert found.dtype == torch.int8 and scale.dtype == torch.float32
+    np.testing.assert_array_equal(found.numpy(), wanted)
+    np.testing.assert_array_equal(scale.numpy(), wanted_scale)
+
+
+@given(MATRICES)
+def test_what_was_rounded_has_the_same_integers_and_scales(values: np.ndarray) -> None:
+    tensor = torch.from_numpy(values)
+    found, scale = quantize_rows(tensor, (-1,))
+    rounded = dequantize(found, scale)
+    exact = found.double() * scale.double()
+    assert torch.equal(rounded.double(), exact)
+    again, scale_again = quantize_rows(rounded, (-1,))
+    assert torch.equal(again, found) and torch.equal(scale_again, scale)
+    assert bool(((tensor.double() - exact).abs() <= scale.double() / 2).all())
+
+
+def test_rows() -> None:
+    assert row_dims((3, 5)) == (1,) and row_dims((3, 5, 2, 2)) == (1, 2, 3)  # outputs, output channels
+    assert row_dims((4, 8, 16, 4), factor=True) == (3,)
+    assert row_dims((4, 8, 16, 1), factor=True) == (1,)  # low rank: the terms of one row
+    assert row_dims((1, 8, 1, 16), factor=True) == (3,)
+    assert pays((3, 2), (1,)) and not pays((3, 1), (1,)) and not pays((0, 2), (1,))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_none_are_refused(bad: float) -> None:
+    with pytest.raises(UnsupportedError, match="NaN or infinite"):
+        quantize_rows(torch.tensor([[1.0, bad]]), (1,))
+
+
+def test_a_double_beyond_float32_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="NaN or infinite"):
+        quantize_rows(torch.tensor([[1e300, 0.0]], dtype=torch.float64), (1,))
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [("float16", np.float16), ("bfloat16", None), ("float32", np.float32)])
+def test_rounding_to_floats(dtype: str, wanted: type | None) -> None:
+    x = torch.linspace(-3, 3, 50)[None]
+    expected = x.bfloat16().float() if wanted is None else torch.from_numpy(x.numpy().astype(wanted).astype(np.float32))
+    assert torch.equal(round_to(x, dtype, (1,)), expected)
+
+
+def test_rounding_to_int8_keeps_the_dtype() -> None:
+    x = torch.randn(3, 5, dtype=torch.float64)
+    rounded = round_to(x, "int8", (1,))
+    assert rounded.dtype == torch.float64
+    assert torch.equal(rounded, dequantize(*quantize_rows(x, (1,))).double())
