@@ -117,6 +117,15 @@ def test_finetuning_and_evaluation(folder):
         kruify.finetune("model.kru.safetensors", Echo(), output="model.kru.safetensors")
 
 
+def test_training_from_scratch(folder):
+    pytest.importorskip("matplotlib")
+    done = kruify.train(Echo(), steps=4, output="own.pt", conditioning="own.svg", device="cpu", seed=1)
+    assert done.steps == 4 and (folder / "own.svg").read_text().startswith("<?xml")
+    assert kruify.evaluate("own.pt", Echo(), "valid").metrics["loss"] == pytest.approx(done.metrics["loss"], rel=1e-5)
+    with pytest.raises(kruify.KruifyError, match="reads or writes it"):
+        kruify.train(Echo(), steps=1, output="same.pt", conditioning="same.pt")
+
+
 def test_compression_sweep_and_report(folder):
     told = {"share": 0, "epochs": 0.5, "device": "cpu"}
     done = kruify.compress("model.pt", Echo(), "2x", output="small.kru.safetensors", **told)

@@ -16,7 +16,7 @@ from kruify.tasks.loader import load_task
 from kruify.tasks.phonemes import spoken, task
 from kruify.tasks.phonemes.features import FEATURES, HOP, RATE, WINDOW, frame_labels, log_mel, with_differences
 from kruify.tasks.phonemes.labels import CLASSES, IGNORED, SILENCE, fold, from_espeak
-from kruify.tasks.phonemes.sentences import sentences, vocabulary
+from kruify.tasks.phonemes.sentences import sentences
 from kruify.tasks.phonemes.task import load
 from kruify.tasks.phonemes.timit import CORE, audio, bounds, utterances
 
@@ -224,7 +224,7 @@ def test_sentences_follow_from_the_seed() -> None:
     assert sentences(3, 5) == sentences(4, 5)[:3]
     assert sentences(3, 5) != sentences(3, 6)
     words = {word.strip(".").lower() for text in sentences(500, 1) for word in text.split()}
-    assert words <= set(vocabulary()) and len(words) > 150
+    assert len(words) > 150 and all(word.isalpha() for word in words)
 
 
 def test_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,8 +55,3 @@ def _clause(rng: random.Random) -> str:
 
 def _word(rng: random.Random, kind: str) -> str:
     return rng.choice(_WORDS[kind].split())
-
-
-def vocabulary() -> list[str]:
-    """Return every word that a sentence can hold."""
-    return sorted({word for words in _WORDS.values() for word in words.split()})
