@@ -33,9 +33,9 @@ def report(
     Parameters, bytes, multiply-adds, latency, and with --task its metrics.
     """
     with output(json_only) as out:
-        from kruify.api import report as run
         from kruify.checkpoint import atomic_file, check_target
         from kruify.reporting import tables, to_html, to_markdown
+        from kruify.reporting.build import report as run
 
         taken = [dense, *kru]
         for target in filter(None, (html_file, markdown_file)):

@@ -54,10 +54,10 @@ def sweep(
     An interrupted sweep goes on where it stopped when the same command is given again.
     """
     with output(json_only) as out:
-        from kruify.api import report
         from kruify.api import sweep as run
         from kruify.checkpoint import atomic_file, check_target
         from kruify.reporting import to_html
+        from kruify.reporting.build import report
         from kruify.tasks.loader import load_task
 
         if html_file:

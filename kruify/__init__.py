@@ -12,7 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kruify.api import Evaluation, compress, evaluate, export, finetune, load, report, save, sweep, train, verify
+    from kruify.analysis.verify import verify
+    from kruify.api import Evaluation, compress, evaluate, export, finetune, load, save, sweep, train
     from kruify.conversion import Conversion, Inspection, convert, densify, inspect, quantize
     from kruify.conversion.plan import Plan
     from kruify.errors import KruifyError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from kruify.ops import backend_info
     from kruify.progress import Progress
     from kruify.reporting import Report
+    from kruify.reporting.build import report
     from kruify.search.compression import Compression
     from kruify.search.trade_off import Sweep
     from kruify.tasks.base import Task
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 
 # Imported when first used, because torch takes a second: `kruify --help` must not wait for it.
 _HOMES = {
-    "api": "Evaluation compress evaluate export finetune load report save sweep train verify",
+    "analysis.verify": "verify",
+    "api": "Evaluation compress evaluate export finetune load save sweep train",
     "conversion": "Conversion Inspection convert densify inspect quantize",
     "conversion.plan": "Plan",
     "errors": "KruifyError",
@@ -39,6 +42,7 @@ _HOMES = {
     "ops": "backend_info",
     "progress": "Progress",
     "reporting": "Report",
+    "reporting.build": "report",
     "search.compression": "Compression",
     "search.trade_off": "Sweep",
     "tasks.base": "Task",

@@ -2,7 +2,8 @@
 
 A network is an nn.Module, or a file that the task's network is loaded from; a task is a `Task` or the name that the
 command line takes. `output` is a file to write, checked before the work begins. `key` is the entry of a file that
-holds the state dict, where it has several. `kruify.convert` and `kruify.inspect` are in kruify.conversion.
+holds the state dict, where it has several. `kruify.convert` and `kruify.inspect` are in kruify.conversion,
+`kruify.verify` is in kruify.analysis, `kruify.report` in kruify.reporting.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from typing import Any, Literal, overload
 import torch
 from torch import nn
 
-from kruify.analysis.verify import Check
-from kruify.analysis.verify import verify as _verify
 from kruify.checkpoint import Checkpoint, atomic_file, check_model_target, check_target, read
 from kruify.conversion import build_dense, build_layer, load_tensors, plan_of, swap
 from kruify.conversion.check import dense_layers, stored_plan
@@ -28,7 +27,6 @@ from kruify.conversion.storing import write_converted
 from kruify.errors import CorruptError, UsageError
 from kruify.exporting import Exported, export_dense, export_layers, export_network
 from kruify.layers.storage import mark, marks, within
-from kruify.reporting import Report, build_report
 from kruify.reporting.training import conditioning_svg
 from kruify.search.compression import Compression
 from kruify.search.compression import compress as _compress
@@ -202,25 +200,6 @@ def sweep(
     return _sweep(_network(dense, task), task, budgets, folder, source_sha256=_sha256(dense), **options)
 
 
-def report(
-    dense: FilePath,
-    *others: FilePath,
-    task: Task | str | None = None,
-    **options: Any,
-) -> Report:
-    """Compares files with the first one: parameters, bytes, multiply-adds, latency, and with a task its metrics.
-
-    Args:
-        options: further arguments of `kruify.reporting.build_report`: split, key, threads, progress.
-
-    Raises:
-        UsageError: a file has no recurrent layer.
-        KruifyError: a file cannot be read, or does not fit the task.
-    """
-    name = task if isinstance(task, str) else None
-    return build_report([dense, *others], None if task is None else load_task(task), task_name=name, **options)
-
-
 def export(
     model: Network,
     to: Literal["dense", "onnx", "torch"],
@@ -254,15 +233,6 @@ def export(
     if to == "dense":
         return [export_dense(source, path, source=Path(original) if original else None, **options)]
     return export_layers(source, to, path, **options)
-
-
-def verify(file: FilePath, source: FilePath | None = None, *, key: str | None = None) -> list[Check]:
-    """Checks a converted file end to end: bytes, plan, numbers, and that its layers compute what it says.
-
-    Raises:
-        KruifyError: what is wrong with it.
-    """
-    return _verify(file, source, key=key)
 
 
 def save(model: nn.Module, path: FilePath, *, source_sha256: str = "", seed: int = 0) -> None:

@@ -18,29 +18,31 @@ from kruify.progress import Progress
 from kruify.reporting.details import agreeing, history, peak_memory, provenance, sources, with_energies
 from kruify.reporting.report import LatencySetup, ModelReport, Report
 from kruify.tasks.base import Task, measure
+from kruify.tasks.loader import load_task
 
 
-def build_report(
-    files: Sequence[str | PathLike[str]],
-    task: Task | None = None,
-    *,
-    task_name: str | None = None,
+def report(
+    dense: str | PathLike[str],
+    *others: str | PathLike[str],
+    task: Task | str | None = None,
     split: str = "test",
     key: str | None = None,
     threads: int = 1,
     latency_seconds: float = 2.0,
     progress: Progress | None = None,
 ) -> Report:
-    """A report on checkpoints, the first of which the others are compared with.
+    """Compares files with the first one: parameters, bytes, multiply-adds, latency, and with a task its metrics.
 
     Args:
-        task: gives the metrics; None leaves them out.
+        key: the entry of a file that holds the state dict, where it has several.
         latency_seconds: spent on each model and batch size.
 
     Raises:
         UsageError: a file has no recurrent layer.
         KruifyError: a file cannot be read, or does not fit the task.
     """
+    files, task_name = (dense, *others), task if isinstance(task, str) else type(task).__name__
+    task = None if task is None else load_task(task)
     tell = progress or (lambda done, total, text: None)
     total = 2 * len(files) + 1
     checkpoints = [read(file, key=key) for file in files]
@@ -77,7 +79,7 @@ def build_report(
     return Report(
         models=models,
         latency=LatencySetup(latency.steps, latency.threads, machine(), os.cpu_count(), load),
-        task=None if task is None else task_name or type(task).__name__,
+        task=None if task is None else task_name,
         split=None if task is None else split,
         examples=None if task is None else task.examples(split),
         metric=None if task is None else task.metric,

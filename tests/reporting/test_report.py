@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from kruify import convert, save
 from kruify.checkpoint import read
 from kruify.errors import CorruptError, UsageError
-from kruify.reporting import Report, build_report, tables
+from kruify.reporting import Report, tables
+from kruify.reporting.build import report as build
 from kruify.tasks.base import Task
 
 
@@ -67,7 +68,7 @@ def text_of(report: Report) -> str:
 
 
 def test_report_compares_with_the_first(files):
-    report = build_report(files, Size(), task_name="size", latency_seconds=0.0)
+    report = build(*files, task=Size(), latency_seconds=0.0)
     first, exact, small = report.models
     assert [m.name for m in report.models] == ["net", "exact", "small"]
     assert exact.metrics["norm"] == pytest.approx(first.metrics["norm"], rel=1e-4)
@@ -88,7 +89,7 @@ def test_report_compares_with_the_first(files):
 
 
 def test_report_without_task_has_no_metrics(files):
-    report = build_report(files[:2], latency_seconds=0.0)
+    report = build(*files[:2], latency_seconds=0.0)
     assert report.task is report.metric is report.split is None
     value: dict[str, Any] = report.to_json()
     assert value["models"][0]["metrics"] == {}
@@ -99,14 +100,14 @@ def test_same_stem_gets_a_number(files, tmp_path):
     (tmp_path / "other").mkdir()
     twin = tmp_path / "other" / "net.pt"
     twin.write_bytes(files[0].read_bytes())
-    report = build_report([files[0], twin], latency_seconds=0.0)
+    report = build(files[0], twin, latency_seconds=0.0)
     assert [m.name for m in report.models] == ["net", "net (2)"]
 
 
 def test_refusals(files, tmp_path):
     torch.save({"w": torch.zeros(2)}, tmp_path / "plain.pt")
     with pytest.raises(UsageError, match=r"plain\.pt"):
-        build_report([files[0], tmp_path / "plain.pt"], latency_seconds=0.0)
+        build(files[0], tmp_path / "plain.pt", latency_seconds=0.0)
     torch.save(nn.GRU(4, 8).state_dict(), tmp_path / "other.pt")
     with pytest.raises(CorruptError, match=r"other\.pt"):
-        build_report([files[0], tmp_path / "other.pt"], Size(), latency_seconds=0.0)
+        build(files[0], tmp_path / "other.pt", task=Size(), latency_seconds=0.0)
