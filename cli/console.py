@@ -44,12 +44,6 @@ class Output:
         """Prints one line on stderr."""
         _console(sys.stderr).print(text, soft_wrap=True)
 
-    @contextmanager
-    def waiting(self, text: str) -> Iterator[None]:
-        """A spinner with the seconds gone, for work that cannot tell how far it is."""
-        with progress(text):
-            yield
-
     def result(self, value: dict[str, Any]) -> None:
         """Prints the JSON object, where it was asked for."""
         if self.json_only:
@@ -103,7 +97,7 @@ def finite(value: Any) -> Any:
 
 @contextmanager
 def progress(description: str) -> Iterator[Progress]:
-    """A bar with the time left on stderr; nothing where stderr is no terminal."""
+    """A bar with the time gone, and the time left where the work tells, on stderr; nothing where that is no terminal."""
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .console import json_option, output
+from .console import json_option, output, progress
 from .options import key_option, model_argument, split_option, task_option
 
 
@@ -21,7 +21,7 @@ def evaluate(model: str, task: str, split: str, key: str | None, json_only: bool
 
         from kruify.api import evaluate as run
 
-        with out.waiting(f"evaluating on {split}"):
+        with progress(f"evaluating on {split}"):
             found = run(model, task, split, key=key)
         counted = "" if found.examples is None else f" ({found.examples:,} examples)"
         values = ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())

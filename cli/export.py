@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .console import json_option, output
+from .console import json_option, output, progress
 from .options import NUMBER, given, key_option, model_argument, output_option
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def export(model: str, json_only: bool, **options: Any) -> None:
     with output(json_only) as out:
         from kruify.api import export as run
 
-        with out.waiting("exporting and comparing"):
+        with progress("exporting and comparing"):
             files = run(model, **given(**{**options, "dense": options["dense"] or None}))
         for file in files:
             out.show(_sentence(file))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .console import json_option, output
+from .console import json_option, output, progress
 from .options import key_option
 
 
@@ -21,7 +21,7 @@ def verify(file: str, source: str | None, key: str | None, json_only: bool) -> N
     with output(json_only) as out:
         from kruify.analysis.verify import verify as check
 
-        with out.waiting(f"verifying {file}"):
+        with progress(f"verifying {file}"):
             checks = check(file, source, key=key)
         for item in checks:
             out.show(f"{item.name}: {item.detail}")
