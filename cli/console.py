@@ -97,7 +97,7 @@ def finite(value: Any) -> Any:
 
 @contextmanager
 def progress(description: str) -> Iterator[Progress]:
-    """A bar with the time gone, and the time left where the work tells, on stderr; nothing where that is no terminal."""
+    """A bar with the time gone and, where it is known, left; nothing where stderr is no terminal."""
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
