@@ -8,7 +8,7 @@ Sources: the ONNX operator specification (LSTM, GRU, RNN); keras/src/layers/rnn/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 import torch
 from torch import Tensor
@@ -40,9 +40,11 @@ def from_torch(tensor: Tensor, framework: str, kind: str) -> Tensor:
     return torch.cat([tensor.chunk(len(order))[order.index(gate)] for gate in range(len(order))])
 
 
-def computed(shape: tuple[int, ...], dtype: torch.dtype, load: Callable[[], Tensor]) -> LazyTensor:
-    """A lazy tensor whose numbers are computed; contiguous, never tied."""
-    return LazyTensor(shape, dtype, lambda: load().contiguous())
+def computed(
+    shape: tuple[int, ...], dtype: torch.dtype, load: Callable[[], Tensor], identity: Hashable = None
+) -> LazyTensor:
+    """A lazy tensor whose numbers are computed; contiguous, tied only to what has the same identity."""
+    return LazyTensor(shape, dtype, lambda: load().contiguous(), identity)
 
 
 def keras_cell(kind: str, parts: Mapping[str, LazyTensor], suffix: str) -> dict[str, LazyTensor]:
@@ -92,15 +94,19 @@ def onnx_layer(kind: str, parts: Mapping[str, LazyTensor], directions: int) -> d
     """torch's tensors of an ONNX node.
 
     Args: parts: "W" (directions, gates*hidden, input), "R" (directions, gates*hidden, hidden), maybe "B"
-        (directions, 2*gates*hidden).
+        (directions, 2*gates*hidden). Nodes of one kind whose parts have one identity are tied.
     """
 
+    def tie(source: LazyTensor, *which: int) -> Hashable:
+        return source.identity and (source.identity, kind, *which)
+
     def weight(source: LazyTensor, d: int) -> LazyTensor:
-        return computed(source.shape[1:], source.dtype, lambda: to_torch(source.load()[d], "onnx", kind))
+        shape, same = source.shape[1:], tie(source, d)
+        return computed(shape, source.dtype, lambda: to_torch(source.load()[d], "onnx", kind), same)
 
     def bias(source: LazyTensor, d: int, half: int) -> LazyTensor:
-        shape = (source.shape[1] // 2,)
-        return computed(shape, source.dtype, lambda: to_torch(source.load()[d].chunk(2)[half], "onnx", kind))
+        shape, same = (source.shape[1] // 2,), tie(source, d, half)
+        return computed(shape, source.dtype, lambda: to_torch(source.load()[d].chunk(2)[half], "onnx", kind), same)
 
     found: dict[str, LazyTensor] = {}
     for d, suffix in enumerate(("_l0", "_l0_reverse")[:directions]):

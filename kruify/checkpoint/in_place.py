@@ -1,7 +1,7 @@
 """Copies of whole files with other numbers in them: the module tree, code and configuration stay to the bit.
 
-A full-module pickle, a TorchScript archive, an ONNX graph and a Keras model are more than their tensors, and kruify can
-neither run nor rebuild what is more. It copies the file and puts the new numbers where the old ones were.
+A full-module pickle, a TorchScript archive and a Keras model are more than their tensors, and kruify can neither run
+nor rebuild what is more. It copies the file and puts the new numbers where the old ones were. ONNX: onnx_in_place.py.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from kruify.checkpoint import keras_file, onnx_file
+from kruify.checkpoint import keras_file
 from kruify.checkpoint.archive import Archive
 from kruify.checkpoint.file_bytes import chunks
-from kruify.checkpoint.gates import keras_from_torch, onnx_from_torch
+from kruify.checkpoint.gates import keras_from_torch
 from kruify.checkpoint.storage import Storage
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.checkpoint.writing import atomic_file, tensor_bytes
@@ -37,7 +37,7 @@ def replace_in_torch(
 
     Raises: UsageError where a tensor does not fit; names that `source` lacks are refused, too.
     """
-    _check(source, stored, tensors)
+    check_fits(source, stored, tensors)
     with source.open("rb") as old, atomic_file(target) as file:
         file.writelines(chunks(old))
         changed = set()
@@ -48,36 +48,6 @@ def replace_in_torch(
         old.seek(0)
         if old.read(4) == b"PK\x03\x04":
             _correct_sums(source, old, file, changed)
-
-
-def replace_in_onnx(source: Path, target: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Copy an ONNX model with other weights, given by the names of its reader."""
-    model, found = onnx_file.load_model(source), onnx_file.read_onnx(source)
-    _check(source, found.tensors, tensors)
-    protos = {proto.name: proto for proto in model.graph.initializer}
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Constant" and attribute.name == "value":
-                protos[node.output[0]] = attribute.t
-    new = {name: tensor.load() for name, tensor in tensors.items() if name in protos}
-    by_layer: dict[str, dict[str, LazyTensor]] = {}
-    for name, tensor in tensors.items():
-        layer, _, short = name.rpartition(".")
-        by_layer.setdefault(layer, {})[short] = tensor
-    for layer, parts in found.parts.items():
-        own = {short: tensor.load() for short, tensor in by_layer.get(layer, {}).items()}
-        if own:
-            hint = found.hints[layer].options
-            kind, directions = str(hint["mode"]).lower(), 2 if hint["bidirectional"] else 1
-            values = onnx_from_torch(kind, own, directions, "B" in parts)
-            new |= {parts[part]: value for part, value in values.items()}
-    for name, value in new.items():
-        proto = protos[name]
-        for typed in ("float_data", "int32_data", "int64_data", "double_data"):
-            proto.ClearField(typed)
-        proto.raw_data = bytes(tensor_bytes(value))
-    with atomic_file(target) as file:
-        file.write(model.SerializeToString(deterministic=True))
 
 
 def replace_in_keras(source: Path, target: Path, tensors: Mapping[str, LazyTensor]) -> None:
@@ -102,7 +72,7 @@ def replace_in_keras(source: Path, target: Path, tensors: Mapping[str, LazyTenso
 def _replaced_h5(source: Path, data: bytes, found: keras_file.KerasFile, tensors: Mapping[str, LazyTensor]) -> bytes:
     import h5py
 
-    _check(source, found.tensors, tensors)
+    check_fits(source, found.tensors, tensors)
     buffer = io.BytesIO(data)
     with h5py.File(buffer, "r+") as file:
         translated = {f"{layer}.{part}{suffix}" for (layer, suffix) in found.parts for part in keras_file.PARTS}
@@ -117,7 +87,8 @@ def _replaced_h5(source: Path, data: bytes, found: keras_file.KerasFile, tensors
     return buffer.getvalue()
 
 
-def _check(source: Path, stored: Mapping[str, LazyTensor], tensors: Mapping[str, LazyTensor]) -> None:
+def check_fits(source: Path, stored: Mapping[str, LazyTensor], tensors: Mapping[str, LazyTensor]) -> None:
+    """Raises `UsageError` unless every tensor has the name, shape and dtype of one in the file."""
     for name, tensor in tensors.items():
         old = stored.get(name)
         if old is None or (old.shape, old.dtype) != (tensor.shape, tensor.dtype):

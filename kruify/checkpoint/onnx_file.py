@@ -1,56 +1,83 @@
-"""Read the LSTM, GRU and RNN nodes of an ONNX model; nothing is run, nothing outside the file is opened.
+"""Read the LSTM, GRU and RNN nodes of an ONNX model; nothing outside the file is opened.
 
-Needs `pip install kruify[onnx]`.
+Only what computes their weights from constants is run (`onnx_constants`). Needs `pip install kruify[onnx]`.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from math import prod
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from kruify.checkpoint import limits
 from kruify.checkpoint.gates import GATES, onnx_layer
 from kruify.checkpoint.modules import ModuleHint
+from kruify.checkpoint.onnx_constants import Constant, Folding, lazy_tensor
+from kruify.checkpoint.onnx_graph import Key, Node, Proto, Scope, Walk, is_identity, own
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.errors import CorruptError, UnsafeError, UnsupportedError
 
-# onnx.TensorProto.DataType
-DTYPES = {
-    1: torch.float32,
-    2: torch.uint8,
-    3: torch.int8,
-    5: torch.int16,
-    6: torch.int32,
-    7: torch.int64,
-    9: torch.bool,
-    10: torch.float16,
-    11: torch.float64,
-    16: torch.bfloat16,
-}
-EXTERNAL = 1
 KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn"}
-DEFAULT_ACTIVATIONS = {"lstm": [["sigmoid", "tanh", "tanh"]], "gru": [["sigmoid", "tanh"]], "rnn": [["tanh"], ["relu"]]}
+INPUTS = {"W": 1, "R": 2, "B": 3}
+"""Inputs that are weights -> their place."""
+PEEPHOLES = 7
+ACTIVATIONS = {"lstm": [["sigmoid", "tanh", "tanh"]], "gru": [["sigmoid", "tanh"]], "rnn": [["tanh"], ["relu"]]}
+"""What torch's layers have, for one direction. None of these takes an alpha or beta."""
+ATTRIBUTES = {
+    *("activation_alpha", "activation_beta", "activations", "clip", "direction", "hidden_size", "input_forget"),
+    *("layout", "linear_before_reset", "output_sequence"),
+}
+EIGHT_BIT = (2, 3)
+LOOPS = ("Scan", "Loop")
+_RECURRENT = re.compile("lstm|gru|rnn", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One input of a recurrent node, W, R or B.
+
+    Attributes:
+        constant: its numbers and where they are.
+        own: whether nothing reads the tensor in the file but recurrent nodes, as this input.
+    """
+
+    node: Node
+    part: str
+    constant: Constant
+    own: bool = True
 
 
 @dataclass
 class OnnxFile:
-    """Tensors by torch's names for recurrent nodes, by their own for the rest; hints; what cannot be read, and why."""
+    """What was found.
+
+    Attributes:
+        tensors: by torch's names for recurrent nodes, by their own for other constants of real numbers.
+        hints: layer -> what torch would call its options.
+        skipped: recurrent nodes that cannot be read, and why.
+        dropped: sentences on what is read otherwise than it is stored.
+        weights: layer -> "W", "R", "B" -> where they are.
+        protos: other constants by the names in `tensors`.
+        scopes: all graphs, and calls of functions.
+        computing: nodes that compute nothing but weights of recurrent nodes.
+        taken: the tensors that nothing reads but recurrent nodes and `computing`; their ids.
+    """
 
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
     hints: dict[str, ModuleHint] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
-    parts: dict[str, dict[str, str]] = field(default_factory=dict)  # layer -> {"W": initializer name, ...}
-    repeats: dict[str, int] = field(default_factory=dict)  # name of a node -> how many have it
+    dropped: list[str] = field(default_factory=list)
+    weights: dict[str, dict[str, Weight]] = field(default_factory=dict)
+    protos: dict[str, Proto] = field(default_factory=dict)
+    scopes: list[Scope] = field(default_factory=list)
+    computing: set[Key] = field(default_factory=set)
+    taken: set[int] = field(default_factory=set)
 
 
-def load_model(path: Path) -> Any:
+def load_model(path: Path) -> Proto:
     """The parsed protobuf.
 
     Raises: UnsupportedError without the onnx package; CorruptError; UnsafeError beyond 2 GiB, protobuf's own limit.
@@ -75,56 +102,121 @@ def load_model(path: Path) -> Any:
 def read_onnx(path: Path) -> OnnxFile:
     """The weights of an ONNX model.
 
-    Raises: as `load_model`; UnsupportedError for numbers kept outside the file, and dtypes that torch does not have.
+    Raises: as `load_model`; UnsupportedError for numbers kept outside the file.
     """
-    model = load_model(path)
+    return read_model(load_model(path), path)
+
+
+def read_model(model: Proto, path: Path) -> OnnxFile:
+    """The weights of a parsed model, whose protobufs `OnnxFile.weights` and `OnnxFile.protos` point to."""
+    walk = Walk(model, path)
+    nodes = list(walk)
+    folding = Folding(path, {node.key: node for node in nodes}, limits.RATIO * model.ByteSize() + limits.SLACK)
     found = OnnxFile()
-    constants: dict[str, LazyTensor] = {}
-    if len(model.graph.initializer) + len(model.graph.node) > limits.ENTRIES:
-        raise UnsafeError("its graph has too many nodes", path)
-    for proto in model.graph.initializer:
-        if proto.name in constants:
-            raise CorruptError(f"it has the tensor {proto.name[:80]} twice", path)
-        constants[proto.name] = _lazy(proto, path)
-    for node in model.graph.node:
-        if node.op_type == "Constant":
-            for attribute in node.attribute:
-                if attribute.name == "value" and attribute.HasField("t") and node.output:
-                    constants[node.output[0]] = _lazy(attribute.t, path)
-        elif node.op_type == "Identity" and node.input and node.input[0] in constants:
-            constants[node.output[0]] = constants[node.input[0]]
-    used: set[str] = set()
-    for index, node in enumerate(model.graph.node):
-        if node.op_type in KINDS and node.domain in ("", "ai.onnx"):
-            used |= _add_node(node, index, constants, found)
-    for proto in model.graph.initializer:
-        if proto.name not in used:
-            found.tensors[proto.name] = constants[proto.name]
+    names: Counter[str] = Counter()
+    for node in nodes:
+        if _is_recurrent(node.proto):
+            _add_node(_unique(node.path, names), node, folding, found)
+        elif not own(node.proto) and _RECURRENT.search(node.proto.op_type) and walk.function(node.proto) is None:
+            found.skipped[_unique(node.path, names)] = _foreign(node.proto)
+    recurrent = {around.key for node in nodes if _is_recurrent(node.proto) for around in node.around()}
+    for node in nodes:
+        if node.key not in recurrent and (reason := _without_node(node, walk)):
+            found.skipped[_unique(node.path, names)] = reason
+    found.scopes = walk.scopes
+    _mark_read(walk, nodes, found)
+    for name, proto in _constants(walk.scopes, path):
+        lazy = lazy_tensor(proto, path)
+        if id(proto) not in found.taken and lazy is not None and lazy.dtype.is_floating_point:
+            name = _unique(name, names)
+            found.tensors[name], found.protos[name] = lazy, proto
     return found
 
 
-def _add_node(node: Any, index: int, constants: dict[str, LazyTensor], found: OnnxFile) -> set[str]:
-    kind = KINDS[node.op_type]
-    name = node.name.strip("/").replace("/", ".") or f"{kind}_{index}"
-    while name in found.hints or name in found.skipped:
-        found.repeats[name] = found.repeats.get(name, 1) + 1
-        name = f"{name}_{found.repeats[name]}"
-    attributes = {a.name: a for a in node.attribute}
-    inputs = list(node.input)
-    parts = {part: inputs[at] for at, part in ((1, "W"), (2, "R"), (3, "B")) if at < len(inputs) and inputs[at]}
-    lazy = {part: constants[source] for part, source in parts.items() if source in constants}
-    reason = _refusal(kind, attributes, inputs, parts, lazy)
+def _is_recurrent(proto: Proto) -> bool:
+    return proto.op_type in KINDS and own(proto)
+
+
+def _mark_read(walk: Walk, nodes: list[Node], found: OnnxFile) -> None:
+    """Fills `found.computing` and `found.taken`; weights that other nodes read, too, are marked and named."""
+    readers: dict[Key, set[tuple[Key, int]]] = {}
+    for node in nodes:
+        if not is_identity(node.proto) and walk.function(node.proto) is None:
+            for at, name in enumerate(node.proto.input):
+                if name:
+                    readers.setdefault(node.scope.find(name).key, set()).add((node.key, at))
+    for scope in walk.scopes:
+        for value in scope.body.output:
+            source = scope.find(value if isinstance(value, str) else value.name)
+            readers.setdefault(source.key, set()).add(((0, 0), 0))
+    weights = [(name, weight) for name, parts in found.weights.items() for weight in parts.values()]
+    ours = {(weight.node.key, INPUTS[weight.part]) for _, weight in weights}
+    only = {node.key: node for _, weight in weights for node in weight.constant.nodes}
+    todo = list(only)
+    while todo:
+        key = todo.pop()
+        if key in only and not all(reader in ours or reader[0] in only for reader in readers[key]):
+            node = only.pop(key)
+            todo += [node.scope.find(name).key for name in node.proto.input if name]
+    for name, weight in weights:
+        proto = weight.constant.proto
+        if proto is not None and not readers[0, id(proto)] <= ours:
+            found.weights[name][weight.part] = replace(weight, own=False)
+            found.dropped.append(f"the {weight.part} of {name} is read by other nodes, too: they keep its numbers")
+    found.computing = set(only)
+    found.taken = {
+        key[1]
+        for key, found_readers in readers.items()
+        if key[0] == 0 and all(reader in ours or reader[0] in only for reader in found_readers)
+    }
+
+
+def _unique(name: str, names: Counter[str]) -> str:
+    while True:
+        names[name] += 1
+        if names[name] == 1:
+            return name
+        name = f"{name}_{names[name]}"
+
+
+def _constants(scopes: list[Scope], path: Path) -> Iterator[tuple[str, Proto]]:
+    """Every tensor of the model once, with its name: those of the main graph by their own."""
+    seen: set[int] = set()
+    for scope in scopes:
+        initializers = [proto.name for proto in getattr(scope.body, "initializer", ())]
+        if len(set(initializers)) < len(initializers):
+            twice = next(name for name, count in Counter(initializers).items() if count > 1)
+            raise CorruptError(f"it has the tensor {twice[:80]} twice", path)
+        for name in dict.fromkeys([*initializers, *scope.values]):
+            proto = scope.values[name]
+            if hasattr(proto, "data_type") and id(proto) not in seen:
+                seen.add(id(proto))
+                yield f"{scope.path}{name}", proto
+
+
+def _add_node(name: str, node: Node, folding: Folding, found: OnnxFile) -> None:
+    kind = KINDS[node.proto.op_type]
+    attributes, inputs = node.attributes, list(node.proto.input)
+    parts = {part: inputs[at] for part, at in INPUTS.items() if at < len(inputs) and inputs[at]}
+    weights: dict[str, Weight] = {}
+    for part, source in parts.items():
+        constant = folding.constant(node.scope, source)
+        if isinstance(constant, str):
+            found.skipped[name] = f"its {part} {constant}"
+            return
+        weights[part] = Weight(node, part, constant)
+    lazy = {part: weight.constant.tensor for part, weight in weights.items()}
+    reason = _refusal(kind, attributes, inputs, lazy)
     if reason:
         found.skipped[name] = reason
-        return set()
+        return
     directions = lazy["W"].shape[0]
     for short, tensor in onnx_layer(kind, lazy, directions).items():
         found.tensors[f"{name}.{short}"] = tensor
-    hidden = lazy["R"].shape[2]
     options: dict[str, bool | int | float | str] = {
         "mode": kind.upper(),
         "input_size": lazy["W"].shape[2],
-        "hidden_size": hidden,
+        "hidden_size": lazy["R"].shape[2],
         "num_layers": 1,
         "bias": "B" in lazy,
         "bidirectional": directions == 2,
@@ -132,78 +224,78 @@ def _add_node(node: Any, index: int, constants: dict[str, LazyTensor], found: On
         "dropout": 0.0,
     }
     if kind == "rnn":
-        options["nonlinearity"] = _activations(attributes, 1)[0][0] if "activations" in attributes else "tanh"
-    found.hints[name] = ModuleHint(f"onnx.{node.op_type}", options)
-    found.parts[name] = parts
-    return set(parts.values())
+        options["nonlinearity"] = (_activations(attributes) or ["tanh"])[0]
+    found.hints[name] = ModuleHint(f"onnx.{node.proto.op_type}", options)
+    found.weights[name] = weights
+    if any(leaf.made_by.data_type in EIGHT_BIT for w in weights.values() for leaf in w.constant.leaves):
+        found.dropped.append(f"the 8-bit weights of {name} are read as {str(lazy['W'].dtype).removeprefix('torch.')}")
 
 
-def _activations(attributes: dict[str, Any], directions: int) -> list[list[str]]:
-    names = [text.decode("ascii", "replace").lower() for text in attributes["activations"].strings]
-    size = max(1, len(names) // directions)
-    return [names[i : i + size] for i in range(0, len(names), size)]
+def _activations(attributes: dict[str, Proto]) -> list[str]:
+    if "activations" not in attributes:
+        return []
+    return [text.decode("ascii", "replace").lower() for text in attributes["activations"].strings]
 
 
-def _refusal(
-    kind: str, attributes: dict[str, Any], inputs: list[str], parts: dict[str, str], lazy: dict[str, LazyTensor]
-) -> str | None:
+def _refusal(kind: str, attributes: dict[str, Proto], inputs: list[str], lazy: dict[str, LazyTensor]) -> str | None:
     """Why torch has no such layer, None if it has."""
-    if set(parts) != set(lazy) or not {"W", "R"} <= set(lazy):
-        return "its weights are computed in the graph"
+    if not {"W", "R"} <= set(lazy):
+        return "it has no weights"
+    if unknown := sorted(set(attributes) - ATTRIBUTES):
+        return f"its attribute {unknown[0][:80]} is none of ONNX's"
     w, r = lazy["W"].shape, lazy["R"].shape
     gates = GATES[kind]
     if len(w) != 3 or len(r) != 3 or w[0] != r[0] or w[0] not in (1, 2) or r[1] != gates * r[2] or w[1] != r[1]:
         return f"its weights have shapes {list(w)} and {list(r)}, which do not fit together"
     if "B" in lazy and lazy["B"].shape != (w[0], 2 * w[1]):
         return f"its bias has shape {list(lazy['B'].shape)}"
+    if len({tensor.dtype for tensor in lazy.values()}) > 1:
+        return "its weights are of several data types"
+    if "hidden_size" in attributes and attributes["hidden_size"].i != r[2]:
+        return f"its hidden_size is {attributes['hidden_size'].i}, that of its weights {r[2]}"
     direction = attributes["direction"].s.decode("ascii", "replace") if "direction" in attributes else "forward"
     if direction == "reverse":
         return "it runs backwards only, which torch has no layer for"
-    if (direction == "bidirectional") != (w[0] == 2):
-        return "its direction does not match its weights"
+    if direction != ("forward", "bidirectional")[w[0] - 1]:
+        return f"its direction ({direction[:40]}) does not match its weights"
+    if "layout" in attributes and attributes["layout"].i not in (0, 1):
+        return f"its layout is {attributes['layout'].i}, which ONNX does not define"
     if kind == "gru" and not ("linear_before_reset" in attributes and attributes["linear_before_reset"].i):
         return "it is a GRU that resets before the matmul (linear_before_reset=0), which torch has no equivalent for"
-    if len(inputs) > 7 and inputs[7]:
+    if len(inputs) > PEEPHOLES and inputs[PEEPHOLES]:
         return "it has peepholes, which torch has no equivalent for"
     if "clip" in attributes or ("input_forget" in attributes and attributes["input_forget"].i):
         return "it clips its cells or couples its gates, which torch has no equivalent for"
-    if "activations" in attributes and any(
-        names not in DEFAULT_ACTIVATIONS[kind] for names in _activations(attributes, w[0])
-    ):
-        return "its activations are not torch's"
+    return _unlike_torch(ACTIVATIONS[kind], _activations(attributes), w[0])
+
+
+def _unlike_torch(known: list[list[str]], names: list[str], directions: int) -> str | None:
+    """Why torch has no layer with these activations, those of the second direction after those of the first."""
+    if not names or names in [one * directions for one in known]:
+        return None
+    size = len(known[0])
+    if len(names) == 2 * size and all(names[at : at + size] in known for at in (0, size)):
+        return f"its two directions have different activations ({', '.join(names)}), which torch has no layer for"
+    return f"its activations ({', '.join(names)[:80]}) are not torch's"
+
+
+def _foreign(proto: Proto) -> str:
+    operator = f"{proto.domain}.{proto.op_type}"[:80]
+    if "Quantize" in proto.op_type:
+        return f"it is a {operator}, whose weights are quantised; give the model from before quantisation"
+    return f"it is a {operator}: kruify reads ONNX's own LSTM, GRU and RNN nodes"
+
+
+def _without_node(node: Node, walk: Walk) -> str | None:
+    """Why what has no recurrent node in its body may be recurrent all the same; None for all else."""
+    kind = node.proto.op_type
+    if walk.function(node.proto) is not None and _RECURRENT.search(kind):
+        return "it is a function of the model without an LSTM, GRU or RNN node in it"
+    bodies = [attribute.g for attribute in node.attributes.values() if attribute.HasField("g")]
+    if kind in LOOPS and own(node.proto) and any(map(_multiplies, bodies)):
+        return f"it is a {kind} that multiplies matrices in every step: kruify reads LSTM, GRU and RNN nodes"
     return None
 
 
-def _lazy(proto: Any, path: Path) -> LazyTensor:
-    if proto.data_location == EXTERNAL:
-        place = next((entry.value for entry in proto.external_data if entry.key == "location"), "")
-        if not place or "/" in place or "\\" in place or place in (".", ".."):
-            raise UnsafeError(f"it points to numbers at {place[:80]!r}, outside of its folder", path)
-        raise UnsupportedError("it keeps its numbers in other files", path, "Save it as one file")
-    shape = tuple(proto.dims)
-    dtype = DTYPES.get(proto.data_type)
-    if dtype is None:
-        raise UnsupportedError(f"its tensor {proto.name[:80]} has ONNX data type {proto.data_type}", path)
-    if any(n < 0 for n in shape) or len(shape) > 64:
-        raise CorruptError(f"its tensor {proto.name[:80]} has a shape that is none", path)
-    numel = prod(shape)
-    typed = max(len(proto.float_data), len(proto.int32_data), len(proto.int64_data), len(proto.double_data))
-    have = len(proto.raw_data) // dtype.itemsize if proto.HasField("raw_data") else typed
-    if have != numel or (proto.HasField("raw_data") and len(proto.raw_data) % dtype.itemsize):
-        raise CorruptError(f"its tensor {proto.name[:80]} of shape {list(shape)} has {have} numbers", path)
-    return LazyTensor(shape, dtype, _loader(proto, shape, dtype))
-
-
-def _loader(proto: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Tensor]:
-    def load() -> Tensor:
-        if not prod(shape):
-            return torch.empty(shape, dtype=dtype)
-        if proto.HasField("raw_data"):
-            return torch.frombuffer(bytearray(proto.raw_data), dtype=dtype).reshape(shape)
-        if dtype in (torch.float16, torch.bfloat16):  # kept as the bits of 16-bit numbers
-            bits = torch.tensor([n - 65536 if n > 32767 else n for n in proto.int32_data], dtype=torch.int16)
-            return bits.view(dtype).reshape(shape)
-        data = proto.float_data or proto.double_data or proto.int64_data or proto.int32_data
-        return torch.tensor(list(data), dtype=dtype).reshape(shape)
-
-    return load
+def _multiplies(graph: Proto) -> bool:
+    return any(node.op_type in ("MatMul", "Gemm", "Einsum") for node in graph.node)

@@ -21,6 +21,7 @@ from kruify.checkpoint import in_place
 from kruify.checkpoint.checkpoint import Checkpoint
 from kruify.checkpoint.extras import to_json
 from kruify.checkpoint.file_format import parse_origin
+from kruify.checkpoint.onnx_in_place import replace_in_onnx
 from kruify.checkpoint.parametrised import Computed, sources_for
 from kruify.checkpoint.reading import read, read_contents
 from kruify.checkpoint.sharded import is_file_name
@@ -166,7 +167,7 @@ def _write_shards(path: Path, named: Mapping[str, LazyTensor], table: Mapping[st
 
 def _write_into_copy(source: Path, path: Path, named: Mapping[str, LazyTensor], kind: str, key: str | None) -> None:
     if kind == "onnx":
-        in_place.replace_in_onnx(source, path, named)
+        replace_in_onnx(source, path, named)
     elif kind == "keras":
         in_place.replace_in_keras(source, path, named)
     else:

@@ -90,7 +90,7 @@ def read_contents(path: Path, key: str | None) -> Contents:
         torch_file.refuse_plain_pickle(path, file, size)
     elif head[:1] == b"\x08":  # an ONNX model starts with its ir_version
         onnx = onnx_file.read_onnx(path)
-        contents = Contents("onnx", onnx.tensors, skipped=onnx.skipped, hints=onnx.hints)
+        contents = Contents("onnx", onnx.tensors, dropped=tuple(onnx.dropped), skipped=onnx.skipped, hints=onnx.hints)
     elif head.startswith(b"version https://git-lfs"):
         raise CorruptError("it is a pointer of git-lfs, not the file itself", path, "Fetch it: git lfs pull")
     else:
