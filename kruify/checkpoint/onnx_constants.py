@@ -1,6 +1,7 @@
 """Tensors that an ONNX graph computes from constants alone (a Concat of gates, a DequantizeLinear), as tensors.
 
-The nodes between are evaluated by onnx.reference, after onnx's shape inference has said how much they ask for.
+The nodes between are evaluated by onnx.reference or onnxruntime, after onnx's shape inference has said how much they
+ask for.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ FOLDED = {
     *("Unsqueeze", "Add", "Div", "MatMul", "Mul", "Neg", "Pow", "ReduceL2", "ReduceSum", "Sqrt", "Sub"),
 }
 """Operators that are evaluated: their cost follows from the shapes."""
+IR_VERSION = 8
 SHAPES = 64
 """Integer constants up to this size may be shapes and axes, which shape inference has to see."""
 
@@ -74,6 +76,7 @@ class Folding:
     bytes_left: int
     nodes_left: int = 20_000
     _done: dict[Hashable, Constant | str] = field(default_factory=dict)
+    _tensors: dict[Hashable, LazyTensor] = field(default_factory=dict)
 
     def constant(self, scope: Scope, name: str) -> Constant | str:
         """The constant that a name stands for, or why it is none: "is an input of the graph"."""
@@ -130,23 +133,21 @@ class Folding:
             return "is computed by functions of several opsets"
         graph, feed = _graph(source, nodes, leaves)
         identity = (graph.SerializeToString(deterministic=True), *(id(leaf.made_by) for leaf in leaves))
-        if identity in self._done:
-            return self._done[identity]
+        if identity in self._tensors:  # the same by other nodes
+            return Constant(self._tensors[identity], None, tuple(nodes), tuple(leaves))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opsets.pop())])
+                model.ir_version = IR_VERSION
                 self._charge(model)
-                from onnx.reference import ReferenceEvaluator
-
-                tensor = _tensor(ReferenceEvaluator(model).run(None, feed)[0])
+                tensor = _tensor(_run(model, feed))
         except UnsafeError as error:
             return error.what
         except Exception as error:  # whatever a graph that is none brings forth
             return f"is computed in a way that onnx cannot follow ({type(error).__name__})"
-        lazy = LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor, identity)
-        self._done[identity] = Constant(lazy, None, tuple(nodes), tuple(leaves))
-        return self._done[identity]
+        self._tensors[identity] = LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor, identity)
+        return Constant(self._tensors[identity], None, tuple(nodes), tuple(leaves))
 
     def _charge(self, model: Proto) -> None:
         """Takes what the nodes will ask for from the budget, before any of them is run."""
@@ -156,7 +157,7 @@ class Folding:
         sizes = {value.name: _size(value) for value in (*inferred.input, *inferred.value_info, *inferred.output)}
         sizes |= {value.name: (tuple(value.dims), 8) for value in inferred.initializer}
         for node in inferred.node:
-            for name in node.output:
+            for name in filter(None, node.output):
                 shape, itemsize = sizes[name]
                 self.bytes_left -= prod(shape) * itemsize
                 if node.op_type == "MatMul":  # 16 operations cost about as much as a byte
@@ -200,6 +201,23 @@ def _graph(source: Source, nodes: list[Node], leaves: list[Source]) -> tuple[Pro
             feed[name] = numpy_helper.to_array(proto)
     output = ValueInfoProto(name=label(source.scope, source.name))
     return helper.make_graph(copies, "constant", inputs, [output], initializers), feed
+
+
+def _run(model: Proto, feed: dict[str, Any]) -> Any:
+    """What onnx.reference computes, or onnxruntime where that has not the version of an operator."""
+    from onnx.reference import ReferenceEvaluator
+
+    try:
+        evaluator = ReferenceEvaluator(model)
+    except RuntimeError:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return session.run(None, feed)[0]
+    return evaluator.run(None, feed)[0]
 
 
 def _size(value: Proto) -> tuple[tuple[int, ...], int]:

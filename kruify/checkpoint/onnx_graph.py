@@ -108,10 +108,15 @@ class Node(NamedTuple):
         return (id(self.scope), id(self.proto))
 
     @property
+    def own_name(self) -> str:
+        """Its name, or one by its place."""
+        name = self.proto.name.strip("/").replace("/", ".") or f"{self.proto.op_type.lower()}_{self.place}"
+        return name[:NAME]
+
+    @property
     def path(self) -> str:
         """Its name, after those of the nodes around it."""
-        name = self.proto.name.strip("/").replace("/", ".") or f"{self.proto.op_type.lower()}_{self.place}"
-        return f"{self.scope.path}{name[:NAME]}"
+        return f"{self.scope.path}{self.own_name}"
 
     def around(self) -> Iterator[Node]:
         """The nodes whose bodies it stands in, the innermost first."""

@@ -43,8 +43,15 @@ def replace_in_onnx(source: Path, target: Path, tensors: Mapping[str, LazyTensor
             _write(proto, value)
             written.add(id(proto))
             continue
+        made: list[tuple[Scope, Tensor, str]] = []
         for weight, value in group:
-            _add_constant(model, found, weight, value, names, source)
+            root = _root(weight, found, source)
+            name = next((name for scope, old, name in made if scope is root and old.equal(value)), "")
+            if not name:
+                _name_nodes(found)
+                name = _new_constant(model, root, f"{weight.node.path}.{weight.part}", value, names)
+                made.append((root, value, name))
+            weight.node.proto.input[INPUTS[weight.part]] = name
     if not model.functions:  # whose calls may pass on what nothing reads any more
         _drop_unread(found, written)
     with atomic_file(target) as file:
@@ -76,36 +83,45 @@ def _write(proto: Proto, value: Tensor) -> None:
     proto.raw_data = bytes(tensor_bytes(value))
 
 
-def _add_constant(
-    model: Proto, found: OnnxFile, weight: Weight, value: Tensor, names: Counter[str], source: Path
-) -> None:
-    """Makes the node read a constant of its own: an initializer, or in a function a Constant node."""
-    from onnx import TensorProto, helper
-
-    node = weight.node
-    scope: Scope = node.scope
+def _root(weight: Weight, found: OnnxFile, source: Path) -> Scope:
+    """The main graph, or the call of a function, that a node stands in."""
+    scope: Scope = weight.node.scope
     while scope.outer is not None:
         scope = scope.outer
     if scope.around is not None and sum(other.body is scope.body for other in found.scopes) > 1:
         raise UnsupportedError(
-            f"the {weight.part} of {node.path} is computed in a function that is called several times",
+            f"the {weight.part} of {weight.node.path} is computed in a function that is called several times",
             source,
             "Write .pt or .safetensors",
         )
-    name = f"{node.path}.{weight.part}"
+    return scope
+
+
+def _name_nodes(found: OnnxFile) -> None:
+    """Nodes without a name are read by the name of their place, which is about to change."""
+    for weights in found.weights.values():
+        node = weights["W"].node
+        for one in (node, *node.around()):
+            one.proto.name = one.proto.name or one.own_name
+
+
+def _new_constant(model: Proto, root: Scope, name: str, value: Tensor, names: Counter[str]) -> str:
+    """Adds an initializer to the main graph, or a Constant node to a function; returns its name."""
+    from onnx import TensorProto, helper
+
     while names[name]:
         name += "_new"
     names[name] += 1
     data_type = next(number for number, dtype in DTYPES.items() if dtype == value.dtype)
     tensor = TensorProto(name=name, data_type=data_type, dims=value.shape)
     _write(tensor, value)
-    if scope.around is not None:
-        scope.body.node.insert(0, helper.make_node("Constant", [], [name], value=tensor))
-    else:
-        scope.body.initializer.append(tensor)
-        if model.ir_version < 4:  # initializers had to be inputs, too
-            scope.body.input.append(helper.make_tensor_value_info(name, data_type, list(value.shape)))
-    node.proto.input[INPUTS[weight.part]] = name
+    if root.around is not None:
+        root.body.node.insert(0, helper.make_node("Constant", [], [name], value=tensor))
+        return name
+    root.body.initializer.append(tensor)
+    if model.ir_version < 4:  # initializers had to be inputs, too
+        root.body.input.append(helper.make_tensor_value_info(name, data_type, list(value.shape)))
+    return name
 
 
 def _drop_unread(found: OnnxFile, written: set[int]) -> None:

@@ -213,8 +213,14 @@ def good_files(folder: Path) -> list[Path]:
         from onnx import helper
 
         w, r, b = (torch.randn(2, 20, n).numpy() for n in (3, 5, 1))
-        tensors = [("W", w), ("R", r), ("B", np.concatenate([b[..., 0]] * 2, 1))]
-        node = helper.make_node("LSTM", ["X", "W", "R", "B"], ["Y"], hidden_size=5, direction="bidirectional")
+        tensors = [("W", w.transpose(0, 2, 1)), ("R", r), ("B", np.concatenate([b[..., 0]] * 2, 1))]
+        lstm = helper.make_node("LSTM", ["X", "W2", "R", "B"], ["Z"], hidden_size=5, direction="bidirectional")
+        nodes = [helper.make_node("Transpose", ["W"], ["V"], perm=[0, 2, 1])]
+        nodes += [helper.make_node("Reshape", ["V", "S"], ["W2"]), lstm]
+        z = helper.make_tensor_value_info("Z", 1, [2, 2, 2, 5])
+        body = helper.make_graph(nodes, "b", [], [z])
+        node = helper.make_node("If", ["C"], ["Y"], then_branch=body, else_branch=body)
+        tensors += [("S", np.array([2, 20, 3])), ("C", np.array(True))]
         initializers = [onnx.numpy_helper.from_array(array, name) for name, array in tensors]
         x = helper.make_tensor_value_info("X", 1, [2, 2, 3])
         y = helper.make_tensor_value_info("Y", 1, [2, 2, 2, 5])
