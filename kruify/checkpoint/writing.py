@@ -171,6 +171,8 @@ def as_lazy(tensors: Mapping[str, Tensor | LazyTensor]) -> dict[str, LazyTensor]
     """The same names, nothing loaded that is not loaded already."""
     if isinstance(tensors, Tensors):
         return dict(tensors.lazy)
+    if empty := [name for name, t in tensors.items() if isinstance(t, Tensor) and t.is_meta]:
+        raise UsageError("it has no numbers: it is on the meta device", empty[0], "Load a state dict with assign=True")
     return {name: t if isinstance(t, LazyTensor) else LazyTensor.of(t) for name, t in tensors.items()}
 
 

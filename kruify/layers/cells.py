@@ -10,6 +10,7 @@ from kruify.layers import compiled, kernel, reference
 from kruify.layers.backend import Weights
 from kruify.layers.base import GATES, Factors, build_weight, check_option
 from kruify.layers.matrix import reset_like_torch
+from kruify.layers.recurrent import check_device, not_a_tensor
 from kruify.ops.functions import transformed
 from kruify.ops.reference import State
 
@@ -87,6 +88,9 @@ class KRUCellBase(nn.Module):
         Raises:
             UsageError: a shape does not fit the cell.
         """
+        if not isinstance(input, Tensor):
+            raise UsageError(*not_a_tensor(input, "a tensor", self))
+        check_device(self, self.weight_ih, input)
         if input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
             raise UsageError(
                 f"expected input of shape (batch, {self.input_size}) or ({self.input_size},), got {tuple(input.shape)}",
@@ -102,6 +106,8 @@ class KRUCellBase(nn.Module):
                 f"expected {count} state tensor(s) of shape {shape}, got {[tuple(s.shape) for s in state]}",
                 type(self).__name__,
             )
+        for s in state:
+            check_device(self, s, x, "state")
         return x, state
 
     def extra_repr(self) -> str:

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from kruify.layers import planar
 from kruify.layers.backend import Sequences, Weights, run_each_direction
-from kruify.layers.kernel import HALVES, form_of, parameters_of, work
+from kruify.layers.computed import computes
+from kruify.layers.kernel import HALVES, form_of, known_batch, parameters_of, work
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.ops import precision
-from kruify.ops.functions import transformed
+from kruify.ops.functions import traced, training, transformed
 from kruify.ops.kron_matmul import multiply
 from kruify.ops.recurrence import run_recurrence
 from kruify.ops.reference import State
@@ -32,7 +33,7 @@ class CompiledBackend:
     def run(self, layer: RecurrentLayer, input: Sequences, state: State) -> tuple[Tensor, State]:
         one = partial(run_direction, layer.kernel_kind, input.batch_sizes)
         output, final = run_each_direction(layer, input.packed(), state, one)
-        if torch.is_grad_enabled() and layer.kind != "lstm" and layer.num_directions == 1:
+        if training() and layer.kind != "lstm" and layer.num_directions == 1:
             output = output.clone()  # the node keeps its own: torch.nn's GRU and RNN may be changed in place, too
         return output, final
 
@@ -74,7 +75,8 @@ def _run(
         rest, parameters = weight_ih.parts_beside_terms(), parameters_of(weight_ih, form)
         data, weight_ih, bias_ih = multiply(form.assembly, exact, data, bias_ih, rest, parameters), None, None
     form = form_of(matrix)
-    assembly = form.whole if not data.is_cuda and work(matrix, form, kind, state[0].shape[0])[1] else form.assembly
+    batch = known_batch(state[0].shape[0])
+    assembly = form.whole if not data.is_cuda and work(matrix, form, kind, batch)[1] else form.assembly
     first = (data, weight_ih, bias_ih, batch_sizes, state[0], state[1] if kind == "lstm" else None)
     rest, parameters = matrix.parts_beside_terms(), parameters_of(matrix, form)
     out, h, c = run_recurrence(assembly, kind, reverse, exact, first, bias, rest, parameters)
@@ -86,11 +88,11 @@ def run_step(cell: KRUCellBase, x: Tensor, state: State) -> State:
     weights = cell.weights()
     # A tensor that is no parameter of the cell was computed for this call alone (torch.nn.utils.parametrize).
     own = all(weights[name] is cell._parameters.get(name) for name in ("weight_ih", "bias_ih", "bias_hh"))
-    if own and weights["weight_ih"] is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if own and weights["weight_ih"] is not None and not torch.is_grad_enabled() and not traced():
         streaming: Streaming | None = cell.__dict__.get(_STREAMING)
-        if streaming is None or not streaming.valid():
+        if (streaming is None or not streaming.valid()) and not computes(weights["weight_hh"]):  # type: ignore[arg-type]
             streaming = cell.__dict__[_STREAMING] = Streaming(cell, weights)
-        if streaming.fits(x, state):
+        if streaming is not None and streaming.valid() and streaming.fits(x, state):
             return streaming(x, state)
     sizes = torch.full((1,), x.shape[0], device="cpu")
     return run_direction(cell.kernel_kind, sizes, weights, x, state)[1]
@@ -98,7 +100,7 @@ def run_step(cell: KRUCellBase, x: Tensor, state: State) -> State:
 
 def stream(cell: KRUCellBase, x: Tensor, state: State | None) -> State | None:
     """The same step straight away, if one like it was made before; None if it has to be looked at more closely."""
-    if state is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if state is None or torch.is_grad_enabled() or traced():
         return None
     streaming: Streaming | None = cell.__dict__.get(_STREAMING)
     if streaming is None or not streaming.fits(x, state) or not streaming.valid() or transformed():

@@ -13,6 +13,7 @@ from kruify.layers.backend import Sequences, Weights, run_each_direction
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.ops import has_kernel, onednn
 from kruify.ops.dense import form_dense
+from kruify.ops.functions import traced
 from kruify.ops.reference import State
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class TorchBackend:
 def uses_fused_autograd(layer: RecurrentLayer, x: Tensor) -> bool:
     """Whether `run_direction` serves: torch's LSTM kernel with derivatives, W formed and the kernel run in one node of
     the graph, with less around it than torch.lstm has."""
-    if layer.kind != "lstm" or not layer.bias or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if layer.kind != "lstm" or not layer.bias or not torch.is_grad_enabled() or traced():
         return False
     if x.dtype != torch.float32 or x.is_cuda or torch.is_autocast_enabled("cpu"):
         return False

@@ -14,7 +14,7 @@ from kruify.layers.compiled import CompiledBackend
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.layers.reference import ReferenceBackend
 from kruify.ops import precision
-from kruify.ops.functions import transformed
+from kruify.ops.functions import training, transformed
 
 if TYPE_CHECKING:
     from kruify.layers.recurrent import RecurrentLayer
@@ -33,7 +33,7 @@ def choose(layer: RecurrentLayer, input: Sequences) -> Backend:
         UsageError: the compiled kernels were asked for and cannot run the layer.
     """
     name, x = layer.backend, input.data
-    if x.numel() == 0 or (not torch.compiler.is_compiling() and transformed()):
+    if x.numel() == 0 or x.is_meta or (not torch.compiler.is_compiling() and transformed()):
         name = "reference"
     elif name == "auto":
         name = pick(layer, input.steps, input.batch, x)
@@ -54,6 +54,7 @@ def pick(layer: RecurrentLayer, steps: int, batch: int, x: Tensor) -> str:
     multiply-adds. Where they do not, forming W costs about one pass over it and a loop in Python a fixed time per step:
     one step alone (streaming) is faster with the factors; from the second step on torch's own kernel wins.
     """
+    batch = kernel.known_batch(batch)
     if not layer.torch_has_it:
         return "kernel" if kernel_serves(layer, x) else "reference"
     if kernel_serves(layer, x):
@@ -85,9 +86,9 @@ def _templates_take(layer: RecurrentLayer, x: Tensor, k: int, d: int) -> bool:
     ):
         return False
     (rows1, _), (rows2, _) = plans[0].shapes
-    training, wanted = torch.is_grad_enabled(), precision.of_products(x.device)
+    wanted = precision.of_products(x.device)
     rank, device = terms[0].term.rank, x.device.index or 0
-    fits: bool = kernel.template_fits(matrix.gates, rank, rows1, rows2, training, wanted, device)
+    fits: bool = kernel.template_fits(matrix.gates, rank, rows1, rows2, training(), wanted, device)
     return fits
 
 
@@ -107,7 +108,7 @@ def _needed_gain(layer: RecurrentLayer, batch: int) -> float:
     hidden = layer.hidden_size
     if layer.kind != "lstm" or batch <= 2:
         return 0.0
-    if torch.is_grad_enabled():
+    if training():
         return (1.0 if hidden <= 256 else 1.5) if batch > 8 else 0.4 if hidden <= 64 else 0.55
     return 0.7 if hidden <= (64 if batch > 8 else 128) else 1.5 if batch > 8 else 1.05
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kruify.layers.computed import parameter
 from kruify.layers.matrix import KroneckerMatrix, KroneckerTerm
 from kruify.ops import Layout, TermLayout, has_kernel, precision
-from kruify.ops.functions import Assembly
+from kruify.ops.functions import Assembly, training
 from kruify.ops.stages import LANES, TermPlan, plan, plan_pair
 
 COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
@@ -74,11 +76,12 @@ def parameters_of(matrix: KroneckerMatrix, form: Form) -> list[Tensor]:
     found: list[Tensor] = []
     for p, module in zip(form.plans, matrix.terms._modules.values(), strict=True):
         assert isinstance(module, KroneckerTerm)
-        held = module.factors._parameters  # a ParameterList takes a microsecond per element
-        factors = [held[str(i)] for i in p.order] if len(held) == len(p.order) else [module.factors[i] for i in p.order]
-        found += _repeated(factors, p) if module.stacked else factors  # type: ignore[arg-type]
-        if module.scale is not None:
-            found.append(module.scale)
+        held = module.factors  # a ParameterList takes a microsecond per element
+        factors: Any = [parameter(held, str(i)) for i in p.order]
+        found += _repeated(factors, p) if module.stacked else factors
+        scale = parameter(module, "scale")
+        if scale is not None:
+            found.append(scale)
     return found
 
 
@@ -89,9 +92,19 @@ def _repeated(factors: list[Tensor], p: TermPlan) -> list[Tensor]:
     return [factor if f == once else factor.expand(gates, -1, -1, -1) for f, factor in enumerate(factors)]
 
 
+def known_batch(batch: int) -> int:
+    """A batch size as the rules of speed look at it: 9 stands for all above 8, and for any while a program for every
+    batch is recorded (torch.export), which a look at the size would tie to it."""
+    if not torch.compiler.is_compiling():
+        return min(batch, 9)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return next((n for n in range(9) if statically_known_true(batch == n)), 9)
+
+
 def work(matrix: KroneckerMatrix, form: Form, kind: str, batch: int) -> tuple[float, bool]:
     """What the kernel takes for a product with one of `batch` vectors, in vector multiply-adds, and whether it is less
-    with W formed first. Weights read off benchmarks/dispatch_rule.py."""
+    with W formed first; `batch` as `known_batch` has it. Weights read off benchmarks/dispatch_rule.py."""
     cost = form.cost
     if matrix.overlay is not None:
         blocks, block = matrix.overlay.values.shape  # not the form's: a residual that is annealed changes its size
@@ -103,7 +116,7 @@ def work(matrix: KroneckerMatrix, form: Form, kind: str, batch: int) -> tuple[fl
     # of them together; a small W waits in a nearer cache.
     gates, rows, cols = form.layout[:3]
     few = max(0.0, 1 - batch / 8)
-    waits = 0.7 if torch.is_grad_enabled() and gates * rows * cols < 1 << 16 else 3
+    waits = 0.7 if training() and gates * rows * cols < 1 << 16 else 3
     whole = (1 + waits * few**2) * form.dense + 100 * gates * few
     return (whole, True) if whole < cost else (cost, False)
 

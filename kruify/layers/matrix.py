@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from kruify.errors import UsageError
+from kruify.errors import UnsupportedError, UsageError
 from kruify.factors import Shape, Structure, Term
+from kruify.layers.computed import parameter
 from kruify.ops import Layout, TermLayout, reference
 from kruify.ops.reference import residual_coordinates
 
@@ -71,6 +71,11 @@ class KroneckerTerm(nn.Module):
         """(P_f, Q_f) of the factors that one gate's product is made of."""
         (p, q), *rest = self.term.factors
         return ((p // len(self.gates), q), *rest) if self.stacked else self.term.factors
+
+    def held(self) -> tuple[list[Tensor], Tensor | None]:
+        """The factors and the scale."""
+        factors = [parameter(self.factors, str(f)) for f in range(len(self.term.factors))]
+        return factors, parameter(self, "scale")  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         return f"{self.term}, gates={self.gates}"
@@ -211,24 +216,42 @@ class KroneckerMatrix(nn.Module):
             return term.factors[0]  # type: ignore[index]  # a replica of DataParallel
         return self.diagonal if self.overlay is None else self.overlay.values  # type: ignore[return-value]
 
+    def __prepare_scriptable__(self) -> None:  # torch.jit.script asks every module for it
+        raise UnsupportedError(
+            "torch.jit.script cannot compile it", type(self).__name__, "Use torch.jit.trace, or kruify.densify before"
+        )
+
     def parts_beside_terms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The diagonal, the sparse residual's values and index; None for what there is not."""
-        residual = self.overlay
-        return (self.diagonal, None, None) if residual is None else (self.diagonal, residual.values, residual.index)
+        diagonal, residual = parameter(self, "diagonal"), self.overlay
+        return (diagonal, None, None) if residual is None else (diagonal, parameter(residual, "values"), residual.index)
 
     def to_dense(self) -> Tensor:  # (gates * rows, cols)
         """The dense weight, differentiable in every parameter; in their precision under autocast, too."""
+        if self.device.type == "meta":
+            raise UsageError("it has no numbers: it is on the meta device", type(self).__name__, "Load weights first")
         with torch.autocast(self.device.type, enabled=False):
-            return reference.dense(self._factors(), *self.parts_beside_terms(), layout=self._layout())
+            return self.formed(lambda t: t)
+
+    def formed(self, change: Callable[[Tensor], Tensor]) -> Tensor:  # (gates * rows, cols)
+        """The dense weight from changed parameters."""
+        diagonal, values, index = self.parts_beside_terms()
+        diagonal, values = (None if t is None else change(t) for t in (diagonal, values))
+        return reference.dense(self._factors(change), diagonal, values, index, layout=self._layout())
 
     def forward(self, x: Tensor) -> Tensor:  # (..., cols) -> (..., gates * rows)
         """The product with every gate, `x @ W.T`, without forming W."""
         parts = self.parts_beside_terms()
         return reference.kron_matmul(x, self._factors(), *parts, bias=None, layout=self._layout())
 
-    def _factors(self) -> list[Tensor]:
+    def _factors(self, change: Callable[[Tensor], Tensor] = lambda t: t) -> list[Tensor]:
         """Of all terms, a scale in the first of its term."""
-        return [f for t in self.term_list() for f in reference.merge(list(t.factors), t.scale, [1] * len(t.factors))]
+        found: list[Tensor] = []
+        for term in self.term_list():
+            factors, scale = term.held()
+            scale = None if scale is None else change(scale)
+            found += reference.merge([change(f) for f in factors], scale, [1] * len(factors))
+        return found
 
     def _layout(self) -> list[int]:
         terms = tuple(TermLayout(len(term.factors), term.gates) for term in self.term_list())
@@ -262,8 +285,8 @@ def group_terms(structures: Sequence[Structure]) -> dict[tuple[Term, bool, int],
 def reset_like_torch(layer: nn.Module, hidden_size: int) -> None:
     """Dense weights and biases of a layer uniform in +-1/sqrt(hidden_size), as torch.nn does; factors orthogonal."""
     bound = hidden_size**-0.5
-    for parameter in layer.parameters(recurse=False):
-        parameter.uniform_(-bound, bound)
+    for own in layer.parameters(recurse=False):
+        own.uniform_(-bound, bound)
     for child in layer.children():
         if isinstance(child, KroneckerMatrix):
             for term in child.term_list():
@@ -275,10 +298,7 @@ def exact(weight: KroneckerMatrix | Tensor) -> Tensor:  # (gates * rows, cols)
     """The dense matrix that a weight stands for, worked out in float64 (complex128 for a complex one)."""
     if isinstance(weight, Tensor):
         return _double(weight.detach())
-    double = copy.deepcopy(weight)
-    for parameter in double.parameters():
-        parameter.data = _double(parameter.data)
-    return double.to_dense()
+    return weight.formed(_double)
 
 
 def _double(tensor: Tensor) -> Tensor:

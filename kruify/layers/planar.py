@@ -75,7 +75,7 @@ def _stages(form: Form, matrix: KroneckerMatrix) -> list[Tensor]:
 
 
 def _term_stages(plan: TermPlan, module: KroneckerTerm) -> list[Tensor]:
-    first, *rest = reference.merge(list(module.factors), module.scale, plan.groups)
+    first, *rest = reference.merge(*module.held(), plan.groups)
     if not rest:
         return [_real_form(first)]
     return [torch.cat([_real_form(first), _real_form(1j * first)], dim=1), torch.cat([rest[0].real, rest[0].imag], 1)]

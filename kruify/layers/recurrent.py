@@ -103,6 +103,8 @@ class RecurrentLayer(nn.Module):
         if isinstance(input, PackedSequence):
             data, sizes, order, back = input
             sequences = Sequences(data, len(sizes), int(sizes[0]), sizes)
+        elif not isinstance(input, Tensor):
+            raise UsageError(*not_a_tensor(input, "a tensor or a PackedSequence", self))
         elif input.dim() not in (2, 3):
             raise UsageError(f"expected 2 or 3 dimensions of input, got {input.dim()}", type(self).__name__)
         else:
@@ -113,7 +115,7 @@ class RecurrentLayer(nn.Module):
         if hx is not None and order is not None:
             state = tuple(s.index_select(1, order) for s in state)
         output, state = choose(self, sequences).run(self, sequences, state)
-        if torch.is_autocast_enabled(output.device.type):
+        if not output.is_meta and torch.is_autocast_enabled(output.device.type):
             output, state = autocast_to(output), tuple(map(autocast_to, state))
         if back is not None:
             state = tuple(s.index_select(1, back) for s in state)
@@ -134,6 +136,7 @@ class RecurrentLayer(nn.Module):
         """
         if x.shape[-1] != self.input_size:
             raise UsageError(f"expected {self.input_size} input features, got {x.shape[-1]}", type(self).__name__)
+        check_device(self, self._weight("weight_ih_l0"), x)
         rows = self.num_layers * self.num_directions
         if hx is None:
             return self.zero_state(x, rows, batch)
@@ -150,6 +153,7 @@ class RecurrentLayer(nn.Module):
                     f"expected an initial state of shape {(rows, batch, size)}, got {tuple(s.shape)}",
                     type(self).__name__,
                 )
+            check_device(self, s, x, "initial state")
         return given
 
     def zero_state(self, x: Tensor, rows: int, batch: int) -> State:
@@ -158,6 +162,25 @@ class RecurrentLayer(nn.Module):
         if len(set(sizes)) == 1:
             return (x.new_zeros(rows, batch, sizes[0]),) * len(sizes)
         return tuple(x.new_zeros(rows, batch, size) for size in sizes)
+
+
+def not_a_tensor(given: object, wanted: str, module: nn.Module) -> tuple[str, str, str | None]:
+    """What a `UsageError` says of an input that is no tensor."""
+    of_fx = isinstance(given, torch.fx.Proxy)
+    hint = "Make this class a leaf: is_leaf_module of torch.fx.Tracer; or use torch.export" if of_fx else None
+    return f"expected {wanted}, got a {type(given).__name__}", type(module).__name__, hint
+
+
+def check_device(module: nn.Module, own: Any, x: Tensor, what: str = "weights") -> None:
+    """Refuses an input x on another device than `own`, the layer's weights or the initial state.
+
+    Raises:
+        UsageError: it names both devices.
+    """
+    if own.device != x.device:
+        empty = own.device.type == "meta" and what == "weights"
+        hint = "They have no numbers yet: load a state dict with assign=True" if empty else "Move one with .to()"
+        raise UsageError(f"the {what} on {own.device}, the input on {x.device}", type(module).__name__, hint)
 
 
 def weight_suffix(layer: int, direction: int) -> str:

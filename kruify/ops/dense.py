@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kruify.ops import reference
-from kruify.ops.functions import Assembly, Optional, matrix_gradients, needs_reference, reference_gradients
+from kruify.ops.functions import Assembly, Optional, matrix_gradients, needs_reference, reference_gradients, traced
 from kruify.ops.registration import WEIGHTS, define
 
 _ops = torch.ops.kruify
@@ -30,7 +30,7 @@ def form_dense(
     parameters: Sequence[Tensor],
 ) -> Tensor:  # (gates * rows, cols)
     """The dense weight, differentiable."""
-    if torch.compiler.is_compiling():
+    if traced():
         return reference.dense(assembly.reference_stages(parameters), *rest, layout=assembly.layout)
     if torch.is_grad_enabled():
         found: Tensor = _Dense.apply(assembly, *rest, *parameters)  # type: ignore[no-untyped-call]

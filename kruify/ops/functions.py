@@ -29,6 +29,18 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def traced() -> bool:
+    """Whether a program is recorded, by torch.compile, torch.export or torch.jit.trace: it is given operators, which
+    it can run again, not the node of one call."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def training() -> bool:
+    """Whether derivatives may be asked for. torch.jit.trace runs without them to check a program that it traced with
+    them, and wants the same operators."""
+    return torch.is_grad_enabled() or (not torch.compiler.is_compiling() and torch._C._is_tracing())
+
+
 @dataclass(frozen=True)
 class Assembly:
     """How the parameters of a Kronecker matrix become an operator's arguments.

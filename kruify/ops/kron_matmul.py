@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from kruify.ops import reference
-from kruify.ops.functions import Assembly, Optional, matrix_gradients, needs_reference, reference_gradients, unmerged
+from kruify.ops.functions import (
+    Assembly,
+    Optional,
+    matrix_gradients,
+    needs_reference,
+    reference_gradients,
+    traced,
+    unmerged,
+)
 from kruify.ops.registration import MATRIX, PRECISION, define, empty_grads
 
 _ops = torch.ops.kruify
@@ -42,7 +50,7 @@ def multiply(
     parameters: Sequence[Tensor],
 ) -> Tensor:  # (..., gates * rows)
     """x @ W.T + bias, differentiable; W is what the assembly makes of the parameters."""
-    if torch.compiler.is_compiling():
+    if traced():
         stages = assembly.reference_stages(parameters)
         product: Tensor = _ops.kron_matmul(x, stages, *rest, bias, assembly.layout, precision)
         return product

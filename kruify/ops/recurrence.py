@@ -10,7 +10,16 @@ from torch import Tensor
 
 from kruify.errors import UsageError
 from kruify.ops import reference
-from kruify.ops.functions import Assembly, Optional, matrix_gradients, needs_reference, reference_gradients, unmerged
+from kruify.ops.functions import (
+    Assembly,
+    Optional,
+    matrix_gradients,
+    needs_reference,
+    reference_gradients,
+    traced,
+    training,
+    unmerged,
+)
 from kruify.ops.layout import decode
 from kruify.ops.registration import MATRIX, PRECISION, check, define, empty_grads
 
@@ -30,13 +39,13 @@ def run_recurrence(
     parameters: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:  # out (S, H), hT (B, H), cT (B, H), empty but for an LSTM
     """The recurrence, differentiable; W is what the assembly makes of the parameters."""
-    if torch.compiler.is_compiling():
-        training, stages, layout = torch.is_grad_enabled(), assembly.reference_stages(parameters), assembly.layout
+    if traced():
+        wanted, stages, layout = training(), assembly.reference_stages(parameters), assembly.layout
         if assembly.whole is not None:
             stages, rest = [_as_stage(reference.dense(stages, *rest, layout=layout), layout)], (None, None, None)
             layout = assembly.whole
-        operator = _ops.recurrence if training else _ops.recurrence_forward
-        out, h, c, _ = operator(*first, stages, *rest, bias, layout, kind, reverse, training, precision)
+        operator = _ops.recurrence if wanted else _ops.recurrence_forward
+        out, h, c, _ = operator(*first, stages, *rest, bias, layout, kind, reverse, wanted, precision)
         return out, h, c
     if torch.is_grad_enabled():
         out, h, c, _ = _node(assembly, kind, reverse, precision, *first, bias, *rest, *parameters)
@@ -116,35 +125,37 @@ _node: Any = _Recurrence.apply  # torch does not type it
 
 
 def _autograd(*arguments: Any) -> Any:
-    *first, stages, diagonal, residual, index, bias, layout, kind, reverse, training = arguments[:15]
+    *first, stages, diagonal, residual, index, bias, layout, kind, reverse, trains = arguments[:15]
     precision = arguments[15] if len(arguments) > 15 else 0  # the dispatcher leaves out what equals its default
     tensors = (*first, bias, diagonal, residual, *stages)
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
         return _ops.recurrence_forward(*arguments)
-    if not training:
+    if not trains:
         raise UsageError("recurrence with training=False has no derivative", hint="Pass training=True")
     return _node(unmerged(layout), kind, reverse, precision, *first, bias, diagonal, residual, index, *stages)
 
 
 def _recurrence(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h0, training = arguments[4], arguments[14]
+    h0, trains = arguments[4], arguments[14]
     out, h, c, workspace = reference.recurrence(*arguments[:14])
-    kept = workspace if training else workspace[:0]
+    kept = workspace if trains else workspace[:0]
     return out.clone(), h.clone(), h0.new_empty(0) if c is None else c.clone(), kept.clone()
 
 
 def _recurrence_fake(x: Tensor, w_ih: Optional, _: Optional, __: Tensor, h0: Tensor, c0: Optional, *rest: Any) -> Any:
-    layout, kind, _, training = rest[5:9]
+    layout, kind, _, trains = rest[5:9]
     form, width = decode(layout), x.shape[-1] if w_ih is None else w_ih.shape[0]
     check(kind in reference.GATES, f"recurrence: unknown kind '{kind}'")
     check(form.gates == reference.GATES[kind], f"recurrence: {kind} does not have {form.gates} gates")
     check(x.dim() == 2 and h0.dim() == 2, "recurrence: x and h0 must have two dimensions")
+    # torch runs this for tensors with and without numbers side by side, too.
+    check(x.device == h0.device == rest[0][0].device, "recurrence: tensors of several devices")
     check(width == form.gates * form.rows, f"recurrence: gates of width {width} for {form}")
     check(form.rows == form.cols == h0.shape[1], f"recurrence: a state of {h0.shape[1]} for {form}")
     check((c0 is not None) == (kind == "lstm"), "recurrence: c0 belongs to kind 'lstm' alone")
     columns = reference.WORKSPACE[kind] * form.rows
     c = h0.new_empty(0 if c0 is None else h0.shape)
-    workspace = h0.new_empty(x.shape[0] if training else 0, columns)
+    workspace = h0.new_empty(x.shape[0] if trains else 0, columns)
     return h0.new_empty(x.shape[0], form.rows), h0.new_empty(h0.shape), c, workspace
 
 

@@ -39,7 +39,7 @@ def unitary_penalty(model: nn.Module) -> Tensor:
     by_shape: dict[tuple[int, int, torch.dtype], list[Tensor]] = defaultdict(list)
     for _, matrix in recurrent_matrices(model):
         for term in matrix.term_list():
-            for factor in term.factors:
+            for factor in term.held()[0]:
                 p, q = factor.shape[-2:]
                 by_shape[p, q, factor.dtype].append(factor.reshape(-1, p, q))
     total: Tensor | None = None
