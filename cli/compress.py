@@ -10,6 +10,8 @@ from .console import Output, json_option, output, progress
 from .options import (
     NUMBER,
     device_option,
+    dtype_option,
+    keep_option,
     key_option,
     lr_option,
     model_argument,
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 @others_option
 @resume_option
 @device_option
+@dtype_option
+@keep_option
 @output_option
 @seed_option
 @key_option

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import Output, json_option, output, progress
-from .options import NUMBER, key_option, model_argument, seed_option
+from .options import NUMBER, dtype_option, keep_option, key_option, model_argument, seed_option
 
 if TYPE_CHECKING:
     from kruify.conversion import Conversion
@@ -36,6 +36,8 @@ LOSSLESS = 1e-3
 @click.option("--subclasses", is_flag=True, help="In whole modules, take subclasses of nn.LSTM and friends for these.")
 @click.option("--plan", metavar="FILE", help="Take the plan from this JSON file.")
 @click.option("--plan-out", metavar="FILE", help="Write the plan as JSON, to be edited and given to --plan.")
+@dtype_option
+@keep_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done; decompose and write nothing.")
 @seed_option
 @key_option
@@ -116,22 +118,28 @@ def _show(out: Output, model: str, conversion: Conversion) -> None:
             f"{gate.parameters_before:,} -> {gate.parameters_after:,}",
             *("" if values[key] is None else f"{values[key]:.3f}" for key in columns.values()),
         )
-    p = conversion.parameters
-    out.show(
-        table,
-        _counts("recurrent matrices", p.recurrent_before, p.recurrent_after, p.recurrent_ratio),
-        _counts("whole model", p.total_before, p.total_after, p.total_ratio),
-    )
+    p, size = conversion.parameters, conversion.bytes
+    lines = [
+        _counts("recurrent matrices", p.recurrent_before, p.recurrent_after, "parameters", p.recurrent_ratio),
+        _counts("whole model", p.total_before, p.total_after, "parameters", p.total_ratio),
+    ]
+    if size is not None:
+        lines.append(_counts("weights in the file", size.before, size.after, "bytes", size.ratio))
+        if size.beside > size.before // 10:
+            lines.append(f"{model} holds {size.beside:,} bytes beside its weights, which are not counted")
+    out.show(*([table] if conversion.matrices else [title]), *lines)
 
 
-def _counts(words: str, before: int, after: int, ratio: float) -> str:
-    return f"{words:18}  {before:>12,} -> {after:>12,} parameters, {ratio:.1f}x smaller"
+def _counts(words: str, before: int, after: int, of: str, ratio: float) -> str:
+    return f"{words:19}  {before:>12,} -> {after:>12,} {of}, {ratio:.1f}x smaller"
 
 
 def _advise(out: Output, conversion: Conversion) -> None:
     from rich.text import Text
 
     out.show(f"wrote {conversion.output}")
+    if not conversion.matrices:
+        return
     if conversion.parameters.recurrent_ratio <= 1:
         rows, cols = conversion.matrices[0].shape
         out.show(

@@ -7,7 +7,17 @@ from typing import Any
 import click
 
 from .console import json_option, output, progress
-from .options import NUMBER, key_option, lr_option, model_argument, output_option, seed_option, task_option
+from .options import (
+    NUMBER,
+    dtype_option,
+    keep_option,
+    key_option,
+    lr_option,
+    model_argument,
+    output_option,
+    seed_option,
+    task_option,
+)
 from .training import recipe_options, show, training_options
 
 
@@ -25,6 +35,8 @@ from .training import recipe_options, show, training_options
     metavar="L",
     help="Weight of the soft unitary penalty.  [default: on for a plain RNN, off for LSTM and GRU]",
 )
+@dtype_option
+@keep_option
 @training_options
 @seed_option
 @key_option

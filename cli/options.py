@@ -33,7 +33,16 @@ seed_option = click.option(
 lr_option = click.option("--lr", type=NUMBER, help="Peak learning rate of AdamW.  [default: 0.006; from scratch 0.002]")
 device_option = click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1.  [default: a GPU if there is one]")
 
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16", "int8"]),
+    help="How the file stores weights; int8 has one scale a row.  [default: as MODEL does]",
+)
+keep_option = click.option(
+    "--keep", metavar="GLOB", multiple=True, help="Weights or modules that --dtype leaves in float32."
+)
+
 
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given on the command line; the others keep the defaults of what is called."""
-    return {name: value for name, value in options.items() if value is not None}
+    return {name: value for name, value in options.items() if value is not None and value != ()}

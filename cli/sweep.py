@@ -13,6 +13,8 @@ from .console import Output, json_option, output, progress
 from .options import (
     NUMBER,
     device_option,
+    dtype_option,
+    keep_option,
     key_option,
     lr_option,
     model_argument,
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 @others_option
 @click.option("--html", "html_file", metavar="FILE", help="Write a report on all networks, the knee marked.")
 @device_option
+@dtype_option
+@keep_option
 @split_option
 @seed_option
 @key_option

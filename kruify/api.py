@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from kruify.checkpoint import Checkpoint, atomic_file, check_model_target, check_target, read
-from kruify.conversion import build_dense, build_layer, load_tensors, plan_of, swap
+from kruify.conversion import build_dense, build_layer, load_tensors, plan_of, quantize, swap
 from kruify.conversion.check import dense_layers, stored_plan
 from kruify.conversion.network import load_network, network_of
 from kruify.conversion.pipeline import refuse_converted
 from kruify.conversion.plan import Plan
-from kruify.conversion.storing import write_converted
+from kruify.conversion.storing import check_storage, write_converted
 from kruify.errors import CorruptError, UsageError
 from kruify.exporting import Exported, export_dense, export_layers, export_network
 from kruify.layers.storage import mark, marks, within
@@ -82,6 +82,8 @@ def finetune(
     key: str | None = None,
     conditioning: bool | FilePath = False,
     recipe: Recipe | None = None,
+    dtype: str | None = None,
+    keep: Sequence[str] = (),
     **options: Any,
 ) -> FinetuneResult:
     """Trains a network on a task and keeps the weights that validate best; a module is changed in place.
@@ -91,6 +93,7 @@ def finetune(
     Args:
         teacher: the dense network to learn from, too.
         conditioning: measure the recurrent matrices at every validation; a path: draw the measures there, too (SVG).
+        dtype, keep: how the weights are stored (`kruify.quantize`), of a copy of the module; None for as they are.
         options: further arguments of `kruify.training.finetune`, and options of the recipe: epochs, lr, ...
 
     Raises:
@@ -102,9 +105,12 @@ def finetune(
     known = None if isinstance(student, Checkpoint) and not student.is_kruify else key
     dense = None if teacher is None else _opened(teacher, known)
     _check_targets(output, conditioning, *_files(student), *_files(dense))
+    check_storage(dtype, keep)
     task = load_task(task)
     recipe, options = _recipe(recipe or Recipe(), options)
     network = _network(student, task)
+    if dtype is not None:
+        network = quantize(network, dtype, keep)
     options["teacher"] = None if dense is None else _network(dense, task)
     result = _finetune(network, task, recipe=recipe, conditioning=conditioning is not False, **options)
     _write(result, recipe, output, conditioning, source=student if isinstance(student, Checkpoint) else None)

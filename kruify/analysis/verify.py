@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from kruify.analysis.layers import layers_of
 from kruify.checkpoint import Checkpoint, read
+from kruify.checkpoint.stored import encode
 from kruify.conversion import dense_kru, densify, densify_tensors
 from kruify.conversion.check import stored_plan
 from kruify.conversion.locate import RecurrentLayer
+from kruify.conversion.plan import Plan
+from kruify.conversion.storing import matrix_sizes
 from kruify.errors import CorruptError, PlanError, TargetMissedError
 from kruify.layers import KRU
 
@@ -51,12 +54,24 @@ def verify(path: str | PathLike[str], source: str | PathLike[str] | None = None,
     checksum = "checksum as written" if checkpoint.format == "safetensors" else "no checksum of kruify's"
     checks = [Check("file", f"{checkpoint.size:,} bytes, {checksum}, sha256 {checkpoint.sha256}")]
     dense = densify_tensors(checkpoint.tensors, plan)
+    _check_form(checkpoint, plan)
     checks.append(Check("plan", f"{len(list(plan.matrices()))} matrices rebuilt from their factors"))
     checks.append(_finite(checkpoint))
     checks += _layers(checkpoint)
     if source is not None:
         checks.append(_source(checkpoint, dense, read(source, key=key)))
     return checks
+
+
+def _check_form(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Raises `CorruptError` unless the file holds what is written for its tensors: dtypes, scales, compressed index."""
+    if checkpoint.metadata["kruify.schema"] == "1":
+        return
+    wanted = encode(checkpoint.tensors, checkpoint.storage, matrix_sizes(plan))
+    for name in {**wanted, **checkpoint.stored}:
+        a, b = wanted.get(name), checkpoint.stored.get(name)
+        if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
+            raise CorruptError("it is not stored as its plan and its storage say", f"{checkpoint.path}: {name}")
 
 
 def _finite(checkpoint: Checkpoint) -> Check:

@@ -73,6 +73,12 @@ class Checkpoint:
         """All files that it is read from."""
         return (self.path, *self.shards)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the tensors as the file holds them, with indices and scales; tied ones once."""
+        held = self.stored if self.is_kruify else self.tensors.lazy
+        return sum(tensor.nbytes for name, tensor in held.items() if name not in self.ties)
+
     @cached_property
     def sha256(self) -> str:
         """Hexadecimal SHA-256 of the file's bytes, followed by those of its shards."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +108,10 @@ class Located:
 
     layers: list[RecurrentLayer]
     skipped: list[Skipped]
+
+    def in_float32(self) -> Located:
+        """The same layers, their numbers in float32."""
+        return Located([replace(layer, dtype="float32") for layer in self.layers], self.skipped)
 
 
 Hints = Mapping[str, Mapping[str, Any]]  # layer name -> what its tensors cannot tell

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from torch import nn
 
 from kruify.checkpoint import ORIGIN, Checkpoint, check_model_target, origin, read
 from kruify.checkpoint.target import FOREIGN, TORCH
+from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.budget import make_budget_plan
 from kruify.conversion.calibration import calibrate
 from kruify.conversion.check import check_plan
@@ -19,8 +21,19 @@ from kruify.conversion.locate import AnyTensor, Located, RecurrentLayer, locate,
 from kruify.conversion.modules import convert_module
 from kruify.conversion.network import load_network
 from kruify.conversion.plan import Plan, make_plan
-from kruify.conversion.result import Conversion, expected
-from kruify.conversion.storing import write_converted
+from kruify.conversion.result import ByteCounts, Conversion, expected
+from kruify.conversion.storing import (
+    check_storage,
+    in_float32,
+    planned,
+    rounded,
+    storage_for,
+    store_as,
+    stored_bytes,
+    weight_bytes,
+    with_dense,
+    write_converted,
+)
 from kruify.conversion.tensors import convert_tensors
 from kruify.errors import UsageError
 from kruify.progress import Progress
@@ -44,6 +57,8 @@ class Options(TypedDict, total=False):
     plan: Plan | FilePath | None
     task: Task | str | None
     subclasses: bool
+    dtype: str | None
+    keep: Sequence[str]
     output: FilePath | None
     dry_run: bool
     key: str | None
@@ -71,6 +86,8 @@ def convert(
     plan: Plan | FilePath | None = None,
     task: Task | str | None = None,
     subclasses: bool = False,
+    dtype: str | None = None,
+    keep: Sequence[str] = (),
     output: FilePath | None = None,
     dry_run: bool = False,
     key: str | None = None,
@@ -83,7 +100,8 @@ def convert(
         conversion = kruify.convert("model.pt", budget="16x", output="small.kru.safetensors")
 
     Args:
-        factors: spec of the recurrent matrices (kruify.factors), "auto" where nothing else chooses them.
+        factors: spec of the recurrent matrices (kruify.factors), "auto" where nothing else chooses them; "dense" leaves
+            them, to be stored as `dtype`.
         input_factors: spec of the input matrices W_ih; None leaves them dense.
         budget: instead of specs, "10x", "params=25%" or "macs=10%" of all recurrent matrices (conversion.budget).
         input_budget: the same for the input matrices.
@@ -93,6 +111,8 @@ def convert(
         task: a task or its name: the dense model runs on its calibration batches first, and the fit minimises the
             error of what the matrices give on them.
         subclasses: convert subclasses of torch's layers, too, taking them for what they derive from.
+        dtype: how all weights are stored, as `kruify.quantize` says; None leaves them in the source's dtypes.
+        keep: globs of weights or modules that stay float32.
         output: file to write; None writes `model.kru.safetensors` beside `model.pt`, and nothing for a module.
         dry_run: choose the factors and count; decompose and write nothing.
         key: the entry of a file that holds the state dict, where it has several.
@@ -114,7 +134,11 @@ def convert(
         raise UsageError("an input budget goes with a budget")
     if not isinstance(source, nn.Module | Checkpoint):
         source = read(source, key=key)
+    check_storage(dtype, keep)
     tensors, located, where = _opened(source, subclasses)
+    before = weight_bytes(as_lazy(tensors))
+    if dtype is not None:
+        tensors, located = in_float32(tensors), located.in_float32()
     if isinstance(source, Checkpoint):
         output = default_output(source.path) if output is None else output
     if output is not None and not dry_run:
@@ -135,21 +159,31 @@ def convert(
         )  # fmt: skip
     else:
         plan = make_plan(layers, factors or "auto", input_factors, only, skip, overrides)
+    if dtype is not None:
+        plan = with_dense(plan, layers)
     if not plan.layers:
         raise UsageError("nothing is left to convert", where, "Give --only, --skip and --set other patterns")
+    future = planned(tensors, plan)
+    storage = storage_for(future, plan, dtype, keep)
+    beside = source.size - before if isinstance(source, Checkpoint) else 0
+    counts = ByteCounts(before, stored_bytes(future, plan, storage), max(0, beside))
     if dry_run:
-        conversion = expected(tensors, plan, located)
+        conversion = replace(expected(tensors, plan, located), bytes=counts, storage=storage)
         return (source, conversion) if isinstance(source, nn.Module) else conversion
     converted = source
     if isinstance(source, nn.Module):
-        converted, conversion = convert_module(source, plan, moments=moments, seed=seed, progress=progress)
+        dense = source if dtype is None else copy.deepcopy(source).float()
+        converted, conversion = convert_module(dense, plan, moments=moments, seed=seed, progress=progress)
+        converted = store_as(converted, storage) if storage else converted
     else:
         conversion = convert_tensors(tensors, plan, located, moments=moments, seed=seed, progress=progress)
+    kept = rounded(conversion.tensors, plan, storage) if storage else conversion.tensors
+    conversion = replace(conversion, tensors={**kept}, bytes=counts, storage=storage)
     if output is not None:
         conversion = replace(conversion, output=Path(output))
         sha256, extra = ("", {}) if isinstance(source, nn.Module) else (source.sha256, {ORIGIN: origin(source)})
         write_converted(
-            output, conversion.tensors, plan, {}, source_sha256=sha256, seed=seed, extra=extra, progress=progress
+            output, conversion.tensors, plan, storage, source_sha256=sha256, seed=seed, extra=extra, progress=progress
         )
     return (converted, conversion) if isinstance(converted, nn.Module) else conversion
 

@@ -78,6 +78,30 @@ class ParameterCounts:
 
 
 @dataclass(frozen=True)
+class ByteCounts:
+    """Bytes of the weights as their files hold them, indices and scales included.
+
+    Attributes:
+        before: of the source's tensors, tied ones once.
+        after: of the converted network's.
+        beside: what else the source holds (optimizer state, a module's code, a header); 0 for a module.
+    """
+
+    before: int
+    after: int
+    beside: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the weights are."""
+        return self.before / max(1, self.after)
+
+    def to_json(self) -> dict[str, float]:
+        """The fields and the ratio by name."""
+        return {**asdict(self), "ratio": self.ratio}
+
+
+@dataclass(frozen=True)
 class Conversion:
     """What a conversion made.
 
@@ -85,7 +109,9 @@ class Conversion:
         plan: the factors of every converted matrix.
         matrices: one entry per gate.
         parameters: counts before and after.
-        tensors: the state dict of the converted model; empty in a dry run.
+        bytes: of the weights, before and after; None where no tensors were given.
+        tensors: the state dict of the converted model, in the numbers that its file keeps; empty in a dry run.
+        storage: weights that are stored in fewer bits -> dtype.
         output: the file that was written, if one was.
     """
 
@@ -94,6 +120,8 @@ class Conversion:
     parameters: ParameterCounts
     tensors: dict[str, AnyTensor] = field(default_factory=dict, repr=False)
     output: Path | None = None
+    bytes: ByteCounts | None = None
+    storage: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The object that `kruify convert --json` prints."""
@@ -101,6 +129,7 @@ class Conversion:
             "output": None if self.output is None else str(self.output),
             "matrices": [gate.to_json() for gate in self.matrices],
             "parameters": self.parameters.to_json(),
+            "bytes": None if self.bytes is None else self.bytes.to_json(),
         }
 
 

@@ -8,20 +8,29 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kruify.checkpoint import LazyTensor, metadata_for, write_model
 from kruify.checkpoint.stored import decode, eight_bit_dims, encode
+from kruify.checkpoint.tensors import ties
 from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.build import plan_of
-from kruify.conversion.check import load_tensors
-from kruify.conversion.locate import AnyTensor, locate
+from kruify.conversion.check import load_tensors, stored_shapes
+from kruify.conversion.locate import AnyTensor, RecurrentLayer, locate
 from kruify.conversion.modules import swap
 from kruify.conversion.plan import LayerPlan, Plan
 from kruify.errors import PlanError, UsageError
 from kruify.layers.storage import mark
 from kruify.progress import Progress
 from kruify.quantization import DTYPES
+
+
+def check_storage(dtype: str | None, keep: Sequence[str] = ()) -> None:
+    """Raises `UsageError` for a dtype that nothing is stored in, and for weights to keep without one."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"there is no storage as '{dtype}'", hint=f"Choose from {', '.join(DTYPES)}")
+    if keep and dtype is None:
+        raise UsageError("weights are kept from a dtype, and none is given", hint="Give --dtype, too")
 
 
 def storage_for(
@@ -38,8 +47,7 @@ def storage_for(
     Raises:
         UsageError: no such dtype. PlanError: a pattern matches nothing.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"there is no storage as '{dtype}'", hint=f"Choose from {', '.join(DTYPES)}")
+    check_storage(dtype, keep)
     matrices = matrix_sizes(plan)
     found: dict[str, str] = {}
     unused = set(keep)
@@ -55,6 +63,52 @@ def storage_for(
     if unused:
         raise PlanError(f"the pattern '{min(unused)}' to keep matches no weight")
     return found
+
+
+def in_float32(tensors: Mapping[str, AnyTensor]) -> dict[str, LazyTensor]:
+    """The tensors, real numbers as float32."""
+
+    def cast(tensor: LazyTensor) -> LazyTensor:
+        if not tensor.dtype.is_floating_point or tensor.dtype == torch.float32:
+            return tensor
+        identity = None if tensor.identity is None else ("float32", tensor.identity)  # tied ones stay tied
+        return LazyTensor(tensor.shape, torch.float32, lambda: tensor.load().float(), identity)
+
+    return {name: cast(tensor) for name, tensor in as_lazy(tensors).items()}
+
+
+def with_dense(plan: Plan, layers: Sequence[RecurrentLayer]) -> Plan:
+    """The plan for `layers`, with those that it does not name as dense ones: kruify's layers have integer kernels,
+    torch's have none."""
+    matrices = {item.layer.name: item.matrices for item in plan.layers}
+    return Plan([LayerPlan(layer, matrices.get(layer.name, {})) for layer in layers])
+
+
+def planned(tensors: Mapping[str, AnyTensor], plan: Plan) -> dict[str, LazyTensor]:
+    """Shapes and dtypes of what the plan makes of dense tensors; the numbers of its matrices cannot be loaded."""
+
+    def nothing() -> Tensor:
+        raise RuntimeError("a planned matrix has no numbers")
+
+    found = as_lazy(tensors)
+    for layer, weight, structures in plan.matrices():
+        name = layer.full_name(weight)
+        dtype = found.pop(name).dtype
+        for entry, shape in stored_shapes(structures).items():
+            kind = torch.int32 if entry == "overlay.index" else dtype
+            found[f"{name}.{entry}"] = LazyTensor(shape, kind, nothing)
+    return found
+
+
+def stored_bytes(tensors: Mapping[str, AnyTensor], plan: Plan, storage: Mapping[str, str]) -> int:
+    """Bytes that the tensors take in a file, without its header."""
+    return sum(tensor.nbytes for tensor in encode(tensors, storage, matrix_sizes(plan)).values())
+
+
+def weight_bytes(tensors: Mapping[str, LazyTensor]) -> int:
+    """Bytes of tensors as they are, tied ones once."""
+    second = ties(tensors)
+    return sum(tensor.nbytes for name, tensor in tensors.items() if name not in second)
 
 
 def matrix_sizes(plan: Plan) -> dict[str, tuple[int, int]]:
@@ -111,7 +165,7 @@ def quantize(model: nn.Module, dtype: str, keep: Sequence[str] = ()) -> nn.Modul
         UsageError: no such dtype. PlanError: a pattern matches nothing. UnsupportedError: a number has no form in it.
     """
     model = copy.deepcopy(model).float()
-    model = swap(model, Plan([LayerPlan(layer, {}) for layer in locate(model).layers]))
+    model = swap(model, with_dense(Plan(), locate(model).layers))
     return store_as(model, storage_for(model.state_dict(), plan_of(model), dtype, keep))
 
 

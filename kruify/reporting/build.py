@@ -63,6 +63,7 @@ def report(
                 file=str(checkpoint.path),
                 parameters=count_parameters(layers[index]),
                 bytes=checkpoint.size,
+                weight_bytes=checkpoint.weight_bytes,
                 multiply_adds_per_step=multiply_adds(layers[index]),
                 latency_ms=latency.median[index],
                 metrics=metrics[index],

@@ -18,6 +18,7 @@ class ModelReport:
         file: path as it was named.
         parameters: trainable numbers.
         bytes: size of the file.
+        weight_bytes: of its tensors, with indices and scales; the rest is optimizer state, code, a header.
         multiply_adds_per_step: of one step in time of all recurrent layers, one sequence.
         latency_ms: batch size -> median milliseconds of the recurrent layers.
         metrics: of the task; empty without one.
@@ -43,6 +44,7 @@ class ModelReport:
     sources: list[str] = field(default_factory=list)
     latency_p95_ms: dict[int, float] = field(default_factory=dict)
     memory_bytes: int = 0
+    weight_bytes: int = 0
     peak_memory_bytes: dict[int, int] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     made: dict[str, str] = field(default_factory=dict)
@@ -61,7 +63,7 @@ class LatencySetup:
 
 @dataclass(frozen=True)
 class Report:
-    """Several models, the first of which the others are compared with.
+    """Several models, the first of which the others are compared with, bytes of weights with bytes of weights.
 
     Attributes:
         latency: how it was measured.
@@ -89,7 +91,7 @@ class Report:
                     f"{part}_parameters": _ratio(getattr(first.parameters, part), n)
                     for part, n in vars(model.parameters).items()
                 },
-                "bytes": _ratio(first.bytes, model.bytes),
+                "bytes": _ratio(first.weight_bytes, model.weight_bytes),
                 "multiply_adds_per_step": _ratio(first.multiply_adds_per_step, model.multiply_adds_per_step),
                 "latency": {batch: _ratio(first.latency_ms[batch], ms) for batch, ms in model.latency_ms.items()},
                 "metrics_change": {name: value - first.metrics[name] for name, value in model.metrics.items()},

@@ -99,7 +99,8 @@ def comparison(report: Report) -> list[Row]:
         ("total", "All parameters"),
     ):
         add(label, [getattr(m.parameters, part) for m in models], integer, "smaller")
-    add("File", [m.bytes for m in models], size, "smaller")
+    add("Weights in the file", [m.weight_bytes for m in models], size, "smaller")
+    rows.append(Row("File, with all else in it", [size(m.bytes) for m in models], [""] * len(models), False))
     add("Tensors in memory", [m.memory_bytes for m in models], size, "smaller")
     add("Multiply-adds per step", [m.multiply_adds_per_step for m in models], integer, "fewer")
     for batch in models[0].latency_ms:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from kruify.conversion import Conversion, convert_module
+from kruify.conversion import Conversion, convert_module, quantize
 from kruify.conversion.budget import Searches
 from kruify.conversion.calibration import Moments, calibrate
 from kruify.conversion.locate import locate
+from kruify.conversion.storing import check_storage
 from kruify.errors import UsageError
 from kruify.progress import Progress
 from kruify.search.candidates import Candidate, CandidateResult, Choice, first_of_the_best, make_candidates
@@ -37,6 +38,7 @@ class CandidateSearch:
         dense: the trained network; it is the teacher, and is left alone.
         share: of the recipe's epochs, for which each candidate is trained; 0 takes the first candidate untried.
         seed: of everything random.
+        dtype, keep: how the weights of the converted network are stored (kruify.quantize).
         recipe: options of kruify.training.Recipe, such as epochs.
 
     Attributes:
@@ -56,8 +58,11 @@ class CandidateSearch:
         seed: int = 0,
         device: str | torch.device | None = None,
         progress: Progress | None = None,
+        dtype: str | None = None,
+        keep: Sequence[str] = (),
         **recipe: Any,
     ) -> None:
+        check_storage(dtype, keep)
         if not 0 <= share <= 1:
             raise UsageError(f"candidates are trained for a share of the epochs between 0 and 1, got {share}")
         settings = Recipe().changed(seed=seed, **recipe).to_json()
@@ -67,7 +72,8 @@ class CandidateSearch:
         self.dense, self.task, self.share, self.seed = dense, task, share, seed
         self.tensors = dense.state_dict()
         self.settings: dict[str, Any] = {"model": fingerprint(self.tensors), "task": type(task).__name__}
-        self.settings |= {"share": share, "recipe": settings}
+        self.settings |= {"share": share, "recipe": settings, "dtype": dtype, "keep": sorted(keep) or None}
+        self.dtype, self.keep = dtype, tuple(keep)
         self._epochs = float(settings["epochs"])
         self._training: dict[str, Any] = {"seed": seed, "device": device, "progress": progress, **recipe}
         self._searches: Searches = {}  # several budgets have half of their fits in common
@@ -89,7 +95,8 @@ class CandidateSearch:
         )
 
     def convert(self, candidate: Candidate) -> tuple[nn.Module, Conversion]:
-        return convert_module(self.dense, candidate.plan, moments=candidate.moments, seed=self.seed)
+        student, conversion = convert_module(self.dense, candidate.plan, moments=candidate.moments, seed=self.seed)
+        return student if self.dtype is None else quantize(student, self.dtype, self.keep), conversion
 
     def train(self, student: nn.Module, state: Path | None, **changes: Any) -> FinetuneResult:
         """Fine-tunes `student` in place with the dense network as teacher, and goes on from what `state` holds."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,8 @@ def compress(
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
+    dtype: str | None = None,
+    keep: Sequence[str] = (),
     on_candidate: Callable[[CandidateResult], None] | None = None,
     on_attempt: Callable[[Attempt], None] | None = None,
     resume: str | os.PathLike[str] | None = None,
@@ -105,6 +107,7 @@ def compress(
         attempts: at most so many rounds of fine-tuning.
         share: of the epochs for which each candidate structure is trained; 0 takes what keeps the most energy.
         progress: told of each training: its optimiser steps done, to do, and its epoch.
+        dtype, keep: how the weights are stored (kruify.quantize).
         on_candidate, on_attempt: called after each short training, after each round.
         resume: a folder for the state of candidates and rounds. If it is empty or missing compression begins, else it
             goes on and ends with the same bits as if it had never been interrupted; `max_drop` and `attempts` may
@@ -118,7 +121,9 @@ def compress(
     if attempts < 1:
         raise UsageError(f"at least one attempt is needed, got {attempts}", "compress")
     parse_budget(budget)
-    search = CandidateSearch(dense, task, share=share, seed=seed, device=device, progress=progress, **recipe)
+    search = CandidateSearch(
+        dense, task, share=share, seed=seed, device=device, progress=progress, dtype=dtype, keep=keep, **recipe
+    )
     folder = None if resume is None else Path(resume)
     state = JobState(folder, "compression", {**search.settings, "budget": budget})
     if state.found:

@@ -88,6 +88,8 @@ def sweep(
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
+    dtype: str | None = None,
+    keep: Sequence[str] = (),
     on_point: Callable[[Point], None] | None = None,
     **recipe: Any,
 ) -> Sweep:
@@ -102,6 +104,7 @@ def sweep(
         budgets: such as "2x", "4x", "params=10%" (kruify.conversion.budget.parse_budget).
         share: of the epochs for which each candidate structure is trained; 0 takes what keeps the most energy.
         progress: told of each training: its optimiser steps done, to do, and its epoch.
+        dtype, keep: how the weights are stored (kruify.quantize).
         on_point: called after each network.
         recipe: options of kruify.training.Recipe, such as epochs.
 
@@ -113,7 +116,9 @@ def sweep(
         parse_budget(budget)
     if not budgets or len(set(budgets)) != len(budgets):
         raise UsageError(f"a sweep takes different budgets, got {', '.join(budgets) or 'none'}")
-    search = CandidateSearch(dense, task, share=share, seed=seed, device=device, progress=progress, **recipe)
+    search = CandidateSearch(
+        dense, task, share=share, seed=seed, device=device, progress=progress, dtype=dtype, keep=keep, **recipe
+    )
     folder = Path(folder)
     state = JobState(folder, "sweep", {**search.settings, "split": split})
     known = state.read(_known)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kruify.conversion.storing import store_as
 from kruify.errors import UsageError
+from kruify.layers.storage import marks
 from kruify.progress import Progress
-from kruify.tasks.base import Task
+from kruify.tasks.base import Task, measure
 from kruify.training.distillation import Distillation
 from kruify.training.logs import Logs
 from kruify.training.processes import Processes
@@ -48,6 +51,9 @@ def finetune(
         result = finetune(small, task, teacher=dense, epochs=3, lr=1e-3)
         print(result.metrics, [entry.loss for entry in result.history])
 
+    A network whose weights are stored in fewer bits (`kruify.quantize`, or a file that holds them so) is trained in
+    float32 and rounded at the end; `metrics` are those of the rounded weights.
+
     Args:
         teacher: the dense network to learn from; it is left alone. The options of the recipe that compare with a
             teacher have no effect without one.
@@ -78,7 +84,7 @@ def finetune(
     pruning = None
     if teacher is not None and recipe.sparse_start:
         pruning = GradualPruning(model, teacher.state_dict(), recipe.sparse_start)
-    return Trainer(
+    result = Trainer(
         model,
         task,
         phases(model, task, teacher, recipe),
@@ -94,6 +100,10 @@ def finetune(
         progress=progress,
         on_best=on_best,
     ).run()
+    if storage := marks(model):
+        store_as(model, storage)
+        result = replace(result, metrics=measure(task, model, "valid"))
+    return result
 
 
 def phases(model: nn.Module, task: Task, teacher: nn.Module | None, recipe: Recipe) -> list[Phase]:

@@ -27,6 +27,7 @@ def some() -> dict[str, torch.Tensor]:
         "empty": torch.zeros(0, 3),
         "scalar": torch.tensor(3),
         "view": torch.randn(6, 4).t(),
+        "strided": torch.randn(1, 2)[:, 1],
         "brain": torch.randn(3).bfloat16(),
     }
 

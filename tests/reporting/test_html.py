@@ -42,6 +42,7 @@ def make_model(name: str, recurrent: int, milliseconds: float, wer: float, facto
         file=f"{name}.safetensors",
         parameters=ParameterCounts(recurrent, 5000, 1000, recurrent + 6000),
         bytes=4 * recurrent + 24400,
+        weight_bytes=4 * recurrent + 24000,
         multiply_adds_per_step=recurrent,
         latency_ms={1: milliseconds, 32: 10 * milliseconds},
         metrics={"wer": wer},
