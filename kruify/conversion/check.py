@@ -26,7 +26,7 @@ def check_plan(plan: Plan, located: Located) -> None:
         if actual is None:
             raise PlanError(f"the plan names layer '{layer.name}', which the model does not have: {sorted(found)}")
         if (actual.kind, actual.cell) != (layer.kind, layer.cell):
-            raise PlanError(f"the plan's {layer.kind} '{layer.name}' is a {actual.kind} in the model")
+            raise PlanError(f"the plan's {layer.kind} '{layer.name}' does not fit the {actual.kind} in the model")
     for layer, weight, structures in plan.matrices():
         actual = found[layer.name]
         suffix = weight.removeprefix("weight_ih").removeprefix("weight_hh")
