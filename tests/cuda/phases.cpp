@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda/schedule.h"
+#include "emulation.h"
 #include "layout.h"
 #include "races.h"
 

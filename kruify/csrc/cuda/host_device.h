@@ -44,16 +44,10 @@ KRUIFY_HD Quad load_quad(const float* p) {
 #endif
 }
 
-// Copies of one emulated thread that are on their way, on a CPU: they arrive as late as they may, when the thread
-// waits.
-struct Copies {
-  static constexpr int kMost = 256;
-  float* to[kMost];
-  const float* from[kMost];
-  int first = 0, last = 0;                      // of those on their way; places in the arrays modulo kMost
-  int ends[kMost], committed = 0, arrived = 0;  // where each group ends; groups
-};
-inline thread_local Copies* copies = nullptr;  // of the thread that runs; null: they arrive at once
+// What the instructions of a GPU do on a CPU: tests/cuda/emulation.h.
+void emulate_fetch(float* shared, const float* global);
+void emulate_commit();
+void emulate_wait(int pending);
 
 // 16 bytes from global to shared memory without waiting for them; both addresses are multiples of 16.
 KRUIFY_HD void fetch_quad(float* shared, const float* global) {
@@ -61,10 +55,7 @@ KRUIFY_HD void fetch_quad(float* shared, const float* global) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 #else
-  for (int i = 0; i < 4; ++i) shared[i] = copies ? NAN : global[i];
-  if (!copies) return;
-  if (copies->last - copies->first == Copies::kMost) throw std::runtime_error("too many copies on their way");
-  copies->to[copies->last % Copies::kMost] = shared, copies->from[copies->last++ % Copies::kMost] = global;
+  emulate_fetch(shared, global);
 #endif
 }
 
@@ -72,7 +63,7 @@ KRUIFY_HD void fetch_commit() {
 #if defined(__CUDA_ARCH__)
   asm volatile("cp.async.commit_group;" ::: "memory");
 #else
-  if (copies) copies->ends[copies->committed++ % Copies::kMost] = copies->last;
+  emulate_commit();
 #endif
 }
 
@@ -81,12 +72,7 @@ template <int pending> KRUIFY_HD void fetch_wait() {
 #if defined(__CUDA_ARCH__)
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 #else
-  if (!copies) return;
-  for (; copies->committed - copies->arrived > pending; ++copies->arrived)
-    for (const int end = copies->ends[copies->arrived % Copies::kMost]; copies->first < end; ++copies->first) {
-      const int k = copies->first % Copies::kMost;
-      for (int i = 0; i < 4; ++i) copies->to[k][i] = copies->from[k][i];
-    }
+  emulate_wait(pending);
 #endif
 }
 

@@ -130,28 +130,9 @@ __device__ __forceinline__ void mma(Bf16, float (&c)[4], const Left& a, const Ri
 }
 #endif
 
-// The numbers of a word, low half first; what TF32 ignores is gone.
-inline void numbers_of(Tf32, uint32_t word, float (&to)[2]) { to[0] = float_of(word & 0xffffe000u), to[1] = 0.0f; }
-inline void numbers_of(Bf16, uint32_t word, float (&to)[2]) {
-  to[0] = float_of(word << 16), to[1] = float_of(word & 0xffff0000u);
-}
-
-// How often this CPU thread has emulated an mma: every lane of a warp has to meet each one.
-inline thread_local int64_t emulated = 0;
-
-// What one lane gets of an mma, from the words that all 32 lanes bring.
-template <class Format> void emulate_mma(Format format, int lane, float (&c)[4], const Left* left, const Right* right) {
-  ++emulated;
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    for (int w = 0; w < 8; ++w) {
-      float a[2], b[2];
-      numbers_of(format, left[row % 8 * 4 + w % 4].word[row / 8 + w / 4 * 2], a);
-      numbers_of(format, right[column * 4 + w % 4].word[w / 4], b);
-      c[i] += a[0] * b[0] + a[1] * b[1];
-    }
-  }
-}
+template <class Format, int NT>
+void emulate_warp_tile(
+    int lane, const float* a, int a_step, const float* b, int b_step, int words, float (&sum)[NT][4]);
 
 // 16 x 8 NT of C, from the first rows of the tile in A and B on; rows lie `a_step` and `b_step` words apart.
 template <class Format, int NT>
@@ -159,23 +140,15 @@ KRUIFY_HD void warp_tile(
     int lane, const float* a, int a_step, const float* b, int b_step, int words, float (&sum)[NT][4]) {
 #if defined(__CUDA_ARCH__)
   __syncwarp();  // mma.sync wants the whole warp, wherever its lanes come from
-#endif
   KRUIFY_UNROLL_BY(4)
   for (int k = 0; k < words; k += 8) {
-#if defined(__CUDA_ARCH__)
     const Left left = take_left(lane, a + k, a_step);
     KRUIFY_UNROLL
     for (int j = 0; j < NT; ++j) mma(Format{}, sum[j], left, take_right(lane, b + j * 8 * b_step + k, b_step));
-#else
-    Left left[32];
-    Right right[32];
-    for (int l = 0; l < 32; ++l) left[l] = take_left(l, a + k, a_step);
-    for (int j = 0; j < NT; ++j) {
-      for (int l = 0; l < 32; ++l) right[l] = take_right(l, b + j * 8 * b_step + k, b_step);
-      emulate_mma(Format{}, lane, sum[j], left, right);
-    }
-#endif
   }
+#else
+  emulate_warp_tile<Format, NT>(lane, a, a_step, b, b_step, words, sum);
+#endif
 }
 
 template <int NT, class Product, class Store>
