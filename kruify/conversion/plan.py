@@ -244,7 +244,7 @@ def _gate_spec(spec: str | None, layer: RecurrentLayer, weight: str) -> str:
 
 
 def _resolve(specs: Sequence[str], layer: RecurrentLayer, weight: str, scaled: bool) -> Structures:
-    """One spec a gate -> structures. A plain RNN's one gate is stacked already."""
+    """One spec per gate -> structures. A plain RNN's one gate is stacked already."""
     (rows, cols), count = layer.shape(weight), len(layer.gates)
     if count == 1 or not any(map(stacks, specs)):
         return tuple(

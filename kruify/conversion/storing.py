@@ -158,7 +158,7 @@ def quantize(model: nn.Module, dtype: str, keep: Sequence[str] = ()) -> nn.Modul
     float32. What is computed is computed in float32, or on a CPU in integers (kruify.layers).
 
     Args:
-        dtype: "int8" (symmetric, one float32 scale a row; vectors stay float32), "float16", "bfloat16" or "float32".
+        dtype: "int8" (symmetric, one float32 scale per row; vectors stay float32), "float16", "bfloat16" or "float32".
         keep: globs of weights or modules that stay float32.
 
     Raises:

@@ -16,7 +16,8 @@ from kruify.conversion.check import check_plan, load_tensors, loaded
 from kruify.conversion.locate import AnyTensor, Located
 from kruify.conversion.plan import Plan, Structures
 from kruify.conversion.result import Conversion, GateResult, count_parameters, gates_of
-from kruify.decomposition import Fit, fit
+from kruify.decomposition import Fit
+from kruify.decomposition.fitting import check, fit_with, metric_of
 from kruify.errors import PlanError, UnsupportedError
 from kruify.layers import KroneckerMatrix
 from kruify.layers.assign import assign
@@ -106,7 +107,10 @@ def decompose_matrix(
     if tuple(dense.shape) != (rows * len(structures), cols):
         raise PlanError(f"the plan is made for {rows}x{cols} gates, the tensor is {tuple(dense.shape)}", name)
     gates = dense.reshape(len(structures), rows, cols)
-    fits = [fit(gate, s, covariance=covariance, seed=seed) for gate, s in zip(gates, structures, strict=True)]
+    for gate, structure in zip(gates, structures, strict=True):
+        check(gate, structure)
+    metric = metric_of(covariance, cols)
+    fits = [fit_with(metric, gate, s, seed=seed) for gate, s in zip(gates, structures, strict=True)]
     matrix = KroneckerMatrix(structures, dtype=dense.dtype)
     assign(matrix, fits)
     return matrix, fits

@@ -1,4 +1,4 @@
-"""Symmetric quantisation to eight bits, one scale a row: value = scale * integer, the integers from -127 to 127.
+"""Symmetric quantisation to eight bits, one scale per row: value = scale * integer, the integers from -127 to 127.
 
 A scale is the row's largest magnitude / 127, cut to 17 significant bits, so that scale * integer is exact in float32.
 Quantising what was dequantised therefore gives the same integers and scales, and no scale is kept in memory.

@@ -204,7 +204,7 @@ def test_a_sweep_that_cannot_make_its_folder(folder, run):
 
 
 def test_too_little_memory_is_no_bug(folder, run, monkeypatch):
-    monkeypatch.setattr("kruify.conversion.tensors.fit", lambda *_, **__: torch.empty(2**60))
+    monkeypatch.setattr("kruify.conversion.tensors.fit_with", lambda *_, **__: torch.empty(2**60))
     result = run("convert", "model.pt", "--factors", "4x4,2x2")
     assert result.exit_code == 2
     assert "there is not enough memory" in result.stderr
