@@ -27,9 +27,10 @@ CSRC = ROOT / "kruify" / "csrc"
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 COMMON += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-# One translation unit of kernels per instruction set; the machine picks at run time.
-INSTRUCTION_SETS = {
-    "isa_portable.cpp": [],
+# One translation unit of kernels per instruction set; the machine picks at run time. Those of eight-bit integers round
+# alike everywhere: no fused multiply-adds.
+EXACT = "-ffp-contract=off"
+X86 = {
     "isa_avx2.cpp": ["-mavx2", "-mfma"],
     "isa_avx512.cpp": [
         "-mavx512f",
@@ -40,7 +41,12 @@ INSTRUCTION_SETS = {
         "-mprefer-vector-width=512",
         "-Wno-maybe-uninitialized",
     ],  # gcc 12 warns of its own headers
+    "int8_avx2.cpp": ["-mavx2", EXACT],
+    "int8_avxvnni.cpp": ["-mavx2", "-mavxvnni", EXACT],
+    "int8_avx512vnni.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vnni", "-Wno-maybe-uninitialized", EXACT],
 }
+ARM = {"int8_dotproduct.cpp": ["-march=armv8.2-a+dotprod", EXACT]}
+EVERYWHERE = {"isa_portable.cpp": [], "int8_portable.cpp": [EXACT]}
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 
 
@@ -84,14 +90,15 @@ def build_library(target: Path, temporary: Path) -> None:
     torch_root = Path(torch.__file__).parent
     flags = [*COMMON, *STABLE_ABI, f"-I{CSRC}", f"-isystem{torch_root / 'include'}", *extra]
     temporary.mkdir(parents=True, exist_ok=True)
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    machine = platform.machine().lower()
+    flags_of = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}.get(machine, {}) | EVERYWHERE
     jobs = []
     for source in sorted(CSRC.glob("*.cpp")):
-        if source.name in INSTRUCTION_SETS and not x86 and source.name != "isa_portable.cpp":
+        if source.name in X86 | ARM and source.name not in flags_of:
             continue
         output = temporary / f"{source.stem}.o"
-        isa = INSTRUCTION_SETS.get(source.name, []) if x86 else []
-        jobs.append((output, [*compiler.split(), *flags, *isa, "-c", str(source), "-o", str(output)]))
+        own = flags_of.get(source.name, [])
+        jobs.append((output, [*compiler.split(), *flags, *own, "-c", str(source), "-o", str(output)]))
     link = [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"]
     nvcc = find_nvcc(torch.version.cuda)
     if nvcc:

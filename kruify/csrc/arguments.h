@@ -266,16 +266,19 @@ struct Sequences {
   int64_t rows() const { return starts.back(); }
 };
 
-// A forward call: its arguments, checked, and what it fills.
+// A forward call: its arguments, checked, and what it fills. `columns` of x where an input matrix stands beside w_ih.
 struct ForwardCall : Sequences {
   Tensor x;
   Optional w_ih, bias_ih;
   Tensor out, h, c, workspace;
 
   template <class T>
-  ForwardCall(const ForwardTensors& given, const Matrix<T>& m, const Place& place)
+  ForwardCall(const ForwardTensors& given, const Matrix<T>& m, const Place& place, int64_t columns = 0)
       : Sequences(given.kind, m, given.h0, given.c0, given.batch_sizes, place),
-        x(checked("x", given.x, place, rows(), given.w_ih ? -1 : width)),
+        x(checked("x", given.x, place, rows(),
+            given.w_ih    ? -1
+                : columns ? columns
+                          : width)),
         w_ih(checked("w_ih", given.w_ih, place, width, x.size(1))),
         bias_ih(checked("bias_ih", given.bias_ih, place, width)),
         out(empty(x, {rows(), hidden})),

@@ -1,7 +1,7 @@
 // What the CPU's operators and kernels share: the arguments of a layer, and the table of an instruction set's kernels.
 #pragma once
 
-#include "matrix.h"
+#include "int8.h"
 
 namespace kruify {
 
@@ -17,7 +17,8 @@ template <class T> struct Sequence {
   int64_t gates_ld, first_row;  // of `gates` or `grad_gates`
   int64_t together;             // samples that go through a product side by side
   Matrix<T> matrix;
-  const T* threshold;  // of modReLU, or null: its bias, and not one of the matrix
+  const Int8Matrix* int8;  // what is added to it, or null
+  const T* threshold;      // of modReLU, or null: its bias, and not one of the matrix
   // forward
   T* gates;  // the input's share, overwritten by the activated gates
   T* h;      // (B, H) running state, in the end hT

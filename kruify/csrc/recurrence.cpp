@@ -1,5 +1,5 @@
 // The operators `recurrence`, `recurrence_backward` and `layer_backward`: a whole layer in one direction.
-#include "linear.h"
+#include "int8_matrix.h"
 #include "operators.h"
 #include "packed.h"
 
@@ -40,9 +40,10 @@ struct Tiles {
   int64_t together, tile, count, workers;
 
   // One sample at a time suffices where the trailing products fill the registers, as those of pairs and chains do.
-  template <class T> Tiles(int64_t batch, const Matrix<T>& m, bool low_rank_too) {
-    const bool thin = std::any_of(m.begin(), m.end(),
-        [&](const Term<T>& t) { return t.kind == TermKind::kDense || (low_rank_too && t.kind == TermKind::kLowRank); });
+  template <class T> Tiles(int64_t batch, const Matrix<T>& m, bool low_rank_too, bool int8 = false) {
+    const bool thin = int8 || std::any_of(m.begin(), m.end(), [&](const Term<T>& t) {
+      return t.kind == TermKind::kDense || (low_rank_too && t.kind == TermKind::kLowRank);
+    });
     const int64_t side_by_side = m.residual.values ? kTile : thin ? kSideBySide : 1;
     const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), batch));
     const int64_t share = (batch + threads - 1) / threads;
@@ -64,11 +65,52 @@ template <class T> void copy_all(const Optional& from, const Tensor& to) {
   else std::fill_n(writable<T>(to), to.numel(), T(0));
 }
 
+// W_ih of a layer in eight bits, and a sparse residual.
+struct Int8Input {
+  CheckedInt8 matrix;
+  std::optional<PackedMatrix<float>> rest;
+
+  Int8Input(const Tensor& packed, const std::vector<int64_t>& layout, const Optional& residual, const Optional& index)
+      : matrix(packed, layout) {
+    const Int8Matrix& m = matrix.matrix;
+    const Optional none;
+    if (residual || index)
+      rest.emplace(MatrixTensors{{}, none, residual, index, none, {m.gates, m.rows, m.cols, 0, 0}},
+          Place{false, 0, ScalarType::Float});
+  }
+  void write(int64_t count, const float* x, const float* constant, float* gates, int64_t ld) const {
+    const int64_t width = matrix.matrix.gates * matrix.matrix.rows;
+    for (int64_t i = 0; i < count; ++i) std::copy_n(constant, width, gates + i * ld);
+    matrix.multiply(count, x, gates, ld, rest ? &rest->matrix : nullptr);
+  }
+};
+
+struct Int8Layer {
+  CheckedInt8 recurrent;
+  std::optional<Int8Input> input = std::nullopt;
+
+  void check(Kind kind, int64_t hidden) const {
+    auto is_of = [&](const char* what, const Int8Matrix& m) {
+      STD_TORCH_CHECK(m.gates == gates_of(kind) && m.rows == hidden, "kruify::int8_recurrence: ", what, " has ",
+          m.gates, " gates of ", m.rows, " rows, kind '", kKindNames[kind], "' ", gates_of(kind), " of ", hidden);
+    };
+    is_of("the recurrent matrix", recurrent.matrix);
+    STD_TORCH_CHECK(recurrent.matrix.cols == hidden, "kruify::int8_recurrence: the recurrent matrix has ",
+        recurrent.matrix.cols, " columns, the state ", hidden);
+    if (input) is_of("the input matrix", input->matrix.matrix);
+  }
+};
+
 // The input's share of the gates, x W_ih^T and all that is constant over time.
 template <class T> class InputShare {
  public:
-  InputShare(const ForwardCall& call, const Matrix<T>& m, Kind kind)
-      : w_(data<T>(call.w_ih)), inputs_(call.x.size(1)), width_(call.width), rows_(call.rows()), constant_(width_) {
+  InputShare(const ForwardCall& call, const Matrix<T>& m, Kind kind, const Int8Input* int8)
+      : int8_(int8),
+        w_(data<T>(call.w_ih)),
+        inputs_(call.x.size(1)),
+        width_(call.width),
+        rows_(call.rows()),
+        constant_(width_) {
     std::fill_n(constant_.data(), width_, T(0));
     if (call.bias_ih) kernels<T>().axpy(width_, data<T>(*call.bias_ih), constant_.data());
     // The GRU's last gate adds its own inside r * (...).
@@ -77,6 +119,8 @@ template <class T> class InputShare {
   }
   void write(int64_t count, const T* x, T* gates, int64_t ld) const {
     const T* constant = constant_.data();
+    if constexpr (sizeof(T) == 4)
+      if (int8_) return int8_->write(count, x, constant, gates, ld);
     if (packed_) packed_->multiply(count, {x, inputs_, false}, constant, gates, ld);
     else if (w_ && rows_ > 4) multiply_by_panels(count, width_, inputs_, x, w_, constant, gates, ld);
     else if (w_) kernels<T>().thin_gemm(count, width_, inputs_, x, w_, constant, gates, ld);
@@ -88,16 +132,19 @@ template <class T> class InputShare {
   }
 
  private:
+  const Int8Input* int8_;
   const T* w_;
   int64_t inputs_, width_, rows_;
   Buffer<T> constant_;
   std::optional<PackedB<T>> packed_;
 };
 
-template <class T> States run(const ForwardTensors& given, const Place& place) {
+template <class T> States run(const ForwardTensors& given, const Place& place, const Int8Layer* int8 = nullptr) {
   const Kind kind = given.kind;
   const PackedMatrix<T> w(given.matrix, place, rows_per_bias(kind));
-  const ForwardCall call(given, w.matrix, place);
+  const Int8Input* input = int8 && int8->input ? &*int8->input : nullptr;
+  const ForwardCall call(given, w.matrix, place, input ? input->matrix.matrix.cols : 0);
+  if (int8) int8->check(kind, call.hidden);
   const int64_t rows = call.rows(), batch = call.batch, H = call.hidden, width = call.width;
   copy_all<T>(call.h0, call.h);
   if (call.c0) copy_all<T>(call.c0, call.c);
@@ -106,16 +153,17 @@ template <class T> States run(const ForwardTensors& given, const Place& place) {
   Sequence<T> s = sequence_of(call, w.matrix, kind, given.reverse);
   s.training = given.training;
   s.h = writable<T>(call.h), s.c = writable<T>(call.c), s.out = writable<T>(call.out);
-  const InputShare<T> inputs(call, s.matrix, kind);
+  if (int8) s.int8 = &int8->recurrent.matrix;
+  const InputShare<T> inputs(call, s.matrix, kind, input);
   const bool in_workspace = given.training && s.saved > 0, in_out = width == H && !in_workspace;
   // A row of gates: those of the workspace but for c, so that the GRU has room for W_hn h + b_hn beside n.
   s.gates_ld = in_workspace ? s.saved * H : kind == kGru ? 4 * H : width;
   const int64_t most = rows <= kFewRows ? rows : std::min(rows, std::max(chunk_rows<T>(width, 48), batch));
   Buffer<T> gates(in_out || in_workspace ? 0 : most * s.gates_ld);
 
-  const Tiles tiles(batch, w.matrix, true);
+  const Tiles tiles(batch, w.matrix, true, int8 != nullptr);
   s.together = tiles.together;
-  const int64_t scratch_size = w.matrix.scratch + 16;
+  const int64_t scratch_size = w.matrix.scratch + 16 + (int8 ? int8_scratch(*s.int8, tiles.together) : 0);
   Buffer<T> scratch(tiles.workers * scratch_size);
   for (int64_t done = 0; done < s.steps;) {
     const auto [t0, t1] = chunk_of(s, done, most, s.reverse);
@@ -135,6 +183,25 @@ template <class T> States run(const ForwardTensors& given, const Place& place) {
 States forward(const ForwardTensors& given) {
   const Place place = place_of("recurrence", given.x);
   return typed(place, [&](auto zero) { return run<decltype(zero)>(given, place); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> int8_recurrence(const Tensor& x, const Optional& input,
+    const std::vector<int64_t>& input_layout, const Optional& input_residual, const Optional& input_index,
+    const Optional& bias_ih, const Tensor& batch_sizes, const Tensor& h0, const Optional& c0, const Tensor& recurrent,
+    const std::vector<int64_t>& recurrent_layout, const std::vector<Tensor>& stages, const Optional& diagonal,
+    const Optional& residual, const Optional& index, const Optional& bias, const std::vector<int64_t>& layout,
+    const std::string& kind_name, bool reverse) {
+  const Kind kind = kind_of(kind_name);
+  STD_TORCH_CHECK(!is_modrelu(kind), "kruify::int8_recurrence does not take kind '", kind_name, "'");
+  const Place place{false, 0, ScalarType::Float};
+  Int8Layer int8{CheckedInt8(recurrent, recurrent_layout)};
+  if (input) int8.input.emplace(*input, input_layout, input_residual, input_index);
+  const Optional none;
+  const auto [out, h, c, workspace] =
+      run<float>({x, none, bias_ih, batch_sizes, h0, c0, {stages, diagonal, residual, index, bias, layout}, kind,
+                     reverse, false, kFloat32},
+          place, &int8);
+  return {out, h, c};
 }
 
 // What the gradients of the gates are for: with W_ih those of x, W_ih and b_ih as far as they are needed, without it
@@ -250,4 +317,5 @@ STABLE_TORCH_LIBRARY_IMPL(kruify, CPU, m) {
   m.impl("recurrence_forward", TORCH_BOX(&kruify::recurrence<kruify::forward>));
   m.impl("recurrence_backward", TORCH_BOX(&kruify::recurrence_backward<kruify::backward_to_gates>));
   m.impl("layer_backward", TORCH_BOX(&kruify::layer_backward));
+  m.impl("int8_recurrence", TORCH_BOX(&kruify::int8_recurrence));
 }

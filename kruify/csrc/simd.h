@@ -9,21 +9,24 @@
 #endif
 
 #if defined(__AVX512F__)
-#define KRUIFY_ISA avx512
+#define KRUIFY_NATIVE avx512
 #define KRUIFY_VECTOR_BYTES 64
 #define KRUIFY_REGISTERS 32
 #elif defined(__AVX2__)
-#define KRUIFY_ISA avx2
+#define KRUIFY_NATIVE avx2
 #define KRUIFY_VECTOR_BYTES 32
 #define KRUIFY_REGISTERS 16
 #else
-#define KRUIFY_ISA portable
+#define KRUIFY_NATIVE portable
 #define KRUIFY_VECTOR_BYTES 16
 #if defined(__aarch64__)
 #define KRUIFY_REGISTERS 32
 #else
 #define KRUIFY_REGISTERS 16
 #endif
+#endif
+#if !defined(KRUIFY_ISA)
+#define KRUIFY_ISA KRUIFY_NATIVE
 #endif
 #define KRUIFY_INLINE inline __attribute__((always_inline))
 

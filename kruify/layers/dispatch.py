@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kruify.errors import UsageError
-from kruify.layers import dense, kernel
+from kruify.layers import dense, int8, kernel
 from kruify.layers.backend import Backend, Sequences
 from kruify.layers.compiled import CompiledBackend
 from kruify.layers.matrix import KroneckerMatrix
@@ -19,7 +19,8 @@ from kruify.ops.functions import training, transformed
 if TYPE_CHECKING:
     from kruify.layers.recurrent import RecurrentLayer
 
-BACKENDS: dict[str, Backend] = {  # by the name that users give
+BACKENDS: dict[str, Backend] = {  # by the name that users give, but for int8: what is stored so is computed so
+    "int8": int8.Int8Backend(),
     "kernel": CompiledBackend(),
     "dense": dense.TorchBackend(),
     "reference": ReferenceBackend(),
@@ -36,7 +37,7 @@ def choose(layer: RecurrentLayer, input: Sequences) -> Backend:
     if x.numel() == 0 or x.is_meta or (not torch.compiler.is_compiling() and transformed()):
         name = "reference"
     elif name == "auto":
-        name = pick(layer, input.steps, input.batch, x)
+        name = "int8" if int8.serves(layer, x) else pick(layer, input.steps, input.batch, x)
     elif name == "kernel" and not kernel_serves(layer, x):
         raise UsageError(
             "the compiled kernels need Kronecker recurrent matrices, no projection, and float32 or float64 on a"

@@ -1,6 +1,7 @@
 """The custom operators `torch.ops.kruify.*`, one file each, and what is known about the library behind them."""
 
 from kruify.ops import dense as dense  # each registers its operators
+from kruify.ops import int8 as int8
 from kruify.ops import kron_matmul as kron_matmul
 from kruify.ops import library
 from kruify.ops import merge as merge

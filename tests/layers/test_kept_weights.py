@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -76,6 +78,45 @@ def test_a_change_is_seen(
         after = layer(x)[0]
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, fresh(layer, x), rtol=1e-10, atol=1e-12)
+
+
+class TestInt8:
+    """What is packed in eight bits."""
+
+    @staticmethod
+    def layer(factors: str | None) -> KRULSTM:
+        layer = KRULSTM(4, 16, factors=factors or {})
+        stored = {"weight_ih_l0": "int8"}
+        if factors is None:
+            stored["weight_hh_l0"] = "int8"
+        else:
+            layer.weight_hh_l0.storage = "int8"
+        vars(layer)["_kruify_storage"] = stored
+        return layer
+
+    @pytest.mark.parametrize("change", [fused_step, step, load, move_overlay, through_data, in_inference_mode])
+    def test_a_change_is_seen(self, change: Callable[[KRUGRU | KRULSTM, Tensor], None]) -> None:
+        layer, twin = (self.layer("3*(16x1,1x16)+sparse:10%") for _ in range(2))
+        torch.nn.init.normal_(layer.weight_hh_l0.overlay.values)
+        x = torch.randn(5, 2, 4)
+        with torch.no_grad():
+            before = layer(x)[0]
+        change(layer, x)
+        twin.load_state_dict(layer.state_dict())
+        with torch.no_grad():
+            after = layer(x)[0]
+            assert not torch.allclose(before, after)
+            assert torch.equal(after, twin(x)[0])
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+    def test_copies_have_their_own(self, copied: Callable[[KRULSTM], KRULSTM]) -> None:
+        layer, x = self.layer(None), torch.randn(5, 2, 4)
+        with torch.no_grad():
+            before = layer(x)[0]
+            twin = copied(layer)
+            for parameter in layer.parameters():
+                parameter.mul_(2)
+            assert torch.equal(twin(x)[0], before) and not torch.allclose(layer(x)[0], before)
 
 
 def test_functional_transforms_reach_the_dense_path() -> None:

@@ -66,7 +66,9 @@ def _damaged_tensor(t: Tensor, rng: Randomness) -> Tensor:
         return torch.cat([t, t[:1]])
     if choice == 7 and not t.is_floating_point() and t.numel():
         t = t.clone()
-        t.view(-1)[rng.randrange(t.numel())] = rng.choice([-1, 2**30, 7, -(2**31)])
+        t.view(-1)[rng.randrange(t.numel())] = rng.choice(
+            [-1, 7] if t.dtype == torch.int8 else [-1, 2**30, 7, -(2**31)]
+        )
         return t
     return torch.zeros((), dtype=t.dtype).expand(t.shape)  # strides of 0
 
@@ -86,7 +88,7 @@ def calls(rng: Randomness) -> tuple[str, list[Any]]:
     name = rng.choice(
         [
             *("recurrence", "recurrence_backward", "layer_backward", "kron_matmul", "kron_matmul_backward"),
-            *("dense", "merge"),
+            *("dense", "merge", "int8_pack", "int8_linear", "int8_recurrence", "fingerprint"),
         ]
     )
     if name == "recurrence":
@@ -106,12 +108,45 @@ def calls(rng: Randomness) -> tuple[str, list[Any]]:
         if rng.random() < 0.5:
             return "dense", weights
         return "dense_backward", [torch.randn(gates * hidden, hidden, dtype=dtype), *weights]
+    if name.startswith("int8") or name == "fingerprint":
+        return name, _int8_arguments(name, kind, arguments, rng)
     factors = [torch.randn(2, 3, rng.randint(1, 4), rng.randint(1, 4), dtype=dtype) for _ in range(3)]
     scale = torch.randn(2, 3, dtype=dtype) if rng.random() < 0.5 else None
     if rng.random() < 0.5:
         return "merge", [factors, scale, [2, 1]]
     grads = torch.ops.kruify.merge(factors, scale, [2, 1])
     return "merge_backward", [grads, factors, scale, [2, 1]]
+
+
+def _int8_arguments(name: str, kind: str, arguments: list[Any], rng: Randomness) -> list[Any]:
+    x, _, bias_ih, sizes, h0, c0, _, diagonal, residual, index, bias, layout = (
+        a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments[:12]
+    )
+    gates, hidden, columns = layout[0], layout[1], rng.randint(1, 9)
+
+    def weights(cols: int) -> list[Any]:
+        rank = rng.choice([0, 5])
+        spans = [0, rank or cols] * gates
+        first = torch.randn(rank, cols) if rank else None
+        return [first, torch.randn(gates * hidden, rank or cols), [gates, hidden, cols, rank, *spans]]
+
+    recurrent, inputs = weights(hidden), weights(columns)
+    if name == "int8_pack":
+        return recurrent
+    if name == "fingerprint":
+        return [[recurrent[1], inputs[1]]]
+    packed, packed_input = ([torch.ops.kruify.int8_pack(*w), w[2]] for w in (recurrent, inputs))
+    if name == "int8_linear":
+        return [torch.randn(rng.randrange(60), columns), *packed_input]
+    x = torch.randn(len(x), columns)
+    rest = [
+        diagonal,
+        residual,
+        index,
+        bias,
+        [gates, hidden, hidden, *([1, gates - 1] if diagonal is not None else [0]), 0],
+    ]
+    return [x, *packed_input, residual, index, bias_ih, sizes, h0, c0, *packed, [], *rest, kind, rng.random() < 0.5]
 
 
 def fuzz(seed: int, rounds: int) -> Counter[str]:

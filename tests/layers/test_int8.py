@@ -1,0 +1,119 @@
+"""Layers whose weights are stored as int8: close to the float32 layer, and computed in integers where possible."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from all_pairs import all_pairs
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from kruify.layers import KRUGRU, KRULSTM, KRURNN
+from kruify.layers.dispatch import BACKENDS, choose
+from kruify.layers.matrix import KroneckerMatrix
+from kruify.ops import has_kernel
+
+pytestmark = pytest.mark.skipif(not has_kernel("cpu"), reason="no compiled kernels")
+KINDS = {"lstm": KRULSTM, "gru": KRUGRU, "tanh": KRURNN, "relu": KRURNN}
+GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
+
+
+def make(kind: str, factors: str | None, of_input: str | None = None, **options: Any) -> Any:
+    """A layer with 11 inputs and 24 hidden units, all of whose weights are marked as stored in int8."""
+    if kind in ("tanh", "relu"):
+        options["nonlinearity"] = kind
+    specs = [f if f is None else f.format(rows=24 * GATES[kind]) for f in (factors, of_input)]
+    layer = KINDS[kind](11, 24, factors=specs[0] or {}, input_factors=specs[1], **options)
+    for matrix in layer.modules():
+        if isinstance(matrix, KroneckerMatrix) and matrix.overlay is not None:
+            nn.init.normal_(matrix.overlay.values, std=0.1)
+    mark(layer)
+    return layer.eval()
+
+
+def mark(layer: nn.Module) -> None:
+    for child in layer.children():
+        if isinstance(child, KroneckerMatrix):
+            child.storage = "int8"
+    names = [name for name, p in layer.named_parameters(recurse=False) if p.dim() > 1]
+    vars(layer)["_kruify_storage"] = dict.fromkeys(names, "int8")
+
+
+def unmarked(layer: Any, x: Any, hx: Any = None) -> Any:
+    """What the float32 path gives."""
+    with torch.no_grad():
+        return layer.compute(x, hx, lambda layer, _: BACKENDS["reference"])
+
+
+def flat(output: Any) -> list[Tensor]:
+    if isinstance(output, PackedSequence):
+        return [output.data]
+    return [output] if isinstance(output, Tensor) else [t for part in output for t in flat(part)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "factors", "of_input", "options", "form"),
+    all_pairs(
+        kind=("lstm", "gru", "tanh", "relu"),
+        factors=(
+            *(None, "stacked:5*({rows}x1,1x24)", "3*(24x1,1x24)", "2*(1x24,24x1)+3*(24x1,1x24)"),
+            *("5*(24x1,1x24)+sparse:3%", "5*(24x1,1x24)+sparse:3%+diag"),
+        ),
+        of_input=(None, "3*(24x1,1x11)", "3*(24x1,1x11)+sparse:3%", "6x11,4x1"),
+        options=({}, {"bidirectional": True, "num_layers": 2}, {"bias": False, "batch_first": True}),
+        form=("batch", "state", "packed", "unbatched"),
+    ),
+)
+def test_parity_with_float32(
+    kind: str, factors: str | None, of_input: str | None, options: dict[str, Any], form: str
+) -> None:
+    if factors and factors.startswith("stacked") and kind in ("tanh", "relu"):
+        pytest.skip("one gate is not stacked")
+    layer = make(kind, factors, None if "num_layers" in options else of_input, **options)
+    x, hx = torch.randn(7, 3, 11), None
+    if options.get("batch_first"):
+        x = x.transpose(0, 1)
+    if form == "packed":
+        x = pack_padded_sequence(x, torch.tensor([2, 5, 3]), layer.batch_first, enforce_sorted=False)
+    elif form == "unbatched":
+        x = x[0]
+    elif form == "state":
+        hx = [torch.randn(layer.num_layers * layer.num_directions, 3, 24) for _ in range(2 if kind == "lstm" else 1)]
+        hx = tuple(hx) if kind == "lstm" else hx[0]
+    with torch.no_grad():
+        found = layer(x, hx)
+    wanted = unmarked(layer, x, hx)
+    for a, b in zip(flat(found), flat(wanted), strict=True):
+        assert a.shape == b.shape and not torch.equal(a, b)
+        torch.testing.assert_close(a, b, atol=0.02, rtol=0.02)
+
+
+def test_where_integers_do_not_serve_float32_does() -> None:
+    layer, x = make("lstm", "5*(24x1,1x24)"), torch.randn(3, 2, 11)
+
+    class Seen:
+        def __init__(self, data: Tensor) -> None:
+            self.data, self.steps, self.batch = data, 3, 2
+
+    def backend(layer: Any, x: Tensor = x) -> str:
+        found = choose(layer, Seen(x))  # type: ignore[arg-type]
+        return next(name for name, backend in BACKENDS.items() if backend is found)
+
+    assert backend(layer) != "int8"  # parameters that need gradients
+    with torch.no_grad():
+        assert backend(layer) == "int8"
+        assert backend(layer, x.double()) != "int8"
+        with torch.autocast("cpu"):
+            assert backend(layer) != "int8"
+        for other in (
+            make("lstm", "6x6,4x4"),
+            make("lstm", "5*(24x1,1x24)+6x6,4x4"),
+            make("lstm", None, proj_size=5),
+            make("lstm", "5*(24x1,1x24)", backend="reference"),
+        ):
+            assert backend(other) != "int8"
+        layer.weight_hh_l0.storage = "float16"
+        assert backend(layer) != "int8"
+    assert backend(make("lstm", None).requires_grad_(False)) == "int8"
