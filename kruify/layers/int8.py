@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from kruify.layers.backend import Sequences, Weights, run_each_direction
 from kruify.layers.kernel import form_of, parameters_of
 from kruify.layers.matrix import KroneckerMatrix, KroneckerTerm
+from kruify.layers.storage import storage_of
 from kruify.ops import Layout, has_kernel, precision
 from kruify.ops.kron_matmul import multiply
 from kruify.ops.reference import GATES, MODRELU, State
@@ -52,9 +53,7 @@ def serves(layer: RecurrentLayer, x: Tensor) -> bool:
 
 def _stored_dense(module: torch.nn.Module) -> list[Tensor]:
     """The dense parameters of a module that are stored as int8."""
-    stored: dict[str, str] = vars(module).get("_kruify_storage", {})
-    found = (module._parameters.get(name) for name, dtype in stored.items() if dtype == "int8")
-    return [parameter for parameter in found if parameter is not None]
+    return [p for name, p in module._parameters.items() if p is not None and storage_of(module, name) == "int8"]
 
 
 def _is_int8(weight: Weight | None, dense: list[Tensor]) -> bool:
@@ -64,7 +63,7 @@ def _is_int8(weight: Weight | None, dense: list[Tensor]) -> bool:
     terms = weight.term_list()
     covered = {gate for term in terms for gate in term.gates}
     return (
-        getattr(weight, "storage", "float32") == "int8"
+        weight.storage == "int8"
         and all(_outer(term) is not None for term in terms)
         and covered == set(range(weight.gates))
     )

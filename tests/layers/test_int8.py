@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from kruify.layers import KRUGRU, KRULSTM, KRURNN
 from kruify.layers.dispatch import BACKENDS, choose
 from kruify.layers.matrix import KroneckerMatrix
+from kruify.layers.storage import mark
 from kruify.ops import has_kernel
 
 pytestmark = pytest.mark.skipif(not has_kernel("cpu"), reason="no compiled kernels")
@@ -29,16 +30,10 @@ def make(kind: str, factors: str | None, of_input: str | None = None, **options:
     for matrix in layer.modules():
         if isinstance(matrix, KroneckerMatrix) and matrix.overlay is not None:
             nn.init.normal_(matrix.overlay.values, std=0.1)
-    mark(layer)
+    matrices = [name for name, child in layer.named_children() if isinstance(child, KroneckerMatrix)]
+    dense = [name for name, p in layer.named_parameters(recurse=False) if p.dim() > 1]
+    mark(layer, dict.fromkeys(matrices + dense, "int8"))
     return layer.eval()
-
-
-def mark(layer: nn.Module) -> None:
-    for child in layer.children():
-        if isinstance(child, KroneckerMatrix):
-            child.storage = "int8"
-    names = [name for name, p in layer.named_parameters(recurse=False) if p.dim() > 1]
-    vars(layer)["_kruify_storage"] = dict.fromkeys(names, "int8")
 
 
 def unmarked(layer: Any, x: Any, hx: Any = None) -> Any:

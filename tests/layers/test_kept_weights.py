@@ -13,6 +13,7 @@ from all_pairs import all_pairs
 from torch import Tensor
 
 from kruify.layers import KRUGRU, KRULSTM, KRULSTMCell
+from kruify.layers.storage import mark
 from kruify.ops import has_kernel
 
 
@@ -86,12 +87,7 @@ class TestInt8:
     @staticmethod
     def layer(factors: str | None) -> KRULSTM:
         layer = KRULSTM(4, 16, factors=factors or {})
-        stored = {"weight_ih_l0": "int8"}
-        if factors is None:
-            stored["weight_hh_l0"] = "int8"
-        else:
-            layer.weight_hh_l0.storage = "int8"
-        vars(layer)["_kruify_storage"] = stored
+        mark(layer, {"weight_ih_l0": "int8", "weight_hh_l0": "int8"})
         return layer
 
     @pytest.mark.parametrize("change", [fused_step, step, load, move_overlay, through_data, in_inference_mode])
