@@ -18,8 +18,10 @@ import torch
 from torch import nn
 
 from kruify.checkpoint import Checkpoint, atomic_file, check_model_target, check_target, read
-from kruify.conversion import build_dense, build_layer, load_tensors, plan_of, quantize, swap
+from kruify.conversion import build_dense, build_layer, load_tensors, plan_of, quantize
 from kruify.conversion.check import dense_layers, stored_plan
+from kruify.conversion.computed import state_of
+from kruify.conversion.loading import load_into
 from kruify.conversion.network import load_network, network_of
 from kruify.conversion.pipeline import refuse_converted
 from kruify.conversion.plan import Plan
@@ -252,7 +254,7 @@ def save(model: nn.Module, path: FilePath, *, source_sha256: str = "", seed: int
     plan = plan_of(model)
     if not plan.layers:
         raise UsageError("the model has no KRU layer", type(model).__name__, "Convert it first with kruify.convert")
-    write_converted(path, model.state_dict(), plan, marks(model), source_sha256=source_sha256, seed=seed)
+    write_converted(path, state_of(model), plan, marks(model), source_sha256=source_sha256, seed=seed)
 
 
 @overload
@@ -275,13 +277,9 @@ def load(path: FilePath, into: nn.Module | None = None, key: str | None = None) 
         PlanError, CorruptError: the file does not fit the model.
     """
     checkpoint = read(path, key=key)
-    plan = stored_plan(checkpoint) if checkpoint.is_kruify else None
     if into is not None:
-        into = into if plan is None else swap(into, plan)
-        load_tensors(into, checkpoint.tensors, checkpoint.path)
-        mark(into, checkpoint.storage)
-        return into
-    plan = plan or Plan()
+        return load_into(into, checkpoint)
+    plan = stored_plan(checkpoint) if checkpoint.is_kruify else Plan()
     layers: dict[str, nn.Module] = {item.layer.name: build_layer(item) for item in plan.layers}
     layers |= {layer.name: build_dense(layer) for layer in dense_layers(checkpoint, plan).layers}
     for name, module in layers.items():

@@ -7,7 +7,7 @@ put back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,12 @@ LEADING = ("module.", "model.")
 
 ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """Stripped wherever they stand: torch.compile, FSDP and activation checkpointing also wrap inner modules."""
+
+WRAPPERS = {"module", *(part.rstrip(".") for part in ANYWHERE)}
+"""Parts of names that come from wrappers, when a file is compared with a model."""
+
+COUNTER = "n_averaged"
+"""What torch's AveragedModel keeps beside the weights."""
 
 OPTIMIZER = ("optim", "scheduler", "scaler", "opt_state")
 DEPTH = 4
@@ -90,10 +96,49 @@ def strip(names: Sequence[str]) -> tuple[str, dict[str, str]]:
     stripped = {name: _strip_anywhere(name) for name in names}
     if len(set(stripped.values())) < len(stripped):
         stripped = {name: name for name in names}
+    counters = {name: short for name, short in stripped.items() if is_counter(name)}
+    stripped = {name: short for name, short in stripped.items() if name not in counters}
     while lead := next((p for p in LEADING if stripped and all(_has(n, p) for n in stripped.values())), None):
         stripped = {name: short.removeprefix(lead) for name, short in stripped.items()}
     prefixes = {name[: -len(short)] if name.endswith(short) else "" for name, short in stripped.items()}
+    stripped = {name: (counters | stripped)[name] for name in names}
     return (prefixes.pop() if len(prefixes) == 1 else ""), stripped
+
+
+def is_counter(name: str) -> bool:
+    """Whether a tensor is no weight but what AveragedModel counts with."""
+    return name.rpartition(".")[2] == COUNTER
+
+
+def renaming(modules: Sequence[str], state: Container[str]) -> Callable[[str], str]:
+    """What names of a file, of tensors or of modules, are in a model that other wrappers may be around.
+
+    Args:
+        modules: names of all modules of the model, outer ones first.
+        state: names of its state dict; these stay as they are.
+    """
+    places: dict[str, str] = {}
+    for module in modules:
+        bare = _bare(module)
+        if bare in places and not module.startswith(places[bare]):
+            return lambda name: name  # two modules that only the name of a wrapper tells apart
+        places[bare] = module
+
+    def rename(name: str) -> str:
+        parts = name.split(".")
+        if name in state:
+            return name
+        for n in range(len(parts), -1, -1):
+            place = places.get(_bare(".".join(parts[:n])))
+            if place is not None:
+                return ".".join([*filter(None, [place]), *parts[n:]])
+        return name
+
+    return rename
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _has(name: str, prefix: str) -> bool:

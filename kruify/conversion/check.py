@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kruify.checkpoint import Checkpoint, LazyTensor
+from kruify.conversion.computed import as_sources
 from kruify.conversion.locate import DTYPES, KRU_KINDS, AnyTensor, Located, RecurrentLayer, locate_checkpoint
 from kruify.conversion.plan import LayerPlan, Plan, Structures
 from kruify.errors import CorruptError, PlanError
@@ -147,7 +148,8 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, AnyTensor], where: obje
         CorruptError: names are missing or too many, or a shape differs.
     """
     try:
-        model.load_state_dict({name: loaded(tensor) for name, tensor in tensors.items()})
+        own = as_sources(tensors, model.state_dict())
+        model.load_state_dict({name: loaded(tensor) for name, tensor in own.items()})
     except RuntimeError as error:
         what, hint = _difference(model.state_dict(), tensors)
         what = what or " ".join(str(error).split())[:300]

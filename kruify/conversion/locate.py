@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from kruify.checkpoint import Checkpoint, LazyTensor
+from kruify.checkpoint.parametrised import compute_weights
 from kruify.layers.base import GATES
 
 AnyTensor = Tensor | LazyTensor  # shape and dtype are all that is asked of it
@@ -235,12 +237,13 @@ def _locate_modules(module: nn.Module, subclasses: bool) -> Located:
     found = Located([], [])
     # A layer that stands in several places has all their names, as in the state dict.
     for name, child in module.named_modules(remove_duplicate=False):
-        if type(child) in MODULES or (subclasses and isinstance(child, tuple(MODULES))):
+        cls = type(child).__bases__[0] if is_parametrized(child) else type(child)
+        if cls in MODULES or (subclasses and isinstance(child, tuple(MODULES))):
             layer = describe(name, child)
             names = {f"weight_{part}{suffix}" for suffix in layer.suffixes for part in ("ih", "hh")}
-            computed = sorted(names - set(dict(child.named_parameters(recurse=False, remove_duplicate=False))))
-            if computed:
-                reason = f"{computed[0]} is computed from other parameters; remove weight norm or pruning from it first"
+            known = compute_weights({n: LazyTensor.of(tensor) for n, tensor in child.state_dict().items()})[0]
+            if unknown := sorted(names - set(known)):
+                reason = f"{unknown[0]} is computed from other parameters in a way that kruify does not know"
                 found.skipped.append(Skipped(name, reason))
             else:
                 found.layers.append(layer)

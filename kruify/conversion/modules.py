@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from kruify.conversion.build import (
 )
 from kruify.conversion.calibration import Moments
 from kruify.conversion.check import check_plan, load_tensors
+from kruify.conversion.computed import copied, state_of
 from kruify.conversion.keeping import keep_additions
 from kruify.conversion.locate import KRU_KINDS, MODULES, Located, describe, locate
 from kruify.conversion.plan import LayerPlan, Plan, Structures
@@ -90,9 +91,9 @@ def convert_module(
     progress: Progress | None = None,
 ) -> tuple[nn.Module, Conversion]:
     """A copy of `model` with the plan's layers decomposed and swapped; the original is untouched."""
-    converted = swap(copy.deepcopy(model), plan)  # first, because it may refuse
+    converted = swap(copied(model), plan)  # first, because it may refuse
     located = locate(model, subclasses=True)
-    conversion = convert_tensors(model.state_dict(), plan, located, moments=moments, seed=seed, progress=progress)
+    conversion = convert_tensors(state_of(model), plan, located, moments=moments, seed=seed, progress=progress)
     load_tensors(converted, conversion.tensors)
     return converted, conversion
 
@@ -100,13 +101,13 @@ def convert_module(
 def densify(model: nn.Module) -> nn.Module:
     """A copy of `model` with every KRU layer turned into torch.nn's dense one of the same function.
 
-    Hooks, attributes and shared weights stay. A `KRU`, which torch.nn does not know, becomes one with a single dense
-    factor.
+    Hooks, attributes, shared and computed weights stay. A `KRU`, which torch.nn does not know, becomes one with a
+    single dense factor.
 
     Raises:
         UnsupportedError: a layer has a method replaced.
     """
-    model = copy.deepcopy(model)
+    model = copied(model)
     layers: dict[nn.Module, nn.Module] = {}  # a layer that stands in several places stays one
     weights: dict[KroneckerMatrix, nn.Parameter] = {}  # and a matrix that several layers share
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -126,7 +127,8 @@ def _dense_layer(name: str, module: Factored, weights: dict[KroneckerMatrix, nn.
         if isinstance(value, KroneckerMatrix):
             trained = any(p.requires_grad for p in value.parameters())
             value = weights.setdefault(value, nn.Parameter(value.to_dense(), requires_grad=trained))
-        setattr(dense, parameter_name, value)
+        if isinstance(value, nn.Parameter):  # else it is computed, and what computes it is kept below
+            setattr(dense, parameter_name, value)
     keep_additions(module, build_layer(LayerPlan(layer, matrices_of(module)), "meta"), dense, name)
     return dense.train(module.training)
 
@@ -149,5 +151,8 @@ def _set_submodule(model: nn.Module, name: str, child: nn.Module) -> nn.Module:
     if not name:
         return child
     parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, child)
+    holder: Any = model.get_submodule(parent)
+    setattr(holder, attribute, child)
+    if attribute == "_orig_mod":  # of torch.compile, which would go on to call the old module
+        holder._initialize()
     return model

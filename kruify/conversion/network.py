@@ -13,10 +13,8 @@ from typing import Any
 from torch import nn
 
 from kruify.checkpoint import Checkpoint
-from kruify.conversion.check import load_tensors, stored_plan
-from kruify.conversion.modules import swap
+from kruify.conversion.loading import load_into
 from kruify.errors import CorruptError, TaskError
-from kruify.layers.storage import mark
 from kruify.tasks.base import Task, fresh_model
 
 KEY = "kruify.network"
@@ -38,11 +36,7 @@ def load_network(checkpoint: Checkpoint, task: Task) -> nn.Module:
         TaskError: the file holds another network of the task, and the task has no such options.
     """
     model = fresh_model(as_noted(checkpoint, task))
-    if checkpoint.is_kruify:
-        model = swap(model, stored_plan(checkpoint))
-    load_tensors(model, checkpoint.tensors, checkpoint.path)
-    mark(model, checkpoint.storage)
-    return model
+    return load_into(model, checkpoint)
 
 
 def as_noted(checkpoint: Checkpoint, task: Task) -> Task:

@@ -17,6 +17,7 @@ from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.budget import make_budget_plan
 from kruify.conversion.calibration import calibrate
 from kruify.conversion.check import check_plan
+from kruify.conversion.computed import state_of
 from kruify.conversion.locate import AnyTensor, Located, RecurrentLayer, locate, locate_checkpoint
 from kruify.conversion.modules import convert_module
 from kruify.conversion.network import load_network
@@ -191,7 +192,7 @@ def convert(
 def _opened(source: nn.Module | Checkpoint, subclasses: bool) -> tuple[Mapping[str, AnyTensor], Located, object]:
     """Tensors, recurrent layers, and a name for errors."""
     if isinstance(source, nn.Module):
-        return source.state_dict(), locate(source, subclasses=subclasses), type(source).__name__
+        return state_of(source), locate(source, subclasses=subclasses), type(source).__name__
     refuse_converted(source)
     return source.tensors.lazy, locate_checkpoint(source, subclasses=subclasses), source.path
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from kruify.checkpoint import ORIGIN, Checkpoint, write_model
 from kruify.conversion import plan_of
+from kruify.conversion.check import loaded
+from kruify.conversion.computed import state_of
 from kruify.conversion.network import KEY
 from kruify.conversion.storing import write_converted
 from kruify.layers.storage import marks
@@ -34,7 +36,7 @@ def write_trained(
         network: the task's options that say which network this is (conversion.network); by default the source's.
     """
     plan = plan_of(outcome.model)
-    state = {name: tensor.cpu() for name, tensor in outcome.model.state_dict().items()}
+    state = {name: loaded(tensor).cpu() for name, tensor in state_of(outcome.model).items()}
     history = [entry.to_json() for entry in outcome.history]
     told = {"kruify.history": json.dumps(history), "kruify.recipe": json.dumps(recipe.to_json())}
     before = source.metadata if source is not None else {}

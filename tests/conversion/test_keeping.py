@@ -73,7 +73,7 @@ def test_what_cannot_be_kept_is_refused_by_name():
         (lambda layer: setattr(layer, "forward", lambda x: x), "enc: its forward"),
         (lambda layer: setattr(layer, "proj_size_of", layer.flatten_parameters), "enc: its proj_size_of"),
         (lambda layer: setattr(layer, "kind", "mine"), "enc: its attribute 'kind'"),
-        (lambda layer: nn.utils.weight_norm(layer, "weight_hh_l0"), "enc: weight_hh_l0 is computed"),
+        (lambda layer: nn.utils.parametrizations.orthogonal(layer, "weight_hh_l0"), "enc: weight_hh_l0 is computed"),
     ):
         net = nn.ModuleDict({"enc": nn.LSTM(4, 8)})
         change(net["enc"])

@@ -1,0 +1,36 @@
+"""A file's numbers into a user's model, which may be wrapped in another way than the one that was saved."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from kruify.checkpoint import Checkpoint
+from kruify.checkpoint.wrapper import is_counter, renaming
+from kruify.conversion.check import load_tensors, stored_plan
+from kruify.conversion.locate import AnyTensor
+from kruify.conversion.modules import swap
+from kruify.conversion.plan import Plan
+from kruify.layers.storage import mark
+
+
+def load_into(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
+    """Swaps the layers that the file's plan names, and loads its tensors.
+
+    DataParallel, torch.compile, FSDP and AveragedModel put parts into names that the other side may not have.
+
+    Raises:
+        PlanError, CorruptError: the file does not fit the model.
+    """
+    plan = stored_plan(checkpoint) if checkpoint.is_kruify else Plan()
+    rename = renaming([name for name, _ in model.named_modules(remove_duplicate=False)], model.state_dict())
+    layers = [replace(item.layer, name=rename(item.layer.name)) for item in plan.layers]
+    items = [replace(item, layer=layer) for item, layer in zip(plan.layers, layers, strict=True)]
+    model = swap(model, Plan(items))
+    own = model.state_dict()
+    tensors: dict[str, AnyTensor] = {name: tensor for name, tensor in own.items() if is_counter(name)}
+    tensors |= {rename(name): tensor for name, tensor in checkpoint.tensors.lazy.items()}
+    load_tensors(model, {n: t for n, t in tensors.items() if n in own or not is_counter(n)}, checkpoint.path)
+    mark(model, {rename(name): dtype for name, dtype in checkpoint.storage.items()})
+    return model
