@@ -45,10 +45,10 @@ def serves(layer: RecurrentLayer, x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
-    parameters = list(layer.parameters())
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
         return False
-    return all(t.dtype == torch.float32 and t.is_cpu for t in (x, *parameters))
+    matrices = [w for w in layer.recurrent_weights() if isinstance(w, KroneckerMatrix)]
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (x, *dense, *matrices))
 
 
 def _stored_dense(module: torch.nn.Module) -> list[Tensor]:
@@ -89,8 +89,8 @@ def _run_direction(
     w: Any = weights
     weight_ih, weight_hh, gates = w["weight_ih"], w["weight_hh"], GATES[kind]
     first: tuple[Any, ...] = (None, [], None, None)  # data is the input's share of the gates
-    if _is_int8(weight_ih, dense) and getattr(weight_ih, "diagonal", None) is None:
-        residual = weight_ih.parts_beside_terms()[1:] if isinstance(weight_ih, KroneckerMatrix) else (None, None)
+    diagonal, *residual = weight_ih.parts_beside_terms() if isinstance(weight_ih, KroneckerMatrix) else (None,) * 3
+    if _is_int8(weight_ih, dense) and diagonal is None:
         first = (*packed(weight_ih, gates), *residual)
     elif isinstance(weight_ih, KroneckerMatrix):
         form, rest = form_of(weight_ih), weight_ih.parts_beside_terms()
@@ -125,7 +125,8 @@ def packed(weight: Weight, gates: int) -> tuple[Tensor, list[int]]:
     """
     made_of: list[Tensor] = [weight] if isinstance(weight, Tensor) else []
     if isinstance(weight, KroneckerMatrix):
-        made_of += [p for term in weight.term_list() for p in term.parameters()]
+        for term in weight.term_list():
+            made_of += [p for p in (*term.factors._parameters.values(), term.scale) if p is not None]
     if any(t.is_inference() for t in made_of):  # counts no versions
         return _pack(weight, gates)
     counts = tuple((id(t), t.data_ptr(), t._version) for t in made_of)

@@ -85,6 +85,15 @@ def test_parity_with_float32(
         torch.testing.assert_close(a, b, atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize("of_input", [None, "3*(24x1,1x11)", "3*(24x1,1x11)+sparse:3%"])
+def test_the_input_matrix_is_computed_as_it_is_stored(of_input: str | None) -> None:
+    layer, x = make("lstm", "5*(24x1,1x24)", of_input), torch.randn(7, 3, 11)
+    with torch.no_grad():
+        both = layer(x)[0]
+        mark(layer, {"weight_hh_l0": "int8"})
+        assert not torch.equal(both, layer(x)[0])
+
+
 def test_where_integers_do_not_serve_float32_does() -> None:
     layer, x = make("lstm", "5*(24x1,1x24)"), torch.randn(3, 2, 11)
 
