@@ -47,8 +47,8 @@ def serves(layer: RecurrentLayer, x: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
         return False
-    matrices = [w for w in layer.recurrent_weights() if isinstance(w, KroneckerMatrix)]
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (x, *dense, *matrices))
+    weights: list[Weight] = [x, *dense, *layer.recurrent_weights()]
+    return all(w.dtype == torch.float32 and w.device.type == "cpu" for w in weights)
 
 
 def _stored_dense(module: torch.nn.Module) -> list[Tensor]:
