@@ -34,7 +34,13 @@ if TYPE_CHECKING:
 @click.option(
     "--max-drop", type=NUMBER, metavar="D", help="How much worse the task's metric may get, in its own units (0.01)."
 )
-@click.option("--attempts", type=int, default=4, show_default=True, help="At most so many rounds of fine-tuning.")
+@click.option(
+    "--attempts",
+    type=click.IntRange(1, 1000),
+    default=4,
+    show_default=True,
+    help="At most so many rounds of fine-tuning.",
+)
 @click.option("--epochs", type=NUMBER, help="Passes over the train split in each round.  [default: 5]")
 @share_option
 @lr_option

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import click
 
+MOST = 10**9
+"""The largest number that any option takes."""
+
 
 class Number(click.types.FloatParamType):
-    """A float that can be compared: every comparison with nan fails, so a bound of nan would bind nothing."""
+    """A float that can be compared and counted with: not nan, which would bind nothing, and not beyond any use."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
-        if math.isnan(number):
-            self.fail(f"{value!r} is not a number.", param, ctx)
+        if not abs(number) <= MOST:
+            self.fail(f"{str(value)[:40]!r} is not a number from -{MOST} to {MOST}.", param, ctx)
         return number
 
 
@@ -28,7 +30,11 @@ split_option = click.option(
     "--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True, help="Data to look at."
 )
 seed_option = click.option(
-    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of everything random."
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of everything random; same seed, threads and machine, same bytes.",
 )
 lr_option = click.option("--lr", type=NUMBER, help="Peak learning rate of AdamW.  [default: 0.006; from scratch 0.002]")
 device_option = click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1.  [default: a GPU if there is one]")

@@ -15,7 +15,9 @@ from .options import key_option, split_option
 @click.argument("kru", metavar="KRU...", nargs=-1, required=True)
 @click.option("--task", metavar="TASK", help="Built-in name or path/to/file.py:Name, for its metrics.")
 @split_option
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of the latency figures.")
+@click.option(
+    "--threads", type=click.IntRange(1, 1024), default=1, show_default=True, help="Threads of the latency figures."
+)
 @click.option("--html", "html_file", metavar="FILE", help="Write one self-contained HTML page with pictures.")
 @click.option("--markdown", "markdown_file", metavar="FILE", help="Write the same as Markdown, for a model card.")
 @key_option

@@ -14,12 +14,12 @@ from .training import recipe_options, show, training_options
 @click.command()
 @task_option
 @click.option("--cell", metavar="CELL", help="kru, kru-real, kru-lstm, kru-gru, kru-rnn, lstm, gru, rnn.")
-@click.option("--hidden", type=click.IntRange(1), metavar="N", help="Hidden size of each recurrent layer.")
+@click.option("--hidden", type=click.IntRange(1, 1 << 24), metavar="N", help="Hidden size of each recurrent layer.")
 @click.option("--factors", metavar="SPEC", help="Factors of the recurrent matrices of a kru cell.")
-@click.option("--layers", type=click.IntRange(1), metavar="N", help="Recurrent layers.")
+@click.option("--layers", type=click.IntRange(1, 1024), metavar="N", help="Recurrent layers.")
 @click.option("-o", "--output", metavar="OUT", help="File to write.  [default: TASK-CELL-N.safetensors]")
 @click.option("--epochs", type=NUMBER, help="Passes over the train split; fractions are allowed.  [default: 5]")
-@click.option("--steps", type=click.IntRange(1), help="Optimiser steps, instead of --epochs.")
+@click.option("--steps", type=click.IntRange(1, 10**9), help="Optimiser steps, instead of --epochs.")
 @lr_option
 @click.option(
     "--penalty",

@@ -9,7 +9,7 @@ holds the state dict, where it has several. `kruify.convert` and `kruify.inspect
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -17,7 +17,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import nn
 
-from kruify.checkpoint import Checkpoint, atomic_file, check_model_target, check_target, read
+from kruify.checkpoint import Checkpoint, atomic_file, carried, check_model_target, check_target, read
 from kruify.conversion import build_dense, build_layer, load_tensors, plan_of, quantize
 from kruify.conversion.check import dense_layers, stored_plan
 from kruify.conversion.computed import state_of
@@ -177,7 +177,7 @@ def compress(
         check_model_target(output, *_files(dense))
     done = _compress(_network(dense, task), task, budget, seed=seed, **options)
     if output is not None:
-        save(done.model, output, source_sha256=_sha256(dense), seed=seed)
+        _save(done.model, output, seed, *((dense.sha256, carried(dense)) if isinstance(dense, Checkpoint) else ()))
     return done
 
 
@@ -205,7 +205,8 @@ def sweep(
     if folder is None and isinstance(dense, nn.Module):
         raise UsageError("the sweep of a module needs a folder", "sweep", "Name one for its networks")
     folder = folder or f"{_files(dense)[0]}.sweep"
-    return _sweep(_network(dense, task), task, budgets, folder, source_sha256=_sha256(dense), **options)
+    source = dense if isinstance(dense, Checkpoint) else None
+    return _sweep(_network(dense, task), task, budgets, folder, source=source, **options)
 
 
 def export(
@@ -251,10 +252,16 @@ def save(model: nn.Module, path: FilePath, *, source_sha256: str = "", seed: int
     Raises:
         UsageError: the module has no KRU layer, or the file cannot be written.
     """
+    _save(model, path, seed, source_sha256)
+
+
+def _save(
+    model: nn.Module, path: FilePath, seed: int, source_sha256: str = "", extra: Mapping[str, str] | None = None
+) -> None:
     plan = plan_of(model)
     if not plan.layers:
         raise UsageError("the model has no KRU layer", type(model).__name__, "Convert it first with kruify.convert")
-    write_converted(path, state_of(model), plan, marks(model), source_sha256=source_sha256, seed=seed)
+    write_converted(path, state_of(model), plan, marks(model), source_sha256=source_sha256, seed=seed, extra=extra)
 
 
 @overload
@@ -332,7 +339,3 @@ def _network(source: nn.Module | Checkpoint, task: Task) -> nn.Module:
 
 def _files(source: nn.Module | Checkpoint | None) -> tuple[Path, ...]:
     return source.files if isinstance(source, Checkpoint) else ()
-
-
-def _sha256(source: nn.Module | Checkpoint) -> str:
-    return source.sha256 if isinstance(source, Checkpoint) else ""

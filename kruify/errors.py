@@ -6,6 +6,9 @@ command line: 0 done, 1 a bug, 2 usage, 3 refused as unsafe, 4 corrupt, 5 unsupp
 
 from __future__ import annotations
 
+MOST = 1200
+"""Characters of a sentence; what a file holds may be quoted in it."""
+
 
 class KruifyError(Exception):
     """Base of all errors that kruify raises on purpose.
@@ -23,7 +26,8 @@ class KruifyError(Exception):
         text = what if where is None else f"{where}: {what}"
         if hint:
             text = f"{text}. {hint}"
-        super().__init__(printable(" ".join(text.split())))
+        text = printable(" ".join(text.split()))
+        super().__init__(text if len(text) <= MOST else f"{text[: MOST // 2]} ... {text[-MOST // 2 :]}")
 
 
 def printable(text: str) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 
 from kruify.checkpoint import Checkpoint
 from kruify.conversion import build_dense, build_layer, load_tensors
-from kruify.conversion.check import dense_layers, stored_plan
+from kruify.conversion.check import bounded_plan, dense_layers
 from kruify.conversion.locate import RecurrentLayer
 from kruify.conversion.plan import LayerPlan, Plan, Structures
 from kruify.errors import UsageError
@@ -51,7 +51,7 @@ def layers_of(checkpoint: Checkpoint) -> Layers:
     Raises:
         UsageError: it has none.
     """
-    plan = stored_plan(checkpoint) if checkpoint.is_kruify else Plan()
+    plan = bounded_plan(checkpoint) if checkpoint.is_kruify else Plan()
     items: list[tuple[RecurrentLayer, dict[str, Structures]]] = [(item.layer, item.matrices) for item in plan.layers]
     items += [(layer, {}) for layer in dense_layers(checkpoint, plan).layers]
     if not items:

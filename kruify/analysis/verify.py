@@ -14,7 +14,7 @@ from kruify.analysis.layers import layers_of
 from kruify.checkpoint import Checkpoint, read
 from kruify.checkpoint.stored import encode
 from kruify.conversion import dense_kru, densify, densify_tensors
-from kruify.conversion.check import stored_plan
+from kruify.conversion.check import bounded_plan
 from kruify.conversion.locate import RecurrentLayer
 from kruify.conversion.plan import Plan
 from kruify.conversion.storing import matrix_sizes
@@ -50,7 +50,7 @@ def verify(path: str | PathLike[str], source: str | PathLike[str] | None = None,
         TargetMissedError: a layer does not compute what its factors say.
     """
     checkpoint = read(path)
-    plan = stored_plan(checkpoint)
+    plan = bounded_plan(checkpoint)
     if not plan.layers:
         raise PlanError("its plan has no layers", path, "Verify a converted file")
     checksum = "checksum as written" if checkpoint.format == "safetensors" else "no checksum of kruify's"
@@ -77,13 +77,9 @@ def _check_form(checkpoint: Checkpoint, plan: Plan) -> None:
 
 
 def _finite(checkpoint: Checkpoint) -> Check:
-    numbers = 0
-    for name, tensor in checkpoint.tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise CorruptError(
-                "it holds NaN or infinite numbers", f"{checkpoint.path}: {name}", "Train or convert again"
-            )
-        numbers += tensor.numel()
+    for name in checkpoint.nonfinite():
+        raise CorruptError("it holds NaN or infinite numbers", f"{checkpoint.path}: {name}", "Train or convert again")
+    numbers = sum(tensor.numel for tensor in checkpoint.tensors.lazy.values())
     return Check("numbers", f"{numbers:,} in {len(checkpoint.tensors)} tensors, all finite")
 
 

@@ -1,9 +1,9 @@
 """Every byte in and out: read checkpoints of any kind without running anything in them, write them all or nothing."""
 
 from kruify.checkpoint.checkpoint import Checkpoint
-from kruify.checkpoint.file_format import ORIGIN, SCHEMA, metadata_for
+from kruify.checkpoint.file_format import NETWORK, ORIGIN, SCHEMA, metadata_for
 from kruify.checkpoint.modules import ModuleHint
-from kruify.checkpoint.original import NEEDS_SOURCE, origin, write_original
+from kruify.checkpoint.original import NEEDS_SOURCE, carried, origin, write_original
 from kruify.checkpoint.reading import read
 from kruify.checkpoint.target import check_model_target, check_target, write_model
 from kruify.checkpoint.tensors import LazyTensor, Tensors
@@ -11,6 +11,7 @@ from kruify.checkpoint.writing import atomic_file, tensor_bytes, write_safetenso
 
 __all__ = [
     "NEEDS_SOURCE",
+    "NETWORK",
     "ORIGIN",
     "SCHEMA",
     "Checkpoint",
@@ -18,6 +19,7 @@ __all__ = [
     "ModuleHint",
     "Tensors",
     "atomic_file",
+    "carried",
     "check_model_target",
     "check_target",
     "metadata_for",

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kruify.checkpoint.file_bytes import chunks
 from kruify.checkpoint.modules import ModuleHint
 from kruify.checkpoint.parametrised import Computed
@@ -107,9 +109,10 @@ class Checkpoint:
         """
         found: dict[str, int] = {}
         for name in self.tensors if names is None else names:
-            if self.tensors.lazy[name].dtype.is_floating_point:
+            if self.tensors.lazy[name].reals:
                 tensor = self.tensors[name]
-                tensor = tensor.float() if tensor.itemsize == 1 else tensor
+                tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+                tensor = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no isfinite
                 if count := int((~tensor.isfinite()).sum()):
                     found[name] = count
         return found

@@ -1,7 +1,6 @@
 """The metadata of a file that kruify writes: schema number, plan, source, versions, seed; checked once, on reading.
 
-The metadata is strings only and nothing in it names something to import. No time or machine goes in: same seed,
-same bytes.
+The metadata is strings only and nothing in it names something to import. No time or machine goes in.
 """
 
 from __future__ import annotations
@@ -29,6 +28,9 @@ STORAGE = "kruify.storage"
 ORIGIN = "kruify.origin"
 """The metadata entry for `origin(...)`."""
 
+NETWORK = "kruify.network"
+"""The metadata entry of `kruify train`: which of the task's networks the file holds."""
+
 AGAIN = "Convert the source again"
 NUMBER = (int, float)
 JSON_ENTRIES: dict[str, Any] = {
@@ -36,7 +38,7 @@ JSON_ENTRIES: dict[str, Any] = {
     "kruify.parents": [str],
     "kruify.history": [{str: object}],
     "kruify.recipe": {str: object},
-    "kruify.network": {str: (str, int)},
+    NETWORK: {str: (str, int)},
     STORAGE: {str: str},
 }
 """Metadata that is JSON, and its types."""
@@ -160,7 +162,7 @@ def parse_origin(text: str, where: object) -> dict[str, Any]:
     table = {name: found.get(name, default) for name, (_, default) in ORIGIN_FIELDS.items()}
     if not all(fits(table[name], pattern) for name, (pattern, _) in ORIGIN_FIELDS.items()):
         raise damaged
-    if table["format"] == "safetensors" and not fits(table["metadata"], {str: str}):
+    if not table["format"].endswith("-sharded") and not fits(table["metadata"], {str: str}):
         raise damaged
     for name, entry in table["computed"].items():
         if len(entry) != 3 or not fits(entry[1], [str]) or not fits(entry[2], (int, NoneType)):

@@ -46,6 +46,9 @@ SHARDS = 10_000
 EXPANDED = MIB
 """Bytes that a tensor may take beyond its storage: an expanded buffer of a few numbers is ordinary, 16 TB an attack."""
 
+DENSE = 256 * MIB
+"""Bytes that the dense matrices which a converted file's factors stand for may take beyond RATIO times the file."""
+
 RATIO = 100
 SLACK = 64 * MIB
 """All tensors of a file together, and each entry unpacked, may take RATIO times the file's bytes plus SLACK."""

@@ -20,13 +20,13 @@ from torch import Tensor
 from kruify.checkpoint import in_place
 from kruify.checkpoint.checkpoint import Checkpoint
 from kruify.checkpoint.extras import to_json
-from kruify.checkpoint.file_format import parse_origin
+from kruify.checkpoint.file_format import NETWORK, ORIGIN, parse_origin
 from kruify.checkpoint.onnx_in_place import replace_in_onnx
 from kruify.checkpoint.parametrised import Computed, sources_for
 from kruify.checkpoint.reading import read, read_contents
 from kruify.checkpoint.sharded import is_file_name
 from kruify.checkpoint.tensors import LazyTensor
-from kruify.checkpoint.writing import as_lazy, atomic_file, write_safetensors, write_torch
+from kruify.checkpoint.writing import as_bytes, as_lazy, atomic_file, write_safetensors, write_torch
 from kruify.errors import CorruptError, UnsupportedError, UsageError
 
 NEEDS_SOURCE = ("torch-module", "torchscript", "onnx", "keras")
@@ -50,6 +50,12 @@ def origin(checkpoint: Checkpoint) -> str:
         "assumed": dict(checkpoint.assumed),
     }
     return json.dumps({name: value for name, value in table.items() if value})
+
+
+def carried(source: Checkpoint) -> dict[str, str]:
+    """Metadata of a dense file that every file made from it carries on: how to write its kind again, and which of its
+    task's networks it holds."""
+    return {ORIGIN: origin(source), **{name: source.metadata[name] for name in (NETWORK,) if name in source.metadata}}
 
 
 def write_original(
@@ -82,7 +88,9 @@ def write_original(
     if kind in ("torch", "torch-legacy"):
         links = {table["names"].get(a, a): table["names"].get(b, b) for a, b in table["ties"].items()}
         before, legacy = table["extras_before"], kind == "torch-legacy"
-        write_torch(path, named, key=key, extras=table["extras"], before=before, ties=links, legacy=legacy)
+        write_torch(
+            path, named, table["metadata"], key=key, extras=table["extras"], before=before, ties=links, legacy=legacy
+        )
     elif kind == "safetensors":
         write_safetensors(path, named, table["metadata"])
     elif kind == "npz":
@@ -198,6 +206,7 @@ def _compare(
             slack = 16 * float(np.finfo(np.float32).eps if wanted.itemsize >= 4 else 2.0**-7) * scale
             same = bool(((wanted.double() - found.double()).abs() <= slack).all())
         else:
-            same = found.dtype == wanted.dtype and found.equal(wanted)
-        if not same and not (wanted.is_floating_point() and bool(wanted.isnan().any())):
+            same = (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+            same = same and as_bytes(found).equal(as_bytes(wanted))
+        if not same and not (close and bool(wanted.isnan().any())):
             raise CorruptError(f"{name} was not written as it should be", path, "Report this as a bug")

@@ -145,9 +145,10 @@ def rebuilders(where: object) -> dict[str, Callable[[tuple[Any, ...]], Any]]:
 
     def tensor_v3(args: tuple[Any, ...]) -> LazyTensor:
         storage, offset, shape, stride, _grad, _hooks, dtype, *_rest = args
-        found = TORCH_DTYPES.get(str(dtype) if isinstance(dtype, Global) else "")
+        named = str(dtype) if isinstance(dtype, Global) else ""
+        found = TORCH_DTYPES.get(named)
         if found is None:
-            raise UnsupportedError("it holds a tensor of a dtype that torch does not have", where)
+            raise UnsupportedError(f"it holds a tensor of the dtype '{named[:40]}', which kruify cannot hold", where)
         return view(storage, offset, shape, stride, where, found)
 
     def parameter(args: tuple[Any, ...]) -> Any:

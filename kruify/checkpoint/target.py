@@ -13,9 +13,9 @@ from kruify.checkpoint.writing import write_safetensors, write_torch
 from kruify.errors import UsageError
 from kruify.progress import Progress
 
-TORCH = (".pt", ".pth", ".ckpt", ".bin", ".th", ".pkl", ".tar", ".model")
+TORCH = (".pt", ".pth", ".ckpt", ".bin", ".th", ".pkl", ".tar", ".model", ".weights")
 """Endings that promise what torch.load opens."""
-FOREIGN = (".onnx", ".keras", ".h5", ".npz", ".pt2", ".json", ".py")
+FOREIGN = (".onnx", ".keras", ".h5", ".hdf5", ".npz", ".pt2", ".ts", ".json", ".py")
 """Endings that promise what no state dict is; any other, or none, stands for safetensors."""
 
 

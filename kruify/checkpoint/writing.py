@@ -178,9 +178,15 @@ def as_lazy(tensors: Mapping[str, Tensor | LazyTensor]) -> dict[str, LazyTensor]
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The numbers of a tensor in row-major, little-endian order."""
+    flat = as_bytes(tensor)
+    return memoryview(flat.numpy().data) if flat.numel() else memoryview(b"")
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The same numbers as a vector of uint8: what can be compared and copied whatever the dtype."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     flat = flat.as_strided(flat.shape, (1,))  # a single number may have any stride
-    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
 
 
 def _loaded(lazy: LazyTensor, name: str, path: object) -> Tensor:

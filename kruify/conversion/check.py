@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from kruify.checkpoint import Checkpoint, LazyTensor
+from kruify.checkpoint import Checkpoint, LazyTensor, limits
 from kruify.conversion.computed import as_sources
 from kruify.conversion.locate import DTYPES, KRU_KINDS, AnyTensor, Located, RecurrentLayer, locate_checkpoint
 from kruify.conversion.plan import LayerPlan, Plan, Structures
-from kruify.errors import CorruptError, PlanError
+from kruify.errors import CorruptError, PlanError, UnsafeError
 from kruify.layers.matrix import group_terms
 
 AGAIN = "Convert the source again"
@@ -64,6 +64,20 @@ def dense_layers(checkpoint: Checkpoint, plan: Plan) -> Located:
     """The recurrent layers of a checkpoint that its plan does not name: torch.nn's."""
     located, planned = locate_checkpoint(checkpoint), {item.layer.name for item in plan.layers}
     return Located([layer for layer in located.layers if layer.name not in planned], located.skipped)
+
+
+def bounded_plan(checkpoint: Checkpoint) -> Plan:
+    """`stored_plan` for what makes its matrices dense: a few small factors may stand for any size.
+
+    Raises:
+        UnsafeError: the dense matrices take far more than the file.
+    """
+    plan = stored_plan(checkpoint)
+    numbers = sum(structure.dense_parameters for _, _, structures in plan.matrices() for structure in structures)
+    size = numbers * max((tensor.dtype.itemsize for tensor in checkpoint.tensors.lazy.values()), default=0)
+    if size > limits.RATIO * checkpoint.size + limits.DENSE:
+        raise UnsafeError(f"its dense matrices take {size} bytes, far more than it holds", checkpoint.path)
+    return plan
 
 
 def stored_shapes(structures: Structures) -> dict[str, tuple[int, ...]]:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from kruify.checkpoint import Checkpoint
+from kruify.checkpoint import NETWORK, Checkpoint, limits
 from kruify.conversion.loading import load_into
-from kruify.errors import CorruptError, TaskError
+from kruify.errors import CorruptError, FactorSpecError, TaskError
+from kruify.tasks._cells import recurrent_numbers
 from kruify.tasks.base import Task, fresh_model
 
-KEY = "kruify.network"
 OPTIONS: dict[str, type] = {"cell": str, "hidden": int, "factors": str, "layers": int}
 """The options of a task that decide on its network, and their types."""
+BYTES = 8  # of a number
 
 
 def network_of(task: Task) -> dict[str, Any]:
@@ -59,15 +61,29 @@ def as_noted(checkpoint: Checkpoint, task: Task) -> Task:
 def _read(checkpoint: Checkpoint) -> dict[str, Any]:
     damaged = CorruptError("its note on the network is damaged", checkpoint.path, "Train it again")
     try:
-        options = json.loads(checkpoint.metadata.get(KEY, "{}"))
+        options = json.loads(checkpoint.metadata.get(NETWORK, "{}"))
     except (ValueError, RecursionError):
         raise damaged from None
     if not isinstance(options, dict) or any(type(value) is not OPTIONS.get(key) for key, value in options.items()):
         raise damaged
-    # Nothing is built that the file could not fill: the smallest network of a size has a tensor of that size.
+    # The smallest network of a size has a tensor of that size; its matrices may be dense where the file has factors.
     largest = max((tensor.numel for tensor in checkpoint.tensors.lazy.values()), default=0)
     hidden, layers = options.get("hidden", 1), options.get("layers", 1)
-    needed = hidden if str(options.get("cell", "")).startswith("kru") else hidden**2
-    if not 0 < needed <= largest or not 0 < layers <= len(checkpoint.tensors):
+    if not 0 < hidden <= largest or not 0 < layers <= len(checkpoint.tensors):
+        raise damaged
+    try:
+        needed = layers * recurrent_numbers(str(options.get("cell", "")), hidden, options.get("factors", "auto"))
+    except FactorSpecError:
+        raise damaged from None
+    if BYTES * needed > limits.RATIO * checkpoint.size + limits.SLACK:
         raise damaged
     return options
+
+
+def dense_note(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The note on the network for a file in which its Kronecker matrices are dense; nothing where there is none."""
+    options = json.loads(metadata.get(NETWORK, "{}"))
+    cell = options.get("cell")
+    if cell in ("kru-rnn", "kru-lstm", "kru-gru"):
+        options = {**options, "cell": cell.removeprefix("kru-")}
+    return {NETWORK: json.dumps(options)} if options else {}

@@ -11,7 +11,7 @@ from typing import TypedDict, Unpack, overload
 
 from torch import nn
 
-from kruify.checkpoint import ORIGIN, Checkpoint, check_model_target, origin, read
+from kruify.checkpoint import Checkpoint, carried, check_model_target, read
 from kruify.checkpoint.target import FOREIGN, TORCH
 from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.budget import make_budget_plan
@@ -41,7 +41,7 @@ from kruify.progress import Progress
 from kruify.tasks.base import Task
 from kruify.tasks.loader import load_task
 
-ENDINGS = {*TORCH, *FOREIGN, ".safetensors", ".index", ".tar", ".pkl", ".hdf5", ".th", ".ts", ".model", ".weights"}
+ENDINGS = {*TORCH, *FOREIGN, ".safetensors", ".index"}
 FilePath = str | os.PathLike[str]
 
 
@@ -182,7 +182,7 @@ def convert(
     conversion = replace(conversion, tensors={**kept}, bytes=counts, storage=storage)
     if output is not None:
         conversion = replace(conversion, output=Path(output))
-        sha256, extra = ("", {}) if isinstance(source, nn.Module) else (source.sha256, {ORIGIN: origin(source)})
+        sha256, extra = ("", {}) if isinstance(source, nn.Module) else (source.sha256, carried(source))
         write_converted(
             output, conversion.tensors, plan, storage, source_sha256=sha256, seed=seed, extra=extra, progress=progress
         )

@@ -26,8 +26,9 @@ from kruify.checkpoint import (
 )
 from kruify.checkpoint.target import TORCH
 from kruify.conversion import densify, densify_tensors
-from kruify.conversion.check import stored_plan
+from kruify.conversion.check import bounded_plan
 from kruify.conversion.locate import KRU_KINDS, RecurrentLayer
+from kruify.conversion.network import dense_note
 from kruify.errors import UnsupportedError, UsageError
 from kruify.exporting.check import TOLERANCE, Exported, compare, layer_cases, require, staged, write_checked
 from kruify.exporting.layer_files import (
@@ -129,7 +130,7 @@ def export_dense(
     """
     if not checkpoint.is_kruify:
         raise UsageError("it is dense already: it carries no plan", checkpoint.path, "Export a converted file")
-    plan = stored_plan(checkpoint)
+    plan = bounded_plan(checkpoint)
     if any(item.layer.kind in KRU_KINDS for item in plan.layers):
         raise no_kru(checkpoint.path)
     write = _dense_writer(checkpoint, path, source)
@@ -159,8 +160,8 @@ def rounding(tensors: Mapping[str, Tensor]) -> float:
 
 
 ENDINGS = {
-    "torch": (*TORCH, ".weights", ""),
-    "torch-legacy": (*TORCH, ".weights", ""),
+    "torch": (*TORCH, ""),
+    "torch-legacy": (*TORCH, ""),
     "torch-module": (*TORCH, ""),
     "torchscript": (".pt", ".pth", ".ts"),
     "safetensors": (".safetensors",),
@@ -180,7 +181,7 @@ def _dense_writer(checkpoint: Checkpoint, path: Path, source: Path | None) -> Ca
     if note is not None and path.suffix in ENDINGS.get(kind, ()) and (source or kind not in NEEDS_SOURCE):
         return lambda file, tensors: write_original(file, tensors, note, source=source)
     if path.suffix == ".safetensors":
-        return write_safetensors
+        return lambda file, tensors: write_safetensors(file, tensors, dense_note(checkpoint.metadata))
     if path.suffix in TORCH:
         return write_torch
     hint = (

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kruify.checkpoint import Checkpoint, carried
 from kruify.conversion import plan_of
 from kruify.conversion.budget import parse_budget
 from kruify.conversion.storing import write_converted
@@ -84,7 +85,7 @@ def sweep(
     *,
     split: str = "test",
     share: float = SHARE,
-    source_sha256: str = "",
+    source: Checkpoint | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
@@ -103,6 +104,7 @@ def sweep(
         dense: the trained network; it is the teacher, and is left alone.
         budgets: such as "2x", "4x", "params=10%" (kruify.conversion.budget.parse_budget).
         share: of the epochs for which each candidate structure is trained; 0 takes what keeps the most energy.
+        source: the file that holds `dense`, if one does.
         progress: told of each training: its optimiser steps done, to do, and its epoch.
         dtype, keep: how the weights are stored (kruify.quantize).
         on_point: called after each network.
@@ -127,7 +129,7 @@ def sweep(
             if budget == "dense":
                 known[budget] = _dense_point(search, split)
             else:
-                known[budget] = _make(search, budget, folder / _file_name(budget), split, source_sha256)
+                known[budget] = _make(search, budget, folder / _file_name(budget), split, source)
             state.keep(points=[point.to_json() for point in known.values()])
         if on_point is not None:
             on_point(known[budget])
@@ -147,7 +149,7 @@ def _dense_point(search: CandidateSearch, split: str) -> Point:
     return Point("dense", None, recurrent, total, measure(search.task, search.dense, split, known=True))
 
 
-def _make(search: CandidateSearch, budget: str, stem: Path, split: str, source_sha256: str) -> Point:
+def _make(search: CandidateSearch, budget: str, stem: Path, split: str, source: Checkpoint | None) -> Point:
     """Writes the network of one budget to `stem`.kru.safetensors; the state of its training goes to the folder
     `stem`.run."""
     run, file = Path(f"{stem}.run"), Path(f"{stem}.kru.safetensors")
@@ -155,9 +157,12 @@ def _make(search: CandidateSearch, budget: str, stem: Path, split: str, source_s
     student, conversion = search.convert(choice.candidate)
     outcome = search.train(student, run)
     model = outcome.model.cpu()
-    history = {"kruify.history": json.dumps(outcome.to_json()["history"])}
+    extra = {"kruify.history": json.dumps(outcome.to_json()["history"])}
+    sha256 = ""
+    if source is not None:
+        sha256, extra = source.sha256, {**carried(source), **extra}
     state, plan = model.state_dict(), plan_of(model)
-    write_converted(file, state, plan, marks(model), source_sha256=source_sha256, seed=search.seed, extra=history)
+    write_converted(file, state, plan, marks(model), source_sha256=sha256, seed=search.seed, extra=extra)
     return Point(
         budget,
         str(file),

@@ -36,6 +36,9 @@ BUILTIN: dict[str, str] = {
     "timit": "kruify.tasks.phonemes:Timit",
 }
 
+MOST = 10**9
+"""The largest size that a built-in task takes."""
+
 
 def load_task(name: str | Task, **options: object) -> Task:
     """Return the task that the user named: a built-in name, or `path/to/file.py:Name`.
@@ -137,6 +140,8 @@ def _construct(cls: type[Task], options: dict[str, str], where: str) -> Task:
             hint = f"It takes {', '.join(parameters)}" if parameters else "It takes none"
             raise TaskError(f'there is no option "{key}"', where=f'"{where}"', hint=hint)
         arguments[key] = _convert(key, text, parameters[key], where)
+        if cls.__module__.startswith("kruify."):
+            _check(key, arguments[key], parameters[key].default, where)
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in arguments:
             hint = f"Add it to the name: {where}{',' if options else ':'}{key}=VALUE"
@@ -172,6 +177,15 @@ def _convert(key: str, text: str, parameter: inspect.Parameter, where: str) -> o
         return int(text) if kind == "int" else float(text) if kind == "float" else text
     except (KeyError, ValueError):
         raise TaskError(f'option {key}="{text}" is not of type {kind}', where=f'"{where}"') from None
+
+
+def _check(key: str, value: object, default: object, where: str) -> None:
+    """Raise TaskError for a number that none of the built-in tasks can use: all are sizes, or shares."""
+    least, most = 0, 1
+    if isinstance(value, int):
+        least, most = 0 if default == 0 else 1, MOST
+    if isinstance(value, int | float) and not least <= value <= most:
+        raise TaskError(f"option {key} must be from {least} to {most}", where=f'"{where[:80]}"')
 
 
 def _failed(what: str, file: Path, error: BaseException) -> TaskError:

@@ -7,11 +7,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from kruify.checkpoint import ORIGIN, Checkpoint, write_model
+from kruify.checkpoint import NETWORK, ORIGIN, Checkpoint, write_model
 from kruify.conversion import plan_of
 from kruify.conversion.check import loaded
 from kruify.conversion.computed import state_of
-from kruify.conversion.network import KEY
 from kruify.conversion.storing import write_converted
 from kruify.layers.storage import marks
 from kruify.training.recipe import Recipe
@@ -40,8 +39,8 @@ def write_trained(
     history = [entry.to_json() for entry in outcome.history]
     told = {"kruify.history": json.dumps(history), "kruify.recipe": json.dumps(recipe.to_json())}
     before = source.metadata if source is not None else {}
-    if network is not None or KEY in before:
-        told[KEY] = json.dumps(network) if network is not None else before[KEY]
+    if network is not None or NETWORK in before:
+        told[NETWORK] = json.dumps(network) if network is not None else before[NETWORK]
     if not plan.layers:
         write_model(path, state, told)
         return

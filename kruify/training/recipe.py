@@ -100,8 +100,10 @@ class Recipe:
 
 
 _Rule = tuple[Callable[[Any], bool], str]
-_NOT_NEGATIVE: _Rule = (lambda v: v >= 0, "0 or more")
-_POSITIVE: _Rule = (lambda v: v > 0, "above 0")
+MOST = 1_000_000
+"""The largest value that makes sense anywhere: a run of more epochs never ends, a larger rate overflows."""
+_NOT_NEGATIVE: _Rule = (lambda v: 0 <= v <= MOST, f"0 or more, at most {MOST}")
+_POSITIVE: _Rule = (lambda v: 0 < v <= MOST, f"above 0, at most {MOST}")
 _SHARE: _Rule = (lambda v: 0 <= v <= 1, "between 0 and 1")
 _RULES: dict[str, _Rule] = {
     "epochs": _NOT_NEGATIVE,
@@ -113,8 +115,9 @@ _RULES: dict[str, _Rule] = {
     "modrelu_lr": _NOT_NEGATIVE,
     "clip": _NOT_NEGATIVE,
     "unitary_penalty": _NOT_NEGATIVE,
-    "accumulate": (lambda v: 1 <= v < 2**31, "from 1 to 2147483647"),
+    "accumulate": (lambda v: 1 <= v <= MOST, f"from 1 to {MOST}"),
     "patience": _NOT_NEGATIVE,
+    "seed": (lambda v: 0 <= v < 2**32, "from 0 to 4294967295"),
     "mixed_precision": (lambda v: v in ("no", "bf16"), "no or bf16"),
     "distill_logits": _SHARE,
     "distill_until": (lambda v: 0 < v <= 1, "above 0, at most 1"),

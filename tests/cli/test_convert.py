@@ -92,12 +92,19 @@ def test_all_terms_give_back_the_dense_function(folder, run_json):
     torch.testing.assert_close(converted.rnn(x)[0], dense(x)[0])
 
 
-@pytest.mark.parametrize("ending", [".safetensors", ".pt"])
+@pytest.mark.parametrize("ending", [".safetensors", "", ".pt", ".pth.tar", ".PKL", ".th", ".model", ".weights", ".bin"])
 def test_output_kind_follows_its_ending(ending, folder, run, run_json):
     run_json("convert", "model.pt", "--factors", "2x2", "-o", f"out{ending}")
     result = run_json("inspect", f"out{ending}")
-    assert result["format"] == ("safetensors" if ending == ".safetensors" else "torch")
+    assert result["format"] == ("safetensors" if ending in (".safetensors", "") else "torch")
     assert result["layers"][0]["recurrent_parameters"] == 3 * 3 * 4
+
+
+@pytest.mark.parametrize("ending", [".onnx", ".h5", ".hdf5", ".keras", ".npz", ".ts", ".pt2", ".json", ".py"])
+def test_endings_of_other_kinds_are_refused(ending, folder, run):
+    result = run("convert", "model.pt", "--factors", "2x2", "-o", f"out{ending}")
+    assert result.exit_code == 2 and "another kind of file" in result.stderr
+    assert not (folder / f"out{ending}").exists()
 
 
 def test_any_header_length_is_read_as_safetensors(folder, run_json):

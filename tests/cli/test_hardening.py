@@ -8,9 +8,90 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
+from kruify.cli.main import cli
+from kruify.training import Recipe
+
 HUGE, LONG = "9" * 30, "9" * 5000
+
+
+REQUIRED = {
+    "compress": ("model.pt", "--task", "task.py:Echo", "--budget", "2x", "-o", "x.pt"),
+    "convert": ("model.pt", "--factors", "2x2"),
+    "export": ("model.pt", "--to", "onnx", "-o", "x.onnx"),
+    "finetune": ("model.pt", "--task", "task.py:Echo", "-o", "x.pt"),
+    "report": ("model.pt",),
+    "sweep": ("model.pt", "--task", "task.py:Echo"),
+    "train": ("--task", "adding:T=5", "-o", "x.pt"),
+}
+"""Command -> what it cannot do without, for every command that takes numbers."""
+
+NUMERIC = [
+    (name, option.opts[-1])
+    for name, command in cli.commands.items()
+    for option in command.params
+    if isinstance(option.type, click.types.IntParamType | click.types.FloatParamType)
+]
+
+
+@pytest.mark.parametrize(("command", "option"), NUMERIC)
+@pytest.mark.parametrize("value", [HUGE, LONG, f"-{HUGE}", "1e400", "nan", "two", ""])
+def test_every_number_has_bounds(command, option, value, folder, run):
+    before = sorted(folder.iterdir())
+    result = run(command, *REQUIRED[command], f"{option}={value}")
+    assert result.exit_code == 2, (result.exit_code, result.stderr)
+    assert option in result.stderr
+    assert sorted(folder.iterdir()) == before
+
+
+RECIPE = [
+    name for name, value in Recipe().to_json().items() if isinstance(value, int | float | None) and name != "seed"
+]
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPE if name not in ("epochs", "lr", "unitary_penalty")])
+@pytest.mark.parametrize("value", ["1000001", "-1", LONG, "inf"])
+def test_every_number_of_the_recipe_has_bounds(name, value, folder, run):
+    result = run("finetune", *REQUIRED["finetune"], "--option", f"{name}={value}")
+    assert result.exit_code == 2 and name in result.stderr, (result.exit_code, result.stderr)
+    assert len(result.stderr) < 1300 and not Path("x.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("finetune", ("--epochs", "1e8")),
+        ("finetune", ("--lr", "1e8")),
+        ("finetune", ("--unitary-penalty", "1e8")),
+        ("finetune", ("--device", f"cuda:{HUGE}")),
+        ("sweep", ("--budgets", f"{HUGE}x")),
+        ("sweep", ("--budgets", "0x")),
+        ("sweep", ("--trial", "1e8")),
+        ("compress", ("--trial", "-1")),
+        ("convert", ("--max-error", "-1")),
+        ("train", ("--steps", "999999999")),
+        ("train", ("--cell", "lstm", "--hidden", "16777216")),
+        ("train", ("--cell", "gru", "--hidden", "20000", "--layers", "1024")),
+        ("train", ("--cell", "kru", "--hidden", "1048576", "--factors", "1048576x1048576")),
+        ("train", ("--cell", "kru", "--hidden", "16777216", "--factors", "999999999*(2x2)")),
+        ("train", ("--task", f"adding:T={HUGE}")),
+        ("train", ("--task", f"adding:T={LONG}")),
+        ("train", ("--task", "adding:T=5,batch_size=0")),
+        ("train", ("--task", "adding:T=5,batch_size=-3")),
+        ("train", ("--task", "adding:T=5,train_examples=-3")),
+        ("train", ("--task", "adding:T=5,layers=999999999,hidden=1")),
+        ("train", ("--task", "adding:T=5,hidden=-4")),
+        ("train", ("--task", "adding:T=5,dropout=2")),
+        ("train", ("--task", "adding:T=5,dropout=nan")),
+        ("train", ("--task", "adding:T=999999999,train_examples=999999999,batch_size=999999999")),
+    ],
+)
+def test_sizes_beyond_reason_are_usage_errors(command, options, folder, run):
+    result = run(command, *REQUIRED[command], *options)
+    assert result.exit_code == 2, (result.exit_code, result.stderr)
+    assert not Path("x.pt").exists()
 
 
 def kruify(*arguments, **environment):

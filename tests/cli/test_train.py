@@ -143,3 +143,29 @@ def test_a_kru_is_not_exported_and_says_so(to, folder, done):
     said = done("export", "kru.safetensors", "--to", to, "-o", "out.pt", code=5).stderr
     assert "a Kronecker Recurrent Unit is not exported" in said
     assert not (folder / "out.pt").exists()
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_every_file_made_from_a_trained_one_says_which_network_it_is(ending, folder, done, run_json):
+    """Not the task's own size: without the note no command could build the network."""
+    dense = f"lstm.{ending}"
+    done("train", "--task", ADDING, "--cell", "lstm", "--hidden", "8", "--epochs", "0", "-o", dense)
+    note = read(dense).metadata["kruify.network"]
+    short = ("--task", ADDING, "--epochs", "0.1")
+    done("convert", dense, "--factors", "4x4,2x2", "-o", f"a.{ending}")
+    done("finetune", f"a.{ending}", *short, "-o", f"b.{ending}")
+    done("compress", dense, *short, "--budget", "2x", "--trial", "0", "-o", f"c.{ending}")
+    done("sweep", dense, *short, "--budgets", "2x", "--trial", "0", "--dir", "points")
+    done("export", f"b.{ending}", "--to", "dense", "-o", f"d.{ending}")
+    made = [f"{name}.{ending}" for name in "abcd"] + ["points/2x.kru.safetensors"]
+    assert [read(file).metadata["kruify.network"] for file in made] == [note] * len(made)
+    report = run_json("report", dense, *made, "--task", ADDING)
+    assert all("mse" in model["metrics"] for model in report["models"])
+    assert read(f"c.{ending}").metadata["kruify.origin"] == read(f"a.{ending}").metadata["kruify.origin"]
+
+
+def test_a_kronecker_cell_made_dense_is_noted_as_the_dense_cell(folder, done):
+    done("train", "--task", ADDING, "--cell", "kru-gru", "--hidden", "8", "--epochs", "0", "-o", "a.safetensors")
+    done("export", "a.safetensors", "--to", "dense", "-o", "b.safetensors")
+    assert json.loads(read("b.safetensors").metadata["kruify.network"])["cell"] == "gru"
+    done("evaluate", "b.safetensors", "--task", ADDING)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import kruify
-from kruify.checkpoint import metadata_for, read, write_safetensors
+from kruify.checkpoint import NETWORK, metadata_for, read, write_safetensors
 from kruify.conversion import plan_of
-from kruify.conversion.network import KEY, load_network, network_of
+from kruify.conversion.network import load_network, network_of
 from kruify.conversion.plan import Plan
 from kruify.errors import CorruptError, PlanError, TaskError
 from kruify.layers import KRU
@@ -22,7 +22,7 @@ from kruify.tasks.loader import load_task
 
 def written(model: nn.Module, path: Path, network: object) -> Path:
     plan = plan_of(model)
-    extra = {KEY: json.dumps(network)}
+    extra = {NETWORK: json.dumps(network)}
     metadata = metadata_for(plan.to_json(), extra=extra) if plan.layers else extra
     write_safetensors(path, model.state_dict(), metadata)
     return path
@@ -98,6 +98,7 @@ def test_a_task_without_such_options_is_refused(tmp_path: Path) -> None:
         {"colour": "red"},
         {"cell": "kru", "hidden": 10**9},
         {"cell": "lstm", "hidden": 10**4},
+        {"cell": "kru", "hidden": 8, "factors": "3x3"},
         {"hidden": 0},
         {"hidden": 8, "layers": 10**6},
     ],
@@ -110,6 +111,6 @@ def test_a_damaged_or_hostile_note(note: object, tmp_path: Path) -> None:
 
 
 def test_a_note_that_is_no_json(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {KEY: "{"})
+    write_safetensors(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {NETWORK: "{"})
     with pytest.raises(CorruptError, match="network"):
         load_network(read(tmp_path / "a.safetensors"), load_task("adding"))

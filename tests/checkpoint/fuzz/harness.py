@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-MEMORY = 1 << 30
-"""Bytes of address space that opening a file may add."""
+MEMORY, WORKING = 1 << 30, 3 << 30
+"""Bytes of address space that opening a file, and a command that works with it, may add."""
 
 SECONDS = 20
 """Of the processor; a file that waits instead is ended after ten times as long."""
@@ -58,7 +58,8 @@ FORBIDDEN = (
 def open_all(jobs: list[dict[str, Any]], batch: int = 1) -> list[dict[str, Any]]:
     """Results in the order of the jobs.
 
-    A job is {"path", maybe "expect": a file with the right tensors}. A result is {"code": the exit code, "text": the
+    A job is {"path", maybe "expect": a file with the right tensors}, or {"commands": what `kruify` is called with, one
+    after the other, until one ends in 1}. A result is {"code": the exit code, "text": the
     sentence, "events": forbidden audit events, "same": whether the tensors equal the expected ones, "seconds",
     "format"}.
     batch: jobs for each child; a child that dies takes its batch with it, which is then repeated one by one.
@@ -117,6 +118,12 @@ def _serve() -> None:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         watching = True
         try:
+            for arguments in job.get("commands", ()):
+                result = _command(arguments)
+                if result["code"] == 1:
+                    break
+            if "commands" in job:
+                return {**result, "events": [], "seconds": time.monotonic() - started}
             if job.get("probe"):  # shows that the hook sees what a file must not do
                 compile("1", "probe", "eval")
             checkpoint = read(job["path"])
@@ -146,7 +153,8 @@ def _serve() -> None:
         if not child:
             os.close(reading)
             size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+            most = size + (WORKING if "commands" in jobs[0] else MEMORY)
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             with os.fdopen(writing, "w") as out:
                 out.write(json.dumps([work(job) for job in jobs]))
@@ -158,6 +166,18 @@ def _serve() -> None:
         _, status = os.waitpid(child, 0)
         dead = [{"code": 1, "text": f"died: {os.waitstatus_to_exitcode(status)}", "events": [], "same": None}]
         print(text or json.dumps(dead), flush=True)
+
+
+def _command(arguments: list[str]) -> dict[str, Any]:
+    """One command of the command line; want of memory counts as a bug, whatever its exit code."""
+    from click.testing import CliRunner
+
+    from kruify.cli.main import cli
+
+    done = CliRunner().invoke(cli, arguments, prog_name="kruify")
+    text = done.stderr.strip()
+    short = "not enough memory" in text or "MemoryError" in text
+    return {"code": 1 if short else done.exit_code, "text": text}
 
 
 def _bits(a: Any, b: Any) -> bool:

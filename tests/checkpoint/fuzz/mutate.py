@@ -1,8 +1,11 @@
-"""Seeded mutation fuzzing of every reader: `python tests/checkpoint/fuzz/mutate.py [--files 5000] [--seed 0]`.
+"""Seeded mutation fuzzing: `python tests/checkpoint/fuzz/mutate.py [--files 5000] [--meaning 5000] [--seed 0]`.
 
 Each file is a good one with a few bytes changed, cut, doubled, zeroed or moved. It must be refused in one sentence, or
 give exactly the tensors of the good one. Anything else is counted: another error, death by signal, memory or alarm, a
 forbidden audit event; and weights that differ without a word, which formats with checksums must never let through.
+
+--meaning: as many files more whose bytes are in order and which say what is wrong (meaning.py), each with two commands:
+verify and another, or convert --plan twice. A command must end in 0 or, with one sentence, in 2, 3, 4, 5 or 6.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import io
+import itertools
 import json
 import random
 import sys
@@ -20,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
 import hostile
+import meaning
 
 CHECKED = {"torch.pt", "module.pt", "script.pt", "kruify.safetensors", "arrays.npz", "packed.npz"}
 """Files whose format has checksums. The others: legacy torch, plain safetensors, indices, ONNX and HDF5."""
@@ -110,19 +115,40 @@ def run(files: int, seed: int, folder: Path, batch: int = 25) -> dict[str, dict[
     return counts
 
 
+def run_meaning(files: int, seed: int, folder: Path, batch: int = 20) -> dict[str, dict[str, int]]:
+    """Counts by class: "files", "done", "refused", "crashed"; and "slowest" in milliseconds."""
+    counts: dict[str, dict[str, int]] = collections.defaultdict(lambda: collections.defaultdict(int))
+    found = list(itertools.islice(meaning.mutants(folder, seed), files))
+    results = harness.open_all([{"commands": commands} for _, _, commands in found], batch)
+    for (kind, path, commands), result in zip(found, results, strict=True):
+        row, lines = counts[kind], result["text"].splitlines()
+        row["files"] += 1
+        row["slowest"] = max(row["slowest"], int(1000 * result.get("seconds", 0)))
+        bad = result["code"] not in range(7) or result["code"] == 1 or (result["code"] and len(lines[-1]) > 2000)
+        row["crashed" if bad else "refused" if result["code"] else "done"] += 1
+        if bad:
+            print(f"{kind}: {path}: {[c[0] for c in commands]}: {result['text'][-600:]}", file=sys.stderr)
+    return counts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--files", type=int, default=5000)
+    parser.add_argument("--meaning", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", help="a folder that keeps the mutated files")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.keep or temporary)
         folder.mkdir(exist_ok=True)
-        counts = run(options.files, options.seed, folder)
+        counts = run(options.files, options.seed, folder) if options.files else {}
+        if options.meaning:
+            (folder / "meaning").mkdir()
+            counts |= run_meaning(options.meaning, options.seed, folder / "meaning")
     for name in counts:
         print(f"{name:24}", json.dumps(counts[name]))
-    bad = sum(row["crashed"] + row["events"] + (row["different"] if n in CHECKED else 0) for n, row in counts.items())
+    bad = sum(row["crashed"] + row.get("events", 0) for row in counts.values())
+    bad += sum(counts[name].get("different", 0) for name in counts if name in CHECKED)
     print(sum(row["files"] for row in counts.values()), "files,", bad, "bad")
     sys.exit(bool(bad))
 
