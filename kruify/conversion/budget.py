@@ -9,7 +9,9 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from kruify.checkpoint import LazyTensor
@@ -27,8 +29,10 @@ from kruify.progress import Progress
 Matrices = Mapping[str, tuple[Tensor, int, Tensor | None]]  # name -> (gates*rows, cols) weight, gates, covariance
 Searches = dict[tuple[str, int], StructureSearch]  # (name, gate, -1 for all stacked) -> what was learnt of it
 LEVELS = (0.25, 0.5, 1.0, 1.75, 3.0)  # budgets tried for one gate, relative to an even share
+MIXTURES_LIMIT = 4  # kinds of sums that are tried at all levels: those that keep the most at an even share
 ERROR_LEVELS = tuple(2 ** (-k / 2) for k in range(20, -1, -1))  # shares of the dense size tried for an error bound
 PRICES = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of multiply-adds against parameters in the price of a candidate
+PAIRS_LIMIT = 1 << 11  # candidates of all gates together up to which pairs of exchanges are looked at
 
 BUDGET_GRAMMAR = "'10x', 'params=25%', 'macs=10%' or 'params=8x,macs=50%'"
 
@@ -290,14 +294,19 @@ def _pool(gate: _Gate, limits: Budget) -> list[ScoredStructure]:
     share = limits.parameters or limits.multiply_adds or 1.0
     whole = _dense(gate)
     pool = {whole.structure: whole}
-    for level in reversed(LEVELS):  # the largest first: its singular values serve all others
+
+    def at(level: float) -> tuple[int, int | None]:
         parameters = int(min(1.0, share * level) * gate.dense)
-        adds = None
-        if limits.multiply_adds is not None:
-            adds = int(min(1.0, limits.multiply_adds * level) * gate.dense)
-            if limits.parameters is None:
-                parameters = gate.dense
-        for candidate in gate.search.candidates(parameters, adds):
+        if limits.multiply_adds is None:
+            return parameters, None
+        adds = int(min(1.0, limits.multiply_adds * level) * gate.dense)
+        return parameters if limits.parameters is not None else gate.dense, adds
+
+    gate.search.singles(*at(max(LEVELS)))  # the most singular values first: they serve all others
+    even = gate.search.candidates(*at(1.0))
+    mixtures = [c.mixture for c in even if c.mixture is not None][:MIXTURES_LIMIT]
+    for level in LEVELS:
+        for candidate in even if level == 1.0 else gate.search.candidates(*at(level), mixtures):
             pool[candidate.structure] = candidate
     for candidate in _smallest(gate):
         pool.setdefault(candidate.structure, candidate)
@@ -330,11 +339,12 @@ def _allocate(
     gates: list[_Gate], pools: list[list[ScoredStructure]], limits: Budget, budget: str
 ) -> list[ScoredStructure]:
     dense = sum(g.dense for g in gates)
-    most = [None if s is None else s * dense for s in (limits.parameters, limits.multiply_adds)]
-    best: list[ScoredStructure] | None = None
-    for weight in PRICES if limits.parameters is not None and limits.multiply_adds is not None else (1.0,):
-        chosen = _greedy(gates, pools, most, weight)
-        if chosen is not None and (best is None or _worth(gates, chosen) > _worth(gates, best)):
+    most = tuple(math.inf if s is None else s * dense for s in (limits.parameters, limits.multiply_adds))
+    table = _Candidates(gates, pools, most)
+    best: _Choice | None = None
+    for weight in PRICES if math.inf not in most else (0.0 if most[1] == math.inf else 1.0,):
+        chosen = table.greedy(weight)
+        if chosen is not None and (best is None or table.worth(chosen) > table.worth(best)):
             best = chosen
     if best is None:
         smallest = sum(min(c.parameters for c in pool) for pool in pools)
@@ -344,48 +354,62 @@ def _allocate(
             f"budget {budget}",
             f"Allow at least params={100 * smallest / dense:.2g}% or macs={100 * adds / dense:.2g}%",
         )
-    return best
+    return [table.candidates[i] for i in table.exchanged(best)]
 
 
-def _greedy(
-    gates: list[_Gate], pools: list[list[ScoredStructure]], most: list[float | None], weight: float
-) -> list[ScoredStructure] | None:
-    """From the cheapest candidates upwards: again and again the exchange with the most energy per price, while it fits;
-    at the end any exchange that still fits. `weight` prices multiply-adds against parameters."""
+_Choice = np.ndarray[tuple[int], np.dtype[np.int64]]  # the index of one candidate per gate
 
-    def price(c: ScoredStructure) -> float:
-        parameters = 0.0 if most[0] is None else c.parameters / most[0]
-        adds = 0.0 if most[1] is None else c.multiply_adds / most[1]
-        if most[0] is None or most[1] is None:
-            return parameters + adds
-        return (1 - weight) * parameters + weight * adds
 
-    def fits(parameters: int, adds: int) -> bool:
-        return (most[0] is None or parameters <= most[0] + 1e-9) and (most[1] is None or adds <= most[1] + 1e-9)
+class _Candidates:
+    """All candidates of all gates, and choices of one per gate within `most` (parameters, multiply-adds)."""
 
-    chosen = [min(pool, key=lambda c: (price(c), -c.energy, str(c.structure))) for pool in pools]
-    parameters, adds = sum(c.parameters for c in chosen), sum(c.multiply_adds for c in chosen)
-    if not fits(parameters, adds):
-        return None
-    while True:
-        best, best_rate = None, 0.0
-        for i, pool in enumerate(pools):
-            now = chosen[i]
-            for c in pool:
-                gain = gates[i].scale * (c.energy - now.energy)
-                if gain <= 1e-12 * gates[i].scale:
-                    continue
-                if not fits(parameters + c.parameters - now.parameters, adds + c.multiply_adds - now.multiply_adds):
-                    continue
-                rate = gain / max(price(c) - price(now), 1e-12)
-                if rate > best_rate:
-                    best, best_rate = (i, c), rate
-        if best is None:
-            return chosen
-        i, c = best
-        parameters += c.parameters - chosen[i].parameters
-        adds += c.multiply_adds - chosen[i].multiply_adds
-        chosen[i] = c
+    def __init__(self, gates: list[_Gate], pools: list[list[ScoredStructure]], most: tuple[float, ...]) -> None:
+        self.candidates = [c for pool in pools for c in sorted(pool, key=lambda c: (-c.energy, str(c.structure)))]
+        self.gate = np.repeat(np.arange(len(gates)), [len(pool) for pool in pools])
+        scale = np.array([gate.scale for gate in gates])[self.gate]
+        self.energy = scale * np.array([c.energy for c in self.candidates])
+        self.cost = np.array([[c.parameters, c.multiply_adds] for c in self.candidates], dtype=np.float64)
+        self.most, self.least_gain = np.array(most), 1e-12 * scale
+
+    def worth(self, chosen: _Choice) -> float:
+        """The energy kept, in the units of the gates' scales."""
+        return float(self.energy[chosen].sum())
+
+    def _spare(self, chosen: _Choice) -> Any:
+        return self.most - self.cost[chosen].sum(0) + 1e-9
+
+    def greedy(self, weight: float) -> _Choice | None:
+        """From the cheapest candidates upwards: again and again the exchange with the most energy per price, while it
+        fits. `weight` prices multiply-adds against parameters."""
+        price = self.cost / self.most @ np.array([1 - weight, weight])
+        firsts = (np.flatnonzero(self.gate == g) for g in range(self.gate[-1] + 1))
+        chosen = np.array([own[np.argmin(price[own])] for own in firsts])
+        if (self._spare(chosen) < 0).any():
+            return None
+        while True:
+            now = chosen[self.gate]
+            gain = self.energy - self.energy[now]
+            fits = (self.cost - self.cost[now] <= self._spare(chosen)).all(1)
+            rate = np.where(fits & (gain > self.least_gain), gain / np.maximum(price - price[now], 1e-12), 0.0)
+            best = int(np.argmax(rate))
+            if rate[best] <= 0:
+                return chosen
+            chosen[self.gate[best]] = best
+
+    def exchanged(self, chosen: _Choice) -> _Choice:
+        """Again and again the two exchanges that together gain the most: one gate may give what another needs."""
+        while len(self.candidates) <= PAIRS_LIMIT:
+            now = chosen[self.gate]
+            gain, cost = self.energy - self.energy[now], self.cost - self.cost[now]
+            both = gain[:, None] + gain
+            both[self.gate[:, None] == self.gate] = 0.0
+            for spare, own in zip(self._spare(chosen), cost.T, strict=True):
+                both[own[:, None] + own > spare] = 0.0
+            first, second = np.unravel_index(np.argmax(both), both.shape)
+            if both[first, second] <= 1e-9 * self.worth(chosen):
+                break
+            chosen[self.gate[[first, second]]] = first, second
+        return chosen
 
 
 def _worth(gates: list[_Gate], chosen: list[ScoredStructure]) -> float:

@@ -24,7 +24,7 @@ def refine(tensor: Tensor, start: VectorSum, *, sweeps: int = 200, tolerance: fl
         tolerance: stops when a sweep gains less than this share of ||tensor||^2.
     """
     live = start.weight > 0
-    if tensor.ndim < 2 or not bool(live.any()):
+    if tensor.ndim < 2 or not sweeps or not bool(live.any()):
         return start
     # The weight is shared out evenly, so that no mode dwarfs the regularisation of another.
     vectors = [v[:, live] * start.weight[live] ** (1 / tensor.ndim) for v in start.vectors]

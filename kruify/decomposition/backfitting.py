@@ -29,20 +29,23 @@ class Parts:
     sparse_residual: Blocks | None = None
 
 
-def backfit(w: Tensor, structure: Structure, metric: Metric, seed: int, sweeps: int) -> Parts:
+def backfit(w: Tensor, structure: Structure, metric: Metric, seed: int, sweeps: int) -> tuple[Parts, float]:
     """Sums have local optima, and the order in which the parts enter decides which is found: a thorough fit tries the
     greedy order and its reverse.
 
     Args:
         w: (rows, cols) float64.
         sweeps: at most so many rounds over the parts.
+
+    Returns:
+        what was found, and its squared error.
     """
     found, error, order = _descend(w, structure, metric, seed, sweeps, None)
     if len(order) > 1 and sweeps >= THOROUGH and w.numel() <= LARGE:
         other, other_error, _ = _descend(w, structure, metric, seed, sweeps, order[::-1])
         if other_error < error:
-            return other
-    return found
+            return other, other_error
+    return found, error
 
 
 def _descend(
@@ -53,7 +56,9 @@ def _descend(
     places = parts.places()
     if len(places) == 1:
         parts.update(places[0], w)
-        return parts.found, 0.0, places
+        rest = w.clone()
+        parts.add(places[0], rest, -1)
+        return parts.found, metric.error(rest), places
     rest = w.clone()
     total = error = metric.error(rest)
     entered: list[int] = []

@@ -104,7 +104,7 @@ def fit_with(metric: Metric, matrix: Tensor, structure: Structure, *, seed: int 
     if isinstance(metric, Frobenius) and _is_one_product_pair(structure):
         return _fit_pair(matrix, structure, seed)
     w = matrix.detach().to("cpu", torch.float64)
-    parts = backfit(w, structure, metric, seed, sweeps)
+    parts, _ = backfit(w, structure, metric, seed, sweeps)
     terms = [_products(found, term, seed) for found, term in zip(parts.terms, structure.terms, strict=True)]
     result = Fit(structure, terms, parts.diagonal, parts.sparse_residual, energy=1.0, relative_error=0.0)
     rest = result.to_dense().sub_(w)

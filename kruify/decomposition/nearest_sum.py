@@ -34,7 +34,7 @@ def nearest(
         seed: of the random starts.
         start: refine this sum and try no other start (backfitting).
         restarts: number of random starts.
-        sweeps: ALS sweeps of each run.
+        sweeps: ALS sweeps of each run; 0 gives the best of the starts.
     """
     if tensor.ndim == 1:
         norm = tensor.norm().reshape(1)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kruify.decomposition.backfitting import Metric
+from kruify.decomposition.backfitting import Metric, backfit
 from kruify.decomposition.fitting import Fit, fit_with
 from kruify.decomposition.subspace import SubspaceFrobenius
 from kruify.decomposition.weighted import Weighted
@@ -18,18 +18,40 @@ from kruify.factors import BLOCK_HEIGHTS, Shape, Structure, Term, balanced, two_
 
 SHAPES_LIMIT = 1 << 19  # entries up to which every pair of shapes is looked at, not only the balanced ones
 WEIGHTED_LIMIT, WEIGHTED_LIMIT_LARGE = 2048, 512  # most unknowns of a weighted least-squares step, below that and above
-SPLITS = (0.25, 0.5, 0.75)
 SEARCH_SWEEPS = 2
 WORTHWHILE = 0.75  # share of the best single shape's energy below which a shape does not enter sums
 SHORTLIST = 2  # Kronecker shapes that enter sums
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Shares of a budget for the parts of a sum; a diagonal takes its numbers first."""
+
+    low_rank: float = 0.0
+    kronecker: float = 0.0
+    sparse: float = 0.0
+    diagonal: bool = False
+    place: int = 0  # of the Kronecker shape in the shortlist
+
+
+MIXTURES = (
+    Mixture(sparse=1.0),
+    *(Mixture(share, 1 - share, place=place) for share in (0.5, 0.25, 0.75) for place in range(SHORTLIST)),
+    *(Mixture(share, sparse=1 - share) for share in (0.25, 0.5, 0.75)),
+    Mixture(kronecker=0.5, sparse=0.5),
+    Mixture(1.0, diagonal=True),
+    Mixture(0.5, sparse=0.5, diagonal=True),
+    Mixture(0.34, 0.33, 0.33),
+)
+
+
+@dataclass(frozen=True)
 class ScoredStructure:
-    """A structure and the share of the (weighted) energy it keeps."""
+    """A structure, the share of the (weighted) energy it keeps, and what kind of sum it is, if it is one."""
 
     structure: Structure
     energy: float
+    mixture: Mixture | None = None
 
     @property
     def parameters(self) -> int:
@@ -66,15 +88,13 @@ class StructureSearch:
     def energy(self, structure: Structure, sweeps: int = SEARCH_SWEEPS) -> float:
         """The energy that a fit of few sweeps keeps: a bound from below on what a thorough one does."""
         if structure not in self._fits:
-            self._fits[structure] = self._fitted(self._searching, structure, sweeps)[1]
+            lost = backfit(self.matrix, structure, self._searching, self.seed, sweeps)[1]
+            self._fits[structure] = 1 - lost / self.total if self.total > 0 else 1.0
         return self._fits[structure]
 
     def fitted(self, structure: Structure, sweeps: int = 30) -> tuple[Fit, float]:
         """A thorough fit and the share of the energy it keeps in the norm of the search."""
-        return self._fitted(self.metric, structure, sweeps)
-
-    def _fitted(self, metric: Metric, structure: Structure, sweeps: int) -> tuple[Fit, float]:
-        fit = fit_with(metric, self.matrix, structure, seed=self.seed, sweeps=sweeps)
+        fit = fit_with(self.metric, self.matrix, structure, seed=self.seed, sweeps=sweeps)
         return fit, 1 - self.metric.error(self.matrix - fit.to_dense()) / self.total if self.total > 0 else 1.0
 
     def free(self) -> None:
@@ -130,53 +150,50 @@ class StructureSearch:
                 break  # fewer factors hold more: the first that fits is the one
         return found
 
-    def sums(self, parameters: int, multiply_adds: int | None = None) -> Iterator[Structure]:
+    def sums(
+        self, parameters: int, multiply_adds: int | None = None, mixtures: Collection[Mixture] = MIXTURES
+    ) -> Iterator[tuple[Mixture, Structure]]:
         """Sums of low rank, the best Kronecker shapes, sparse residual and diagonal that share out the budget."""
         singles = self.singles(parameters, multiply_adds)
-        kron = [
+        kronecker = [
             c.structure.terms[0].factors
             for c in singles
             if c.structure.terms[0].factors != self.low_rank() and c.energy >= WORTHWHILE * singles[0].energy
         ][: self._shortlist]
-        low, side = self.low_rank(), min(self.rows, self.cols)
-        plans: list[tuple[list[tuple[tuple[Shape, ...], float]], float, bool]] = [([], 1.0, False)]
-        for share in SPLITS:
-            if self._shortlist > 1 or share == 0.5:
-                plans += [([(low, share), (k, 1 - share)], 0.0, False) for k in kron]
-            plans.append(([(low, share)], 1 - share, False))
-        plans += [([(k, 0.5)], 0.5, False) for k in kron[:1]]
-        if self.gates == 1:
-            plans += [([(low, 1.0)], 0.0, True), ([(low, 0.5)], 0.5, True)]
-        plans += [([(low, 0.34), (k, 0.33)], 0.33, False) for k in kron[:1]]
         seen = set()
-        for shares, sparse, diagonal in plans:
-            left = parameters - (side if diagonal else 0)
-            adds = None if multiply_adds is None else multiply_adds - (side if diagonal else 0)
-            terms = []
-            for shapes, share in shares:
-                budget = round(left * share)
-                term = self._term(shapes, budget, None if adds is None else round(adds * share))
-                if term is not None:
-                    terms.append(term)
-            if len(terms) < len(shares):
+        for mixture in mixtures:
+            if (mixture.kronecker and mixture.place >= len(kronecker)) or (mixture.diagonal and self.gates > 1):
                 continue
-            used = sum(t.parameters + t.rank * self.scaled for t in terms)
-            spare = left - used
+            if self._shortlist == 1 and mixture.kronecker and not mixture.sparse and mixture.low_rank != 0.5:
+                continue
+            side = min(self.rows, self.cols) * mixture.diagonal
+            left, adds = parameters - side, None if multiply_adds is None else multiply_adds - side
+            wanted = [(self.low_rank(), mixture.low_rank)] if mixture.low_rank else []
+            wanted += [(kronecker[mixture.place], mixture.kronecker)] if mixture.kronecker else []
+            terms = [
+                self._term(shapes, round(left * share), None if adds is None else round(adds * share))
+                for shapes, share in wanted
+            ]
+            known = [term for term in terms if term is not None]
+            if len(known) < len(wanted) or left <= 0:
+                continue
+            spare = left - sum(t.parameters + t.rank * self.scaled for t in known)
             if adds is not None:
-                spare = min(spare, adds - sum(t.multiply_adds for t in terms))
-            blocks = max(0, spare) // self.block if sparse else 0
-            blocks = min(blocks, self.rows * self.cols // self.block)
+                spare = min(spare, adds - sum(t.multiply_adds for t in known))
+            blocks = min(max(0, spare), self.rows * self.cols) // self.block if mixture.sparse else 0
             block = self.block if blocks else 1
-            structure = self._structure(*terms, diagonal=diagonal, sparse_blocks=blocks, block=block)
-            if (terms or blocks or diagonal) and structure not in seen and left > 0:
+            structure = self._structure(*known, diagonal=mixture.diagonal, sparse_blocks=blocks, block=block)
+            if (known or blocks or mixture.diagonal) and structure not in seen:
                 seen.add(structure)
-                yield structure
+                yield mixture, structure
 
-    def candidates(self, parameters: int, multiply_adds: int | None = None) -> list[ScoredStructure]:
-        """Everything worth comparing at one budget, the most energy first."""
+    def candidates(
+        self, parameters: int, multiply_adds: int | None = None, mixtures: Collection[Mixture] = MIXTURES
+    ) -> list[ScoredStructure]:
+        """Everything worth comparing at one budget, the most energy first; of the sums, these kinds."""
         found = self.singles(parameters, multiply_adds)[: SHORTLIST + 1]
-        for structure in self.sums(parameters, multiply_adds):
-            found.append(ScoredStructure(structure, self.energy(structure)))
+        for mixture, structure in self.sums(parameters, multiply_adds, mixtures):
+            found.append(ScoredStructure(structure, self.energy(structure), mixture))
         if not any(c.structure.terms for c in found):
             found += self.many_factors(parameters, multiply_adds)
         return sorted(found, key=_order)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kruify.decomposition.frobenius import Frobenius
+from kruify.decomposition.nearest_sum import nearest
 from kruify.decomposition.rearrangement import rearrange
 from kruify.decomposition.svd import follow, shorter_side, truncated_svd
 from kruify.decomposition.vectors import NUMERICALLY_ZERO, VectorSum, normalised
@@ -49,9 +50,9 @@ class SubspaceFrobenius(Frobenius):
         self.spectra.clear()
 
     def term(self, rest: Tensor, term: Term, old: VectorSum | None, seed: int) -> VectorSum:
-        if len(term.factors) != 2:
-            return super().term(rest, term, old, seed)
         tensor = rearrange(rest, term.factors)
+        if len(term.factors) != 2:  # only the start: alternating least squares would take most of the time of a search
+            return nearest(tensor, term.rank, seed=seed, restarts=0, sweeps=0)
         if old is not None:
             return follow(tensor, old)
         values, vectors = self.spectrum(term.factors, term.rank)
@@ -78,8 +79,13 @@ def _spectrum(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if matrix.shape[side] > SPECTRUM_LIMIT:
         found = truncated_svd(matrix, rank)
         return found.weight.square(), found.vectors[side]
-    work = matrix if side == 0 else matrix.T
-    values, vectors = torch.linalg.eigh(work @ work.T)
+    values, vectors = torch.linalg.eigh(_gram(matrix))
     values = values.flip(0).clamp(min=0)
     live = int((values > NUMERICALLY_ZERO * values[0]).sum())
     return values[:live], vectors.flip(1)[:, :live]
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    """(n, n) of the shorter side."""
+    work = matrix if shorter_side(matrix) == 0 else matrix.T
+    return work @ work.T

@@ -136,16 +136,17 @@ class Weighted:
     def _start(self, rest: Tensor, term: Term, seed: int) -> VectorSum:
         """The better of two starts: unweighted, and exact for the nearest Kronecker product to C instead of C."""
         shapes = term.factors
-        starts = [nearest(rearrange(rest, shapes), term.rank, seed=seed, restarts=0)]
+        refined = 0 if self.searching else 200  # sweeps of three factors and more
+        starts = [nearest(rearrange(rest, shapes), term.rank, seed=seed, restarts=0, sweeps=refined)]
         squares = [(q, q) for _, q in shapes]
-        weight = nearest(rearrange(self.c, squares), 1, seed=seed, restarts=0)
+        weight = nearest(rearrange(self.c, squares), 1, seed=seed, restarts=0, sweeps=refined)
         roots = [_roots(v[:, 0].reshape(square)) for v, square in zip(weight.vectors, squares, strict=True)]
         whitened = rest
         for f in range(len(shapes)):
             before = math.prod(q for _, q in shapes[:f])
             modes = whitened.reshape(rest.shape[0], before, shapes[f][1], -1)
             whitened = torch.einsum("nbqa,qp->nbpa", modes, roots[f][0]).reshape(rest.shape)
-        found = nearest(rearrange(whitened, shapes), term.rank, seed=seed, restarts=0)
+        found = nearest(rearrange(whitened, shapes), term.rank, seed=seed, restarts=0, sweeps=refined)
         vectors = [
             (v.T.reshape(found.rank, *shape) @ inverse).reshape(found.rank, -1).T
             for v, shape, (_, inverse) in zip(found.vectors, shapes, roots, strict=True)

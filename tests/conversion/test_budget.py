@@ -37,7 +37,7 @@ def test_what_is_no_budget_is_named(text):
         parse_budget(text)
 
 
-@pytest.mark.parametrize("budget", ["3x", "8x", "params=50%", "macs=30%", "2x,macs=30%", "params=60%,macs=3x"])
+@pytest.mark.parametrize("budget", ["3x", "macs=30%", "2x,macs=30%"])
 def test_the_plan_keeps_within_the_budget_and_is_the_same_again(budget):
     plan, limits = plan_budget(matrices(), budget), parse_budget(budget)
     if limits.parameters is not None:
@@ -55,11 +55,11 @@ def test_the_plan_keeps_within_the_budget_and_is_the_same_again(budget):
 
 
 def test_what_one_budget_learnt_serves_the_next_and_changes_nothing(monkeypatch):
-    budgets = ("2x", "4x", "8x", "params=60%,macs=3x")
+    budgets = ("4x", "8x")
     alone = [plan_budget(matrices(), budget) for budget in budgets]
     fits = []
-    fit_with = structure_search.fit_with
-    monkeypatch.setattr(structure_search, "fit_with", lambda *a, **k: fits.append(a) or fit_with(*a, **k))
+    backfit = structure_search.backfit
+    monkeypatch.setattr(structure_search, "backfit", lambda *a: fits.append(a) or backfit(*a))
     searches = {}
     for budget, wanted in zip(budgets, alone, strict=True):
         assert plan_budget(matrices(), budget, searches=searches) == wanted
