@@ -168,8 +168,11 @@ class StructureSearch:
                 continue
             side = min(self.rows, self.cols) * mixture.diagonal
             left, adds = parameters - side, None if multiply_adds is None else multiply_adds - side
-            wanted = [(self.low_rank(), mixture.low_rank)] if mixture.low_rank else []
-            wanted += [(kronecker[mixture.place], mixture.kronecker)] if mixture.kronecker else []
+            wanted: list[tuple[tuple[Shape, ...], float]] = []
+            if mixture.low_rank:
+                wanted.append((self.low_rank(), mixture.low_rank))
+            if mixture.kronecker:
+                wanted.append((kronecker[mixture.place], mixture.kronecker))
             terms = [
                 self._term(shapes, round(left * share), None if adds is None else round(adds * share))
                 for shapes, share in wanted
