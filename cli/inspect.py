@@ -80,6 +80,9 @@ def _show_file(out: Output, file: FileFacts) -> None:
         out.show(f"names begin with {file.prefix}, which is put back in what is written")
     for second, first in file.ties.items():
         out.show(f"{second} is tied to {first}")
+    for dtype in sorted(set(file.storage.values())):
+        stored = [name for name, kind in file.storage.items() if kind == dtype]
+        out.show(f"{len(stored)} weights are stored as {dtype}: {', '.join(stored[:10])}")
     for name in file.computed:
         out.show(f"{name} is computed from its parametrisation")
     if foreign := [name for name in file.globals if not name.startswith(("torch.", "collections.", "builtins."))]:

@@ -17,7 +17,7 @@ from kruify.checkpoint.file_format import STORAGE
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.checkpoint.writing import as_lazy
 from kruify.errors import CorruptError, UnsupportedError
-from kruify.quantization import DTYPES, dequantize, integers, pays, quantize_rows, row_dims, scale_of
+from kruify.quantization import DTYPES, dequantize, pays, quantize_groups, quantize_rows, row_dims
 
 SCALE = ".scale"
 """What follows the name of an int8 tensor in that of its scales. No parameter of a torch module has a name that begins
@@ -97,15 +97,15 @@ def _eight_bit_blocks(name: str, values: LazyTensor, index: LazyTensor, rows: in
     """A sparse residual's values (blocks, height) with one scale for all blocks that begin in one row."""
     height = values.shape[1]
 
-    def load() -> tuple[Tensor, Tensor]:
-        found, group = values.load().detach().float(), index.load()[:, 0].long() // height
-        largest = found.new_zeros(rows // height).scatter_reduce(0, group, found.abs().amax(1), "amax")
-        scale = _named(name, lambda: scale_of(largest))[:, None]
-        return integers(found, scale[group]), scale
+    def part(which: int) -> Callable[[], Tensor]:
+        def quantized() -> tuple[Tensor, Tensor]:
+            return quantize_groups(values.load(), index.load()[:, 0].long() // height, rows // height)
+
+        return lambda: _named(name, quantized)[which]
 
     return {
-        name: LazyTensor(values.shape, torch.int8, lambda: load()[0]),
-        name + SCALE: LazyTensor((rows // height, 1), torch.float32, lambda: load()[1]),
+        name: LazyTensor(values.shape, torch.int8, part(0)),
+        name + SCALE: LazyTensor((rows // height, 1), torch.float32, part(1)),
     }
 
 
@@ -156,6 +156,8 @@ def decode(
         elif dtype in ("float16", "bfloat16") and tensor.dtype == DTYPES[dtype]:
             found[name] = _widened(tensor)
         elif matrix and name == matrix + COLUMNS and matrix + COUNTS in stored and matrix + VALUES in stored:
+            if matrix + INDEX in stored:
+                raise CorruptError("its index stands in it twice", spot, AGAIN)
             found[matrix + INDEX] = _index(tensor, stored[matrix + COUNTS], stored[matrix + VALUES], spot)
         elif matrix and name == matrix + COUNTS and matrix + COLUMNS in stored:
             continue

@@ -29,6 +29,7 @@ class FileFacts:
         globals: code that its pickle names; none of it was run.
         nonfinite: tensor -> number of its entries that are NaN or infinite.
         assumed: layer -> what the file does not say of it and was taken for granted.
+        storage: weight that is stored in fewer bits -> dtype.
     """
 
     sha256: str
@@ -40,6 +41,7 @@ class FileFacts:
     globals: list[str]
     nonfinite: dict[str, int]
     assumed: dict[str, str]
+    storage: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -144,5 +146,6 @@ def inspect(source: nn.Module | Checkpoint | str | os.PathLike[str], key: str | 
             sorted(checkpoint.globals),
             checkpoint.nonfinite(),
             dict(checkpoint.assumed),
+            dict(checkpoint.storage),
         ),
     )

@@ -58,7 +58,7 @@ def scale_of(largest: Tensor) -> Tensor:
     return (scale.view(torch.int32) & -(1 << _LOW_BITS)).view(torch.float32)
 
 
-def integers(tensor: Tensor, scale: Tensor) -> Tensor:
+def _integers(tensor: Tensor, scale: Tensor) -> Tensor:
     """int8: tensor / scale, to the nearest, half to even."""
     return (tensor.float() / scale).round().clamp(-LARGEST, LARGEST).to(torch.int8)
 
@@ -78,7 +78,22 @@ def quantize_rows(tensor: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
     """
     tensor = tensor.detach().float()
     scale = scale_of(tensor.abs().amax(tuple(dims), keepdim=True))
-    return integers(tensor, scale), scale
+    return _integers(tensor, scale), scale
+
+
+def quantize_groups(values: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """As `quantize_rows`, one scale for all rows of a group.
+
+    Args:
+        values: (rows, any), for instance the blocks of a sparse residual; group: int64 (rows,), the group of each.
+
+    Returns:
+        int8 values, and float32 scales (groups, 1).
+    """
+    values = values.detach().float()
+    largest = values.new_zeros(groups).scatter_reduce(0, group, values.abs().amax(1), "amax")
+    scale = scale_of(largest)[:, None]
+    return _integers(values, scale[group]), scale
 
 
 def dequantize(values: Tensor, scale: Tensor) -> Tensor:

@@ -1,0 +1,131 @@
+"""What a file stores of tensors and back: any sparse residual, any row, and hostile notes of storage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import kruify
+from kruify.checkpoint import LazyTensor, read, write_safetensors
+from kruify.checkpoint.stored import decode, encode
+from kruify.errors import CorruptError, KruifyError, UnsupportedError
+
+NAME = "rnn.weight_hh_l0"
+Held = tuple[dict[str, torch.Tensor], dict[str, str]]
+
+
+@st.composite
+def residuals(draw: st.DrawFn) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
+    """The entries of a sparse residual, and the (rows, columns) of its matrix."""
+    height, stripes, cols = draw(st.sampled_from([1, 2, 8, 16])), draw(st.integers(1, 5)), draw(st.integers(1, 9))
+    places = sorted(draw(st.sets(st.integers(0, stripes * cols - 1), min_size=1)))
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    values = torch.from_numpy(rng.normal(size=(len(places), height)).astype(np.float32))
+    index = torch.tensor([[place // cols * height, place % cols] for place in places], dtype=torch.int32)
+    return {f"{NAME}.overlay.values": values, f"{NAME}.overlay.index": index}, (stripes * height, cols)
+
+
+def loaded(tensors: dict[str, LazyTensor]) -> dict[str, torch.Tensor]:
+    found = {name: tensor.load() for name, tensor in tensors.items()}
+    assert all((t.shape, t.dtype) == (tensors[n].shape, tensors[n].dtype) for n, t in found.items())
+    return found
+
+
+@given(residuals())
+def test_a_sparse_index_comes_back(given: tuple[dict[str, torch.Tensor], tuple[int, int]]) -> None:
+    tensors, size = given
+    stored = encode(tensors, {}, {NAME: size})
+    blocks, height = tensors[f"{NAME}.overlay.values"].shape
+    counts, columns = stored[f"{NAME}.overlay.counts"].load(), stored[f"{NAME}.overlay.columns"].load()
+    index = tensors[f"{NAME}.overlay.index"].numpy()
+    np.testing.assert_array_equal(counts.numpy(), np.bincount(index[:, 0] // height, minlength=size[0] // height))
+    np.testing.assert_array_equal(columns.numpy(), index[:, 1])
+    assert sum(t.nbytes for t in stored.values()) == 4 * blocks * height + 2 * blocks + 2 * (size[0] // height)
+    back = loaded(decode(stored, {}, {NAME}, "here"))
+    assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
+@given(residuals())
+def test_eight_bit_blocks_have_one_scale_for_all_that_begin_in_a_row(
+    given: tuple[dict[str, torch.Tensor], tuple[int, int]],
+) -> None:
+    tensors, size = given
+    storage, matrices = {NAME: "int8"}, {NAME: size}
+    stored = encode(tensors, storage, matrices)
+    first, values = loaded(stored), tensors[f"{NAME}.overlay.values"].numpy()
+    stripe = tensors[f"{NAME}.overlay.index"][:, 0].numpy() // values.shape[1]
+    scale = first[f"{NAME}.overlay.values.scale"].numpy()[:, 0]
+    for row in range(len(scale)):
+        largest = np.abs(values[stripe == row]).max(initial=0)
+        assert scale[row] <= max(largest / 127, 2.0**-126) <= scale[row] * (1 + 2.0**-16)
+    back = decode(stored, storage, {NAME}, "here")
+    assert np.all(np.abs(back[f"{NAME}.overlay.values"].load().numpy() - values) <= scale[stripe, None] / 2)
+    again = loaded(encode(back, storage, matrices))
+    assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+
+
+def test_wide_matrices_have_wide_columns() -> None:
+    tensors = {
+        f"{NAME}.overlay.values": torch.ones(2, 1),
+        f"{NAME}.overlay.index": torch.tensor([[0, 65_535], [3, 69_999]], dtype=torch.int32),
+    }
+    stored = encode(tensors, {}, {NAME: (4, 70_000)})
+    assert stored[f"{NAME}.overlay.columns"].dtype == stored[f"{NAME}.overlay.counts"].dtype == torch.int32
+    assert torch.equal(
+        decode(stored, {}, {NAME}, "here")[f"{NAME}.overlay.index"].load(), tensors[f"{NAME}.overlay.index"]
+    )
+
+
+def test_a_name_that_a_scale_needs_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"a\.scale"):
+        encode({"a": torch.ones(2, 2), "a.scale": torch.ones(3)}, {"a": "int8"}, {})
+    assert set(encode({"a": torch.ones(2), "a.scale": torch.ones(3)}, {"a": "int8"}, {})) == {"a", "a.scale"}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Held:
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"rnn": nn.GRU(4, 16), "out": nn.Linear(16, 3)})
+    path = tmp_path_factory.mktemp("stored") / "a.safetensors"
+    small = kruify.convert(net, "2*(4x4,4x4)+sparse:5%:4", dtype="int8")[0]
+    kruify.save(small, path)
+    checkpoint = read(path)
+    return {name: tensor.load() for name, tensor in checkpoint.stored.items()}, checkpoint.metadata
+
+
+NOTES: dict[str, tuple[Any, int]] = {
+    "list": (["out.weight"], 4),
+    "null": (None, 4),
+    "numbers": ({"out.weight": 8}, 4),
+    "nested": ({"out.weight": {"dtype": "int8"}}, 4),
+    "no such weight": ({"out.weight": "int8", "nobody": "int8"}, 4),
+    "layer": ({"rnn": "int8"}, 4),
+    "newer dtype": ({"out.weight": "int4"}, 5),
+    "other dtype": ({"out.weight": "float16"}, 4),
+    "left out": ({}, 4),
+    "a factor": ({f"{NAME}.terms.0.factors.0": "int8"}, 4),
+}
+
+
+@pytest.mark.parametrize("note", NOTES)
+def test_notes_of_storage_that_do_not_fit(note: str, good: Held, tmp_path: Path) -> None:
+    value, code = NOTES[note]
+    write_safetensors(tmp_path / "b", good[0], {**good[1], "kruify.storage": json.dumps(value)})
+    with pytest.raises(KruifyError) as caught:
+        kruify.verify(tmp_path / "b")
+    assert caught.value.exit_code == code and "\n" not in str(caught.value)
+
+
+def test_both_forms_of_an_index_are_refused(good: Held, tmp_path: Path) -> None:
+    index = torch.zeros(38, 2, dtype=torch.int32)
+    write_safetensors(tmp_path / "b", {**good[0], f"{NAME}.overlay.index": index}, good[1])
+    with pytest.raises(CorruptError, match="twice"):
+        read(tmp_path / "b")
