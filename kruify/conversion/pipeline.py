@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.budget import make_budget_plan
 from kruify.conversion.calibration import calibrate
 from kruify.conversion.check import check_plan
-from kruify.conversion.computed import state_of
+from kruify.conversion.computed import copied, state_of
 from kruify.conversion.locate import AnyTensor, Located, RecurrentLayer, locate, locate_checkpoint
 from kruify.conversion.modules import convert_module
 from kruify.conversion.network import load_network
@@ -173,7 +172,7 @@ def convert(
         return (source, conversion) if isinstance(source, nn.Module) else conversion
     converted = source
     if isinstance(source, nn.Module):
-        dense = source if dtype is None else copy.deepcopy(source).float()
+        dense = source if dtype is None else copied(source).float()
         converted, conversion = convert_module(dense, plan, moments=moments, seed=seed, progress=progress)
         converted = store_as(converted, storage) if storage else converted
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -16,6 +15,7 @@ from kruify.checkpoint.tensors import ties
 from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.build import plan_of
 from kruify.conversion.check import load_tensors, stored_shapes
+from kruify.conversion.computed import copied
 from kruify.conversion.locate import AnyTensor, RecurrentLayer, locate
 from kruify.conversion.modules import swap
 from kruify.conversion.plan import LayerPlan, Plan
@@ -164,7 +164,7 @@ def quantize(model: nn.Module, dtype: str, keep: Sequence[str] = ()) -> nn.Modul
     Raises:
         UsageError: no such dtype. PlanError: a pattern matches nothing. UnsupportedError: a number has no form in it.
     """
-    model = copy.deepcopy(model).float()
+    model = copied(model).float()
     model = swap(model, with_dense(Plan(), locate(model).layers))
     return store_as(model, storage_for(model.state_dict(), plan_of(model), dtype, keep))
 

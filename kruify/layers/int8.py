@@ -17,6 +17,7 @@ from kruify.layers.kernel import form_of, parameters_of
 from kruify.layers.matrix import KroneckerMatrix, KroneckerTerm
 from kruify.layers.storage import storage_of
 from kruify.ops import Layout, has_kernel, precision
+from kruify.ops.functions import traced
 from kruify.ops.kron_matmul import multiply
 from kruify.ops.reference import GATES, MODRELU, State
 
@@ -43,7 +44,7 @@ def serves(layer: RecurrentLayer, x: Tensor) -> bool:
         return False
     if layer.proj_size or layer.kernel_kind in MODRELU or not x.is_cpu or not has_kernel("cpu"):
         return False
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if traced() or torch.is_autocast_enabled("cpu"):
         return False
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
         return False
@@ -147,11 +148,12 @@ def _pack(weight: Weight, gates: int) -> tuple[Tensor, list[int]]:
     for term in weight.term_list():
         places = _outer(term)
         assert places is not None
-        left, right = term.factors[places[0]].squeeze(3), term.factors[places[1]].squeeze(2)
-        if term.scale is not None and term.stacked:
-            left = left * term.scale[..., None]
-        elif term.scale is not None:
-            right = right * term.scale[..., None]
+        factors, scale = term.held()
+        left, right = factors[places[0]].squeeze(3), factors[places[1]].squeeze(2)
+        if scale is not None and term.stacked:
+            left = left * scale[..., None]
+        elif scale is not None:
+            right = right * scale[..., None]
         for i, gate in enumerate(term.gates):
             lefts[gate].append(left[i].T)
             rights[gate].append(right[0 if term.stacked else i])

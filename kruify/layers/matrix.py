@@ -196,9 +196,20 @@ class KroneckerMatrix(nn.Module):
         return sum(s.gates for s in self.structures)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Shape of the dense weight that this module stands for."""
-        return self.gates * self.rows, self.cols
+    def shape(self) -> torch.Size:
+        """(gates * rows, cols) of the dense weight that this module stands for; `size` and `dim` are as a tensor's."""
+        return torch.Size((self.gates * self.rows, self.cols))
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of its parameters is trained."""
+        return any(p.requires_grad for p in self.parameters())
 
     @property
     def dtype(self) -> torch.dtype:

@@ -72,6 +72,15 @@ class RecurrentLayer(nn.Module):
             found = self._modules.get(name)
         return getattr(self, name, None) if found is None else found
 
+    @property
+    def all_weights(self) -> list[list[KroneckerMatrix | Tensor]]:
+        """The weights of each layer and direction, in torch's order."""
+        return [[w for w in self.weights(k, d).values() if w is not None] for k, d in self.directions()]
+
+    @property
+    def _flat_weights(self) -> None:  # torch.nn.LSTM computes with what is put there: that must not be lost silently
+        raise AttributeError
+
     def flatten_parameters(self) -> None:
         """Does nothing; torch.nn.LSTM has it, so callers may call it."""
 
