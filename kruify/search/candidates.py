@@ -13,6 +13,7 @@ from kruify.conversion.budget import Searches, make_budget_plan, parse_budget
 from kruify.conversion.calibration import Moments
 from kruify.conversion.locate import RecurrentLayer
 from kruify.conversion.plan import Plan, keeps_scales, make_plan
+from kruify.training.resume import parsed
 
 CLEAR_LEAD = 0.1  # of what the best one still lacks to the dense network: a smaller lead is none
 
@@ -56,8 +57,9 @@ class Choice:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], moments: Mapping[str, Moments]) -> Choice:
-        candidate = Candidate(Plan.from_json(data["plan"]), moments if data["weighted"] else None)
-        return cls(candidate, [CandidateResult(**result) for result in data["candidates"]])
+        """The inverse; TypeError, KeyError, PlanError where `data` holds something else."""
+        candidate = Candidate(Plan.from_json(parsed(str, data["plan"])), moments if data["weighted"] else None)
+        return cls(candidate, parsed(list[CandidateResult], data["candidates"]))
 
 
 def make_candidates(

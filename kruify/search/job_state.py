@@ -11,10 +11,12 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from kruify.checkpoint import atomic_file, tensor_bytes
-from kruify.errors import UsageError
+from kruify.checkpoint.file_bytes import parse_json
+from kruify.errors import CorruptError, PlanError, UsageError
 
 Found = TypeVar("Found")
-_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
+AGAIN = "Name another folder"
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, PlanError)
 
 
 class JobState:
@@ -29,7 +31,8 @@ class JobState:
         found: what an earlier process has kept, empty for a job that begins.
 
     Raises:
-        UsageError: the folder cannot be made, its file cannot be read, or is of a job with other settings.
+        UsageError: the folder cannot be made, or its file is of a job with other settings.
+        CorruptError: its file cannot be read. UnsafeError: it is nested too deeply.
     """
 
     def __init__(self, folder: Path | None, job: str, settings: Mapping[str, Any]) -> None:
@@ -45,9 +48,9 @@ class JobState:
         if not self.file.exists():
             return
         try:
-            data = json.loads(self.file.read_text(encoding="utf-8"))
+            data = parse_json(self.file.read_bytes(), "its state", self.file, AGAIN)
             before = dict(data.pop("settings"))
-        except (OSError, *_UNREADABLE) as error:
+        except _UNREADABLE as error:
             raise self._broken(error) from None
         if different := [name for name, value in self.settings.items() if before.get(name) != value]:
             what = ", ".join(different)
@@ -58,15 +61,15 @@ class JobState:
         """What `parse` makes of `found`.
 
         Raises:
-            UsageError: it cannot, for want of a key for instance.
+            CorruptError: it cannot, for want of a key for instance.
         """
         try:
             return parse(self.found)
         except _UNREADABLE as error:
             raise self._broken(error) from None
 
-    def _broken(self, error: Exception) -> UsageError:
-        return UsageError(f"it is not the state of a {self.job} ({error!r})", self.file, "Name another folder")
+    def _broken(self, error: Exception) -> CorruptError:
+        return CorruptError(f"it is not the state of a {self.job} ({error!r})", self.file, AGAIN)
 
     def keep(self, **found: Any) -> None:
         """Add to what is known, and write it, all or nothing. From the first time on the folder is this job's."""

@@ -24,6 +24,7 @@ from kruify.search.candidate_search import SHARE, CandidateSearch
 from kruify.search.candidates import CandidateResult
 from kruify.search.job_state import JobState
 from kruify.tasks.base import Task, measure
+from kruify.training.resume import parsed
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,10 @@ class Point:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Point:
+        """The inverse; TypeError, KeyError where `data` holds something else."""
         given = dict(data)
-        return cls(candidates=[CandidateResult(**result) for result in given.pop("trials")], **given)
+        point: Point = parsed(cls, {"candidates": given.pop("trials"), **given})
+        return point
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def sweep(
     )
     folder = Path(folder)
     state = JobState(folder, "sweep", {**search.settings, "split": split})
-    known = state.read(_known)
+    known = state.read(lambda found: _known(found, task.metric))
     for budget in ("dense", *budgets):
         if budget not in known:
             if budget == "dense":
@@ -137,9 +140,10 @@ def sweep(
     return Sweep(points, task.metric, task.higher_is_better, split, knee(points, task.metric, task.higher_is_better))
 
 
-def _known(found: Mapping[str, Any]) -> dict[str, Point]:
-    """The points whose networks are still there, by budget."""
-    points = map(Point.from_json, found.get("points", []))
+def _known(found: Mapping[str, Any], metric: str) -> dict[str, Point]:
+    """The points whose networks are still there, by budget; KeyError for one without the metric."""
+    points = list(map(Point.from_json, found.get("points", [])))
+    _ = [point.metrics[metric] for point in points]
     return {p.budget: p for p in points if p.file is None or Path(p.file).exists()}
 
 

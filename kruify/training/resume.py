@@ -89,7 +89,7 @@ def load(folder: Path, run: Mapping[str, Any]) -> Saved | None:
         if found.pop("format") != FORMAT:
             raise UsageError("another version of kruify began this run", folder, "Name an empty folder")
         _check_same(folder, found["run"], run)
-        saved: Saved = _parsed(Saved, found)
+        saved: Saved = parsed(Saved, found)
         return saved
 
 
@@ -133,18 +133,18 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
-def _parsed(hint: Any, value: Any) -> Any:
+def parsed(hint: Any, value: Any) -> Any:
     """The other way: an instance of the type `hint`; TypeError where `value` does not hold one."""
     origin, inner = get_origin(hint), get_args(hint)
     if is_dataclass(hint) and isinstance(value, dict):
         hints = get_type_hints(hint)
-        return hint(**{name: _parsed(hints.get(name), item) for name, item in value.items()})  # type: ignore[operator]
+        return hint(**{name: parsed(hints.get(name), item) for name, item in value.items()})  # type: ignore[operator]
     if origin is UnionType:
-        return None if value is None else _parsed(inner[0], value)
+        return None if value is None else parsed(inner[0], value)
     if origin is dict and isinstance(value, dict):
-        return {_parsed(inner[0], key): _parsed(inner[1], item) for key, item in value.items()}
+        return {parsed(inner[0], key): parsed(inner[1], item) for key, item in value.items()}
     if origin is list and isinstance(value, list):
-        return [_parsed(inner[0], item) for item in value]
+        return [parsed(inner[0], item) for item in value]
     if origin is not None or (hint is not Any and not isinstance(value, hint)):
         raise TypeError(f"a {type(value).__name__} instead of {hint}")
     return value

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kruify.conversion.locate import locate
 from kruify.conversion.plan import Plan, make_plan
-from kruify.errors import PlanError, UsageError
+from kruify.errors import CorruptError, PlanError, UsageError
 from kruify.search.candidate_search import CandidateSearch
 from kruify.search.candidates import Candidate, CandidateResult, first_of_the_best, half_and_half, make_candidates
 from kruify.search.compression import Attempt, Compression, compress
@@ -235,7 +235,8 @@ def test_the_state_of_another_compression_is_refused(trained: nn.Module, tmp_pat
     with pytest.raises(UsageError, match="other share, recipe"):
         compress(trained, Delay(), "4x", share=0, lr=1e-3, **options)
     file = tmp_path / "compression.json"
-    for broken in ("[]", file.read_text().replace('"weighted"', '"heavy"')):
+    good = file.read_text()
+    for broken in ("[]", good.replace('"weighted"', '"heavy"'), good.replace('"plan": "', '"plan": "{')):
         file.write_text(broken)
-        with pytest.raises(UsageError, match="not the state of a compression"):
+        with pytest.raises(CorruptError, match="not the state of a compression"):
             compress(trained, Delay(), "4x", **options)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import kruify
 from kruify.analysis.latency import measure_latency
 from kruify.cli.main import cli
-from kruify.errors import UsageError
+from kruify.errors import CorruptError, UnsafeError, UsageError
 from kruify.search.trade_off import Point, knee, sweep
 from kruify.tasks.base import Task
 
@@ -78,9 +78,41 @@ def test_refusals(tmp_path: Path) -> None:
         sweep(task.model(), task, ["2x", "2x"], tmp_path / "s")
     with pytest.raises(UsageError, match="no RNN"):
         sweep(nn.Linear(2, 2), task, ["2x"], tmp_path / "s")
-    (tmp_path / "sweep.json").write_text("[]")
-    with pytest.raises(UsageError, match="not the state of a sweep"):
-        sweep(task.model(), task, ["2x"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: [],
+        lambda state: {"settings": state["settings"], "points": [{}]},
+        lambda state: {"settings": state["settings"], "points": 3},
+        lambda state: {"settings": [1], "points": []},
+        lambda state: {**state, "points": [{**state["points"][0], "metrics": {"other": 1.0}}]},
+        lambda state: {**state, "points": [{**state["points"][0], "metrics": [1.0]}]},
+        lambda state: {**state, "points": [{**state["points"][0], "recurrent_parameters": "many"}]},
+        lambda state: {**state, "points": [{**state["points"][0], "file": 3}]},
+        lambda state: {**state, "points": [{**state["points"][0], "trials": [[]]}]},
+        lambda state: {**state, "points": [{**state["points"][0], "trials": [{"factors": 3, "metrics": {}}]}]},
+    ],
+)
+def test_a_damaged_state_is_refused_and_kept(change, tmp_path: Path) -> None:
+    task = Toy()
+    model, file = task.model(), tmp_path / "sweep.json"
+    sweep(model, task, ["2x"], tmp_path, epochs=0, share=0)
+    damaged = json.dumps(change(json.loads(file.read_text())))
+    file.write_text(damaged)
+    with pytest.raises(CorruptError, match="not the state of a sweep"):
+        sweep(model, task, ["2x"], tmp_path, epochs=0, share=0)
+    assert file.read_text() == damaged
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"settings": ' * 200 + "1" + "}" * 200, "{", "\xff", '{"a": 1, "a": 2}']
+)
+def test_a_state_that_is_no_json(text, tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_bytes(text.encode("latin1"))
+    with pytest.raises((CorruptError, UnsafeError), match=r"sweep\.json"):
+        sweep(Toy().model(), Toy(), ["2x"], tmp_path)
 
 
 def points(*pairs: tuple[int, float]) -> list[Point]:
