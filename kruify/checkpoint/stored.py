@@ -206,8 +206,9 @@ def _index(columns: LazyTensor, counts: LazyTensor, values: LazyTensor, where: s
     blocks, height = values.shape
 
     def load() -> Tensor:
-        rows = torch.arange(counts.shape[0], dtype=torch.int32) * height
-        rows = rows.repeat_interleave(_checked(counts, blocks, where))
+        numbers = _checked(counts, blocks, where)
+        rows = torch.arange(len(numbers), dtype=torch.int32, device=numbers.device) * height
+        rows = rows.repeat_interleave(numbers)
         return torch.stack([rows, columns.load().to(torch.int32)], dim=1)
 
     return LazyTensor((blocks, 2), torch.int32, load)

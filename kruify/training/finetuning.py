@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from kruify.conversion.storing import store_as
 from kruify.errors import UsageError
 from kruify.layers.storage import marks
 from kruify.progress import Progress
-from kruify.tasks.base import Task, measure
+from kruify.tasks.base import Task
 from kruify.training.distillation import Distillation
 from kruify.training.logs import Logs
 from kruify.training.processes import Processes
@@ -47,6 +46,9 @@ def finetune(
     processes give what one process gives that adds up N batches per step (`accumulate=N`), and, where the task's
     batches are means over equally many examples or the task has a `weight`, what one process gives with batches N
     times as large.
+
+    Weights that are stored in fewer bits (`kruify.quantize`) are rounded in the forward and the backward pass of the
+    last quarter of the run (`ROUNDED_FROM`), and in every validation: the metrics are those of the file.
 
         result = finetune(small, task, teacher=dense, epochs=3, lr=1e-3)
         print(result.metrics, [entry.loss for entry in result.history])
@@ -101,8 +103,7 @@ def finetune(
         on_best=on_best,
     ).run()
     if storage := marks(model):
-        store_as(model, storage)
-        result = replace(result, metrics=measure(task, model, "valid"))
+        store_as(model, storage)  # what validated best is rounded; weights that never validated are not
     return result
 
 

@@ -59,7 +59,7 @@ class Saved:
     """What the file holds.
 
     Attributes:
-        run: what may not differ between a run and its continuation: recipe, shapes of the parameters, batches.
+        run: what may not differ between a run and its continuation: recipe, shapes of the parameters, batches, storage.
         moments: the optimiser's state by the number of the parameter; None between two phases.
     """
 
@@ -118,6 +118,10 @@ def _check_same(folder: Path, before: dict[str, Any], now: Mapping[str, Any]) ->
         if before["shapes"].get(name) != now["shapes"].get(name):
             what = f"the run in this folder was of another network ({name} differs)"
             raise UsageError(what, folder, "Name an empty folder")
+    if before.get("storage", now["storage"]) != now["storage"]:  # older runs do not tell
+        raise UsageError(
+            "the run in this folder was of weights stored as another dtype", folder, "Give the same --dtype"
+        )
     if before["batches"] != now["batches"]:
         raise UsageError("the task's batches or the number of processes changed since this run began", folder)
     if before["teacher"] != now["teacher"]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kruify.errors import UsageError
+from kruify.layers.storage import marks
 from kruify.progress import Progress
 from kruify.tasks.base import Task, check_loss, check_weight, measure, to_device
 from kruify.training import resume
@@ -31,9 +33,13 @@ from kruify.training.randomness import isolated_generators, seed_all
 from kruify.training.recipe import Recipe
 from kruify.training.recurrent_conditioning import recurrent_conditioning
 from kruify.training.result import FinetuneResult, Validation
+from kruify.training.rounding import rounded_weights
 from kruify.training.schedule import lr_factor
 
 MAX_SKIPPED = 20  # steps in a row whose gradient is not finite, after which a run counts as diverged
+ROUNDED_FROM = (
+    0.75  # progress of the last phase from which on its gradients are those of the weights as they are stored
+)
 OnBest = Callable[[nn.Module, dict[str, float]], None]
 
 
@@ -97,6 +103,7 @@ class Trainer:
             "shapes": {n: list(p.shape)[n.endswith("overlay.values") :] for n, p in self.model.named_parameters()},
             "batches": [self.batches, self.per_step],
             "teacher": self.taught,
+            "storage": marks(self.model),
         }
 
     # ------------------------------------------------------------------ where the run stands
@@ -215,6 +222,28 @@ class Trainer:
         state, trained = self.state, [p for group in self.optimizer.param_groups for p in group["params"]]
         for parameter in trained:
             parameter.grad = None
+        rounding = phase is self.phases[-1] and progress >= ROUNDED_FROM
+        with rounded_weights(self.model) if rounding else nullcontext():
+            weight_sum, loss_sum = self._gradients(phase, batches, progress, trained)
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.recipe.clip or math.inf)
+        if not math.isfinite(loss_sum) or not math.isfinite(float(norm)):
+            state.skipped += 1
+            if state.skipped >= MAX_SKIPPED:
+                self._diverged(phase, f"{MAX_SKIPPED} steps in a row have no")
+            return
+        state.skipped = 0
+        state.loss_sum, state.weight_sum = state.loss_sum + loss_sum, state.weight_sum + weight_sum
+        self.optimizer.step()
+
+    def _gradients(
+        self, phase: Phase, batches: list[Batch], progress: float, trained: list[nn.Parameter]
+    ) -> tuple[float, float]:
+        """Puts the gradients of the mean loss and the penalty on the parameters `trained`.
+
+        Returns:
+            the sums of the batches' weights, and of their losses by these.
+        """
+        state = self.state
         weight_sum = loss_sum = 0.0
         for number, batch in batches:
             seed_all(self.recipe.seed, "step", state.phase, state.step // self.steps_per_epoch, number)
@@ -231,22 +260,19 @@ class Trainer:
             penalty = self.penalty_weight * unitary_penalty(self.model)
             if penalty.requires_grad:
                 penalty.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(trained, self.recipe.clip or math.inf)
-        if not math.isfinite(loss_sum) or not math.isfinite(float(norm)):
-            state.skipped += 1
-            if state.skipped >= MAX_SKIPPED:
-                self._diverged(phase, f"{MAX_SKIPPED} steps in a row have no")
-            return
-        state.skipped = 0
-        state.loss_sum, state.weight_sum = state.loss_sum + loss_sum, state.weight_sum + weight_sum
-        self.optimizer.step()
+        return weight_sum, loss_sum
 
     def _diverged(self, phase: Phase, what: str) -> NoReturn:
         hint = f"Lower lr (it is {phase.lr:g}) or the clipping norm"
         raise UsageError(f"training diverged: {what} finite gradient", "fine-tuning", hint)
 
     def _validate(self, phase: str, lr: float) -> None:
-        """Evaluate on "valid", add to the history, keep the weights if they are the best so far."""
+        """Evaluate on "valid", add to the history, keep the weights if they are the best so far: all of them rounded as
+        they are stored."""
+        with rounded_weights(self.model):
+            self._validate_rounded(phase, lr)
+
+    def _validate_rounded(self, phase: str, lr: float) -> None:
         state, task = self.state, self.task
         metrics = self.processes.from_main(lambda: measure(task, self.model, "valid", known=not state.history))
         conditioning = None

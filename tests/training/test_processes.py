@@ -15,6 +15,7 @@ import torch
 from tiny import Delay, same
 from torch import Tensor, nn
 
+from kruify.layers.storage import mark
 from kruify.training import finetune
 from kruify.training.processes import Processes
 
@@ -25,11 +26,13 @@ sys.path.insert(0, {here!r})
 import torch
 torch.set_num_threads(1)
 from tiny import Delay
+from kruify.layers.storage import mark
 from kruify.training import finetune
 slow = lambda done, total, phase: time.sleep(float(sys.argv[2])) or print(done, flush=True)
 task = Delay(count=7, dropout=0.3)
 import os
 model = task.kronecker(seed=int(os.environ.get("RANK", 0)))  # the weights of rank 0 are the ones that count
+mark(model, {{"head.weight": "int8"}})  # rounded in the last steps
 device = "cpu" if torch.accelerator.is_available() else None  # None is what users leave it at
 options = dict(epochs=3, lr=2e-2, save_seconds=0, device=device, accumulate=int(sys.argv[3]))
 result = finetune(model, task, resume=sys.argv[1], progress=slow, **options)
@@ -55,7 +58,9 @@ def environment() -> dict[str, str]:
 
 def here(accumulate: int) -> dict[str, Any]:
     task = Delay(count=7, dropout=0.3)
-    result = finetune(task.kronecker(), task, epochs=3, lr=2e-2, device="cpu", accumulate=accumulate)
+    model = task.kronecker()
+    mark(model, {"head.weight": "int8"})
+    result = finetune(model, task, epochs=3, lr=2e-2, device="cpu", accumulate=accumulate)
     return {"model": result.model.state_dict(), "history": result.to_json()["history"]}
 
 

@@ -1,0 +1,43 @@
+"""Training for weights that are stored in fewer bits: the network computes with rounded weights, and the optimiser
+changes the exact ones by the gradients found there (straight-through estimator, Bengio et al. 2013; as in Jacob et al.
+2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from kruify.conversion import plan_of
+from kruify.conversion.storing import rounded
+from kruify.layers.storage import marks
+
+
+@contextmanager
+def rounded_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, the weights of `model` have the numbers that storing them keeps; afterwards those from before again.
+
+    Gradients found inside stay. Nothing changes where all weights are stored as float32.
+
+    Raises:
+        UnsupportedError: a number has no form in the dtype of its weight.
+    """
+    storage = marks(model)
+    if not storage:
+        yield
+        return
+    found = rounded(model.state_dict(), plan_of(model), storage)
+    stored = [(p, found[name]) for name, p in model.named_parameters() if name in found]
+    exact = [(p, p.detach().clone()) for p, _ in stored]
+    try:
+        with torch.no_grad():
+            # In place: caches of what is made of a parameter go by its version.
+            for parameter, numbers in [(p, tensor.load()) for p, tensor in stored]:
+                parameter.copy_(numbers)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, before in exact:
+                parameter.copy_(before)
