@@ -40,8 +40,9 @@ def export(model: str, json_only: bool, **options: Any) -> None:
 
     \b
     dense  for nn.LSTM, nn.GRU, nn.RNN: the kind of file that was converted, or a state dict (.pt, .safetensors)
-    onnx   each recurrent layer as an ONNX model: inputs input, h_0 (, c_0); outputs output, h_n (, c_n)
-    torch  the same as torch.export programs (.pt2)
+    onnx   each recurrent layer as an ONNX model: inputs input, h_0 (, c_0) and, if wanted, lengths of padded sequences;
+           outputs output, h_n (, c_n)
+    torch  the same as torch.export programs (.pt2), without lengths: every step counts
 
     Factors stay factors, batch and time are dynamic. Several layers give several files: OUT with the layer's name
     before its ending. What was written is run and compared with the layers; a file that differs by more than the
@@ -62,13 +63,14 @@ def export(model: str, json_only: bool, **options: Any) -> None:
             files = run(model, **given(**{**options, "dense": options["dense"] or None}))
         for file in files:
             out.show(_sentence(file))
-        if assumed := sorted({OPTIONS[item] for file in files for item in file.assumed}):
+        if assumed := sorted({OPTIONS.get(item, item) for file in files for item in file.assumed}):
             out.note(f"The file does not tell, so it was taken for granted: {'; '.join(assumed)}")
         out.result({"outputs": [file.to_json() for file in files]})
 
 
 def _sentence(file: Exported) -> str:
-    names = f": ({', '.join(file.inputs)}) -> ({', '.join(file.outputs)})" if file.inputs else ""
+    inputs = [*file.inputs, *(f"[{name}]" for name in file.optional)]
+    names = f": ({', '.join(inputs)}) -> ({', '.join(file.outputs)})" if file.inputs else ""
     return (
         f"wrote {file.path}, {file.bytes:,} bytes{names}; run and compared on {file.cases} inputs: "
         f"largest difference {file.difference:.1g}"

@@ -265,15 +265,25 @@ def _save(
 
 
 @overload
-def load(path: FilePath, into: nn.Module, key: str | None = None) -> nn.Module: ...
+def load(
+    path: FilePath, into: nn.Module, key: str | None = None, rename: Mapping[str, str] | None = None
+) -> nn.Module: ...
 @overload
-def load(path: FilePath, into: None = None, key: str | None = None) -> dict[str, nn.Module]: ...
-def load(path: FilePath, into: nn.Module | None = None, key: str | None = None) -> nn.Module | dict[str, nn.Module]:
+def load(
+    path: FilePath, into: None = None, key: str | None = None, rename: Mapping[str, str] | None = None
+) -> dict[str, nn.Module]: ...
+def load(
+    path: FilePath, into: nn.Module | None = None, key: str | None = None, rename: Mapping[str, str] | None = None
+) -> nn.Module | dict[str, nn.Module]:
     """Loads a dense or a converted checkpoint into the user's own model, or its recurrent layers alone.
 
     Args:
         into: the dense model (its recurrent layers are swapped in place) or one that was converted the same way. None
             for a file whose code is lost.
+        rename: name in the file, or what stands before a dot there -> name in the model; ONNX calls the layer `rnn`
+            of a network `rnn.LSTM`.
+
+    What an ONNX graph has beyond the model (initial states and other constants) is left out.
 
     Returns:
         `into`; or a new KRU layer where `into` is itself a bare nn.LSTM, GRU or RNN. Without `into` the recurrent
@@ -285,7 +295,7 @@ def load(path: FilePath, into: nn.Module | None = None, key: str | None = None) 
     """
     checkpoint = read(path, key=key)
     if into is not None:
-        return load_into(into, checkpoint)
+        return load_into(into, checkpoint, rename or {})
     plan = stored_plan(checkpoint) if checkpoint.is_kruify else Plan()
     layers: dict[str, nn.Module] = {item.layer.name: build_layer(item) for item in plan.layers}
     layers |= {layer.name: build_dense(layer) for layer in dense_layers(checkpoint, plan).layers}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kruify.checkpoint.file_bytes import chunks
+from kruify.checkpoint.file_format import ORIGIN, parse_origin
 from kruify.checkpoint.modules import ModuleHint
 from kruify.checkpoint.parametrised import Computed
 from kruify.checkpoint.tensors import LazyTensor, Tensors
@@ -95,6 +96,12 @@ class Checkpoint:
     def is_kruify(self) -> bool:
         """Whether kruify wrote this file."""
         return "kruify.schema" in self.metadata
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether its tensors are those of an ONNX graph: any of its constants, not parameters of a module alone."""
+        note = self.metadata.get(ORIGIN)
+        return "onnx" in (self.format, parse_origin(note, self.path)["format"] if note else "")
 
     @property
     def notes(self) -> list[str]:

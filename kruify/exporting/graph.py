@@ -81,13 +81,22 @@ class Graph:
 Values = Sequence[tuple[str, Sequence[int | str]]]  # (name, shape), a string for a dynamic axis
 
 
-def make_model(graph: Graph, dtype: str, inputs: Values, outputs: Values, about: dict[str, str]) -> onnx.ModelProto:
-    """The model, checked by onnx."""
+def make_model(
+    graph: Graph, dtype: str, inputs: Values, outputs: Values, about: dict[str, str], optional: Values = ()
+) -> onnx.ModelProto:
+    """The model, checked by onnx.
+
+    Args:
+        optional: inputs of whole numbers whose constants of the same names stand for them where they are left out.
+    """
     element = ELEMENTS[dtype]
     proto = helper.make_graph(
         graph.nodes,
         "kruify",
-        [helper.make_tensor_value_info(name, element, shape) for name, shape in inputs],
+        [
+            *(helper.make_tensor_value_info(name, element, shape) for name, shape in inputs),
+            *(helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name, shape in optional),
+        ],
         [helper.make_tensor_value_info(name, element, shape) for name, shape in outputs],
         list(graph.constants.values()),
     )

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from kruify.conversion import densify
 from kruify.errors import UnsupportedError
 from kruify.exporting.check import TOLERANCE, Exported, Run, layer_cases, write_checked
 from kruify.exporting.scan_layer import traceable
-from kruify.exporting.shapes import Interface, interface_of
+from kruify.exporting.shapes import LENGTHS, Interface, interface_of
 from kruify.layers.base import KRUBase
 
 HALF = ("float16", "bfloat16")
@@ -39,6 +40,9 @@ def export_onnx(
 
     The factors stay small MatMuls inside a Scan over time; batch and time are dynamic. Inputs: `input`, `h_0` (and
     `c_0`); outputs: `output`, `h_n` (`c_n`), in the shapes of the layer. A half-precision layer is written in float32.
+
+    `lengths` (batch,), int64, is an input that may be left out: the steps of each sequence, as in a packed sequence of
+    torch. Padding neither changes the states nor reaches the backward direction, and its output is 0.
 
     Args:
         module: a KRULSTM, KRUGRU, KRURNN, one of their cells, or torch.nn's.
@@ -112,9 +116,17 @@ class _Flat(nn.Module):
 
 
 def call_layer(layer: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """(input, h) or (input, h, c) -> (output, h, c); for a cell (h, c)."""
-    state = inputs[1] if len(inputs) == 2 else tuple(inputs[1:])
-    return tuple(torch.utils._pytree.tree_leaves(layer(inputs[0], state)))
+    """(input, h) or (input, h, c) -> (output, h, c); for a cell (h, c). Whole numbers as the last input are the lengths
+    of padded sequences."""
+    lengths = None if inputs[-1].is_floating_point() else inputs[-1]
+    x, *states = inputs if lengths is None else inputs[:-1]
+    state = states[0] if len(states) == 1 else tuple(states)
+    if lengths is None:
+        return tuple(torch.utils._pytree.tree_leaves(layer(x, state)))
+    batch_first = bool(layer.batch_first)
+    packed, final = layer(pack_padded_sequence(x, lengths, batch_first, enforce_sorted=False), state)
+    output, _ = pad_packed_sequence(packed, batch_first, total_length=x.shape[int(batch_first)])
+    return (output, *torch.utils._pytree.tree_leaves(final))
 
 
 def run_onnx(file: Path) -> Run:
@@ -125,10 +137,10 @@ def run_onnx(file: Path) -> Run:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
+    names = [value.name for value in (*session.get_inputs(), *session.get_overridable_initializers())]
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
-        feed = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+        feed = {name: value.numpy() for name, value in zip(names, inputs, strict=False)}
         return [torch.from_numpy(array) for array in session.run(None, feed)]
 
     return run
@@ -165,9 +177,13 @@ def _write(
     load: Callable[[Path], Run],
     tolerance: float,
 ) -> Exported:
-    cases = layer_cases(interface, _dtype(interface))
-    written = write_checked(path, write, load, partial(call_layer, module), cases, tolerance)
-    return replace(written, layer=interface.layer.name, inputs=interface.inputs, outputs=interface.outputs)
+    padded = load is run_onnx and not interface.cell
+    cases = layer_cases(interface, _dtype(interface), padded=padded)
+    exact = partial(call_layer, copy.deepcopy(module).double())
+    written = write_checked(path, write, load, partial(call_layer, module), cases, tolerance, exact)
+    optional = (LENGTHS,) if padded else ()
+    written = replace(written, inputs=interface.inputs, outputs=interface.outputs, optional=optional)
+    return replace(written, layer=interface.layer.name)
 
 
 def _dtype(interface: Interface) -> torch.dtype:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -84,7 +84,7 @@ def export_layers(
     for layer, module in zip(completed, layers.modules(), strict=True):
         file = path if len(completed) == 1 else path.with_name(f"{path.stem}.{layer.name}{path.suffix}")
         written = write(module, file, dense=dense, name=layer.name, tolerance=tolerance)
-        exported.append(replace(written, assumed=_assumed(layer)))
+        exported.append(replace(written, assumed=(*_assumed(layer), *_unsaid(checkpoint, [layer.name]))))
     return exported
 
 
@@ -110,6 +110,11 @@ def _assumed(layer: RecurrentLayer) -> tuple[str, ...]:
     if layer.batch_first is None and not layer.cell:
         unknown.append("time before batch")
     return tuple(unknown)
+
+
+def _unsaid(checkpoint: Checkpoint, layers: Iterable[str]) -> tuple[str, ...]:
+    """What the file that was converted did not say of its layers: Keras weights without a configuration."""
+    return tuple(f"{name}: {checkpoint.assumed[name]}" for name in layers if name in checkpoint.assumed)
 
 
 def export_dense(
@@ -150,7 +155,7 @@ def export_dense(
             worst, count = max(worst, found), count + cases
         require(worst, max(tolerance, rounding(dense)), path)
         size = file.stat().st_size
-    return Exported(path, "", (), (), worst, count, size)
+    return Exported(path, "", (), (), worst, count, size, _unsaid(checkpoint, checkpoint.assumed))
 
 
 def rounding(tensors: Mapping[str, Tensor]) -> float:
@@ -209,7 +214,8 @@ def _compare_layers(kru: nn.Module, dense: nn.Module, nonlinearity: str | None) 
         cast(Any, dense).batch_first = kru.batch_first
     interface = interface_of(kru)
     cases = layer_cases(interface, getattr(torch, interface.layer.dtype))
-    return compare(partial(call_layer, dense), partial(call_layer, kru), cases)
+    exact = partial(call_layer, copy.deepcopy(kru).double())
+    return compare(partial(call_layer, dense), partial(call_layer, kru), cases, exact)
 
 
 def export_network(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kruify.exporting.graph import Graph, make_model, scan_body
 from kruify.exporting.matrix import product
-from kruify.exporting.shapes import Interface
+from kruify.exporting.shapes import LENGTHS, Interface
 from kruify.layers.matrix import KroneckerMatrix
 
 # The order that lets one Sigmoid serve neighbouring gates (LSTM: i, f, o then g).
@@ -40,6 +40,10 @@ class _Weights:
 
 def layer_model(module: nn.Module, interface: Interface, *, dense: bool = False) -> onnx.ModelProto:
     """The ONNX model of one recurrent layer or cell, KRU or torch.nn's.
+
+    A layer has one more input, `lengths` (batch,): how many steps of each sequence count, as in a packed sequence of
+    torch: what follows neither changes the states nor reaches the backward direction, and its output is 0. The input
+    may be left out; 0 stands for all steps, too.
 
     Args:
         dense: write ONNX's own recurrent nodes, with dense weights. Layers with a projection, which those nodes do not
@@ -64,6 +68,7 @@ def layer_model(module: nn.Module, interface: Interface, *, dense: bool = False)
         list(zip(interface.inputs, interface.input_shapes("time", "batch"), strict=True)),
         list(zip(interface.outputs, interface.output_shapes("time", "batch"), strict=True)),
         about,
+        optional=[] if interface.cell else [(LENGTHS, ["batch"])],
     )
 
 
@@ -103,6 +108,7 @@ def _write_cell(graph: Graph, interface: Interface, w: _Weights) -> None:
 def _write_layer(graph: Graph, interface: Interface, weights: Sequence[_Weights], dtype: str) -> None:
     layer = interface.layer
     data = graph.add("Transpose", "input", perm=[1, 0, 2]) if layer.batch_first else "input"
+    padding = _Padding.of(graph, data)
     finals: list[list[str]] = []
     for k in range(layer.num_layers):
         outputs = []
@@ -112,10 +118,12 @@ def _write_layer(graph: Graph, interface: Interface, weights: Sequence[_Weights]
             node = isinstance(weights[index].ih, Tensor) and isinstance(weights[index].hh, Tensor)
             # onnxruntime has no double precision in its recurrent nodes, and no projection.
             write = _write_node if node and not layer.proj_size and dtype == "float32" else _write_scan
-            output, final = write(graph, interface, weights[index], data, states, reverse=d == 1, dtype=dtype)
+            output, final = write(graph, interface, weights[index], data, states, padding, reverse=d == 1, dtype=dtype)
             outputs.append(output)
             finals.append(final)
         data = graph.concat(outputs, axis=2)
+    zero = graph.constant(torch.zeros((), dtype=getattr(torch, dtype)), "padding")
+    data = graph.add("Where", padding.inside, data, zero)
     if layer.batch_first:
         data = graph.add("Transpose", data, perm=[1, 0, 2])
     graph.rename(data, "output")
@@ -124,12 +132,41 @@ def _write_layer(graph: Graph, interface: Interface, weights: Sequence[_Weights]
         graph.rename(graph.concat(rows, axis=0), name)
 
 
+@dataclass(frozen=True)
+class _Padding:
+    """Which steps of a batch count: names of values that are computed once."""
+
+    lengths: str  # (batch,), int64
+    inside: str  # (time, batch, 1), whether a step counts
+    last: str  # (batch, 2), the last step of each sequence and the sequence: indices of GatherND
+
+    @staticmethod
+    def of(graph: Graph, data: str) -> _Padding:
+        """From the input `lengths`, which stands for all steps where it is left out."""
+        given = graph.constant(torch.zeros(1, dtype=torch.int64), LENGTHS)
+        shape = graph.add("Shape", data)
+        steps, batch = (graph.add("Slice", shape, graph.ints((at,)), graph.ints((at + 1,))) for at in (0, 1))
+        lengths = graph.add("Where", graph.add("Equal", given, graph.ints((0,))), steps, given)
+        lengths = graph.add("Expand", lengths, batch)
+        one, axis = _scalar(graph, 1), graph.ints((1,))
+        steps, batch = (
+            graph.add("Range", _scalar(graph, 0), graph.add("Squeeze", size, graph.ints((0,))), one)
+            for size in (steps, batch)
+        )
+        inside = graph.add(
+            "Less", graph.add("Unsqueeze", steps, graph.ints((1, 2))), graph.add("Unsqueeze", lengths, axis)
+        )
+        pairs = [graph.add("Unsqueeze", value, axis) for value in (graph.add("Sub", lengths, one), batch)]
+        return _Padding(lengths, inside, graph.concat(pairs, axis=1))
+
+
 def _write_scan(
     graph: Graph,
     interface: Interface,
     w: _Weights,
     data: str,  # (time, batch, features)
     states: Sequence[str],  # each (batch, size)
+    padding: _Padding,
     *,
     reverse: bool,
     dtype: str,
@@ -142,27 +179,33 @@ def _write_scan(
     # The sizes of time and batch come from the data, so that an empty batch is no special case.
     leading = graph.add("Slice", graph.add("Shape", data), graph.ints((0,)), graph.ints((2,)))
     gates_x = graph.add("Reshape", gates_x, graph.concat([leading, graph.ints((wide,))], axis=0))
+    if reverse:  # each sequence from its own last step on
+        gates_x = graph.add("ReverseSequence", gates_x, padding.lengths, time_axis=0, batch_axis=1)
 
     body = Graph(graph)
     gate_in = body.fresh("gates")
     state_in = [body.fresh(f"{s}_in") for s in interface.states]
     state_out = [body.fresh(f"{s}_out") for s in interface.states]
+    sequence_out = [body.fresh(f"{s}_step") for s in interface.states]
     for value, name in zip(_step(body, interface, w, gate_in, state_in), state_out, strict=True):
         body.rename(value, name)
-    y_out = body.fresh("y_out")
-    body.rename(state_out[0], y_out)
-    proto = scan_body(body, dtype, [*state_in, gate_in], [*state_out, y_out])
+    for value, name in zip(state_out, sequence_out, strict=True):
+        body.rename(value, name)
+    proto = scan_body(body, dtype, [*state_in, gate_in], [*state_out, *sequence_out])
     results = graph.add_many(
         "Scan",
         *states,
         gates_x,
-        outputs=[*(graph.fresh(f"{s}_last") for s in interface.states), graph.fresh("sequence")],
+        outputs=[graph.fresh(f"{s}_{part}") for part in ("end", "sequence") for s in interface.states],
         body=proto,
         num_scan_inputs=1,
-        scan_input_directions=[int(reverse)],
-        scan_output_directions=[int(reverse)],
     )
-    return results[-1], results[:-1]
+    sequences = results[len(states) :]
+    final = [graph.add("GatherND", sequence, padding.last) for sequence in sequences]
+    output = sequences[0]
+    if reverse:
+        output = graph.add("ReverseSequence", output, padding.lengths, time_axis=0, batch_axis=1)
+    return output, final
 
 
 def _input_gates(graph: Graph, kind: str, w: _Weights, x: str) -> str:
@@ -204,7 +247,15 @@ def _step(graph: Graph, interface: Interface, w: _Weights, gates_x: str, state: 
 
 
 def _write_node(
-    graph: Graph, interface: Interface, w: _Weights, data: str, states: Sequence[str], *, reverse: bool, dtype: str
+    graph: Graph,
+    interface: Interface,
+    w: _Weights,
+    data: str,
+    states: Sequence[str],
+    padding: _Padding,
+    *,
+    reverse: bool,
+    dtype: str,
 ) -> tuple[str, list[str]]:
     """ONNX's own LSTM, GRU or RNN, one layer and direction."""
     layer = interface.layer
@@ -218,7 +269,10 @@ def _write_node(
         inputs.append(graph.constant(bias.unsqueeze(0), w.name.format("bias")))
     else:
         inputs.append("")
-    inputs += ["", *(graph.add("Unsqueeze", state, graph.ints((0,))) for state in states)]
+    inputs += [
+        graph.add("Cast", padding.lengths, to=onnx.TensorProto.INT32),
+        *(graph.add("Unsqueeze", state, graph.ints((0,))) for state in states),
+    ]
     attributes: dict[str, Any] = {"hidden_size": layer.hidden_size, "direction": "reverse" if reverse else "forward"}
     if layer.kind == "gru":
         attributes["linear_before_reset"] = 1  # torch multiplies before it resets

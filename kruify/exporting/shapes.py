@@ -13,6 +13,9 @@ from kruify.layers import KRU
 from kruify.layers.base import KRUBase
 from kruify.layers.cells import KRUCellBase
 
+LENGTHS = "lengths"
+"""The input of an ONNX layer that says how many steps of each sequence count: (batch,), int64; it may be left out."""
+
 
 @dataclass(frozen=True)
 class Interface:

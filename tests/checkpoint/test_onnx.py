@@ -14,7 +14,7 @@ from torch import nn
 import kruify
 from kruify.checkpoint import origin, read, write_original
 from kruify.conversion import inspect
-from kruify.errors import UnsafeError, UnsupportedError
+from kruify.errors import KruifyError, UnsafeError, UnsupportedError, UsageError
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
@@ -493,3 +493,32 @@ def test_functions_that_call_each_other_twice_are_refused(tmp_path: Path) -> Non
     (tmp_path / "a.onnx").write_bytes(proto.SerializeToString())
     with pytest.raises(UnsafeError, match="too many nodes"):
         read(tmp_path / "a.onnx")
+
+
+class Last(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(IN, H, batch_first=True), nn.Linear(H, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.rnn(x)[1][0][0])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("convert", [False, True])
+def test_a_graph_loads_into_the_module_that_it_was_made_of(tmp_path: Path, convert: bool) -> None:
+    dense, x = Last().eval(), torch.randn(2, STEPS, IN)
+    path = tmp_path / "a.onnx"
+    torch.onnx.export(dense, (x,), path, dynamo=False)
+    assert set(read(path).tensors) > {"rnn.LSTM.weight_hh_l0", "head.weight"}
+    if convert:
+        kruify.convert(path, "4*(4x1,1x4)", output=tmp_path / "a.kru.safetensors")
+        path = tmp_path / "a.kru.safetensors"
+    names = {"rnn.LSTM": "rnn"}
+    torch.testing.assert_close(kruify.load(path, into=Last(), rename=names)(x), dense(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(KruifyError, match=r"missing|no layer"):
+        kruify.load(path, into=Last())
+    with pytest.raises(UsageError, match=r"nothing named 'rnn\.GRU'"):
+        kruify.load(path, into=Last(), rename={"rnn.GRU": "rnn"})
+    with pytest.raises(UsageError, match="two tensors"):
+        kruify.load(path, into=Last(), rename={"head.weight": "head.bias"})

@@ -193,3 +193,19 @@ def test_command_line(tmp_path: Path, file: Path) -> None:
     write_torch(tmp_path / "plain.pt", nn.RNN(3, 4).state_dict())
     told = run(cli, ["export", str(tmp_path / "plain.pt"), "--to", "onnx", "-o", str(tmp_path / "plain.onnx")])
     assert told.exit_code == 0 and "--nonlinearity relu" in told.stderr and "--batch-first" in told.stderr
+
+
+def test_what_keras_weights_leave_open_is_named_by_export(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.weights.h5", "w") as weights:
+        for part, shape in enumerate(((3, 16), (4, 16), (16,))):
+            weights.create_dataset(f"layers/lstm/cell/vars/{part}", data=torch.randn(shape).numpy())
+        weights["layers/lstm/cell/vars"].attrs["name"] = "lstm_cell"
+    kruify.convert(tmp_path / "a.weights.h5", "2x2", output=tmp_path / "a.kru.safetensors")
+    for to, name in (("onnx", "a.onnx"), ("dense", "b.safetensors")):
+        result = CliRunner().invoke(
+            cli, ["export", str(tmp_path / "a.kru.safetensors"), "--to", to, "-o", str(tmp_path / name)]
+        )
+        assert result.exit_code == 0 and "lstm: it runs forward, with the activations tanh" in " ".join(
+            result.output.split()
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pytest
 import torch
 from all_pairs import all_pairs
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import kruify
 from kruify.conversion import densify
 from kruify.errors import TargetMissedError, UsageError
 from kruify.exporting import export_onnx
+from kruify.exporting.check import compare
 from kruify.exporting.matrix import application_order
 
 SIZES = ((1, 1), (6, 3), (11, 2))  # (time, batch)
@@ -69,6 +72,68 @@ def test_round_trip(
 def test_projection(tmp_path: Path, dense_nodes: bool) -> None:
     model, _ = kruify.convert(nn.LSTM(5, 8, 2, proj_size=4), "4x2,2x2+diag")
     check(export_onnx(model, tmp_path / "layer.onnx", dense=dense_nodes).path, densify(model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch_first", "dense_nodes", "options"),
+    [
+        (nn.LSTM, True, False, {}),
+        (nn.GRU, False, False, {}),
+        (nn.RNN, True, False, {"nonlinearity": "relu"}),
+        (nn.LSTM, False, True, {}),
+        (nn.GRU, True, True, {}),
+        (nn.RNN, False, True, {}),
+        (nn.LSTM, True, True, {"proj_size": 4}),
+    ],
+)
+def test_padded_sequences(tmp_path: Path, kind: Any, batch_first: bool, dense_nodes: bool, options: dict) -> None:
+    """torch's packed sequences are the oracle; what stands in the padding must not matter."""
+    model, _ = kruify.convert(kind(6, 8, 2, bidirectional=True, batch_first=batch_first, **options), "auto")
+    exported = export_onnx(model, tmp_path / "layer.onnx", dense=dense_nodes)
+    assert exported.optional == ("lengths",) and exported.outputs[0] == "output"
+    session = onnxruntime.InferenceSession(str(exported.path), providers=["CPUExecutionProvider"])
+    dense, steps, lengths = densify(model), 5, torch.tensor([2, 5, 1])
+    x = torch.randn(3, steps, 6)
+    for row, length in enumerate(lengths):
+        x[row, length:] = float("nan")
+    x = x if batch_first else x.transpose(0, 1).contiguous()
+    states = [torch.randn(4, 3, options.get("proj_size", 8))] + ([torch.randn(4, 3, 8)] if kind is nn.LSTM else [])
+    packed = pack_padded_sequence(x, lengths, batch_first, enforce_sorted=False)
+    with torch.no_grad():
+        y, final = dense(packed, tuple(states) if len(states) > 1 else states[0])
+    wanted = [pad_packed_sequence(y, batch_first)[0], *(final if isinstance(final, tuple) else (final,))]
+    feed = dict(zip([*exported.inputs, *exported.optional], [x, *states, lengths], strict=True))
+    got = session.run(None, {name: value.numpy() for name, value in feed.items()})
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(a, b.numpy(), atol=1e-5)
+
+
+def test_a_length_beyond_the_steps_is_an_error(tmp_path: Path) -> None:
+    exported = export_onnx(nn.GRU(3, 4, bidirectional=True), tmp_path / "layer.onnx")
+    session = onnxruntime.InferenceSession(str(exported.path), providers=["CPUExecutionProvider"])
+    feed = {"input": np.ones((2, 1, 3), "f4"), "h_0": np.zeros((2, 1, 4), "f4"), "lengths": np.array([3])}
+    with pytest.raises(Exception, match="length"):
+        session.run(None, feed)
+
+
+def test_a_layer_that_amplifies_rounding_is_compared_by_what_rounding_does_to_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dense = nn.RNN(6, 32)
+    for parameter in dense.parameters():
+        parameter.data *= 8
+    model, _ = kruify.convert(dense, "32*(32x1,1x32)")
+    x, h = torch.randn(19, 2, 6), torch.randn(1, 2, 32)
+    with torch.no_grad():
+        exact = copy.deepcopy(dense).double()(x.double(), h.double())[0]
+        assert (dense(x, h)[0] - exact).abs().max() > 1e-4  # torch's own layer in float32 is no nearer
+    for dense_nodes in (False, True):
+        assert export_onnx(model, tmp_path / "a.onnx", dense=dense_nodes).difference < 1e-5
+    session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
+    model.weight_hh_l0.terms[0].factors[0].data *= 1 + 1e-3
+    wrong = [torch.from_numpy(a) for a in session.run(None, {"input": x[:1].numpy(), "h_0": h.numpy()})]
+    exact_model = copy.deepcopy(model).double()
+    found, _ = compare(lambda case: wrong, lambda case: model(*case), [[x[:1], h]], lambda case: exact_model(*case))
+    assert found > 1e-5
 
 
 def test_relu(tmp_path: Path) -> None:
