@@ -89,3 +89,12 @@ def test_layer_that_computes_something_else(files, monkeypatch):
     monkeypatch.setattr("kruify.layers.dispatch.pick", lambda *a, **k: "dense")
     with pytest.raises(TargetMissedError, match="differs by"):
         verify(files[1])
+
+
+def test_eight_bit_layers_with_large_weights(tmp_path):
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"rnn": nn.GRU(32, 64)})
+    for parameter in net.parameters():
+        parameter.data *= 12  # over 16 steps the rounding of states grows to a quarter of the output
+    save(convert(net, "dense", dtype="int8")[0], tmp_path / "x")
+    assert verify(tmp_path / "x")[-1].name == "layer rnn"
