@@ -104,16 +104,16 @@ def read_contents(path: Path, key: str | None) -> Contents:
 
 
 def _open(path: Path) -> tuple[BinaryIO, int]:
-    if path.is_dir():
-        raise UsageError("it is a folder", path, "Name the checkpoint file in it")
-    if not path.exists():
-        raise UsageError("there is no such file", path, "Check the name")
-    if not path.is_file():  # a pipe would wait, a device would never end
-        raise UsageError("it is not a regular file", path, "Copy it to a file first")
     try:
+        if path.is_dir():
+            raise UsageError("it is a folder", path, "Name the checkpoint file in it")
+        if not path.exists():
+            raise UsageError("there is no such file", path, "Check the name")
+        if not path.is_file():  # a pipe would wait, a device would never end
+            raise UsageError("it is not a regular file", path, "Copy it to a file first")
         file = path.open("rb")
     except OSError as error:
-        raise UsageError(f"it cannot be opened ({error.strerror})", path, "Check its permissions") from error
+        raise UsageError(f"it cannot be opened ({error.strerror})", path, "Check its name and permissions") from error
     size = path.stat().st_size
     if not size:
         file.close()

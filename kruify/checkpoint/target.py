@@ -26,9 +26,16 @@ def check_target(path: str | os.PathLike[str], *taken: str | os.PathLike[str]) -
         taken: files that the same command reads, and others that it writes: none of them is overwritten.
 
     Raises:
-        UsageError: `path` is one of `taken`, a folder or a device, or its folder is missing or read-only.
+        UsageError: `path` is one of `taken`, a folder or a device, or its folder is missing or read-only, or its name
+            is longer than the file system takes.
     """
     path = Path(path)
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # said below
+    except (OSError, ValueError) as error:
+        raise UsageError(f"nothing can be written there ({error})", path, "Give another name") from None
     if os.path.realpath(path) in map(os.path.realpath, taken):
         raise UsageError("the same command reads or writes it, too", path, "Name another file to write to")
     if path.exists() and not path.is_file():

@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from kruify.checkpoint import limits
+from kruify.checkpoint.file_bytes import parse_json
 from kruify.conversion.locate import DTYPES, RecurrentLayer
-from kruify.errors import FactorSpecError, PlanError, UnsupportedError, UsageError
+from kruify.errors import CorruptError, FactorSpecError, PlanError, UnsafeError, UnsupportedError, UsageError
 from kruify.factors import Structure, parse, stacks
 
 SCHEMA = 3  # with stacked gates; a plan without is written as 1, and 2 (relabelled hidden units) is no longer read
@@ -25,6 +27,7 @@ BOUNDS = {
     "proj_size": (0, 1 << 24),
 }
 """The least and the most that the sizes of a layer may be."""
+HOW = "Write one with 'kruify convert --plan-out'"
 ALL = "all"  # the name of all gates of a matrix stacked
 Structures = tuple[Structure, ...]  # one per gate, or one of all gates stacked
 
@@ -74,14 +77,14 @@ class Plan:
         """Reads what `to_json` wrote, or a person edited.
 
         Raises:
-            PlanError: not JSON, a key missing or unknown, a size out of bounds, a layer twice, a spec that does not
-                fit, relabelled hidden units.
+            PlanError: not JSON, a key missing, unknown or twice, a size out of bounds, a layer twice, a spec that does
+                not fit, relabelled hidden units.
             UnsupportedError: a schema newer than this kruify.
         """
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"not valid JSON ({error})", where, "Write one with 'kruify convert --plan-out'") from None
+            data = parse_json(text, "it", where)
+        except (CorruptError, UnsafeError) as error:
+            raise PlanError(f"not valid JSON ({error.what})", where, HOW) from None
         if not isinstance(data, dict) or not isinstance(data.get("layers"), list):
             raise PlanError("a plan is an object with 'schema' and 'layers'", where)
         schema = data.get("schema")
@@ -107,6 +110,8 @@ class Plan:
         try:
             if path.exists() and not path.is_file():  # a pipe or a device may never end
                 raise UsageError("it is not a regular file", file, "Name the JSON file of a plan")
+            if path.stat().st_size > limits.JSON:
+                raise UsageError(f"a plan of more than {limits.JSON} bytes is none", file, HOW)
             text = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise UsageError(f"the plan cannot be read ({error})", file) from None

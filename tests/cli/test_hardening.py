@@ -94,6 +94,28 @@ def test_sizes_beyond_reason_are_usage_errors(command, options, folder, run):
     assert not Path("x.pt").exists()
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000 + "y", "a\0b"])
+@pytest.mark.parametrize("command", [("inspect",), ("convert", "model.pt", "--factors", "2x2", "-o")])
+def test_names_that_no_file_can_have(command, name, folder, run):
+    result = run(*command, name)
+    assert result.exit_code == 2, (result.exit_code, result.stderr)
+    assert len(result.stderr) < 1300 and len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("text", ['{"schema": 1, "schema": 1, "layers": []}', "[" * 100_000, "\xff", '{"schema": NaN}'])
+def test_plans_that_are_none(text, folder, run):
+    Path("plan.json").write_bytes(text.encode("latin1"))
+    result = run("convert", "model.pt", "--plan", "plan.json")
+    assert result.exit_code == 2 and "plan.json" in result.stderr, (result.exit_code, result.stderr)
+
+
+def test_a_plan_beyond_the_limit_is_not_read(folder, run):
+    with Path("plan.json").open("wb") as file:
+        file.truncate(1 << 40)
+    result = run("convert", "model.pt", "--plan", "plan.json")
+    assert result.exit_code == 2 and "plan.json" in result.stderr
+
+
 def kruify(*arguments, **environment):
     command = [sys.executable, "-m", "kruify", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
