@@ -21,6 +21,7 @@ from kruify.conversion.storing import matrix_sizes
 from kruify.errors import CorruptError, PlanError, TargetMissedError
 from kruify.layers import KRU, int8
 from kruify.layers.base import KRUBase
+from kruify.layers.cells import KRUCellBase
 
 # Largest difference from float64 that rounding explains, relative to the largest output.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
@@ -117,7 +118,7 @@ def _layers(checkpoint: Checkpoint) -> list[Check]:
 
 
 def _in_integers(module: nn.Module, x: Tensor) -> bool:
-    return isinstance(module, KRUBase) and int8.serves(module, x)
+    return isinstance(module, KRUBase | KRUCellBase) and int8.serves(module, x)
 
 
 def _input(layer: RecurrentLayer) -> Tensor:

@@ -10,7 +10,8 @@ namespace kruify::KRUIFY_ISA {
 
 constexpr int kLanes = kWidth<float>;
 // Panels and vectors whose sums are kept in registers, of one vector and of several.
-constexpr int kTallPanels = 8, kPanelsTogether = 4, kVectorsTogether = KRUIFY_REGISTERS == 32 ? 4 : 2;
+constexpr int kTallPanels = KRUIFY_VECTOR_BYTES > 16 || KRUIFY_REGISTERS == 32 ? 8 : 2, kPanelsTogether = 4,
+              kVectorsTogether = KRUIFY_REGISTERS == 32 ? 4 : 2;
 
 // x (n,) -> q = round(x / scale), scale = max |x| / 127. Where x is not finite, scale is NaN and so is every product.
 inline float quantise(int64_t n, const float* x, int8_t* q) {

@@ -49,6 +49,7 @@ void thin_gemm(int64_t rows, int64_t N, int64_t K, const T* x, const T* w, const
 // `inline`: a constant would have internal linkage, and dispatch.cpp could not see it.
 template <class T>
 inline constexpr Kernels<T> kTable = {
+    .lanes = kWidth<T>,
     .pack = pack<T>,
     .product = product<T>,
     .dense = dense<T>,

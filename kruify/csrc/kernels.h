@@ -46,6 +46,7 @@ template <class T> struct Operand {
 
 // What one instruction set offers.
 template <class T> struct Kernels {
+  int64_t lanes;
   // Fills the packed copies of a matrix.
   void (*pack)(const Matrix<T>&);
   // y[g] (nb rows, stride ys) += W[g] x

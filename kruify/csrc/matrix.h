@@ -50,6 +50,13 @@ template <class T> struct SparseResidual {
   const T* values;       // (blocks, block)
   const int32_t* index;  // (blocks, 2): first row of all gates' rows, column
   int blocks, block;
+  // For the CPU's kernels, of single entries: as many rows as a vector has lanes side by side, in slices of rows of
+  // like length; null where they were not made.
+  int slices;
+  const int* slice_start;  // (slices + 1,): in vectors of entries
+  const int* slice_row;    // (slices * lanes, 2): gate and row, gate -1 where there is none
+  const T* slice_values;   // (vectors, lanes), 0 where a row has ended
+  const uint16_t* slice_columns;
   // For the CUDA kernels, on the device.
   const int* row_start;  // (rows + 1,) first block that starts at or below a row
   const int* by_column;  // the columns in ascending order

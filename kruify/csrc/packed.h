@@ -9,7 +9,8 @@ namespace kruify {
 
 template <class T> class PackedMatrix : public CheckedMatrix<T> {
  public:
-  PackedMatrix(const MatrixTensors& given, const Place& place, int rows_per_bias = 1)
+  // `often`: whether so many products follow that a sparse residual is worth an order of its own.
+  PackedMatrix(const MatrixTensors& given, const Place& place, int rows_per_bias = 1, bool often = false)
       : CheckedMatrix<T>(given, place, rows_per_bias) {
     Matrix<T>& m = this->matrix;
     auto room = [&](int64_t size) {
@@ -31,6 +32,7 @@ template <class T> class PackedMatrix : public CheckedMatrix<T> {
     if (m.residual.values)  // samples in lanes: sparse.h
       m.scratch = std::max(m.scratch, kTile * (2 * m.cols + times(m.gates, m.rows)));
     m.scratch = (m.scratch + 15) / 16 * 16 + 16;
+    if (often && m.residual.block == 1 && m.cols <= 1 << 16) slice(m.residual);
   }
 
   // Sums the threads' arenas into the first, and writes the gradients out.
@@ -44,6 +46,38 @@ template <class T> class PackedMatrix : public CheckedMatrix<T> {
 
  private:
   std::optional<Buffer<T>> packed_;
+  std::vector<int> slice_start_, slice_row_;
+  std::vector<T> slice_values_;
+  std::vector<uint16_t> slice_columns_;
+
+  // Rows of single entries, the longest first, side by side.
+  void slice(SparseResidual<T>& r) {
+    const int64_t lanes = kernels<T>().lanes, rows = this->matrix.rows;
+    std::vector<std::pair<int, int>> runs;  // length, first entry
+    for (int b = 0; b < r.blocks; ++b) {
+      if (b == 0 || r.index[2 * b] != r.index[2 * b - 2]) runs.push_back({0, b});
+      ++runs.back().first;
+    }
+    std::stable_sort(runs.begin(), runs.end(), [](auto a, auto b) { return a.first > b.first; });
+    slice_start_ = {0};
+    for (size_t s = 0; s < runs.size(); s += lanes) {
+      const size_t end = std::min(runs.size(), s + lanes), vector = slice_start_.back();
+      slice_start_.push_back(int(vector) + runs[s].first);
+      slice_values_.resize(slice_start_.back() * lanes, T(0));
+      slice_columns_.resize(slice_start_.back() * lanes, 0);
+      slice_row_.resize(2 * (s + lanes), -1);
+      for (size_t i = s; i < end; ++i) {
+        const auto [length, first] = runs[i];
+        slice_row_[2 * i] = int(r.index[2 * first] / rows), slice_row_[2 * i + 1] = int(r.index[2 * first] % rows);
+        for (int k = 0; k < length; ++k) {
+          slice_values_[(vector + k) * lanes + i - s] = r.values[first + k];
+          slice_columns_[(vector + k) * lanes + i - s] = uint16_t(r.index[2 * (first + k) + 1]);
+        }
+      }
+    }
+    r.slices = int(slice_start_.size()) - 1, r.slice_start = slice_start_.data(), r.slice_row = slice_row_.data();
+    r.slice_values = slice_values_.data(), r.slice_columns = slice_columns_.data();
+  }
 
   // A dense term's ranks are added up, in the packed copy and in the gradient.
   static int64_t packed_size(const Term<T>& term, int f) {

@@ -9,6 +9,7 @@ namespace {
 // Of gates, or their gradients, that stay in the L2 cache between GEMM and time loop.
 constexpr int64_t kChunkBytes = 3 << 18;
 constexpr int64_t kSideBySide = 8;  // samples that share what a product reads of a plain or thin matrix
+constexpr int64_t kManySteps = 8;   // from which on a sparse residual is put in an order of its own
 constexpr int64_t kFewRows = 192;   // up to which W_ih is packed panel by panel
 
 template <class T> int64_t chunk_rows(int64_t width, int64_t least) {
@@ -141,7 +142,7 @@ template <class T> class InputShare {
 
 template <class T> States run(const ForwardTensors& given, const Place& place, const Int8Layer* int8 = nullptr) {
   const Kind kind = given.kind;
-  const PackedMatrix<T> w(given.matrix, place, rows_per_bias(kind));
+  const PackedMatrix<T> w(given.matrix, place, rows_per_bias(kind), given.batch_sizes.numel() >= kManySteps);
   const Int8Input* input = int8 && int8->input ? &*int8->input : nullptr;
   const ForwardCall call(given, w.matrix, place, input ? input->matrix.matrix.cols : 0);
   if (int8) int8->check(kind, call.hidden);

@@ -79,6 +79,25 @@ template <class T> inline void sparse_single(const Matrix<T>& m, const T* x, T* 
   });
 }
 
+// The same in slices: a lane is a row.
+template <class T> inline void sparse_slices(const Matrix<T>& m, const T* x, T* const* y) {
+  const SparseResidual<T> r = m.residual;
+  constexpr int W = kWidth<T>;
+  for (int s = 0; s < r.slices; ++s) {
+    Vec<T> total{};
+    for (int64_t k = r.slice_start[s]; k < r.slice_start[s + 1]; ++k) {
+      const uint16_t* column = r.slice_columns + k * W;
+      Vec<T> v;
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) v[i] = x[column[i]];  // faster than a gather
+      total += v * load(r.slice_values + k * W);
+    }
+    const int* row = r.slice_row + 2 * s * W;
+    for (int i = 0; i < W; ++i)
+      if (row[2 * i] >= 0) y[row[2 * i]][row[2 * i + 1]] += total[i];
+  }
+}
+
 template <class T>
 inline void sparse_in_rows(const Matrix<T>& m, int64_t nb, const T* x, int64_t xs, T* const* y, int64_t ys) {
   const SparseResidual<T> r = m.residual;
@@ -109,6 +128,7 @@ inline void product_sparse(
     const int64_t count = min64(kWidth<T>, nb - s);
     for (int g = 0; g < m.gates; ++g) part[g] = y[g] + s * ys;
     if (samples_in_lanes(r, count)) sparse_in_lanes(m, count, x + s * xs, xs, part, ys, scratch);
+    else if (r.slices && count == 1) sparse_slices(m, x + s * xs, part);
     else if (r.block == 1 && count == 1) sparse_single(m, x + s * xs, part);
     else sparse_in_rows(m, count, x + s * xs, xs, part, ys);
   }

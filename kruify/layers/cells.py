@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from kruify.errors import UsageError
-from kruify.layers import compiled, kernel, reference
+from kruify.layers import compiled, int8, kernel, reference
 from kruify.layers.backend import Weights
 from kruify.layers.base import GATES, Factors, build_weight, check_option
-from kruify.layers.matrix import reset_like_torch
+from kruify.layers.matrix import KroneckerMatrix, reset_like_torch
 from kruify.layers.recurrent import check_device, not_a_tensor
+from kruify.layers.storage import storage_of
 from kruify.ops.functions import transformed
 from kruify.ops.reference import State
 
@@ -67,16 +68,22 @@ class KRUCellBase(nn.Module):
         found: Weights = {n: getattr(self, n) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
         return {**found, "weight_hr": None}
 
+    def recurrent_weights(self) -> list[KroneckerMatrix | Tensor]:
+        return [self.weight_hh]
+
     def reset_parameters(self) -> None:
         """Dense weights and biases uniform in +-1/sqrt(hidden), as torch; factors orthogonal."""
         reset_like_torch(self, self.hidden_size)
 
     def _step(self, input: Tensor, state: State | None) -> State:
-        streamed = compiled.stream(self, input, state)
-        if streamed is not None:
-            return streamed
+        if storage_of(self, "weight_hh") != "int8":
+            streamed = compiled.stream(self, input, state)
+            if streamed is not None:
+                return streamed
         x, state = self.batched(input, state)
-        if kernel.serves(self.weight_hh, x, projected=False) and (torch.compiler.is_compiling() or not transformed()):
+        if int8.serves(self, x) and not transformed():
+            new = int8.run_step(self, x, state)
+        elif kernel.serves(self.weight_hh, x, projected=False) and (torch.compiler.is_compiling() or not transformed()):
             new = compiled.run_step(self, x, state)
         else:
             new = reference.step_from_input(self.kernel_kind, self.weights(), x, state)

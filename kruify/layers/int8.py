@@ -22,6 +22,7 @@ from kruify.ops.kron_matmul import multiply
 from kruify.ops.reference import GATES, MODRELU, State
 
 if TYPE_CHECKING:
+    from kruify.layers.cells import KRUCellBase
     from kruify.layers.recurrent import RecurrentLayer
 
 _ops = torch.ops.kruify
@@ -36,13 +37,20 @@ class Int8Backend:
         return run_each_direction(layer, input.packed(), state, one)
 
 
-def serves(layer: RecurrentLayer, x: Tensor) -> bool:
-    """Whether the eight-bit kernels compute the layer: its recurrent matrices are stored as int8, dense or of low rank
-    (with a diagonal and a sparse residual, if any), all is float32 on the CPU, and nobody asks for derivatives."""
+def run_step(cell: KRUCellBase, x: Tensor, state: State) -> State:
+    """One time step of a cell, x (batch, features)."""
+    sizes = torch.full((1,), x.shape[0], device="cpu")
+    return _run_direction(cell.kernel_kind, sizes, _stored_dense(cell), cell.weights(), x, state, False)[1]
+
+
+def serves(layer: RecurrentLayer | KRUCellBase, x: Tensor) -> bool:
+    """Whether the eight-bit kernels compute the layer or cell: its recurrent matrices are stored as int8, dense or of
+    low rank (with a diagonal and a sparse residual, if any), all is float32 on the CPU, and nobody asks for
+    derivatives."""
     dense = _stored_dense(layer)
     if not all(_is_int8(weight, dense) for weight in layer.recurrent_weights()):
         return False
-    if layer.proj_size or layer.kernel_kind in MODRELU or not x.is_cpu or not has_kernel("cpu"):
+    if getattr(layer, "proj_size", 0) or layer.kernel_kind in MODRELU or not x.is_cpu or not has_kernel("cpu"):
         return False
     if traced() or torch.is_autocast_enabled("cpu"):
         return False

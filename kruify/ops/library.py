@@ -49,17 +49,20 @@ def backend_info() -> dict[str, object]:
     """What the operators run on.
 
     Returns:
-        `compiled` (bool), `reason` (why not, or None), `cpu` (instruction set in use, or 'torch reference'), `cuda`
-        (bool: compiled kernels for CUDA are there), `threads`.
+        `compiled` (bool), `reason` (why not, or None), `cpu` (instruction set in use, or 'torch reference'), `int8`
+        (that of eight-bit products, or None), `cuda` (bool: compiled kernels for CUDA are there), `threads`.
     """
     reason = load()
-    isa = "torch reference"
+    isa, eight = "torch reference", None
     if has_kernel("cpu"):
         isa = ("portable", "avx2", "avx512")[int(torch.ops.kruify.instruction_set())]
+        names = ("portable", "avx2", "avx-vnni", "avx512-vnni", "arm dot product")
+        eight = names[int(torch.ops.kruify.int8_instruction_set())]
     return {
         "compiled": reason is None,
         "reason": reason,
         "cpu": isa,
+        "int8": eight,
         "cuda": has_kernel("cuda"),
         "threads": torch.get_num_threads(),
     }

@@ -10,7 +10,7 @@ from all_pairs import all_pairs
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from kruify.layers import KRUGRU, KRULSTM, KRURNN
+from kruify.layers import KRUGRU, KRULSTM, KRURNN, KRUGRUCell, KRULSTMCell, KRURNNCell
 from kruify.layers.dispatch import BACKENDS, choose
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.layers.storage import mark
@@ -18,6 +18,7 @@ from kruify.ops import has_kernel
 
 pytestmark = pytest.mark.skipif(not has_kernel("cpu"), reason="no compiled kernels")
 KINDS = {"lstm": KRULSTM, "gru": KRUGRU, "tanh": KRURNN, "relu": KRURNN}
+CELLS = {"lstm": KRULSTMCell, "gru": KRUGRUCell, "rnn": KRURNNCell}
 GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
 
 
@@ -92,6 +93,25 @@ def test_the_input_matrix_is_computed_as_it_is_stored(of_input: str | None) -> N
         both = layer(x)[0]
         mark(layer, {"weight_hh_l0": "int8"})
         assert not torch.equal(both, layer(x)[0])
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("factors", [None, "5*(24x1,1x24)+sparse:3%"])
+def test_a_cell_is_one_step_of_the_layer(kind: str, factors: str | None) -> None:
+    layer = make("tanh" if kind == "rnn" else kind, factors)
+    cell = CELLS[kind](11, 24, factors=factors or {})
+    cell.load_state_dict({name.replace("_l0", ""): t for name, t in layer.state_dict().items()})
+    x, state = torch.randn(3, 11), [torch.randn(3, 24) for _ in range(2 if kind == "lstm" else 1)]
+    with torch.no_grad():
+        cell(x, tuple(state) if kind == "lstm" else state[0])  # in float32: what it keeps may not outlive the mark
+        mark(cell, {"weight_ih": "int8", "weight_hh": "int8"})
+        found = flat(cell(x, tuple(state) if kind == "lstm" else state[0]))
+        given = [s[None] for s in state]
+        _, last = layer(x[None], tuple(given) if kind == "lstm" else given[0])
+        for a, b in zip(found, flat(last), strict=True):
+            assert torch.equal(a, b[0])
+        for a, b in zip(flat(cell(x[0])), flat(cell(x[:1])), strict=True):
+            assert torch.equal(a, b[0])
 
 
 def test_where_integers_do_not_serve_float32_does() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -232,18 +234,39 @@ def test_a_packed_matrix_between_other_bytes_is_refused() -> None:
         ops.int8_linear(torch.zeros(2, 6), torch.cat([packed[:1], packed])[1:], DENSE)
 
 
-def test_every_instruction_set_has_the_same_bits(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import numpy as np; from test_int8 import *\n"
-        "x = np.random.default_rng(5).standard_normal((11, 61)).astype(F32)\n"
-        "np.save(sys.argv[2], [ops.int8_linear(torch.from_numpy(x), *pack(draw(4, 33, 61, f))).numpy()"
-        " for f in ('dense', 'stacked', 'own')])"
-    )
-    found = []
-    for isa in ("portable", "avx2", "best"):
-        path, environment = tmp_path / f"{isa}.npy", {**os.environ, "PYTHONPATH": str(HERE.parent)}
-        environment |= {} if isa == "best" else {"KRUIFY_ISA": isa}
-        subprocess.run([sys.executable, "-c", code, str(HERE), str(path)], check=True, env=environment)
-        found.append(np.load(path))
-    np.testing.assert_array_equal(found[0], found[1])
-    np.testing.assert_array_equal(found[0], found[2])
+@pytest.mark.parametrize("bits", [256, 512])
+def test_vnni_has_the_same_bits_as_far_as_it_can_be_emulated(tmp_path: Path, bits: int) -> None:
+    """The same template on an emulated vpdpbusd: see int8_emulated.cpp."""
+    if platform.machine() != "x86_64" or not (shutil.which("g++") and int(ops.instruction_set())):
+        pytest.skip("needs g++ and AVX2")
+    if bits == 512 and not Path("/usr/include/simde/x86/avx512.h").exists():
+        pytest.skip("SIMDe is not installed")
+    csrc, program = HERE.parents[1] / "kruify" / "csrc", tmp_path / "emulated"
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-ffp-contract=off",
+        "-Wno-psabi",
+        f"-I{csrc}",
+        "-mavx2",
+        "-mfma",
+        f"-DEMULATE={bits}",
+    ]
+    sources = [HERE / "int8_emulated.cpp", csrc / "int8_portable.cpp"]
+    subprocess.run(["g++", *flags, *sources, "-o", program], check=True)
+    assert "192 cases" in subprocess.run([program], check=True, capture_output=True, text=True).stdout
+
+
+def products() -> Array:
+    x = torch.from_numpy(np.random.default_rng(5).standard_normal((11, 61)).astype(F32))
+    return np.stack([ops.int8_linear(x, *pack(draw(4, 33, 61, form))).numpy() for form in ("dense", "stacked", "own")])
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_every_instruction_set_has_the_same_bits(tmp_path: Path, isa: str) -> None:
+    if isa == "avx2" and int(ops.int8_instruction_set()) < 2:
+        pytest.skip("nothing above AVX2 here")
+    code = "import sys, numpy; from test_int8 import products; numpy.save(sys.argv[1], products())"
+    environment = {**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}", "KRUIFY_ISA": isa}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "other.npy"], check=True, env=environment)
+    np.testing.assert_array_equal(products(), np.load(tmp_path / "other.npy"))

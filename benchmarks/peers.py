@@ -1,0 +1,246 @@
+"""Layers in eight bits against what others make of the dense layer: torch, torch's dynamic int8, ONNX Runtime, its
+dynamic int8, OpenVINO.
+
+    python benchmarks/peers.py               everything that is missing in results/peers.jsonl (about 12 min)
+    python benchmarks/peers.py --only lstm --hidden 512
+    python benchmarks/peers.py --report      the page from the stored results alone
+
+T = 128, input 128, one layer, inference. Ours: all weights stored as int8, W_ih dense; W_hh dense, or of low rank with
+its gates stacked, at 16x fewer bytes and 16x fewer numbers. Needs the extra `bench`; without OpenVINO its column is
+empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from measurements import commit
+from timing import RESULTS, Results, restart_with_malloc_settings, threads, without_grad
+
+STEPS, INPUTS, SEED = 128, 128, 0
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+OURS = ("dense int8", "16x bytes", "16x numbers")
+PEERS = ("torch", "torch int8", "ORT", "ORT int8", "OpenVINO")
+# What issue 20 asks of ours over the best peer, by batch: LSTM and GRU of 512 and 1024.
+GOALS = {"16x bytes": {1: 2.5, 8: 1.8, 32: 1.8}, "16x numbers": {1: 3.5, 8: 2.5, 32: 2.5}, "dense int8": {}}
+Row = dict[str, Any]
+Contender = Callable[[], object]
+
+
+def keys() -> list[Row]:
+    """LSTM and GRU first: they have goals. Two threads at one size."""
+    shapes = [(kind, hidden) for kind in GATES for hidden in (512, 256, 1024, 128)]
+    rows = [(kind, hidden, batch, 1) for kind, hidden in shapes for batch in (1, 8, 32)]
+    rows += [(kind, 512, batch, 2) for kind in GATES for batch in (1, 8, 32)]
+    return [dict(zip(("kind", "hidden", "batch", "threads"), row, strict=True)) for row in rows]
+
+
+def rank(kind: str, hidden: int, what: str) -> int:
+    """Of stacked low rank: W_hh of float32 takes gates * hidden^2 numbers, one product (gates + 1) * hidden."""
+    gates = GATES[kind]
+    return gates * hidden // (gates + 1) // (4 if what == "16x bytes" else 16)
+
+
+def ours(kind: str, hidden: int, what: str) -> Any:
+    from kruify import layers
+    from kruify.layers.storage import mark
+
+    rows, stacked = GATES[kind] * hidden, "stacked:" if GATES[kind] > 1 else ""
+    factors = {} if what == "dense int8" else f"{stacked}{rank(kind, hidden, what)}*({rows}x1,1x{hidden})"
+    layer = getattr(layers, f"KRU{kind.upper()}")(INPUTS, hidden, factors=factors)
+    mark(layer, {"weight_ih_l0": "int8", "weight_hh_l0": "int8"})
+    return layer.eval()
+
+
+def contenders(key: Row) -> dict[str, Contender]:
+    import torch
+    from torch import nn
+
+    torch.manual_seed(SEED)
+    kind, hidden = key["kind"], key["hidden"]
+    x = torch.randn(STEPS, key["batch"], INPUTS)
+    dense = getattr(nn, kind.upper())(INPUTS, hidden).eval()
+    found = {what: without_grad(ours(kind, hidden, what), x) for what in OURS}
+    found["torch"] = without_grad(dense, x)
+    if kind != "rnn":  # torch has none of it
+        quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(dense), {type(dense)})
+        found["torch int8"] = without_grad(quantised, x)
+    return found | others(dense, x, key)
+
+
+def others(dense: Any, x: Any, key: Row) -> dict[str, Contender]:
+    import tempfile
+    from pathlib import Path
+
+    import onnxruntime
+    import torch
+    from onnxruntime.quantization import quantize_dynamic
+
+    class First(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = dense
+
+        def forward(self, x: Any) -> Any:
+            return self.layer(x)[0]
+
+    def session(file: Path) -> Contender:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = key["threads"]
+        made = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        return lambda: made.run(None, {"x": given})
+
+    given, found = np.ascontiguousarray(x.numpy()), {}
+    with tempfile.TemporaryDirectory() as folder:
+        file, small = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+        torch.onnx.export(First().eval(), (x,), file, dynamo=False, opset_version=17, input_names=["x"])
+        found["ORT"] = session(file)
+        if key["kind"] == "lstm":  # it leaves GRU and RNN in float32
+            quantize_dynamic(file, small)
+            found["ORT int8"] = session(small)
+        try:
+            import openvino
+        except ImportError:
+            return found
+        hints = {"INFERENCE_NUM_THREADS": key["threads"], "PERFORMANCE_HINT": "LATENCY"}
+        request = openvino.Core().compile_model(file, "CPU", hints).create_infer_request()
+        found["OpenVINO"] = lambda: request.infer({"x": given})
+    return found
+
+
+def best_times(calls: dict[str, Contender], seconds: float, clock: Callable[[], float]) -> dict[str, float]:
+    """Best time of each in milliseconds, in turns; each at least three times. The clock is that of all threads of the
+    process where one thread is asked for: OpenVINO computes in one of its own."""
+    best = dict.fromkeys(calls, float("inf"))
+    rounds, end = 0, time.perf_counter() + seconds
+    gc.disable()
+    while rounds < 3 or time.perf_counter() < end:
+        rounds += 1
+        for name, call in calls.items():
+            start = clock()
+            call()
+            best[name] = min(best[name], clock() - start)
+    gc.enable()
+    return {name: round(1e3 * t, 4) for name, t in best.items()}
+
+
+def measure(key: Row, seconds: float) -> Row:
+    with threads(key["threads"]):
+        clock = time.process_time if key["threads"] == 1 else time.perf_counter
+        return {**key, "ms": best_times(contenders(key), seconds, clock), "seed": SEED, "commit": commit()}
+
+
+def multiply_rate() -> float:
+    """Multiply-adds per nanosecond of the eight-bit product of many vectors with a matrix in the L1 cache, 1 thread."""
+    import torch
+
+    import kruify.ops  # noqa: F401
+
+    layout = [1, 64, 256, 0, 0, 256]
+    packed, x = torch.ops.kruify.int8_pack(None, torch.randn(64, 256), layout), torch.randn(4096, 256)
+    with threads(1):
+        call = {"product": lambda: torch.ops.kruify.int8_linear(x, packed, layout)}
+        return x.numel() * 64 / best_times(call, 2.0, time.process_time)["product"] / 1e6
+
+
+def multiply_adds(key: Row, what: str) -> float:
+    rows = GATES[key["kind"]] * key["hidden"]
+    recurrent = rows * key["hidden"]
+    if what != "dense int8":
+        recurrent = rank(key["kind"], key["hidden"], what) * (rows + key["hidden"])
+    return float(STEPS * key["batch"] * (recurrent + rows * INPUTS))
+
+
+def best_peer(row: Row) -> str:
+    return min((name for name in PEERS if name in row["ms"]), key=lambda name: row["ms"][name])
+
+
+def report(results: Results) -> str:
+    about, rows = results.about, results.rows
+    m, rate = about["machine"], about["multiply_rate"]
+    text = [
+        "# Eight-bit layers and their peers\n",
+        "Written by `python benchmarks/peers.py --report`; numbers in results/peers.jsonl, each line with its commit"
+        " and seed. Best times, contenders in turns.\n",
+        f"{m['cpu']}, AVX-512 {'yes' if m['avx512'] else 'no'}, {m['cores']} cores, torch {m['torch']}, load at the"
+        f" start {m['load_at_start']:.1f}; T={STEPS}, input {INPUTS}, one layer, inference, milliseconds.\n",
+        "Ours store and compute all weights as int8: W_ih dense, W_hh dense or stacked low rank at 16x fewer bytes or"
+        " numbers than in float32. `x` = times faster than the best peer, which stands in italics;"
+        f" `at most`: the same if our products ran at {rate:.1f} multiply-adds a nanosecond, as a product with a matrix"
+        " in the L1 cache does in the same run, and all else took no time. torch has no int8 RNN, ONNX Runtime no"
+        " int8 GRU or RNN.\n",
+        *summary(rows, rate),
+    ]
+    for count in sorted({r["threads"] for r in rows}):
+        text.append(f"\n## {count} thread{'s' * (count > 1)}\n")
+        ratios = [column for what in OURS for column in (what, "x", "at most")]
+        text.append("| layer | H | B | " + " | ".join((*PEERS, *ratios)) + " |")
+        text.append("|--" * (3 + len(PEERS) + len(ratios)) + "|")
+        for r in (r for r in rows if r["threads"] == count):
+            text.append("| " + " | ".join(cells(r, rate)) + " |")
+    return "\n".join(text) + "\n"
+
+
+def cells(row: Row, rate: float) -> list[str]:
+    ms, peer = row["ms"], best_peer(row)
+    found = [row["kind"].upper(), str(row["hidden"]), str(row["batch"])]
+    for name in PEERS:
+        number = f"{ms[name]:.3g}" if name in ms else ""
+        found.append(f"*{number}*" if name == peer else number)
+    for what in OURS:
+        limit = ms[peer] * rate * 1e6 / multiply_adds(row, what) * row["threads"]
+        found += [f"{ms[what]:.3g}", f"{ms[peer] / ms[what]:.2f}x", f"{limit:.1f}x"]
+    return found
+
+
+def summary(rows: list[Row], rate: float) -> list[str]:
+    """How many goals were met."""
+    text = []
+    for what, goals in GOALS.items():
+        counted = [r for r in rows if r["threads"] == 1 and r["kind"] != "rnn" and r["hidden"] in (512, 1024)]
+        met = [r for r in counted if r["batch"] in goals and _ratio(r, what) >= goals[r["batch"]]]
+        behind = [f"{r['kind'].upper()} {r['hidden']} B={r['batch']}" for r in rows if _ratio(r, what) < 1]
+        goal = f"goal of issue 20 (LSTM, GRU, 512 and 1024, one thread) met in {len(met)} of {len(counted)} cells; "
+        text.append(f"- {what}: {goal if goals else ''}behind the best peer in {len(behind)} of {len(rows)}"
+                    + (f" ({', '.join(behind)})" if behind else ""))  # fmt: skip
+    return text
+
+
+def _ratio(row: Row, what: str) -> float:
+    return float(row["ms"][best_peer(row)] / row["ms"][what])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fresh", action="store_true", help="forget stored results")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--only", help="lstm, gru or rnn")
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--seconds", type=float, default=2.0, help="for one row, at least three rounds")
+    options = parser.parse_args()
+    restart_with_malloc_settings()
+    warnings.filterwarnings("ignore")
+    results = Results("peers", options.fresh)
+    if not options.report:
+        results.about.setdefault("multiply_rate", round(multiply_rate(), 2))
+        wanted = [
+            key
+            for key in keys()
+            if (not options.only or key["kind"] == options.only) and options.hidden in (None, key["hidden"])
+        ]
+        for key in results.missing(wanted):
+            row = measure(key, options.seconds)
+            print(*key.values(), row["ms"], file=sys.stderr, flush=True)
+            results.add(row)
+    (RESULTS.parent / "peers.md").write_text(report(results))
+
+
+if __name__ == "__main__":
+    main()
