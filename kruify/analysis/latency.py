@@ -68,7 +68,8 @@ def runner(layers: Layers, modules: Sequence[nn.Module], batch: int, steps: int)
     for (layer, _), module in zip(layers.items, modules, strict=True):
         leading = (batch, steps) if layer.batch_first and not layer.cell else (steps, batch)
         x = torch.randn(*leading, layer.input_size, generator=generator)
-        work.append((module, x.to(next(module.parameters()).dtype.to_real()), layer.cell))
+        dtype = next((p.dtype.to_real() for p in module.parameters()), torch.float32)  # torch's int8 layers have none
+        work.append((module, x.to(dtype), layer.cell))
 
     def run() -> None:
         for module, x, cell in work:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from kruify.analysis.layers import layers_of
 from kruify.analysis.matrices import matrix_health
 from kruify.checkpoint import read
 from kruify.conversion.network import load_network
+from kruify.errors import UnsupportedError
 from kruify.progress import Progress
+from kruify.reporting.contender import Contender, contender
 from kruify.reporting.details import agreeing, history, peak_memory, provenance, sources, with_energies
 from kruify.reporting.report import LatencySetup, ModelReport, Report
 from kruify.tasks.base import Task, measure
@@ -32,6 +35,8 @@ def report(
     progress: Progress | None = None,
 ) -> Report:
     """Compares files with the first one: parameters, bytes, multiply-adds, latency, and with a task its metrics.
+
+    Where the first one is dense, the last model is that one in eight bits by torch's dynamic quantisation.
 
     Args:
         key: the entry of a file that holds the state dict, where it has several.
@@ -51,9 +56,18 @@ def report(
     for index, checkpoint in enumerate(checkpoints):
         tell(index, total, f"evaluating {checkpoint.path}")
         metrics.append({} if task is None else measure(task, load_network(checkpoint, task), split))
+    int8: Contender | None = None
+    without_int8 = ""
+    if not layers[0].planned:
+        tell(len(files), total, f"evaluating {checkpoints[0].path} in int8")
+        try:
+            int8 = contender(layers[0], task, split)
+        except UnsupportedError as error:
+            without_int8 = error.what
     tell(len(files), total, "measuring latency")
     load = os.getloadavg()[0]
-    latency = measure_latency(layers, threads=threads, seconds=latency_seconds)
+    measured = layers if int8 is None else [*layers, int8.layers]
+    latency = measure_latency(measured, threads=threads, seconds=latency_seconds)
     models = []
     for index, (checkpoint, name) in enumerate(zip(checkpoints, _names(files), strict=True)):
         tell(len(files) + 1 + index, total, f"singular values of {checkpoint.path}")
@@ -77,6 +91,24 @@ def report(
                 made=provenance(checkpoint),
             )
         )
+    if int8 is not None:
+        first = models[0]
+        models.append(
+            replace(
+                first,
+                name=f"{first.name} (int8)",
+                bytes=first.bytes - int8.saved,
+                weight_bytes=first.weight_bytes - int8.saved,
+                memory_bytes=first.memory_bytes - int8.saved,
+                latency_ms=latency.median[-1],
+                latency_p95_ms=latency.p95[-1],
+                peak_memory_bytes=int8.peak_memory_bytes,
+                metrics=int8.metrics,
+                recurrent_matrices=[],
+                history=[],
+                made={"int8": "torch.ao.quantization.quantize_dynamic"},
+            )
+        )
     return Report(
         models=models,
         latency=LatencySetup(latency.steps, latency.threads, machine(), os.cpu_count(), load),
@@ -85,6 +117,7 @@ def report(
         examples=None if task is None else task.examples(split),
         metric=None if task is None else task.metric,
         higher_is_better=task is not None and task.higher_is_better,
+        without_int8=without_int8,
     )
 
 

@@ -172,7 +172,11 @@ def _gate_row(entry: MatrixHealth, labels: Sequence[str]) -> str:
 
 def _spectra(report: Report) -> str:
     names = dict.fromkeys(entry.name for model in report.models for entry in model.recurrent_matrices)
-    entries = ((_key(index), pictures.short(model.name, 40)) for index, model in enumerate(report.models))
+    entries = (
+        (_key(index), pictures.short(model.name, 40))
+        for index, model in enumerate(report.models)
+        if model.recurrent_matrices
+    )
     keys = " ".join(f'<span class="entry">{key}{escape(name)}</span>' for key, name in entries)
     return "".join(
         f'<figure class="card"><h3><code>{escape(name)}</code></h3>{pictures.spectra(report, name)}'

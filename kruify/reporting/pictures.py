@@ -236,7 +236,7 @@ def tradeoff(report: Report, knee: str | None = None) -> str | None:
     def paint(figure: Any) -> None:
         axes = figure.add_subplot()
         if knee is not None:
-            curve = sorted((m.parameters.total, m.metrics[key]) for m in report.models)
+            curve = sorted((m.parameters.total, m.metrics[key]) for m in report.models if m.recurrent_matrices)
             axes.plot(*zip(*curve, strict=True), color=GRID, linewidth=1.5, zorder=1)
         for index, model in enumerate(report.models):
             x, y = model.parameters.total, model.metrics[key]

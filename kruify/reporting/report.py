@@ -11,7 +11,8 @@ from kruify.analysis.matrices import MatrixHealth
 
 @dataclass(frozen=True)
 class ModelReport:
-    """One file.
+    """One file, or the dense network in eight bits: it has file, parameters and multiply-adds of the dense one, and no
+    recurrent matrices to show.
 
     Attributes:
         name: short name, unique within the report.
@@ -70,6 +71,8 @@ class Report:
         task, split, examples: what the metrics were measured on; None without a task.
         metric: key of the metric that decides; None without a task.
         higher_is_better: of that metric.
+        without_int8: why the dense network in eight bits is not among the models; empty where it is, or where the first
+            model is not dense.
     """
 
     models: list[ModelReport]
@@ -79,6 +82,7 @@ class Report:
     examples: int | None = None
     metric: str | None = None
     higher_is_better: bool = False
+    without_int8: str = ""
 
     @property
     def ratios(self) -> list[dict[str, Any]]:

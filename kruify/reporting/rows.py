@@ -47,15 +47,17 @@ def title(report: Report) -> str:
     first, *others = report.models
     if any(model.sources for model in others):
         return f"{first.name}: before and after conversion"
-    return f"{first.name}, compared with {', '.join(model.name for model in others)}"
+    return f"{first.name}, compared with {', '.join(model.name for model in others if model.recurrent_matrices)}"
 
 
 def headlines(report: Report) -> list[Headline]:
-    """One for every model after the first."""
+    """One for every file after the first."""
     first = report.models[0]
     batch = min(first.latency_ms, default=None)
     results = []
     for model in report.models[1:]:
+        if not model.recurrent_matrices:  # the dense network in eight bits
+            continue
         parts = model.parameters
         figures = [
             times(first.parameters.recurrent, parts.recurrent, "smaller", "recurrent matrices"),
@@ -221,7 +223,7 @@ def sparkline_of_spectrum(values: Sequence[float]) -> str:
 
 
 def latency_note(report: Report) -> str:
-    """How latency and memory were measured."""
+    """How latency and memory were measured, and of what they were not."""
     info = report.latency
     threads = "one thread" if info.threads == 1 else f"{info.threads} threads"
     said = (
@@ -231,6 +233,8 @@ def latency_note(report: Report) -> str:
     load, cores = info.load, info.cores
     if load and cores and load > cores:
         said += f" Other programs were running (load {load:.1f} on {cores} cores): the latency is not to be relied on."
+    if report.without_int8:
+        said += f" {report.models[0].name} (int8) by torch's dynamic quantisation is missing: {report.without_int8}."
     return said
 
 

@@ -31,7 +31,7 @@ def tables(report: Report) -> list[RenderableType]:
 
     Their strings are plain text: print them on a console without markup.
     """
-    parts: list[RenderableType] = [_made(report), *(_gates(model) for model in report.models)]
+    parts: list[RenderableType] = [_made(report), *(_gates(m) for m in report.models if m.recurrent_matrices)]
     if any(model.history for model in report.models):
         parts.append(_training(report))
     parts.append(_comparison(report))

@@ -87,15 +87,16 @@ def test_convert_finetune_report(folder, run, run_json):
 
     files = ("model.pt", "model.kru.safetensors", "tuned.kru.safetensors")
     report = run_json("report", *files, "--task", "task.py:Echo")
-    first, second, third = report["models"]
-    assert [m["name"] for m in report["models"]] == ["model", "model (2)", "tuned"]
+    first, second, third, int8 = report["models"]
+    assert [m["name"] for m in report["models"]] == ["model", "model (2)", "tuned", "model (int8)"]
     assert first["parameters"] == {"recurrent": 192, "input": 72, "other": 66, "total": 330}
     assert second["parameters"]["recurrent"] == 3 * 20
     assert first["multiply_adds_per_step"] == 192 + 72
     assert second["multiply_adds_per_step"] == 72 + 3 * (8 * 4 + 8 * 2)
-    assert set(first["latency_ms"]) == {"1", "32"}
+    assert int8["bytes"] < first["bytes"] and int8["metrics"] != first["metrics"]
+    assert set(first["latency_ms"]) == set(int8["latency_ms"]) == {"1", "32"}
     assert third["sources"] == [dense, converted]
-    assert [m["bytes"] for m in report["models"]] == [(folder / name).stat().st_size for name in files]
+    assert [m["bytes"] for m in report["models"][:3]] == [(folder / name).stat().st_size for name in files]
     assert set(first["recurrent_matrices"][0]) >= {
         "name", "gate", "condition_number", "spectral_norm", "unitarity_defect",
     }  # fmt: skip

@@ -136,7 +136,7 @@ def test_report_compares_weights_with_weights(folder, run_json):
     torch.save({"state_dict": torch.load("model.pt"), "optimizer_states": [{"m": torch.zeros(5000)}]}, "full.ckpt")
     run_json("convert", "full.ckpt", "--factors", "dense", *INT8, "-o", "a.safetensors")
     result = run_json("report", "full.ckpt", "a.safetensors")
-    first, small = result["models"]
+    first, small, _ = result["models"]
     assert first["weight_bytes"] == 1320 and first["bytes"] == Path("full.ckpt").stat().st_size
     assert small["weight_bytes"] == data_bytes("a.safetensors")
     assert small["bytes"] == Path("a.safetensors").stat().st_size

@@ -58,7 +58,7 @@ def test_the_file_is_verified_inspected_reported_and_trained_on(folder, done, ru
     (layer,) = run_json("inspect", "kru.safetensors")["layers"]
     assert (layer["kind"], layer["hidden_size"], layer["recurrent_parameters"]) == ("kru", 8, 2 * (16 + 4))
     report = run_json("report", "lstm.safetensors", "kru.safetensors", "--task", TASK)
-    (lstm, kru) = report["models"]
+    (lstm, kru, _) = report["models"]
     assert [m["gate"] for m in kru["recurrent_matrices"]] == ["h"]
     assert kru["parameters"]["total"] == 2 * (10 * 8 + 16 + 4) + 8 + 16 * 10 + 10
     assert lstm["metrics"] != kru["metrics"]

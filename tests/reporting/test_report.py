@@ -69,12 +69,12 @@ def text_of(report: Report) -> str:
 
 def test_report_compares_with_the_first(files):
     report = build(*files, task=Size(), latency_seconds=0.0)
-    first, exact, small = report.models
-    assert [m.name for m in report.models] == ["net", "exact", "small"]
+    first, exact, small, _ = report.models
+    assert [m.name for m in report.models] == ["net", "exact", "small", "net (int8)"]
     assert exact.metrics["norm"] == pytest.approx(first.metrics["norm"], rel=1e-4)
     assert small.parameters.recurrent == 3 * 32
     assert small.sources == [first.sha256]
-    exact_ratios, small_ratios = report.ratios
+    exact_ratios, small_ratios, _ = report.ratios
     assert small_ratios["recurrent_parameters"] == 768 / 96
     assert exact_ratios["recurrent_parameters"] == 768 / (3 * 16 * 32)
     assert small_ratios["bytes"] == first.weight_bytes / small.weight_bytes
@@ -101,7 +101,7 @@ def test_same_stem_gets_a_number(files, tmp_path):
     twin = tmp_path / "other" / "net.pt"
     twin.write_bytes(files[0].read_bytes())
     report = build(files[0], twin, latency_seconds=0.0)
-    assert [m.name for m in report.models] == ["net", "net (2)"]
+    assert [m.name for m in report.models] == ["net", "net (2)", "net (int8)"]
 
 
 def test_refusals(files, tmp_path):
