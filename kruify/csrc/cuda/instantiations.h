@@ -5,13 +5,15 @@
 
 #include "pair_plan.h"
 
+#ifndef KRUIFY_FIXED_SHAPES
 #define KRUIFY_FIXED_SHAPES(_) _(16, 16) _(32, 16) _(32, 32) _(64, 32) _(64, 64)
+#endif
 
 namespace kruify::cuda {
 
 // Calls f(shape) with the fixed shape where there is one, else with the sizes as they are.
 template <class F> void with_shape(AnyShape s, bool fixed, const F& f) {
-  const bool square = s.P1 == s.Q1 && s.P2 == s.Q2;
+  [[maybe_unused]] const bool square = s.P1 == s.Q1 && s.P2 == s.Q2;
 #define KRUIFY_ENTRY(rows1, rows2) \
   if (fixed && square && s.P1 == rows1 && s.P2 == rows2) return f(Square<rows1, rows2>{});
   KRUIFY_FIXED_SHAPES(KRUIFY_ENTRY)
