@@ -107,6 +107,8 @@ class KRUCellBase(nn.Module):
         count, shape = 2 if self.kind == "lstm" else 1, (x.shape[0], self.hidden_size)
         if state is None:
             return x, (x.new_zeros(shape),) * count
+        if not all(isinstance(s, Tensor) for s in state):
+            raise UsageError("the state must be a tensor, of an LSTM the pair (h, c)", type(self).__name__)
         state = tuple(state) if input.dim() == 2 else tuple(s.unsqueeze(0) for s in state)
         if len(state) != count or any(s.shape != shape for s in state):
             raise UsageError(

@@ -24,7 +24,10 @@ class ReferenceBackend:
 
     def run(self, layer: RecurrentLayer, input: Sequences, state: State) -> tuple[Tensor, State]:
         sizes = [input.batch] * input.steps if input.packed_sizes is None else input.packed_sizes.tolist()
-        return run_each_direction(layer, input.packed(), state, partial(run_direction, layer.kernel_kind, sizes))
+        output, final = run_each_direction(
+            layer, input.packed(), state, partial(run_direction, layer.kernel_kind, sizes)
+        )
+        return output, tuple(s.clone() for s in final)  # a user may change them in place, as torch.nn's
 
 
 def run_direction(

@@ -135,6 +135,22 @@ def test_outputs_may_be_changed_in_place(kind: str, backend: str, batch_first: b
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("kind", ["GRU", "RNN"])  # torch's LSTM needs them, too
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_final_states_may_be_changed_in_place(kind: str, backend: str) -> None:
+    layer, grads = getattr(layers, f"KRU{kind}")(3, 8, backend=backend), []
+    for factor in (1.0, 3.0):
+        x = torch.ones(4, 2, 3, requires_grad=True)
+        state = layer(x)[1]
+        grads.append(torch.autograd.grad(state.mul_(factor).sum(), x)[0] / factor)
+    torch.testing.assert_close(*grads)
+
+
+def test_a_cell_says_what_its_state_is() -> None:
+    with pytest.raises(UsageError, match="the state must be a tensor"):
+        layers.KRUGRUCell(3, 8)(torch.ones(2, 3), (torch.ones(2, 8),) * 2)
+
+
 def test_outputs_of_a_kru_may_be_changed_in_place() -> None:
     layer = KRU(3, 8)
     output, _ = layer(torch.randn(4, 2, 3))
