@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -30,7 +31,13 @@ if TYPE_CHECKING:
 @click.command()
 @model_argument
 @task_option
-@click.option("--budget", metavar="B", required=True, help="16x, params=10%, macs=10%, or params=8x,macs=50%.")
+@click.option(
+    "--budget",
+    metavar="B",
+    required=True,
+    help="size=8x or size=600kB: the whole file, in int8; or 16x, params=10%, macs=10%, params=8x,macs=50% of "
+    "recurrent matrices.",
+)
 @click.option(
     "--max-drop", type=NUMBER, metavar="D", help="How much worse the task's metric may get, in its own units (0.01)."
 )
@@ -57,7 +64,8 @@ def compress(model: str, task: str, others: tuple[str, ...], json_only: bool, **
     """Plan, convert, fine-tune and evaluate in one go.
 
     Two candidates, the structure that keeps the most energy and one that is half low rank, half single entries, are
-    each trained for a short while; the one that validates better is taken.
+    each trained for a short while; the one that validates better is taken. Under a size there is a third, low rank of
+    stacked gates, and all of them factor the input matrices, too.
 
     With --max-drop, layers that cost too much get more parameters, or stay dense, until the network loses no more than
     that on the validation split. If it cannot be reached the nearest network is written all the same, and the exit
@@ -65,14 +73,16 @@ def compress(model: str, task: str, others: tuple[str, ...], json_only: bool, **
     """
     with output(json_only) as out:
         from kruify.api import compress as run
+        from kruify.checkpoint import read
         from kruify.errors import TargetMissedError
         from kruify.tasks.base import measure
         from kruify.tasks.loader import load_task
 
         found = load_task(task)
+        checkpoint = read(model, key=options["key"])
         with progress("starting") as advance:
             done = run(
-                model,
+                checkpoint,
                 found,
                 progress=advance,
                 on_candidate=lambda result: out.note(_candidate(result, found)),
@@ -81,7 +91,10 @@ def compress(model: str, task: str, others: tuple[str, ...], json_only: bool, **
             )
         metrics = measure(found, done.model, "test")
         _show(out, done, found, metrics, options["output"])
-        out.result({"output": options["output"], **done.to_json(), "metrics": metrics})
+        before, after = checkpoint.weight_bytes, Path(options["output"]).stat().st_size
+        out.show(f"weights of {before:,} bytes -> a file of {after:,}, {before / after:.1f}x smaller")
+        size = {"before": before, "after": after, "ratio": before / after}
+        out.result({"output": options["output"], **done.to_json(), "metrics": metrics, "bytes": size})
         if not done.within:
             nearest = done.attempts[done.best]
             raise TargetMissedError(

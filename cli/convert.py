@@ -26,7 +26,12 @@ LOSSLESS = 1e-3
 @click.option(
     "--input-factors", metavar="SPEC", help="Factors of the input matrices W_ih too; they stay dense without."
 )
-@click.option("--budget", metavar="B", help="Choose the factors: 10x, params=25%, macs=10%, or params=8x,macs=50%.")
+@click.option(
+    "--budget",
+    metavar="B",
+    help="Choose the factors: 10x, params=25%, macs=10%, or params=8x,macs=50%; size=8x or size=600kB: of W_ih, too, "
+    "so that the whole file, in int8, is no larger.",
+)
 @click.option("--input-budget", metavar="B", help="The same for the input matrices W_ih.")
 @click.option("--max-error", type=NUMBER, metavar="E", help="Bound on the error ||W-K||/||W|| of each gate.")
 @click.option("--only", metavar="GLOB", multiple=True, help="Convert only layers or matrices that match.")
@@ -125,6 +130,9 @@ def _show(out: Output, model: str, conversion: Conversion) -> None:
     ]
     if size is not None:
         lines.append(_counts("weights in the file", size.before, size.after, "bytes", size.ratio))
+        if size.file is not None and size.allowed is not None:
+            lines.append(_counts("whole file", size.before, size.file, "bytes", size.before / size.file))
+            lines.append(f"the budget allows {size.allowed:,} bytes, {size.allowed - size.file:,} are left")
         if size.beside > size.before // 10:
             lines.append(f"{model} holds {size.beside:,} bytes beside its weights, which are not counted")
     out.show(*([table] if conversion.matrices else [title]), *lines)

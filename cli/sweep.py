@@ -98,7 +98,7 @@ def _show(out: Output, done: Sweep) -> None:
 
     from kruify.reporting.terminal import table as titled
 
-    columns = ("recurrent parameters", "smaller", "all parameters", done.metric)
+    columns = ("recurrent parameters", "smaller", "all parameters", "bytes", done.metric)
     table = titled(f"{done.metric}, {done.split} split", "budget", *columns, words=0)
     table.add_column("")
     values = [point.metrics[done.metric] for point in done.points]
@@ -112,6 +112,7 @@ def _show(out: Output, done: Sweep) -> None:
             f"{point.recurrent_parameters:,}",
             f"{first / max(1, point.recurrent_parameters):.1f}x",
             f"{point.total_parameters:,}",
+            f"{point.bytes:,}",
             f"{value:.4f}",
             Text.assemble(bar, " ", ("knee", "bold")) if index == done.knee else bar,
         )

@@ -25,6 +25,7 @@ from kruify.conversion.loading import load_into
 from kruify.conversion.network import load_network, network_of
 from kruify.conversion.pipeline import refuse_converted
 from kruify.conversion.plan import Plan
+from kruify.conversion.size import check_budget_target
 from kruify.conversion.storing import check_storage, write_converted
 from kruify.errors import CorruptError, UsageError
 from kruify.exporting import Exported, export_dense, export_layers, export_network
@@ -175,9 +176,11 @@ def compress(
     dense = _opened(model, key, dense=True)
     if output is not None:
         check_model_target(output, *_files(dense))
-    done = _compress(_network(dense, task), task, budget, seed=seed, **options)
+        check_budget_target(budget, output)
+    source = dense if isinstance(dense, Checkpoint) else None
+    done = _compress(_network(dense, task), task, budget, source=source, seed=seed, **options)
     if output is not None:
-        _save(done.model, output, seed, *((dense.sha256, carried(dense)) if isinstance(dense, Checkpoint) else ()))
+        _save(done.model, output, seed, *(() if source is None else (source.sha256, carried(source))))
     return done
 
 

@@ -94,9 +94,7 @@ def write_safetensors(
         UsageError: the file cannot be written.
     """
     lazy = as_lazy(tensors)
-    strings = dict(metadata or {})
-    if "kruify.schema" in strings:
-        strings[CHECKSUM] = "0" * 64
+    strings = _with_checksum(metadata)
     header, order = _header(lazy, strings, path)
     total, written = sum(tensor.nbytes for tensor in lazy.values()), 0
     with atomic_file(path) as file:
@@ -115,6 +113,13 @@ def write_safetensors(
             start = header.index(b'"%s":"%s"' % (CHECKSUM.encode(), b"0" * 64)) + len(CHECKSUM) + 4
             file.seek(start)
             file.write(digest.hexdigest().encode())
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor | LazyTensor], metadata: Mapping[str, str] | None = None) -> int:
+    """Size of the file that `write_safetensors` writes; no tensor is loaded."""
+    lazy = as_lazy(tensors)
+    header, _ = _header(lazy, _with_checksum(metadata), "safetensors")
+    return len(header) + sum(tensor.nbytes for tensor in lazy.values())
 
 
 def write_torch(
@@ -196,6 +201,12 @@ def _loaded(lazy: LazyTensor, name: str, path: object) -> Tensor:
             f"{path}: {name} was announced as {lazy.shape} {lazy.dtype}, loaded {tensor.shape} {tensor.dtype}"
         )
     return tensor
+
+
+def _with_checksum(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """The metadata, with a place for the checksum of a file of kruify's."""
+    strings = dict(metadata or {})
+    return {**strings, CHECKSUM: "0" * 64} if "kruify.schema" in strings else strings
 
 
 def _header(lazy: Mapping[str, LazyTensor], metadata: Mapping[str, str], path: object) -> tuple[bytes, list[str]]:

@@ -34,15 +34,29 @@ ERROR_LEVELS = tuple(2 ** (-k / 2) for k in range(20, -1, -1))  # shares of the 
 PRICES = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of multiply-adds against parameters in the price of a candidate
 PAIRS_LIMIT = 1 << 11  # candidates of all gates together up to which pairs of exchanges are looked at
 
-BUDGET_GRAMMAR = "'10x', 'params=25%', 'macs=10%' or 'params=8x,macs=50%'"
+BUDGET_GRAMMAR = "'10x', 'params=25%', 'macs=10%', 'params=8x,macs=50%', 'size=8x' or 'size=600kB'"
+UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Shares of the dense matrices that may be kept, None where unlimited."""
+    """What may be kept, None where unlimited.
+
+    Attributes:
+        parameters, multiply_adds: shares of the dense matrices.
+        size: of the file of the whole network, a share of the bytes of the source's weights; or
+        bytes: how many.
+    """
 
     parameters: float | None = None
     multiply_adds: float | None = None
+    size: float | None = None
+    bytes: int | None = None
+
+    @property
+    def of_file(self) -> bool:
+        """Whether it is one of bytes (`conversion.size`)."""
+        return self.size is not None or self.bytes is not None
 
 
 @dataclass(frozen=True)
@@ -76,18 +90,29 @@ class BudgetPlan:
         return [s for structures in self.structures.values() for s in structures]
 
 
-_CLAUSE = re.compile(r"(?:(params|macs)=)?([0-9]{1,9}(?:\.[0-9]+)?)(x|%)")
+_NUMBER = r"([0-9]{1,9}(?:\.[0-9]{1,9})?)"
+_CLAUSE = re.compile(rf"(?:(params|macs|size)=)?{_NUMBER}(x|%)")
+_BYTES = re.compile(rf"size={_NUMBER}({'|'.join(UNITS)}|)")
 
 
 def parse_budget(text: str) -> Budget:
-    """Reads '10x' (a tenth of the parameters), 'params=25%', 'macs=10%' and combinations joined by commas.
+    """Reads '10x' (a tenth of the parameters), 'params=25%', 'macs=10%' and combinations of both joined by commas;
+    'size=8x' or 'size=600kB' (`UNITS`) of the file of the whole network.
 
     Raises:
-        PlanError: not in that form, named twice, or not between 0 and 100 %.
+        PlanError: not in that form, named twice, not between 0 and 100 %, or a size beside other limits.
     """
     found: dict[str, float] = {}
-    for clause in re.sub(r"\s+", "", text).lower().split(","):
-        match = _CLAUSE.fullmatch(clause)
+    clauses = re.sub(r"\s+", "", text).lower().split(",")
+    for clause in clauses:
+        match, absolute = _CLAUSE.fullmatch(clause), _BYTES.fullmatch(clause)
+        if clause.startswith("latency="):
+            hint = "Give size= or macs=, and measure with 'kruify report'"
+            raise PlanError("a latency cannot be planned for", text, hint)
+        if "size=" in clause and len(clauses) > 1:
+            raise PlanError("a budget of bytes stands alone", text, "Give --budget one of its limits")
+        if absolute is not None:
+            return Budget(bytes=int(float(absolute[1]) * UNITS[absolute[2] or "b"]))
         if match is None:
             raise PlanError(f"'{clause}' is not a budget", text, f"Write for example {BUDGET_GRAMMAR}")
         key, number = match[1] or "params", float(match[2])
@@ -96,7 +121,7 @@ def parse_budget(text: str) -> Budget:
         if number == 0 or (match[3] == "x" and number < 1) or (match[3] == "%" and number > 100):
             raise PlanError(f"'{clause}' is not a reduction", text, "Give a factor of 1x or more, or up to 100%")
         found[key] = 1 / number if match[3] == "x" else number / 100
-    return Budget(found.get("params"), found.get("macs"))
+    return Budget(found.get("params"), found.get("macs"), found.get("size"))
 
 
 def plan_budget(
@@ -143,7 +168,7 @@ def plan_budget(
     if max_error is not None and not 0 <= max_error < 1:
         raise PlanError(f"an error bound lies between 0 and 1, got {max_error}")
     searches = {} if searches is None else searches
-    gates = _gates(matrices, seed, scaled, searches)
+    gates = gates_of(matrices, seed, scaled, searches)
     if budget is None:
         assert max_error is not None
         chosen = []
@@ -153,9 +178,11 @@ def plan_budget(
             _tell(progress, i + 1, len(gates))
         return _collect(matrices, gates, chosen)
     limits = parse_budget(budget)
+    if limits.of_file:
+        raise PlanError("a budget of bytes is of a whole network, not of its matrices", f"budget {budget}")
     # A bound on the error is one for every gate: a stack could keep it and one of its gates not.
     several = any(count > 1 for _, count, _ in matrices.values())
-    stacks = _gates(matrices, seed, scaled, searches, stacked=True) if several and max_error is None else []
+    stacks = gates_of(matrices, seed, scaled, searches, stacked=True) if several and max_error is None else []
     total = len(gates) + len(stacks)
     chosen = _allocated(gates, limits, budget, lambda done: _tell(progress, done, total))
     if max_error is not None:
@@ -201,7 +228,7 @@ def make_budget_plan(
     inputs = "auto" if input_budget else None
     everything = make_plan(layers, "auto", inputs, only, skip)
     first_of = ties(as_lazy(tensors))
-    names = {part: _matrices(everything, tensors, part, moments, first_of) for part in ("weight_hh", "weight_ih")}
+    names = {part: matrices_of(everything, tensors, part, moments, first_of) for part in ("weight_hh", "weight_ih")}
     scaled = {layer.full_name(weight) for layer, weight, structures in everything.matrices() if structures[0].scaled}
     chosen: dict[str, Structures] = {}
     for part, limit in (("weight_hh", budget), ("weight_ih", input_budget)):
@@ -220,7 +247,7 @@ def make_budget_plan(
     return make_plan(layers, "auto", inputs, only, skip, overrides, chosen)
 
 
-def _matrices(
+def matrices_of(
     plan: Plan,
     tensors: Mapping[str, AnyTensor],
     part: str,
@@ -243,7 +270,7 @@ def _matrices(
 
 
 @dataclass
-class _Gate:
+class Gate:
     """One gate, or all gates of a matrix stacked."""
 
     name: str
@@ -256,9 +283,9 @@ class _Gate:
         return self.search.rows * self.search.cols
 
 
-def _gates(
+def gates_of(
     matrices: Matrices, seed: int, scaled: Collection[str], searches: Searches, stacked: bool = False
-) -> list[_Gate]:
+) -> list[Gate]:
     """Every gate of every matrix, or every matrix with its gates stacked."""
     weighted = [c is not None for _, _, c in matrices.values()]
     mixed = any(weighted) and not all(weighted)  # energies in different units: every gate counts alike
@@ -275,7 +302,7 @@ def _gates(
                 first = searches.get((name, 0))  # one norm serves all of a matrix
                 metric = metric_of(covariance, weight.shape[1]) if first is None else first.metric
                 search = searches[key] = StructureSearch(part, metric, seed, together, name in scaled)
-            found.append(_Gate(*key, search, float(together) if mixed else search.total))
+            found.append(Gate(*key, search, float(together) if mixed else search.total))
     return found
 
 
@@ -284,15 +311,15 @@ def _tell(progress: Progress | None, done: int, total: int) -> None:
         progress(done, total, "choosing factors")
 
 
-def _dense(gate: _Gate) -> ScoredStructure:
+def dense_of(gate: Gate) -> ScoredStructure:
     rows, cols = gate.search.rows, gate.search.cols
     return ScoredStructure(Structure(rows, cols, (Term(((rows, cols),)),), gates=gate.search.gates), 1.0)
 
 
-def _pool(gate: _Gate, limits: Budget) -> list[ScoredStructure]:
+def pool_of(gate: Gate, limits: Budget) -> list[ScoredStructure]:
     """Candidates of many sizes around an even share of the budget, from the smallest there is to the dense matrix."""
     share = limits.parameters or limits.multiply_adds or 1.0
-    whole = _dense(gate)
+    whole = dense_of(gate)
     pool = {whole.structure: whole}
 
     def at(level: float) -> tuple[int, int | None]:
@@ -308,12 +335,12 @@ def _pool(gate: _Gate, limits: Budget) -> list[ScoredStructure]:
     for level in LEVELS:
         for candidate in even if level == 1.0 else gate.search.candidates(*at(level), mixtures):
             pool[candidate.structure] = candidate
-    for candidate in _smallest(gate):
+    for candidate in smallest_of(gate):
         pool.setdefault(candidate.structure, candidate)
     return list(pool.values())
 
 
-def _smallest(gate: _Gate) -> list[ScoredStructure]:
+def smallest_of(gate: Gate) -> list[ScoredStructure]:
     """One product each of low rank and of the balanced pair, and the product of the most factors there is."""
     search = gate.search
     found = search.singles(search.rows + search.cols)[:1]
@@ -321,26 +348,26 @@ def _smallest(gate: _Gate) -> list[ScoredStructure]:
     return found
 
 
-def _allocated(gates: list[_Gate], limits: Budget, budget: str, tell: Callable[[int], None]) -> list[ScoredStructure]:
+def _allocated(gates: list[Gate], limits: Budget, budget: str, tell: Callable[[int], None]) -> list[ScoredStructure]:
     pools = []
     for i, gate in enumerate(gates):
-        pools.append(_pool(gate, limits))
+        pools.append(pool_of(gate, limits))
         gate.search.free()
         tell(i + 1)
     return _allocate(gates, pools, limits, budget)
 
 
-def _kept(gates: list[_Gate], chosen: list[ScoredStructure]) -> float:
+def _kept(gates: list[Gate], chosen: list[ScoredStructure]) -> float:
     """The share of all energy."""
     return _worth(gates, chosen) / max(sum(gate.scale for gate in gates), 1e-300)
 
 
 def _allocate(
-    gates: list[_Gate], pools: list[list[ScoredStructure]], limits: Budget, budget: str
+    gates: list[Gate], pools: list[list[ScoredStructure]], limits: Budget, budget: str
 ) -> list[ScoredStructure]:
     dense = sum(g.dense for g in gates)
     most = tuple(math.inf if s is None else s * dense for s in (limits.parameters, limits.multiply_adds))
-    table = _Candidates(gates, pools, most)
+    table = Candidates(gates, pools, most)
     best: _Choice | None = None
     for weight in PRICES if math.inf not in most else (0.0 if most[1] == math.inf else 1.0,):
         chosen = table.greedy(weight)
@@ -360,15 +387,31 @@ def _allocate(
 _Choice = np.ndarray[tuple[int], np.dtype[np.int64]]  # the index of one candidate per gate
 
 
-class _Candidates:
-    """All candidates of all gates, and choices of one per gate within `most` (parameters, multiply-adds)."""
+def numbers_of(_: Gate, candidate: ScoredStructure) -> tuple[int, ...]:
+    """What a candidate costs of a budget of numbers: parameters, multiply-adds."""
+    return candidate.parameters, candidate.multiply_adds
 
-    def __init__(self, gates: list[_Gate], pools: list[list[ScoredStructure]], most: tuple[float, ...]) -> None:
+
+class Candidates:
+    """All candidates of all gates, and choices of one per gate within `most`.
+
+    Args:
+        most: of two costs, (parameters, multiply-adds) or what `cost` gives; infinite where unlimited.
+    """
+
+    def __init__(
+        self,
+        gates: Sequence[Gate],
+        pools: Sequence[Sequence[ScoredStructure]],
+        most: tuple[float, ...],
+        cost: Callable[[Gate, ScoredStructure], tuple[int, ...]] = numbers_of,
+    ) -> None:
         self.candidates = [c for pool in pools for c in sorted(pool, key=lambda c: (-c.energy, str(c.structure)))]
         self.gate = np.repeat(np.arange(len(gates)), [len(pool) for pool in pools])
         scale = np.array([gate.scale for gate in gates])[self.gate]
         self.energy = scale * np.array([c.energy for c in self.candidates])
-        self.cost = np.array([[c.parameters, c.multiply_adds] for c in self.candidates], dtype=np.float64)
+        owners = [gate for gate, pool in zip(gates, pools, strict=True) for _ in pool]
+        self.cost = np.array([cost(*o) for o in zip(owners, self.candidates, strict=True)], dtype=np.float64)
         self.most, self.least_gain = np.array(most), 1e-12 * scale
 
     def worth(self, chosen: _Choice) -> float:
@@ -412,7 +455,7 @@ class _Candidates:
         return chosen
 
 
-def _worth(gates: list[_Gate], chosen: list[ScoredStructure]) -> float:
+def _worth(gates: list[Gate], chosen: list[ScoredStructure]) -> float:
     return sum(g.scale * c.energy for g, c in zip(gates, chosen, strict=True))
 
 
@@ -420,15 +463,15 @@ def _error(candidate: ScoredStructure) -> float:
     return math.sqrt(max(0.0, 1 - candidate.energy))
 
 
-def _within_error(gate: _Gate, max_error: float) -> ScoredStructure:
+def _within_error(gate: Gate, max_error: float) -> ScoredStructure:
     for level in ERROR_LEVELS:
         good = [c for c in gate.search.candidates(int(level * gate.dense)) if _error(c) <= max_error]
         if good:
             return min(good, key=lambda c: (c.parameters, c.multiply_adds, str(c.structure)))
-    return _dense(gate)
+    return dense_of(gate)
 
 
-def _check_error(gates: list[_Gate], chosen: list[ScoredStructure], max_error: float, budget: str) -> None:
+def _check_error(gates: list[Gate], chosen: list[ScoredStructure], max_error: float, budget: str) -> None:
     worst = max(range(len(gates)), key=lambda i: _error(chosen[i]))
     if _error(chosen[worst]) > max_error:
         raise TargetMissedError(
@@ -438,7 +481,7 @@ def _check_error(gates: list[_Gate], chosen: list[ScoredStructure], max_error: f
         )
 
 
-def _collect(matrices: Matrices, gates: list[_Gate], chosen: list[ScoredStructure]) -> BudgetPlan:
+def _collect(matrices: Matrices, gates: list[Gate], chosen: list[ScoredStructure]) -> BudgetPlan:
     structures: dict[str, Structures] = {name: () for name in matrices}
     energy: dict[str, tuple[float, ...]] = {name: () for name in matrices}
     for gate, candidate in zip(gates, chosen, strict=True):

@@ -13,7 +13,7 @@ from torch import nn
 from kruify.checkpoint import Checkpoint, carried, check_model_target, read
 from kruify.checkpoint.target import FOREIGN, TORCH
 from kruify.checkpoint.writing import as_lazy
-from kruify.conversion.budget import make_budget_plan
+from kruify.conversion.budget import make_budget_plan, parse_budget
 from kruify.conversion.calibration import calibrate
 from kruify.conversion.check import check_plan
 from kruify.conversion.computed import copied, state_of
@@ -22,6 +22,7 @@ from kruify.conversion.modules import convert_module
 from kruify.conversion.network import load_network
 from kruify.conversion.plan import Plan, make_plan
 from kruify.conversion.result import ByteCounts, Conversion, expected
+from kruify.conversion.size import DTYPE, FileSize, check_budget_target, plan_size
 from kruify.conversion.storing import (
     check_storage,
     in_float32,
@@ -103,15 +104,17 @@ def convert(
         factors: spec of the recurrent matrices (kruify.factors), "auto" where nothing else chooses them; "dense" leaves
             them, to be stored as `dtype`.
         input_factors: spec of the input matrices W_ih; None leaves them dense.
-        budget: instead of specs, "10x", "params=25%" or "macs=10%" of all recurrent matrices (conversion.budget).
-        input_budget: the same for the input matrices.
+        budget: instead of specs, "10x", "params=25%" or "macs=10%" of all recurrent matrices (conversion.budget); or
+            "size=8x", "size=600kB" of the file of the whole network (conversion.size).
+        input_budget: the same for the input matrices, which a size covers already.
         max_error: bound on ||W - K|| / ||W|| of every gate; without a budget, the smallest structures that keep it.
         only, skip, overrides: patterns (conversion.plan.make_plan).
         plan: a plan or its JSON file, instead of all options above.
         task: a task or its name: the dense model runs on its calibration batches first, and the fit minimises the
             error of what the matrices give on them.
         subclasses: convert subclasses of torch's layers, too, taking them for what they derive from.
-        dtype: how all weights are stored, as `kruify.quantize` says; None leaves them in the source's dtypes.
+        dtype: how all weights are stored, as `kruify.quantize` says; None leaves them in the source's dtypes, under a
+            size it is "int8".
         keep: globs of weights or modules that stay float32.
         output: file to write; None writes `model.kru.safetensors` beside `model.pt`, and nothing for a module.
         dry_run: choose the factors and count; decompose and write nothing.
@@ -132,10 +135,16 @@ def convert(
         raise UsageError("a budget chooses the factors itself", hint="Give factors or a budget, not both")
     if input_budget is not None and not by_budget:
         raise UsageError("an input budget goes with a budget")
+    of_file = budget is not None and parse_budget(budget).of_file
+    if of_file:
+        if input_budget is not None or max_error is not None:
+            raise UsageError("a size covers all matrices and has no error bound", hint="Give --budget alone")
+        dtype = dtype or DTYPE
     if not isinstance(source, nn.Module | Checkpoint):
         source = read(source, key=key)
     check_storage(dtype, keep)
     tensors, located, where = _opened(source, subclasses)
+    sha256, extra = ("", {}) if isinstance(source, nn.Module) else (source.sha256, carried(source))
     before = weight_bytes(as_lazy(tensors))
     if dtype is not None:
         tensors, located = in_float32(tensors), located.in_float32()
@@ -143,7 +152,10 @@ def convert(
         output = default_output(source.path) if output is None else output
     if output is not None and not dry_run:
         check_model_target(output, *(source.files if isinstance(source, Checkpoint) else ()))
+        if budget is not None:
+            check_budget_target(budget, output)
     layers = found(located, where)
+    file = FileSize(tensors, layers, dtype or DTYPE, keep, seed, extra, sha256, before)
     moments = None
     if task is not None and (by_budget or not dry_run):
         task = load_task(task)
@@ -152,6 +164,10 @@ def convert(
     if plan is not None:
         plan = plan if isinstance(plan, Plan) else Plan.read(plan)
         check_plan(plan, located)
+    elif of_file:
+        plan = plan_size(
+            file, str(budget), only=only, skip=skip, overrides=overrides, moments=moments, progress=progress
+        )
     elif by_budget:
         plan = make_budget_plan(
             tensors, layers, budget, input_budget=input_budget, max_error=max_error, only=only, skip=skip,
@@ -167,6 +183,8 @@ def convert(
     storage = storage_for(future, plan, dtype, keep)
     beside = source.size - before if isinstance(source, Checkpoint) else 0
     counts = ByteCounts(before, stored_bytes(future, plan, storage), max(0, beside))
+    if of_file:
+        counts = replace(counts, file=file.of(plan), allowed=file.limit(str(budget)))
     if dry_run:
         conversion = replace(expected(tensors, plan, located), bytes=counts, storage=storage)
         return (source, conversion) if isinstance(source, nn.Module) else conversion
@@ -181,7 +199,6 @@ def convert(
     conversion = replace(conversion, tensors={**kept}, bytes=counts, storage=storage)
     if output is not None:
         conversion = replace(conversion, output=Path(output))
-        sha256, extra = ("", {}) if isinstance(source, nn.Module) else (source.sha256, carried(source))
         write_converted(
             output, conversion.tensors, plan, storage, source_sha256=sha256, seed=seed, extra=extra, progress=progress
         )

@@ -85,11 +85,15 @@ class ByteCounts:
         before: of the source's tensors, tied ones once.
         after: of the converted network's.
         beside: what else the source holds (optimizer state, a module's code, a header); 0 for a module.
+        file: of the whole file of the converted network, header included, under a budget of bytes; else None.
+        allowed: what that budget allows.
     """
 
     before: int
     after: int
     beside: int = 0
+    file: int | None = None
+    allowed: int | None = None
 
     @property
     def ratio(self) -> float:
@@ -98,7 +102,7 @@ class ByteCounts:
 
     def to_json(self) -> dict[str, float]:
         """The fields and the ratio by name."""
-        return {**asdict(self), "ratio": self.ratio}
+        return {n: v for n, v in asdict(self).items() if v is not None} | {"ratio": self.ratio}
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from kruify.checkpoint import Checkpoint, carried
 from kruify.conversion import Conversion, convert_module, quantize
-from kruify.conversion.budget import Searches
+from kruify.conversion.budget import Searches, parse_budget
 from kruify.conversion.calibration import Moments, calibrate
 from kruify.conversion.locate import locate
+from kruify.conversion.size import DTYPE, FileSize
 from kruify.conversion.storing import check_storage
 from kruify.errors import UsageError
 from kruify.progress import Progress
-from kruify.search.candidates import Candidate, CandidateResult, Choice, first_of_the_best, make_candidates
+from kruify.search.candidates import (
+    Candidate,
+    CandidateResult,
+    Choice,
+    first_of_the_best,
+    make_candidates,
+    make_size_candidates,
+)
 from kruify.search.job_state import fingerprint
 from kruify.tasks.base import Task, measure
 from kruify.training import FinetuneResult, Recipe, finetune
@@ -37,8 +46,10 @@ class CandidateSearch:
     Args:
         dense: the trained network; it is the teacher, and is left alone.
         share: of the recipe's epochs, for which each candidate is trained; 0 takes the first candidate untried.
+        source: the file that holds `dense`, if one does: files made from it carry some of its metadata.
         seed: of everything random.
-        dtype, keep: how the weights of the converted network are stored (kruify.quantize).
+        dtype, keep: how the weights of the converted network are stored (kruify.quantize); None is int8 under a
+            budget of bytes, else as they are computed.
         recipe: options of kruify.training.Recipe, such as epochs.
 
     Attributes:
@@ -55,6 +66,7 @@ class CandidateSearch:
         task: Task,
         *,
         share: float = SHARE,
+        source: Checkpoint | None = None,
         seed: int = 0,
         device: str | torch.device | None = None,
         progress: Progress | None = None,
@@ -73,7 +85,7 @@ class CandidateSearch:
         self.tensors = dense.state_dict()
         self.settings: dict[str, Any] = {"model": fingerprint(self.tensors), "task": type(task).__name__}
         self.settings |= {"share": share, "recipe": settings, "dtype": dtype, "keep": sorted(keep) or None}
-        self.dtype, self.keep = dtype, tuple(keep)
+        self.dtype, self.keep, self.source = dtype, tuple(keep), source
         self._epochs = float(settings["epochs"])
         self._training: dict[str, Any] = {"seed": seed, "device": device, "progress": progress, **recipe}
         self._searches: Searches = {}  # several budgets have half of their fits in common
@@ -89,14 +101,30 @@ class CandidateSearch:
         return measure(self.task, self.dense, "valid", known=True)
 
     def candidates(self, budget: str) -> list[Candidate]:
-        """`make_candidates` of the network for a budget."""
+        """The conversions of the network to try for a budget."""
+        if parse_budget(budget).of_file:
+            return make_size_candidates(self.file(), budget, moments=self.moments, searches=self._searches)
         return make_candidates(
-            self.tensors, self.layers, budget, moments=self.moments, seed=self.seed, searches=self._searches
+            self.tensors,
+            self.layers,
+            budget,
+            moments=self.moments,
+            seed=self.seed,
+            searches=self._searches,
+            dtype=self.dtype,
         )
+
+    def file(self) -> FileSize:
+        """Counts the bytes of converted files, int8 ones where no dtype was given."""
+        dtype, source = self.dtype or DTYPE, self.source
+        if source is None:
+            return FileSize(self.tensors, self.layers, dtype, self.keep, self.seed)
+        known = carried(source), source.sha256, source.weight_bytes
+        return FileSize(self.tensors, self.layers, dtype, self.keep, self.seed, *known)
 
     def convert(self, candidate: Candidate) -> tuple[nn.Module, Conversion]:
         student, conversion = convert_module(self.dense, candidate.plan, moments=candidate.moments, seed=self.seed)
-        return student if self.dtype is None else quantize(student, self.dtype, self.keep), conversion
+        return student if candidate.dtype is None else quantize(student, candidate.dtype, self.keep), conversion
 
     def train(self, student: nn.Module, state: Path | None, **changes: Any) -> FinetuneResult:
         """Fine-tunes `student` in place with the dense network as teacher, and goes on from what `state` holds."""

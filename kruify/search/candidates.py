@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,17 +13,22 @@ from kruify.conversion.budget import Searches, make_budget_plan, parse_budget
 from kruify.conversion.calibration import Moments
 from kruify.conversion.locate import RecurrentLayer
 from kruify.conversion.plan import Plan, keeps_scales, make_plan
+from kruify.conversion.size import FileSize, largest_within, plan_size
+from kruify.factors import BLOCK_HEIGHTS
 from kruify.training.resume import parsed
 
+NARROW = 16  # columns below which a matrix is small beside the others, and stays dense
 CLEAR_LEAD = 0.1  # of what the best one still lacks to the dense network: a smaller lead is none
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A conversion to try: a plan, and the moments that its fit is weighted with (None: unweighted)."""
+    """A conversion to try: a plan, the moments that its fit is weighted with (None: unweighted), and how its weights
+    are stored (None: as they are computed)."""
 
     plan: Plan
     moments: Mapping[str, Moments] | None = None
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,16 @@ class Choice:
         """All but the moments, which `calibrate` gives again."""
         weighted = self.candidate.moments is not None
         results = [result.to_json() for result in self.results]
-        return {"plan": self.candidate.plan.to_json(), "weighted": weighted, "candidates": results}
+        plan, dtype = self.candidate.plan.to_json(), self.candidate.dtype
+        return {"plan": plan, "weighted": weighted, "dtype": dtype, "candidates": results}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], moments: Mapping[str, Moments]) -> Choice:
         """The inverse; TypeError, KeyError, PlanError where `data` holds something else."""
-        candidate = Candidate(Plan.from_json(parsed(str, data["plan"])), moments if data["weighted"] else None)
+        plan, dtype = Plan.from_json(parsed(str, data["plan"])), data["dtype"]
+        candidate = Candidate(
+            plan, moments if data["weighted"] else None, None if dtype is None else parsed(str, dtype)
+        )
         return cls(candidate, parsed(list[CandidateResult], data["candidates"]))
 
 
@@ -70,6 +79,7 @@ def make_candidates(
     moments: Mapping[str, Moments] | None = None,
     seed: int = 0,
     searches: Searches | None = None,
+    dtype: str | None = None,
 ) -> list[Candidate]:
     """First what keeps the most energy (kruify.conversion.budget), then half low rank, half single entries per gate.
 
@@ -91,15 +101,65 @@ def make_candidates(
     }
     mixed = make_plan(layers, "dense", overrides=specs)
     complete = sum(len(item.matrices) for item in mixed.layers) == sum(len(layer.suffixes) for layer in layers)
-    return [Candidate(planned, moments), *([Candidate(mixed)] if complete else [])]
+    return [Candidate(planned, moments, dtype), *([Candidate(mixed, None, dtype)] if complete else [])]
 
 
-def half_and_half(rows: int, cols: int, share: float, scaled: bool = False) -> str | None:
-    """A spec of one gate, half of its numbers low rank and half single entries; None where not even rank 1 fits."""
+def make_size_candidates(
+    file: FileSize,
+    budget: str,
+    *,
+    moments: Mapping[str, Moments] | None = None,
+    searches: Searches | None = None,
+) -> list[Candidate]:
+    """Candidates under a budget of bytes: what keeps the most energy (kruify.conversion.size), low rank of stacked
+    gates, and half low rank, half blocks of entries per gate, fitted without weights. The last two factor all but
+    narrow matrices, at the same share; where every matrix can stay dense there is only the first.
+
+    Raises:
+        PlanError: the budget cannot be met.
+    """
+    planned = Candidate(plan_size(file, budget, moments=moments, searches=searches), moments, file.dtype)
+    if not planned.plan.layers:
+        return [planned]
+
+    def uniform(spec: Callable[[RecurrentLayer, int, int, float], str | None], share: float) -> Plan | None:
+        specs = {
+            layer.full_name(weight): spec(layer, *layer.shape(weight), share)
+            for layer in file.layers
+            for weight in (f"weight_{part}{suffix}" for suffix in layer.suffixes for part in ("ih", "hh"))
+            if layer.shape(weight)[1] >= NARROW
+        }
+        known = {name: spec for name, spec in specs.items() if spec is not None}
+        return make_plan(file.layers, "dense", "dense", overrides=known) if known and len(known) == len(specs) else None
+
+    stacked = largest_within(file, budget, lambda share: uniform(_stacked_low_rank, share))
+    mixed = largest_within(file, budget, lambda share: uniform(_half_blocks, share))
+    found = [planned]
+    found += [Candidate(stacked, moments, file.dtype)] if stacked and stacked != planned.plan else []
+    return [*found, *([Candidate(mixed, None, file.dtype)] if mixed else [])]
+
+
+def _stacked_low_rank(layer: RecurrentLayer, rows: int, cols: int, share: float) -> str | None:
+    """A spec of all gates of one matrix, (rows, cols) each; None where not even rank 1 fits."""
+    rows *= len(layer.gates)
+    rank = int(share * rows * cols) // (rows + cols + keeps_scales(layer))
+    return f"stacked:{rank}*({rows}x1,1x{cols})" if rank else None
+
+
+def _half_blocks(layer: RecurrentLayer, rows: int, cols: int, share: float) -> str | None:
+    return half_and_half(rows, cols, share, keeps_scales(layer), BLOCK_HEIGHTS)
+
+
+def half_and_half(
+    rows: int, cols: int, share: float, scaled: bool = False, heights: Sequence[int] = (1,)
+) -> str | None:
+    """A spec of one gate, half of its numbers low rank and half entries, in blocks of the first of `heights` that
+    divides its rows; None where not even rank 1 fits."""
     numbers, one = int(share * rows * cols), rows + cols + scaled
     rank = numbers // (2 * one)
     percent = 100 * (numbers - rank * one) / (rows * cols)
-    return f"{rank}*({rows}x1,1x{cols})+sparse:{percent:.8f}%:1" if rank else None
+    height = next(h for h in heights if rows % h == 0)
+    return f"{rank}*({rows}x1,1x{cols})+sparse:{percent:.8f}%:{height}" if rank else None
 
 
 def first_of_the_best(losses: Sequence[float], dense: float) -> int:

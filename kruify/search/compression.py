@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kruify.checkpoint import Checkpoint
 from kruify.conversion import Conversion
 from kruify.conversion.budget import make_budget_plan, parse_budget
 from kruify.conversion.plan import Plan
@@ -83,6 +84,7 @@ def compress(
     max_drop: float | None = None,
     attempts: int = 4,
     share: float = SHARE,
+    source: Checkpoint | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
@@ -95,19 +97,22 @@ def compress(
 ) -> Compression:
     """A converted and fine-tuned copy of `dense` that loses at most `max_drop` of the task's metric.
 
-    The budget is planned over all recurrent matrices, weighed by the activations on the task, and the structures that
+    The budget is planned over all recurrent matrices, one of bytes over the input matrices, too, weighed by the
+    activations on the task, and the structures that
     recover best in a short training are taken (search.candidate_search). If the network validates worse than allowed
     after fine-tuning, the layer whose matrices lost most of their output gets twice the parameters (or stays dense),
     the other layers keep what they learnt, and fine-tuning starts again.
 
     Args:
         dense: the trained network; it is the teacher, and is left alone.
-        budget: "16x", "params=10%", ... (kruify.conversion.budget.parse_budget).
+        budget: "16x", "params=10%", ... (kruify.conversion.budget.parse_budget); "size=8x", "size=600kB" of the file of
+            the whole network, which `max_drop` may go beyond.
         max_drop: in units of `task.metric`, on the validation split; None takes the first attempt as it is.
         attempts: at most so many rounds of fine-tuning.
         share: of the epochs for which each candidate structure is trained; 0 takes what keeps the most energy.
+        source: the file that holds `dense`, if one does.
         progress: told of each training: its optimiser steps done, to do, and its epoch.
-        dtype, keep: how the weights are stored (kruify.quantize).
+        dtype, keep: how the weights are stored (kruify.quantize), int8 if not said under a budget of bytes.
         on_candidate, on_attempt: called after each short training, after each round.
         resume: a folder for the state of candidates and rounds. If it is empty or missing compression begins, else it
             goes on and ends with the same bits as if it had never been interrupted; `max_drop` and `attempts` may
@@ -122,8 +127,9 @@ def compress(
         raise UsageError(f"at least one attempt is needed, got {attempts}", "compress")
     parse_budget(budget)
     search = CandidateSearch(
-        dense, task, share=share, seed=seed, device=device, progress=progress, dtype=dtype, keep=keep, **recipe
-    )
+        dense, task, share=share, source=source, seed=seed, device=device, progress=progress, dtype=dtype, keep=keep,
+        **recipe,
+    )  # fmt: skip
     folder = None if resume is None else Path(resume)
     state = JobState(folder, "compression", {**search.settings, "budget": budget})
     if state.found:
@@ -146,10 +152,11 @@ def compress(
         within = max_drop is None or attempt.drop <= max_drop
         if within or len(tried) == 1 or attempt.drop < tried[best].drop:
             best, best_model = len(tried) - 1, student
-        worst = _most_lost(conversion)
-        if not within and len(tried) < attempts:
+        stop = within or len(tried) == attempts or not conversion.matrices
+        if not stop:
+            worst = _most_lost(conversion)
             candidate = _grown(search, candidate, worst, attempt.shares[worst] * GROWTH)
-        if within or len(tried) == attempts or not candidate.plan.layers:
+        if stop or not candidate.plan.layers:
             return Compression(best_model, within, best, search.baseline, choice.results, tried)
         learnt = {n: t for n, t in student.state_dict().items() if not n.startswith(f"{worst}.")} if worst else {}
 
@@ -158,7 +165,8 @@ def _attempt(search: CandidateSearch, conversion: Conversion, metrics: dict[str,
     before = {layer.name: layer.recurrent_parameters for layer in search.layers}
     kept = dict(before)
     for matrix in conversion.matrices:
-        kept[matrix.layer] += matrix.parameters_after - matrix.parameters_before
+        if "weight_hh" in matrix.name.rpartition(".")[2]:
+            kept[matrix.layer] += matrix.parameters_after - matrix.parameters_before
     after, metric = sum(kept.values()), search.task.metric
     drop = metrics[metric] - search.baseline[metric]
     return Attempt(
@@ -187,7 +195,8 @@ def _grown(search: CandidateSearch, candidate: Candidate, name: str, share: floa
             layers.append(item)
         elif share < DENSE_FROM:
             budget = f"params={100 * share:.6f}%"
+            inputs = budget if any("weight_ih" in weight for weight in item.matrices) else None
             layers += make_budget_plan(
-                search.tensors, [item.layer], budget, moments=search.moments, seed=search.seed
+                search.tensors, [item.layer], budget, input_budget=inputs, moments=search.moments, seed=search.seed
             ).layers
-    return Candidate(Plan(layers), candidate.moments)
+    return replace(candidate, plan=Plan(layers))

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from kruify.checkpoint import Checkpoint, carried
+from kruify.checkpoint.writing import as_lazy
 from kruify.conversion import plan_of
 from kruify.conversion.budget import parse_budget
-from kruify.conversion.storing import write_converted
+from kruify.conversion.storing import weight_bytes, write_converted
 from kruify.errors import UsageError
 from kruify.layers.storage import marks
 from kruify.progress import Progress
@@ -35,6 +36,7 @@ class Point:
         budget: as it was given; "dense" for the network that the sweep starts from.
         file: the converted and fine-tuned network; None for the dense one.
         recurrent_parameters, total_parameters: numbers in it.
+        bytes: of the file; of the weights of the dense network.
         metrics: on the split of the sweep.
         candidates: results of the candidates that were tried for this budget.
     """
@@ -44,6 +46,7 @@ class Point:
     recurrent_parameters: int
     total_parameters: int
     metrics: dict[str, float]
+    bytes: int = 0
     candidates: list[CandidateResult] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -105,11 +108,11 @@ def sweep(
 
     Args:
         dense: the trained network; it is the teacher, and is left alone.
-        budgets: such as "2x", "4x", "params=10%" (kruify.conversion.budget.parse_budget).
+        budgets: such as "2x", "4x", "params=10%", "size=8x" (kruify.conversion.budget.parse_budget).
         share: of the epochs for which each candidate structure is trained; 0 takes what keeps the most energy.
         source: the file that holds `dense`, if one does.
         progress: told of each training: its optimiser steps done, to do, and its epoch.
-        dtype, keep: how the weights are stored (kruify.quantize).
+        dtype, keep: how the weights are stored (kruify.quantize), int8 if not said under a budget of bytes.
         on_point: called after each network.
         recipe: options of kruify.training.Recipe, such as epochs.
 
@@ -122,8 +125,9 @@ def sweep(
     if not budgets or len(set(budgets)) != len(budgets):
         raise UsageError(f"a sweep takes different budgets, got {', '.join(budgets) or 'none'}")
     search = CandidateSearch(
-        dense, task, share=share, seed=seed, device=device, progress=progress, dtype=dtype, keep=keep, **recipe
-    )
+        dense, task, share=share, source=source, seed=seed, device=device, progress=progress, dtype=dtype, keep=keep,
+        **recipe,
+    )  # fmt: skip
     folder = Path(folder)
     state = JobState(folder, "sweep", {**search.settings, "split": split})
     known = state.read(lambda found: _known(found, task.metric))
@@ -150,7 +154,8 @@ def _known(found: Mapping[str, Any], metric: str) -> dict[str, Point]:
 def _dense_point(search: CandidateSearch, split: str) -> Point:
     recurrent = sum(layer.recurrent_parameters for layer in search.layers)
     total = sum(p.numel() for p in search.dense.parameters())
-    return Point("dense", None, recurrent, total, measure(search.task, search.dense, split, known=True))
+    size = weight_bytes(as_lazy(search.tensors))
+    return Point("dense", None, recurrent, total, measure(search.task, search.dense, split, known=True), size)
 
 
 def _make(search: CandidateSearch, budget: str, stem: Path, split: str, source: Checkpoint | None) -> Point:
@@ -161,7 +166,8 @@ def _make(search: CandidateSearch, budget: str, stem: Path, split: str, source: 
     student, conversion = search.convert(choice.candidate)
     outcome = search.train(student, run)
     model = outcome.model.cpu()
-    extra = {"kruify.history": json.dumps(outcome.to_json()["history"])}
+    # Under a budget of bytes the file holds no more than was counted.
+    extra = {} if parse_budget(budget).of_file else {"kruify.history": json.dumps(outcome.to_json()["history"])}
     sha256 = ""
     if source is not None:
         sha256, extra = source.sha256, {**carried(source), **extra}
@@ -173,6 +179,7 @@ def _make(search: CandidateSearch, budget: str, stem: Path, split: str, source: 
         recurrent_parameters=conversion.parameters.recurrent_after,
         total_parameters=sum(p.numel() for p in model.parameters()),
         metrics=measure(search.task, model, split),
+        bytes=file.stat().st_size,
         candidates=choice.results,
     )
 

@@ -37,3 +37,14 @@ def test_resumed_with_options_of_the_recipe(folder, run, run_json):
     assert other.exit_code == 2 and "other recipe" in other.stderr
     twice = run(*command, "--option", "epochs=3")
     assert twice.exit_code == 2 and "a second time" in twice.stderr
+
+
+def test_a_size_is_of_the_file_and_in_int8(folder, run_json):
+    result = run_json(
+        "compress", "model.pt", "--task", "task.py:Echo", "--budget", "size=2900", "--epochs", "0.5", "--trial", "0",
+        "-o", "small.kru.safetensors",
+    )  # fmt: skip
+    written = (folder / "small.kru.safetensors").stat().st_size
+    assert result["bytes"]["after"] == written <= 2900
+    assert result["bytes"]["ratio"] == result["bytes"]["before"] / written
+    assert set(read("small.kru.safetensors").storage.values()) == {"int8"}

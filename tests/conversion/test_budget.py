@@ -31,6 +31,24 @@ def test_budgets_are_read(text, budget):
     assert parse_budget(text) == budget
 
 
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("size=8x", 0.125), ("size=40%", 0.4), ("size=600kB", 600_000), ("size=1.5 MiB", 1_572_864), ("size=4096", 4096)],
+)
+def test_sizes_are_read(text, size):
+    budget = parse_budget(text)
+    assert budget == (Budget(size=size) if size < 1 else Budget(bytes=size))
+    assert budget.of_file
+    with pytest.raises(PlanError, match="of a whole network"):
+        plan_budget(matrices(), text)
+
+
+@pytest.mark.parametrize("text", ["size=8x,macs=50%", "params=8x,size=600kB", "size=0.5x", "size=10TB", "latency=3x"])
+def test_what_is_no_size_is_named(text):
+    with pytest.raises(PlanError, match=r"stands alone|not a reduction|not a budget|latency"):
+        parse_budget(text)
+
+
 @pytest.mark.parametrize("text", ["", "10", "0x", "0.5x", "200%", "bytes=10%", "10x,params=5%", "macs=0%"])
 def test_what_is_no_budget_is_named(text):
     with pytest.raises(PlanError):

@@ -5,16 +5,26 @@ from __future__ import annotations
 import copy
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import kruify
 from kruify.conversion.locate import locate
 from kruify.conversion.plan import Plan, make_plan
+from kruify.conversion.size import FileSize
 from kruify.errors import CorruptError, PlanError, UsageError
 from kruify.search.candidate_search import CandidateSearch
-from kruify.search.candidates import Candidate, CandidateResult, first_of_the_best, half_and_half, make_candidates
+from kruify.search.candidates import (
+    Candidate,
+    CandidateResult,
+    first_of_the_best,
+    half_and_half,
+    make_candidates,
+    make_size_candidates,
+)
 from kruify.search.compression import Attempt, Compression, compress
 from kruify.tasks.base import Task
 from kruify.training import finetune
@@ -243,3 +253,45 @@ def test_the_state_of_another_compression_is_refused(trained: nn.Module, tmp_pat
         file.write_text(broken)
         with pytest.raises(CorruptError, match="not the state of a compression"):
             compress(trained, Delay(), "4x", **options)
+
+
+def test_candidates_under_a_size() -> None:
+    """What keeps the most, stacked low rank, low rank and blocks: all within the bytes, of W_ih, too; or all dense."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"first": nn.GRU(2, 32), "second": nn.GRU(32, 32), "out": nn.Linear(32, 2)})
+    file = FileSize(net.state_dict(), locate(net).layers)
+    limit = int(0.8 * file.of(Plan()))
+    planned, stacked, mixed = make_size_candidates(file, f"size={limit}", moments={})
+    for candidate in (planned, stacked, mixed):
+        assert 0.9 * limit < file.of(candidate.plan) <= limit
+        assert candidate.dtype == "int8"
+    assert {str(s)[:8] for _, _, (s,) in stacked.plan.matrices()} == {"stacked:"}
+    assert {s.block for _, _, found in mixed.plan.matrices() for s in found} == {8}
+    for candidate in (stacked, mixed):
+        names = [layer.full_name(weight) for layer, weight, _ in candidate.plan.matrices()]
+        assert sorted(names) == ["first.weight_hh_l0", "second.weight_hh_l0", "second.weight_ih_l0"]
+    (dense,) = make_size_candidates(file, f"size={file.of(Plan())}")
+    assert dense.plan == Plan()
+    floats = FileSize(net.state_dict(), locate(net).layers, "float32", keep=["out"])
+    assert {c.dtype for c in make_size_candidates(floats, "size=60kB")} == {"float32"}
+
+
+@pytest.mark.parametrize("share", [0.85, 1.0])
+def test_a_network_within_a_size(trained: nn.Module, tmp_path: Path, share: float) -> None:
+    limit = int(share * FileSize(trained.state_dict(), locate(trained).layers).of(Plan()))
+    options: dict[str, Any] = {"epochs": 0.25, "share": 0, "device": "cpu", "max_drop": -1.0, "attempts": 1}
+    done = compress(trained, Delay(), f"size={limit}", resume=tmp_path / "state", **options)
+    kruify.save(done.model, tmp_path / "small.safetensors", source_sha256="0" * 64)
+    assert 0.9 * limit < (tmp_path / "small.safetensors").stat().st_size <= limit
+    held = sum(p.numel() for n, p in done.model.named_parameters() if "weight_hh" in n)
+    assert held == done.attempts[0].recurrent_after
+    again = compress(trained, Delay(), f"size={limit}", resume=tmp_path / "state", **options)
+    assert again.to_json() == done.to_json()
+
+
+def test_a_layer_grows_beyond_a_size(trained: nn.Module) -> None:
+    """With its input matrices."""
+    file = FileSize(trained.state_dict(), locate(trained).layers)
+    limit = int(0.85 * file.of(Plan()))
+    done = compress(trained, Delay(), f"size={limit}", max_drop=-1.0, attempts=2, epochs=0.1, share=0, device="cpu")
+    assert done.attempts[1].recurrent_after >= done.attempts[0].recurrent_after

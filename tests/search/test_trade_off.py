@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import kruify
 from kruify.analysis.latency import measure_latency
+from kruify.checkpoint import read
 from kruify.cli.main import cli
 from kruify.errors import CorruptError, UnsafeError, UsageError
 from kruify.search.trade_off import Point, knee, sweep
@@ -50,6 +51,17 @@ class Toy(Task):
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         self.evaluations += split == "test"
         return super().evaluate(model, split)
+
+
+def test_sizes_and_shares_in_one_sweep(tmp_path: Path) -> None:
+    """A size is in int8 if nothing else is said, and kept by the file as it lies there; a share stays as it was."""
+    done = sweep(Toy().model(), Toy(), ["size=2kB", "2x"], tmp_path / "s", epochs=1)
+    dense, small, share = done.points
+    assert small.bytes == Path(small.file or "").stat().st_size <= 2000
+    assert dense.bytes == 4 * dense.total_parameters
+    assert read(small.file or "").storage and not read(share.file or "").storage
+    again = sweep(Toy().model(), Toy(), ["size=2kB", "2x"], tmp_path / "s", epochs=1)
+    assert again.to_json() == done.to_json()
 
 
 def test_sweep_and_going_on(tmp_path: Path) -> None:
