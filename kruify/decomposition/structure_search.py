@@ -122,7 +122,7 @@ class StructureSearch:
         all columns, elsewhere a guide that treats the weight as if it could be moved into the factors."""
         if self.total == 0:
             return 1.0
-        return float(self.subspace.spectrum(shapes, rank)[0][:rank].sum()) / self.total
+        return self.subspace.kept(shapes, rank) / self.total
 
     def singles(self, parameters: int, multiply_adds: int | None = None) -> list[ScoredStructure]:
         """Sums of one shape that fit the budget, the most energy first; the first is exact, the others estimates."""

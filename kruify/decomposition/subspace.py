@@ -34,6 +34,17 @@ class SubspaceFrobenius(Frobenius):
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
         self.spectra: dict[tuple[Shape, ...], tuple[Tensor, Tensor]] = {}
+        self._kept: dict[tuple[Shape, ...], Tensor] = {}
+
+    def kept(self, shapes: tuple[Shape, ...], rank: int) -> float:
+        """The squared norm of the best `rank` products of a pair of shapes; needs no singular vectors."""
+        shorter = min(p * q for p, q in shapes)
+        if shorter > SPECTRUM_LIMIT:
+            return float(self.spectrum(shapes, rank)[0][:rank].sum())
+        if shapes not in self._kept:
+            values = torch.linalg.eigvalsh(_gram(rearrange(self.matrix, shapes)))
+            self._kept[shapes] = values.flip(0).clamp(min=0).cumsum(0)
+        return float(self._kept[shapes][min(rank, shorter) - 1])
 
     def spectrum(self, shapes: tuple[Shape, ...], rank: int) -> tuple[Tensor, Tensor]:
         """The heaviest squared singular values of the matrix rearranged for a pair of shapes, descending, and the
