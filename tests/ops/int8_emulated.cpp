@@ -3,8 +3,8 @@
 //
 //     g++ -std=c++20 -O2 -ffp-contract=off -Ikruify/csrc tests/ops/int8_emulated.cpp kruify/csrc/int8_portable.cpp
 //
-// with -mavx2 -DEMULATE=256: AVX-VNNI's instruction is a function below; with -mavx2 -mfma -DEMULATE=512: AVX-512 by SIMDe
-// (Debian's libsimde-dev); on ARM, or under qemu, with -march=armv8.2-a+dotprod.
+// with -mavx2 -DEMULATE=256: AVX-VNNI's instruction is a function below; with -mavx2 -mfma -DEMULATE=512: AVX-512 by
+// SIMDe (Debian's libsimde-dev); on ARM, or under qemu, with -march=armv8.2-a+dotprod.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
