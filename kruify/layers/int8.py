@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from kruify.layers.backend import Sequences, Weights, run_each_direction
 from kruify.layers.kernel import form_of, parameters_of
 from kruify.layers.matrix import KroneckerMatrix, KroneckerTerm
-from kruify.layers.storage import storage_of
+from kruify.layers.storage import dense_stored_as
 from kruify.ops import Layout, has_kernel, precision
 from kruify.ops.functions import traced
 from kruify.ops.kron_matmul import multiply
@@ -33,21 +33,21 @@ class Int8Backend:
     """See the module."""
 
     def run(self, layer: RecurrentLayer, input: Sequences, state: State) -> tuple[Tensor, State]:
-        one = partial(_run_direction, layer.kernel_kind, input.batch_sizes, _stored_dense(layer))
+        one = partial(_run_direction, layer.kernel_kind, input.batch_sizes, dense_stored_as(layer, "int8"))
         return run_each_direction(layer, input.packed(), state, one)
 
 
 def run_step(cell: KRUCellBase, x: Tensor, state: State) -> State:
     """One time step of a cell, x (batch, features)."""
     sizes = torch.full((1,), x.shape[0], device="cpu")
-    return _run_direction(cell.kernel_kind, sizes, _stored_dense(cell), cell.weights(), x, state, False)[1]
+    return _run_direction(cell.kernel_kind, sizes, dense_stored_as(cell, "int8"), cell.weights(), x, state, False)[1]
 
 
 def serves(layer: RecurrentLayer | KRUCellBase, x: Tensor) -> bool:
     """Whether the eight-bit kernels compute the layer or cell: its recurrent matrices are stored as int8, dense or of
     low rank (with a diagonal and a sparse residual, if any), all is float32 on the CPU, and nobody asks for
     derivatives."""
-    dense = _stored_dense(layer)
+    dense = dense_stored_as(layer, "int8")
     if not all(_is_int8(weight, dense) for weight in layer.recurrent_weights()):
         return False
     if getattr(layer, "proj_size", 0) or layer.kernel_kind in MODRELU or not x.is_cpu or not has_kernel("cpu"):
@@ -60,22 +60,15 @@ def serves(layer: RecurrentLayer | KRUCellBase, x: Tensor) -> bool:
     return all(w.dtype == torch.float32 and w.device.type == "cpu" for w in weights)
 
 
-def _stored_dense(module: torch.nn.Module) -> list[Tensor]:
-    """The dense parameters of a module that are stored as int8."""
-    return [p for name, p in module._parameters.items() if p is not None and storage_of(module, name) == "int8"]
-
-
 def _is_int8(weight: Weight | None, dense: list[Tensor]) -> bool:
     """Whether the kernels take the weight in eight bits; `dense` are the dense ones that are stored so."""
     if not isinstance(weight, KroneckerMatrix):
         return any(weight is stored for stored in dense)
+    if weight.storage != "int8":
+        return False
     terms = weight.term_list()
     covered = {gate for term in terms for gate in term.gates}
-    return (
-        weight.storage == "int8"
-        and all(_outer(term) is not None for term in terms)
-        and covered == set(range(weight.gates))
-    )
+    return all(_outer(term) is not None for term in terms) and covered == set(range(weight.gates))
 
 
 def _outer(term: KroneckerTerm) -> tuple[int, int] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from kruify.layers.matrix import KroneckerMatrix
 
@@ -19,6 +19,12 @@ def storage_of(module: nn.Module, name: str) -> str:
         return matrix.storage
     found: dict[str, str] = vars(module).get(_DENSE, {})
     return found.get(name, "float32")
+
+
+def dense_stored_as(module: nn.Module, dtype: str) -> list[Tensor]:
+    """The dense parameters of a module that are marked with a dtype. Asked in every call of a layer."""
+    found: dict[str, str] = vars(module).get(_DENSE, {})
+    return [p for n, p in module._parameters.items() if p is not None and found.get(n) == dtype] if found else []
 
 
 def mark(model: nn.Module, storage: Mapping[str, str]) -> None:

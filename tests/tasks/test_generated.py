@@ -114,9 +114,9 @@ def test_train_follows_the_seed_and_the_other_splits_stay(name: str) -> None:
     assert sum(len(batch.x) for batch in task.batches("valid")) == task.examples("valid")
 
 
-@pytest.mark.parametrize("name", ["copy-memory:T=0", "adding:T=1"])
-def test_too_short(name: str) -> None:
-    with pytest.raises(TaskError, match="T is at least"):
+@pytest.mark.parametrize(("name", "told"), [("copy-memory:T=0", "T must be from 1"), ("adding:T=1", "T is at least 2")])
+def test_too_short(name: str, told: str) -> None:
+    with pytest.raises(TaskError, match=told):
         load_task(name)
 
 
