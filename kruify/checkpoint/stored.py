@@ -123,7 +123,12 @@ def _compressed(matrix: str, index: LazyTensor, values: LazyTensor, size: tuple[
     dtype = torch.uint16 if cols < 1 << 16 else torch.int32
 
     def counts() -> Tensor:
-        return torch.bincount(index.load()[:, 0].long() // height, minlength=rows // height).to(dtype)
+        first = index.load()[:, 0].long()
+        if bool((first.diff() < 0).any()):
+            raise UnsupportedError(
+                "the blocks are not in ascending order of rows", matrix + INDEX, "Sort index and values"
+            )
+        return torch.bincount(first // height, minlength=rows // height).to(dtype)
 
     return {
         matrix + COUNTS: LazyTensor((rows // height,), dtype, counts),

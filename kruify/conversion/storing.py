@@ -15,7 +15,7 @@ from kruify.checkpoint.tensors import ties
 from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.build import plan_of
 from kruify.conversion.check import load_tensors, stored_shapes
-from kruify.conversion.computed import copied
+from kruify.conversion.computed import copied, state_of
 from kruify.conversion.locate import AnyTensor, RecurrentLayer, locate
 from kruify.conversion.modules import swap
 from kruify.conversion.plan import LayerPlan, Plan
@@ -166,13 +166,16 @@ def quantize(model: nn.Module, dtype: str, keep: Sequence[str] = ()) -> nn.Modul
     """
     model = copied(model).float()
     model = swap(model, with_dense(Plan(), locate(model).layers))
-    return store_as(model, storage_for(model.state_dict(), plan_of(model), dtype, keep))
+    return store_as(model, storage_for(state_of(model), plan_of(model), dtype, keep))
 
 
 @torch.no_grad()
 def store_as(model: nn.Module, storage: Mapping[str, str]) -> nn.Module:
-    """Rounds the weights of a network in place and marks them; returns the network."""
-    load_tensors(model, rounded(model.state_dict(), plan_of(model), storage))
+    """Rounds the weights of a network in place and marks them; returns the network. A weight that is computed from
+    others (pruning, weight norm) is marked alone: it is rounded when it is written."""
+    state, plan = model.state_dict(), plan_of(model)
+    held = {name: dtype for name, dtype in storage.items() if name in state or name in matrix_sizes(plan)}
+    load_tensors(model, rounded(state, plan, held))
     mark(model, storage)
     return model
 

@@ -81,7 +81,7 @@ class KRUCellBase(nn.Module):
             if streamed is not None:
                 return streamed
         x, state = self.batched(input, state)
-        if int8.serves(self, x) and not transformed():
+        if int8.serves(self, x, state) and not transformed():
             new = int8.run_step(self, x, state)
         elif kernel.serves(self.weight_hh, x, projected=False) and (torch.compiler.is_compiling() or not transformed()):
             new = compiled.run_step(self, x, state)

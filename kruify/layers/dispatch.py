@@ -15,6 +15,7 @@ from kruify.layers.matrix import KroneckerMatrix
 from kruify.layers.reference import ReferenceBackend
 from kruify.ops import precision
 from kruify.ops.functions import training, transformed
+from kruify.ops.reference import State
 
 if TYPE_CHECKING:
     from kruify.layers.recurrent import RecurrentLayer
@@ -27,7 +28,7 @@ BACKENDS: dict[str, Backend] = {  # by the name that users give, but for int8: w
 }
 
 
-def choose(layer: RecurrentLayer, input: Sequences) -> Backend:
+def choose(layer: RecurrentLayer, input: Sequences, state: State) -> Backend:
     """The backend that runs this input: what the user named, else the fastest; the reference where no other can.
 
     Raises:
@@ -37,7 +38,7 @@ def choose(layer: RecurrentLayer, input: Sequences) -> Backend:
     if x.numel() == 0 or x.is_meta or (not torch.compiler.is_compiling() and transformed()):
         name = "reference"
     elif name == "auto":
-        name = "int8" if int8.serves(layer, x) else pick(layer, input.steps, input.batch, x)
+        name = "int8" if int8.serves(layer, x, state) else pick(layer, input.steps, input.batch, x)
     elif name == "kernel" and not kernel_serves(layer, x):
         raise UsageError(
             "the compiled kernels need Kronecker recurrent matrices, no projection, and float32 or float64 on a"

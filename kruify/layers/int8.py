@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kruify.layers.backend import Sequences, Weights, run_each_direction
+from kruify.layers.computed import computes
 from kruify.layers.kernel import form_of, parameters_of
 from kruify.layers.matrix import KroneckerMatrix, KroneckerTerm
 from kruify.layers.storage import dense_stored_as
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _ops = torch.ops.kruify
 Weight = KroneckerMatrix | Tensor
+_DEPTH = 1 << 16  # columns whose products an int32 can add up: kInt8Depth in csrc/int8.h
 
 
 class Int8Backend:
@@ -43,7 +45,7 @@ def run_step(cell: KRUCellBase, x: Tensor, state: State) -> State:
     return _run_direction(cell.kernel_kind, sizes, dense_stored_as(cell, "int8"), cell.weights(), x, state, False)[1]
 
 
-def serves(layer: RecurrentLayer | KRUCellBase, x: Tensor) -> bool:
+def serves(layer: RecurrentLayer | KRUCellBase, x: Tensor, state: State = ()) -> bool:
     """Whether the eight-bit kernels compute the layer or cell: its recurrent matrices are stored as int8, dense or of
     low rank (with a diagonal and a sparse residual, if any), all is float32 on the CPU, and nobody asks for
     derivatives."""
@@ -54,7 +56,7 @@ def serves(layer: RecurrentLayer | KRUCellBase, x: Tensor) -> bool:
         return False
     if traced() or torch.is_autocast_enabled("cpu"):
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state, *layer.parameters())):
         return False
     weights: list[Weight] = [x, *dense, *layer.recurrent_weights()]
     return all(w.dtype == torch.float32 and w.device.type == "cpu" for w in weights)
@@ -63,10 +65,12 @@ def serves(layer: RecurrentLayer | KRUCellBase, x: Tensor) -> bool:
 def _is_int8(weight: Weight | None, dense: list[Tensor]) -> bool:
     """Whether the kernels take the weight in eight bits; `dense` are the dense ones that are stored so."""
     if not isinstance(weight, KroneckerMatrix):
-        return any(weight is stored for stored in dense)
+        return any(weight is stored and weight.shape[1] <= _DEPTH for stored in dense)
     if weight.storage != "int8":
         return False
     terms = weight.term_list()
+    if weight.cols > _DEPTH or sum(term.term.rank for term in terms) > _DEPTH:
+        return False
     covered = {gate for term in terms for gate in term.gates}
     return all(_outer(term) is not None for term in terms) and covered == set(range(weight.gates))
 
@@ -123,19 +127,22 @@ _kept: MutableMapping[Weight, _Packed] = WeakIdKeyDictionary()
 
 def packed(weight: Weight, gates: int) -> tuple[Tensor, list[int]]:
     """A weight as the eight-bit operators take it: memory and layout. They are kept while its parameters are what they
-    were. Changes that count no version (through `.data`) are seen where they reach one of 64 elements of a parameter.
+    were. Changes that count no version (through `.data`) are seen where they reach one of the elements, 64 or more, of
+    a parameter that are looked at.
     """
     made_of: list[Tensor] = [weight] if isinstance(weight, Tensor) else []
     if isinstance(weight, KroneckerMatrix):
         for term in weight.term_list():
             made_of += [p for p in (*term.factors._parameters.values(), term.scale) if p is not None]
+        if computes(weight):  # from a mask, say, that may change
+            return _pack(weight, gates)
     if any(t.is_inference() for t in made_of):  # counts no versions
         return _pack(weight, gates)
     counts = tuple((id(t), t.data_ptr(), t._version) for t in made_of)
     stamp = (counts, _ops.fingerprint.default(made_of))
     kept = _kept.get(weight)
     if kept is None or kept.stamp != stamp:
-        kept = _kept[weight] = _Packed(*_pack(weight, gates), made_of, stamp)
+        kept = _kept[weight] = _Packed(*_pack(weight, gates), [t for t in made_of if t is not weight], stamp)
     return kept.memory, kept.layout
 
 

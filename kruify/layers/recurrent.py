@@ -105,7 +105,9 @@ class RecurrentLayer(nn.Module):
         """
         return self.compute(input, hx, dispatch.choose)
 
-    def compute(self, input: Any, hx: Any, choose: Callable[[RecurrentLayer, Sequences], Backend]) -> tuple[Any, Any]:
+    def compute(
+        self, input: Any, hx: Any, choose: Callable[[RecurrentLayer, Sequences, State], Backend]
+    ) -> tuple[Any, Any]:
         """`forward` with another choice of backend."""
         order = back = None
         unbatched = False
@@ -123,7 +125,7 @@ class RecurrentLayer(nn.Module):
         state = self.initial_state(hx, sequences.data, sequences.batch, unbatched)
         if hx is not None and order is not None:
             state = tuple(s.index_select(1, order) for s in state)
-        output, state = choose(self, sequences).run(self, sequences, state)
+        output, state = choose(self, sequences, state).run(self, sequences, state)
         if not output.is_meta and torch.is_autocast_enabled(output.device.type):
             output, state = autocast_to(output), tuple(map(autocast_to, state))
         if back is not None:

@@ -37,9 +37,8 @@ from kruify.training.rounding import rounded_weights
 from kruify.training.schedule import lr_factor
 
 MAX_SKIPPED = 20  # steps in a row whose gradient is not finite, after which a run counts as diverged
-ROUNDED_FROM = (
-    0.75  # progress of the last phase from which on its gradients are those of the weights as they are stored
-)
+# Progress of the last phase from which on its gradients are those of the weights as they are stored.
+ROUNDED_FROM = 0.75
 OnBest = Callable[[nn.Module, dict[str, float]], None]
 
 

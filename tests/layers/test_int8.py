@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from all_pairs import all_pairs
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+import kruify
 from kruify.layers import KRUGRU, KRULSTM, KRURNN, KRUGRUCell, KRULSTMCell, KRURNNCell
 from kruify.layers.dispatch import BACKENDS, choose
 from kruify.layers.matrix import KroneckerMatrix
@@ -40,7 +44,7 @@ def make(kind: str, factors: str | None, of_input: str | None = None, **options:
 def unmarked(layer: Any, x: Any, hx: Any = None) -> Any:
     """What the float32 path gives."""
     with torch.no_grad():
-        return layer.compute(x, hx, lambda layer, _: BACKENDS["reference"])
+        return layer.compute(x, hx, lambda *_: BACKENDS["reference"])
 
 
 def flat(output: Any) -> list[Tensor]:
@@ -122,7 +126,7 @@ def test_where_integers_do_not_serve_float32_does() -> None:
             self.data, self.steps, self.batch = data, 3, 2
 
     def backend(layer: Any, x: Tensor = x) -> str:
-        found = choose(layer, Seen(x))  # type: ignore[arg-type]
+        found = choose(layer, Seen(x), ())  # type: ignore[arg-type]
         return next(name for name, backend in BACKENDS.items() if backend is found)
 
     assert backend(layer) != "int8"  # parameters that need gradients
@@ -141,3 +145,21 @@ def test_where_integers_do_not_serve_float32_does() -> None:
         layer.weight_hh_l0.storage = "float16"
         assert backend(layer) != "int8"
     assert backend(make("lstm", None).requires_grad_(False)) == "int8"
+
+
+def test_a_state_that_needs_derivatives_gets_them() -> None:
+    """A frozen decoder passes gradients on to what made its initial state."""
+    layer = kruify.quantize(nn.GRU(4, 6), "int8").requires_grad_(False)
+    x, h = torch.randn(3, 2, 4), torch.randn(1, 2, 6, requires_grad=True)
+    layer(x, h)[0].sum().backward()
+    assert h.grad is not None and h.grad.abs().min() > 0
+
+
+def test_a_pruned_layer_is_quantised_written_and_read(tmp_path: Path) -> None:
+    model = nn.Sequential(OrderedDict(rnn=nn.GRU(4, 6)))
+    prune.l1_unstructured(model.rnn, "weight_hh_l0", 0.5)
+    wanted = model.rnn.weight_hh_l0.detach()
+    kruify.save(kruify.quantize(model, "int8"), tmp_path / "small.kru.safetensors")
+    weight = kruify.load(tmp_path / "small.kru.safetensors")["rnn"].weight_hh_l0
+    assert torch.equal(weight == 0, wanted == 0)
+    assert (weight - wanted).abs().max() <= wanted.abs().max() / 254
