@@ -183,7 +183,7 @@ class Spec:
         return self.text
 
 
-MOST_TERMS = 1000
+MOST_TERMS, MOST_FACTORS = 1000, 64
 _INT = "[0-9]{1,9}"  # no other digits of Unicode, and no number beyond any matrix
 _TERM = re.compile(rf"(?:({_INT})\*)?(?:\(([^()]*)\)|([^()*+]*))")
 _SHAPE = re.compile(rf"({_INT})x({_INT})")
@@ -251,6 +251,8 @@ def _parse_product(part: str, text: str) -> _Product | _Auto:
     factors = tuple((int(m[1]), int(m[2])) for m in shapes if m)
     if any(p < 1 or q < 1 for p, q in factors):
         raise FactorSpecError("a factor has no rows or no columns", text)
+    if len(factors) > MOST_FACTORS:
+        raise FactorSpecError(f"a product of {len(factors)} factors, at most {MOST_FACTORS} are possible", text[:80])
     return _Product(factors, rank)
 
 

@@ -73,7 +73,8 @@ def test_misfits_name_specs_that_fit(text: str, rows: int, cols: int, words: str
 @pytest.mark.parametrize(
     "text",
     ["", " ", "x", "2x", "2x2,", "0*(2x2)", "2x0", "4*(2x2", "auto:0", "diag+diag", "sparse:0%", "sparse:101%",
-     "sparse:2", "sparse:1%+sparse:1%", "2x2++2x2", "-2x2", "2*(2x2+4x4)", "sparse:5%:0", "2,2"],
+     "sparse:2", "sparse:1%+sparse:1%", "2x2++2x2", "-2x2", "2*(2x2+4x4)", "sparse:5%:0", "2,2",
+     "4x4," * 20_000 + "4x4"],
 )  # fmt: skip
 def test_not_in_the_grammar(text: str) -> None:
     with pytest.raises(FactorSpecError) as caught:
