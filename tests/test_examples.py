@@ -70,13 +70,12 @@ def test_new_user(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
             runpy.run_path(str(folder / arguments[0]), run_name="__main__")
 
     monkeypatch.setattr(new_user, "run", run)
-    before = set(sys.modules)
+    monkeypatch.delitem(sys.modules, "task", raising=False)  # another test's
     try:
         new_user.main(quick=True)
     finally:
         monkeypatch.chdir(EXAMPLES)
-        for name in {"task"} - before:
-            sys.modules.pop(name, None)
+        sys.modules.pop("task", None)
     assert "dense.pt, model.kru.safetensors, model.pt, report.html, small.kru.safetensors" in capsys.readouterr().out
 
 
