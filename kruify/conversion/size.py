@@ -15,7 +15,6 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from kruify.checkpoint import LazyTensor, metadata_for
 from kruify.checkpoint.stored import encode
@@ -35,10 +34,18 @@ from kruify.conversion.budget import (
     smallest_of,
 )
 from kruify.conversion.calibration import Moments
-from kruify.conversion.check import stored_shapes
 from kruify.conversion.locate import AnyTensor, RecurrentLayer
 from kruify.conversion.plan import Plan, Structures, make_plan
-from kruify.conversion.storing import in_float32, matrix_sizes, planned, storage_for, weight_bytes, with_dense
+from kruify.conversion.storing import (
+    in_float32,
+    matrix_sizes,
+    no_numbers,
+    planned,
+    planned_matrix,
+    storage_for,
+    weight_bytes,
+    with_dense,
+)
 from kruify.decomposition.structure_search import ScoredStructure
 from kruify.errors import FactorSpecError, PlanError, UsageError
 from kruify.factors import Structure
@@ -116,26 +123,18 @@ class FileSize:
 
 
 def _tensor_bytes(structure: Structure, dtype: str) -> int:
-    size, matrices = (structure.rows, structure.cols), {"w": (structure.rows, structure.cols)}
+    size = (structure.rows, structure.cols)
+    matrices = {"w": size}
     if _is_dense(structure):
-        tensors, matrices = {"w": _planned(size)}, {}
+        tensors, matrices = {"w": LazyTensor(size, torch.float32, no_numbers)}, {}
     else:
-        shapes = stored_shapes((structure,))
-        tensors = {f"w.{entry}": _planned(shape, index=entry == "overlay.index") for entry, shape in shapes.items()}
+        tensors = planned_matrix("w", (structure,), torch.float32)
     return sum(tensor.nbytes + ENTRY for tensor in encode(tensors, {"w": dtype}, matrices).values())
-
-
-def _planned(shape: tuple[int, ...], index: bool = False) -> LazyTensor:
-    return LazyTensor(shape, torch.int32 if index else torch.float32, _nothing)
 
 
 def _is_dense(structure: Structure) -> bool:
     terms = [term.factors for term in structure.terms if term.rank == 1]
     return terms == [((structure.rows, structure.cols),)] and structure.parameters == structure.dense_parameters
-
-
-def _nothing() -> Tensor:
-    raise RuntimeError("only shapes are counted")
 
 
 def check_budget_target(budget: str, path: str | PathLike[str]) -> None:

@@ -18,7 +18,7 @@ from kruify.conversion.check import load_tensors, stored_shapes
 from kruify.conversion.computed import copied, state_of
 from kruify.conversion.locate import AnyTensor, RecurrentLayer, locate
 from kruify.conversion.modules import swap
-from kruify.conversion.plan import LayerPlan, Plan
+from kruify.conversion.plan import LayerPlan, Plan, Structures
 from kruify.errors import PlanError, UsageError
 from kruify.layers.storage import mark
 from kruify.progress import Progress
@@ -86,18 +86,24 @@ def with_dense(plan: Plan, layers: Sequence[RecurrentLayer]) -> Plan:
 
 def planned(tensors: Mapping[str, AnyTensor], plan: Plan) -> dict[str, LazyTensor]:
     """Shapes and dtypes of what the plan makes of dense tensors; the numbers of its matrices cannot be loaded."""
-
-    def nothing() -> Tensor:
-        raise RuntimeError("a planned matrix has no numbers")
-
     found = as_lazy(tensors)
     for layer, weight, structures in plan.matrices():
         name = layer.full_name(weight)
-        dtype = found.pop(name).dtype
-        for entry, shape in stored_shapes(structures).items():
-            kind = torch.int32 if entry == "overlay.index" else dtype
-            found[f"{name}.{entry}"] = LazyTensor(shape, kind, nothing)
+        found |= planned_matrix(name, structures, found.pop(name).dtype)
     return found
+
+
+def planned_matrix(name: str, structures: Structures, dtype: torch.dtype) -> dict[str, LazyTensor]:
+    """Shapes and dtypes of the tensors of one Kronecker matrix; they cannot be loaded."""
+    return {
+        f"{name}.{entry}": LazyTensor(shape, torch.int32 if entry == "overlay.index" else dtype, no_numbers)
+        for entry, shape in stored_shapes(structures).items()
+    }
+
+
+def no_numbers() -> Tensor:
+    """What a planned tensor loads with."""
+    raise RuntimeError("what is planned has no numbers")
 
 
 def stored_bytes(tensors: Mapping[str, AnyTensor], plan: Plan, storage: Mapping[str, str]) -> int:
@@ -174,7 +180,8 @@ def store_as(model: nn.Module, storage: Mapping[str, str]) -> nn.Module:
     """Rounds the weights of a network in place and marks them; returns the network. A weight that is computed from
     others (pruning, weight norm) is marked alone: it is rounded when it is written."""
     state, plan = model.state_dict(), plan_of(model)
-    held = {name: dtype for name, dtype in storage.items() if name in state or name in matrix_sizes(plan)}
+    known = {*state, *matrix_sizes(plan)}
+    held = {name: dtype for name, dtype in storage.items() if name in known}
     load_tensors(model, rounded(state, plan, held))
     mark(model, storage)
     return model
