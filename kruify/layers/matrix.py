@@ -11,7 +11,6 @@ from kruify.errors import UnsupportedError, UsageError
 from kruify.factors import Shape, Structure, Term
 from kruify.layers.computed import parameter
 from kruify.ops import Layout, TermLayout, reference
-from kruify.ops.reference import residual_coordinates
 
 
 class KroneckerTerm(nn.Module):
@@ -104,10 +103,6 @@ class SparseResidual(nn.Module):
         super().__init__()
         self.values = nn.Parameter(torch.zeros(blocks, block, device=device, dtype=dtype))
         self.register_buffer("index", torch.zeros(blocks, 2, device=device, dtype=torch.int32))
-
-    def coordinates(self) -> tuple[Tensor, Tensor]:
-        """Row and column of every entry, each (blocks * block,)."""
-        return residual_coordinates(self.index, self.values.shape[1])
 
     def extra_repr(self) -> str:
         return f"blocks={self.values.shape[0]}, block={self.values.shape[1]}x1"
