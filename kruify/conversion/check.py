@@ -12,7 +12,7 @@ from kruify.checkpoint import Checkpoint, LazyTensor, limits
 from kruify.conversion.computed import as_sources
 from kruify.conversion.locate import DTYPES, KRU_KINDS, AnyTensor, Located, RecurrentLayer, locate_checkpoint
 from kruify.conversion.plan import LayerPlan, Plan, Structures
-from kruify.errors import CorruptError, PlanError, UnsafeError
+from kruify.errors import CorruptError, KruifyError, PlanError, UnsafeError, UnsupportedError
 from kruify.layers.matrix import group_terms
 
 AGAIN = "Convert the source again"
@@ -168,6 +168,11 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, AnyTensor], where: obje
         what, hint = _difference(model.state_dict(), tensors)
         what = what or " ".join(str(error).split())[:300]
         raise CorruptError(f"the tensors do not fit {type(model).__name__}: {what}", where, hint) from None
+    except KruifyError:
+        raise
+    except Exception as error:  # of a user's hook or method
+        what = f"load_state_dict() of {type(model).__name__} ends in {type(error).__name__}: {str(error)[:200]}"
+        raise UnsupportedError(what, where, "Its hooks and methods have to take the names of factors") from error
 
 
 def _difference(wanted: Mapping[str, Tensor | tuple[int, ...]], got: Mapping[str, AnyTensor]) -> tuple[str, str]:

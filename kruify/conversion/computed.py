@@ -19,15 +19,23 @@ from kruify.layers.recurrent import RecurrentLayer
 
 AnyTensor = Tensor | LazyTensor
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase, RecurrentLayer, KRUCellBase)
+TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")  # where a tensor keeps its own
 _ENDS = ("orig", "mask", "g", "v", "u")  # of the names of what a weight is computed from
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; torch refuses one where a weight was computed with gradients."""
+    """A deep copy; torch refuses one where a weight was computed with gradients, and leaves hooks and attributes of
+    parameters out."""
     held: list[object] = [value for module in model.modules() for value in vars(module).values()]
     held += [t for module in model.modules() if isinstance(module, nn.RNNBase) for t in module._flat_weights]
     memo: dict[int, object] = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
-    return copy.deepcopy(model, memo)
+    made = copy.deepcopy(model, memo)
+    for parameter in model.parameters():
+        if (twin := memo.get(id(parameter))) is not None:  # else a module copies itself in a way of its own
+            vars(twin).update(copy.deepcopy(vars(parameter), memo))
+            for hooks in TENSOR_HOOKS:
+                setattr(twin, hooks, copy.deepcopy(getattr(parameter, hooks), memo))
+    return made
 
 
 def state_of(model: nn.Module) -> Mapping[str, AnyTensor]:

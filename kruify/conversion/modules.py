@@ -113,7 +113,11 @@ def densify(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, Factored):
             if module not in layers:
-                layers[module] = dense_kru(module) if isinstance(module, KRU) else _dense_layer(name, module, weights)
+                if isinstance(module, KRU):
+                    layers[module] = dense_kru(module)
+                    keep_additions(module, dense_kru(module), layers[module], name)
+                else:
+                    layers[module] = _dense_layer(name, module, weights)
             model = _set_submodule(model, name, layers[module])
     return model
 
@@ -141,9 +145,10 @@ def dense_kru(module: KRU, dtype: torch.dtype | None = None) -> KRU:
     own = dict(dense.named_parameters())
     for name, child in module.named_children():
         if isinstance(child, KroneckerMatrix):
-            own.pop(f"{name}.terms.0.factors.0").copy_(child.to_dense().expand(1, 1, size, size))
+            factor = own.pop(f"{name}.terms.0.factors.0")
+            factor.copy_(child.to_dense().expand(1, 1, size, size)).requires_grad_(child.requires_grad)
     for name, parameter in own.items():
-        parameter.copy_(module.get_parameter(name))
+        parameter.copy_(module.get_parameter(name)).requires_grad_(module.get_parameter(name).requires_grad)
     return dense.train(module.training)
 
 

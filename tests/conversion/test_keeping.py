@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import kruify
+from kruify.layers import KRU
 
 F64 = torch.float64
 LAYERS = {
@@ -83,6 +84,56 @@ def test_what_cannot_be_kept_is_refused_by_name():
     small.forward = lambda x: x
     with pytest.raises(kruify.KruifyError, match="its forward"):
         kruify.densify(small)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_attributes_and_hooks_of_parameters_stay_or_are_refused_by_name(kind):
+    net = nn.ModuleDict({"enc": LAYERS[kind](), "out": nn.Linear(8, 2)})
+    end = "" if kind == "cell" else "_l0"
+    kept, replaced = (net["enc"].get_parameter(name + end) for name in ("weight_ih", "weight_hh"))
+    for parameter in (kept, replaced, net["out"].weight):
+        parameter.group = ["mine"]
+    kept.register_hook(lambda gradient: 0 * gradient)
+    small, _ = kruify.convert(net, "2x2")
+    for made in (small, kruify.densify(small)):
+        for weight in (made["out"].weight, *(getattr(made["enc"], name + end) for name in ("weight_ih", "weight_hh"))):
+            assert weight.group == ["mine"]
+        first(made["enc"](torch.randn(3, 4, dtype=F64))).sum().backward()
+        assert not made["enc"].get_parameter("weight_ih" + end).grad.any()
+    assert all(factor.group == ["mine"] for factor in getattr(small["enc"], "weight_hh" + end).parameters())
+    getattr(small["enc"], "weight_hh" + end).terms[0].factors[0].group = "another"
+    with pytest.raises(kruify.KruifyError, match=f"enc.weight_hh{end}: its factors differ in their attribute 'group'"):
+        kruify.densify(small)
+    for register in (replaced.register_hook, replaced.register_post_accumulate_grad_hook):
+        handle = register(lambda gradient: None)
+        with pytest.raises(kruify.KruifyError, match=f"enc.weight_hh{end}: it has a hook on its gradient"):
+            kruify.convert(net, "2x2")
+        handle.remove()
+
+
+def test_hooks_of_a_state_dict_get_the_layer_that_they_are_on():
+    net, seen = nn.ModuleDict({"enc": nn.LSTM(4, 8)}), []
+    net["enc"].register_load_state_dict_pre_hook(lambda layer, *_: seen.append(layer))
+    small, _ = kruify.convert(net, "2x2")
+    seen.clear()
+    small.load_state_dict(small.state_dict())
+    assert seen == [small["enc"]]
+    net["enc"].register_load_state_dict_pre_hook(
+        lambda layer, state, prefix, *_: state[prefix + "weight_hh_l0"].add_(1)
+    )
+    with pytest.raises(kruify.KruifyError, match="ends in KeyError: 'enc"):
+        kruify.convert(net, "2x2")
+
+
+def test_densify_keeps_what_is_on_a_kru():
+    net = nn.ModuleDict({"enc": KRU(4, 8, factors="2x2")})
+    net["enc"].register_forward_hook(doubled)
+    net["enc"].note = "mine"
+    net["enc"].weight_hh_l0.requires_grad_(False)
+    dense = kruify.densify(net)
+    x = torch.randn(5, 3, 4)
+    torch.testing.assert_close(dense["enc"](x)[0], net["enc"](x)[0])
+    assert dense["enc"].note == "mine" and not dense["enc"].weight_hh_l0.requires_grad
 
 
 class Tied(nn.Module):
