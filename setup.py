@@ -19,7 +19,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -161,6 +161,7 @@ def run(command: list[str]) -> None:
 
 
 setup(
+    packages=["kruify.cli", *find_packages(include=["kruify", "kruify.*"])],
     ext_modules=[Extension("kruify._C", sources=[], optional=True)],
     cmdclass={"build_ext": BuildKernels},
     # No Python API inside: one wheel for every Python from 3.11 on.

@@ -37,6 +37,12 @@ def test_a_room_imports_only_rooms_before_it():
     assert not wrong
 
 
+def test_every_folder_is_a_package():
+    """setup.py installs packages; a folder of files without __init__.py would be missing from the wheel."""
+    for folder in ("kruify", "cli"):
+        assert all((file.parent / "__init__.py").exists() for file in (ROOT / folder).rglob("*.py"))
+
+
 def test_checker_sees_a_wrong_import(tmp_path: Path):
     file = tmp_path / "x.py"
     file.write_text("def f():\n    from kruify.reporting import Report\n    import kruify\n")

@@ -1,11 +1,12 @@
-"""The heaviest singular triplets of a matrix: LAPACK for small ones, Lanczos for large ones."""
+"""The heaviest singular triplets of a matrix: LAPACK for small ones, Lanczos for large ones.
+
+scipy is imported where it is called: with it `import kruify.api` takes twice as long.
+"""
 
 from __future__ import annotations
 
 import numpy as np
-import scipy.linalg
 import torch
-from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 
 from kruify.decomposition.vectors import NUMERICALLY_ZERO, VectorSum, normalised
@@ -51,6 +52,8 @@ def _gram(matrix: Tensor, x: Tensor) -> Tensor:
 def _by_gram(matrix: Tensor, rank: int) -> VectorSum | None:
     """The triplets through the smaller Gram matrix, several times faster than LAPACK's SVD of all; None where that
     would cost accuracy: triplets far lighter than the heaviest."""
+    import scipy.linalg
+
     work = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     n = work.shape[1]
     values, vectors = scipy.linalg.eigh((work.T @ work).numpy(), subset_by_index=[n - rank, n - 1], check_finite=False)
@@ -72,6 +75,8 @@ def _lanczos(matrix: Tensor, rank: int) -> VectorSum | None:
     Working with the Gram matrix squares the condition, which harms only triplets lighter than 1e-7 of the heaviest;
     those are left to LAPACK.
     """
+    from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+
     work = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     n = work.shape[1]
     operator = LinearOperator((n, n), lambda x: _gram(work, torch.from_numpy(x)).numpy(), dtype=np.float64)

@@ -93,12 +93,9 @@ def breaks_the_graph(layer: RecurrentLayer, x: Tensor) -> bool:
     return layer.kind == "lstm" and not x.is_cuda and torch.is_grad_enabled()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _untraced_lstm(*arguments: Any) -> Any:
-    return _VF.lstm(*arguments)
-
-
 def _function(layer: RecurrentLayer, x: Tensor) -> Any:  # torch does not type these
     if layer.kind == "lstm" and torch.compiler.is_compiling() and breaks_the_graph(layer, x):
-        return _untraced_lstm
+        from kruify.layers import untraced
+
+        return untraced.lstm
     return getattr(_VF, layer.kernel_kind)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kruify.layers.computed import parameter
 from kruify.layers.matrix import KroneckerMatrix, KroneckerTerm
-from kruify.ops import Layout, TermLayout, has_kernel, precision
+from kruify.ops import Layout, TermLayout, has_kernel, precision, tracing
 from kruify.ops.functions import Assembly, training
 from kruify.ops.stages import LANES, TermPlan, plan, plan_pair
 
@@ -122,7 +122,7 @@ def work(matrix: KroneckerMatrix, form: Form, kind: str, batch: int) -> tuple[fl
 
 
 # torch.compile cannot look into it; all of it is known then.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@tracing.constant
 def template_fits(gates: int, rank: int, rows1: int, rows2: int, training: bool, wanted: int, device: int) -> bool:
     """Whether the CUDA templates take a recurrence on GPU number `device`: what the kernels themselves ask before a
     launch, `pair_fits` in csrc/cuda/pair_plan.h."""

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
-
 from kruify.errors import UsageError
+from kruify.ops import tracing
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Layout:
         return code
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile cannot look into it
+@tracing.constant  # torch.compile cannot look into it
 def decode(code: Sequence[int]) -> Layout:
     """The layout that `encode` wrote.
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kruify.ops import tracing
+
 FLOAT32, TF32, BF16 = 0, 1, 2
 NAMES = ("float32", "tf32", "bf16")
 
@@ -29,7 +31,7 @@ def of_products(device: torch.device) -> int:
 
 
 # torch.compile cannot look into it; it compiles anew when the setting changes.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@tracing.constant
 def _tf32_allowed() -> bool:
     return str(torch.backends.cuda.matmul.fp32_precision) == "tf32"
 

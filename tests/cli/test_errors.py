@@ -183,9 +183,12 @@ def test_help_does_not_import_torch():
     assert "Exit codes" in done.stdout
 
 
-def test_the_function_convert_is_not_hidden_by_the_module_convert():
-    code = "import kruify.conversion, kruify; assert callable(kruify.convert); assert not hasattr(kruify, 'nonsense')"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_what_an_import_gives_and_what_it_leaves_out():
+    code = "import kruify.conversion, kruify.api, kruify, sys; assert callable(kruify.convert); "
+    code += "assert not hasattr(kruify, 'nonsense'); "
+    code += "print(*{'torch._dynamo', 'sympy', 'scipy', 'onnx', 'matplotlib', 'accelerate'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"  # each takes from a tenth of a second to a second
 
 
 @pytest.mark.parametrize(
