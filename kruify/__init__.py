@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kruify.search.compression import Compression
     from kruify.search.trade_off import Sweep
     from kruify.tasks.base import Task
-    from kruify.training import FinetuneResult, Recipe, unitary_penalty
+    from kruify.training import FinetuneResult, Healing, Recipe, heal, unitary_penalty
 
     __version__: str
 
@@ -46,7 +46,7 @@ _HOMES = {
     "search.compression": "Compression",
     "search.trade_off": "Sweep",
     "tasks.base": "Task",
-    "training": "FinetuneResult Recipe unitary_penalty",
+    "training": "FinetuneResult Healing Recipe heal unitary_penalty",
 }
 _HOME_OF = {name: f"kruify.{home}" for home, names in _HOMES.items() for name in names.split()}
 

@@ -6,7 +6,7 @@ They weigh the decomposition (`decompose.fit(covariance=...)`) and correct the b
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -116,7 +116,7 @@ def calibrate(
         n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.RNNBase | nn.RNNCellBase)
     }
     handles = [
-        module.register_forward_pre_hook(_hook(f"{name}." if name else "", found), with_kwargs=True)
+        module.register_forward_pre_hook(observer(f"{name}." if name else "", found), with_kwargs=True)
         for name, module in layers.items()
     ]
     done = 0
@@ -132,13 +132,21 @@ def calibrate(
             handle.remove()
     if done == 0:
         raise TaskError(f"the task gave no batch to calibrate on in split '{split}'")
-    for name, moments in found.items():
-        if not bool(torch.isfinite(moments.outer).all()):
-            raise TaskError("calibration met NaN or infinite states", name, "Check the model and the task's data")
+    check_finite(found)
     return found
 
 
-def _hook(prefix: str, found: dict[str, Moments]) -> Callable[..., None]:
+def check_finite(found: Mapping[str, Moments]) -> None:
+    """Raises `TaskError` where the vectors that a matrix was applied to were not all finite."""
+    for name, moments in found.items():
+        if not bool(torch.isfinite(moments.outer).all()):
+            raise TaskError("calibration met NaN or infinite states", name, "Check the model and the task's data")
+
+
+def observer(prefix: str, found: dict[str, Moments]) -> Callable[..., None]:
+    """A function of a dense layer or cell and the arguments of one call of it, (module, args, kwargs), that adds the
+    moments of its matrices to `found`, by their names after `prefix`."""
+
     def add(weight: str, vectors: Tensor) -> None:
         found.setdefault(prefix + weight, Moments.empty(vectors.shape[-1])).add(vectors)
 
@@ -161,7 +169,7 @@ def _observe_cell(cell: nn.RNNCellBase, x: Tensor, state: Any, add: Callable[[st
 
 def _observe_layers(module: nn.RNNBase, x: Any, state: Any, add: Callable[[str, Tensor], None]) -> None:
     """Runs the stack one layer at a time, since torch shows only the last layer's states."""
-    x, lengths, state = _padded(module, x, state)
+    x, lengths, state = padded(module, x, state)
     hidden = state if isinstance(state, tuple) else (state,)
     valid = torch.arange(x.shape[0], device=x.device)[:, None] < lengths.to(x.device)  # (time, batch)
     directions = 2 if module.bidirectional else 1
@@ -180,7 +188,7 @@ def _observe_layers(module: nn.RNNBase, x: Any, state: Any, add: Callable[[str, 
         x = torch.cat(outputs, dim=-1)
 
 
-def _padded(module: nn.RNNBase, x: Any, state: Any) -> tuple[Tensor, Tensor, Any]:
+def padded(module: nn.RNNBase, x: Any, state: Any) -> tuple[Tensor, Tensor, Any]:
     """Any input that nn.LSTM takes -> (time, batch, features), lengths (batch,), initial states in that order."""
     unbatched = False
     if isinstance(x, PackedSequence):
