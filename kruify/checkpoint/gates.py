@@ -27,6 +27,9 @@ ORDER: dict[tuple[str, str], tuple[int, ...]] = {
 }
 """(framework, kind) -> for each of torch's gates in order, its place in that framework's order."""
 
+ONNX_PARTS = {"W": ("weight_ih",), "R": ("weight_hh",), "B": ("bias_ih", "bias_hh")}
+"""Weights of an ONNX node -> torch's tensors that are in each."""
+
 
 def to_torch(tensor: Tensor, framework: str, kind: str) -> Tensor:
     """Reorder the gates along the first dimension, (gates*hidden, ...), to torch's order."""
@@ -118,14 +121,11 @@ def onnx_layer(kind: str, parts: Mapping[str, LazyTensor], directions: int) -> d
     return found
 
 
-def onnx_from_torch(kind: str, tensors: Mapping[str, Tensor], directions: int, bias: bool) -> dict[str, Tensor]:
-    """The inverse of `onnx_layer`."""
-    suffixes = ("_l0", "_l0_reverse")[:directions]
+def onnx_from_torch(kind: str, part: str, tensors: Mapping[str, Tensor], directions: int) -> Tensor:
+    """The inverse of `onnx_layer` for one part, "W", "R" or "B"."""
 
-    def stacked(name: str) -> Tensor:
-        return torch.stack([from_torch(tensors[name + suffix], "onnx", kind) for suffix in suffixes])
+    def stacked(stem: str) -> Tensor:
+        names = [stem + suffix for suffix in ("_l0", "_l0_reverse")[:directions]]
+        return torch.stack([from_torch(tensors[name], "onnx", kind) for name in names])
 
-    found = {"W": stacked("weight_ih"), "R": stacked("weight_hh")}
-    if bias:
-        found["B"] = torch.cat([stacked("bias_ih"), stacked("bias_hh")], 1)
-    return found
+    return torch.cat([stacked(stem) for stem in ONNX_PARTS[part]], 1)

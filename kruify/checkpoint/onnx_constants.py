@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kruify.checkpoint.onnx_graph import Node, Proto, Scope, Source
 from kruify.checkpoint.tensors import LazyTensor
+from kruify.checkpoint.writing import tensor_bytes
 from kruify.errors import CorruptError, UnsafeError, UnsupportedError
 
 # onnx.TensorProto.DataType
@@ -25,6 +26,7 @@ DTYPES = {
     1: torch.float32,
     2: torch.uint8,
     3: torch.int8,
+    4: torch.uint16,
     5: torch.int16,
     6: torch.int32,
     7: torch.int64,
@@ -35,9 +37,10 @@ DTYPES = {
 }
 EXTERNAL = 1
 FOLDED = {
-    *("Cast", "CastLike", "Concat", "Constant", "ConstantOfShape", "DequantizeLinear", "Expand", "Flatten", "Gather"),
-    *("Identity", "Pad", "QuantizeLinear", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Tile", "Transpose"),
-    *("Unsqueeze", "Add", "Div", "MatMul", "Mul", "Neg", "Pow", "ReduceL2", "ReduceSum", "Sqrt", "Sub"),
+    *("Cast", "CastLike", "Concat", "Constant", "ConstantOfShape", "DequantizeLinear", "Expand", "EyeLike", "Flatten"),
+    *("Gather", "Identity", "Pad", "QuantizeLinear", "Reshape", "ScatterND", "Shape", "Slice", "Split", "Squeeze"),
+    *("Tile", "Transpose", "Unsqueeze", "Add", "CumSum", "Div", "MatMul", "Mul", "Neg", "Pow", "ReduceL2"),
+    *("ReduceSum", "Sqrt", "Sub"),
 }
 """Operators that are evaluated: their cost follows from the shapes."""
 IR_VERSION = 8
@@ -262,6 +265,14 @@ def lazy_tensor(proto: Proto, path: Path) -> LazyTensor | None:
     if have != numel or (proto.HasField("raw_data") and len(proto.raw_data) % dtype.itemsize):
         raise CorruptError(f"its tensor {proto.name[:80]} of shape {list(shape)} has {have} numbers", path)
     return LazyTensor(shape, dtype, _loader(proto, shape, dtype), id(proto))
+
+
+def tensor_proto(tensor: Tensor, name: str) -> Proto:
+    """A TensorProto of the numbers of a tensor."""
+    from onnx import TensorProto
+
+    data_type = next(number for number, dtype in DTYPES.items() if dtype == tensor.dtype)
+    return TensorProto(name=name, data_type=data_type, dims=tensor.shape, raw_data=bytes(tensor_bytes(tensor)))
 
 
 def _loader(proto: Proto, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Tensor]:

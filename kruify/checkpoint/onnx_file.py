@@ -99,16 +99,24 @@ def load_model(path: Path) -> Proto:
     return model
 
 
-def read_onnx(path: Path) -> OnnxFile:
+def read_onnx(path: Path, graph: bool = False) -> OnnxFile:
     """The weights of an ONNX model.
+
+    Args:
+        graph: as for `read_model`.
 
     Raises: as `load_model`; UnsupportedError for numbers kept outside the file.
     """
-    return read_model(load_model(path), path)
+    return read_model(load_model(path), path, graph)
 
 
-def read_model(model: Proto, path: Path) -> OnnxFile:
-    """The weights of a parsed model, whose protobufs `OnnxFile.weights` and `OnnxFile.protos` point to."""
+def read_model(model: Proto, path: Path, graph: bool = False) -> OnnxFile:
+    """The weights of a parsed model, whose protobufs `OnnxFile.weights` and `OnnxFile.protos` point to.
+
+    Args:
+        graph: the recurrent nodes stay in their graph, so read those, too, that torch has no layer for: backward only,
+            a GRU that resets before the matmul, peepholes, clipping, other activations.
+    """
     walk = Walk(model, path)
     nodes = list(walk)
     folding = Folding(path, {node.key: node for node in nodes}, limits.RATIO * model.ByteSize() + limits.SLACK)
@@ -116,7 +124,7 @@ def read_model(model: Proto, path: Path) -> OnnxFile:
     names: Counter[str] = Counter()
     for node in nodes:
         if _is_recurrent(node.proto):
-            _add_node(_unique(node.path, names), node, folding, found)
+            _add_node(_unique(node.path, names), node, folding, found, graph)
         elif not own(node.proto) and _RECURRENT.search(node.proto.op_type) and walk.function(node.proto) is None:
             found.skipped[_unique(node.path, names)] = _foreign(node.proto)
     recurrent = {around.key for node in nodes if _is_recurrent(node.proto) for around in node.around()}
@@ -194,7 +202,7 @@ def _constants(scopes: list[Scope], path: Path) -> Iterator[tuple[str, Proto]]:
                 yield f"{scope.path}{name}", proto
 
 
-def _add_node(name: str, node: Node, folding: Folding, found: OnnxFile) -> None:
+def _add_node(name: str, node: Node, folding: Folding, found: OnnxFile, graph: bool) -> None:
     kind = KINDS[node.proto.op_type]
     attributes, inputs = node.attributes, list(node.proto.input)
     parts = {part: inputs[at] for part, at in INPUTS.items() if at < len(inputs) and inputs[at]}
@@ -206,7 +214,7 @@ def _add_node(name: str, node: Node, folding: Folding, found: OnnxFile) -> None:
             return
         weights[part] = Weight(node, part, constant)
     lazy = {part: weight.constant.tensor for part, weight in weights.items()}
-    reason = _refusal(kind, attributes, inputs, lazy)
+    reason = _misfit(kind, attributes, lazy) or (None if graph else _refusal(kind, attributes, inputs, lazy))
     if reason:
         found.skipped[name] = reason
         return
@@ -224,7 +232,8 @@ def _add_node(name: str, node: Node, folding: Folding, found: OnnxFile) -> None:
         "dropout": 0.0,
     }
     if kind == "rnn":
-        options["nonlinearity"] = (_activations(attributes) or ["tanh"])[0]
+        named = (_activations(attributes) or ["tanh"])[0]
+        options["nonlinearity"] = named if [named] in ACTIVATIONS[kind] else "tanh"
     found.hints[name] = ModuleHint(f"onnx.{node.proto.op_type}", options)
     found.weights[name] = weights
     if any(leaf.made_by.data_type in EIGHT_BIT for w in weights.values() for leaf in w.constant.leaves):
@@ -237,8 +246,8 @@ def _activations(attributes: dict[str, Proto]) -> list[str]:
     return [text.decode("ascii", "replace").lower() for text in attributes["activations"].strings]
 
 
-def _refusal(kind: str, attributes: dict[str, Proto], inputs: list[str], lazy: dict[str, LazyTensor]) -> str | None:
-    """Why torch has no such layer, None if it has."""
+def _misfit(kind: str, attributes: dict[str, Proto], lazy: dict[str, LazyTensor]) -> str | None:
+    """Why the weights are none of such a node, None if they are."""
     if not {"W", "R"} <= set(lazy):
         return "it has no weights"
     if unknown := sorted(set(attributes) - ATTRIBUTES):
@@ -253,11 +262,20 @@ def _refusal(kind: str, attributes: dict[str, Proto], inputs: list[str], lazy: d
         return "its weights are of several data types"
     if "hidden_size" in attributes and attributes["hidden_size"].i != r[2]:
         return f"its hidden_size is {attributes['hidden_size'].i}, that of its weights {r[2]}"
-    direction = attributes["direction"].s.decode("ascii", "replace") if "direction" in attributes else "forward"
-    if direction == "reverse":
-        return "it runs backwards only, which torch has no layer for"
-    if direction != ("forward", "bidirectional")[w[0] - 1]:
+    direction = _direction(attributes)
+    if direction not in (("forward", "reverse"), ("bidirectional",))[w[0] - 1]:
         return f"its direction ({direction[:40]}) does not match its weights"
+    return None
+
+
+def _direction(attributes: dict[str, Proto]) -> str:
+    return str(attributes["direction"].s.decode("ascii", "replace")) if "direction" in attributes else "forward"
+
+
+def _refusal(kind: str, attributes: dict[str, Proto], inputs: list[str], lazy: dict[str, LazyTensor]) -> str | None:
+    """Why torch has no such layer, None if it has."""
+    if _direction(attributes) == "reverse":
+        return "it runs backwards only, which torch has no layer for"
     if "layout" in attributes and attributes["layout"].i not in (0, 1):
         return f"its layout is {attributes['layout'].i}, which ONNX does not define"
     if kind == "gru" and not ("linear_before_reset" in attributes and attributes["linear_before_reset"].i):
@@ -266,7 +284,7 @@ def _refusal(kind: str, attributes: dict[str, Proto], inputs: list[str], lazy: d
         return "it has peepholes, which torch has no equivalent for"
     if "clip" in attributes or ("input_forget" in attributes and attributes["input_forget"].i):
         return "it clips its cells or couples its gates, which torch has no equivalent for"
-    return _unlike_torch(ACTIVATIONS[kind], _activations(attributes), w[0])
+    return _unlike_torch(ACTIVATIONS[kind], _activations(attributes), lazy["W"].shape[0])
 
 
 def _unlike_torch(known: list[list[str]], names: list[str], directions: int) -> str | None:

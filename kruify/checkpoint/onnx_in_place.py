@@ -3,142 +3,236 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from kruify.checkpoint.gates import onnx_from_torch
+from kruify.checkpoint.gates import ONNX_PARTS, onnx_from_torch
 from kruify.checkpoint.in_place import check_fits
-from kruify.checkpoint.onnx_constants import DTYPES
+from kruify.checkpoint.onnx_constants import tensor_proto
 from kruify.checkpoint.onnx_file import INPUTS, OnnxFile, Weight, load_model, read_model
 from kruify.checkpoint.onnx_graph import Proto, Scope
 from kruify.checkpoint.tensors import LazyTensor
-from kruify.checkpoint.writing import atomic_file, tensor_bytes
+from kruify.checkpoint.writing import as_bytes, atomic_file
 from kruify.errors import UnsupportedError
+
+
+@dataclass
+class Made:
+    """What computes a value: constants, and the nodes that make it of them, in order. No nodes: the first constant."""
+
+    constants: list[Proto] = field(default_factory=list)
+    nodes: list[Proto] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a weight becomes.
+
+    Attributes:
+        key: equal for what is equal.
+        make: (name, opset, fresh) -> what computes a value of that name, in the shape and dtype that the weight has;
+            `fresh` gives other names (`OnnxCopy.fresh`).
+    """
+
+    key: Hashable
+    make: Callable[[str, int, Callable[[str], str]], Made]
+
+
+class OnnxCopy:
+    """A parsed ONNX model whose weights are replaced; everything else stays as it is."""
+
+    def __init__(self, source: Path, graph: bool = False) -> None:
+        """Args: graph: as for `onnx_file.read_model`."""
+        self.source = source
+        self.model = load_model(source)
+        self.found: OnnxFile = read_model(self.model, source, graph)
+        self._names = Counter(name for scope in self.found.scopes for name in scope.values)
+        self._homes = {id(proto): (scope, name) for scope, name, proto in self._tensors()}
+        self._candidates = [(scope, self._unneeded(scope)) for scope in self.found.scopes]
+
+    def fresh(self, name: str) -> str:
+        """A name that no value of the model has."""
+        number = self._names[name]
+        self._names[name] += 1
+        return self.fresh(f"{name}_{number}") if number else name
+
+    def groups(self) -> list[list[tuple[str, Weight]]]:
+        """The weights of recurrent nodes with the names of their layers, those that are one tensor together."""
+        groups: dict[Hashable, list[tuple[str, Weight]]] = {}
+        for layer, weights in self.found.weights.items():
+            for weight in weights.values():
+                groups.setdefault(weight.constant.tensor.identity, []).append((layer, weight))
+        return list(groups.values())
+
+    def replace_weights(self, group: Sequence[tuple[Weight, Content]]) -> None:
+        """Gives weights that were one tensor new contents.
+
+        A weight that only recurrent nodes read stands where the old one stood, under its name. Where the graph
+        computes it, other nodes read it, or weights that were one come apart, the nodes read new values.
+
+        Raises:
+            UnsupportedError: a node needs a new value and stands in a function that is called several times.
+        """
+        weight, content = group[0]
+        if weight.constant.proto is not None and weight.own and all(other.key == content.key for _, other in group):
+            self.replace(weight.constant.proto, content)
+            return
+        made: dict[tuple[int, Hashable], str] = {}
+        for weight, content in group:
+            root = self._root(weight)
+            self._name_nodes()
+            if (id(root), content.key) not in made:
+                name = self.fresh(f"{weight.node.path}.{weight.part}")
+                self._insert(root.body, content.make(name, root.opset, self.fresh), root.around is None)
+                made[id(root), content.key] = name
+            weight.node.proto.input[INPUTS[weight.part]] = made[id(root), content.key]
+
+    def replace(self, proto: Proto, content: Content) -> None:
+        """Gives a constant of the file, under its name, another content."""
+        scope, name = self._homes[id(proto)]
+        made = content.make(name, scope.opset, self.fresh)
+        if not made.nodes:
+            kept = proto.name
+            proto.CopyFrom(made.constants[0])
+            proto.name = kept
+            return
+        body = scope.body
+        for held in [body.initializer, body.input] if hasattr(body, "initializer") else []:
+            _drop_named(held, {name})
+        _drop_nodes(body, {name})
+        self._insert(body, made, scope.around is None)
+
+    def _name_nodes(self) -> None:
+        """Nodes without a name are read by the name of their place, which is about to change."""
+        for weights in self.found.weights.values():
+            node = weights["W"].node
+            for one in (node, *node.around()):
+                one.proto.name = one.proto.name or one.own_name
+
+    def drop_unread(self) -> None:
+        """Takes out what computed nothing but weights, and constants that only it read, where nothing reads it now."""
+        gone = 1
+        while gone:
+            gone, read = 0, set(self._read())
+            for scope, names in self._candidates:
+                body, unread = scope.body, names - read
+                for held in ("initializer", "input", "value_info") if hasattr(body, "initializer") else ():
+                    gone += _drop_named(getattr(body, held), unread)
+                gone += _drop_nodes(body, unread)
+
+    def save(self, target: Path) -> None:
+        """Writes the model."""
+        with atomic_file(target) as file:
+            file.write(self.model.SerializeToString(deterministic=True))
+
+    def _tensors(self) -> Iterator[tuple[Scope, str, Proto]]:
+        for scope in self.found.scopes:
+            for name, proto in scope.values.items():
+                if hasattr(proto, "data_type"):
+                    yield scope, name, proto
+
+    def _unneeded(self, scope: Scope) -> set[str]:
+        """Names of a graph whose values only weights of recurrent nodes are made of."""
+
+        def only_weights(name: str) -> bool:
+            source = scope.find(name)
+            return source.key in self.found.computing or (source.is_tensor and id(source.made_by) in self.found.taken)
+
+        return {name for name in scope.values if scope.values[name] is not None and only_weights(name)}
+
+    def _read(self) -> Iterator[str]:
+        """Every name that a node of any graph reads, or that a graph gives."""
+        for scope in self.found.scopes:
+            for value in scope.body.output:
+                yield value if isinstance(value, str) else value.name
+            for node in scope.body.node:
+                yield from node.input
+
+    def _root(self, weight: Weight) -> Scope:
+        """The main graph, or the call of a function, that a node stands in."""
+        scope: Scope = weight.node.scope
+        while scope.outer is not None:
+            scope = scope.outer
+        if scope.around is not None and sum(other.body is scope.body for other in self.found.scopes) > 1:
+            raise UnsupportedError(
+                f"the {weight.part} of {weight.node.path} is computed in a function that is called several times",
+                self.source,
+                "Write .pt or .safetensors",
+            )
+        return scope
+
+    def _insert(self, body: Proto, made: Made, main: bool) -> None:
+        """Adds constants and nodes to a graph or function, before its nodes."""
+        from onnx import helper
+
+        nodes = list(made.nodes)
+        if hasattr(body, "initializer"):
+            body.initializer.extend(made.constants)
+            if main and self.model.ir_version < 4:  # initializers had to be inputs, too
+                body.input.extend(
+                    helper.make_tensor_value_info(proto.name, proto.data_type, list(proto.dims))
+                    for proto in made.constants
+                )
+        else:
+            nodes[:0] = [helper.make_node("Constant", [], [proto.name], value=proto) for proto in made.constants]
+        for node in reversed(nodes):
+            body.node.insert(0, node)
+
+
+def _drop_named(held: Proto, names: Container[str]) -> int:
+    """Takes entries with these names out of a repeated field; returns how many."""
+    places = [at for at, one in enumerate(held) if one.name in names]
+    for at in reversed(places):
+        del held[at]
+    return len(places)
+
+
+def _drop_nodes(body: Proto, names: Container[str]) -> int:
+    """Takes nodes that make nothing but these values out of a graph; returns how many."""
+    made = [[name for name in node.output if name] for node in body.node]
+    places = [at for at, outputs in enumerate(made) if outputs and all(name in names for name in outputs)]
+    for at in reversed(places):
+        del body.node[at]
+    return len(places)
 
 
 def replace_in_onnx(source: Path, target: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """Copy an ONNX model with other weights, given by the names of its reader.
 
-    A weight that only recurrent nodes read is written over the old one. Where the graph computes it, other nodes read
-    it, or nodes that shared it come apart, the nodes get new constants, and what computed the old ones goes.
-
     Raises:
         UsageError: a tensor does not fit.
-        UnsupportedError: a node needs a new constant and stands in a function that is called several times.
+        UnsupportedError: as `OnnxCopy.replace_weights`.
     """
-    model = load_model(source)
-    found = read_model(model, source)
-    check_fits(source, found.tensors, tensors)
-    for name, proto in found.protos.items():
+    copy = OnnxCopy(source)
+    check_fits(source, copy.found.tensors, tensors)
+    for name, proto in copy.found.protos.items():
         if name in tensors:
-            _write(proto, tensors[name].load())
-    names = Counter(name for scope in found.scopes for name in scope.values)
-    written: set[int] = set()
-    for group in _sharing(found, {**found.tensors, **tensors}):
-        weight, value = group[0]
-        proto = weight.constant.proto
-        if proto is not None and weight.own and all(value.equal(other) for _, other in group):
-            _write(proto, value)
-            written.add(id(proto))
-            continue
-        made: list[tuple[Scope, Tensor, str]] = []
-        for weight, value in group:
-            root = _root(weight, found, source)
-            name = next((name for scope, old, name in made if scope is root and old.equal(value)), "")
-            if not name:
-                _name_nodes(found)
-                name = _new_constant(model, root, f"{weight.node.path}.{weight.part}", value, names)
-                made.append((root, value, name))
-            weight.node.proto.input[INPUTS[weight.part]] = name
-    if not model.functions:  # whose calls may pass on what nothing reads any more
-        _drop_unread(found, written)
-    with atomic_file(target) as file:
-        file.write(model.SerializeToString(deterministic=True))
-
-
-def _sharing(found: OnnxFile, tensors: Mapping[str, LazyTensor]) -> list[list[tuple[Weight, Tensor]]]:
-    """The weights of recurrent nodes with their new values, those that were one tensor together."""
-    groups: dict[Hashable, list[tuple[Weight, Tensor]]] = {}
-    for layer, weights in found.weights.items():
-        kind, both = str(found.hints[layer].options["mode"]).lower(), found.hints[layer].options["bidirectional"]
-        prefix = f"{layer}."
-        shorts = [
-            f"{stem}_l0{suffix}"
-            for suffix in ("", "_reverse")[: 1 + bool(both)]
-            for stem in ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if "B" in weights else ()))
-        ]
-        values = onnx_from_torch(
-            kind, {short: tensors[prefix + short].load() for short in shorts}, 1 + bool(both), "B" in weights
+            copy.replace(proto, dense(tensors[name].load()))
+    values = {**copy.found.tensors, **tensors}
+    for group in copy.groups():
+        copy.replace_weights(
+            [(weight, dense(dense_weight(copy.found, layer, weight, values))) for layer, weight in group]
         )
-        for part, value in values.items():
-            groups.setdefault(weights[part].constant.tensor.identity, []).append((weights[part], value))
-    return list(groups.values())
+    copy.drop_unread()
+    copy.save(target)
 
 
-def _write(proto: Proto, value: Tensor) -> None:
-    for typed in ("float_data", "int32_data", "int64_data", "double_data"):
-        proto.ClearField(typed)
-    proto.raw_data = bytes(tensor_bytes(value))
+def dense(value: Tensor) -> Content:
+    """A content that is a constant."""
+    key = (tuple(value.shape), value.dtype, bytes(as_bytes(value).numpy()))
+    return Content(key, lambda name, *_: Made([tensor_proto(value, name)]))
 
 
-def _root(weight: Weight, found: OnnxFile, source: Path) -> Scope:
-    """The main graph, or the call of a function, that a node stands in."""
-    scope: Scope = weight.node.scope
-    while scope.outer is not None:
-        scope = scope.outer
-    if scope.around is not None and sum(other.body is scope.body for other in found.scopes) > 1:
-        raise UnsupportedError(
-            f"the {weight.part} of {weight.node.path} is computed in a function that is called several times",
-            source,
-            "Write .pt or .safetensors",
-        )
-    return scope
-
-
-def _name_nodes(found: OnnxFile) -> None:
-    """Nodes without a name are read by the name of their place, which is about to change."""
-    for weights in found.weights.values():
-        node = weights["W"].node
-        for one in (node, *node.around()):
-            one.proto.name = one.proto.name or one.own_name
-
-
-def _new_constant(model: Proto, root: Scope, name: str, value: Tensor, names: Counter[str]) -> str:
-    """Adds an initializer to the main graph, or a Constant node to a function; returns its name."""
-    from onnx import TensorProto, helper
-
-    while names[name]:
-        name += "_new"
-    names[name] += 1
-    data_type = next(number for number, dtype in DTYPES.items() if dtype == value.dtype)
-    tensor = TensorProto(name=name, data_type=data_type, dims=value.shape)
-    _write(tensor, value)
-    if root.around is not None:
-        root.body.node.insert(0, helper.make_node("Constant", [], [name], value=tensor))
-        return name
-    root.body.initializer.append(tensor)
-    if model.ir_version < 4:  # initializers had to be inputs, too
-        root.body.input.append(helper.make_tensor_value_info(name, data_type, list(value.shape)))
-    return name
-
-
-def _drop_unread(found: OnnxFile, written: set[int]) -> None:
-    """Takes out the nodes that computed nothing but weights, and the tensors that only they read."""
-    tensors = found.taken - written
-    for scope in found.scopes:
-        body = scope.body
-
-        def goes(name: str, scope: Scope = scope) -> bool:
-            source = scope.find(name)
-            return source.key in found.computing or (source.is_tensor and id(source.made_by) in tensors)
-
-        gone = {name for name in scope.values if scope.values[name] is not None and goes(name)}
-        for field in (body.initializer, body.input, body.value_info):
-            for at in reversed(range(len(field))):
-                if field[at].name in gone:
-                    del field[at]
-        for at in reversed(range(len(body.node))):
-            if body.node[at].output and all(not name or name in gone for name in body.node[at].output):
-                del body.node[at]
+def dense_weight(found: OnnxFile, layer: str, weight: Weight, tensors: Mapping[str, LazyTensor]) -> Tensor:
+    """The W, R or B of a recurrent node from torch's tensors."""
+    options = found.hints[layer].options
+    dot = f"{layer}."
+    short = {
+        name.removeprefix(dot): tensors[name].load()
+        for name in tensors
+        if name.startswith(tuple(dot + stem for stem in ONNX_PARTS[weight.part]))
+    }
+    return onnx_from_torch(str(options["mode"]).lower(), weight.part, short, 1 + bool(options["bidirectional"]))

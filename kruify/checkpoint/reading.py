@@ -45,13 +45,15 @@ class Contents:
     assumed: Mapping[str, str] = field(default_factory=dict)
 
 
-def read(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
+def read(path: str | os.PathLike[str], key: str | None = None, *, graph: bool = False) -> Checkpoint:
     """Open a checkpoint without running anything in it.
 
     Args:
         path: a file.
         key: the nested entry that holds the state dict, dotted; needed only where several could be meant. A file that
             kruify wrote has one state dict, whatever the key of its source was.
+        graph: of an ONNX model, read the recurrent nodes that torch has no layer for, too: they are to stay in their
+            graph (`onnx_file.read_model`).
 
     Raises:
         UsageError: there is no such file, or `key` is needed or wrong.
@@ -61,7 +63,7 @@ def read(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
     """
     path = Path(path)
     try:
-        contents = read_contents(path, key)
+        contents = read_contents(path, key, graph)
         return _finish(path, contents)
     except KruifyError:
         raise
@@ -72,7 +74,7 @@ def read(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
         raise CorruptError(f"it is damaged ({type(error).__name__})", path, AGAIN) from error
 
 
-def read_contents(path: Path, key: str | None) -> Contents:
+def read_contents(path: Path, key: str | None, graph: bool = False) -> Contents:
     """The contents of a file by its kind."""
     file, size = _open(path)
     head = file.read(64)
@@ -89,7 +91,7 @@ def read_contents(path: Path, key: str | None) -> Contents:
     elif head[:1] == b"\x80":
         torch_file.refuse_plain_pickle(path, file, size)
     elif head[:1] == b"\x08":  # an ONNX model starts with its ir_version
-        onnx = onnx_file.read_onnx(path)
+        onnx = onnx_file.read_onnx(path, graph)
         contents = Contents("onnx", onnx.tensors, dropped=tuple(onnx.dropped), skipped=onnx.skipped, hints=onnx.hints)
     elif head.startswith(b"version https://git-lfs"):
         raise CorruptError("it is a pointer of git-lfs, not the file itself", path, "Fetch it: git lfs pull")

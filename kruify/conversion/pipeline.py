@@ -10,7 +10,7 @@ from typing import TypedDict, Unpack, overload
 
 from torch import nn
 
-from kruify.checkpoint import Checkpoint, carried, check_model_target, read
+from kruify.checkpoint import Checkpoint, carried, check_model_target, check_target, read
 from kruify.checkpoint.target import FOREIGN, TORCH
 from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.budget import make_budget_plan, parse_budget
@@ -37,6 +37,7 @@ from kruify.conversion.storing import (
 )
 from kruify.conversion.tensors import convert_tensors
 from kruify.errors import UsageError
+from kruify.graphs import write_small
 from kruify.progress import Progress
 from kruify.tasks.base import Task
 from kruify.tasks.loader import load_task
@@ -116,7 +117,8 @@ def convert(
         dtype: how all weights are stored, as `kruify.quantize` says; None leaves them in the source's dtypes, under a
             size it is "int8".
         keep: globs of weights or modules that stay float32.
-        output: file to write; None writes `model.kru.safetensors` beside `model.pt`, and nothing for a module.
+        output: file to write; None writes `model.kru.safetensors` beside `model.pt`, and nothing for a module. An
+            .onnx file of an .onnx source is its whole graph with small weights (`graphs.write_small`).
         dry_run: choose the factors and count; decompose and write nothing.
         key: the entry of a file that holds the state dict, where it has several.
 
@@ -140,8 +142,10 @@ def convert(
         if input_budget is not None or max_error is not None:
             raise UsageError("a size covers all matrices and has no error bound", hint="Give --budget alone")
         dtype = dtype or DTYPE
-    if not isinstance(source, nn.Module | Checkpoint):
-        source = read(source, key=key)
+    to_graph = output is not None and Path(output).suffix.lower() == ".onnx"
+    if not isinstance(source, nn.Module) and (to_graph or not isinstance(source, Checkpoint)):
+        path = source.path if isinstance(source, Checkpoint) else source
+        source = read(path, key=key, graph=to_graph)  # in its graph any recurrent node can stay
     check_storage(dtype, keep)
     tensors, located, where = _opened(source, subclasses)
     sha256, extra = ("", {}) if isinstance(source, nn.Module) else (source.sha256, carried(source))
@@ -151,7 +155,11 @@ def convert(
     if isinstance(source, Checkpoint):
         output = default_output(source.path) if output is None else output
     if output is not None and not dry_run:
-        check_model_target(output, *(source.files if isinstance(source, Checkpoint) else ()))
+        inputs = source.files if isinstance(source, Checkpoint) else ()
+        if to_graph and isinstance(source, Checkpoint) and source.format == "onnx":
+            check_target(output, *inputs)
+        else:
+            check_model_target(output, *inputs)
         if budget is not None:
             check_budget_target(budget, output)
     layers = found(located, where)
@@ -199,6 +207,10 @@ def convert(
     conversion = replace(conversion, tensors={**kept}, bytes=counts, storage=storage)
     if output is not None:
         conversion = replace(conversion, output=Path(output))
+        if to_graph and isinstance(source, Checkpoint):
+            written = write_small(source.path, conversion.tensors, plan.structures(), storage, output)
+            counts = replace(counts, before=written.bytes_before, after=written.bytes_after, beside=0)
+            return replace(conversion, bytes=counts)
         write_converted(
             output, conversion.tensors, plan, storage, source_sha256=sha256, seed=seed, extra=extra, progress=progress
         )

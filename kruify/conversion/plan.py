@@ -49,6 +49,10 @@ class LayerPlan:
 class Plan:
     layers: list[LayerPlan] = field(default_factory=list)
 
+    def structures(self) -> dict[str, Structures]:
+        """Full name of every matrix -> its structures."""
+        return {layer.full_name(weight): structures for layer, weight, structures in self.matrices()}
+
     def matrices(self) -> Iterator[tuple[RecurrentLayer, str, Structures]]:
         """(layer, weight name within it, its structures), in order."""
         for item in self.layers:

@@ -119,10 +119,7 @@ def weight_bytes(tensors: Mapping[str, LazyTensor]) -> int:
 
 def matrix_sizes(plan: Plan) -> dict[str, tuple[int, int]]:
     """Full name of every Kronecker matrix -> (rows of all gates, columns)."""
-    return {
-        layer.full_name(weight): (sum(s.rows for s in structures), structures[0].cols)
-        for layer, weight, structures in plan.matrices()
-    }
+    return {name: (sum(s.rows for s in found), found[0].cols) for name, found in plan.structures().items()}
 
 
 def rounded(tensors: Mapping[str, AnyTensor], plan: Plan, storage: Mapping[str, str]) -> dict[str, LazyTensor]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kruify.exporting.graph import Graph
+from kruify.graphs.nodes import Graph
 from kruify.layers.matrix import KroneckerMatrix, KroneckerTerm, SparseResidual
 
 Gates = Sequence[int]  # the gates in the order in which they are to come out

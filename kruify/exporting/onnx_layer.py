@@ -15,9 +15,10 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from kruify.exporting.graph import Graph, make_model, scan_body
+from kruify.exporting.graph import make_model, scan_body
 from kruify.exporting.matrix import product
 from kruify.exporting.shapes import LENGTHS, Interface
+from kruify.graphs.nodes import Graph
 from kruify.layers.matrix import KroneckerMatrix
 
 # The order that lets one Sigmoid serve neighbouring gates (LSTM: i, f, o then g).

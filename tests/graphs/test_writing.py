@@ -1,0 +1,170 @@
+"""Whole graphs with small weights; onnxruntime runs them and the originals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import kruify
+from kruify.checkpoint import LazyTensor
+from kruify.checkpoint.stored import decode, encode
+from kruify.errors import UnsupportedError
+from kruify.factors import parse
+from kruify.graphs import write_small
+from kruify.layers import KroneckerMatrix
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+from small_graphs import BATCH, IN, H, folded, node, run, save, value, weights  # noqa: E402
+
+EXACT = f"{H}*({H}x1,1x{H})", f"{IN}*({H}x1,1x{IN})"
+"""Low rank of full rank, of W_hh and of W_ih."""
+
+
+def small(path: Path, factors: str = EXACT[0], input_factors: str | None = EXACT[1], **options: Any) -> Path:
+    target = path.with_name("small.onnx")
+    kruify.convert(path, factors, input_factors=input_factors, output=target, **options)
+    onnx.checker.check_model(onnx.load(target), full_check=True)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("kind", "attributes"),
+    [
+        ("LSTM", {"direction": "bidirectional"}),
+        ("LSTM", {"clip": 0.5, "input_forget": 1}),
+        ("GRU", {"linear_before_reset": 0, "direction": "reverse"}),
+        ("GRU", {"linear_before_reset": 1, "direction": "bidirectional"}),
+        ("RNN", {"activations": ["HardSigmoid"], "activation_alpha": [0.3]}),
+    ],
+)
+def test_every_recurrent_node_computes_the_same_with_all_terms_kept(
+    tmp_path: Path, kind: str, attributes: dict
+) -> None:
+    directions = 2 if attributes.get("direction") == "bidirectional" else 1
+    states = ["H0", *(["C0", "P"] if kind == "LSTM" else [])]
+    shape = [directions, BATCH, H]
+    feeds = {name: np.random.default_rng(2).normal(0, 1, shape).astype("f4") for name in states}
+    feeds["lengths"] = np.array([5, 3], "i4")
+    inputs = [value(name, shape) for name in states if name != "P"] + [
+        value("lengths", [BATCH], onnx.TensorProto.INT32)
+    ]
+    constants = weights(kind, directions)
+    if kind == "LSTM":
+        constants["P"] = np.random.default_rng(3).normal(0, 1, (directions, 3 * H)).astype("f4")
+        del feeds["P"]
+    made = node(kind, ["X", "W", "R", "B", "lengths", *states], name="rnn", **attributes)
+    path = save(tmp_path / "a.onnx", [made], constants, inputs)
+    target = small(path)
+    np.testing.assert_allclose(run(target, **feeds)[0], run(path, **feeds)[0], atol=1e-5)
+    assert folded(target) == [kind]
+    before, after = onnx.load(path), onnx.load(target)
+    kept = {"B", "P"} & set(constants)
+    assert {p.name: p for p in after.graph.initializer if p.name in kept} == {
+        p.name: p for p in before.graph.initializer if p.name in kept
+    }
+    assert after.graph.node[-1] == before.graph.node[-1]
+    for field in ("opset_import", "metadata_props", "producer_name", "ir_version"):
+        assert getattr(after, field) == getattr(before, field)
+    assert (after.graph.input, after.graph.output) == (before.graph.input, before.graph.output)
+
+
+SPECS = {
+    "low rank": ["2*(8x1,1x8)"] * 4,
+    "Kronecker": ["2*(2x2,4x4)+2*(8x1,1x8)"] * 4,
+    "three factors": ["2*(2x2,2x1,2x4)"] * 4,
+    "one factor": ["8x8"] * 4,
+    "diagonal": ["1*(4x4,2x2)+diag"] * 4,
+    "sparse": ["1*(8x1,1x8)+sparse:25%:1"] * 4,
+    "blocks": ["1*(8x1,1x8)+sparse:25%:4"] * 4,
+    "gates that differ": ["1*(8x1,1x8)", "2x2+diag", "2*(4x4,2x2)+1*(8x1,1x8)", "diag+sparse:25%:2"],
+    "stacked": ["stacked:2*(32x1,1x8)+3*(16x2,2x4)+sparse:25%:2"],
+}
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [*((spec, "int8") for spec in SPECS), *(("gates that differ", d) for d in ("float32", "float16", "bfloat16"))],
+)
+def test_every_structure_computes_what_its_dense_matrix_does(tmp_path: Path, spec: str, dtype: str) -> None:
+    """Random factors; onnxruntime runs the same graph with numpy's dense matrix."""
+    constants = weights("LSTM", 2)
+    path = save(tmp_path / "a.onnx", [node("LSTM", name="rnn", direction="bidirectional")], constants)
+    rows = 4 * H if len(SPECS[spec]) == 1 else H
+    structures = tuple(parse(one).resolve(rows, H, rows // H) for one in SPECS[spec])
+    if spec == "Kronecker":
+        structures = tuple(replace(one, scaled=True) for one in structures)
+    name, matrix = "rnn.weight_hh_l0_reverse", KroneckerMatrix(structures)
+    for parameter in matrix.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.5)
+    storage = {} if dtype == "float32" else {name: dtype}
+    tensors = {f"{name}.{entry}": LazyTensor.of(tensor) for entry, tensor in matrix.state_dict().items()}
+    tensors = decode(encode(tensors, storage, {name: matrix.shape}), storage, {name}, "")
+    matrix.load_state_dict({entry: tensors[f"{name}.{entry}"].load() for entry in matrix.state_dict()})
+    written = write_small(path, tensors, {name: structures}, storage, tmp_path / "small.onnx")
+    onnx.checker.check_model(onnx.load(written.path), full_check=True)
+    gates = matrix.to_dense().detach().numpy().reshape(4, H, H)
+    constants["R"][1] = gates[[0, 3, 1, 2]].reshape(4 * H, H)  # torch's gates i, f, g, o as ONNX's i, o, f, c
+    twin = save(tmp_path / "twin.onnx", [node("LSTM", name="rnn", direction="bidirectional")], constants)
+    np.testing.assert_allclose(run(written.path)[0], run(twin)[0], atol=2e-6)
+    assert folded(written.path) == ["LSTM"]
+
+
+def test_nodes_that_share_a_weight_share_its_factors(tmp_path: Path) -> None:
+    nodes = [node("GRU", name="one"), node("GRU", name="two", output="Y2")]
+    path = save(tmp_path / "a.onnx", nodes, weights("GRU"), outputs=["Y", "Y2"])
+    target = small(path, "1*(8x1,1x8)", None)
+    assert [one.op_type for one in onnx.load(target).graph.node].count("MatMul") == 1
+    apart = small(path, "1*(8x1,1x8)", None, only=["one*"])
+    np.testing.assert_array_equal(run(apart)[1], run(path)[1])
+    np.testing.assert_array_equal(run(apart)[0], run(target)[0])
+
+
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_nodes_in_the_bodies_of_an_if_and_a_loop(tmp_path: Path, where: str) -> None:
+    constants = weights("LSTM")
+    held = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()]
+    inner = onnx.helper.make_graph(
+        [node("LSTM", output="y")], "then", [], [value("y")], held if where == "inside" else []
+    )
+    other = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["s"], ["z"])], "else", [], [value("z")])
+    branch = onnx.helper.make_node("If", ["c"], ["t"], then_branch=inner, else_branch=other)
+    states = [value("i", [], onnx.TensorProto.INT64), value("c", [], onnx.TensorProto.BOOL), value("s")]
+    body = onnx.helper.make_graph(
+        [branch, onnx.helper.make_node("Identity", ["c"], ["d"])],
+        "body", states, [value("d", [], onnx.TensorProto.BOOL), value("t")],
+    )  # fmt: skip
+    nodes = [
+        onnx.helper.make_node("ConstantOfShape", ["shape"], ["s0"]),
+        onnx.helper.make_node("Loop", ["turns", "yes", "s0"], ["Y"], body=body),
+    ]
+    more = {"turns": np.array(1), "yes": np.array(True), "shape": np.array([5, 1, BATCH, H])}
+    path = save(tmp_path / "a.onnx", nodes, more | (constants if where == "outside" else {}))
+    target = small(path)
+    np.testing.assert_allclose(run(target)[0], run(path)[0], atol=1e-5)
+    assert target.stat().st_size != path.stat().st_size and folded(target) == ["Loop"]
+
+
+@pytest.mark.parametrize("opset", [9, 11, 13, 21])
+def test_opsets(tmp_path: Path, opset: int) -> None:
+    path = save(tmp_path / "a.onnx", [node("LSTM")], weights("LSTM"), opset=opset, ir_version=3 if opset < 11 else 8)
+    np.testing.assert_allclose(run(small(path))[0], run(path)[0], atol=1e-5)
+    if opset < 11:
+        with pytest.raises(UnsupportedError, match="opset 11, and the model is of opset 9"):
+            small(path, "1*(8x1,1x8)+sparse:25%")
+
+
+def test_what_computed_a_weight_goes(tmp_path: Path) -> None:
+    constants = weights("RNN")
+    constants |= {"half": constants["W"][:, :4], "rest": constants.pop("W")[:, 4:], "left": np.ones(3, "f4")}
+    nodes = [onnx.helper.make_node("Concat", ["half", "rest"], ["W"], axis=1), node("RNN", name="rnn")]
+    path = save(tmp_path / "a.onnx", nodes, constants)
+    target = small(path, "dense", dtype="int8", input_factors=EXACT[1])
+    names = {proto.name for proto in onnx.load(target).graph.initializer}
+    assert "left" in names and not names & {"half", "rest"}
+    np.testing.assert_allclose(run(target)[0], run(path)[0], atol=0.05)
