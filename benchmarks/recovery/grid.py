@@ -19,6 +19,7 @@ class TaskSetup:
         teacher: options of the run that trains the dense network from scratch.
         student: options of every other run.
         smaller: name of the task whose dense network has `hidden` units, for the smaller dense control.
+        published: the dense network is the task's published one, not trained here.
     """
 
     name: str
@@ -26,6 +27,7 @@ class TaskSetup:
     teacher: dict[str, Any]
     student: dict[str, Any]
     smaller: Callable[[int], str]
+    published: bool = False
 
 
 TASKS: dict[str, TaskSetup] = {
@@ -35,6 +37,14 @@ TASKS: dict[str, TaskSetup] = {
         {"epochs": 12, "lr": 3e-3},
         {"epochs": 12, "lr": 2e-3, "factor_lr": 3.0},
         lambda h: f"g2p-en:hidden={h}",
+    ),
+    "g2p-published": TaskSetup(
+        "g2p-en",
+        256,
+        {"epochs": 0},
+        {"epochs": 3, "lr": 2e-3, "factor_lr": 3.0},
+        lambda h: f"g2p-en:hidden={h}",
+        published=True,
     ),
     "jsb": TaskSetup(
         "jsb:hidden=256,cell=gru,dropout=0.4",
@@ -90,11 +100,15 @@ class Method:
         title: in tables.
         spec: structure of the recurrent matrices; None where they stay dense, or where candidates are trained.
         start: "convert" (the trained dense network), "random", "scratch" (the dense network itself), "dense" (trained
-            on, not converted), "smaller" (dense with fewer units), "int8", or "candidates": several conversions are
+            on, not converted), "smaller" (dense with fewer units), "int8" (torch's dynamic quantisation), "int8-own"
+            (kruify's), or "candidates": several conversions are
             trained for a quarter of the epochs, and the one that validates best is taken, as in `kruify compress`.
         teacher: whether the dense network teaches.
         options: of the recipe, beside those of the task.
         stacked: `spec` is of the gates of a matrix as one.
+        of_file: `times` is of the bytes of a file in int8, all matrices factored; the structure is chosen once, by the
+            run in int8 with seed 0.
+        dtype: what the weights are stored in, which training is aware of.
         deleted: the code that trains it lost its comparison and is gone; commit b91d677 has it. Its runs are kept.
     """
 
@@ -104,6 +118,8 @@ class Method:
     teacher: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     stacked: bool = False
+    of_file: bool = False
+    dtype: str | None = None
     deleted: bool = False
 
     def options_on(self, task: TaskSetup) -> dict[str, Any]:
@@ -113,8 +129,9 @@ class Method:
 TAUGHT = {"distill_logits": 0.5}
 RATE = {"lr": 6e-3, "factor_lr": 1.0}  # the default recipe's
 DEFAULT = {**TAUGHT, "distill_until": 1.0, **RATE}
+UNTAUGHT = {"distill_logits": 0.0}
 ANNEAL = {"sparse_start": 1.0}
-UNTAUGHT_ANNEAL = {"distill_logits": 0.0, **ANNEAL}  # the teacher's weights are what is annealed, its outputs not used
+UNTAUGHT_ANNEAL = {**UNTAUGHT, **ANNEAL}  # the teacher's weights are what is annealed, its outputs not used
 
 METHODS: dict[str, Method] = {
     # the default recipe, and controls trained as it trains
@@ -141,6 +158,12 @@ METHODS: dict[str, Method] = {
     "dense-longer": Method("dense, trained on as long", None, "dense"),
     "smaller": Method("smaller dense, from scratch", None, "smaller"),
     "int8": Method("int8 dynamic, as it is", None, "int8"),
+    "int8-own": Method("int8, kruify, as it is", None, "int8-own"),
+    # files in int8, untaught: the teacher doubles the time of a run
+    "file-int8": Method(
+        "file in int8, training aware of it", None, "candidates", False, UNTAUGHT, of_file=True, dtype="int8"
+    ),
+    "file-float": Method("the same structure in float32", None, "candidates", False, UNTAUGHT, of_file=True),
     "low-rank": Method("low rank", low_rank, "convert", True, TAUGHT),
     "pruned": Method("magnitude pruning, at once", sparse, "convert", True, TAUGHT),
     "kron-logits": Method("Kronecker, outputs taught", kronecker, "convert", True, TAUGHT),
@@ -244,11 +267,21 @@ ABLATIONS = {
     "random start": Run("g2p", "recipe-random", 16),
 }
 
+# What eight bits cost, after the fact and with training that is aware of them.
+INT8 = [Run(task, method) for task in TASKS for method in ("dense", "int8", "int8-own")]
+INT8 += [
+    Run(task, method, 16, seed)
+    for seed in range(3)
+    for task in TASKS
+    for method in ("file-int8", "file-float")
+    if task == "g2p-published" or (seed == 0 and task != "g2p")
+]
+
 
 def grid() -> list[Run]:
     """Every run of the comparison, the most informative first."""
     runs = []
-    for task in TASKS:
+    for task in (name for name, setup in TASKS.items() if not setup.published):
         seeds = 3 if task in ("g2p", "jsb") else 1
         for seed in range(seeds):
             runs += [Run(task, "dense", 1, seed), Run(task, RECIPE, 16, seed)]
@@ -259,4 +292,4 @@ def grid() -> list[Run]:
         runs += [Run(task, m, 4, whole=True) for m in (PER_GATE, *few)]  # candidates are of recurrent matrices alone
     runs += [Run(task, "recipe-kron", 64) for task in ("g2p", "kjv")]
     order = sorted(runs, key=lambda c: (c.seed, c.times not in (1, 16), list(TASKS).index(c.task)))
-    return list(dict.fromkeys(order + list(ABLATIONS.values())))
+    return list(dict.fromkeys(order + list(ABLATIONS.values()) + INT8))

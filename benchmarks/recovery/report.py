@@ -19,6 +19,7 @@ def write(runs: list[Row], page: Path) -> None:
         if mine := [r for r in runs if r["task"] == task]:
             lines += table(task, mine)
     lines += ablations({r["run"]: r for r in runs})
+    lines += ["", *eight_bits(runs)]
     page.write_text("\n".join(lines) + "\n")
 
 
@@ -63,6 +64,30 @@ def ablations(runs: dict[str, Row]) -> list[str]:
     for title, run in ABLATIONS.items():
         r = runs.get(run.key)
         lines.append(row([title, *(f"{r[s][r['metric']]:.3f}" if r else "not run yet" for s in ("valid", "test"))]))
+    return lines
+
+
+def eight_bits(runs: list[Row]) -> list[str]:
+    """What storage in int8 costs: of the dense network as it is, of a small file after training and in training."""
+    columns = ["task", "network", "bytes of the file", "float32", "rounded afterwards", "rounded in training", "seeds"]
+    lines = ["## Eight bits", "", "Metrics on test; no teacher.", "", row(columns), "|---" * len(columns) + "|"]
+    for task in TASKS:
+        mine = [r for r in runs if r["task"] == task]
+        metric = [r["metric"] for r in mine][:1]
+
+        def of(method: str, key: str, mine: list[Row] = mine, metric: list[str] = metric) -> str:
+            found = [r[key] if key == "test" else r[key]["test"] for r in mine if r["method"] == method and key in r]
+            return spread([{"metric": metric[0], "test": f} for f in found], "test") if found else ""
+
+        for method, title in (("int8", "dense, torch's int8"), ("int8-own", "dense, kruify's int8")):
+            group = [r for r in mine if r["method"] == method and "bytes" in r]
+            if group:
+                size = f"{group[0]['bytes']:,}"
+                lines.append(row([task, title, size, of(method, "dense"), of(method, "test"), "", str(len(group))]))
+        if group := [r for r in mine if r["method"] == "file-int8"]:
+            small = f"{group[0]['times']:g}x smaller file"
+            after = of("file-float", "test"), of("file-float", "rounded"), of("file-int8", "test")
+            lines.append(row([task, small, f"{group[0]['bytes']:,}", *after, str(len(group))]))
     return lines
 
 

@@ -26,6 +26,7 @@ from grid import METHODS, TASKS, Run, grid  # noqa: E402
 from measurements import Row, read, store  # noqa: E402
 from train import build, latency, train, weights_file  # noqa: E402
 
+from kruify import quantize  # noqa: E402
 from kruify.conversion import swap  # noqa: E402
 from kruify.conversion.plan import Plan  # noqa: E402
 from kruify.errors import TaskError  # noqa: E402
@@ -62,7 +63,8 @@ def train_all(runs: list[Run], cache: Path, until: float) -> None:
             return
         teacher = Run(run.task, "dense", 1, run.seed)
         needed = [run]
-        if METHODS[run.method].start not in ("scratch", "smaller") and not weights_file(teacher, cache).exists():
+        made_here = METHODS[run.method].start in ("scratch", "smaller") or TASKS[run.task].published
+        if not made_here and not weights_file(teacher, cache).exists():
             needed = [teacher, run]  # its row may come from another machine; its weights are needed here
         for one in needed:
             print(one.key, flush=True)
@@ -71,19 +73,22 @@ def train_all(runs: list[Run], cache: Path, until: float) -> None:
             except TaskError as error:
                 print(f"  left out: {error}")
                 break
-            store(runs_file(one.task), row, "run")
+            if one == run or not known(one):
+                store(runs_file(one.task), row, "run")
             print(f"  valid {row['valid']} test {row['test']}", flush=True)
 
 
 def measure() -> None:
     """Latency needs the structure alone, so networks trained on another machine can be measured here."""
     for row in [row for task in TASKS for row in read(runs_file(task))]:
-        if row["method"] == "int8":
+        if row["method"].startswith("int8"):
             continue
         run = Run(row["task"], row["method"], row["times"], row["seed"], whole=row["whole"])
         task = load_task(TASKS[run.task].name)
         if "plan" in row:
             model = swap(task.model(), Plan.from_json(row["plan"]))
+            if dtype := METHODS[run.method].dtype:
+                model = quantize(model, dtype)
         else:
             model, _ = build(run, task, task.model())
         row["latency_ms_per_step"] = {str(b): round(latency(model, b), 4) for b in (1, 32)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,13 +12,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from grid import METHODS, PER_GATE, TASKS, Run
+from grid import INT8, METHODS, PER_GATE, TASKS, Run
 from measurements import Row, where_and_when
 from timing import best_times
 from torch import nn
 
-from kruify import convert
-from kruify.conversion import convert_module, swap
+from kruify import convert, quantize, save
+from kruify.conversion import convert_module, plan_of, swap
 from kruify.conversion.locate import RecurrentLayer, locate
 from kruify.conversion.plan import Plan, make_plan
 from kruify.layers.matrix import KroneckerMatrix
@@ -47,20 +49,25 @@ def train(
     teacher = None
     if method.start not in ("scratch", "smaller"):
         teacher = task.model()
-        teacher.load_state_dict(torch.load(weights_file(Run(run.task, "dense", 1, run.seed), cache), weights_only=True))
+        trained = weights_file(Run(run.task, "dense", 1, run.seed), cache)
+        teacher.load_state_dict(task.published() if setup.published else torch.load(trained, weights_only=True))
     started = time.monotonic()
     row: Row = {}
     if method.start == "candidates":
         assert teacher is not None
-        chosen, row = choose_candidate(run, task, teacher, cache / run.key)
+        chooser = replace(run, method="file-int8", seed=0) if method.of_file else run
+        chosen, row = choose_candidate(chooser, task, teacher, cache / chooser.key)
         twin = replace(run, method=PER_GATE)
         same = known(twin)
-        if same and chosen.plan == plan_of(twin, teacher) and not chosen.moments and same["options"] == run.options:
+        if same and chosen.plan == specified(twin, teacher) and not chosen.moments and same["options"] == run.options:
             return {**same, **row, "run": run.key, "method": run.method, "same_run_as": twin.key}
         model = convert_module(teacher, chosen.plan, moments=chosen.moments, seed=run.seed)[0]
+        if method.dtype:
+            model = quantize(model, method.dtype)
     else:
         model, task = build(run, task, teacher)
-    if method.start == "int8":
+    untrained = method.start.startswith("int8") or (setup.published and method.start == "scratch")
+    if untrained:
         row["valid"] = task.evaluate(model, "valid")
     else:
         result = finetune(
@@ -77,6 +84,10 @@ def train(
         row["train_seconds"] = round(result.seconds, 1)
         torch.save(model.state_dict(), weights_file(run, cache))
         (cache / run.key / "state.pt").unlink(missing_ok=True)
+    if teacher is not None and run in INT8:
+        row["dense"] = {split: task.evaluate(teacher, split) for split in ("valid", "test")}
+    if method.of_file and not method.dtype:
+        row["rounded"] = {split: task.evaluate(quantize(model, "int8"), split) for split in ("valid", "test")}
     return {
         "run": run.key,
         "task": run.task,
@@ -91,6 +102,7 @@ def train(
         **row,
         "test": task.evaluate(model, "test"),
         "seconds": round(time.monotonic() - started, 1),
+        "bytes": file_bytes(model),
         **counts(teacher if teacher is not None and method.start == "int8" else model),
         **where_and_when(),
     }
@@ -100,8 +112,9 @@ def choose_candidate(run: Run, task: Task, teacher: nn.Module, folder: Path) -> 
     """What `kruify compress` would train, and what it was chosen on; kept in `folder` for the next time."""
     file = folder / "candidates.json"
     search = CandidateSearch(teacher, task, device="cpu", **run.options)
+    budget = f"size={run.times:g}x" if METHODS[run.method].of_file else f"params={100 / run.times:.8f}%"
     if not file.exists():
-        choice = search.choose(search.candidates(f"params={100 / run.times:.8f}%"), folder)
+        choice = search.choose(search.candidates(budget), folder)
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(choice.to_json()))
     kept = json.loads(file.read_text())
@@ -113,24 +126,29 @@ def build(run: Run, task: Task, teacher: nn.Module | None) -> tuple[nn.Module, T
     setup, method = TASKS[run.task], METHODS[run.method]
     torch.manual_seed(run.seed)
     if method.start == "scratch":
-        return task.model(), task
+        model = task.model()
+        if setup.published:
+            model.load_state_dict(task.published())
+        return model, task
     if method.start == "smaller":
         task = load_task(setup.smaller(round(setup.hidden / run.times**0.5)))
         return task.model(), task
     assert teacher is not None
     if method.start == "int8":
         return torch.ao.quantization.quantize_dynamic(teacher, {nn.GRU, nn.LSTM, nn.RNN, nn.Linear}), task
+    if method.start == "int8-own":
+        return quantize(teacher, "int8"), task
     if method.start == "dense":
         model = task.model()
         model.load_state_dict(teacher.state_dict())
         return model, task
-    plan = plan_of(run, teacher)
+    plan = specified(run, teacher)
     if method.start == "random":
         return swap(task.model(), plan), task
     return convert(teacher, plan=plan, seed=run.seed)[0], task
 
 
-def plan_of(run: Run, dense: nn.Module) -> Plan:
+def specified(run: Run, dense: nn.Module) -> Plan:
     """The structure of every matrix that the run's method and budget ask for."""
     method = METHODS[run.method]
     spec = method.spec
@@ -168,6 +186,17 @@ def matrix_times(run: Run, dense: nn.Module) -> float:
 
 def weights_file(run: Run, cache: Path) -> Path:
     return cache / f"{run.key}.pt"
+
+
+def file_bytes(model: nn.Module) -> int:
+    """Of the file that holds the network: kruify's where a part of it is kruify's, else what torch.save writes."""
+    buffer = io.BytesIO()
+    if plan_of(model).layers:
+        with tempfile.TemporaryDirectory() as folder:
+            save(model, Path(folder) / "model.safetensors")
+            return (Path(folder) / "model.safetensors").stat().st_size
+    torch.save(model.state_dict(), buffer)
+    return buffer.getbuffer().nbytes
 
 
 def counts(model: nn.Module) -> dict[str, int]:
