@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     "--budget",
     metavar="B",
     required=True,
-    help="size=8x or size=600kB: the whole file, in int8; or 16x, params=10%, macs=10%, params=8x,macs=50% of "
-    "recurrent matrices.",
+    help="size=8x or size=600kB: the whole file, in int8; latency=3x: the time of the layers here; or 16x, params=10%, "
+    "macs=10%, params=8x,macs=50% of recurrent matrices.",
 )
 @click.option(
     "--max-drop", type=NUMBER, metavar="D", help="How much worse the task's metric may get, in its own units (0.01)."
@@ -93,6 +93,10 @@ def compress(model: str, task: str, others: tuple[str, ...], json_only: bool, **
         _show(out, done, found, metrics, options["output"])
         before, after = checkpoint.weight_bytes, Path(options["output"]).stat().st_size
         out.show(f"weights of {before:,} bytes -> a file of {after:,}, {before / after:.1f}x smaller")
+        if (timed := done.latency) is not None:
+            out.show(
+                f"its layers take {timed['ratio']:.1f}x less time: {timed['dense_ms']:.3f} -> {timed['ms']:.3f} ms"
+            )
         size = {"before": before, "after": after, "ratio": before / after}
         out.result({"output": options["output"], **done.to_json(), "metrics": metrics, "bytes": size})
         if not done.within:

@@ -12,6 +12,7 @@ from .options import NUMBER, dtype_option, keep_option, key_option, model_argume
 
 if TYPE_CHECKING:
     from kruify.conversion import Conversion
+    from kruify.conversion.latency import LatencyPlan
 
 LOSSLESS = 1e-3
 """||W-K|| / ||W|| below this is rounding, of half precision at most."""
@@ -30,7 +31,7 @@ LOSSLESS = 1e-3
     "--budget",
     metavar="B",
     help="Choose the factors: 10x, params=25%, macs=10%, or params=8x,macs=50%; size=8x or size=600kB: of W_ih, too, "
-    "so that the whole file, in int8, is no larger.",
+    "so that the whole file, in int8, is no larger; latency=3x: so that the layers take a third of the time here.",
 )
 @click.option("--input-budget", metavar="B", help="The same for the input matrices W_ih.")
 @click.option("--max-error", type=NUMBER, metavar="E", help="Bound on the error ||W-K||/||W|| of each gate.")
@@ -133,13 +134,22 @@ def _show(out: Output, model: str, conversion: Conversion) -> None:
         if size.file is not None and size.allowed is not None:
             lines.append(_counts("whole file", size.before, size.file, "bytes", size.before / size.file))
             lines.append(f"the budget allows {size.allowed:,} bytes, {size.allowed - size.file:,} are left")
-        if size.beside > size.before // 10:
-            lines.append(f"{model} holds {size.beside:,} bytes beside its weights, which are not counted")
+    if conversion.latency is not None:
+        lines.append(_time(conversion.latency))
+    if size is not None and size.beside > size.before // 10:
+        lines.append(f"{model} holds {size.beside:,} bytes beside its weights, which are not counted")
     out.show(*([table] if conversion.matrices else [title]), *lines)
 
 
 def _counts(words: str, before: int, after: int, of: str, ratio: float) -> str:
     return f"{words:19}  {before:>12,} -> {after:>12,} {of}, {ratio:.1f}x smaller"
+
+
+def _time(latency: LatencyPlan) -> str:
+    data = latency.to_json()
+    how = f"batch {data['batch']}, {data['steps']} steps, {data['threads']} thread; {len(latency.timed)} plans timed"
+    ms = f"{data['dense_ms']:>12.3f} -> {data['ms']:>12.3f} ms"
+    return f"{'recurrent layers':19}  {ms}, {data['ratio']:.2f}x less time ({how})"
 
 
 def _advise(out: Output, conversion: Conversion) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kruify.analysis.layers import Layers
+from kruify.layers.timing import STEPS, Run, interleaved, layer_run, together, torch_threads
 
 BATCHES = (1, 32)
-STEPS = 64
 SECONDS = 2.0  # spent on each model and batch size
 
 
@@ -51,57 +49,21 @@ def measure_latency(
     modules = [layers.modules() for layers in models]
     medians: list[dict[int, float]] = [{} for _ in models]
     p95s: list[dict[int, float]] = [{} for _ in models]
-    with _threads(threads), torch.inference_mode():
+    with torch_threads(threads), torch.inference_mode():
         for batch in batches:
             runs = [runner(layers, module, batch, steps) for layers, module in zip(models, modules, strict=True)]
-            samples = _interleaved(runs, seconds * len(runs))
+            samples = interleaved(runs, seconds * len(runs))
             for median, p95, sample in zip(medians, p95s, samples, strict=True):
                 median[batch] = 1e3 * statistics.median(sample)
                 p95[batch] = 1e3 * sorted(sample)[int(0.95 * (len(sample) - 1) + 0.5)]
     return Latency(medians, p95s, steps, threads)
 
 
-def runner(layers: Layers, modules: Sequence[nn.Module], batch: int, steps: int) -> Callable[[], None]:
+def runner(layers: Layers, modules: Sequence[nn.Module], batch: int, steps: int) -> Run:
     """One run of all layers over random sequences, as a function to be timed."""
-    generator = torch.Generator().manual_seed(0)
-    work: list[tuple[nn.Module, Tensor, bool]] = []
-    for (layer, _), module in zip(layers.items, modules, strict=True):
-        leading = (batch, steps) if layer.batch_first and not layer.cell else (steps, batch)
-        x = torch.randn(*leading, layer.input_size, generator=generator)
-        dtype = next((p.dtype.to_real() for p in module.parameters()), torch.float32)  # torch's int8 layers have none
-        work.append((module, x.to(dtype), layer.cell))
-
-    def run() -> None:
-        for module, x, cell in work:
-            if not cell:
-                module(x)
-                continue
-            state = None
-            for step in x:
-                state = module(step, state)
-
-    return run
-
-
-def _interleaved(runs: Sequence[Callable[[], None]], seconds: float) -> list[list[float]]:
-    """Seconds of each run, over at least 5 rounds; the first, which warms up, is thrown away."""
-    samples: list[list[float]] = [[] for _ in runs]
-    start = time.perf_counter()
-    rounds = 0
-    while rounds < 6 or (time.perf_counter() - start < seconds and rounds < 200):
-        for run, sample in zip(runs, samples, strict=True):
-            begin = time.perf_counter()
-            run()
-            sample.append(time.perf_counter() - begin)
-        rounds += 1
-    return [sample[1:] for sample in samples]
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return together(
+        [
+            layer_run(module, layer.input_size, batch, steps, batch_first=bool(layer.batch_first), cell=layer.cell)
+            for (layer, _), module in zip(layers.items, modules, strict=True)
+        ]
+    )

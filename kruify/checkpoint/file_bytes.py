@@ -1,11 +1,13 @@
-"""Bytes of a file: in chunks, at a place, as JSON."""
+"""Bytes of a file: in chunks, at a place, as JSON; plain data as what it stands for."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import UnionType
+from typing import Any, BinaryIO, get_args, get_origin, get_type_hints
 
 from kruify.checkpoint import limits
 from kruify.errors import CorruptError, UnsafeError
@@ -71,6 +73,23 @@ def fits(value: Any, pattern: Any) -> bool:
     if isinstance(pattern, dict):
         return isinstance(value, dict) and all(fits(item, pattern[str]) for item in value.values())
     return pattern is object or type(value) is pattern
+
+
+def parsed(hint: Any, value: Any) -> Any:
+    """Plain data as an instance of the type `hint`, dataclasses from dicts; TypeError where `value` holds none."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if is_dataclass(hint) and isinstance(value, dict):
+        hints = get_type_hints(hint)
+        return hint(**{name: parsed(hints.get(name), item) for name, item in value.items()})  # type: ignore[operator]
+    if origin is UnionType:
+        return None if value is None else parsed(inner[0], value)
+    if origin is dict and isinstance(value, dict):
+        return {parsed(inner[0], key): parsed(inner[1], item) for key, item in value.items()}
+    if origin is list and isinstance(value, list):
+        return [parsed(inner[0], item) for item in value]
+    if origin is not None or (hint is not Any and not isinstance(value, hint)):
+        raise TypeError(f"a {type(value).__name__} instead of {hint}")
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ ERROR_LEVELS = tuple(2 ** (-k / 2) for k in range(20, -1, -1))  # shares of the 
 PRICES = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of multiply-adds against parameters in the price of a candidate
 PAIRS_LIMIT = 1 << 11  # candidates of all gates together up to which pairs of exchanges are looked at
 
-BUDGET_GRAMMAR = "'10x', 'params=25%', 'macs=10%', 'params=8x,macs=50%', 'size=8x' or 'size=600kB'"
+BUDGET_GRAMMAR = "'10x', 'params=25%', 'macs=10%', 'params=8x,macs=50%', 'size=8x', 'size=600kB' or 'latency=3x'"
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -46,17 +46,24 @@ class Budget:
         parameters, multiply_adds: shares of the dense matrices.
         size: of the file of the whole network, a share of the bytes of the source's weights; or
         bytes: how many.
+        latency: share of the time that the dense recurrent layers take.
     """
 
     parameters: float | None = None
     multiply_adds: float | None = None
     size: float | None = None
     bytes: int | None = None
+    latency: float | None = None
 
     @property
     def of_file(self) -> bool:
         """Whether it is one of bytes (`conversion.size`)."""
         return self.size is not None or self.bytes is not None
+
+    @property
+    def of_network(self) -> bool:
+        """Whether it is one of the whole network, bytes or time, not of its recurrent matrices."""
+        return self.of_file or self.latency is not None
 
 
 @dataclass(frozen=True)
@@ -91,26 +98,23 @@ class BudgetPlan:
 
 
 _NUMBER = r"([0-9]{1,9}(?:\.[0-9]{1,9})?)"
-_CLAUSE = re.compile(rf"(?:(params|macs|size)=)?{_NUMBER}(x|%)")
+_CLAUSE = re.compile(rf"(?:(params|macs|size|latency)=)?{_NUMBER}(x|%)")
 _BYTES = re.compile(rf"size={_NUMBER}({'|'.join(UNITS)}|)")
 
 
 def parse_budget(text: str) -> Budget:
     """Reads '10x' (a tenth of the parameters), 'params=25%', 'macs=10%' and combinations of both joined by commas;
-    'size=8x' or 'size=600kB' (`UNITS`) of the file of the whole network.
+    'size=8x' or 'size=600kB' (`UNITS`) of the file of the whole network; 'latency=3x' of the time of its layers.
 
     Raises:
-        PlanError: not in that form, named twice, not between 0 and 100 %, or a size beside other limits.
+        PlanError: not in that form, named twice, not between 0 and 100 %, or a size or latency beside other limits.
     """
     found: dict[str, float] = {}
     clauses = re.sub(r"\s+", "", text).lower().split(",")
     for clause in clauses:
         match, absolute = _CLAUSE.fullmatch(clause), _BYTES.fullmatch(clause)
-        if clause.startswith("latency="):
-            hint = "Give size= or macs=, and measure with 'kruify report'"
-            raise PlanError("a latency cannot be planned for", text, hint)
-        if "size=" in clause and len(clauses) > 1:
-            raise PlanError("a budget of bytes stands alone", text, "Give --budget one of its limits")
+        if clause.startswith(("size=", "latency=")) and len(clauses) > 1:
+            raise PlanError("a budget of bytes or of time stands alone", text, "Give --budget one of its limits")
         if absolute is not None:
             return Budget(bytes=int(float(absolute[1]) * UNITS[absolute[2] or "b"]))
         if match is None:
@@ -121,7 +125,7 @@ def parse_budget(text: str) -> Budget:
         if number == 0 or (match[3] == "x" and number < 1) or (match[3] == "%" and number > 100):
             raise PlanError(f"'{clause}' is not a reduction", text, "Give a factor of 1x or more, or up to 100%")
         found[key] = 1 / number if match[3] == "x" else number / 100
-    return Budget(found.get("params"), found.get("macs"), found.get("size"))
+    return Budget(found.get("params"), found.get("macs"), found.get("size"), latency=found.get("latency"))
 
 
 def plan_budget(
@@ -178,8 +182,8 @@ def plan_budget(
             _tell(progress, i + 1, len(gates))
         return _collect(matrices, gates, chosen)
     limits = parse_budget(budget)
-    if limits.of_file:
-        raise PlanError("a budget of bytes is of a whole network, not of its matrices", f"budget {budget}")
+    if limits.of_network:
+        raise PlanError("a budget of bytes or of time is of a whole network, not of its matrices", f"budget {budget}")
     # A bound on the error is one for every gate: a stack could keep it and one of its gates not.
     several = any(count > 1 for _, count, _ in matrices.values())
     stacks = gates_of(matrices, seed, scaled, searches, stacked=True) if several and max_error is None else []

@@ -17,6 +17,7 @@ from kruify.conversion.budget import make_budget_plan, parse_budget
 from kruify.conversion.calibration import calibrate
 from kruify.conversion.check import check_plan
 from kruify.conversion.computed import copied, state_of
+from kruify.conversion.latency import plan_latency
 from kruify.conversion.locate import AnyTensor, Located, RecurrentLayer, locate, locate_checkpoint
 from kruify.conversion.modules import convert_module
 from kruify.conversion.network import load_network
@@ -105,9 +106,10 @@ def convert(
         factors: spec of the recurrent matrices (kruify.factors), "auto" where nothing else chooses them; "dense" leaves
             them, to be stored as `dtype`.
         input_factors: spec of the input matrices W_ih; None leaves them dense.
-        budget: instead of specs, "10x", "params=25%" or "macs=10%" of all recurrent matrices (conversion.budget); or
-            "size=8x", "size=600kB" of the file of the whole network (conversion.size).
-        input_budget: the same for the input matrices, which a size covers already.
+        budget: instead of specs, "10x", "params=25%" or "macs=10%" of all recurrent matrices (conversion.budget);
+            "size=8x", "size=600kB" of the file of the whole network (conversion.size); or "latency=3x" of the time of
+            its recurrent layers, measured here (conversion.latency).
+        input_budget: the same for the input matrices, which a size and a latency cover already.
         max_error: bound on ||W - K|| / ||W|| of every gate; without a budget, the smallest structures that keep it.
         only, skip, overrides: patterns (conversion.plan.make_plan).
         plan: a plan or its JSON file, instead of all options above.
@@ -137,10 +139,11 @@ def convert(
         raise UsageError("a budget chooses the factors itself", hint="Give factors or a budget, not both")
     if input_budget is not None and not by_budget:
         raise UsageError("an input budget goes with a budget")
-    of_file = budget is not None and parse_budget(budget).of_file
+    limits = None if budget is None else parse_budget(budget)
+    of_file = limits is not None and limits.of_file
+    if limits is not None and limits.of_network and (input_budget is not None or max_error is not None):
+        raise UsageError("a size or a latency covers all matrices and has no error bound", hint="Give --budget alone")
     if of_file:
-        if input_budget is not None or max_error is not None:
-            raise UsageError("a size covers all matrices and has no error bound", hint="Give --budget alone")
         dtype = dtype or DTYPE
     to_graph = output is not None and Path(output).suffix.lower() == ".onnx"
     if not isinstance(source, nn.Module) and (to_graph or not isinstance(source, Checkpoint)):
@@ -163,8 +166,8 @@ def convert(
         if budget is not None:
             check_budget_target(budget, output)
     layers = found(located, where)
-    file = FileSize(tensors, layers, dtype or DTYPE, keep, seed, extra, sha256, before)
-    moments = None
+    file = FileSize(tensors, layers, dtype or "float32", keep, seed, extra, sha256, before)
+    moments, latency = None, None
     if task is not None and (by_budget or not dry_run):
         task = load_task(task)
         model = source if isinstance(source, nn.Module) else load_network(source, task)
@@ -176,6 +179,11 @@ def convert(
         plan = plan_size(
             file, str(budget), only=only, skip=skip, overrides=overrides, moments=moments, progress=progress
         )
+    elif limits is not None and limits.latency is not None:
+        latency = plan_latency(
+            file, str(budget), only=only, skip=skip, overrides=overrides, moments=moments, progress=progress
+        )
+        plan = latency.chosen.plan
     elif by_budget:
         plan = make_budget_plan(
             tensors, layers, budget, input_budget=input_budget, max_error=max_error, only=only, skip=skip,
@@ -194,7 +202,7 @@ def convert(
     if of_file:
         counts = replace(counts, file=file.of(plan), allowed=file.limit(str(budget)))
     if dry_run:
-        conversion = replace(expected(tensors, plan, located), bytes=counts, storage=storage)
+        conversion = replace(expected(tensors, plan, located), bytes=counts, storage=storage, latency=latency)
         return (source, conversion) if isinstance(source, nn.Module) else conversion
     converted = source
     if isinstance(source, nn.Module):
@@ -204,7 +212,7 @@ def convert(
     else:
         conversion = convert_tensors(tensors, plan, located, moments=moments, seed=seed, progress=progress)
     kept = rounded(conversion.tensors, plan, storage) if storage else conversion.tensors
-    conversion = replace(conversion, tensors={**kept}, bytes=counts, storage=storage)
+    conversion = replace(conversion, tensors={**kept}, bytes=counts, storage=storage, latency=latency)
     if output is not None:
         conversion = replace(conversion, output=Path(output))
         if to_graph and isinstance(source, Checkpoint):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kruify.checkpoint import LazyTensor
 from kruify.checkpoint.tensors import ties
@@ -14,6 +14,9 @@ from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.locate import AnyTensor, Located, RecurrentLayer
 from kruify.conversion.plan import Plan, Structures, by_gate
 from kruify.decomposition import Fit
+
+if TYPE_CHECKING:
+    from kruify.conversion.latency import LatencyPlan
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ class Conversion:
         tensors: the state dict of the converted model, in the numbers that its file keeps; empty in a dry run.
         storage: weights that are stored in fewer bits -> dtype.
         output: the file that was written, if one was.
+        latency: what was timed under a budget of time.
     """
 
     plan: Plan
@@ -126,6 +130,7 @@ class Conversion:
     output: Path | None = None
     bytes: ByteCounts | None = None
     storage: dict[str, str] = field(default_factory=dict)
+    latency: LatencyPlan | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The object that `kruify convert --json` prints."""
@@ -134,6 +139,7 @@ class Conversion:
             "matrices": [gate.to_json() for gate in self.matrices],
             "parameters": self.parameters.to_json(),
             "bytes": None if self.bytes is None else self.bytes.to_json(),
+            **({} if self.latency is None else {"latency": self.latency.to_json()}),
         }
 
 

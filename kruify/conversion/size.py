@@ -53,7 +53,6 @@ from kruify.progress import Progress
 
 DTYPE = "int8"
 """How weights are stored under a budget of bytes if nothing else is said."""
-NEAR = 1.05  # "size=4x" of a float32 network means plain int8, whose scales and vectors make it 3.9x
 LEAST_SHARE = 1e-3  # of the dense matrices, that candidates are looked for around
 STEPS = 14  # of the bisection for a share
 ROUNDS = 12  # of corrections of the bytes that the matrices may take,
@@ -96,15 +95,12 @@ class FileSize:
         return safetensors_bytes(encode(future, storage, matrix_sizes(plan)), metadata)
 
     def limit(self, budget: str) -> int:
-        """The bytes that "size=8x" of the source's weights, or "size=600kB", allows: where storage in `dtype` alone
-        nearly comes to a share, what that takes."""
+        """The bytes that "size=8x" of the source's weights, or "size=600kB", allows."""
         found = parse_budget(budget)
         if found.bytes is not None:
             return found.bytes
         assert found.size is not None
-        limit = int(found.size * (self.before or weight_bytes(as_lazy(self.tensors))))
-        plain = self.of(Plan())
-        return plain if limit < plain <= NEAR * limit else limit
+        return int(found.size * (self.before or weight_bytes(as_lazy(self.tensors))))
 
     def cost(self, gate: Gate, candidate: ScoredStructure) -> tuple[int, int]:
         """Bytes of the tensors of one gate, or stacked gates; the second number is for `Candidates`, which has two."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kruify.analysis.latency import STEPS
 from kruify.analysis.layers import Layers
 from kruify.conversion.network import load_network
 from kruify.errors import UnsupportedError
+from kruify.layers.timing import STEPS
 from kruify.reporting.details import peak_memory
 from kruify.tasks.base import Task, measure
 

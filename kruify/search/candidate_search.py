@@ -31,6 +31,7 @@ from kruify.search.candidates import (
     Choice,
     first_of_the_best,
     make_candidates,
+    make_latency_candidates,
     make_size_candidates,
 )
 from kruify.search.job_state import fingerprint
@@ -102,8 +103,13 @@ class CandidateSearch:
 
     def candidates(self, budget: str) -> list[Candidate]:
         """The conversions of the network to try for a budget."""
-        if parse_budget(budget).of_file:
-            return make_size_candidates(self.file(), budget, moments=self.moments, searches=self._searches)
+        limits = parse_budget(budget)
+        if limits.of_file:
+            file = self.file(self.dtype or DTYPE)
+            return make_size_candidates(file, budget, moments=self.moments, searches=self._searches)
+        if limits.latency is not None:
+            file = self.file(self.dtype or "float32")
+            return make_latency_candidates(file, self.dtype, budget, moments=self.moments, searches=self._searches)
         return make_candidates(
             self.tensors,
             self.layers,
@@ -114,9 +120,9 @@ class CandidateSearch:
             dtype=self.dtype,
         )
 
-    def file(self) -> FileSize:
-        """Counts the bytes of converted files, int8 ones where no dtype was given."""
-        dtype, source = self.dtype or DTYPE, self.source
+    def file(self, dtype: str) -> FileSize:
+        """The network, and how its files will be stored."""
+        source = self.source
         if source is None:
             return FileSize(self.tensors, self.layers, dtype, self.keep, self.seed)
         known = carried(source), source.sha256, source.weight_bytes

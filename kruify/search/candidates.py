@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from kruify.checkpoint.file_bytes import parsed
 from kruify.conversion.budget import Searches, make_budget_plan, parse_budget
 from kruify.conversion.calibration import Moments
+from kruify.conversion.latency import plan_latency
 from kruify.conversion.locate import RecurrentLayer
 from kruify.conversion.plan import Plan, keeps_scales, make_plan
 from kruify.conversion.size import FileSize, largest_within, plan_size
 from kruify.factors import BLOCK_HEIGHTS
-from kruify.training.resume import parsed
 
 NARROW = 16  # columns below which a matrix is small beside the others, and stays dense
 CLEAR_LEAD = 0.1  # of what the best one still lacks to the dense network: a smaller lead is none
@@ -23,12 +24,13 @@ CLEAR_LEAD = 0.1  # of what the best one still lacks to the dense network: a sma
 
 @dataclass(frozen=True)
 class Candidate:
-    """A conversion to try: a plan, the moments that its fit is weighted with (None: unweighted), and how its weights
-    are stored (None: as they are computed)."""
+    """A conversion to try: a plan, the moments that its fit is weighted with (None: unweighted), how its weights are
+    stored (None: as they are computed), and what was timed under a budget of time (`LatencyPlan.to_json`)."""
 
     plan: Plan
     moments: Mapping[str, Moments] | None = None
     dtype: str | None = None
+    latency: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,18 @@ class Choice:
         weighted = self.candidate.moments is not None
         results = [result.to_json() for result in self.results]
         plan, dtype = self.candidate.plan.to_json(), self.candidate.dtype
-        return {"plan": plan, "weighted": weighted, "dtype": dtype, "candidates": results}
+        latency = self.candidate.latency
+        return {"plan": plan, "weighted": weighted, "dtype": dtype, "latency": latency, "candidates": results}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], moments: Mapping[str, Moments]) -> Choice:
         """The inverse; TypeError, KeyError, PlanError where `data` holds something else."""
-        plan, dtype = Plan.from_json(parsed(str, data["plan"])), data["dtype"]
+        plan, dtype, latency = Plan.from_json(parsed(str, data["plan"])), data["dtype"], data.get("latency")
         candidate = Candidate(
-            plan, moments if data["weighted"] else None, None if dtype is None else parsed(str, dtype)
+            plan,
+            moments if data["weighted"] else None,
+            None if dtype is None else parsed(str, dtype),
+            None if latency is None else parsed(dict[str, Any], latency),
         )
         return cls(candidate, parsed(list[CandidateResult], data["candidates"]))
 
@@ -137,6 +143,28 @@ def make_size_candidates(
     found = [planned]
     found += [Candidate(stacked, moments, file.dtype)] if stacked and stacked != planned.plan else []
     return [*found, *([Candidate(mixed, None, file.dtype)] if mixed else [])]
+
+
+def make_latency_candidates(
+    file: FileSize,
+    dtype: str | None,
+    budget: str,
+    *,
+    moments: Mapping[str, Moments] | None = None,
+    searches: Searches | None = None,
+) -> list[Candidate]:
+    """Candidates under a budget of time (kruify.conversion.latency): of those that are fast enough what keeps the most
+    energy, and the best of the other kind, low rank of stacked gates or not.
+
+    Raises:
+        TargetMissedError: the budget cannot be met.
+    """
+    result = plan_latency(file, budget, moments=moments, searches=searches)
+    found = [result.chosen]
+    others = [other for other in result.fast_enough if other.stacked != found[0].stacked]
+    if found[0].plan.layers and others:
+        found.append(max(others, key=lambda other: other.energy))
+    return [Candidate(timed.plan, moments, dtype, result.to_json()) for timed in found]
 
 
 def _stacked_low_rank(layer: RecurrentLayer, rows: int, cols: int, share: float) -> str | None:

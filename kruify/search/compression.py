@@ -56,6 +56,7 @@ class Compression:
         baseline: the dense network's metrics on the validation split.
         candidates: results of the candidates that were tried before the first attempt.
         attempts: in order.
+        latency: what was timed under a budget of time, of the first attempt.
     """
 
     model: nn.Module
@@ -64,15 +65,17 @@ class Compression:
     baseline: dict[str, float]
     candidates: list[CandidateResult]
     attempts: list[Attempt]
+    latency: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """All but the model; the candidates stand under `trials`."""
+        """All but the model, and a latency that was not asked for; the candidates stand under `trials`."""
         return {
             "within": self.within,
             "best": self.best,
             "baseline": self.baseline,
             "trials": [result.to_json() for result in self.candidates],
             "attempts": [asdict(attempt) for attempt in self.attempts],
+            **({} if self.latency is None else {"latency": self.latency}),
         }
 
 
@@ -97,16 +100,16 @@ def compress(
 ) -> Compression:
     """A converted and fine-tuned copy of `dense` that loses at most `max_drop` of the task's metric.
 
-    The budget is planned over all recurrent matrices, one of bytes over the input matrices, too, weighed by the
-    activations on the task, and the structures that
-    recover best in a short training are taken (search.candidate_search). If the network validates worse than allowed
+    The budget is planned over all recurrent matrices, one of bytes or of time over the input matrices, too, weighed by
+    the activations on the task, and the structures that recover best in a short training are taken
+    (search.candidate_search). If the network validates worse than allowed
     after fine-tuning, the layer whose matrices lost most of their output gets twice the parameters (or stays dense),
     the other layers keep what they learnt, and fine-tuning starts again.
 
     Args:
         dense: the trained network; it is the teacher, and is left alone.
         budget: "16x", "params=10%", ... (kruify.conversion.budget.parse_budget); "size=8x", "size=600kB" of the file of
-            the whole network, which `max_drop` may go beyond.
+            the whole network, "latency=3x" of the time of its layers, which `max_drop` may go beyond.
         max_drop: in units of `task.metric`, on the validation split; None takes the first attempt as it is.
         attempts: at most so many rounds of fine-tuning.
         share: of the epochs for which each candidate structure is trained; 0 takes what keeps the most energy.
@@ -157,7 +160,8 @@ def compress(
             worst = _most_lost(conversion)
             candidate = _grown(search, candidate, worst, attempt.shares[worst] * GROWTH)
         if stop or not candidate.plan.layers:
-            return Compression(best_model, within, best, search.baseline, choice.results, tried)
+            latency = choice.candidate.latency
+            return Compression(best_model, within, best, search.baseline, choice.results, tried, latency)
         learnt = {n: t for n, t in student.state_dict().items() if not n.startswith(f"{worst}.")} if worst else {}
 
 

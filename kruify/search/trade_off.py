@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from kruify.checkpoint import Checkpoint, carried
+from kruify.checkpoint.file_bytes import parsed
 from kruify.checkpoint.writing import as_lazy
 from kruify.conversion import plan_of
 from kruify.conversion.budget import parse_budget
@@ -25,7 +26,6 @@ from kruify.search.candidate_search import SHARE, CandidateSearch
 from kruify.search.candidates import CandidateResult
 from kruify.search.job_state import JobState
 from kruify.tasks.base import Task, measure
-from kruify.training.resume import parsed
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Point:
         bytes: of the file; of the weights of the dense network.
         metrics: on the split of the sweep.
         candidates: results of the candidates that were tried for this budget.
+        latency: what was timed under a budget of time.
     """
 
     budget: str
@@ -48,12 +49,13 @@ class Point:
     metrics: dict[str, float]
     bytes: int = 0
     candidates: list[CandidateResult] = field(default_factory=list)
+    latency: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Every attribute; the candidates stand under `trials`."""
+        """Every attribute but a latency that was not asked for; the candidates stand under `trials`."""
         data = asdict(self)
         data["trials"] = data.pop("candidates")
-        return data
+        return data if self.latency is not None else {k: v for k, v in data.items() if k != "latency"}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Point:
@@ -181,6 +183,7 @@ def _make(search: CandidateSearch, budget: str, stem: Path, split: str, source: 
         metrics=measure(search.task, model, split),
         bytes=file.stat().st_size,
         candidates=choice.results,
+        latency=choice.candidate.latency,
     )
 
 

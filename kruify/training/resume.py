@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kruify.checkpoint.file_bytes import parsed
 from kruify.checkpoint.writing import atomic_file, save_tree
 from kruify.errors import CorruptError, KruifyError, UsageError
 from kruify.training.result import Validation
@@ -135,20 +135,3 @@ def _plain(value: Any) -> Any:
     if type(value) is dict:
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list) else value
-
-
-def parsed(hint: Any, value: Any) -> Any:
-    """The other way: an instance of the type `hint`; TypeError where `value` does not hold one."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if is_dataclass(hint) and isinstance(value, dict):
-        hints = get_type_hints(hint)
-        return hint(**{name: parsed(hints.get(name), item) for name, item in value.items()})  # type: ignore[operator]
-    if origin is UnionType:
-        return None if value is None else parsed(inner[0], value)
-    if origin is dict and isinstance(value, dict):
-        return {parsed(inner[0], key): parsed(inner[1], item) for key, item in value.items()}
-    if origin is list and isinstance(value, list):
-        return [parsed(inner[0], item) for item in value]
-    if origin is not None or (hint is not Any and not isinstance(value, hint)):
-        raise TypeError(f"a {type(value).__name__} instead of {hint}")
-    return value

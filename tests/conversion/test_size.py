@@ -99,9 +99,10 @@ def test_the_file_is_within_the_budget(source: Path, net: Net, budget: str, tmp_
 
 
 def test_where_storage_is_enough_every_matrix_stays_dense(net: Net, file: FileSize, plan: Callable[..., Plan]) -> None:
-    """A ratio that plain int8 nearly comes to is met by it: 4x of a float32 network, but for scales and a header."""
+    """A ratio that plain int8 nearly comes to is met from below, too."""
     ratio = weights(net) / file.of(Plan())
-    assert [plan_size(file, f"size={x * ratio:.4f}x") for x in (0.5, 0.999, 1.04)] == 3 * [Plan()]
+    assert [plan_size(file, f"size={x * ratio:.4f}x") for x in (0.5, 0.999)] == 2 * [Plan()]
+    assert file.of(plan_size(file, f"size={1.04 * ratio:.4f}x")) <= file.of(Plan()) / 1.0399
     assert plan(1.0) == Plan()
     assert plan(0.95) != Plan()
     with pytest.raises(PlanError, match="stands alone"):
@@ -186,7 +187,7 @@ def test_other_networks(kind: str) -> None:
 
 @pytest.mark.parametrize("options", [{"input_budget": "4x"}, {"max_error": 0.5}])
 def test_a_size_stands_alone(net: Net, options: dict[str, object]) -> None:
-    with pytest.raises(UsageError, match="a size covers"):
+    with pytest.raises(UsageError, match="a size or a latency covers"):
         kruify.convert(net, budget="size=8x", **options)  # type: ignore[call-overload]
 
 
