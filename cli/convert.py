@@ -138,6 +138,7 @@ def _show(out: Output, model: str, conversion: Conversion) -> None:
         lines.append(_time(conversion.latency))
     if size is not None and size.beside > size.before // 10:
         lines.append(f"{model} holds {size.beside:,} bytes beside its weights, which are not counted")
+    lines += [f"note: {sentence}" for sentence in conversion.notes]
     out.show(*([table] if conversion.matrices else [title]), *lines)
 
 

@@ -15,7 +15,7 @@ from kruify.checkpoint.file_bytes import chunks
 from kruify.checkpoint.file_format import ORIGIN, parse_origin
 from kruify.checkpoint.modules import ModuleHint
 from kruify.checkpoint.parametrised import Computed
-from kruify.checkpoint.tensors import LazyTensor, Tensors
+from kruify.checkpoint.tensors import LazyTensor, Tensors, ties
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class Checkpoint:
     def weight_bytes(self) -> int:
         """Bytes of the tensors as the file holds them, with indices and scales; tied ones once."""
         held = self.stored if self.is_kruify else self.tensors.lazy
-        return sum(tensor.nbytes for name, tensor in held.items() if name not in self.ties)
+        second = ties(held)
+        return sum(tensor.nbytes for name, tensor in held.items() if name not in second)
 
     @cached_property
     def sha256(self) -> str:

@@ -16,6 +16,7 @@ import torch
 from kruify.checkpoint.extras import from_json
 from kruify.checkpoint.file_bytes import fits, parse_json
 from kruify.checkpoint.parametrised import SOURCES, Computed
+from kruify.checkpoint.writing import TIES
 from kruify.errors import CorruptError, UnsupportedError
 
 SCHEMA = 2
@@ -40,6 +41,7 @@ JSON_ENTRIES: dict[str, Any] = {
     "kruify.recipe": {str: object},
     NETWORK: {str: (str, int)},
     STORAGE: {str: str},
+    TIES: {str: str},
 }
 """Metadata that is JSON, and its types."""
 

@@ -85,11 +85,12 @@ def write_original(
     stored = _in_order(_sources(lazy, computed), table["order"])
     named = {table["names"].get(name, name): tensor for name, tensor in stored.items()}
     kind, key = table["format"], table["key"]
+    tied = {a: b for a, b in table["ties"].items() if a in lazy and b in lazy and _equal(lazy[a], lazy[b])}
     if kind in ("torch", "torch-legacy"):
-        links = {table["names"].get(a, a): table["names"].get(b, b) for a, b in table["ties"].items()}
+        links = {table["names"].get(a, a): table["names"].get(b, b) for a, b in tied.items()}
         before, legacy = table["extras_before"], kind == "torch-legacy"
         write_torch(
-            path, named, table["metadata"], key=key, extras=table["extras"], before=before, ties=links, legacy=legacy
+            path, named, table["metadata"], key=key, extras=table["extras"], before=before, links=links, legacy=legacy
         )
     elif kind == "safetensors":
         write_safetensors(path, named, table["metadata"])
@@ -102,6 +103,11 @@ def write_original(
             raise UsageError(
                 f"the original was {_WORDS[kind]}, which is more than its weights", path, "Give the original file, too"
             )
+        apart = {a: b for a, b in table["ties"].items() if a in lazy and a not in tied}
+        if apart and kind != "onnx":
+            a, b = min(apart.items())
+            what = f"{a} and {b} are one tensor in {_WORDS[kind]}, and differ now"
+            raise UnsupportedError(what, path, "Convert both alike, or write a state dict: kruify.densify")
         _write_into_copy(Path(source), path, named, kind, key)
     else:
         raise UnsupportedError(f"it came from a {str(kind)[:40]} file, which this kruify cannot write", path)
@@ -145,6 +151,10 @@ def _sources(lazy: Mapping[str, LazyTensor], computed: Mapping[str, Computed]) -
 def _in_order(tensors: dict[str, LazyTensor], order: list[str]) -> dict[str, LazyTensor]:
     first = {name: tensors[name] for name in order if name in tensors}
     return {**first, **tensors}
+
+
+def _equal(a: LazyTensor, b: LazyTensor) -> bool:
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and as_bytes(a.load()).equal(as_bytes(b.load()))
 
 
 def _write_npz(path: Path, named: Mapping[str, LazyTensor]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +24,7 @@ from kruify.checkpoint.sharded import read_index
 from kruify.checkpoint.stored import decode, matrix_names, read_storage
 from kruify.checkpoint.tensors import LazyTensor, Tensors, ties
 from kruify.checkpoint.wrapper import find_state_dict, strip
+from kruify.checkpoint.writing import TIES
 from kruify.errors import CorruptError, KruifyError, UnsafeError, UnsupportedError, UsageError
 
 
@@ -184,9 +186,11 @@ def _from_torch(path: Path, kind: str, found: torch_file.TorchFile, key: str | N
 
 
 def _finish(path: Path, contents: Contents) -> Checkpoint:
-    _check_total(path, contents)
     schema = check_schema(contents.metadata, path)
     check_metadata(contents.metadata, path)
+    if TIES in contents.metadata:
+        contents.tensors = _with_second_names(path, contents.tensors, json.loads(contents.metadata.pop(TIES)))
+    _check_total(path, contents)
     assumed = contents.assumed
     if note := contents.metadata.get(ORIGIN):
         assumed = parse_origin(note, path)["assumed"]
@@ -225,6 +229,14 @@ def _finish(path: Path, contents: Contents) -> Checkpoint:
         storage=storage,
         stored=stored,
     )
+
+
+def _with_second_names(path: Path, tensors: dict[str, LazyTensor], second: Mapping[str, str]) -> dict[str, LazyTensor]:
+    """The tensors of a file that has tied ones once, by all their names."""
+    if not all(first in tensors and name not in tensors for name, first in second.items()):
+        raise CorruptError("its note of tied tensors does not fit its tensors", path, "Convert the source again")
+    tied = {name: replace(tensors[name], identity=name) for name in set(second.values())}
+    return {**tensors, **tied, **{name: tied[first] for name, first in second.items()}}
 
 
 def _strip_hints(hints: Mapping[str, ModuleHint], prefix: str) -> dict[str, ModuleHint]:

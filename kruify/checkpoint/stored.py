@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kruify.checkpoint.file_bytes import fits
 from kruify.checkpoint.file_format import STORAGE
-from kruify.checkpoint.tensors import LazyTensor
+from kruify.checkpoint.tensors import LazyTensor, derived
 from kruify.checkpoint.writing import as_lazy
 from kruify.errors import CorruptError, UnsupportedError
 from kruify.quantization import DTYPES, dequantize, pays, quantize_groups, quantize_rows, row_dims
@@ -79,7 +79,7 @@ def _narrow(name: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
             raise UnsupportedError(f"it has numbers beyond {dtype}", name, "Keep it: --keep, or take bfloat16")
         return narrow
 
-    return LazyTensor(tensor.shape, dtype, load)
+    return LazyTensor(tensor.shape, dtype, load, derived(dtype, tensor.identity))
 
 
 def _eight_bit(name: str, tensor: LazyTensor, dims: tuple[int, ...]) -> dict[str, LazyTensor]:
@@ -88,8 +88,8 @@ def _eight_bit(name: str, tensor: LazyTensor, dims: tuple[int, ...]) -> dict[str
 
     scales = tuple(1 if d in dims else n for d, n in enumerate(tensor.shape))
     return {
-        name: LazyTensor(tensor.shape, torch.int8, part(0)),
-        name + SCALE: LazyTensor(scales, torch.float32, part(1)),
+        name: LazyTensor(tensor.shape, torch.int8, part(0), derived("int8", dims, tensor.identity)),
+        name + SCALE: LazyTensor(scales, torch.float32, part(1), derived("scale", dims, tensor.identity)),
     }
 
 
@@ -103,9 +103,10 @@ def _eight_bit_blocks(name: str, values: LazyTensor, index: LazyTensor, rows: in
 
         return lambda: _named(name, quantized)[which]
 
+    both = values.identity, index.identity
     return {
-        name: LazyTensor(values.shape, torch.int8, part(0)),
-        name + SCALE: LazyTensor((rows // height, 1), torch.float32, part(1)),
+        name: LazyTensor(values.shape, torch.int8, part(0), derived("int8", *both)),
+        name + SCALE: LazyTensor((rows // height, 1), torch.float32, part(1), derived("scale", *both)),
     }
 
 
@@ -131,8 +132,10 @@ def _compressed(matrix: str, index: LazyTensor, values: LazyTensor, size: tuple[
         return torch.bincount(first // height, minlength=rows // height).to(dtype)
 
     return {
-        matrix + COUNTS: LazyTensor((rows // height,), dtype, counts),
-        matrix + COLUMNS: LazyTensor((blocks,), dtype, lambda: index.load()[:, 1].to(dtype)),
+        matrix + COUNTS: LazyTensor((rows // height,), dtype, counts, derived("counts", height, index.identity)),
+        matrix + COLUMNS: LazyTensor(
+            (blocks,), dtype, lambda: index.load()[:, 1].to(dtype), derived("columns", index.identity)
+        ),
     }
 
 
@@ -177,7 +180,7 @@ def decode(
 
 
 def _widened(tensor: LazyTensor) -> LazyTensor:
-    return LazyTensor(tensor.shape, torch.float32, lambda: tensor.load().float())
+    return LazyTensor(tensor.shape, torch.float32, lambda: tensor.load().float(), derived("float32", tensor.identity))
 
 
 def _restored(values: LazyTensor, scale: LazyTensor | None, counts: LazyTensor | None, where: str) -> LazyTensor:
@@ -200,7 +203,8 @@ def _restored(values: LazyTensor, scale: LazyTensor | None, counts: LazyTensor |
             factor = factor.repeat_interleave(_checked(counts, values.shape[0], where), dim=0)
         return dequantize(numbers, factor)
 
-    return LazyTensor(values.shape, torch.float32, load)
+    parts = [part.identity for part in (values, scale, counts) if part is not None]
+    return LazyTensor(values.shape, torch.float32, load, derived("float32", *parts))
 
 
 def _index(columns: LazyTensor, counts: LazyTensor, values: LazyTensor, where: str) -> LazyTensor:
@@ -216,7 +220,7 @@ def _index(columns: LazyTensor, counts: LazyTensor, values: LazyTensor, where: s
         rows = rows.repeat_interleave(numbers)
         return torch.stack([rows, columns.load().to(torch.int32)], dim=1)
 
-    return LazyTensor((blocks, 2), torch.int32, load)
+    return LazyTensor((blocks, 2), torch.int32, load, derived("index", height, columns.identity, counts.identity))
 
 
 def _checked(counts: LazyTensor, blocks: int, where: str) -> Tensor:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kruify.checkpoint.tensors import LazyTensor
-from kruify.checkpoint.writing import write_safetensors, write_torch
+from kruify.checkpoint.tensors import LazyTensor, ties
+from kruify.checkpoint.writing import as_lazy, write_safetensors, write_torch
 from kruify.errors import UsageError
 from kruify.progress import Progress
 
@@ -75,6 +75,7 @@ def write_model(
     """
     check_model_target(path)
     if Path(path).suffix.lower() in TORCH:
-        write_torch(path, tensors, metadata)
+        lazy = as_lazy(tensors)
+        write_torch(path, lazy, metadata, links=ties(lazy))
     else:
         write_safetensors(path, tensors, metadata, progress=progress)

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+def derived(*identities: Hashable) -> Hashable:
+    """The identity of what is made of tensors with these: None, for no ties, where one of them has none."""
+    return None if None in identities else identities
+
+
 @dataclass(frozen=True)
 class LazyTensor:
     """A tensor whose shape and dtype are known and whose numbers are read by `load()`.

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from kruify.checkpoint.tensors import LazyTensor, Tensors
+from kruify.checkpoint.tensors import LazyTensor, Tensors, ties
 from kruify.errors import UnsupportedError, UsageError
 from kruify.progress import Progress
 
@@ -43,6 +43,8 @@ DTYPES: dict[torch.dtype, str] = {
 """The dtypes of the safetensors format."""
 
 CHECKSUM = "kruify.checksum"
+TIES = "kruify.ties"
+"""The metadata entry of a safetensors file for second names of its tensors: the format has each tensor once."""
 
 
 @contextmanager
@@ -87,14 +89,14 @@ def write_safetensors(
 
     Args:
         tensors: name -> tensor, or -> LazyTensor, or the `tensors` of a Checkpoint.
-        metadata: strings; a file whose metadata has `kruify.schema` gets a checksum over all its bytes, too.
+        metadata: strings; a file whose metadata has `kruify.schema` gets a checksum over all its bytes, too, and tied
+            tensors are written once.
 
     Raises:
         UnsupportedError: a dtype that the format does not know.
         UsageError: the file cannot be written.
     """
-    lazy = as_lazy(tensors)
-    strings = _with_checksum(metadata)
+    lazy, strings = _held(as_lazy(tensors), metadata)
     header, order = _header(lazy, strings, path)
     total, written = sum(tensor.nbytes for tensor in lazy.values()), 0
     with atomic_file(path) as file:
@@ -117,8 +119,8 @@ def write_safetensors(
 
 def safetensors_bytes(tensors: Mapping[str, Tensor | LazyTensor], metadata: Mapping[str, str] | None = None) -> int:
     """Size of the file that `write_safetensors` writes; no tensor is loaded."""
-    lazy = as_lazy(tensors)
-    header, _ = _header(lazy, _with_checksum(metadata), "safetensors")
+    lazy, strings = _held(as_lazy(tensors), metadata)
+    header, _ = _header(lazy, strings, "safetensors")
     return len(header) + sum(tensor.nbytes for tensor in lazy.values())
 
 
@@ -130,23 +132,23 @@ def write_torch(
     key: str | None = None,
     extras: Mapping[str, Any] | None = None,
     before: int = 0,
-    ties: Mapping[str, str] | None = None,
+    links: Mapping[str, str] | None = None,
     legacy: bool = False,
 ) -> None:
     """Write a .pt file that torch.load(weights_only=True) reads; same input, same bytes.
 
     Without key and metadata the file is the plain state dict. With a key it is nested under it, beside `extras`, of
     which `before` come first; with metadata it is nested under "state_dict", beside "kruify". Every tensor gets a
-    storage of its own, except `ties`.
+    storage of its own, but for `links`: second name -> first name.
     legacy: the format of before torch 1.6; its bytes are not the same each time, as torch puts addresses in it.
     """
     lazy = as_lazy(tensors)
-    ties = ties or {}
+    links = links or {}
     state: OrderedDict[str, Tensor] = OrderedDict()
     for name, tensor in lazy.items():
-        if name not in ties or ties[name] not in lazy:
+        if name not in links or links[name] not in lazy:
             state[name] = _loaded(tensor, name, path).detach().cpu().clone(memory_format=torch.contiguous_format)
-    tree: Any = OrderedDict((name, state[ties.get(name, name)] if name not in state else state[name]) for name in lazy)
+    tree: Any = OrderedDict((name, state[links.get(name, name)] if name not in state else state[name]) for name in lazy)
     if metadata:
         key = key or "state_dict"
     if key:
@@ -203,10 +205,17 @@ def _loaded(lazy: LazyTensor, name: str, path: object) -> Tensor:
     return tensor
 
 
-def _with_checksum(metadata: Mapping[str, str] | None) -> dict[str, str]:
-    """The metadata, with a place for the checksum of a file of kruify's."""
+def _held(
+    lazy: dict[str, LazyTensor], metadata: Mapping[str, str] | None
+) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """Tensors and metadata as a safetensors file holds them; one of kruify's with second names and a place for the
+    checksum in its metadata."""
     strings = dict(metadata or {})
-    return {**strings, CHECKSUM: "0" * 64} if "kruify.schema" in strings else strings
+    if "kruify.schema" not in strings:
+        return lazy, strings
+    if second := ties(lazy):
+        strings[TIES] = json.dumps(second)
+    return {name: tensor for name, tensor in lazy.items() if name not in second}, {**strings, CHECKSUM: "0" * 64}
 
 
 def _header(lazy: Mapping[str, LazyTensor], metadata: Mapping[str, str], path: object) -> tuple[bytes, list[str]]:

@@ -121,6 +121,7 @@ class Conversion:
         storage: weights that are stored in fewer bits -> dtype.
         output: the file that was written, if one was.
         latency: what was timed under a budget of time.
+        notes: sentences on what the source had and the converted model has not.
     """
 
     plan: Plan
@@ -131,6 +132,7 @@ class Conversion:
     bytes: ByteCounts | None = None
     storage: dict[str, str] = field(default_factory=dict)
     latency: LatencyPlan | None = None
+    notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The object that `kruify convert --json` prints."""
@@ -140,31 +142,53 @@ class Conversion:
             "parameters": self.parameters.to_json(),
             "bytes": None if self.bytes is None else self.bytes.to_json(),
             **({} if self.latency is None else {"latency": self.latency.to_json()}),
+            "notes": self.notes,
         }
 
 
 def expected(tensors: Mapping[str, AnyTensor], plan: Plan, located: Located) -> Conversion:
     """The conversion of `tensors` by `plan` as far as it can be told without decomposing anything (a dry run)."""
     matrices = [gate for layer, weight, s in plan.matrices() for gate in gates_of(layer, weight, s)]
-    return Conversion(plan, matrices, count_parameters(tensors, matrices, located))
+    return summed_up(tensors, plan, matrices, located)
+
+
+def summed_up(tensors: Mapping[str, AnyTensor], plan: Plan, matrices: list[GateResult], located: Located) -> Conversion:
+    """The conversion of the dense `tensors` to `matrices`, without its own tensors."""
+    notes = _parted(ties(as_lazy(tensors)), matrices)
+    return Conversion(plan, matrices, count_parameters(tensors, matrices, located), notes=notes)
+
+
+def _parted(tied: Mapping[str, str], matrices: list[GateResult]) -> list[str]:
+    """What is said of names of one tensor that become different things."""
+    becomes = _factors(matrices)
+    parted = [f"{first} and {name}" for name, first in tied.items() if becomes.get(name) != becomes.get(first)]
+    more = f" (and {len(parted) - 1} more like them)" if len(parted) > 1 else ""
+    return [f"{parted[0]} are one tensor and become two{more}: convert them alike to keep one"] if parted else []
+
+
+def _factors(matrices: list[GateResult]) -> dict[str, list[str]]:
+    """Name of a matrix -> the specs of its gates."""
+    found: dict[str, list[str]] = {}
+    for gate in matrices:
+        found.setdefault(gate.name, []).append(gate.factors)
+    return found
 
 
 def count_parameters(tensors: Mapping[str, AnyTensor], matrices: list[GateResult], located: Located) -> ParameterCounts:
     """The counts of the dense `tensors` and of what `matrices` makes of them. Of tied matrices that become the same
     factors one is counted."""
     recurrent = {layer.full_name("weight_hh" + suffix) for layer in located.layers for suffix in layer.suffixes}
-    tied = ties(as_lazy(tensors))
-    becomes: dict[str, list[GateResult]] = {}
+    tied, factors = ties(as_lazy(tensors)), _factors(matrices)
+    numbers: dict[str, int] = {}
     for gate in matrices:
-        becomes.setdefault(gate.name, []).append(gate)
+        numbers[gate.name] = numbers.get(gate.name, 0) + gate.parameters_after
     before, after = {True: 0, False: 0}, {True: 0, False: 0}  # recurrent matrices, all others
+    counted = set()
     for name, tensor in tensors.items():
-        first = tied.get(name)
-        count = _reals(tensor)
-        before[name in recurrent] += 0 if first else count
-        specs, others = [g.factors for g in becomes.get(name, [])], [g.factors for g in becomes.get(first or name, [])]
-        if first is None or specs != others:
-            after[name in recurrent] += sum(g.parameters_after for g in becomes[name]) if specs else count
+        count, what = _reals(tensor), (tied.get(name, name), tuple(factors.get(name, ())))
+        before[name in recurrent] += 0 if name in tied else count
+        after[name in recurrent] += 0 if what in counted else numbers.get(name, count)
+        counted.add(what)
     return ParameterCounts(before[True], after[True], sum(before.values()), sum(after.values()))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kruify.checkpoint import LazyTensor, metadata_for, write_model
 from kruify.checkpoint.stored import decode, eight_bit_dims, encode
-from kruify.checkpoint.tensors import ties
+from kruify.checkpoint.tensors import derived, ties
 from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.build import plan_of
 from kruify.conversion.check import load_tensors, stored_shapes
@@ -71,7 +71,7 @@ def in_float32(tensors: Mapping[str, AnyTensor]) -> dict[str, LazyTensor]:
     def cast(tensor: LazyTensor) -> LazyTensor:
         if not tensor.dtype.is_floating_point or tensor.dtype == torch.float32:
             return tensor
-        identity = None if tensor.identity is None else ("float32", tensor.identity)  # tied ones stay tied
+        identity = derived("float32", tensor.identity)  # tied ones stay tied
         return LazyTensor(tensor.shape, torch.float32, lambda: tensor.load().float(), identity)
 
     return {name: cast(tensor) for name, tensor in as_lazy(tensors).items()}
@@ -89,16 +89,23 @@ def planned(tensors: Mapping[str, AnyTensor], plan: Plan) -> dict[str, LazyTenso
     found = as_lazy(tensors)
     for layer, weight, structures in plan.matrices():
         name = layer.full_name(weight)
-        found |= planned_matrix(name, structures, found.pop(name).dtype)
+        dense = found.pop(name)
+        found |= planned_matrix(name, structures, dense.dtype, dense.identity)
     return found
 
 
-def planned_matrix(name: str, structures: Structures, dtype: torch.dtype) -> dict[str, LazyTensor]:
-    """Shapes and dtypes of the tensors of one Kronecker matrix; they cannot be loaded."""
-    return {
-        f"{name}.{entry}": LazyTensor(shape, torch.int32 if entry == "overlay.index" else dtype, no_numbers)
-        for entry, shape in stored_shapes(structures).items()
-    }
+def planned_matrix(
+    name: str, structures: Structures, dtype: torch.dtype, dense: Hashable = None
+) -> dict[str, LazyTensor]:
+    """Shapes and dtypes of the tensors of one Kronecker matrix; they cannot be loaded.
+
+    Args: dense: the identity of the matrix in whose place they stand.
+    """
+    found = {}
+    for entry, shape in stored_shapes(structures).items():
+        kind = torch.int32 if entry == "overlay.index" else dtype
+        found[f"{name}.{entry}"] = LazyTensor(shape, kind, no_numbers, derived(entry, structures, dense))
+    return found
 
 
 def no_numbers() -> Tensor:
@@ -108,7 +115,7 @@ def no_numbers() -> Tensor:
 
 def stored_bytes(tensors: Mapping[str, AnyTensor], plan: Plan, storage: Mapping[str, str]) -> int:
     """Bytes that the tensors take in a file, without its header."""
-    return sum(tensor.nbytes for tensor in encode(tensors, storage, matrix_sizes(plan)).values())
+    return weight_bytes(encode(tensors, storage, matrix_sizes(plan)))
 
 
 def weight_bytes(tensors: Mapping[str, LazyTensor]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import reduce
 
 import torch
@@ -15,7 +16,7 @@ from kruify.conversion.calibration import Moments, bias_correction
 from kruify.conversion.check import check_plan, load_tensors, loaded
 from kruify.conversion.locate import AnyTensor, Located
 from kruify.conversion.plan import Plan, Structures
-from kruify.conversion.result import Conversion, GateResult, count_parameters, gates_of
+from kruify.conversion.result import Conversion, GateResult, gates_of, summed_up
 from kruify.decomposition import Fit
 from kruify.decomposition.fitting import check, fit_with, metric_of
 from kruify.errors import PlanError, UnsupportedError
@@ -52,30 +53,44 @@ def convert_tensors(
     results: list[GateResult] = []
     todo = list(plan.matrices())
     first_of = ties(as_lazy(tensors))
-    shared: dict[tuple[str, Structures], tuple[KroneckerMatrix, list[Fit]]] = {}
+    wanted = {layer.full_name(weight): structures for layer, weight, structures in todo}
+    shared: dict[tuple[str, Structures | None], tuple[KroneckerMatrix, list[Fit]]] = {}
+
+    def key_of(name: str) -> tuple[str, Structures | None]:
+        return first_of.get(name, name), wanted.get(name)
+
     moments = _joined(moments or {}, first_of)
     for done, (layer, weight, structures) in enumerate(todo, 1):
         name = layer.full_name(weight)
         dense = loaded(converted.pop(name))
         _check_finite(dense, name)
         known = moments.get(name)
-        key = (first_of.get(name, name), structures)
+        key = key_of(name)
         if key not in shared:
             covariance = None if known is None else known.weight(layer.bias)
             shared[key] = decompose_matrix(dense, structures, name, covariance=covariance, seed=seed)
         matrix, fits = shared[key]
         if known is not None and layer.bias:
             bias_name = layer.full_name(weight.replace("weight", "bias"))
-            bias = loaded(converted[bias_name])
-            correction = bias_correction(dense, matrix.to_dense(), known.mean)
-            converted[bias_name] = (bias.double() + correction.to(bias.device)).to(bias.dtype)
+            names = [n for n in tensors if first_of.get(n, n) == first_of.get(bias_name, bias_name)]
+            partners = {key_of(_weight_of(n)) for n in names}
+            if partners == {key} and converted[bias_name] is tensors[bias_name]:  # else it is another matrix's, too
+                bias = loaded(tensors[bias_name])
+                correction = bias_correction(dense, matrix.to_dense(), known.mean)
+                converted |= dict.fromkeys(names, (bias.double() + correction.to(bias.device)).to(bias.dtype))
         for entry, value in matrix.state_dict().items():
             converted[f"{name}.{entry}"] = value
         results += gates_of(layer, weight, structures, fits)
         if progress:
             progress(done, len(todo), f"decomposing {name}")
     converted = {name: converted[name] for name in _in_order(tensors, converted)}
-    return Conversion(plan, results, count_parameters(tensors, results, located), converted)
+    return replace(summed_up(tensors, plan, results, located), tensors=converted)
+
+
+def _weight_of(bias: str) -> str:
+    """Name of the matrix beside a bias."""
+    head, dot, name = bias.rpartition(".")
+    return head + dot + name.replace("bias", "weight")
 
 
 def _joined(moments: Mapping[str, Moments], first_of: Mapping[str, str]) -> dict[str, Moments]:

@@ -81,7 +81,7 @@ def test_views_are_written_without_the_storage_behind_them(tmp_path: Path) -> No
 
 def test_ties_are_written_as_ties(tmp_path: Path) -> None:
     tensor = torch.ones(4)
-    write_torch(tmp_path / "a.pt", {"a": tensor, "b": tensor.clone()}, ties={"b": "a"})
+    write_torch(tmp_path / "a.pt", {"a": tensor, "b": tensor.clone()}, links={"b": "a"})
     assert read(tmp_path / "a.pt").ties == {"b": "a"}
 
 
