@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "kruify" / "csrc"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 FIXED_SHAPES = ((16, 16), (32, 16), (32, 32), (64, 32), (64, 64))
-KINDS = ("lstm", "gru", "rnn_tanh")
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
 PRECISIONS = ("float32", "tf32", "bf16")  # in the order of kruify/ops/precision.py
 # Bytes of shared memory that a block may have, multiprocessors of a usual chip, clusters.
 CHIPS = {"sm_90 (H200)": (232448, 132, 1), "sm_80 (A100)": (166912, 108, 0), "sm_89 (RTX 4090)": (101376, 128, 0)}
@@ -111,22 +111,21 @@ def compile_all(
 
 def shared_memory() -> list[dict[str, object]]:
     """What the launches of the templates ask for at a batch of 64, computed by the code that launches them."""
-    source = ROOT / "tests" / "cuda" / "phases.cpp"
-    library = ROOT / "build" / "cuda-resources" / "phases.so"
+    source = ROOT / "tests" / "cuda" / "shim" / "plan.cpp"
+    library = ROOT / "build" / "cuda-resources" / "plan.so"
     library.parent.mkdir(parents=True, exist_ok=True)
     compiler = next(c for c in ("g++", "c++", "clang++") if shutil.which(c))
     flags = ["-std=c++20", "-O0", "-fPIC", "-shared", f"-I{CSRC}"]
     subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
-    choose = ctypes.CDLL(str(library)).pair_choice
+    choose = ctypes.CDLL(str(library)).shim_plan
     rows = []
     for chip, (size, processors, clusters) in CHIPS.items():
-        for kind in KINDS:
+        for kind in GATES:
             for shape in FIXED_SHAPES:
                 for rank in (1, 2, 4):
                     for backward, wanted in itertools.product((0, 1), range(3)):
-                        options = (ctypes.c_int * 9)(processors, size, clusters, 0, 0, 0, 1, wanted, 0)
                         found = (ctypes.c_int * 5)()
-                        choose(KINDS.index(kind), *shape, rank, 64, options, backward, found)
+                        choose(GATES[kind], *shape, rank, 64, backward, wanted, processors, size, clusters, found)
                         fits = found[0] > 0
                         rows.append({
                             "chip": chip, "kind": kind, "rank": rank,
@@ -186,7 +185,7 @@ CASE = ("chip", "kind", "rank", "stages", "pass")  # of a row of shared_memory
 
 def kernel_name(row: dict[str, object]) -> str:
     """The template that a row of shared_memory runs, as the demangler writes it."""
-    gates, sizes = {"lstm": 4, "gru": 3}.get(str(row["kind"]), 1), re.findall(r"(\d+)x", str(row["stages"]))
+    gates, sizes = GATES[str(row["kind"])], re.findall(r"(\d+)x", str(row["stages"]))
     numbers = {"tf32": "Tf32", "bf16": "Bf16"}.get(str(row["products"]), f"Exact<{row['tile_columns']}>")
     return f"pair_{row['pass']}_kernel<{gates}, {numbers}, Square<{sizes[0]}, {sizes[1]}> >"
 

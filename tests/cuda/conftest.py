@@ -1,31 +1,32 @@
-"""The CUDA kernels' phases on the CPU (phases.cpp), and nvcc, each built once per content of the sources."""
+"""The CUDA kernels on the CPU (shim/), built once per content of the sources, and matrices for them."""
 
 from __future__ import annotations
 
 import ctypes
 import fcntl
 import hashlib
-import math
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from kruify.ops.layout import Layout, TermLayout
-from kruify.ops.reference import GATES, MODRELU, WORKSPACE
+from kruify.ops.recurrence import _layer_backward
+from kruify.ops.reference import MODRELU
 
-sys.path.insert(0, str(Path(__file__).parent))  # phase_cases, shared by the tests here
+sys.path.insert(0, str(Path(__file__).parent))  # cases, shared by the tests here
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "kruify" / "csrc"
-KINDS = tuple(GATES)
 
 
 def cached(name: str, sources: Sequence[Path], command: Sequence[str], build: Callable[[Path], None]) -> Path:
@@ -42,38 +43,6 @@ def cached(name: str, sources: Sequence[Path], command: Sequence[str], build: Ca
             build(temporary)
             os.replace(temporary, target)
     return target
-
-
-class Options(ctypes.Structure):
-    _fields_ = [
-        (n, ctypes.c_int)
-        for n in (
-            "processors",
-            "shared_memory",
-            "clusters",
-            "order",
-            "cluster",
-            "tile",
-            "fixed",
-            "precision",
-            "skipped",
-        )
-    ]
-
-
-class _Problem(ctypes.Structure):
-    _fields_ = [
-        *[
-            (n, ctypes.c_void_p)
-            for n in ("code", "shapes", "stages", "diagonal", "residual", "bias", "index", "starts")
-        ],
-        *[(n, ctypes.c_int) for n in ("codes", "stage_count", "blocks", "block", "kind", "steps", "batch", "reverse")],
-    ]
-
-
-def options(**given: int) -> Options:
-    """A run on an H200 with the templates of the fixed shapes, unless `given` says otherwise."""
-    return Options(**({"processors": 132, "shared_memory": 232448, "clusters": 1, "fixed": 1} | given))
 
 
 @dataclass
@@ -110,183 +79,145 @@ class Matrix:
         )
 
 
-def _pointer(t: Tensor | None) -> int | None:
-    assert t is None or t.is_contiguous()
-    return None if t is None else t.data_ptr()
+class Launch(NamedTuple):
+    kernel: str  # the types of its parameters, for example "Square<16, 16>, PairPlan, PairForward"
+    blocks: int
+    threads: int
+    cluster: int
+    bytes: int  # of shared memory
 
 
-def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * max(1, len(tensors)))(*[_pointer(t) for t in tensors])
-
-
-class Phases:
-    """The operators as the CUDA machine would run them, on CPU tensors.
-
-    Of the last call: `templates`, launches of two-stage kernels; `tensors`, how many of them on tensor cores.
-    """
+class Gpu:
+    """The GPU that shim/runtime.cpp plays: `torch.ops.kruify.*` on CPU tensors run as they would on CUDA."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.library, self.templates, self.tensors = library, 0, 0
+        self.library = library
+        for name in ("shim_launches", "shim_race"):
+            getattr(library, name).restype = ctypes.c_char_p
+        for name in ("shim_products", "shim_races"):
+            getattr(library, name).restype = ctypes.c_int64
 
-    def _problem(
-        self, m: Matrix, kind: str = "lstm", sizes: Tensor | None = None, reverse: bool = False, batch: int = 0
-    ) -> _Problem:
-        code, starts = m.layout.encode(), None
-        self._code = (ctypes.c_int64 * len(code))(*code)
-        shapes = [n for s in m.stages for n in s.shape[1:]]
-        self._shapes = (ctypes.c_int * max(1, len(shapes)))(*shapes)
-        self._stages = _pointers(m.stages)
-        if sizes is not None and len(sizes) and sizes[0] != sizes[-1]:
-            values = [0, *sizes.cumsum(0).tolist()]
-            self._starts = (ctypes.c_int * len(values))(*values)
-            starts = ctypes.cast(self._starts, ctypes.c_void_p)
-        blocks, block = (0, 0) if m.residual is None else m.residual.shape
-        return _Problem(
-            *[ctypes.cast(array, ctypes.c_void_p) for array in (self._code, self._shapes, self._stages)],
-            _pointer(m.diagonal), _pointer(m.residual), _pointer(m.bias), _pointer(m.index), starts,
-            len(code), len(m.stages), blocks, block, KINDS.index(kind),
-            0 if sizes is None else len(sizes), batch, int(reverse),
-        )  # fmt: skip
+    def chip(self, processors: int = 132, shared_memory: int = 232448, major: int = 9, order: int = 0) -> None:
+        """Another one from here on, an H200 unless told otherwise; `order` of its threads: ascending, descending,
+        shuffled."""
+        self.library.shim_chip(processors, shared_memory, major, order)
 
-    def _call(self, name: str, dtype: torch.dtype, *arguments: object) -> None:
-        function = getattr(self.library, f"{name}_{'float' if dtype == torch.float32 else 'double'}")
-        launches = function(*arguments)
-        if launches < 0:
-            self.library.what.restype = ctypes.c_char_p
-            raise RuntimeError(self.library.what().decode())
-        self.tensors, self.templates = divmod(launches, 1000)
+    def launches(self, *of: str) -> list[Launch]:
+        """Since the last call; of kernels that take one of these types."""
+        found = []
+        for line in self.library.shim_launches().decode().splitlines():
+            *numbers, kernel = line.split(" ", 4)
+            types = kernel.split("P = {")[1].split("}")[0].replace("kruify::cuda::", "")
+            if not of or any(t in types for t in of):
+                found.append(Launch(types, *map(int, numbers)))
+        return found
 
-    def recurrence(self, x, sizes, h0, c0, m, kind, reverse, o):  # type: ignore[no-untyped-def]
-        out, h, c = (torch.full_like(t, float("nan")) for t in (x[:, : h0.shape[1]].contiguous(), h0, h0))
-        workspace = torch.full((x.shape[0], WORKSPACE[kind] * h0.shape[1]), float("nan"), dtype=x.dtype)
-        problem = self._problem(m, kind, sizes, reverse, h0.shape[0])
-        self._call(
-            "forward",
-            x.dtype,
-            ctypes.byref(problem),
-            ctypes.byref(o),
-            _pointers([x, h0, c0]),
-            _pointers([out, h, c, workspace]),
-        )
-        return out, h, c if kind == "lstm" else None, workspace
+    def tensor_products(self) -> int:
+        """Warps' products on tensor cores since the last call."""
+        return int(self.library.shim_products())
 
-    def recurrence_backward(self, grad_out, grad_h, grad_c, out, workspace, sizes, h0, c0, m, kind, reverse, o):  # type: ignore[no-untyped-def]
-        gates = torch.full((out.shape[0], GATES[kind] * h0.shape[1]), float("nan"), dtype=out.dtype)
-        dh, dc = torch.full_like(h0, float("nan")), torch.full_like(h0, float("nan"))
-        grads = [
-            None if t is None else torch.full_like(t, float("nan")) for t in (*m.stages, m.diagonal, m.residual, m.bias)
-        ]
-        problem = self._problem(m, kind, sizes, reverse, h0.shape[0])
-        given = _pointers([grad_out, grad_h, grad_c, out, workspace, h0, c0])
-        self._call("backward", out.dtype, ctypes.byref(problem), ctypes.byref(o), given,
-                   _pointers([gates, dh, dc]), _pointers(grads), ctypes.c_int64(out.shape[0]))  # fmt: skip
-        return gates, dh, dc if kind == "lstm" else None, [g for g in grads if g is not None]
+    def fits(self, gates: int, rank: int, rows1: int, rows2: int, training: bool, precision: int = 0) -> bool:
+        """The operator `template_fits` on this chip."""
+        question = (gates, rank, rows1, rows2, training, precision, self.library.shim_device())
+        return bool(getattr(torch.ops, NAMESPACE).template_fits(*question))
 
-    def kron_matmul(self, x: Tensor, m: Matrix, o: Options) -> Tensor:
-        y = torch.full((x.shape[0], m.layout.gates * m.layout.rows), float("nan"), dtype=x.dtype)
-        problem = self._problem(m)
-        self._call(
-            "multiply",
-            x.dtype,
-            ctypes.byref(problem),
-            ctypes.byref(o),
-            ctypes.c_void_p(_pointer(x)),
-            ctypes.c_void_p(_pointer(y)),
-            ctypes.c_int64(x.shape[0]),
-        )
-        return y
-
-    def kron_matmul_backward(self, grad: Tensor, x: Tensor, m: Matrix, o: Options) -> tuple[Tensor, list[Tensor]]:
-        grad_x = torch.full_like(x, float("nan"))
-        grads = [
-            None if t is None else torch.full_like(t, float("nan")) for t in (*m.stages, m.diagonal, m.residual, m.bias)
-        ]
-        problem = self._problem(m)
-        given = [ctypes.c_void_p(_pointer(t)) for t in (grad, x, grad_x)]
-        self._call("multiply_backward", x.dtype, ctypes.byref(problem), ctypes.byref(o), *given,
-                   _pointers(grads), ctypes.c_int64(x.shape[0]))  # fmt: skip
-        return grad_x, [g for g in grads if g is not None]
-
-    def merge(self, factors: Sequence[Tensor], o: Options) -> Tensor:
-        """The stage (pairs, rows, cols) of factors (pairs, P, Q)."""
-        rows, cols = (math.prod(f.shape[k] for f in factors) for k in (1, 2))
-        out = torch.full((factors[0].shape[0], rows, cols), float("nan"), dtype=factors[0].dtype)
-        self._call("merge", out.dtype, *self._chain(factors), ctypes.byref(o), ctypes.c_void_p(_pointer(out)))
-        return out
-
-    def merge_backward(self, grad: Tensor, factors: Sequence[Tensor], o: Options) -> list[Tensor]:
-        grads = [torch.full_like(f, float("nan")) for f in factors]
-        given = (ctypes.byref(o), ctypes.c_void_p(_pointer(grad)), _pointers(grads))
-        self._call("merge_backward", grad.dtype, *self._chain(factors), *given)
-        return grads
-
-    def _chain(self, factors: Sequence[Tensor]) -> tuple[object, ...]:
-        shapes = [n for f in factors for n in f.shape[1:]]
-        return factors[0].shape[0], len(factors), (ctypes.c_int * len(shapes))(*shapes), _pointers(factors)
+    def plan(
+        self, gates: int, rows1: int, rows2: int, rank: int, batch: int, backward: bool, precision: int = 0,
+        shared_memory: int = 232448, major: int = 9,
+    ) -> tuple[int, ...]:  # fmt: skip
+        """A launch's cluster (0: none fits), threads, columns of a tile, bytes of shared memory and precision."""
+        found = (ctypes.c_int * 5)()
+        sizes = (gates, rows1, rows2, rank, batch, int(backward), precision, 132, shared_memory, int(major >= 9))
+        self.library.shim_plan(*sizes, found)
+        return tuple(found)
 
     def races(self) -> tuple[int, str]:
-        """Clashes of threads since the last call, and one of them; of a library that watches (fixture `races`)."""
-        self.library.races_found.restype, self.library.race.restype = ctypes.c_int64, ctypes.c_char_p
-        return self.library.races_found(), self.library.race().decode()
+        """Clashes of threads since the last call, and one of them; with `watch`."""
+        return self.library.shim_races(), self.library.shim_race().decode()
 
     def barriers(self) -> int:
-        """The most barriers that a block of a kernel has met since the last call."""
-        return int(self.library.barriers())
+        """The most barriers that a thread has met since the last call."""
+        return int(self.library.shim_barriers())
 
-    def fits(self, kind: str, rows1: int, rows2: int, rank: int, training: bool, o: Options) -> bool:
-        """Whether the two-stage kernels take any batch."""
-        return bool(self.library.fits(GATES[kind], rank, rows1, rows2, int(training), ctypes.byref(o)))
 
-    def choice(
-        self, kind: str, rows1: int, rows2: int, rank: int, batch: int, backward: bool, o: Options
-    ) -> tuple[int, int, int, int, int]:
-        """(cluster, threads, tile columns, bytes of shared memory, precision) of a launch; cluster 0: none fits."""
-        found = (ctypes.c_int * 5)()
-        self.library.pair_choice(KINDS.index(kind), rows1, rows2, rank, batch, ctypes.byref(o), int(backward), found)
-        return tuple(found)  # type: ignore[return-value]
+NAMESPACE = "kruify_cuda_shim"
+SHIM = Path(__file__).parent / "shim"
+OPERATORS = (
+    *("merge", "merge_backward", "kron_matmul_forward", "kron_matmul_backward"),
+    *("recurrence_forward", "recurrence_backward"),
+)
+
+
+def shim_command(compiler: str) -> list[str]:
+    """Compiles one file of the kernels as C++."""
+    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-DUSE_CUDA"]
+    flags += [
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        f"-DKRUIFY_CUDA_LIBRARY={NAMESPACE}",
+        "-DKRUIFY_CUDA_KEY=CPU",
+    ]
+    return [compiler, *flags, f"-I{SHIM}", f"-I{CSRC}", f"-isystem{Path(torch.__file__).parent / 'include'}"]
 
 
 @pytest.fixture(scope="session")
-def phases() -> Phases:
-    compiler = next((c for c in ("g++", "c++", "clang++") if shutil.which(c)), None)
+def shim() -> Gpu:
+    """Every file of csrc/cuda as C++, with the smallest and the largest of the fixed shapes, each compiled once."""
+    compiler = shutil.which("g++")
     if compiler is None:
-        pytest.skip("no C++ compiler to build the phases with")
-    return _built(compiler, "phases.so", [("phases.cpp", ())])
+        pytest.skip("no g++ to compile the CUDA kernels for the CPU with")
+    command, few = shim_command(compiler), Path(__file__).parent / "few_shapes.h"
+    headers = sorted([few, *SHIM.glob("*.h"), *CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.*h")])
 
-
-@pytest.fixture(scope="session")
-def races() -> Phases:
-    """The phases with every access to memory watched; much slower. Its tests need no template of a fixed shape."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++, whose -fsanitize=thread tells of every access")
-    watched = ("-DKRUIFY_RACES", "-fsanitize=thread", "-DKRUIFY_FIXED_SHAPES(_)=")
-    return _built("g++", "races.so", [("phases.cpp", watched), ("races.cpp", ("-DKRUIFY_RACES",))])
-
-
-def _built(compiler: str, name: str, parts: list[tuple[str, tuple[str, ...]]]) -> Phases:
-    """The library of these sources, each with flags of its own."""
-    folder = Path(__file__).parent
-    command = [compiler, "-std=c++20", "-O1", "-fPIC", "-Wall", "-Werror", f"-I{CSRC}"]
-
-    def run(arguments: Sequence[str]) -> None:
+    def run(*arguments: str) -> None:
         done = subprocess.run(arguments, check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
 
-    def build(target: Path) -> None:
-        objects = [f"{target}.{k}.o" for k in range(len(parts))]
-        for (source, flags), output in zip(parts, objects, strict=True):
-            run([*command, *flags, "-c", str(folder / source), "-o", output])
-        run([compiler, "-shared", *objects, "-o", str(target)])
-        for output in objects:
-            os.unlink(output)
+    def compiled(source: Path) -> Path:
+        own = ["-fsanitize=thread", "-include", str(few), "-x", "c++"] if source.suffix == ".cu" else []
+        whole = [*command, *own, "-c", str(source), "-o"]
+        return cached(f"{source.name}.o", [source, *headers], whole, lambda target: run(*whole, str(target)))
 
-    sources = [*folder.glob("*.cpp"), *folder.glob("*.h"), *CSRC.rglob("*.h")]
-    return Phases(ctypes.CDLL(str(cached(name, sorted(sources), [*command, repr(parts)], build))))
+    # The longest first. The shim's own objects are linked last: what headers define inline is taken watched.
+    kernels = sorted((CSRC / "cuda").glob("*.cu"), key=lambda s: ("operators" not in s.name, "tensor" not in s.name))
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, [*kernels, *sorted(SHIM.glob("*.cpp"))]))
+    link = ["-Wl,-Bsymbolic", f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10", "-ldl"]
+    whole = [compiler, "-shared", *map(str, objects), *link, "-o"]
+    library = cached("shim.so", objects, whole, lambda target: run(*whole, str(target)))
+    definitions = torch.library.Library(NAMESPACE, "DEF")
+    for name in (*OPERATORS, "template_fits", "kron_matmul", "recurrence"):
+        schema = str(getattr(torch.ops.kruify, name).default._schema)
+        definitions.define(schema.split("::", 1)[1])
+    torch.ops.load_library(str(library))
+    gpu = Gpu(ctypes.CDLL(str(library)))
+    gpu.definitions = definitions  # type: ignore[attr-defined]  # for as long as the library
+    return gpu
 
 
-@pytest.fixture(name="options", scope="session")
-def _options() -> Callable[..., Options]:
-    return options
+@pytest.fixture
+def gpu(shim: Gpu) -> Iterator[Gpu]:
+    """An H200 in place of the CPU for one test: the operators' CPU kernels are those of csrc/cuda."""
+    torch_library: Any = torch.library
+    overriding = torch_library.Library("kruify", "IMPL")
+    for name in OPERATORS:
+        operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+        for variant in {name, name.removesuffix("_forward")}:
+            overriding.impl(variant, operator, "CPU", allow_override=True)
+    overriding.impl("layer_backward", _layer_backward, "CPU", allow_override=True)  # has no kernel of its own on CUDA
+    shim.chip()
+    shim.launches(), shim.tensor_products(), shim.races(), shim.barriers()
+    yield shim
+    shim.library.shim_watch(0), shim.library.shim_skip(0)
+    overriding._destroy()
+
+
+@pytest.fixture
+def watched(gpu: Gpu) -> Iterator[Gpu]:
+    """The same with every access of every thread watched; nothing may have clashed when the test ends."""
+    gpu.library.shim_watch(1)
+    yield gpu
+    found, example = gpu.races()
+    assert not found, f"{found} races, for example {example}"
 
 
 @pytest.fixture
@@ -315,3 +246,15 @@ def matrix():  # type: ignore[no-untyped-def]
 @pytest.fixture(name="cached", scope="session")
 def _cached() -> Callable[..., Path]:
     return cached
+
+
+ON_CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=["shim", *([ON_CUDA] if torch.cuda.is_available() else [])])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the CUDA kernels run: on the shim, whose tensors are on the CPU, and on the GPU where there is one."""
+    if request.param == "cuda":
+        return "cuda"
+    request.getfixturevalue("gpu")
+    return "cpu"

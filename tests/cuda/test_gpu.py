@@ -1,4 +1,4 @@
-"""The kernels on a GPU (`make test-gpu`): parity with the float64 reference, derivatives, graphs, streams, compile."""
+"""What only a GPU shows (`make test-gpu`), beside test_parity.py: large batches, graphs, streams, layers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from all_pairs import all_pairs
+from cases import KINDS, LOWER, close, everything, inputs, pair, parity, run
 from torch import Tensor, nn
 
 import kruify
 from kruify import layers
 from kruify import ops as ops  # registers the operators
-from kruify.errors import KruifyError
-from kruify.ops import backend_info, has_kernel, precision, reference
+from kruify.ops import backend_info, has_kernel, precision
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,101 +26,6 @@ pytestmark = [
         reason="the library was built without CUDA: KRUIFY_CUDA=1 python setup.py build_ext --inplace",
     ),
 ]
-
-GATES = reference.GATES
-KINDS = tuple(GATES)
-FIXED_SHAPES = ((16, 16), (32, 16), (32, 32), (64, 32), (64, 64))
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}  # of the largest value
-LOWER = {
-    precision.TF32: 2e-3,
-    precision.BF16: 1.6e-2,
-}  # the same on tensor cores, as tests/cuda/test_tensor_cores.py has it
-
-
-def pair(kind: str, rows1: int, rows2: int, rank: int):  # type: ignore[no-untyped-def]
-    gates = GATES[kind]
-    return gates, rows1 * rows2, rows1 * rows2, [(range(gates), rank, [(rows1, rows1), (rows2, rows2)])]
-
-
-def everything(kind: str):  # type: ignore[no-untyped-def]
-    gates = GATES[kind]
-    terms = [
-        (range(gates), 2, [(3, 3), (2, 2), (4, 4)]),
-        ([gates - 1], 1, [(24, 24)]),
-        (range(gates), 3, [(24, 1), (1, 24)]),
-    ]
-    return gates, 24, 24, terms
-
-
-def close(name: str, got: Tensor, wanted: Tensor, factor: float = 1.0) -> None:
-    """Within 1e-5 (float32) of the largest value."""
-    got, wanted = got.detach().double().cpu(), wanted.detach().double().cpu()
-    scale = max(1.0, float(wanted.abs().max())) if wanted.numel() else 1.0
-    error = float((got - wanted).abs().max()) / scale if wanted.numel() else 0.0
-    assert error <= factor, f"{name}: off by {error:.2e} of the largest value, {factor:.0e} allowed"
-
-
-def inputs(m, kind, sizes, dtype=torch.float64, columns=0):  # type: ignore[no-untyped-def]
-    """x, w_ih, bias_ih, batch_sizes, h0, c0 on the CPU."""
-    batch_sizes = torch.tensor(sizes, dtype=torch.int64)
-    hidden, total, batch = m.layout.rows, sum(sizes), sizes[0]
-    width = GATES[kind] * hidden
-    x = torch.randn(total, columns or width, dtype=dtype)
-    w = torch.randn(width, columns, dtype=dtype) / columns**0.5 if columns else None
-    b = torch.randn(width, dtype=dtype) / 4 if columns else None
-    h0 = torch.randn(batch, hidden, dtype=dtype) / 2
-    c0 = torch.randn(batch, hidden, dtype=dtype) / 2 if kind == "lstm" else None
-    return x, w, b, batch_sizes, h0, c0
-
-
-def run(m, kind, given, reverse, device, dtype, products=precision.FLOAT32):  # type: ignore[no-untyped-def]
-    """Outputs and gradients of everything, by the operator (cuda) or the reference (cpu)."""
-    m = m.of_kind(kind)
-
-    def leaf(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.to(device, dtype).requires_grad_()
-
-    x, w, b, sizes, h0, c0 = given
-    leaves = [leaf(t) for t in (x, w, b, h0, c0, *m.stages, m.diagonal, m.residual, m.bias)]
-    x1, w1, b1, h1, c1, *stages, diagonal, residual, bias = leaves
-    index = None if m.index is None else m.index.to(device)
-    matrix = (stages, diagonal, residual, index, bias, m.layout.encode())
-    if device == "cpu":
-        out, h, c, _ = reference.recurrence(x1, w1, b1, sizes, h1, c1, *matrix, kind, reverse)
-    else:
-        out, h, c, _ = torch.ops.kruify.recurrence(x1, w1, b1, sizes, h1, c1, *matrix, kind, reverse, True, products)
-    results = [out, h, *([c] if kind == "lstm" else [])]
-    torch.manual_seed(7)
-    weights = [torch.randn(r.shape, dtype=torch.float64).to(device, dtype) for r in results]
-    grads = torch.autograd.grad(results, [t for t in leaves if t is not None], weights)
-    return [*results, *grads]
-
-
-def parity(m, kind, sizes, reverse, dtype, columns=0, products=precision.FLOAT32):  # type: ignore[no-untyped-def]
-    given = inputs(m, kind, sizes, columns=columns)
-    found = run(m, kind, given, reverse, "cuda", dtype, products)
-    expected = run(m, kind, given, reverse, "cpu", torch.float64)
-    for k, (got, wanted) in enumerate(zip(found, expected, strict=True)):
-        close(f"result {k}", got, wanted, LOWER.get(products, TOLERANCE[dtype]))
-
-
-@pytest.mark.parametrize(("kind", "shape", "batch"), all_pairs(kind=KINDS, shape=FIXED_SHAPES, batch=(1, 5)))
-def test_fixed_shapes(matrix, kind, shape, batch) -> None:  # type: ignore[no-untyped-def]
-    parity(matrix(*pair(kind, *shape, 1)), kind, [batch] * 7, batch == 1, torch.float32)
-
-
-@pytest.mark.parametrize("kind", KINDS[:3])  # rounding may take a ReLU over its kink; its template is that of tanh
-@pytest.mark.parametrize("shape", FIXED_SHAPES, ids=str)
-@pytest.mark.parametrize("products", LOWER)
-def test_fixed_shapes_on_tensor_cores(matrix, kind, shape, products) -> None:  # type: ignore[no-untyped-def]
-    for batch in (1, 40, 150):
-        parity(matrix(*pair(kind, *shape, 1)), kind, [batch] * 4, batch == 40, torch.float32, products=products)
-
-
-@pytest.mark.parametrize("products", LOWER)
-def test_tensor_cores_with_other_shapes(matrix, products) -> None:  # type: ignore[no-untyped-def]
-    m = matrix(*pair("lstm", 48, 16, 2), diagonal=(0,))
-    parity(m, "lstm", [3, 3, 2, 1], True, torch.float32, columns=10, products=products)
 
 
 @pytest.mark.parametrize("products", LOWER)
@@ -174,20 +78,6 @@ def test_stacked_gates(kind, spec) -> None:  # type: ignore[no-untyped-def]
         torch.testing.assert_close(got.cpu(), want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_merge(dtype) -> None:  # type: ignore[no-untyped-def]
-    factors = [torch.randn(4, 2, *s, dtype=torch.float64) for s in ((2, 2), (2, 3), (4, 2), (2, 2))]
-    scale = torch.randn(4, 2, dtype=torch.float64)
-    results = []
-    for device, kind in (("cuda", dtype), ("cpu", torch.float64)):
-        own, weight = [f.to(device, kind) for f in factors], scale.to(device, kind)
-        stages = torch.ops.kruify.merge(own, weight, [1, 3])
-        grads = torch.ops.kruify.merge_backward([2 * s for s in stages], own, weight, [1, 3])
-        results.append([*stages, *grads])
-    for got, wanted in zip(*results, strict=True):
-        close("result", got, wanted, TOLERANCE[dtype])
-
-
 def test_a_sparse_residual_that_leads_out_of_the_matrix_is_told() -> None:
     """In a process of its own: what stops a kernel ends the context."""
     code = """if True:
@@ -214,86 +104,21 @@ def test_the_rule_asks_for_shared_memory() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch", [1, 16, 40, 64, 150, 300])
 def test_every_cluster_size(matrix, kind, batch) -> None:  # type: ignore[no-untyped-def]
-    parity(matrix(*pair(kind, 32, 32, 1)), kind, [batch, batch, batch - batch // 2], False, torch.float32)
+    parity(matrix(*pair(kind, 32, 32, 1)), kind, [batch, batch, batch - batch // 2], False, torch.float32, "cuda")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rank", [2, 3, 4])
-def test_ranks(matrix, kind, rank) -> None:  # type: ignore[no-untyped-def]
-    parity(matrix(*pair(kind, 16, 32, rank), diagonal=(0,)), kind, [3, 3, 2, 1], True, torch.float32, columns=10)
-
-
-@pytest.mark.parametrize(
-    ("kind", "reverse", "dtype"),
-    all_pairs(kind=KINDS, reverse=(False, True), dtype=(torch.float32, torch.float64)),
-)
-def test_general(matrix, kind, reverse, dtype) -> None:  # type: ignore[no-untyped-def]
-    m = matrix(*everything(kind), diagonal=[GATES[kind] - 1], residual=30)
-    parity(m, kind, [4, 3, 3, 1], reverse, dtype, columns=6)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_structures_too_large_for_shared_memory(matrix, kind) -> None:  # type: ignore[no-untyped-def]
-    parity(matrix(*pair(kind, 64, 64, 4)), kind, [2, 2, 1], False, torch.float32)
-    parity(matrix(*pair(kind, 64, 32, 1)), kind, [2, 1], False, torch.float64)
-    terms = [(range(GATES[kind]), 1, [(2, 2), (3, 3)])] * 17
-    parity(matrix(GATES[kind], 6, 6, terms), kind, [2, 2], False, torch.float64)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_long_sequences(matrix, kind) -> None:  # type: ignore[no-untyped-def]
-    """Packed sequences of a thousand steps: starts are uploaded in several launches."""
-    sizes = [3] * 500 + [2] * 400 + [1] * 300
-    given = inputs(matrix(*pair(kind, 16, 16, 1)), kind, sizes)
-    m = matrix(*pair(kind, 16, 16, 1))
-    for got, wanted in zip(
-        run(m, kind, given, True, "cuda", torch.float32), run(m, kind, given, True, "cpu", torch.float64), strict=True
-    ):
-        close("result", got, wanted, 1e-4)  # a thousand steps feed rounding back into themselves
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shapes", [[(4, 8), (12, 8)], [(32, 32), (32, 32)], [(2, 3), (3, 2), (4, 2)]], ids=str)
-def test_product(matrix, shapes, dtype) -> None:  # type: ignore[no-untyped-def]
-    rows, cols = (int(torch.tensor([s[k] for s in shapes]).prod()) for k in (0, 1))
-    m = matrix(3, rows, cols, [((0, 2), 2, shapes), ((0, 1, 2), 1, shapes)], diagonal=(1,), residual=9)
-    x = torch.randn(2, 37, cols, dtype=torch.float64)
-    grad = torch.randn(2, 37, 3 * rows, dtype=torch.float64)
-    results = []
-    for device, kind in (("cuda", dtype), ("cpu", torch.float64)):
-        leaves = [t.to(device, kind).requires_grad_() for t in (x, *m.stages, m.diagonal, m.residual, m.bias)]
-        x1, *stages, diagonal, residual, bias = leaves
-        function = torch.ops.kruify.kron_matmul if device == "cuda" else reference.kron_matmul
-        y = function(x1, stages, diagonal, residual, m.index.to(device), bias, m.layout.encode())
-        results.append([y, *torch.autograd.grad(y, leaves, grad.to(device, kind))])
-    for got, wanted in zip(*results, strict=True):
-        close("result", got, wanted, TOLERANCE[dtype])
+@pytest.mark.parametrize("products", LOWER)
+@pytest.mark.parametrize("batch", [40, 150])
+def test_large_batches_on_tensor_cores(matrix, batch, products) -> None:  # type: ignore[no-untyped-def]
+    for shape in ((16, 16), (64, 64)):
+        m = matrix(*pair("lstm", *shape, 1))
+        parity(m, "lstm", [batch] * 3, batch == 40, torch.float32, "cuda", products=products)
 
 
 def on_gpu(m, dtype):  # type: ignore[no-untyped-def]
     stages, diagonal, residual, index, bias, layout = m.to(dtype).arguments()
     put = lambda t: None if t is None else t.cuda()  # noqa: E731
     return [put(s) for s in stages], put(diagonal), put(residual), put(index), put(bias), layout
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck(matrix, kind) -> None:  # type: ignore[no-untyped-def]
-    gates = GATES[kind]
-    m = matrix(gates, 6, 6, [(range(gates), 2, [(2, 3), (3, 2)])], diagonal=(0,), residual=3, block=2).of_kind(kind)
-    x, w, b, sizes, h0, c0 = inputs(m, kind, [3, 2], columns=4)
-    stages, diagonal, residual, index, bias, layout = on_gpu(m, torch.float64)
-    tensors = [x, w, b, h0, c0, *stages, diagonal, residual, bias]
-    leaves = [t.cuda().requires_grad_() for t in tensors if t is not None]
-
-    def function(*given: Tensor) -> tuple[Tensor, ...]:
-        rest = iter(given)
-        x, w, b, h0, c0, *stages, diagonal, residual, bias = (None if t is None else next(rest) for t in tensors)
-        found = torch.ops.kruify.recurrence(
-            x, w, b, sizes, h0, c0, stages, diagonal, residual, index, bias, layout, kind, True, True
-        )
-        return found[: 3 if kind == "lstm" else 2]
-
-    assert torch.autograd.gradcheck(function, leaves)
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
@@ -443,44 +268,6 @@ def test_finetuning(precision, processes) -> None:  # type: ignore[no-untyped-de
     assert done.returncode == 0, done.stderr[-4000:]
     accuracy = json.loads(done.stdout.strip().splitlines()[-1])
     assert accuracy[-1] > 0.9 > accuracy[0]
-
-
-def test_wrong_arguments_are_refused(matrix) -> None:  # type: ignore[no-untyped-def]
-    m = matrix(*pair("lstm", 16, 16, 1))
-    stages, diagonal, residual, index, bias, layout = on_gpu(m, torch.float32)
-    x, _, _, sizes, h0, c0 = inputs(m, "lstm", [2, 1], torch.float32)
-    good = [
-        x.cuda(),
-        None,
-        None,
-        sizes,
-        h0.cuda(),
-        c0.cuda(),
-        stages,
-        diagonal,
-        residual,
-        index,
-        bias,
-        layout,
-        "lstm",
-        False,
-        False,
-    ]
-    torch.ops.kruify.recurrence_forward(*good)
-    wrong = {
-        0: [x.cuda().double(), x.cuda()[:, :-1], x.cuda()[:-1]],
-        3: [torch.tensor([1, 2]), torch.tensor([2, 2]), torch.tensor([2, 0, 1]), sizes.int()],
-        4: [h0, h0.cuda()[:1]],
-        5: [None, c0.cuda()[:, :-1]],
-        6: [stages[:1], [*stages, stages[0]], [stages[0][:, :, :-1], stages[1]]],
-        11: [layout[:-1], [3, *layout[1:]]],
-        12: ["gru", "transformer"],
-    }
-    for place, values in wrong.items():
-        for value in values:
-            with pytest.raises((RuntimeError, KruifyError)):
-                torch.ops.kruify.recurrence_forward(*[value if k == place else g for k, g in enumerate(good)])
-    torch.cuda.synchronize()
 
 
 def test_backend_info_tells_of_cuda() -> None:

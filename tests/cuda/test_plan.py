@@ -75,11 +75,3 @@ def test_a_gpu_that_the_library_was_not_compiled_for_is_left_to_torch(
     x = SimpleNamespace(device=torch.device("cuda", 3), is_cuda=True, dtype=torch.float32)
     assert kernel.serves(matrix, x, False) == compiled_for  # type: ignore[arg-type]
     assert asked == [(1, 1, 4, 4, False, precision.FLOAT32, 3)]
-
-
-@pytest.mark.parametrize("rank", [1, 7, 8, 15, 16])
-@pytest.mark.parametrize("shape", [(4096, 4), (4, 4096), (16384, 16384)], ids=str)
-def test_what_is_far_too_large_does_not_fit(phases, options, shape, rank) -> None:  # type: ignore[no-untyped-def]
-    """Also where the bytes are more than an int counts."""
-    for training in (False, True):
-        assert not phases.fits("lstm", *shape, rank, training, options())

@@ -8,8 +8,7 @@ namespace kruify::cuda {
 namespace {
 
 template <class T> __device__ __forceinline__ char* memory_of(const Program<T>& m, T* scratch) {
-  extern __shared__ __align__(16) char shared[];
-  return scratch ? reinterpret_cast<char*>(scratch + blockIdx.x * general_scratch(m)) : shared;
+  return scratch ? reinterpret_cast<char*>(scratch + blockIdx.x * general_scratch(m)) : dynamic_shared_memory();
 }
 
 template <int G, class T, class Arrays>

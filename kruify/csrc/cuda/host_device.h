@@ -1,9 +1,7 @@
 // What lets one source be a CUDA kernel and a plain C++ function: every header of this folder compiles with g++ alone.
 //
-// A kernel is written as a sequence of phases: `block.each(f)` runs f(thread) for every thread of a block, and
-// `block.barrier()` stands between phases. On the GPU `each` calls f once, in each thread; in tests/cuda a block is a
-// loop over all threads, so that index arithmetic, races inside a phase, missing barriers and missing waits show on a
-// CPU. Phases may run late there: they capture loop variables by value, and `block.end()` closes the kernel.
+// A kernel is written as a sequence of phases: `block.each(f)` runs f(thread) in every thread of a block, and
+// `block.barrier()` stands between phases.
 #pragma once
 
 #include <cmath>
@@ -31,6 +29,22 @@ struct Thread {
   char* memory;     // the block's shared memory (or its scratch in global memory)
 };
 
+// Stops what goes wrong. On the GPU that is the kernel: the message goes to stderr, and the next call that waits for
+// the device raises.
+KRUIFY_HD void demand(bool right, const char* what) {
+  if (right) return;
+#if defined(__CUDA_ARCH__)
+  __assert_fail(what, __FILE__, __LINE__, "kruify");
+#else
+  throw std::runtime_error(what);
+#endif
+}
+
+// What a GPU traps on.
+inline void demand_aligned(const void* p, int bytes) {
+  demand(reinterpret_cast<uintptr_t>(p) % bytes == 0, "a misaligned load of several numbers");
+}
+
 struct alignas(16) Quad {
   float v[4];
 };
@@ -40,11 +54,12 @@ KRUIFY_HD Quad load_quad(const float* p) {
   const float4 q = *reinterpret_cast<const float4*>(p);
   return {{q.x, q.y, q.z, q.w}};
 #else
+  demand_aligned(p, 16);
   return {{p[0], p[1], p[2], p[3]}};
 #endif
 }
 
-// What the instructions of a GPU do on a CPU: tests/cuda/emulation.h.
+// What the instructions of a GPU do on a CPU: tests/cuda/shim.
 void emulate_fetch(float* shared, const float* global);
 void emulate_commit();
 void emulate_wait(int pending);
@@ -81,17 +96,6 @@ KRUIFY_HD void prefetch(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 #else
   (void)global;
-#endif
-}
-
-// Stops what goes wrong. On the GPU that is the kernel: the message goes to stderr, and the next call that waits for
-// the device raises.
-KRUIFY_HD void demand(bool right, const char* what) {
-  if (right) return;
-#if defined(__CUDA_ARCH__)
-  __assert_fail(what, __FILE__, __LINE__, "kruify");
-#else
-  throw std::runtime_error(what);
 #endif
 }
 

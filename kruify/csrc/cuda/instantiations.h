@@ -12,10 +12,10 @@
 namespace kruify::cuda {
 
 // Calls f(shape) with the fixed shape where there is one, else with the sizes as they are.
-template <class F> void with_shape(AnyShape s, bool fixed, const F& f) {
+template <class F> void with_shape(AnyShape s, const F& f) {
   [[maybe_unused]] const bool square = s.P1 == s.Q1 && s.P2 == s.Q2;
 #define KRUIFY_ENTRY(rows1, rows2) \
-  if (fixed && square && s.P1 == rows1 && s.P2 == rows2) return f(Square<rows1, rows2>{});
+  if (square && s.P1 == rows1 && s.P2 == rows2) return f(Square<rows1, rows2>{});
   KRUIFY_FIXED_SHAPES(KRUIFY_ENTRY)
 #undef KRUIFY_ENTRY
   f(s);
@@ -46,8 +46,8 @@ template <class F> void with_precision(Precision precision, const F& f) {
 }
 
 // Calls f(gates, numbers, shape) with the template of a recurrence.
-template <bool Tensor, class F> void with_template(AnyShape s, bool fixed, const PairPlan& p, Kind kind, const F& f) {
-  with_shape(s, fixed, [&](auto shape) {
+template <bool Tensor, class F> void with_template(AnyShape s, const PairPlan& p, Kind kind, const F& f) {
+  with_shape(s, [&](auto shape) {
     with_gates(kind, [&](auto gates) { with_numbers<Tensor>(p, [&](auto numbers) { f(gates, numbers, shape); }); });
   });
 }

@@ -68,9 +68,8 @@ class Machine {
   }
 
   template <class T> T* scratch(int64_t n) {
-    const int64_t words = (n * static_cast<int64_t>(sizeof(T)) + 7) / 8;
-    kept_.push_back(
-        torch::stable::new_empty(like_, std::array<int64_t, 1>{words}, torch::headeronly::ScalarType::Double));
+    const int64_t of_like = like_.scalar_type() == ScalarType::Double ? 8 : 4;
+    kept_.push_back(empty(like_, {(n * static_cast<int64_t>(sizeof(T)) + of_like - 1) / of_like}));
     return reinterpret_cast<T*>(kept_.back().mutable_data_ptr());
   }
   const int* upload(const std::vector<int>& values) {

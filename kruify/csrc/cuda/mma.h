@@ -13,6 +13,10 @@
 #include "../matrix.h"
 #include "tile.h"
 
+#if !defined(__CUDACC__)
+void __syncwarp();  // tests/cuda/shim
+#endif
+
 namespace kruify::cuda {
 
 // Words between the starts of rows of n numbers in shared memory. For tensor cores an odd multiple of 32 bytes: the
@@ -101,6 +105,7 @@ KRUIFY_HD Right load_words(const float* p) {
   const uint2 words = *reinterpret_cast<const uint2*>(p);
   return {{words.x, words.y}};
 #else
+  demand_aligned(p, 8);
   return {{bits_of(p[0]), bits_of(p[1])}};
 #endif
 }
@@ -128,17 +133,16 @@ __device__ __forceinline__ void mma(Bf16, float (&c)[4], const Left& a, const Ri
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]));
 }
+#else  // tests/cuda/shim
+void mma(Tf32, float (&c)[4], const Left& a, const Right& b);
+void mma(Bf16, float (&c)[4], const Left& a, const Right& b);
 #endif
-
-template <class Format, int NT>
-void emulate_warp_tile(
-    int lane, const float* a, int a_step, const float* b, int b_step, int words, float (&sum)[NT][4]);
 
 // 16 x 8 NT of C, from the first rows of the tile in A and B on; rows lie `a_step` and `b_step` words apart.
 template <class Format, int NT>
 KRUIFY_HD void warp_tile(
     int lane, const float* a, int a_step, const float* b, int b_step, int words, float (&sum)[NT][4]) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) || !defined(__CUDACC__)
   __syncwarp();  // mma.sync wants the whole warp, wherever its lanes come from
   KRUIFY_UNROLL_BY(4)
   for (int k = 0; k < words; k += 8) {
@@ -146,8 +150,6 @@ KRUIFY_HD void warp_tile(
     KRUIFY_UNROLL
     for (int j = 0; j < NT; ++j) mma(Format{}, sum[j], left, take_right(lane, b + j * 8 * b_step + k, b_step));
   }
-#else
-  emulate_warp_tile<Format, NT>(lane, a, a_step, b, b_step, words, sum);
 #endif
 }
 

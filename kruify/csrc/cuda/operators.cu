@@ -200,7 +200,13 @@ bool template_fits(
 
 }  // namespace kruify::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(kruify, CUDA, m) {
+// The tests run these operators on CPU tensors, beside the CPU's own, under another name.
+#if !defined(KRUIFY_CUDA_LIBRARY)
+#define KRUIFY_CUDA_LIBRARY kruify
+#define KRUIFY_CUDA_KEY CUDA
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(KRUIFY_CUDA_LIBRARY, KRUIFY_CUDA_KEY, m) {
   namespace cuda = kruify::cuda;
   m.impl("kron_matmul", TORCH_BOX(&kruify::kron_matmul<cuda::product_operator>));
   m.impl("kron_matmul_forward", TORCH_BOX(&kruify::kron_matmul<cuda::product_operator>));
@@ -212,6 +218,6 @@ STABLE_TORCH_LIBRARY_IMPL(kruify, CUDA, m) {
   m.impl("recurrence_backward", TORCH_BOX(&kruify::recurrence_backward<cuda::recurrence_backward_operator>));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kruify, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(KRUIFY_CUDA_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("template_fits", TORCH_BOX(&kruify::cuda::template_fits));
 }

@@ -15,16 +15,14 @@ namespace {
 template <int G, class Numbers, class Shape>
 __global__ void __launch_bounds__(512, 1)
     pair_forward_kernel(const Shape s, const __grid_constant__ PairPlan p, const __grid_constant__ PairForward args) {
-  extern __shared__ __align__(16) char memory[];
-  DeviceBlock block = DeviceBlock::here(memory);
+  DeviceBlock block = DeviceBlock::here(dynamic_shared_memory());
   pair_recurrence<G, Numbers>(block, s, p, args, static_cast<int>(blockIdx.x) / block.thread.ranks);
 }
 
 template <int G, class Numbers, class Shape>
 __global__ void __launch_bounds__(512, 1)
     pair_backward_kernel(const Shape s, const __grid_constant__ PairPlan p, const __grid_constant__ PairBackward args) {
-  extern __shared__ __align__(16) char memory[];
-  DeviceBlock block = DeviceBlock::here(memory);
+  DeviceBlock block = DeviceBlock::here(dynamic_shared_memory());
   pair_recurrence<G, Numbers>(block, s, p, args, static_cast<int>(blockIdx.x) / block.thread.ranks);
 }
 
@@ -37,7 +35,7 @@ template <int G, class Numbers, class Shape> auto kernel_for(const PairBackward&
 
 template <bool Tensor, class Arguments>
 void launch_template(AnyShape s, const PairPlan& p, const Arguments& args, cudaStream_t stream, const char* what) {
-  with_template<Tensor>(s, true, p, args.kind, [&](auto gates, auto numbers, auto shape) {
+  with_template<Tensor>(s, p, args.kind, [&](auto gates, auto numbers, auto shape) {
     const auto kernel = kernel_for<gates.value, decltype(numbers), decltype(shape)>(args);
     launch(kernel, dim3(args.rows.batch * p.cluster), p.threads, p.bytes, p.cluster, stream, what, shape, p, args);
   });

@@ -10,24 +10,21 @@ namespace {
 template <class Numbers>
 __global__ void __launch_bounds__(256, 1) product_kernel(
     const AnyShape s, const __grid_constant__ PairProductPlan p, const __grid_constant__ PairProduct args) {
-  extern __shared__ __align__(16) char memory[];
-  DeviceBlock block = DeviceBlock::here(memory);
+  DeviceBlock block = DeviceBlock::here(dynamic_shared_memory());
   pair_product<Numbers>(block, s, p, args, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
 }
 
 template <class Numbers>
 __global__ void __launch_bounds__(256, 1) product_backward_kernel(
     const AnyShape s, const __grid_constant__ PairProductPlan p, const __grid_constant__ PairProduct args) {
-  extern __shared__ __align__(16) char memory[];
-  DeviceBlock block = DeviceBlock::here(memory);
+  DeviceBlock block = DeviceBlock::here(dynamic_shared_memory());
   pair_product_backward<Numbers>(block, s, p, args, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
 }
 
 template <class Numbers>
 __global__ void __launch_bounds__(256, 1) gradient_kernel(
     const AnyShape s, const __grid_constant__ PairGradientPlan p, const __grid_constant__ PairGradient args) {
-  extern __shared__ __align__(16) char memory[];
-  DeviceBlock block = DeviceBlock::here(memory);
+  DeviceBlock block = DeviceBlock::here(dynamic_shared_memory());
   pair_gradient<Numbers>(block, s, p,
       piece_of(args, s, p, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), static_cast<int>(blockIdx.y)));
 }

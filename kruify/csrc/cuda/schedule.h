@@ -1,4 +1,4 @@
-// What an operator does, launch by launch, on a `machine`: the GPU (machine.cuh), or the CPU in tests/cuda. A machine
+// What an operator does, launch by launch, on a `machine` (machine.cuh):
 //   run(item)                        runs item.run(k) for every k
 //   scratch<T>(n)                    memory that lives as long as the machine
 //   sort_columns(residual)             fills by_column and blocks_by_column

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace races {
@@ -25,15 +26,14 @@ struct Owner {
 
 constexpr int64_t kSeveral = -1;  // units have read it
 
-bool watching = false;
+bool wanted = false, watching = false;
 int64_t current = 0, clashes = 0;
-Place here;
+const Place* here = nullptr;
 std::string last;
 std::vector<Access> accesses;                 // since the threads of the unit met
 std::unordered_map<uintptr_t, Owner> owners;  // by word, of the launch
 std::vector<std::pair<uintptr_t, uintptr_t>> private_memory;
-std::pair<uintptr_t, uintptr_t> ignored;
-uintptr_t stack = 0;  // the CPU's stack grows down from here while a phase runs: its locals are registers
+std::pair<uintptr_t, uintptr_t> registers;  // the stack of the thread that runs
 
 bool after(const Place& a, const Place& b) {  // whether b waited for a
   return (a.rank == b.rank && b.interval > a.interval) || b.waited > a.arrived;
@@ -64,18 +64,16 @@ void between_units(uintptr_t word, uint8_t bytes, bool write) {
 
 }  // namespace
 
+void watch(bool yes) { wanted = yes; }
 void launch() { owners.clear(), private_memory.clear(); }
 void unit(int64_t number) { current = number, private_memory.clear(); }
 void own(const void* memory, size_t bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
   private_memory.emplace_back(begin, begin + bytes);
 }
-void ignore(const void* memory, size_t bytes) {
-  ignored = {reinterpret_cast<uintptr_t>(memory), reinterpret_cast<uintptr_t>(memory) + bytes};
-}
-void enter(const Place& place) {
-  here = place, watching = true;
-  stack = reinterpret_cast<uintptr_t>(__builtin_frame_address(0)) + 64;
+void enter(const Place* place, const char* stack, const char* end) {
+  here = place, watching = wanted;
+  registers = {reinterpret_cast<uintptr_t>(stack), reinterpret_cast<uintptr_t>(end)};
 }
 void leave() { watching = false; }
 
@@ -86,7 +84,7 @@ void gone(int rank, const void* memory, size_t bytes, const Place& end) {
       clash(a, {a.word, a.bytes, true, end});
 }
 
-void meet() {
+void meet(int arrivals) {
   std::sort(accesses.begin(), accesses.end(), [](const Access& a, const Access& b) { return a.word < b.word; });
   for (size_t first = 0, end; first < accesses.size(); first = end) {
     bool written = false;
@@ -105,7 +103,7 @@ void meet() {
       }
     }
   }
-  accesses.clear();
+  std::erase_if(accesses, [&](const Access& a) { return a.place.arrived < arrivals; });
 }
 
 int64_t found() {
@@ -115,39 +113,52 @@ int64_t found() {
 }
 const char* example() { return last.c_str(); }
 
+Pause::Pause() : before(std::exchange(watching, false)) {}
+Pause::~Pause() { watching = before; }
+
 void access(const void* address, size_t size, bool write) {
-  if (!watching) return;
+  if (!wanted) return;
+  const Pause pause;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(address), end = begin + size;
-  if ((begin < stack && begin > stack - (8u << 20)) || (begin >= ignored.first && begin < ignored.second)) return;
+  if (begin >= registers.first && begin < registers.second) return;
   for (uintptr_t word = begin / 4; word * 4 < end; ++word) {
     uint8_t bytes = 0;
     for (uintptr_t at = std::max(begin, word * 4); at < std::min(end, word * 4 + 4); ++at) bytes |= 1 << at % 4;
     // A thread that comes by a word again between the same barriers says nothing new.
     const bool known = !accesses.empty() && accesses.back().word == word && accesses.back().write == write &&
-        accesses.back().bytes == bytes && accesses.back().place.thread == here.thread &&
-        accesses.back().place.rank == here.rank && accesses.back().place.interval == here.interval;
-    if (!known) accesses.push_back({word, bytes, write, here});
+        accesses.back().bytes == bytes && accesses.back().place.thread == here->thread &&
+        accesses.back().place.rank == here->rank && accesses.back().place.interval == here->interval &&
+        accesses.back().place.arrived == here->arrived && accesses.back().place.waited == here->waited;
+    if (!known) accesses.push_back({word, bytes, write, *here});
     between_units(word, bytes, write);
   }
 }
 
 }  // namespace races
 
-#define ACCESS(n)                                                                   \
-  extern "C" void __tsan_read##n(void* p) { races::access(p, n, false); }           \
-  extern "C" void __tsan_write##n(void* p) { races::access(p, n, true); }           \
-  extern "C" void __tsan_unaligned_read##n(void* p) { races::access(p, n, false); } \
-  extern "C" void __tsan_unaligned_write##n(void* p) { races::access(p, n, true); } \
-  extern "C" void __tsan_read_write##n(void* p) { races::access(p, n, true); }
+// Inline functions of the standard library, which are called below, are watched ones.
+#define WATCH(p, n, write) \
+  if (races::watching) races::access(p, n, write)
+#define ACCESS(n)                                                           \
+  extern "C" void __tsan_read##n(void* p) { WATCH(p, n, false); }           \
+  extern "C" void __tsan_write##n(void* p) { WATCH(p, n, true); }           \
+  extern "C" void __tsan_unaligned_read##n(void* p) { WATCH(p, n, false); } \
+  extern "C" void __tsan_unaligned_write##n(void* p) { WATCH(p, n, true); } \
+  extern "C" void __tsan_read_write##n(void* p) { WATCH(p, n, true); }
 ACCESS(1)
 ACCESS(2)
 ACCESS(4)
 ACCESS(8)
 ACCESS(16)
-extern "C" void __tsan_read_range(void* p, size_t n) { races::access(p, n, false); }
-extern "C" void __tsan_write_range(void* p, size_t n) { races::access(p, n, true); }
+extern "C" void __tsan_read_range(void* p, size_t n) { WATCH(p, n, false); }
+extern "C" void __tsan_write_range(void* p, size_t n) { WATCH(p, n, true); }
 extern "C" void __tsan_init() {}
 extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}
 extern "C" void __tsan_vptr_update(void*, void*) {}
 extern "C" void __tsan_vptr_read(void*) {}
+// What the host's code does with shared pointers and static variables.
+extern "C" int __tsan_atomic32_fetch_add(volatile int* p, int value, int) {
+  return __atomic_fetch_add(p, value, __ATOMIC_SEQ_CST);
+}
+extern "C" char __tsan_atomic8_load(const volatile char* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }

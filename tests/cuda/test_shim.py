@@ -1,0 +1,253 @@
+"""What a CPU shows of the CUDA kernels and a GPU does not: threads in other orders, launches on other chips, places in
+memory, and that every barrier is needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from all_pairs import all_pairs
+from cases import FIXED_SHAPES, GATES, KINDS, LOWER, PACKED, TOLERANCE, close, everything, inputs, pair, parity, run
+
+from kruify.ops.precision import BF16, FLOAT32, NAMES, TF32
+
+EVERYTHING = {"diagonal": [0], "residual": 12}
+
+
+@pytest.mark.parametrize("case", ["template", "cluster", "general", "tf32", "bf16"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn_tanh", "rnn_modrelu_complex"])
+def test_threads_in_any_order_give_the_same_bits(gpu, matrix, kind, case) -> None:  # type: ignore[no-untyped-def]
+    """Ascending, descending and shuffled; in clusters blocks one by one or all at once."""
+    if case == "general":
+        m = matrix(*everything(kind), diagonal=[0], residual=30)
+    else:
+        m = matrix(*pair(kind, 32, 16, 2), diagonal=(0,))
+    given, results = inputs(m, kind, PACKED), []
+    for order in range(3):
+        gpu.chip(processors=132 if case == "cluster" else 1, order=order)
+        products = {"tf32": TF32, "bf16": BF16}.get(case, FLOAT32)
+        results.append(run(m, kind, given, order == 3, "cpu", torch.float32, products))
+        assert not any(t.isnan().any() for t in results[-1])
+    clusters = {launch.cluster for launch in gpu.launches("PairForward", "PairBackward")}
+    assert clusters == (set() if case == "general" else {4} if case == "cluster" else {1})
+    assert (gpu.tensor_products() > 0) == (case in ("tf32", "bf16"))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "cluster"), all_pairs(kind=KINDS, cluster=(1, 2, 4, 8)))
+def test_every_cluster_size(gpu, matrix, kind, cluster) -> None:  # type: ignore[no-untyped-def]
+    """As many blocks as leave every row multiprocessors of its own; the factors' products with few blocks, in turns."""
+    gpu.chip(processors=cluster * 2)
+    parity(matrix(*pair(kind, 32, 32), diagonal=(0,)), kind, [2, 1], cluster == 4, torch.float32, "cpu")
+    launches = gpu.launches("PairForward", "PairBackward")
+    assert [(launch.cluster, launch.blocks) for launch in launches] == [(cluster, 2 * cluster)] * 2
+
+
+@pytest.mark.parametrize("products", LOWER, ids=lambda p: NAMES[p])
+@pytest.mark.parametrize("cluster", [2, 4])
+def test_clusters_with_tensor_cores(gpu, matrix, cluster, products) -> None:  # type: ignore[no-untyped-def]
+    gpu.chip(processors=cluster * 2)
+    for kind in ("lstm", "rnn_tanh"):
+        m = matrix(*pair(kind, 16, 64), diagonal=(0,))
+        parity(m, kind, [2, 1], False, torch.float32, "cpu", products=products)
+        assert {launch.cluster for launch in gpu.launches("PairForward", "PairBackward")} == {cluster}
+        assert gpu.tensor_products()
+
+
+@pytest.mark.parametrize("shape", FIXED_SHAPES, ids=str)
+def test_a_fixed_shape_has_a_template_of_its_own(gpu, matrix, shape) -> None:  # type: ignore[no-untyped-def]
+    """The shim is compiled with the first and the last of them; others run in the template for any shape."""
+    parity(matrix(*pair("rnn_tanh", *shape)), "rnn_tanh", [1], False, torch.float32, "cpu")
+    own = f"Square<{shape[0]}, {shape[1]}>" if shape in (FIXED_SHAPES[0], FIXED_SHAPES[-1]) else "AnyShape"
+    assert [launch.kernel.split(", Pair")[0] for launch in gpu.launches("PairPlan")] == [own, own]
+
+
+def test_beyond_the_shared_memory_the_general_kernel_serves(gpu, matrix) -> None:  # type: ignore[no-untyped-def]
+    gpu.chip(shared_memory=8192, major=8)
+    parity(matrix(*pair("gru", 16, 16, 2)), "gru", PACKED, False, torch.float32, "cpu")
+    assert not gpu.launches("PairPlan", "PairProductPlan", "PairGradientPlan")
+
+
+@pytest.mark.parametrize("precision", [FLOAT32, TF32, BF16], ids=lambda p: NAMES[p])
+@pytest.mark.parametrize("memory", [232448, 166912, 101376, 8192])
+def test_the_limit_that_python_asks_for_is_that_of_the_launches(gpu, matrix, memory, precision) -> None:  # type: ignore[no-untyped-def]
+    gpu.chip(shared_memory=memory, major=9 if memory == 232448 else 8)
+    for kind, shape, rank in all_pairs(kind=("lstm", "rnn_tanh"), shape=((12, 20), (32, 32), (64, 64)), rank=(1, 4)):
+        m = matrix(*pair(kind, *shape, rank)).to(torch.float32)
+        x, _, _, _, h0, c0 = inputs(m, kind, [1], torch.float32)
+        call = (x, None, None, torch.tensor([1]), h0, c0, *m.arguments(), kind, False)
+        fits = [gpu.fits(GATES[kind], rank, *shape, training, precision) for training in (False, True)]
+        gpu.launches()
+        out, _, _, workspace = torch.ops.kruify.recurrence_forward(*call, True, precision)
+        forward = len(gpu.launches("PairForward")) == 1
+        call = (out, h0, c0, out, workspace, torch.tensor([1]), h0, c0, *m.arguments(), kind, False)
+        torch.ops.kruify.recurrence_backward(*call, precision)
+        assert fits == [forward, forward and len(gpu.launches("PairBackward")) == 1]
+    assert not gpu.fits(4, 1, 3, 5, False)
+
+
+@pytest.mark.parametrize("rank", [1, 7, 8, 15, 16])
+@pytest.mark.parametrize("shape", [(4096, 4), (4, 4096), (16384, 16384)], ids=str)
+def test_what_is_far_too_large_does_not_fit(gpu, shape, rank) -> None:  # type: ignore[no-untyped-def]
+    """Also where the bytes are more than an int counts."""
+    assert not any(gpu.fits(4, rank, *shape, training) for training in (False, True))
+
+
+def test_a_gpu_without_code_is_said_not_to_fit_and_refused(gpu, matrix) -> None:  # type: ignore[no-untyped-def]
+    gpu.chip(major=7)
+    assert not gpu.fits(1, 1, 4, 4, False)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        run(m := matrix(*pair("gru", 4, 4)), "gru", inputs(m, "gru", [1]), False, "cpu", torch.float32)
+
+
+def one_past(t: Any) -> Any:
+    """The same numbers one element past an aligned address."""
+    return None if t is None else torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+
+@pytest.mark.parametrize("products", [FLOAT32, *LOWER], ids=lambda p: NAMES[p])
+@pytest.mark.parametrize("shape", [(16, 16), (3, 8)], ids=str)
+def test_any_address_will_do(gpu, matrix, shape, products) -> None:  # type: ignore[no-untyped-def]
+    m = matrix(*pair("lstm", *shape), diagonal=(1,)).to(torch.float32)
+    x, _, _, sizes, h0, c0 = inputs(m, "lstm", PACKED, torch.float32)
+    results = []
+    for put in (lambda t: t, one_past):
+        stages, diagonal, _, _, bias, layout = m.arguments()
+        own = ([put(s) for s in stages], put(diagonal), None, None, put(bias), layout)
+        x1, h1, c1 = put(x), put(h0), put(c0)
+        assert x1.data_ptr() % 16 == (4 if put is one_past else 0)
+        call = (sizes, h1, c1, *own, "lstm", False)
+        out, h, c, saved = torch.ops.kruify.recurrence_forward(x1, None, None, *call, True, products)
+        gates, *rest, grads = torch.ops.kruify.recurrence_backward(put(out), h1, c1, out, saved, *call, products)
+        product = torch.ops.kruify.kron_matmul_forward(h1, *own, products)
+        results.append([out, h, c, gates, *rest, *grads, product])
+    for got, wanted in zip(*results, strict=True):
+        close("result", got, wanted, LOWER.get(products, TOLERANCE[torch.float32]))
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [((-1, 0), "outside"), ((70, 0), "outside"), ((64, 0), "outside"), ((17, 0), "outside"), ((0, -1), "outside"),
+     ((0, 16), "outside"), ((48, 0), "ascend")],
+)  # fmt: skip
+def test_sparse_residuals_that_lead_out_of_the_matrix_are_refused(gpu, matrix, place, message) -> None:  # type: ignore[no-untyped-def]
+    m = matrix(4, 16, 16, [(range(4), 1, [(4, 4), (4, 4)])], residual=6, block=16).to(torch.float32)
+    m.index[:, 0] = torch.tensor([0, 0, 16, 32, 48, 48])
+    x, h0 = torch.randn(2, 16), torch.randn(2, 16)
+    torch.ops.kruify.kron_matmul_forward(x, *m.arguments())
+    m.index[2] = torch.tensor(place)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.kruify.kron_matmul_forward(x, *m.arguments())
+    call = (torch.randn(2, 64), None, None, torch.tensor([2]), h0, h0.clone(), *m.arguments(), "lstm", False, False)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.kruify.recurrence_forward(*call)
+
+
+def test_more_sparse_blocks_than_rows_are_checked_too(gpu, matrix) -> None:  # type: ignore[no-untyped-def]
+    m = matrix(1, 4, 4, [], diagonal=[0], residual=40, block=2).to(torch.float32)
+    torch.ops.kruify.kron_matmul_forward(torch.randn(2, 4), *m.arguments())
+    m.index[-1] = torch.tensor([3, 0])
+    with pytest.raises(RuntimeError, match="outside"):
+        torch.ops.kruify.kron_matmul_forward(torch.randn(2, 4), *m.arguments())
+
+
+# No two threads touch one place between two barriers, one of them to write; nor two blocks of a launch.
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "cluster"), all_pairs(kind=KINDS, precision=(FLOAT32, TF32, BF16), cluster=(1, 2))
+)
+def test_templates_have_no_races(watched, matrix, kind, precision, cluster) -> None:  # type: ignore[no-untyped-def]
+    watched.chip(processors=cluster * 2)
+    m = matrix(*pair(kind, 16, 32, 2), diagonal=(0,))
+    run(m, kind, inputs(m, kind, [2, 1]), False, "cpu", torch.float32, precision)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_general_kernel_has_no_races(watched, matrix, kind) -> None:  # type: ignore[no-untyped-def]
+    m = matrix(*everything(kind), **EVERYTHING)
+    run(m, kind, inputs(m, kind, PACKED), False, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("precision", [FLOAT32, TF32, BF16], ids=lambda p: NAMES[p])
+def test_products_have_no_races(watched, matrix, precision) -> None:  # type: ignore[no-untyped-def]
+    watched.chip(processors=2)
+    for terms in ([((0, 1), 2, [(16, 32), (16, 16)])], [((0, 1), 2, [(4, 8), (8, 8), (8, 8)])]):
+        m = matrix(2, 256, 512, terms, diagonal=(1,), residual=9).to(torch.float32)
+        x = torch.randn(20, 512)
+        torch.ops.kruify.kron_matmul_forward(x, *m.arguments(), precision)
+        torch.ops.kruify.kron_matmul_backward(torch.randn(20, 512), x, *m.arguments(), precision)
+
+
+def test_merging_has_no_races(watched) -> None:  # type: ignore[no-untyped-def]
+    factors = [torch.randn(2, 1, *s) for s in ((2, 3), (4, 2), (3, 3))]
+    stages = torch.ops.kruify.merge(factors, None, [3])
+    torch.ops.kruify.merge_backward(stages, factors, None, [3])
+
+
+# Sizes at which threads find what other threads left: neither units nor halves of them are multiples of the threads.
+BARRIERS = {
+    "float32": ((12, 20), 1, FLOAT32),
+    "cluster": ((12, 24), 2, FLOAT32),
+    "bf16": ((48, 48), 1, BF16),
+}
+
+
+@pytest.mark.parametrize("passes", ["forward", "backward"])
+@pytest.mark.parametrize("name", BARRIERS)
+@pytest.mark.parametrize("kind", ["lstm", "rnn_modrelu_complex"])
+def test_every_barrier_is_needed(watched, matrix, kind, name, passes) -> None:  # type: ignore[no-untyped-def]
+    """Two steps, one barrier after the other left out: each time threads clash."""
+    shape, cluster, precision = BARRIERS[name]
+    watched.chip(processors=cluster, major=9 if cluster > 1 else 8)
+    m = matrix(*pair(kind, *shape), diagonal=(0,)).of_kind(kind).to(torch.float32)
+    x, _, _, sizes, h0, c0 = inputs(m, kind, [1, 1], torch.float32)
+
+    def forward() -> Any:
+        call = (x, None, None, sizes, h0, c0, *m.arguments(), kind, False)
+        return torch.ops.kruify.recurrence_forward(*call, True, precision)
+
+    out, _, _, workspace = forward()
+
+    def backward() -> Any:
+        call = (out, h0, c0, out, workspace, sizes, h0, c0, *m.arguments(), kind, False)
+        return torch.ops.kruify.recurrence_backward(*call, precision)
+
+    launch = forward if passes == "forward" else backward
+    assert watched.races()[0] == 0
+    watched.launches(), watched.barriers(), launch()
+    assert {one.cluster for one in watched.launches("PairForward", "PairBackward")} == {cluster}
+    count, idle = watched.barriers(), []
+    assert count >= 7 and watched.races()[0] == 0
+    for left_out in range(1, count + 1):
+        watched.library.shim_skip(left_out)
+        launch()
+        if not watched.races()[0]:
+            idle.append(left_out)
+    # A real unit's last state is read by the thread that wrote it: in one block the last barrier is for nobody. And at
+    # the sizes that tensor cores take, nor is that before the loop.
+    alone = name != "cluster" and (kind, passes) == ("lstm", "forward")
+    assert set(idle) <= ({1, count} if name == "bf16" else {count} if alone else set())
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_barrier_of_the_products_is_needed(watched, matrix, backward) -> None:  # type: ignore[no-untyped-def]
+    watched.chip(processors=1, shared_memory=60000)
+    m = matrix(1, 256, 256, [((0,), 1, [(16, 16), (16, 16)])], bias=False).to(torch.float32)
+    x, grad = torch.randn(60, 256), torch.randn(60, 256)
+
+    def product() -> None:
+        if backward:
+            torch.ops.kruify.kron_matmul_backward(grad, x, *m.arguments())
+        else:
+            torch.ops.kruify.kron_matmul_forward(x, *m.arguments())
+
+    product()
+    count = watched.barriers()
+    assert count >= 4 and watched.races()[0] == 0
+    for left_out in range(1, count + 1):
+        watched.library.shim_skip(left_out)
+        product()
+        assert watched.races()[0], f"barrier {left_out} of {count}"
