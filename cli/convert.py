@@ -22,7 +22,11 @@ LOSSLESS = 1e-3
 @model_argument
 @click.option("--factors", metavar="SPEC", help="Factors of every recurrent matrix, such as 4*(16x16,16x16), or auto.")
 @click.option(
-    "-o", "--output", "target", metavar="OUT", help="File to write.  [default: MODEL.kru.safetensors beside it]"
+    "-o",
+    "--output",
+    "target",
+    metavar="OUT",
+    help="File to write; of MODEL.onnx, OUT.onnx is its whole graph.  [default: MODEL.kru.safetensors beside it]",
 )
 @click.option(
     "--input-factors", metavar="SPEC", help="Factors of the input matrices W_ih too; they stay dense without."
@@ -74,8 +78,8 @@ def convert(
         from kruify.checkpoint import atomic_file, check_target, read
         from kruify.conversion import pipeline
 
-        checkpoint = read(model, key=key)
         path = pipeline.default_output(model) if target is None else Path(target)
+        checkpoint = read(model, key=key, graph=path.suffix.lower() == ".onnx")
         if plan_out is not None:
             check_target(plan_out, *checkpoint.files, *([] if options["dry_run"] else [path]))
         for sentence in checkpoint.notes:
@@ -89,7 +93,7 @@ def convert(
         if options["dry_run"]:
             out.show("Dry run: nothing was decomposed or written.")
         else:
-            _advise(out, done)
+            _advise(out, model, done)
         out.result(done.to_json())
 
 
@@ -130,7 +134,8 @@ def _show(out: Output, model: str, conversion: Conversion) -> None:
         _counts("whole model", p.total_before, p.total_after, "parameters", p.total_ratio),
     ]
     if size is not None:
-        lines.append(_counts("weights in the file", size.before, size.after, "bytes", size.ratio))
+        what = "weights in the file" if conversion.graph is None else "whole file"
+        lines.append(_counts(what, size.before, size.after, "bytes", size.ratio))
         if size.file is not None and size.allowed is not None:
             lines.append(_counts("whole file", size.before, size.file, "bytes", size.before / size.file))
             lines.append(f"the budget allows {size.allowed:,} bytes, {size.allowed - size.file:,} are left")
@@ -153,10 +158,12 @@ def _time(latency: LatencyPlan) -> str:
     return f"{'recurrent layers':19}  {ms}, {data['ratio']:.2f}x less time ({how})"
 
 
-def _advise(out: Output, conversion: Conversion) -> None:
+def _advise(out: Output, model: str, conversion: Conversion) -> None:
     from rich.text import Text
 
     out.show(f"wrote {conversion.output}")
+    if conversion.graph is not None:
+        out.show(str(conversion.graph))
     if not conversion.matrices:
         return
     if conversion.parameters.recurrent_ratio <= 1:
@@ -168,11 +175,13 @@ def _advise(out: Output, conversion: Conversion) -> None:
     if all(gate.relative_error < LOSSLESS for gate in conversion.matrices):
         out.show("The factors keep all of every matrix: it computes what the dense model does.")
         return
+    again = f"kruify finetune {conversion.output} --task TASK -o OUT"
+    if conversion.graph is not None:
+        again = f"kruify compress {model} --inputs SAMPLES --budget size=10x -o {conversion.output}"
     out.show(
         Text.assemble(
             ("Not ready to use:", "bold"),
             " trained recurrent matrices have little Kronecker structure: conversion alone\n"
-            "destroys accuracy, and fine-tuning brings it back:\n"
-            f"  kruify finetune {conversion.output} --task TASK -o OUT",
+            f"destroys accuracy, and fine-tuning brings it back:\n  {again}",
         )
     )

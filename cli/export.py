@@ -41,7 +41,7 @@ def export(model: str, json_only: bool, **options: Any) -> None:
     \b
     dense  for nn.LSTM, nn.GRU, nn.RNN: the kind of file that was converted, or a state dict (.pt, .safetensors)
     onnx   each recurrent layer as an ONNX model: inputs input, h_0 (, c_0) and, if wanted, lengths of padded sequences;
-           outputs output, h_n (, c_n)
+           outputs output, h_n (, c_n); with --original FILE.onnx the whole graph, small weights in place of its own
     torch  the same as torch.export programs (.pt2), without lengths: every step counts
 
     Factors stay factors, batch and time are dynamic. Several layers give several files: OUT with the layer's name
@@ -52,8 +52,10 @@ def export(model: str, json_only: bool, **options: Any) -> None:
     layout = options["batch_first"] is not None or options["nonlinearity"] is not None
     if to == "dense" and (options["dense"] or task or layout):
         raise click.UsageError("--to dense writes a state dict: no --dense, --task, --batch-first or --nonlinearity")
-    if to != "dense" and options["original"]:
-        raise click.UsageError("--original goes with --to dense")
+    if to == "torch" and options["original"]:
+        raise click.UsageError("--original goes with --to dense and --to onnx")
+    if to == "onnx" and options["original"] and (options["dense"] or task or layout or options["tolerance"]):
+        raise click.UsageError("--to onnx --original writes the original's graph: no other option goes with it")
     if task and layout:
         raise click.UsageError("with --task the network tells: no --batch-first or --nonlinearity")
     with output(json_only) as out:
@@ -69,6 +71,8 @@ def export(model: str, json_only: bool, **options: Any) -> None:
 
 
 def _sentence(file: Exported) -> str:
+    if file.graph is not None:
+        return f"wrote {file.path}, {file.bytes:,} bytes; {file.graph}"
     inputs = [*file.inputs, *(f"[{name}]" for name in file.optional)]
     names = f": ({', '.join(inputs)}) -> ({', '.join(file.outputs)})" if file.inputs else ""
     return (

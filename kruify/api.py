@@ -28,7 +28,7 @@ from kruify.conversion.plan import Plan
 from kruify.conversion.size import check_budget_target
 from kruify.conversion.storing import check_storage, write_converted
 from kruify.errors import CorruptError, UsageError
-from kruify.exporting import Exported, export_dense, export_layers, export_network
+from kruify.exporting import Exported, export_dense, export_graph, export_layers, export_network
 from kruify.layers.storage import mark, marks, within
 from kruify.reporting.training import conditioning_svg
 from kruify.search.compression import Compression
@@ -227,7 +227,7 @@ def export(
     Args:
         to: a dense state dict, ONNX, or a torch.export program.
         task: export its whole network, not layer by layer; a module needs one.
-        original: the file that was converted, to write its kind again.
+        original: the file that was converted, to write its kind again; with "onnx" its whole graph, small.
         options: further arguments of `kruify.exporting`: dense, batch_first, nonlinearity, tolerance.
 
     Raises:
@@ -244,6 +244,8 @@ def export(
         raise UsageError("a module is exported with its task", type(model).__name__, "Give task, or save it to a file")
     if to == "dense":
         return [export_dense(source, path, source=Path(original) if original else None, **options)]
+    if original is not None:
+        return [export_graph(source, path, Path(original))]
     return export_layers(source, to, path, **options)
 
 

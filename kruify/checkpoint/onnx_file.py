@@ -30,8 +30,11 @@ ATTRIBUTES = {
     *("activation_alpha", "activation_beta", "activations", "clip", "direction", "hidden_size", "input_forget"),
     *("layout", "linear_before_reset", "output_sequence"),
 }
+MATRICES = {"MatMul": (0, 1), "Gemm": (0, 1), "Conv": (1,), "ConvTranspose": (1,), "Gather": (0,)}
+"""Operators -> which of their inputs are weights or tables where they are constant."""
 EIGHT_BIT = (2, 3)
 LOOPS = ("Scan", "Loop")
+Readers = dict[Key, set[tuple[Key, int]]]
 _RECURRENT = re.compile("lstm|gru|rnn", re.IGNORECASE)
 
 
@@ -64,6 +67,7 @@ class OnnxFile:
         scopes: all graphs, and calls of functions.
         computing: nodes that compute nothing but weights of recurrent nodes.
         taken: the tensors that nothing reads but recurrent nodes and `computing`; their ids.
+        matrices: names in `protos` of what is but a weight of MatMul, Gemm or Conv, or a table of Gather.
     """
 
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
@@ -75,6 +79,7 @@ class OnnxFile:
     scopes: list[Scope] = field(default_factory=list)
     computing: set[Key] = field(default_factory=set)
     taken: set[int] = field(default_factory=set)
+    matrices: set[str] = field(default_factory=set)
 
 
 def load_model(path: Path) -> Proto:
@@ -132,12 +137,15 @@ def read_model(model: Proto, path: Path, graph: bool = False) -> OnnxFile:
         if node.key not in recurrent and (reason := _without_node(node, walk)):
             found.skipped[_unique(node.path, names)] = reason
     found.scopes = walk.scopes
-    _mark_read(walk, nodes, found)
+    readers = _mark_read(walk, nodes, found)
+    places = {(node.key, at) for node in nodes if own(node.proto) for at in MATRICES.get(node.proto.op_type, ())}
     for name, proto in _constants(walk.scopes, path):
         lazy = lazy_tensor(proto, path)
         if id(proto) not in found.taken and lazy is not None and lazy.dtype.is_floating_point:
             name = _unique(name, names)
             found.tensors[name], found.protos[name] = lazy, proto
+            if (read_by := readers.get((0, id(proto)), set())) and read_by <= places:
+                found.matrices.add(name)
     return found
 
 
@@ -145,9 +153,10 @@ def _is_recurrent(proto: Proto) -> bool:
     return proto.op_type in KINDS and own(proto)
 
 
-def _mark_read(walk: Walk, nodes: list[Node], found: OnnxFile) -> None:
-    """Fills `found.computing` and `found.taken`; weights that other nodes read, too, are marked and named."""
-    readers: dict[Key, set[tuple[Key, int]]] = {}
+def _mark_read(walk: Walk, nodes: list[Node], found: OnnxFile) -> Readers:
+    """Fills `found.computing` and `found.taken`; weights that other nodes read, too, are marked and named. Returns the
+    inputs of nodes that read each value."""
+    readers: Readers = {}
     for node in nodes:
         if not is_identity(node.proto) and walk.function(node.proto) is None:
             for at, name in enumerate(node.proto.input):
@@ -177,6 +186,7 @@ def _mark_read(walk: Walk, nodes: list[Node], found: OnnxFile) -> None:
         for key, found_readers in readers.items()
         if key[0] == 0 and all(reader in ours or reader[0] in only for reader in found_readers)
     }
+    return readers
 
 
 def _unique(name: str, names: Counter[str]) -> str:

@@ -38,7 +38,7 @@ from kruify.conversion.storing import (
 )
 from kruify.conversion.tensors import convert_tensors
 from kruify.errors import UsageError
-from kruify.graphs import write_small
+from kruify.graphs import kept_constants, write_small
 from kruify.progress import Progress
 from kruify.tasks.base import Task
 from kruify.tasks.loader import load_task
@@ -150,6 +150,8 @@ def convert(
         path = source.path if isinstance(source, Checkpoint) else source
         source = read(path, key=key, graph=to_graph)  # in its graph any recurrent node can stay
     check_storage(dtype, keep)
+    if to_graph and isinstance(source, Checkpoint) and source.format == "onnx" and dtype is not None:
+        keep = [*keep, *kept_constants(source.path)]
     tensors, located, where = _opened(source, subclasses)
     sha256, extra = ("", {}) if isinstance(source, nn.Module) else (source.sha256, carried(source))
     before = weight_bytes(as_lazy(tensors))
@@ -218,7 +220,7 @@ def convert(
         if to_graph and isinstance(source, Checkpoint):
             written = write_small(source.path, conversion.tensors, plan.structures(), storage, output)
             counts = replace(counts, before=written.bytes_before, after=written.bytes_after, beside=0)
-            return replace(conversion, bytes=counts)
+            return replace(conversion, bytes=counts, graph=written.comparison)
         write_converted(
             output, conversion.tensors, plan, storage, source_sha256=sha256, seed=seed, extra=extra, progress=progress
         )

@@ -14,6 +14,7 @@ from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.locate import AnyTensor, Located, RecurrentLayer
 from kruify.conversion.plan import Plan, Structures, by_gate
 from kruify.decomposition import Fit
+from kruify.graphs import Comparison
 
 if TYPE_CHECKING:
     from kruify.conversion.latency import LatencyPlan
@@ -82,7 +83,7 @@ class ParameterCounts:
 
 @dataclass(frozen=True)
 class ByteCounts:
-    """Bytes of the weights as their files hold them, indices and scales included.
+    """Bytes of the weights as their files hold them, indices and scales included; of a whole ONNX graph, of its files.
 
     Attributes:
         before: of the source's tensors, tied ones once.
@@ -122,6 +123,7 @@ class Conversion:
         output: the file that was written, if one was.
         latency: what was timed under a budget of time.
         notes: sentences on what the source had and the converted model has not.
+        graph: of a whole ONNX graph that was written, how it compares with the original in onnxruntime.
     """
 
     plan: Plan
@@ -133,6 +135,7 @@ class Conversion:
     storage: dict[str, str] = field(default_factory=dict)
     latency: LatencyPlan | None = None
     notes: list[str] = field(default_factory=list)
+    graph: Comparison | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The object that `kruify convert --json` prints."""
@@ -143,6 +146,7 @@ class Conversion:
             "bytes": None if self.bytes is None else self.bytes.to_json(),
             **({} if self.latency is None else {"latency": self.latency.to_json()}),
             "notes": self.notes,
+            **({} if self.graph is None else {"graph": self.graph.to_json()}),
         }
 
 

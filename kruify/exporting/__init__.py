@@ -2,12 +2,13 @@
 
 from kruify.exporting.check import TOLERANCE, Exported
 from kruify.exporting.layer_files import export_onnx, export_torch
-from kruify.exporting.model_files import export_dense, export_layers, export_network
+from kruify.exporting.model_files import export_dense, export_graph, export_layers, export_network
 
 __all__ = [
     "TOLERANCE",
     "Exported",
     "export_dense",
+    "export_graph",
     "export_layers",
     "export_network",
     "export_onnx",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kruify.errors import TargetMissedError, UsageError
 from kruify.exporting.shapes import Interface
+from kruify.graphs import Comparison
 
 TOLERANCE = 1e-5
 ROUNDING = 1e-6
@@ -39,6 +40,8 @@ class Exported:
             in units of what rounding does to the layer itself where it does more than usual (`compare`).
         cases: how many were compared.
         bytes: size of the file.
+        graph: of a whole ONNX graph, how it compares with the original in onnxruntime; `difference` and `cases` are
+            then of its weights.
         assumed: what the checkpoint does not tell and was taken for granted.
     """
 
@@ -51,6 +54,7 @@ class Exported:
     bytes: int
     assumed: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    graph: Comparison | None = None
 
     def to_json(self) -> dict[str, Any]:
         """One entry of `outputs` of `kruify export --json`."""
@@ -59,8 +63,9 @@ class Exported:
             **{
                 name: list(value) if isinstance(value, tuple) else value
                 for name, value in vars(self).items()
-                if name != "path"
+                if name not in ("path", "graph")
             },
+            **({} if self.graph is None else {"graph": self.graph.to_json()}),
         }
 
 

@@ -43,6 +43,7 @@ from kruify.exporting.layer_files import (
 )
 from kruify.exporting.scan_layer import traceable
 from kruify.exporting.shapes import interface_of, no_kru
+from kruify.graphs import write_small
 from kruify.layers.base import KRUBase
 from kruify.tasks.base import Task, to_device
 
@@ -156,6 +157,20 @@ def export_dense(
         require(worst, max(tolerance, rounding(dense)), path)
         size = file.stat().st_size
     return Exported(path, "", (), (), worst, count, size, _unsaid(checkpoint, checkpoint.assumed))
+
+
+def export_graph(checkpoint: Checkpoint, path: Path, original: Path) -> Exported:
+    """The ONNX model that was converted, with the small weights in it (`graphs.write_small`).
+
+    Raises:
+        UsageError: kruify did not convert the file, or not from an ONNX model.
+    """
+    if not checkpoint.is_kruify or _format_of(checkpoint.metadata.get(ORIGIN)) != "onnx":
+        raise UsageError("it was not converted from an ONNX model", checkpoint.path, "Leave --original out")
+    structures = bounded_plan(checkpoint).structures()
+    with staged(path) as file:
+        made = write_small(original, checkpoint.tensors.lazy, structures, checkpoint.storage, file, graph=False)
+    return Exported(path, "", (), (), made.max_error, len(structures), made.bytes_after, graph=made.comparison)
 
 
 def rounding(tensors: Mapping[str, Tensor]) -> float:

@@ -1,5 +1,6 @@
 """Whole ONNX graphs: their recurrent nodes, and the same graph with small weights."""
 
-from kruify.graphs.writing import Written, write_small
+from kruify.graphs.comparison import Comparison, compare
+from kruify.graphs.writing import Written, kept_constants, write_small
 
-__all__ = ["Written", "write_small"]
+__all__ = ["Comparison", "Written", "compare", "kept_constants", "write_small"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,14 +18,19 @@ from kruify.checkpoint.gates import ONNX_PARTS, onnx_from_torch
 from kruify.checkpoint.onnx_file import OnnxFile, Weight, read_onnx
 from kruify.checkpoint.onnx_in_place import Content, Made, OnnxCopy, dense, dense_weight
 from kruify.checkpoint.stored import SCALE, decode, encode
+from kruify.checkpoint.wrapper import strip
 from kruify.checkpoint.writing import as_bytes, tensor_bytes
 from kruify.errors import CorruptError
 from kruify.factors import Structure
+from kruify.graphs.comparison import Comparison, compare
 from kruify.graphs.folded import ELEMENTS, Folder, Stored
 from kruify.graphs.nodes import Graph
 from kruify.layers import KroneckerMatrix
 from kruify.layers.matrix import exact
 
+T = TypeVar("T")
+LARGE = 1024
+"""Numbers of a constant from which on Cast, Mul and scales take less than eight bits save."""
 TOLERANCE = 1e-5
 """Of a weight that a runtime works out in float32, relative to its largest entry."""
 
@@ -37,12 +44,14 @@ class Written:
         bytes_before, bytes_after: of the whole files.
         max_error: largest difference of a weight that the file computes from the one that it stands for, relative to
             the largest entry of the weight.
+        comparison: both graphs in onnxruntime.
     """
 
     path: Path
     bytes_before: int
     bytes_after: int
     max_error: float
+    comparison: Comparison
 
 
 def write_small(
@@ -74,8 +83,8 @@ def write_small(
     """
     original, output = Path(original), Path(output)
     copy = OnnxCopy(original, graph)
-    kept = {name: tensor for name, tensor in copy.found.tensors.items() if name not in structures}
-    contents = _Contents({**kept, **tensors}, structures, storage)
+    in_file = _names_in_file(copy.found)
+    contents = _Contents(copy.found.tensors, in_file(tensors), in_file(structures), in_file(storage))
     for name, proto in copy.found.protos.items():
         if (content := contents.constant(name, copy.found.tensors[name])) is not None:
             copy.replace(proto, content)
@@ -88,7 +97,16 @@ def write_small(
     copy.drop_unread()
     copy.save(output)
     error = _largest_error(copy, output, contents, graph)
-    return Written(output, original.stat().st_size, output.stat().st_size, error)
+    return Written(output, original.stat().st_size, output.stat().st_size, error, compare(original, output))
+
+
+def kept_constants(original: str | os.PathLike[str]) -> list[str]:
+    """Names, as patterns, of the constants beside recurrent nodes that are no large weights of MatMul, Gemm, Conv or
+    Gather: they stay as they are whatever the weights are stored in."""
+    found = read_onnx(Path(original), graph=True)
+    short = strip(list(found.tensors))[1]
+    large = {name for name in found.matrices if found.tensors[name].numel >= LARGE}
+    return [glob.escape(short[name]) for name in found.protos if name not in large]
 
 
 class _Contents:
@@ -96,13 +114,15 @@ class _Contents:
 
     def __init__(
         self,
+        original: Mapping[str, LazyTensor],
         tensors: Mapping[str, Tensor | LazyTensor],
         structures: Mapping[str, Sequence[Structure]],
         storage: Mapping[str, str],
     ) -> None:
         self.structures = structures
         sizes = {name: (sum(s.rows for s in found), found[0].cols) for name, found in structures.items()}
-        self.stored = encode(tensors, storage, sizes)
+        kept = {name: tensor for name, tensor in original.items() if name not in structures}
+        self.stored = encode({**kept, **tensors}, storage, sizes)
         self.rounded = decode(self.stored, storage, sizes, "the converted weights")
 
     def entries(self, matrix: str) -> dict[str, Tensor]:
@@ -164,6 +184,19 @@ class _Contents:
             for name, tensor in self.stored.items()
             if name == weight or name.startswith(dot)
         }
+
+
+def _names_in_file(found: OnnxFile) -> Callable[[Mapping[str, T]], dict[str, T]]:
+    """A function that puts the names in the file in the place of those that `checkpoint.read` gives."""
+    full = {short: name for name, short in strip(list(found.tensors))[1].items()}
+
+    def rename(name: str) -> str:
+        weight = name
+        while weight and weight not in full:
+            weight = weight.rpartition(".")[0]
+        return full.get(weight, weight) + name[len(weight) :]
+
+    return lambda by_name: {rename(name): value for name, value in by_name.items()}
 
 
 def _names(found: OnnxFile, layer: str, part: str) -> list[str]:

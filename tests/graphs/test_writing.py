@@ -13,7 +13,7 @@ import torch
 import kruify
 from kruify.checkpoint import LazyTensor
 from kruify.checkpoint.stored import decode, encode
-from kruify.errors import UnsupportedError
+from kruify.errors import UnsupportedError, UsageError
 from kruify.factors import parse
 from kruify.graphs import write_small
 from kruify.layers import KroneckerMatrix
@@ -168,3 +168,55 @@ def test_what_computed_a_weight_goes(tmp_path: Path) -> None:
     names = {proto.name for proto in onnx.load(target).graph.initializer}
     assert "left" in names and not names & {"half", "rest"}
     np.testing.assert_allclose(run(target)[0], run(path)[0], atol=0.05)
+
+
+def test_eight_bits_for_weights_beside_recurrent_nodes_and_nothing_else(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(5)
+    shapes = {"head": (H, 200), "table": (300, 5), "kernel": (IN, 1, 200), "other": (40, 30), "read": (IN, 200)}
+    constants = {name: numbers.normal(0, 1, shape).astype("f4") for name, shape in shapes.items()}
+    make = onnx.helper.make_node
+    nodes = [
+        node("LSTM", name="rnn"),
+        make("MatMul", ["Y", "head"], ["Y1"]),
+        make("Gather", ["table", "place"], ["Y2"]),
+        make("Conv", ["long", "kernel"], ["Y3"], group=IN),
+        make("Add", ["other", "one"], ["Y4"]),
+        make("MatMul", ["X", "read"], ["Y5"]),
+        make("Neg", ["read"], ["Y6"]),
+    ]
+    constants |= {"place": np.array(3), "long": numbers.normal(0, 1, (1, IN, 300)).astype("f4")}
+    constants |= {"one": np.ones(1, "f4"), **weights("LSTM")}
+    outputs = [f"Y{number}" for number in range(1, 7)]
+    path = save(tmp_path / "a.onnx", nodes, constants, outputs=outputs, check=False)
+    target = small(path, "dense", None, dtype="int8")
+    dtypes = {proto.name: proto.data_type for proto in onnx.load(target).graph.initializer}
+    assert {name for name in constants if name not in dtypes} == {"W", "R", "head", "table", "kernel"}
+    for number, (found, wanted) in enumerate(zip(run(target), run(path), strict=True)):
+        assert np.abs(found - wanted).max() < (0.03 * np.abs(wanted).max() if number < 3 else 1e-9)
+    assert not {"Cast", "Mul"} & set(folded(target))
+
+
+def test_the_graph_of_a_converted_file(tmp_path: Path) -> None:
+    constants = weights("GRU") | {"head": np.random.default_rng(5).normal(0, 1, (H, H)).astype("f4")}
+    nodes = [
+        node("GRU", name="rnn", output="y", linear_before_reset=1),
+        onnx.helper.make_node("MatMul", ["y", "head"], ["Y"]),
+    ]
+    path = save(tmp_path / "a.onnx", nodes, constants)
+    kruify.convert(path, "2*(8x1,1x8)", dtype="int8", output=tmp_path / "a.kru.safetensors")
+    [made] = kruify.export(tmp_path / "a.kru.safetensors", "onnx", tmp_path / "b.onnx", original=path)
+    kruify.convert(path, "2*(8x1,1x8)", dtype="int8", keep=["head"], output=tmp_path / "c.onnx")
+    np.testing.assert_allclose(run(tmp_path / "b.onnx")[0], run(tmp_path / "c.onnx")[0], atol=0.05)
+    assert made.bytes == (tmp_path / "b.onnx").stat().st_size and made.graph.difference > 0
+    with pytest.raises(UsageError, match="not converted from an ONNX model"):
+        kruify.export(path, "onnx", tmp_path / "d.onnx", original=path)
+
+
+def test_both_graphs_are_run_and_compared(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.onnx", [node("RNN")], weights("RNN"))
+    done = kruify.convert(path, EXACT[0], output=tmp_path / "b.onnx")
+    assert done.graph.difference < 1e-5 and min(*done.graph.run_ms, *done.graph.load_ms) > 0
+    assert kruify.convert(path, "1*(8x1,1x8)", output=tmp_path / "b.onnx").graph.difference > 1e-2
+    inputs = [value("names", [2], onnx.TensorProto.STRING)]
+    path = save(tmp_path / "a.onnx", [node("RNN")], weights("RNN"), inputs)
+    assert "no random tensor(string)" in str(kruify.convert(path, "2x2", output=tmp_path / "b.onnx").graph)

@@ -1,0 +1,148 @@
+"""A small graph beside its original in onnxruntime: what differs on random inputs, and how long both take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SLOWER = 1.15
+"""A small graph that takes more than this many times as long as its original is said to be slower."""
+REPEATS = 7
+SECONDS = 2.0
+"""Both are run up to `REPEATS` times in turns, within so many seconds."""
+SIZES = ((1, 16, 16), (1, 1, 16), (1, 1, 1), (16, 16, 16), (1, 100, 100))
+"""Of dynamic axes, tried in turn: those named like a batch, first axes, others."""
+TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two graphs on the same inputs, on one core.
+
+    Attributes:
+        difference: largest ||small - original|| / ||original|| of an output; None where they were not run.
+        reason: why they were not run, "" where they were.
+        load_ms, run_ms: (original, small), the least of several in milliseconds.
+    """
+
+    difference: float | None = None
+    reason: str = ""
+    load_ms: tuple[float, float] | None = None
+    run_ms: tuple[float, float] | None = None
+
+    @property
+    def slower(self) -> bool:
+        """Whether a call of the small graph takes longer than one of the original."""
+        return self.run_ms is not None and self.run_ms[1] > SLOWER * self.run_ms[0]
+
+    def __str__(self) -> str:
+        if self.difference is None or self.load_ms is None or self.run_ms is None:
+            return f"not run beside the original: {self.reason}"
+        times = ", ".join(
+            f"{what} {before:.3g} -> {after:.3g} ms"
+            for what, (before, after) in (("loads in", self.load_ms), ("runs in", self.run_ms))
+        )
+        slower = "; it is slower than the original" if self.slower else ""
+        return f"on random inputs its outputs differ by {self.difference:.2g} of their norm; {times}{slower}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+
+def compare(original: Path, small: Path, seed: int = 0) -> Comparison:
+    """Runs both on random inputs of the declared shapes: real numbers are standard normal, whole numbers and truth
+    values 1."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return Comparison(reason="onnxruntime is not installed")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+
+    def load(path: Path) -> Any:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    try:
+        sessions = [load(path) for path in (original, small)]
+    except Exception as error:  # onnxruntime's own, of many kinds
+        return Comparison(reason=f"onnxruntime cannot load it ({_first_line(error)})")
+    reason = ""
+    for feed in _feeds(sessions[0], seed):
+        if isinstance(feed, str):
+            return Comparison(reason=feed)
+        try:
+            wanted, found = (session.run(None, feed) for session in sessions)
+        except Exception as error:
+            reason = reason or f"it does not run on random inputs ({_first_line(error)})"
+            continue
+        loads = _least_ms(*(partial(load, path) for path in (original, small)))
+        runs = _least_ms(*(partial(session.run, None, feed) for session in sessions))
+        return Comparison(_difference(found, wanted), "", loads, runs)
+    return Comparison(reason=reason)
+
+
+def _feeds(session: Any, seed: int) -> Iterator[dict[str, Any] | str]:
+    """Inputs for several sizes of the dynamic axes; a sentence where there are none."""
+    for batch, first, others in SIZES:
+        numbers = np.random.default_rng(seed)
+        named: dict[str, int] = {}
+        feed: dict[str, Any] = {}
+        for value in session.get_inputs():
+            if value.type not in TYPES:
+                yield f"kruify makes no random {value.type} for its input {value.name[:80]}"
+                return
+            shape = []
+            for axis, size in enumerate(value.shape):
+                if not isinstance(size, int):
+                    guess = batch if "batch" in str(size).lower() else first if axis == 0 else others
+                    size = named.setdefault(size, guess) if size else guess
+                shape.append(size)
+            dtype = TYPES[value.type]
+            real = np.issubdtype(dtype, np.floating)
+            feed[value.name] = (numbers.standard_normal(shape) if real else np.ones(shape)).astype(dtype)
+        yield feed
+
+
+def _difference(found: list[Any], wanted: list[Any]) -> float:
+    worst = 0.0
+    for a, b in zip(found, wanted, strict=True):
+        if not isinstance(b, np.ndarray) or b.dtype.kind not in "fiub":
+            continue
+        if a.shape != b.shape:
+            return float("inf")
+        a, b = (np.nan_to_num(array.astype(np.float64)) for array in (a, b))
+        norm = float(np.linalg.norm(b))
+        worst = max(worst, float(np.linalg.norm(a - b)) / norm if norm else float(np.linalg.norm(a) > 0))
+    return worst
+
+
+def _least_ms(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
+    """The least time of each, in turns: what else the machine does only adds to it."""
+    times: list[tuple[float, float]] = []
+    begun = time.perf_counter()
+    while len(times) < REPEATS and (not times or time.perf_counter() - begun < SECONDS):
+        start = time.perf_counter()
+        first()
+        between = time.perf_counter()
+        second()
+        times.append((between - start, time.perf_counter() - between))
+    return min(t[0] for t in times) * 1e3, min(t[1] for t in times) * 1e3
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
