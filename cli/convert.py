@@ -78,8 +78,8 @@ def convert(
         from kruify.checkpoint import atomic_file, check_target, read
         from kruify.conversion import pipeline
 
+        checkpoint = read(model, key=key, graph=(target or "").lower().endswith(".onnx"))
         path = pipeline.default_output(model) if target is None else Path(target)
-        checkpoint = read(model, key=key, graph=path.suffix.lower() == ".onnx")
         if plan_out is not None:
             check_target(plan_out, *checkpoint.files, *([] if options["dry_run"] else [path]))
         for sentence in checkpoint.notes:
