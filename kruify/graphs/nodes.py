@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
 from torch import Tensor
 
 from kruify.checkpoint.onnx_constants import tensor_proto
@@ -41,10 +41,8 @@ class Graph:
     def constant(self, value: Tensor | NDArray[Any], stem: str) -> str:
         """A weight, stored once in the main graph."""
         name = self.fresh(stem)
-        if isinstance(value, Tensor):
-            self.constants[name] = tensor_proto(value, name)
-        else:
-            self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+        self.constants[name] = tensor_proto(tensor, name)
         return name
 
     def ints(self, values: Sequence[int]) -> str:
@@ -60,6 +58,8 @@ class Graph:
         return self.add_many(op, *inputs, outputs=[out or self.fresh(op.lower())], **attributes)[0]
 
     def add_many(self, op: str, *inputs: str, outputs: Sequence[str], **attributes: Any) -> list[str]:
+        from onnx import helper
+
         self.nodes.append(helper.make_node(op, list(inputs), list(outputs), **attributes))
         return list(outputs)
 
