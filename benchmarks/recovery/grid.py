@@ -106,8 +106,8 @@ class Method:
         teacher: whether the dense network teaches.
         options: of the recipe, beside those of the task.
         stacked: `spec` is of the gates of a matrix as one.
-        of_file: `times` is of the bytes of a file in int8, all matrices factored; the structure is chosen once, by the
-            run in int8 with seed 0.
+        of_file: `times` is of the bytes of a file in int8: low rank of stacked gates for all matrices, for the
+            recurrent
         dtype: what the weights are stored in, which training is aware of.
         deleted: the code that trains it lost its comparison and is gone; commit b91d677 has it. Its runs are kept.
     """
@@ -161,9 +161,9 @@ METHODS: dict[str, Method] = {
     "int8-own": Method("int8, kruify, as it is", None, "int8-own"),
     # files in int8, untaught: the teacher doubles the time of a run
     "file-int8": Method(
-        "file in int8, training aware of it", None, "candidates", False, UNTAUGHT, of_file=True, dtype="int8"
+        "file in int8, training aware of it", None, "convert", False, UNTAUGHT, of_file=True, dtype="int8"
     ),
-    "file-float": Method("the same structure in float32", None, "candidates", False, UNTAUGHT, of_file=True),
+    "file-float": Method("the same structure in float32", None, "convert", False, UNTAUGHT, of_file=True),
     "low-rank": Method("low rank", low_rank, "convert", True, TAUGHT),
     "pruned": Method("magnitude pruning, at once", sparse, "convert", True, TAUGHT),
     "kron-logits": Method("Kronecker, outputs taught", kronecker, "convert", True, TAUGHT),

@@ -26,7 +26,6 @@ from grid import METHODS, TASKS, Run, grid  # noqa: E402
 from measurements import Row, read, store  # noqa: E402
 from train import build, latency, train, weights_file  # noqa: E402
 
-from kruify import quantize  # noqa: E402
 from kruify.conversion import swap  # noqa: E402
 from kruify.conversion.plan import Plan  # noqa: E402
 from kruify.errors import TaskError  # noqa: E402
@@ -87,8 +86,6 @@ def measure() -> None:
         task = load_task(TASKS[run.task].name)
         if "plan" in row:
             model = swap(task.model(), Plan.from_json(row["plan"]))
-            if dtype := METHODS[run.method].dtype:
-                model = quantize(model, dtype)
         else:
             model, _ = build(run, task, task.model())
         row["latency_ms_per_step"] = {str(b): round(latency(model, b), 4) for b in (1, 32)}

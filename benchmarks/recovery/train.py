@@ -21,6 +21,7 @@ from kruify import convert, quantize, save
 from kruify.conversion import convert_module, plan_of, swap
 from kruify.conversion.locate import RecurrentLayer, locate
 from kruify.conversion.plan import Plan, make_plan
+from kruify.conversion.size import FileSize, largest_within
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.progress import Progress
 from kruify.search.candidate_search import CandidateSearch
@@ -55,15 +56,12 @@ def train(
     row: Row = {}
     if method.start == "candidates":
         assert teacher is not None
-        chooser = replace(run, method="file-int8", seed=0) if method.of_file else run
-        chosen, row = choose_candidate(chooser, task, teacher, cache / chooser.key)
+        chosen, row = choose_candidate(run, task, teacher, cache / run.key)
         twin = replace(run, method=PER_GATE)
         same = known(twin)
         if same and chosen.plan == specified(twin, teacher) and not chosen.moments and same["options"] == run.options:
             return {**same, **row, "run": run.key, "method": run.method, "same_run_as": twin.key}
         model = convert_module(teacher, chosen.plan, moments=chosen.moments, seed=run.seed)[0]
-        if method.dtype:
-            model = quantize(model, method.dtype)
     else:
         model, task = build(run, task, teacher)
     untrained = method.start.startswith("int8") or (setup.published and method.start == "scratch")
@@ -112,9 +110,8 @@ def choose_candidate(run: Run, task: Task, teacher: nn.Module, folder: Path) -> 
     """What `kruify compress` would train, and what it was chosen on; kept in `folder` for the next time."""
     file = folder / "candidates.json"
     search = CandidateSearch(teacher, task, device="cpu", **run.options)
-    budget = f"size={run.times:g}x" if METHODS[run.method].of_file else f"params={100 / run.times:.8f}%"
     if not file.exists():
-        choice = search.choose(search.candidates(budget), folder)
+        choice = search.choose(search.candidates(f"params={100 / run.times:.8f}%"), folder)
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(choice.to_json()))
     kept = json.loads(file.read_text())
@@ -145,12 +142,14 @@ def build(run: Run, task: Task, teacher: nn.Module | None) -> tuple[nn.Module, T
     plan = specified(run, teacher)
     if method.start == "random":
         return swap(task.model(), plan), task
-    return convert(teacher, plan=plan, seed=run.seed)[0], task
+    return convert(teacher, plan=plan, seed=run.seed, dtype=method.dtype)[0], task
 
 
 def specified(run: Run, dense: nn.Module) -> Plan:
     """The structure of every matrix that the run's method and budget ask for."""
     method = METHODS[run.method]
+    if method.of_file:
+        return plan_of_file(f"size={run.times:g}x", dense)
     spec = method.spec
     assert spec is not None
 
@@ -168,6 +167,27 @@ def specified(run: Run, dense: nn.Module) -> Plan:
         if factored
     }
     return make_plan(layers, "auto", None, (), (), specs)
+
+
+def plan_of_file(budget: str, dense: nn.Module) -> Plan:
+    """The most rank that a file in int8 of so many bytes holds."""
+    file = FileSize(dense.state_dict(), locate(dense).layers)
+
+    def ranked(share: float) -> Plan | None:
+        specs = {}
+        for layer in file.layers:
+            for weight in (f"weight_{part}{suffix}" for suffix in layer.suffixes for part in ("ih", "hh")):
+                rows, cols = len(layer.gates) * layer.shape(weight)[0], layer.shape(weight)[1]
+                rank = int(share * rows * cols / (rows + cols))
+                if not rank:
+                    return None
+                blocks = "+sparse:4%:8" if weight.startswith("weight_hh") else ""
+                specs[layer.full_name(weight)] = f"stacked:{rank}*({rows}x1,1x{cols}){blocks}"
+        return make_plan(file.layers, "dense", "dense", overrides=specs)
+
+    found = largest_within(file, budget, ranked)
+    assert found is not None
+    return found
 
 
 def matrix_times(run: Run, dense: nn.Module) -> float:
