@@ -101,13 +101,13 @@ class Method:
         spec: structure of the recurrent matrices; None where they stay dense, or where candidates are trained.
         start: "convert" (the trained dense network), "random", "scratch" (the dense network itself), "dense" (trained
             on, not converted), "smaller" (dense with fewer units), "int8" (torch's dynamic quantisation), "int8-own"
-            (kruify's), or "candidates": several conversions are
-            trained for a quarter of the epochs, and the one that validates best is taken, as in `kruify compress`.
+            (kruify's), or "candidates": several conversions are trained for a quarter of the epochs, and the one that
+            validates best is taken, as in `kruify compress`.
         teacher: whether the dense network teaches.
         options: of the recipe, beside those of the task.
         stacked: `spec` is of the gates of a matrix as one.
         of_file: `times` is of the bytes of a file in int8: low rank of stacked gates for all matrices, for the
-            recurrent
+            recurrent ones 4 % in blocks of eight entries beside it (the structure of `make demo`).
         dtype: what the weights are stored in, which training is aware of.
         deleted: the code that trains it lost its comparison and is gone; commit b91d677 has it. Its runs are kept.
     """
