@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
+from kruify.analysis.contender import Contender, OnnxLayers, onnxruntime_int8, torch_int8
 from kruify.analysis.counts import count_parameters, multiply_adds
 from kruify.analysis.latency import measure_latency
 from kruify.analysis.layers import layers_of
@@ -17,7 +19,6 @@ from kruify.checkpoint import read
 from kruify.conversion.network import load_network
 from kruify.errors import UnsupportedError
 from kruify.progress import Progress
-from kruify.reporting.contender import Contender, contender
 from kruify.reporting.details import agreeing, history, peak_memory, provenance, sources, with_energies
 from kruify.reporting.report import LatencySetup, ModelReport, Report
 from kruify.tasks.base import Task, measure
@@ -36,7 +37,8 @@ def report(
 ) -> Report:
     """Compares files with the first one: parameters, bytes, multiply-adds, latency, and with a task its metrics.
 
-    Where the first one is dense, the last model is that one in eight bits by torch's dynamic quantisation.
+    Where the first one is dense, the last models are that one in eight bits: by torch's dynamic quantisation, and where
+    all its recurrent layers are LSTMs and onnxruntime is installed by that one's, without metrics.
 
     Args:
         key: the entry of a file that holds the state dict, where it has several.
@@ -56,17 +58,19 @@ def report(
     for index, checkpoint in enumerate(checkpoints):
         tell(index, total, f"evaluating {checkpoint.path}")
         metrics.append({} if task is None else measure(task, load_network(checkpoint, task), split))
-    int8: Contender | None = None
+    contenders: list[Contender] = []
     without_int8 = ""
     if not layers[0].planned:
         tell(len(files), total, f"evaluating {checkpoints[0].path} in int8")
         try:
-            int8 = contender(layers[0], task, split)
+            contenders.append(torch_int8(layers[0], task, split))
         except UnsupportedError as error:
             without_int8 = error.what
+        with suppress(UnsupportedError):
+            contenders.append(onnxruntime_int8(layers[0]))
     tell(len(files), total, "measuring latency")
     load = os.getloadavg()[0]
-    measured = layers if int8 is None else [*layers, int8.layers]
+    measured = [*layers, *(int8.layers for int8 in contenders)]
     latency = measure_latency(measured, threads=threads, seconds=latency_seconds)
     models = []
     for index, (checkpoint, name) in enumerate(zip(checkpoints, _names(files), strict=True)):
@@ -91,22 +95,22 @@ def report(
                 made=provenance(checkpoint),
             )
         )
-    if int8 is not None:
-        first = models[0]
+    for place, int8 in enumerate(contenders, len(models)):
+        outside = isinstance(int8.layers, OnnxLayers)  # torch does not see what that allocates
         models.append(
             replace(
-                first,
-                name=f"{first.name} (int8)",
-                bytes=first.bytes - int8.saved,
-                weight_bytes=first.weight_bytes - int8.saved,
-                memory_bytes=first.memory_bytes - int8.saved,
-                latency_ms=latency.median[-1],
-                latency_p95_ms=latency.p95[-1],
-                peak_memory_bytes=int8.peak_memory_bytes,
+                models[0],
+                name=f"{models[0].name} ({int8.name})",
+                bytes=int8.bytes,
+                weight_bytes=int8.weight_bytes,
+                memory_bytes=int8.weight_bytes,
+                latency_ms=latency.median[place],
+                latency_p95_ms=latency.p95[place],
+                peak_memory_bytes={} if outside else peak_memory(int8.layers, latency.steps),
                 metrics=int8.metrics,
                 recurrent_matrices=[],
                 history=[],
-                made={"int8": "torch.ao.quantization.quantize_dynamic"},
+                made={"int8": int8.made},
             )
         )
     return Report(

@@ -239,6 +239,8 @@ def tradeoff(report: Report, knee: str | None = None) -> str | None:
             curve = sorted((m.parameters.total, m.metrics[key]) for m in report.models if m.recurrent_matrices)
             axes.plot(*zip(*curve, strict=True), color=GRID, linewidth=1.5, zorder=1)
         for index, model in enumerate(report.models):
+            if key not in model.metrics:
+                continue
             x, y = model.parameters.total, model.metrics[key]
             if model.name == knee:
                 axes.plot([x], [y], "o", color=INK, markersize=14, fillstyle="none", markeredgewidth=1.2, clip_on=False)

@@ -11,8 +11,8 @@ from kruify.analysis.matrices import MatrixHealth
 
 @dataclass(frozen=True)
 class ModelReport:
-    """One file, or the dense network in eight bits: it has file, parameters and multiply-adds of the dense one, and no
-    recurrent matrices to show.
+    """One file, or the dense network in eight bits: it has file, parameters and multiply-adds of the dense one, no
+    recurrent matrices to show, and by ONNX Runtime no metrics and no peak memory.
 
     Attributes:
         name: short name, unique within the report.
@@ -71,8 +71,8 @@ class Report:
         task, split, examples: what the metrics were measured on; None without a task.
         metric: key of the metric that decides; None without a task.
         higher_is_better: of that metric.
-        without_int8: why the dense network in eight bits is not among the models; empty where it is, or where the first
-            model is not dense.
+        without_int8: why the dense network in eight bits by torch is not among the models; empty where it is, or where
+            the first model is not dense.
     """
 
     models: list[ModelReport]

@@ -90,9 +90,10 @@ def comparison(report: Report) -> list[Row]:
     rows = []
     models = report.models
 
-    def add(label: str, values: Sequence[float], text: Callable[[float], str], better: str) -> None:
-        changes = [""] + [_change(values[0], other, better) for other in values[1:]]
-        rows.append(Row(label, [text(v) for v in values], changes, label in ("Recurrent parameters", "All parameters")))
+    def add(label: str, values: Sequence[float | None], text: Callable[[float], str], better: str) -> None:
+        changes = [""] + [_change(values[0] or 0, other or 0, better) for other in values[1:]]
+        cells = ["" if v is None else text(v) for v in values]
+        rows.append(Row(label, cells, changes, label in ("Recurrent parameters", "All parameters")))
 
     for part, label in (
         ("recurrent", "Recurrent parameters"),
@@ -110,13 +111,13 @@ def comparison(report: Report) -> list[Row]:
         if all(batch in m.latency_p95_ms for m in models):
             add(f"Latency, batch {batch}: p95", [m.latency_p95_ms[batch] for m in models], milliseconds, "faster")
     for batch in models[0].peak_memory_bytes:
-        add(f"Peak memory, batch {batch}", [m.peak_memory_bytes[batch] for m in models], size, "smaller")
+        add(f"Peak memory, batch {batch}", [m.peak_memory_bytes.get(batch) for m in models], size, "smaller")
     for name in report.models[0].metrics:
-        values = [model.metrics[name] for model in report.models]
-        changes = [""] + [f"{value - values[0]:+.3f}" for value in values[1:]]
-        rows.append(
-            Row(f"{name}, {report.split} split", [f"{value:.4f}" for value in values], changes, name == report.metric)
-        )
+        known = [model.metrics.get(name) for model in report.models]  # None of what cannot run the task
+        values = ["" if value is None else f"{value:.4f}" for value in known]
+        first = report.models[0].metrics[name]
+        changes = [""] + ["" if value is None else f"{value - first:+.3f}" for value in known[1:]]
+        rows.append(Row(f"{name}, {report.split} split", values, changes, name == report.metric))
     return rows
 
 
