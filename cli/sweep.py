@@ -101,19 +101,22 @@ def _show(out: Output, done: Sweep) -> None:
     columns = ("recurrent parameters", "smaller", "all parameters", "bytes", done.metric)
     table = titled(f"{done.metric}, {done.split} split", "budget", *columns, words=0)
     table.add_column("")
-    values = [point.metrics[done.metric] for point in done.points]
+    dense, *others = done.points
+    points = [dense, *([] if done.int8 is None else [done.int8]), *others]
+    marked = None if done.knee is None else done.points[done.knee]
+    values = [point.metrics[done.metric] for point in points]
     known = [value for value in values if math.isfinite(value)]
     low, span = min(known, default=0.0), (max(known, default=0.0) - min(known, default=0.0)) or 1.0
-    first = done.points[0].recurrent_parameters
-    for index, (point, value) in enumerate(zip(done.points, values, strict=True)):
+    first = dense.recurrent_parameters
+    for point, value in zip(points, values, strict=True):
         bar = "\u2588" * (1 + round(23 * (value - low) / span)) if math.isfinite(value) else ""
         table.add_row(
-            point.budget,
+            "dense, int8" if point is done.int8 else point.budget,
             f"{point.recurrent_parameters:,}",
             f"{first / max(1, point.recurrent_parameters):.1f}x",
             f"{point.total_parameters:,}",
             f"{point.bytes:,}",
             f"{value:.4f}",
-            Text.assemble(bar, " ", ("knee", "bold")) if index == done.knee else bar,
+            Text.assemble(bar, " ", ("knee", "bold")) if point is marked else bar,
         )
     out.show(table)

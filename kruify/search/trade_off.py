@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from kruify.analysis.contender import int8_network
 from kruify.checkpoint import Checkpoint, carried
 from kruify.checkpoint.file_bytes import parsed
 from kruify.checkpoint.writing import as_lazy
 from kruify.conversion import plan_of
 from kruify.conversion.budget import parse_budget
 from kruify.conversion.storing import weight_bytes, write_converted
-from kruify.errors import UsageError
+from kruify.errors import UnsupportedError, UsageError
 from kruify.layers.storage import marks
 from kruify.progress import Progress
 from kruify.search.candidate_search import SHARE, CandidateSearch
@@ -27,14 +28,16 @@ from kruify.search.candidates import CandidateResult
 from kruify.search.job_state import JobState
 from kruify.tasks.base import Task, measure
 
+INT8 = "int8"  # the budget of the rival: no budget is written so
+
 
 @dataclass(frozen=True)
 class Point:
     """One network of the sweep.
 
     Attributes:
-        budget: as it was given; "dense" for the network that the sweep starts from.
-        file: the converted and fine-tuned network; None for the dense one.
+        budget: as it was given; "dense" for the network that the sweep starts from, "int8" for that in eight bits.
+        file: the converted and fine-tuned network; None for the dense ones.
         recurrent_parameters, total_parameters: numbers in it.
         bytes: of the file; of the weights of the dense network.
         metrics: on the split of the sweep.
@@ -67,18 +70,24 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All points, the dense network first, then the budgets in order; `knee` is an index, None below 3 points."""
+    """All points, the dense network first, then the budgets in order; `knee` is an index, None below 3 points.
+
+    Attributes:
+        int8: the dense network by torch's dynamic quantisation; None where torch refuses it.
+    """
 
     points: list[Point]
     metric: str
     higher_is_better: bool
     split: str
     knee: int | None
+    int8: Point | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The points, the budget at the knee, the metric and the split."""
+        """The points, the rival, the budget at the knee, the metric and the split."""
         return {
             "points": [point.to_json() for point in self.points],
+            "int8": None if self.int8 is None else self.int8.to_json(),
             "knee": None if self.knee is None else self.points[self.knee].budget,
             "metric": self.metric,
             "split": self.split,
@@ -133,17 +142,19 @@ def sweep(
     folder = Path(folder)
     state = JobState(folder, "sweep", {**search.settings, "split": split})
     known = state.read(lambda found: _known(found, task.metric))
-    for budget in ("dense", *budgets):
+    for budget in ("dense", INT8, *budgets):
         if budget not in known:
             if budget == "dense":
                 known[budget] = _dense_point(search, split)
-            else:
+            elif budget != INT8:
                 known[budget] = _make(search, budget, folder / _file_name(budget), split, source)
+            elif (point := _int8_point(known["dense"], search, split)) is not None:
+                known[budget] = point
             state.keep(points=[point.to_json() for point in known.values()])
-        if on_point is not None:
+        if on_point is not None and budget in known:
             on_point(known[budget])
-    points = [known[budget] for budget in ("dense", *budgets)]
-    return Sweep(points, task.metric, task.higher_is_better, split, knee(points, task.metric, task.higher_is_better))
+    points, bend = [known[budget] for budget in ("dense", *budgets)], (task.metric, task.higher_is_better)
+    return Sweep(points, *bend, split, knee(points, *bend), known.get(INT8))
 
 
 def _known(found: Mapping[str, Any], metric: str) -> dict[str, Point]:
@@ -158,6 +169,15 @@ def _dense_point(search: CandidateSearch, split: str) -> Point:
     total = sum(p.numel() for p in search.dense.parameters())
     size = weight_bytes(as_lazy(search.tensors))
     return Point("dense", None, recurrent, total, measure(search.task, search.dense, split, known=True), size)
+
+
+def _int8_point(dense: Point, search: CandidateSearch, split: str) -> Point | None:
+    """The dense network in eight bits, which trains nothing; None where torch refuses it."""
+    try:
+        metrics, size, _ = int8_network(search.dense, search.task, split)
+    except UnsupportedError:
+        return None
+    return replace(dense, budget=INT8, metrics=metrics, bytes=size)
 
 
 def _make(search: CandidateSearch, budget: str, stem: Path, split: str, source: Checkpoint | None) -> Point:

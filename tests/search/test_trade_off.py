@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
+from torch.ao.quantization import quantize_dynamic
 
 import kruify
 from kruify.analysis.latency import measure_latency
@@ -71,9 +73,13 @@ def test_sweep_and_going_on(tmp_path: Path) -> None:
     assert first.points[1].recurrent_parameters <= 32 and first.points[0].recurrent_parameters == 64
     loaded = kruify.load(first.points[1].file or "", into=Network())
     assert task.evaluate(loaded, "test") == first.points[1].metrics
+    rival, file = quantize_dynamic(task.model(), {nn.Linear}), io.BytesIO()  # torch has no eight-bit RNN
+    torch.save(rival.state_dict(), file)
+    assert first.int8 is not None and first.int8.metrics == task.evaluate(rival, "test")
+    assert first.int8.bytes == len(file.getvalue())
     done = task.evaluations
     both = sweep(task.model(), task, ["2x", "params=25%"], tmp_path / "s", epochs=1)
-    assert both.points[:2] == first.points and both.knee is not None
+    assert both.points[:2] == first.points and both.int8 == first.int8 and both.knee is not None
     assert task.evaluations == done + 1  # only the new network
     with pytest.raises(UsageError, match="other recipe"):
         sweep(task.model(), task, ["2x"], tmp_path / "s", epochs=2)
@@ -157,4 +163,7 @@ def test_command_line_and_marked_page(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [p["budget"] for p in value["points"]] == ["dense", "2x", "params=4x,macs=60%"]
     assert value["knee"] in ("dense", "2x", "params=4x,macs=60%")
     assert (tmp_path / "net.pt.sweep" / "sweep.json").exists()
+    assert value["int8"]["budget"] == "int8" and value["int8"]["file"] is None
+    again = CliRunner().invoke(cli, [a for a in arguments if a != "--json"][:-2])
+    assert again.exit_code == 0 and "dense, int8" in again.stdout
     assert ">knee<" in (tmp_path / "page.html").read_text(encoding="utf-8")
