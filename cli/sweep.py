@@ -111,7 +111,7 @@ def _show(out: Output, done: Sweep) -> None:
     for point, value in zip(points, values, strict=True):
         bar = "\u2588" * (1 + round(23 * (value - low) / span)) if math.isfinite(value) else ""
         table.add_row(
-            "dense, int8" if point is done.int8 else point.budget,
+            point.budget,
             f"{point.recurrent_parameters:,}",
             f"{first / max(1, point.recurrent_parameters):.1f}x",
             f"{point.total_parameters:,}",

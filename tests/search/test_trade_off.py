@@ -165,5 +165,5 @@ def test_command_line_and_marked_page(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "net.pt.sweep" / "sweep.json").exists()
     assert value["int8"]["budget"] == "int8" and value["int8"]["file"] is None
     again = CliRunner().invoke(cli, [a for a in arguments if a != "--json"][:-2])
-    assert again.exit_code == 0 and "dense, int8" in again.stdout
+    assert again.exit_code == 0 and " int8 " in again.stdout
     assert ">knee<" in (tmp_path / "page.html").read_text(encoding="utf-8")
