@@ -41,8 +41,22 @@ class Int8Backend:
 
 def run_step(cell: KRUCellBase, x: Tensor, state: State) -> State:
     """One time step of a cell, x (batch, features)."""
+    return step(cell, cell.weights(), x, state)
+
+
+def step(layer: RecurrentLayer | KRUCellBase, weights: Weights, x: Tensor, state: State) -> State:
+    """One time step of a cell, or with its weights of a layer and direction; x (batch, features)."""
     sizes = torch.full((1,), x.shape[0], device="cpu")
-    return _run_direction(cell.kernel_kind, sizes, dense_stored_as(cell, "int8"), cell.weights(), x, state, False)[1]
+    return _run_direction(layer.kernel_kind, sizes, dense_stored_as(layer, "int8"), weights, x, state, False)[1]
+
+
+def names_in_integers(layer: RecurrentLayer | KRUCellBase, weights: Weights) -> list[str]:
+    """Of what the kernels serve (`serves`) the weights that they multiply with in integers: weight_hh, and weight_ih
+    where it is stored so and has no diagonal."""
+    inputs: Any = weights["weight_ih"]
+    diagonal = inputs.parts_beside_terms()[0] if isinstance(inputs, KroneckerMatrix) else None
+    own = _is_int8(inputs, dense_stored_as(layer, "int8")) and diagonal is None
+    return ["weight_hh", *["weight_ih"] * own]
 
 
 def serves(layer: RecurrentLayer | KRUCellBase, x: Tensor, state: State = ()) -> bool:
@@ -146,11 +160,18 @@ def packed(weight: Weight, gates: int) -> tuple[Tensor, list[int]]:
     return kept.memory, kept.layout
 
 
-@torch.no_grad()
 def _pack(weight: Weight, gates: int) -> tuple[Tensor, list[int]]:
+    first, second, layout = matrices(weight, gates)
+    return _ops.int8_pack.default(first, second, layout), layout
+
+
+@torch.no_grad()
+def matrices(weight: Weight, gates: int) -> tuple[Tensor | None, Tensor, list[int]]:
+    """A weight as `int8_pack` takes it: the rows by which low rank reads its input, (rank, cols), those that it, or a
+    dense weight, writes with, (gates * rows, columns), and the layout (csrc/README.md)."""
     if isinstance(weight, Tensor):
         layout = [gates, weight.shape[0] // gates, weight.shape[1], 0, *([0, weight.shape[1]] * gates)]
-        return _ops.int8_pack.default(None, weight, layout), layout
+        return None, weight, layout
     lefts: list[list[Tensor]] = [[] for _ in range(gates)]  # of each gate (rows, rank)
     rights: list[list[Tensor]] = [[] for _ in range(gates)]  # (rank, columns)
     for term in weight.term_list():
@@ -176,4 +197,4 @@ def _pack(weight: Weight, gates: int) -> tuple[Tensor, list[int]]:
     second = torch.cat([F.pad(torch.cat(parts, 1), (0, max(ranks) - r)) for parts, r in zip(lefts, ranks, strict=True)])
     spans = [n for pair in zip(starts, ranks, strict=True) for n in pair]
     layout = [gates, weight.rows, weight.cols, len(first), *spans]
-    return _ops.int8_pack.default(first, second, layout), layout
+    return first, second, layout

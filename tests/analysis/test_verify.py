@@ -12,6 +12,8 @@ from kruify import convert, save
 from kruify.analysis.verify import verify
 from kruify.checkpoint import read, write_safetensors
 from kruify.errors import CorruptError, PlanError, TargetMissedError
+from kruify.layers import int8
+from kruify.ops import has_kernel
 
 
 @pytest.fixture
@@ -89,6 +91,38 @@ def test_layer_that_computes_something_else(files, monkeypatch):
     monkeypatch.setattr("kruify.layers.dispatch.pick", lambda *a, **k: "dense")
     with pytest.raises(TargetMissedError, match="differs by"):
         verify(files[1])
+
+
+EIGHT_BITS = [
+    (nn.LSTM(5, 8, num_layers=2, bidirectional=True), "3*(8x1,1x8)+diag", "auto"),
+    (nn.GRU(5, 8, bias=False), "2*(8x1,1x8)+3*(8x1,1x8)+sparse:9%:1", "stacked:2*(24x1,1x5)+sparse:9%:1"),
+    (nn.RNN(5, 8, nonlinearity="relu"), "3*(8x1,1x8)", None),
+    (nn.GRUCell(5, 8), "dense", None),
+]
+
+
+@pytest.mark.parametrize(("layer", "spec", "inputs"), EIGHT_BITS)
+def test_eight_bit_layers_compute_what_their_arithmetic_says(layer, spec, inputs, tmp_path, monkeypatch):
+    if not has_kernel("cpu"):
+        pytest.skip("no compiled kernels")
+    net = nn.ModuleDict({"rnn": layer})
+    save(convert(net, spec, input_factors=inputs, dtype="int8")[0], tmp_path / "x")
+    assert "the arithmetic of eight bits" in verify(tmp_path / "x")[-1].detail
+    pack = int8.matrices
+
+    def wrong(weight, gates):
+        first, second, layout = pack(weight, gates)
+        second = second.clone()
+        second[0] *= 1.01  # one row of one gate
+        return first, second, layout
+
+    monkeypatch.setattr(int8, "packed", lambda *given: packed(*wrong(*given)))
+    with pytest.raises(TargetMissedError, match="arithmetic of eight bits"):
+        verify(tmp_path / "x")
+
+
+def packed(first, second, layout):
+    return torch.ops.kruify.int8_pack(first, second, layout), layout
 
 
 def test_eight_bit_layers_with_large_weights(tmp_path):
