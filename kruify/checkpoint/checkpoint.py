@@ -42,7 +42,8 @@ class Checkpoint:
         dropped: one sentence for each thing in the file that kruify does not carry on (optimizer state).
         skipped: recurrent layers that were recognised and cannot be read: name -> reason (a GRU that resets before the
             matmul).
-        assumed: layer -> what was taken for granted of it, because the file has weights and no configuration (Keras).
+        assumed: layer -> what was taken for granted of it (Keras: no configuration, or settings that torch leaves to
+            the caller).
         ties: second name -> first name of one and the same tensor.
         module_hints: recurrent module -> its class and what a state dict does not say (batch_first, dropout,
             nonlinearity); from whole modules, TorchScript, ONNX and Keras.
@@ -107,7 +108,7 @@ class Checkpoint:
     @property
     def notes(self) -> list[str]:
         """Sentences on what is left out and what is assumed, to be shown before the work."""
-        assumed = (f"the file has no settings of {name}; assumed: {text}" for name, text in self.assumed.items())
+        assumed = (f"assumed of {name}: {text}" for name, text in self.assumed.items())
         return [*self.dropped, *assumed]
 
     def nonfinite(self, names: Iterable[str] | None = None) -> dict[str, int]:

@@ -173,7 +173,8 @@ def parse_origin(text: str, where: object) -> dict[str, Any]:
             raise damaged
         table["computed"][name] = Computed(entry[0], tuple(entry[1]), entry[2])
     try:
-        table["extras"] = {name: from_json(value) for name, value in table["extras"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        made: list[Any] = []
+        table["extras"] = {name: from_json(value, made) for name, value in table["extras"].items()}
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise damaged from error
     return table

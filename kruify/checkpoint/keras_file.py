@@ -22,6 +22,7 @@ from kruify.checkpoint.archive import Archive
 from kruify.checkpoint.file_bytes import parse_json
 from kruify.checkpoint.gates import GATES, keras_cell
 from kruify.checkpoint.modules import ModuleHint
+from kruify.checkpoint.safe_unpickler import words
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.errors import CorruptError, UnsafeError, UnsupportedError
 
@@ -36,6 +37,20 @@ ASSUMED = {
     "rnn": "it runs forward, with the activation tanh",
 }
 """What is taken for granted where a file has weights and no configuration."""
+LEFT = {
+    "stateful": "every batch begins with a state of zeros (the file says stateful)",
+    "zero_output_for_mask": "no step is masked (the file says zero_output_for_mask)",
+}
+"""Settings that a layer of torch leaves to its caller -> what is taken for granted."""
+MASKED = "no step is masked (the file has a layer that masks)"
+READ = words("units use_bias activation recurrent_activation go_backwards time_major reset_after dropout")
+INERT = words("""
+    name trainable dtype return_sequences return_state unroll implementation use_cudnn seed recurrent_dropout
+    kernel_initializer recurrent_initializer bias_initializer unit_forget_bias kernel_regularizer
+    recurrent_regularizer bias_regularizer activity_regularizer kernel_constraint recurrent_constraint bias_constraint
+    batch_input_shape batch_shape input_shape input_dim input_length input_dtype sparse ragged
+""")
+"""Settings that say nothing of what a trained layer computes."""
 PARTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 FILTERS = (1, 2, 3)
 """deflate, shuffle, fletcher32: others would be loaded as plug-ins."""
@@ -115,6 +130,7 @@ def _read(path: Path, source: Any, config: Any) -> KerasFile:
             layers[name] = replace(settings, reason=reason)
     left = dict(datasets)
     named = set()
+    masked = _masks(config)
     for cell in _cells(datasets, names, layers or {}):
         for part in cell.paths.values():
             left.pop(part)
@@ -122,12 +138,23 @@ def _read(path: Path, source: Any, config: Any) -> KerasFile:
         named.add(cell.title)
         _add(cell, settings, found)
         if layers is None and cell.layer not in found.skipped:
-            found.assumed[cell.layer] = ASSUMED[settings.kind or "rnn"]
+            found.assumed[cell.layer] = f"{ASSUMED[settings.kind or 'rnn']} (the file has no settings of it)"
+        granted = [text for key, text in LEFT.items() if settings.options.get(key)] or [MASKED] * masked
+        if granted and cell.layer not in found.skipped:
+            found.assumed[cell.layer] = "; ".join(granted)
     found.tensors.update(left)
     for name, settings in (layers or {}).items():
         if name not in named and "" not in named:  # without a name: a file of an early Keras 3
             found.skipped[name] = settings.reason or "its weights were not found in the file"
     return found
+
+
+def _masks(config: Any) -> bool:
+    """Whether a configuration, which `parse_json` has found not too deep, has a layer that masks steps."""
+    if isinstance(config, list):
+        return any(map(_masks, config))
+    own = isinstance(config, dict) and (config.get("class_name") == "Masking" or config.get("mask_zero") is True)
+    return own or (isinstance(config, dict) and any(map(_masks, config.values())))
 
 
 def _version(file: Any) -> tuple[int, ...]:
@@ -275,7 +302,7 @@ def _describe(node: Any, version: tuple[int, ...]) -> _Settings | None:
         name = cell.get("class_name") if isinstance(cell, dict) else None
         if name not in CELL_CLASSES or not isinstance(cell.get("config"), dict):
             return _Settings(None, config, f"its cell is a {str(name)[:40]}, which torch has no layer for")
-        options = {**cell["config"], **{key: config[key] for key in ("go_backwards", "time_major") if key in config}}
+        options = {**cell["config"], **{key: value for key, value in config.items() if key != "cell"}}
         return _Settings(CELL_CLASSES[name], options, _unlike_torch(CELL_CLASSES[name], options, version))
     if cls == "Bidirectional":
         return _bidirectional(config, version)
@@ -286,7 +313,7 @@ def _bidirectional(config: dict[str, Any], version: tuple[int, ...]) -> _Setting
     first, second = (_describe(config.get(key), version) for key in ("layer", "backward_layer"))
     if first is None:
         return None
-    reason = first.reason
+    reason = first.reason or _unknown({**config, "layer": None, "backward_layer": None, "merge_mode": None})
     if config.get("merge_mode", "concat") != "concat":
         reason = f"it merges its directions by {str(config['merge_mode'])[:20]}, torch concatenates them"
     if second is not None and reason is None:
@@ -300,6 +327,8 @@ def _bidirectional(config: dict[str, Any], version: tuple[int, ...]) -> _Setting
 
 def _unlike_torch(kind: str | None, options: dict[str, Any], version: tuple[int, ...]) -> str | None:
     """Why torch has no layer of these settings, None if it has."""
+    if reason := _unknown(options):
+        return reason
     if options.get("go_backwards"):
         return "it runs backwards only, which torch has no layer for"
     if kind == "gru" and options.get("reset_after") is False:
@@ -311,6 +340,12 @@ def _unlike_torch(kind: str | None, options: dict[str, Any], version: tuple[int,
     if kind != "rnn" and options.get("recurrent_activation", gates) != "sigmoid":
         return "its activations are not torch's"
     return None
+
+
+def _unknown(options: dict[str, Any]) -> str | None:
+    """Why a layer with a setting that is neither known nor off cannot be taken for torch's; None without one."""
+    unknown = sorted(key for key in options.keys() - READ - INERT - LEFT.keys() if options[key])
+    return f"its setting {unknown[0][:40]!r} is one that kruify does not know" if unknown else None
 
 
 def _settings_of(cell: _Cell, layers: dict[str, _Settings] | None, version: tuple[int, ...]) -> _Settings:
@@ -373,7 +408,10 @@ def _refusal(cell: _Cell, settings: _Settings) -> str | None:
         return settings.reason
     if settings.kind != cell.kind:
         return f"its weights are those of another kind ({cell.kind.upper()}) than its configuration"
-    bias, width = cell.parts.get("bias"), cell.parts["recurrent"].shape[1]
+    bias, (units, width) = cell.parts.get("bias"), cell.parts["recurrent"].shape
+    for key, actual in (("units", units), ("use_bias", bias is not None)):
+        if settings.options.get(key, actual) != actual:
+            return f"its configuration says {key}={str(settings.options[key])[:20]}, its weights {key}={actual}"
     if bias is not None and bias.shape not in ((width,), (2, width)):
         return f"its bias has shape {list(bias.shape)}"
     if cell.kind == "gru" and bias is not None and len(bias.shape) == 1:

@@ -69,6 +69,7 @@ def is_module(node: Record) -> bool:
 class _Resolver:
     def __init__(self, where: object, code: Mapping[str, str] | None) -> None:
         self.where, self.code = where, code
+        self.resolved: dict[int, Any] = {}
         self.visits = limits.VISITS  # of modules and their attributes: one module may stand in many places
 
     def resolve(self, node: Any, depth: int) -> Any:
@@ -78,11 +79,15 @@ class _Resolver:
             return tree
         if depth > limits.DEPTH:
             raise UnsafeError("it is nested too deeply", self.where)
-        if isinstance(node, dict) and type(node) in (dict, OrderedDict, OtherDict):
-            return type(node)((name, self.resolve(value, depth + 1)) for name, value in node.items())
-        if type(node) in (list, tuple):
-            return type(node)(self.resolve(value, depth + 1) for value in node)
-        return node
+        if id(node) not in self.resolved:  # what stands in two places is one
+            if isinstance(node, dict) and type(node) in (dict, OrderedDict, OtherDict):
+                found: Any = type(node)((name, self.resolve(value, depth + 1)) for name, value in node.items())
+            elif type(node) in (list, tuple):
+                found = type(node)(self.resolve(value, depth + 1) for value in node)
+            else:
+                return node
+            self.resolved[id(node)] = found
+        return self.resolved[id(node)]
 
     def walk(self, node: Record, path: str, depth: int, tree: ModuleTree) -> None:
         """Put the tensors and the hint of a module, and of the modules in it, into `tree`."""

@@ -35,7 +35,7 @@ NEEDS_SOURCE = ("torch-module", "torchscript", "onnx", "keras")
 
 def origin(checkpoint: Checkpoint) -> str:
     """What is needed to write the original kind of file again, as JSON; same checkpoint, same text."""
-    shards, metadata = _shards(checkpoint)
+    (shards, metadata), seen = _shards(checkpoint), dict[int, int]()
     table: dict[str, Any] = {
         "format": checkpoint.format,
         "key": checkpoint.key,
@@ -43,7 +43,7 @@ def origin(checkpoint: Checkpoint) -> str:
         "order": [name for weight in checkpoint.tensors for name in _stored_names(checkpoint, weight)],
         "computed": {name: [how.how, list(how.sources), how.dim] for name, how in checkpoint.computed.items()},
         "ties": dict(checkpoint.ties),
-        "extras": {name: to_json(value) for name, value in checkpoint.extras.items()},
+        "extras": {name: to_json(value, seen) for name, value in checkpoint.extras.items()},
         "extras_before": checkpoint.extras_before,
         "metadata": metadata,
         "shards": shards,

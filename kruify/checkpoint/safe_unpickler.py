@@ -55,11 +55,12 @@ Rebuild = Callable[[tuple[Any, ...]], Any]
 """Stands for a function that a pickle calls to rebuild data; gets the arguments."""
 
 
-def _words(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
+    """The words of a list."""
     return frozenset(text.split())
 
 
-FORBIDDEN_ROOTS = _words("""
+FORBIDDEN_ROOTS = words("""
     os posix nt posixpath ntpath subprocess sys shutil socket importlib runpy pty pickle _pickle cloudpickle dill joblib
     webbrowser ctypes code codeop types multiprocessing asyncio operator _operator inspect tempfile urllib requests
     http httpx aiohttp ftplib smtplib marshal linecache pdb bdb timeit trace cProfile profile signal threading _thread
@@ -68,7 +69,7 @@ FORBIDDEN_ROOTS = _words("""
 """)
 """Modules that no checkpoint needs and that can do something."""
 
-FORBIDDEN_ANYWHERE = _words("os sys subprocess importlib builtins __builtins__ ctypes socket")
+FORBIDDEN_ANYWHERE = words("os sys subprocess importlib builtins __builtins__ ctypes socket")
 """The same where they are reached through another module: torch.serialization.os.system."""
 
 FORBIDDEN_PREFIXES = (
@@ -79,13 +80,13 @@ FORBIDDEN_PREFIXES = (
     "torch.jit.load",
 )
 
-PLAIN_BUILTINS = _words("""
+PLAIN_BUILTINS = words("""
     set frozenset list dict tuple int float bool str bytes bytearray complex object slice range type long unicode xrange
     NotImplemented Ellipsis
 """)
 
 HARMLESS = ("builtins.getattr", "types.SimpleNamespace")
-"""May be named; `_Machine.call` allows getattr for torch's own functions only."""
+"""May be named; `_Machine.call` allows getattr for torch's own functions and for classes in classes only."""
 
 CALLABLE = frozenset(
     {
@@ -110,7 +111,7 @@ CALLABLE = frozenset(
 )
 """Harmless callables with small letters; a call is recorded like that of any class."""
 
-FUNCTION_TABLES = _words("torch._C._VariableFunctions torch._C._VariableFunctionsClass torch._C._nn")
+FUNCTION_TABLES = words("torch._C._VariableFunctions torch._C._VariableFunctionsClass torch._C._nn")
 """Where pickles find torch's own functions by getattr: a module with `self.act = torch.tanh`."""
 
 
@@ -280,8 +281,11 @@ class _Machine:
             if self.copies < 0:
                 raise UnsafeError("its pickle copies far more than the file holds", self.where)
             return self.rebuild[name](args)
-        if name == "builtins.getattr" and len(args) == 2 and str(args[0]) in FUNCTION_TABLES:
-            return self.name(str(args[0]), args[1])
+        if name == "builtins.getattr" and len(args) == 2 and isinstance(args[0], Global):
+            if str(args[0]) in FUNCTION_TABLES:
+                return self.name(str(args[0]), args[1])
+            if _is_class(str(args[0])) and isinstance(args[1], str) and _is_class(args[1]):  # a class in a class
+                return self.name(args[0].module, f"{args[0].name}.{args[1]}")
         if name in CALLABLE or _is_class(name):
             return Record(function, args)
         raise UnsafeError(f"opening it would call {name[:100]}", self.where, "Save model.state_dict() instead")
@@ -393,7 +397,13 @@ def _items(args: tuple[Any, ...]) -> Any:
 
 
 def _bytes(args: tuple[Any, ...]) -> bytes:
+    if args and isinstance(args[0], str):  # how protocol 2 writes a bytearray
+        return _encode(args)
     return bytes(args[0]) if args and isinstance(args[0], bytes | bytearray) else b""
+
+
+def _range(args: tuple[Any, ...]) -> range:
+    return range(*args)
 
 
 def _recorded(name: str) -> Rebuild:
@@ -411,10 +421,11 @@ REBUILD: dict[str, Rebuild] = {
     "builtins.list": lambda args: list(_items(args)),
     "builtins.tuple": lambda args: tuple(_items(args)),
     "builtins.bytes": _bytes,
-    "builtins.bytearray": _bytes,
+    "builtins.bytearray": lambda args: bytearray(_bytes(args)),
     "builtins.complex": lambda args: complex(*args),
     "builtins.slice": _recorded("slice"),
-    "builtins.range": _recorded("range"),
+    "builtins.range": _range,
+    "builtins.xrange": _range,
     "builtins.type": _recorded("type"),
     "_codecs.encode": _encode,
     "copyreg._reconstructor": lambda args: _record(args[:1]),

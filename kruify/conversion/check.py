@@ -12,7 +12,7 @@ from kruify.checkpoint import Checkpoint, LazyTensor, limits
 from kruify.conversion.computed import as_sources
 from kruify.conversion.locate import DTYPES, KRU_KINDS, AnyTensor, Located, RecurrentLayer, locate_checkpoint
 from kruify.conversion.plan import LayerPlan, Plan, Structures
-from kruify.errors import CorruptError, KruifyError, PlanError, UnsafeError, UnsupportedError
+from kruify.errors import CorruptError, FactorSpecError, KruifyError, PlanError, UnsafeError, UnsupportedError
 from kruify.layers.matrix import group_terms
 
 AGAIN = "Convert the source again"
@@ -46,13 +46,16 @@ def stored_plan(checkpoint: Checkpoint) -> Plan:
     """The plan that a converted file carries, compared with the file's tensors before anything is built from it.
 
     Raises:
-        PlanError: the file was not written by kruify, or its plan is damaged.
-        CorruptError: plan and tensors do not fit each other.
+        PlanError: the file was not written by kruify.
+        CorruptError: its plan is damaged, or does not fit its tensors.
     """
     text = checkpoint.metadata.get("kruify.plan")
     if text is None:
         raise PlanError("the file carries no plan: kruify did not write it", checkpoint.path, "Convert it first")
-    plan = Plan.from_json(text, f"plan in {checkpoint.path}")
+    try:
+        plan = Plan.from_json(text, f"plan in {checkpoint.path}")
+    except (PlanError, FactorSpecError) as error:
+        raise CorruptError(error.what, error.where or f"plan in {checkpoint.path}", AGAIN) from None
     for layer, weight, structures in plan.matrices():
         _check_stored(checkpoint, layer, weight, structures)
     for item in plan.layers:

@@ -192,7 +192,7 @@ def convert(
             overrides=overrides, moments=moments, seed=seed, progress=progress,
         )  # fmt: skip
     else:
-        plan = make_plan(layers, factors or "auto", input_factors, only, skip, overrides)
+        plan = make_plan(layers, "auto" if factors is None else factors, input_factors, only, skip, overrides)
     if dtype is not None:
         plan = with_dense(plan, layers)
     if not plan.layers:

@@ -82,8 +82,8 @@ class Plan:
 
         Raises:
             PlanError: not JSON, a key missing, unknown or twice, a size out of bounds, a layer twice, a spec that does
-                not fit, relabelled hidden units.
-            UnsupportedError: a schema newer than this kruify.
+                not fit.
+            UnsupportedError: a schema newer than this kruify, or relabelled hidden units.
         """
         try:
             data = parse_json(text, "it", where)
@@ -178,9 +178,11 @@ def _read_layer(data: object, where: str) -> LayerPlan:
     return LayerPlan(layer, matrices)
 
 
-def _relabelled(where: str) -> PlanError:
+def _relabelled(where: str) -> UnsupportedError:
     """What earlier versions wrote for `convert --relabel`: schema 2, or "units" beside stacked gates in schema 3."""
-    return PlanError("its hidden units are relabelled, which kruify no longer reads", where, "Convert the source again")
+    return UnsupportedError(
+        "its hidden units are relabelled, which kruify no longer reads", where, "Convert the source again"
+    )
 
 
 def _is_of(value: object, annotation: str) -> bool:

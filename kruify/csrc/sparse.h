@@ -90,7 +90,8 @@ template <class T> inline void sparse_slices(const Matrix<T>& m, const T* x, T* 
       Vec<T> v;
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) v[i] = x[column[i]];  // faster than a gather
-      total += v * load(r.slice_values + k * W);
+      const Vec<T> value = load(r.slice_values + k * W), zero{};
+      total += (value != zero ? v : zero) * value;  // x may be infinite where a row has ended
     }
     const int* row = r.slice_row + 2 * s * W;
     for (int i = 0; i < W; ++i)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kruify.errors import TargetMissedError, UsageError
+from kruify.errors import KruifyError, TargetMissedError, UsageError
 from kruify.exporting.shapes import Interface
 from kruify.graphs import Comparison
 
@@ -177,10 +177,10 @@ def staged(path: Path) -> Iterator[Path]:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except UsageError as error:
-        if str(error.where) != name:
+    except KruifyError as error:
+        if name not in str(error.where):
             raise
-        raise UsageError(error.what, path, error.hint) from None  # what cannot be written has the name that was given
+        raise type(error)(error.what, str(error.where).replace(name, str(path)), error.hint) from None
     except OSError as error:
         raise UsageError(f"it cannot be written ({error.strerror})", path, "Check the folder") from None
     finally:

@@ -33,8 +33,8 @@ class CompiledBackend:
     def run(self, layer: RecurrentLayer, input: Sequences, state: State) -> tuple[Tensor, State]:
         one = partial(run_direction, layer.kernel_kind, input.batch_sizes)
         output, final = run_each_direction(layer, input.packed(), state, one)
-        if training() and layer.kind != "lstm" and layer.num_directions == 1:
-            output = output.clone()  # the node keeps its own: torch.nn's GRU and RNN may be changed in place, too
+        if training() and layer.num_directions == 1:
+            output = output.clone()  # the node keeps its own, and a user may change this one in place, as torch.nn's
         return output, final
 
 

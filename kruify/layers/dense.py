@@ -25,7 +25,9 @@ class TorchBackend:
 
     def run(self, layer: RecurrentLayer, input: Sequences, state: State) -> tuple[Tensor, State]:
         if input.rectangular and uses_fused_autograd(layer, input.data):
-            return run_each_direction(layer, input.padded(), state, run_direction)
+            output, final = run_each_direction(layer, input.padded(), state, run_direction)
+            # The node keeps its own, and a user may change these in place, as torch.nn's.
+            return output.clone() if layer.num_directions == 1 else output, tuple(s.clone() for s in final)
         padded = (input.padded(),) if input.rectangular else (input.data, input.batch_sizes)
         hx = list(state) if layer.kind == "lstm" else state[0]
         options: tuple[Any, ...] = (layer.bias, layer.num_layers, layer.dropout, layer.training)

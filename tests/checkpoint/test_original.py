@@ -224,6 +224,8 @@ EXTRAS = {
     "device": torch.device("cuda", 0),
     "size": torch.Size([2, 3]),
     "raw": b"\xff\0",
+    "buffer": bytearray(b"\xfe"),
+    "range": range(9, 1, -3),
     "z": 1 + 2j,
     "$": {"$": "dict"},
     "large": 1 << 100,
@@ -249,6 +251,14 @@ def test_values_beside_the_state_dict_keep_types_and_order(tmp_path: Path, befor
     written = torch.load(target, weights_only=False)
     assert list(written) == list(whole)
     assert typed({**written, "model": None}) == typed({**whole, "model": None})
+
+
+def test_what_stands_in_two_places_beside_the_state_dict_stays_one(tmp_path: Path) -> None:
+    words, table = ["a"], {0: "b"}
+    torch.save({"words": words, "model": nn.GRU(2, 3).state_dict(), "more": (words, table, [table])}, tmp_path / "a.pt")
+    written = torch.load(rewritten(tmp_path / "a.pt")[0])
+    again, kept, (inner,) = written["more"]
+    assert written["words"] is again == words and kept is inner == table
 
 
 class Vocabulary:
@@ -288,7 +298,16 @@ def test_the_metadata_of_an_index_keep_their_types(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", ['{"$": "os", "items": 1}', '{"$": "set", "items": [[]]}', '{"$": "dtype"}', '{"$": []}']
+    "bad",
+    [
+        '{"$": "os", "items": 1}',
+        '{"$": "set", "items": [[]]}',
+        '{"$": "dtype"}',
+        '{"$": []}',
+        '[{"$": "same", "items": 0}]',
+        '{"$": "same", "items": 7}',
+        '{"$": "same", "items": {}}',
+    ],
 )
 def test_a_damaged_note_of_extras_is_refused(tmp_path: Path, bad: str) -> None:
     with pytest.raises(CorruptError, match="note of the original"):

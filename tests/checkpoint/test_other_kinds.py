@@ -228,6 +228,36 @@ def test_keras_settings_that_torch_lacks_are_named(tmp_path: Path, kind: str, en
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_keras_settings_beyond_the_layer_are_said_and_unknown_ones_refused(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    sequential(lambda layers: layers.LSTM(4, name="a")).save(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5") as file:
+        config = json.loads(file.attrs["model_config"])
+
+    def skipped_and_assumed(change: dict, beside: dict) -> tuple[str, str]:
+        layers = config["config"]["layers"]
+        changed = [*layers[:-1], beside, {**layers[-1], "config": {**layers[-1]["config"], **change}}]
+        with h5py.File(tmp_path / "a.h5", "r+") as file:
+            file.attrs["model_config"] = json.dumps({**config, "config": {"layers": changed}})
+        found = read(tmp_path / "a.h5")
+        assert ("a" in found.module_hints) is not ("a" in found.skipped)
+        return found.skipped.get("a", ""), found.assumed.get("a", "")
+
+    assert skipped_and_assumed({"zoneout": 0.0, "future": None}, {}) == ("", "")
+    for change, word in (({"zoneout": 0.1}, "'zoneout'"), ({"units": 5}, "units=4"), ({"use_bias": False}, "use_bias")):
+        reason, assumed = skipped_and_assumed(change, {})
+        assert word in reason and not assumed
+    for change, beside, word in (
+        ({"stateful": True}, {}, "begins with a state of zeros"),
+        ({"zero_output_for_mask": True}, {}, "zero_output_for_mask"),
+        ({}, {"class_name": "Masking", "config": {"name": "m"}}, "no step is masked"),
+        ({}, {"class_name": "Embedding", "config": {"name": "e", "mask_zero": True}}, "no step is masked"),
+    ):
+        reason, assumed = skipped_and_assumed(change, beside)
+        assert word in assumed and not reason
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("ending", ["keras", "h5", "weights.h5"])
 def test_nested_and_wrapped_keras_layers_are_found_one_by_one(tmp_path: Path, ending: str) -> None:
     def inner(layers):

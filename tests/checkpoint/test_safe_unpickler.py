@@ -84,13 +84,15 @@ def test_objects_become_records(protocol: int) -> None:
         (collections.Counter("aab"), {"a": 2, "b": 1}),
         ({3}, {3}),
         (frozenset([3]), frozenset([3])),
-        (bytearray(b"abc"), b"abc"),
+        (bytearray(b"abc"), bytearray(b"abc")),
+        (range(3), range(3)),
         (1 + 2j, 1 + 2j),
     ],
 )
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_containers_are_rebuilt(value: object, expected: object, protocol: int) -> None:
-    assert unpickle(pickle.dumps(value, protocol), where="a")[0] == expected
+    found = unpickle(pickle.dumps(value, protocol), where="a")[0]
+    assert found == expected and isinstance(found, type(expected))
 
 
 @pytest.mark.parametrize("key", [(1 << 61) - 1, 1 << 100, (1, 2), 1j, frozenset([1])])
@@ -109,6 +111,20 @@ def test_a_deep_key_is_not_hashed() -> None:
 )
 def test_harmless_objects_are_records(value: object) -> None:
     assert isinstance(unpickle(pickle.dumps({"a": value}, 2), where="a")[0]["a"], Record)
+
+
+class Outer:
+    class Inner:
+        pass
+
+
+def test_a_class_in_a_class_is_named() -> None:
+    found = unpickle(pickle.dumps(Outer.Inner(), 2), where="a")[0]
+    assert isinstance(found, Record) and found.cls.name == "Outer.Inner"
+    for attribute in ("__globals__", "inner", "os"):
+        data = b"c__builtin__\ngetattr\nc" + f"{__name__}\nOuter\nV{attribute}\n".encode() + b"\x86R."
+        with pytest.raises(UnsafeError):
+            unpickle(data, where="a")
 
 
 def test_modules_of_torch_1_1_name_their_backend() -> None:

@@ -97,7 +97,11 @@ def broken(change: Any) -> str:
         (lambda d: "[]", PlanError, "an object with 'schema' and 'layers'"),
         (lambda d: d.update(schema=99), UnsupportedError, "schema 99 is newer"),
         (lambda d: d.update(schema="1"), PlanError, "whole number"),
-        (lambda d: d.update(schema=2), PlanError, "relabelled, which kruify no longer reads. Convert the source again"),
+        (
+            lambda d: d.update(schema=2),
+            UnsupportedError,
+            "relabelled, which kruify no longer reads. Convert the source again",
+        ),
         (
             lambda d: d["layers"][1]["matrices"]["weight_hh_l0"].update(units="8 -1 2 3 4 5 6 7"),
             PlanError,

@@ -128,3 +128,23 @@ def test_forced_kernel_refuses_what_it_cannot_run() -> None:
     layer = KRULSTM(3, 8, proj_size=4, factors="auto", backend="kernel")
     with pytest.raises(UsageError, match="backend='auto'"):
         layer(torch.zeros(2, 1, 3))
+
+
+@pytest.mark.parametrize("backend", ["kernel", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_rows_do_not_see_columns_that_a_sparse_residual_does_not_hold(
+    backend: Backend, dtype: torch.dtype, batch: int
+) -> None:
+    layer = KRURNN(2, 24, factors="sparse:20%:1", dtype=dtype, backend=backend)
+    assert layer.weight_hh_l0.overlay is not None
+    torch.nn.init.normal_(layer.weight_hh_l0.overlay.values, std=0.3)
+    dense, h = layer.weight_hh_l0.to_dense().detach(), torch.randn(1, batch, 24, dtype=dtype)
+    h[..., 0] = torch.inf
+    x, wanted = torch.randn(40, batch, 2, dtype=dtype), h[0]
+    outputs = layer(x, h)[0]
+    for step, output in zip(x, outputs, strict=True):
+        products = torch.where(dense != 0, dense * wanted[:, None], 0).sum(2)  # (batch, rows)
+        wanted = torch.tanh(step @ layer.weight_ih_l0.mT + layer.bias_ih_l0 + layer.bias_hh_l0 + products)
+        torch.testing.assert_close(output, wanted)
+        assert output.isfinite().all()
