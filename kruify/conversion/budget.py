@@ -229,7 +229,7 @@ def make_budget_plan(
     Raises:
         PlanError, TargetMissedError: the budget cannot be met; the text says what can.
     """
-    inputs = "auto" if input_budget else None
+    inputs = None if input_budget is None else "auto"
     everything = make_plan(layers, "auto", inputs, only, skip)
     first_of = ties(as_lazy(tensors))
     names = {part: matrices_of(everything, tensors, part, moments, first_of) for part in ("weight_hh", "weight_ih")}

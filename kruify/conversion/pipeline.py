@@ -133,9 +133,10 @@ def convert(
         PlanError, FactorSpecError, TargetMissedError: a plan, spec or budget does not fit.
     """
     by_budget = budget is not None or max_error is not None
-    if plan is not None and (factors or input_factors or by_budget or input_budget or only or skip or overrides):
+    by_spec = factors is not None or input_factors is not None
+    if plan is not None and (by_spec or by_budget or input_budget is not None or only or skip or overrides):
         raise UsageError("a plan names all factors", hint="Leave all other options that choose factors out")
-    if by_budget and (factors or input_factors):
+    if by_budget and by_spec:
         raise UsageError("a budget chooses the factors itself", hint="Give factors or a budget, not both")
     if input_budget is not None and not by_budget:
         raise UsageError("an input budget goes with a budget")

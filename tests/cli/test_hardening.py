@@ -94,6 +94,24 @@ def test_sizes_beyond_reason_are_usage_errors(command, options, folder, run):
     assert not Path("x.pt").exists()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--factors=",
+        "--factors=auto --input-factors=",
+        "--budget=",
+        "--budget=2x --input-budget=",
+        "--budget=2x --factors=",
+        "--plan=",
+        "--factors=auto --only=",
+    ],
+)
+def test_empty_options_are_usage_errors(options, folder, run):
+    result = run("convert", "model.pt", "-o", "x.pt", *options.split())
+    assert result.exit_code == 2, (result.exit_code, result.stderr)
+    assert not Path("x.pt").exists()
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000 + "y", "a\0b"])
 @pytest.mark.parametrize("command", [("inspect",), ("convert", "model.pt", "--factors", "2x2", "-o")])
 def test_names_that_no_file_can_have(command, name, folder, run):

@@ -104,7 +104,7 @@ def broken(change: Any) -> str:
         ),
         (
             lambda d: d["layers"][1]["matrices"]["weight_hh_l0"].update(units="8 -1 2 3 4 5 6 7"),
-            PlanError,
+            UnsupportedError,
             "relabelled, which kruify no longer reads. Convert the source again",
         ),
         (lambda d: d["layers"][0].pop("matrices"), PlanError, "'matrices'"),
