@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -131,7 +132,15 @@ def template_fits(gates: int, rank: int, rows1: int, rows2: int, training: bool,
 
 @lru_cache(maxsize=256)
 def _template_fits_cached(*question: int) -> bool:
-    return bool(torch.ops.kruify.template_fits(*question))
+    fits = bool(torch.ops.kruify.template_fits(*question))
+    if fits:
+        warnings.warn(  # once: the text is always the same
+            "kruify's CUDA kernels have been tested on an emulated GPU alone, and never measured: backend='dense' runs"
+            " torch's own kernels instead (docs/gpu.md)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return fits
 
 
 def serves(weight_hh: object, x: Tensor, projected: bool) -> bool:

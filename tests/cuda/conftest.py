@@ -203,6 +203,7 @@ def gpu(shim: Gpu) -> Iterator[Gpu]:
         operator = getattr(getattr(torch.ops, NAMESPACE), name).default
         for variant in {name, name.removesuffix("_forward")}:
             overriding.impl(variant, operator, "CPU", allow_override=True)
+    overriding.impl("template_fits", getattr(torch.ops, NAMESPACE).template_fits, "CompositeExplicitAutograd")
     overriding.impl("layer_backward", _layer_backward, "CPU", allow_override=True)  # has no kernel of its own on CUDA
     shim.chip()
     shim.launches(), shim.tensor_products(), shim.races(), shim.barriers()

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, `make test-gpu`: builds the kernels for the GPU at hand, runs the GPU tests, then
-# compute-sanitizer (memcheck, racecheck, synccheck) over every kernel.
-#   PYTHON=python3 tests/cuda/gpu.sh [pytest arguments]
-#   GPU_STEPS="build test" tests/cuda/gpu.sh      some of build, test, memcheck, racecheck, synccheck: each is bounded
-# Needs torch with CUDA, nvcc and pytest; nothing is downloaded or installed.
+# Everything that only a GPU can show, `make test-gpu`, in parts of at most four minutes. The first three say most and take
+# about five: the kernels for the GPU at hand are built, the parity cases run on it, the three layers of the issue are timed.
+#   PYTHON=python3 tests/cuda/gpu.sh
+#   GPU_STEPS="build parity quick" tests/cuda/gpu.sh    some of build, parity, quick, gpu, memcheck, racecheck, synccheck
+# A part that passed for this commit on this GPU is not run again (GPU_FRESH=1: it is). Needs torch with CUDA, nvcc and
+# pytest; nothing is downloaded or installed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3}
-steps=" ${GPU_STEPS:-build test memcheck racecheck synccheck} "
 "$PYTHON" - <<'CHECK'
 import importlib.util
 import shutil
@@ -23,29 +23,45 @@ if not (shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")):
     raise SystemExit("nvcc was not found: put it on PATH or set CUDA_HOME")
 print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
 CHECK
+gpu=$("$PYTHON" -c 'import re, torch; print(re.sub(r"\W+", "-", torch.cuda.get_device_name()))')
 KRUIFY_CUDA_ARCHS=${KRUIFY_CUDA_ARCHS:-$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')}
-export KRUIFY_CUDA=1 KRUIFY_REQUIRE_KERNELS=1 KRUIFY_CUDA_ARCHS
-if [[ $steps == *" build "* ]]; then time "$PYTHON" setup.py -q build_ext --inplace; fi
+export KRUIFY_CUDA=1 KRUIFY_REQUIRE_KERNELS=1 KRUIFY_CUDA_ARCHS PYTHONPATH=. PYTHONUNBUFFERED=1
+done=build/gpu-steps/$gpu-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
+mkdir -p "$done"
+
+sanitize() {
+  local sanitizer
+  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
+  if [ -z "$sanitizer" ]; then echo "compute-sanitizer: not here, not run"; return; fi
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 240 "$sanitizer" --tool "$1" --error-exitcode 9 "$PYTHON" tests/cuda/sanitize.py
+}
+run() {
+  case $1 in
+    build) timeout 240 "$PYTHON" setup.py -q build_ext --inplace ;;
+    parity) timeout 240 "$PYTHON" -m pytest tests/cuda/test_parity.py -m gpu -q ;;
+    quick) timeout 240 "$PYTHON" benchmarks/cuda_layers.py --quick --seconds 200 ;;
+    gpu) timeout 240 "$PYTHON" -m pytest tests/cuda/test_gpu.py -m gpu -q --durations=5 ;;
+    *) sanitize "$1" ;;
+  esac
+}
+
 status=0
-if [[ $steps == *" test "* ]]; then
-  PYTHONPATH=. timeout 420 "$PYTHON" -m pytest tests/cuda -m gpu -q --durations=5 "$@" || status=$?
-fi
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
-if [ -z "$sanitizer" ]; then
-  echo "compute-sanitizer: not here, not run"
-else
-  for tool in memcheck racecheck synccheck; do
-    [[ $steps == *" $tool "* ]] || continue
-    echo "compute-sanitizer $tool"
-    log=$(mktemp)
-    if PYTHONPATH=. PYTHONUNBUFFERED=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 500 "$sanitizer" --tool "$tool" --error-exitcode 9 "$PYTHON" tests/cuda/sanitize.py >"$log" 2>&1; then
-      tail -2 "$log"
-    elif grep -q "Device not supported" "$log"; then
-      echo "compute-sanitizer does not support this machine: not run"
-    else
-      tail -40 "$log"
-      status=1
-    fi
-  done
-fi
+for part in ${GPU_STEPS:-build parity quick gpu memcheck racecheck synccheck}; do
+  if [ -e "$done/$part" ] && [ "$part" != build ] && [ -z "${GPU_FRESH:-}" ]; then
+    echo "$part: passed before"
+    continue
+  fi
+  began=$SECONDS log=$done/$part.log
+  if run "$part" >"$log" 2>&1; then
+    touch "$done/$part"
+    echo "$part: passed in $((SECONDS - began)) s; $(tail -1 "$log")"
+  elif grep -q "Device not supported" "$log"; then
+    echo "$part: compute-sanitizer does not support this machine: not run"
+  else
+    tail -40 "$log"
+    echo "$part: FAILED after $((SECONDS - began)) s; all of it in $log"
+    status=1
+    [ "$part" = build ] && break
+  fi
+done
 exit $status

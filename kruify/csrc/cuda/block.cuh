@@ -65,6 +65,15 @@ struct DeviceBlock {
     if (thread.ranks > 1) emulate_cluster_arrive();
 #endif
   }
+  // The same where the others wait for this block's reads alone, which a barrier of the block has ended: it waits for
+  // no store.
+  __device__ __forceinline__ void cluster_arrive_relaxed() const {
+#if __CUDA_ARCH__ >= 900
+    if (thread.ranks > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#elif !defined(__CUDACC__)
+    if (thread.ranks > 1) emulate_cluster_arrive();
+#endif
+  }
   __device__ __forceinline__ void cluster_wait() const {
 #if __CUDA_ARCH__ >= 900
     if (thread.ranks > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -70,6 +70,7 @@ KRUIFY_HD T cell_backward(
 // modReLU's unit: z and h are (re, im), im = 0 for a real one; im stands H / 2 behind re in every array.
 template <class T> KRUIFY_HD void modrelu_forward(const T (&z)[2], T b, T (&h)[2]) {
   const T size = magnitude(z[0], z[1]), length = size + b < T(0) ? T(0) : size + b;  // NaN stays NaN
+  KRUIFY_UNROLL
   for (int k = 0; k < 2; ++k) h[k] = size == T(0) ? T(0) : length * (z[k] / size);
 }
 

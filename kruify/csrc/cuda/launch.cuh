@@ -3,8 +3,11 @@
 
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "pair_plan.h"
 
@@ -16,21 +19,25 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("kruify: ") + what + " failed: " + cudaGetErrorString(error));
 }
 
-// The shared memory that a block may have on the current GPU.
-inline int most_shared_memory() {
+// Lets a kernel have all the shared memory of a block on the current GPU: once, since another thread may be about to
+// launch it with more or less than this one.
+template <class... Parameters> void allow_shared_memory(void (*kernel)(Parameters...), const char* what) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, void (*)(Parameters...)>> known;
+  const std::lock_guard<std::mutex> lock(mutex);
   int device = 0, bytes = 0;
   check(cudaGetDevice(&device), "asking for the GPU");
+  if (known.count({device, kernel})) return;
   check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "asking the GPU for its size");
-  return bytes;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), what);
+  known.insert({device, kernel});
 }
 
 // `cluster` blocks together, each with `bytes` of shared memory. Neither allocates nor waits.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, int cluster, cudaStream_t stream,
     const char* what, const Arguments&... arguments) {
-  // Always the most there is: another thread may be about to launch the same kernel with more or less than `bytes`.
-  if (bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_memory()), what);
+  if (bytes > 48 * 1024) allow_shared_memory(kernel, what);
   cudaLaunchConfig_t config{};
   config.gridDim = blocks, config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes, config.stream = stream;
   cudaLaunchAttribute attribute{};

@@ -1,6 +1,7 @@
 // The machine that schedule.h runs on: one GPU, the current stream of torch, memory from torch's caching allocator.
 #pragma once
 
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,7 +14,8 @@
 #include "launch.cuh"
 #include "launches.h"
 
-// A library built with CUDA loads beside a torch without it; its CUDA operators are then never reached.
+// A library built with CUDA loads beside a torch without it; its CUDA operators are then never reached. One that was
+// built beside such a torch finds the function by name when it runs beside one with CUDA.
 #pragma weak aoti_torch_get_current_cuda_stream
 
 namespace kruify::cuda {
@@ -21,6 +23,33 @@ namespace kruify::cuda {
 template <class Item> __global__ void __launch_bounds__(256) items_kernel(const __grid_constant__ Item item) {
   const int64_t count = item.items();
   for (int64_t k = blockIdx.x * int64_t{256} + threadIdx.x; k < count; k += gridDim.x * int64_t{256}) item.run(k);
+}
+
+inline decltype(&aoti_torch_get_current_cuda_stream) current_stream() {
+  static const auto found = [] {
+    if (aoti_torch_get_current_cuda_stream) return aoti_torch_get_current_cuda_stream;
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+    void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    return reinterpret_cast<decltype(&aoti_torch_get_current_cuda_stream)>(symbol);
+  }();
+  if (!found) throw std::runtime_error("kruify: this torch has no CUDA, but its tensors are on a GPU: reinstall torch");
+  return found;
+}
+
+// How many clusters of so many blocks run at one time, each block on a multiprocessor of its own.
+inline int clusters_at_once(const Chip& chip, int cluster) {
+  if (cluster == 1) return chip.processors;
+  const auto kernel = items_kernel<Upload>;
+  allow_shared_memory(kernel, "asking for clusters");
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(cluster), config.blockDim = dim3(512), config.dynamicSmemBytes = chip.shared_memory;
+  config.attrs = &attribute, config.numAttrs = 1;
+  int count = 0;
+  check(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "asking for clusters");
+  return count;
 }
 
 // The current GPU, which is number `device`. No room at all where this library holds no code for it.
@@ -44,7 +73,8 @@ inline Chip chip_of(int device) {
         "asking the GPU for its size");
     // Code that the driver translated from the PTX of an older chip knows nothing of clusters.
     chip.clusters = major >= 9 && code.ptxVersion >= 90;
-    if (!runs) chip.shared_memory = 0;
+    if (!runs) chip.shared_memory = 0, chip.clusters = false;
+    for (int k = 0; k < 4; ++k) chip.at_once[k] = k && !chip.clusters ? 0 : clusters_at_once(chip, 1 << k);
   }
   return chip;
 }
@@ -59,11 +89,8 @@ class Machine {
     // The guard sets the device of torch's CUDA runtime; this library carries one of its own.
     check(cudaSetDevice(device), "choosing the GPU");
     chip = chip_of(device);
-    if (!aoti_torch_get_current_cuda_stream)
-      throw std::runtime_error(
-          "kruify: the kernels were built beside a torch without CUDA: build them again beside this one");
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    TORCH_ERROR_CODE_CHECK(current_stream()(device, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 

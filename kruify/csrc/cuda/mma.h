@@ -153,13 +153,19 @@ KRUIFY_HD void warp_tile(
 #endif
 }
 
-template <int NT, class Product, class Store>
+template <int NT, class Product, class Store, class Start>
 KRUIFY_HD void share_tiles_of(
-    const Thread& t, int count, int rows, int columns, const Product& product, const Store& store) {
+    const Thread& t, int count, int rows, int columns, const Product& product, const Store& store, const Start& start) {
   const int lane = t.id % 32, down = rows / 16, across = columns / (8 * NT);
   for (int e = t.id / 32; e < count * down * across; e += t.count / 32) {
     const int column = e % across * (8 * NT), row = e / across % down * 16, number = e / (across * down);
-    float sum[NT][4] = {};
+    float sum[NT][4];
+    KRUIFY_UNROLL
+    for (int j = 0; j < NT; ++j) {
+      KRUIFY_UNROLL
+      for (int i = 0; i < 4; ++i)
+        sum[j][i] = start(number, row + lane / 4 + i / 2 * 8, column + 8 * j + lane % 4 * 2 + i % 2);
+    }
     product(number, row, column, lane, sum);
     KRUIFY_UNROLL
     for (int j = 0; j < NT; ++j) {
@@ -172,25 +178,30 @@ KRUIFY_HD void share_tiles_of(
 
 // `count` products C (rows, columns), rows and columns multiples of 16, shared out to the block's warps as tiles:
 // product(number, row, column, lane, sum) fills one, store(number, row, column, first, second) takes its elements in
-// pairs.
-template <class Product, class Store>
+// pairs, start(number, row, column) is what an element's sum starts from.
+template <class Product, class Store, class Start>
 KRUIFY_HD void share_tiles(
-    const Thread& t, int count, int rows, int columns, const Product& product, const Store& store) {
+    const Thread& t, int count, int rows, int columns, const Product& product, const Store& store, const Start& start) {
   // Wider tiles load less for each product, while there is one for every warp.
   if (columns % 32 == 0 && count * (rows / 16) * (columns / 32) >= t.count / 32)
-    share_tiles_of<4>(t, count, rows, columns, product, store);
-  else share_tiles_of<2>(t, count, rows, columns, product, store);
+    share_tiles_of<4>(t, count, rows, columns, product, store, start);
+  else share_tiles_of<2>(t, count, rows, columns, product, store, start);
 }
+
+struct Zero {
+  KRUIFY_HD float operator()(int, int, int) const { return 0.0f; }
+};
 
 // `count` products C (rows, columns) = sum of A B^T, shared out to the block: tiles of 4 x Numbers::tile to its
 // threads, or of 16 x 16 and 16 x 32 to its warps. The operands' rows of `depth` numbers lie in shared memory.
 //   operands(number, add)               calls add(A, B) for all that is summed up
 //   store(number, row, column, v...)    takes an element, on tensor cores two neighbours in a row
+//   start(number, row, column)          what an element's sum starts from
 // `Turned`: in float32 the four of a tile run along the columns. `shift`: the logarithm of the size that Numbers::tile
 // divides, where the shapes are fixed and it is not known when the kernel is compiled.
-template <class Numbers, class Shape, bool Turned = false, class Operands, class Store>
+template <class Numbers, class Shape, bool Turned = false, class Operands, class Store, class Start = Zero>
 KRUIFY_HD void products(const Thread& t, int count, int rows, int columns, int depth, const Operands& operands,
-    const Store& store, int shift = 0) {
+    const Store& store, int shift = 0, const Start& start = {}) {
   const int width = row_words(Numbers::precision, depth);
   if constexpr (Numbers::precision == kFloat32) {
     constexpr int NT = Numbers::tile;
@@ -198,7 +209,15 @@ KRUIFY_HD void products(const Thread& t, int count, int rows, int columns, int d
     for (int e = t.id; e < count * down * across; e += t.count) {
       const Split place = shift ? split<Shape>(e, across, shift - (NT == 4 ? 2 : 1)) : Split{e / across, e % across};
       const int column = place.remainder, row = place.quotient % down, number = place.quotient / down;
-      float sum[kTileRows][NT] = {};
+      float sum[kTileRows][NT];
+      KRUIFY_UNROLL
+      for (int j = 0; j < NT; ++j) {
+        KRUIFY_UNROLL
+        for (int i = 0; i < kTileRows; ++i) {
+          const int high = row + i * down, wide = column + j * across;
+          sum[i][j] = start(number, Turned ? wide : high, Turned ? high : wide);
+        }
+      }
       operands(number, [&](const float* a, const float* b) {
         const float *left = Turned ? b : a, *right = Turned ? a : b;
         tile_fma<NT, Shape::turns>(
@@ -221,7 +240,7 @@ KRUIFY_HD void products(const Thread& t, int count, int rows, int columns, int d
             warp_tile<Numbers>(lane, a + row * width, width, b + column * width, width, depth / Numbers::numbers, sum);
           });
         },
-        store);
+        store, start);
   }
 }
 

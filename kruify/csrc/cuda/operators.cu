@@ -101,7 +101,7 @@ States recurrence_operator(const ForwardTensors& given) {
           .c_last = writable<T>(call.c),
           .workspace = given.training ? writable<T>(call.workspace) : nullptr,
           .rows = rows_on(machine, call, given.reverse)};
-      recurrence(machine, m, given.kind, arrays, given.precision);
+      recurrence(machine, m, given.kind, arrays, call.rows(), given.precision);
     });
     return {call.out, call.h, call.c, call.workspace};
   });

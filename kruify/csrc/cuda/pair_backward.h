@@ -46,6 +46,7 @@ template <int G, class Numbers, class Shape> struct PairBackwardPhases {
   // The gradient of a unit's h: what came by W, in fixed order, and what passed by it.
   KRUIFY_HD float gradient(const Thread& t, int unit) const {
     float sum = at(t, p.carry)[unit];
+    KRUIFY_UNROLL_BY(2)
     for (int part = 0; part < t.ranks * p.groups; ++part) sum += at(t, p.v)[part * units() + unit];
     return sum;
   }
@@ -57,13 +58,17 @@ template <int G, class Numbers, class Shape> struct PairBackwardPhases {
       const Split e = split<Shape>(u, p.share, p.shift);
       const int i = e.quotient * s.P2 + t.rank * p.share + e.remainder;
       float z[2] = {}, d[2] = {};
-      for (int k = 0; k < parts; ++k) {
+      KRUIFY_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        if (k == parts) break;
         const int unit = i + k * (hidden() / 2);
         z[k] = args.workspace[row + unit], d[k] = gradient(t, u + k * count);
         if (args.grad_out) d[k] += args.grad_out[row + unit];
       }
       modrelu_backward(z, args.threshold ? args.threshold[i] : 0.0f, d);
-      for (int k = 0; k < parts; ++k) {
+      KRUIFY_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        if (k == parts) break;
         const int unit = i + k * (hidden() / 2);
         const float* diagonal = args.diagonal.of(0, hidden());
         args.grad_gates[row + unit] = d[k];
@@ -165,8 +170,8 @@ KRUIFY_HD void pair_recurrence(Block& block, Shape s, const PairPlan& p, const P
   block.cluster_barrier();
   for (int n = length - 1; n >= 0; --n) {
     block.each([&, n](const Thread& t) { phases.cell(t, n); });
-    block.cluster_arrive();  // this block has read its partial sums: the others may write new ones
     block.barrier();
+    block.cluster_arrive_relaxed();  // this block has read its partial sums: the others may write new ones
     block.each([&, n](const Thread& t) {
       phases.ask(t, n);
       phases.first_factor(t);

@@ -4,7 +4,7 @@
 //   gate[g][p1, p2] = x + sum_{r, q1} A[g, r][p1, q1] T[p2, q1] phase 2
 //   h, c = cell(gates)                                          phase 3
 //
-// Three barriers per step, the last one across the cluster. Everything but x, out and what the backward pass wants
+// Three barriers per step, and one of the cluster. Everything but x, out and what the backward pass wants
 // stays on the chip. `Numbers` says how the operands of phases 1 and 2 lie in shared memory (mma.h): float32, or
 // rounded, for tensor cores; h of the block's own units, c and all sums are float32.
 #pragma once
@@ -47,7 +47,19 @@ template <int G, class Numbers, class Shape> struct PairForwardPhases {
   KRUIFY_HD int units() const { return s.P1 * p.share; }
   static KRUIFY_HD int words(int n) { return row_words(Numbers::precision, n); }
   KRUIFY_HD float* h(const Thread& t, int step) const { return at(t, p.h) + (step & 1) * s.Q1 * words(s.Q2); }
-  KRUIFY_HD float* x(const Thread& t, int step) const { return at(t, p.x) + step % p.depth * G * units(); }
+  KRUIFY_HD float* x(const Thread& t, int step) const {
+    return at(t, p.x) + (step & (p.depth - 1)) * G * units();  // depth: 1, 2 or 4
+  }
+
+  // What is added to a gate of unit i, the block's number u: bias and diagonal, from shared memory where they found
+  // room.
+  KRUIFY_HD float added(const Thread& t, int gate, int u, int i, float before) const {
+    float sum = 0.0f;
+    if (args.bias) sum = p.bias >= 0 ? at(t, p.bias)[gate * units() + u] : args.bias[gate * hidden() + i];
+    if (const float* d = args.diagonal.of(gate, hidden()))
+      sum += (p.diagonal >= 0 ? at(t, p.diagonal)[gate * units() + u] : d[i]) * before;
+    return sum;
+  }
 
   KRUIFY_HD void load(const Thread& t) const {
     load_rows<Numbers>(t, at(t, p.a), args.a, G * p.rank, s.P1, s.Q1, 0, s.P1);
@@ -62,6 +74,14 @@ template <int G, class Numbers, class Shape> struct PairForwardPhases {
         if constexpr (G == 4) at(t, p.c)[u] = args.c0[i];
         if constexpr (!exact) at(t, p.state)[u] = args.h0[i];
       }
+    }
+    for (int e = t.id; e < G * units(); e += t.count) {
+      const int gate = e / units(), u = e % units();
+      const Split place = split<Shape>(u, p.share, p.shift);
+      const int i = place.quotient * s.P2 + t.rank * p.share + place.remainder;
+      if (p.bias >= 0 && args.bias) at(t, p.bias)[e] = args.bias[gate * hidden() + i];
+      const float* d = args.diagonal.of(gate, hidden());
+      if (p.diagonal >= 0 && d) at(t, p.diagonal)[e] = d[i];
     }
   }
 
@@ -98,41 +118,51 @@ template <int G, class Numbers, class Shape> struct PairForwardPhases {
             add(at(t, p.a) + pair * s.P1 * words(s.Q1), at(t, p.t) + pair * p.share * words(s.Q1));
         },
         [&](int gate, int row, int column, auto... values) {
-          const bool apart = G == 3 && gate == 2;  // the GRU's reset gate stands between the two shares
-          float* to = (apart ? at(t, p.y) : x(t, step) + gate * units()) + row * p.share + column;
-          write_values(to, !apart, values...);
+          float* to = (apart(gate) ? at(t, p.y) : x(t, step) + gate * units()) + row * p.share + column;
+          write_values(to, false, values...);
         },
-        p.shift);
+        p.shift,
+        [&](int gate, int row, int column) {
+          return apart(gate) ? 0.0f : x(t, step)[gate * units() + row * p.share + column];
+        });
+  }
+  // The GRU's reset gate stands between the two shares of the third gate.
+  static KRUIFY_HD bool apart(int gate) { return G == 3 && gate == 2; }
+
+  // The new state of a unit into the h of every block.
+  template <class Block>
+  KRUIFY_HD void spread(const Block& block, const Thread& t, int step, int place, int p2, float now) const {
+    KRUIFY_UNROLL_BY(2)
+    for (int rank = 0; rank < t.ranks; ++rank) Numbers::put(block.remote(t, rank, h(t, step + 1)) + place, p2, now);
   }
 
   template <class Block> KRUIFY_HD void modrelu(const Block& block, const Thread& t, int step) const {
-    const int64_t row = args.rows.row(step, sample, length);
     const int parts = rows_per_bias(args.kind), count = units() / parts;
     for (int u = t.id; u < count; u += t.count) {
       const Split e = split<Shape>(u, p.share, p.shift);
       const int p2 = t.rank * p.share + e.remainder, i = e.quotient * s.P2 + p2;
       float z[2] = {}, now[2];
-      for (int k = 0; k < parts; ++k) {
-        const int unit = i + k * (hidden() / 2), place = (e.quotient + k * (s.P1 / 2)) * words(s.Q2) + p2;
-        z[k] = x(t, step)[u + k * count];
-        if (const float* d = args.diagonal.of(0, hidden()))
-          z[k] += d[unit] * (exact ? h(t, step)[place] : at(t, p.state)[u + k * count]);
-        if (args.workspace) args.workspace[row * hidden() + unit] = z[k];
+      KRUIFY_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        if (k == parts) break;
+        const int own = u + k * count, place = (e.quotient + k * (s.P1 / 2)) * words(s.Q2) + p2;
+        float& sum = x(t, step)[own];
+        const float before = exact ? h(t, step)[place] : at(t, p.state)[own];
+        z[k] = sum += added(t, 0, own, i + k * (hidden() / 2), before);
       }
       modrelu_forward(z, args.threshold ? args.threshold[i] : 0.0f, now);
-      for (int k = 0; k < parts; ++k) {
-        const int place = (e.quotient + k * (s.P1 / 2)) * words(s.Q2);
-        for (int rank = 0; rank < t.ranks; ++rank)
-          Numbers::put(block.remote(t, rank, h(t, step + 1)) + place, p2, now[k]);
+      KRUIFY_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        if (k == parts) break;
+        spread(block, t, step, (e.quotient + k * (s.P1 / 2)) * words(s.Q2), p2, now[k]);
         if constexpr (!exact) at(t, p.state)[u + k * count] = now[k];
-        args.out[row * hidden() + i + k * (hidden() / 2)] = now[k];
       }
     }
   }
 
+  // The step's new state; what `store` will need of the gates stands in their place.
   template <class Block> KRUIFY_HD void cell(const Block& block, const Thread& t, int step) const {
     if (G == 1 && is_modrelu(args.kind)) return modrelu(block, t, step);
-    const int64_t row = args.rows.row(step, sample, length);
     for (int u = t.id; u < units(); u += t.count) {
       const Split e = split<Shape>(u, p.share, p.shift);
       const int p2 = t.rank * p.share + e.remainder, i = e.quotient * s.P2 + p2;
@@ -142,20 +172,39 @@ template <int G, class Numbers, class Shape> struct PairForwardPhases {
       KRUIFY_UNROLL
       for (int g = 0; g < G; ++g) {
         gates[g] = x(t, step)[g * units() + u];
-        product[g] = G == 3 && g == 2 ? at(t, p.y)[u] : 0.0f;
-        if (args.bias) product[g] += args.bias[g * hidden() + i];
-        if (const float* d = args.diagonal.of(g, hidden())) product[g] += d[i] * before;
+        product[g] = (apart(g) ? at(t, p.y)[u] : 0.0f) + added(t, g, u, i, before);
       }
       float c = G == 4 ? at(t, p.c)[u] : 0.0f;
       const float now = cell_forward<G>(gates, product, before, c, args.kind, saved);
-      for (int rank = 0; rank < t.ranks; ++rank) Numbers::put(block.remote(t, rank, h(t, step + 1)) + place, p2, now);
+      spread(block, t, step, place, p2, now);
       if constexpr (!exact) at(t, p.state)[u] = now;
-      args.out[row * hidden() + i] = now;
       if constexpr (G == 4) at(t, p.c)[u] = c;
       if (G > 1 && args.workspace) {
+        KRUIFY_UNROLL
+        for (int g = 0; g < G; ++g) x(t, step)[g * units() + u] = saved[g];
+        if constexpr (G == 3) at(t, p.y)[u] = saved[3];
+      }
+    }
+  }
+
+  // The step's results to global memory, by the threads that have them: behind the arrival at the cluster's barrier,
+  // which would wait for these stores.
+  KRUIFY_HD void store(const Thread& t, int step) const {
+    const int64_t row = args.rows.row(step, sample, length);
+    const bool modrelu = G == 1 && is_modrelu(args.kind);
+    const int count = modrelu ? units() / rows_per_bias(args.kind) : units();  // a complex unit is one thread's
+    for (int first = t.id; first < count; first += t.count) {
+      for (int u = first; u < units(); u += count) {
+        const Split e = split<Shape>(u, p.share, p.shift);
+        const int p2 = t.rank * p.share + e.remainder, i = e.quotient * s.P2 + p2;
+        args.out[row * hidden() + i] = exact ? h(t, step + 1)[e.quotient * words(s.Q2) + p2] : at(t, p.state)[u];
+        if (!args.workspace) continue;
+        if (modrelu) args.workspace[row * hidden() + i] = x(t, step)[u];
         constexpr int kept = saved_of_gates(G);
         KRUIFY_UNROLL
-        for (int k = 0; k < kept; ++k) args.workspace[(row * kept + k) * hidden() + i] = saved[k];
+        for (int k = 0; k < kept; ++k)
+          args.workspace[(row * kept + k) * hidden() + i] =
+              k < G ? x(t, step)[k * units() + u] : at(t, G == 4 ? p.c : p.y)[u];
       }
     }
   }
@@ -189,7 +238,10 @@ KRUIFY_HD void pair_recurrence(Block& block, Shape s, const PairPlan& p, const P
     block.each([&, n](const Thread& t) { phases.first_factor(t, n); });
     block.barrier();
     block.each([&, n](const Thread& t) { phases.cell(block, t, n); });
-    block.cluster_barrier();
+    block.cluster_arrive();
+    block.each([&, n](const Thread& t) { phases.store(t, n); });
+    block.cluster_wait();
+    block.barrier();  // what is stored is not fetched over; in one block, h is there
   }
   block.each([&](const Thread& t) { phases.finish(t); });
   block.end();

@@ -14,6 +14,7 @@ struct Chip {
   int processors;     // streaming multiprocessors
   int shared_memory;  // bytes that a block may have
   bool clusters;      // compute capability 9.0 and above
+  int at_once[4];     // clusters of 1, 2, 4, 8 blocks that run at one time, each block with a processor of its own
 };
 
 // Shared memory dealt out piece by piece, counted in floats. Matrices may be far larger than any chip has room for:
@@ -37,6 +38,7 @@ struct PairPlan {
   // offsets in floats
   int a, b, h, t, x, y, c;  // forward: factors, h (two buffers), after the second factor, gates, W_hn h, c
   int state;                // forward, beyond float32: the block's own units of h, not rounded
+  int bias, diagonal;       // forward, or -1: no room
   int d, u, v, carry;       // backward: gate gradients, after the first factor, partial sums, what passes by W
   int bytes;
 };
@@ -71,6 +73,7 @@ PairPlan pair_layout(Shape s, int gates, int rank, int cluster, bool backward, P
     p.y = take(gates == 3 ? units : 0);
     p.c = take(gates == 4 ? units : 0);
     p.state = take(exact ? 0 : units);
+    p.bias = p.diagonal = -1;
   } else {
     const int groups = (exact ? p.threads * kTileRows * p.tile : p.threads / 32 * 256) / (s.Q1 * s.Q2);
     p.groups = static_cast<int>(greatest(1, least(groups, pairs)));
@@ -93,20 +96,41 @@ inline bool pair_takes(AnyShape s) {
   return s.P1 == s.Q1 && s.P2 == s.Q2;
 }
 
-// The cluster for this batch: the smallest that fits, and larger while every row still has multiprocessors of its own.
-// `precision` is what the products may be rounded to: sizes that are no multiples of 16, and what does not fit, stay
-// float32. cluster == 0 says that no size fits: the general kernel has to serve.
+// How many times the chip has to be filled for all rows.
+inline int64_t waves(const PairPlan& p, int batch, const Chip& chip) {
+  const int64_t threads = 2048 / p.threads, memory = chip.shared_memory / greatest(1, p.bytes);
+  const int64_t at_once = chip.at_once[logarithm(p.cluster)] * greatest(1, least(threads, memory));
+  return (batch + at_once - 1) / at_once;
+}
+
+// What every step reads of a block's own gates, `numbers` of them, into shared memory, where there is room and as many
+// blocks run at one time.
+inline void hold(PairPlan& p, int PairPlan::* place, int numbers, int batch, const Chip& chip) {
+  PairPlan larger = p;
+  larger.*place = p.bytes / 4, larger.bytes += static_cast<int>(round_up(numbers, 4)) * 4;
+  if (larger.bytes <= chip.shared_memory && waves(larger, batch, chip) <= waves(p, batch, chip)) p = larger;
+}
+
+// The plan for this batch: that which fills the chip the fewest times, with the smallest cluster, and a larger one
+// while every row still has multiprocessors of its own. `precision` is what the products may be rounded to: sizes that
+// are no multiples of 16, what does not fit, and what float32 does in fewer turns, stay float32. cluster == 0 says that
+// no size fits: the general kernel has to serve.
 template <class Shape>
 PairPlan pair_plan(Shape s, int gates, int rank, int batch, Chip chip, bool backward, Precision precision = kFloat32) {
   PairPlan best{};
   const int largest = chip.clusters ? 8 : 1, unit = precision == kFloat32 ? 4 : 16;
   for (int cluster = 1; cluster <= largest && s.P1 % unit == 0 && s.P2 % (unit * cluster) == 0; cluster *= 2) {
     const PairPlan p = pair_layout(s, gates, rank, cluster, backward, precision);
-    if (p.bytes > chip.shared_memory) continue;
+    if (p.bytes > chip.shared_memory || !chip.at_once[logarithm(cluster)]) continue;
+    const int64_t before = best.cluster ? waves(best, batch, chip) : INT64_MAX, now = waves(p, batch, chip);
     const bool worth = static_cast<int64_t>(batch) * cluster <= chip.processors && s.P1 * p.share >= 128;
-    if (best.cluster == 0 || worth) best = p;
+    if (now < before || (now == before && worth)) best = p;
   }
-  return best.cluster || precision == kFloat32 ? best : pair_plan(s, gates, rank, batch, chip, backward);
+  if (precision != kFloat32) {
+    const PairPlan exact = pair_plan(s, gates, rank, batch, chip, backward);
+    if (!best.cluster || (exact.cluster && waves(exact, batch, chip) < waves(best, batch, chip))) return exact;
+  }
+  return best;
 }
 
 // Whether a batch of any size runs on the two-stage kernels: forward, and where asked for backward.

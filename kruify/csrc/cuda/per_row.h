@@ -247,13 +247,13 @@ template <class T> struct Columns {
   KRUIFY_HD void run(int64_t item) const { to[item % size * cols + first + item / size] = from[item]; }
 };
 
-// y[row, e] = x[row, e] + bias[e]: ready-made gates that still lack their bias.
+// y[row, e] = x[row, e] + bias[e] (null: 0): ready-made gates that still lack their bias.
 template <class T> struct AddBias {
   const T *x, *bias;
   T* y;
   int64_t rows, size;
   KRUIFY_HD int64_t items() const { return rows * size; }
-  KRUIFY_HD void run(int64_t item) const { y[item] = x[item] + bias[item % size]; }
+  KRUIFY_HD void run(int64_t item) const { y[item] = bias ? x[item] + bias[item % size] : x[item]; }
 };
 
 // Numbers from the host into device memory by way of a launch's parameters, so that a CUDA graph keeps them.

@@ -28,7 +28,13 @@ template <class T> struct MatrixGradient {
 
 constexpr int64_t kScratchElements = int64_t{1} << 24;  // of one intermediate: more rows are taken in chunks
 
-inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+// x (rows, width) at an address that the two-stage kernels can load 16 bytes at a time from; copied where it is not.
+template <class Machine> const float* aligned_rows(Machine& machine, const float* x, int64_t rows, int64_t width) {
+  if (reinterpret_cast<uintptr_t>(x) % 16 == 0) return x;
+  float* copy = machine.template scratch<float>(rows * width);
+  machine.run(AddBias<float>{x, nullptr, copy, rows, width});
+  return copy;
+}
 
 template <class T> int height_of(const Matrix<T>& m) { return m.gates * static_cast<int>(m.rows); }
 
@@ -85,7 +91,8 @@ void product(Machine& machine, Matrix<T>& m, const T* x, int64_t rows, T* y, Pre
   for (const Term<T>& term : m) {
     if constexpr (std::is_same_v<T, float>) {
       PairProductPlan plan{};
-      if (is_pair(term, s) && aligned(x)) plan = pair_product_plan(s, term.rank, machine.chip, false, precision);
+      if (is_pair(term, s)) plan = pair_product_plan(s, term.rank, machine.chip, false, precision);
+      if (plan.bytes) x = aligned_rows(machine, x, rows, width);
       for (int k = 0; plan.bytes && k < term.gates; ++k)
         machine.pair_product(s, plan,
             PairProduct{.a = term.w[0] + int64_t{k} * term.rank * s.P1 * s.Q1,
@@ -341,23 +348,31 @@ template <class T> const T* take_threshold(Matrix<T>& m, Kind kind) {
   return is_modrelu(kind) ? std::exchange(m.bias, nullptr) : nullptr;
 }
 
-// `precision`: what the products of float32 may be rounded to. The arrays' kind and threshold are filled in here.
+// `total`: rows of all steps. `precision`: what the products of float32 may be rounded to. The arrays' kind and
+// threshold are filled in here.
 template <class T, class Machine>
-void recurrence(Machine& machine, Matrix<T>& m, Kind kind, ForwardArrays<T> arrays, Precision precision) {
+void recurrence(
+    Machine& machine, Matrix<T>& m, Kind kind, ForwardArrays<T> arrays, int64_t total, Precision precision) {
   if (arrays.rows.batch == 0) return;
   arrays.kind = kind, arrays.threshold = take_threshold(m, kind);
   if constexpr (std::is_same_v<T, float>) {
-    if (AnyShape s{}; is_pair_recurrence(m, s) && aligned(arrays.x)) {
+    if (AnyShape s{}; is_pair_recurrence(m, s)) {
       const Term<T>& term = m.term[0];
-      const PairPlan plan = pair_plan(s, m.gates, term.rank, arrays.rows.batch, machine.chip, false, precision);
-      if (plan.cluster)
+      const int batch = arrays.rows.batch;
+      PairPlan plan = pair_plan(s, m.gates, term.rank, batch, machine.chip, false, precision);
+      if (plan.cluster) {
+        arrays.x = aligned_rows(machine, arrays.x, total, height_of(m));
+        const int numbers = m.gates * s.P1 * plan.share;
+        if (m.bias) hold(plan, &PairPlan::bias, numbers, batch, machine.chip);
+        if (m.diagonal) hold(plan, &PairPlan::diagonal, numbers, batch, machine.chip);
         return machine.pair_recurrence(s, plan, PairForward{arrays, term.w[0], term.w[1], diagonal_of(m), m.bias});
+      }
     }
   }
   machine.general_recurrence(program_on(machine, m, false), arrays);
 }
 
-// `total`: rows of all steps. The arrays' grad_product is made here.
+// The arrays' grad_product is made here.
 template <class T, class Machine>
 void recurrence_backward(Machine& machine, Matrix<T>& m, Kind kind, BackwardArrays<T> arrays, int64_t total,
     MatrixGradient<T> to, Precision precision) {

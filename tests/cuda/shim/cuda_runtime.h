@@ -70,6 +70,7 @@ struct Launch {
 };
 cudaError_t run(const Launch& launch, const std::function<void()>& thread);
 cudaError_t allow(const void* function, int bytes);
+cudaError_t occupancy(int* count, const void* function, unsigned cluster, size_t bytes);
 bool has_code();
 }  // namespace shim
 
@@ -79,6 +80,10 @@ template <class... P> cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cud
 template <class... P> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, void (*)(P...)) {
   found->ptxVersion = 90;
   return shim::has_code() ? cudaSuccess : cudaErrorNoKernelImageForDevice;
+}
+template <class... P>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, void (*kernel)(P...), const cudaLaunchConfig_t* c) {
+  return shim::occupancy(count, reinterpret_cast<const void*>(kernel), c->attrs->val.clusterDim.x, c->dynamicSmemBytes);
 }
 template <class... P, class... Given>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(P...), Given&&... given) {

@@ -210,6 +210,14 @@ cudaError_t allow(const void* function, int bytes) {
   return cudaSuccess;
 }
 
+cudaError_t occupancy(int* count, const void* function, unsigned cluster, size_t bytes) {
+  const Chip& chip = chips[device];
+  if (chip.major < 9 || cluster > 8 || static_cast<int>(bytes) > allowance[{device, function}])
+    return cudaErrorInvalidValue;
+  *count = chip.processors / static_cast<int>(cluster);
+  return cudaSuccess;
+}
+
 cudaError_t run(const Launch& l, const std::function<void()>& thread) {
   const Chip& chip = chips[device];
   const auto allowed = allowance.find({device, l.function});
