@@ -59,6 +59,10 @@ class OnnxCopy:
         self._names[name] += 1
         return self.fresh(f"{name}_{number}") if number else name
 
+    def home(self, proto: Proto) -> tuple[Scope, str]:
+        """The graph that a constant of the file stands in, and its name there."""
+        return self._homes[id(proto)]
+
     def groups(self) -> list[list[tuple[str, Weight]]]:
         """The weights of recurrent nodes with the names of their layers, those that are one tensor together."""
         groups: dict[Hashable, list[tuple[str, Weight]]] = {}
@@ -92,7 +96,7 @@ class OnnxCopy:
 
     def replace(self, proto: Proto, content: Content) -> None:
         """Gives a constant of the file, under its name, another content."""
-        scope, name = self._homes[id(proto)]
+        scope, name = self.home(proto)
         made = content.make(name, scope.opset, self.fresh)
         if not made.nodes:
             kept = proto.name

@@ -23,7 +23,7 @@ from kruify.conversion.modules import convert_module
 from kruify.conversion.network import load_network
 from kruify.conversion.plan import Plan, make_plan
 from kruify.conversion.result import ByteCounts, Conversion, expected
-from kruify.conversion.size import DTYPE, FileSize, check_budget_target, plan_size
+from kruify.conversion.size import DTYPE, FileSize, GraphSize, check_budget_target, plan_size
 from kruify.conversion.storing import (
     check_storage,
     in_float32,
@@ -38,7 +38,7 @@ from kruify.conversion.storing import (
 )
 from kruify.conversion.tensors import convert_tensors
 from kruify.errors import UsageError
-from kruify.graphs import kept_constants, write_small
+from kruify.graphs import GraphBytes, kept_constants, write_small
 from kruify.progress import Progress
 from kruify.tasks.base import Task
 from kruify.tasks.loader import load_task
@@ -151,8 +151,9 @@ def convert(
         path = source.path if isinstance(source, Checkpoint) else source
         source = read(path, key=key, graph=to_graph)  # in its graph any recurrent node can stay
     check_storage(dtype, keep)
-    if to_graph and isinstance(source, Checkpoint) and source.format == "onnx" and dtype is not None:
-        keep = [*keep, *kept_constants(source.path)]
+    graph = source.path if to_graph and isinstance(source, Checkpoint) and source.format == "onnx" else None
+    if graph is not None and dtype is not None:
+        keep = [*keep, *kept_constants(graph)]
     tensors, located, where = _opened(source, subclasses)
     sha256, extra = ("", {}) if isinstance(source, nn.Module) else (source.sha256, carried(source))
     before = weight_bytes(as_lazy(tensors))
@@ -162,14 +163,15 @@ def convert(
         output = default_output(source.path) if output is None else output
     if output is not None and not dry_run:
         inputs = source.files if isinstance(source, Checkpoint) else ()
-        if to_graph and isinstance(source, Checkpoint) and source.format == "onnx":
-            check_target(output, *inputs)
-        else:
-            check_model_target(output, *inputs)
+        (check_model_target if graph is None else check_target)(output, *inputs)
         if budget is not None:
             check_budget_target(budget, output)
     layers = found(located, where)
-    file = FileSize(tensors, layers, dtype or "float32", keep, seed, extra, sha256, before)
+    if graph is None:
+        file = FileSize(tensors, layers, dtype or "float32", keep, seed, extra, sha256, before)
+    else:
+        whole = GraphBytes(graph)
+        file = GraphSize(tensors, layers, dtype or "float32", keep, before=whole.before, graph=whole)
     moments, latency = None, None
     if task is not None and (by_budget or not dry_run):
         task = load_task(task)
@@ -202,6 +204,8 @@ def convert(
     storage = storage_for(future, plan, dtype, keep)
     beside = source.size - before if isinstance(source, Checkpoint) else 0
     counts = ByteCounts(before, stored_bytes(future, plan, storage), max(0, beside))
+    if graph is not None:
+        counts = ByteCounts(file.before, file.of(plan))
     if of_file:
         counts = replace(counts, file=file.of(plan), allowed=file.limit(str(budget)))
     if dry_run:
@@ -218,9 +222,11 @@ def convert(
     conversion = replace(conversion, tensors={**kept}, bytes=counts, storage=storage, latency=latency)
     if output is not None:
         conversion = replace(conversion, output=Path(output))
-        if to_graph and isinstance(source, Checkpoint):
-            written = write_small(source.path, conversion.tensors, plan.structures(), storage, output)
-            counts = replace(counts, before=written.bytes_before, after=written.bytes_after, beside=0)
+        if graph is not None:
+            written = write_small(graph, conversion.tensors, plan.structures(), storage, output)
+            counts = replace(counts, before=written.bytes_before, after=written.bytes_after)
+            if of_file:
+                counts = replace(counts, file=written.bytes_after)
             return replace(conversion, bytes=counts, graph=written.comparison)
         write_converted(
             output, conversion.tensors, plan, storage, source_sha256=sha256, seed=seed, extra=extra, progress=progress

@@ -49,6 +49,7 @@ from kruify.conversion.storing import (
 from kruify.decomposition.structure_search import ScoredStructure
 from kruify.errors import FactorSpecError, PlanError, UsageError
 from kruify.factors import Structure
+from kruify.graphs import GraphBytes
 from kruify.progress import Progress
 
 DTYPE = "int8"
@@ -116,6 +117,24 @@ class FileSize:
     @cached_property
     def _storage(self) -> dict[str, str]:
         return storage_for(self.tensors_in_float32, Plan(), self.dtype, self.keep)
+
+
+@dataclass(frozen=True)
+class GraphSize(FileSize):
+    """Counts the bytes of the whole ONNX graph that a plan gives.
+
+    Attributes:
+        graph: the original.
+    """
+
+    graph: GraphBytes | None = None
+
+    def of(self, plan: Plan) -> int:
+        """Bytes of the graph's files."""
+        assert self.graph is not None
+        plan = with_dense(plan, [replace(layer, dtype="float32") for layer in self.layers])
+        future = planned(self.tensors_in_float32, plan)
+        return self.graph.of(future, plan.structures(), storage_for(future, plan, self.dtype, self.keep))
 
 
 def _tensor_bytes(structure: Structure, dtype: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,11 @@ def compare(original: Path, small: Path, seed: int = 0) -> Comparison:
             continue
         loads = _least_ms(*(partial(load, path) for path in (original, small)))
         runs = _least_ms(*(partial(session.run, None, feed) for session in sessions))
-        return Comparison(_difference(found, wanted), "", loads, runs)
+        done = Comparison(_difference(found, wanted), "", loads, runs)
+        if done.slower:  # or something else ran meanwhile
+            again = _least_ms(*(partial(session.run, None, feed) for session in sessions))
+            done = replace(done, run_ms=(min(runs[0], again[0]), min(runs[1], again[1])))
+        return done
     return Comparison(reason=reason)
 
 

@@ -83,8 +83,8 @@ def write_small(
     """
     original, output = Path(original), Path(output)
     copy = OnnxCopy(original, graph)
-    in_file = _names_in_file(copy.found)
-    contents = _Contents(copy.found.tensors, in_file(tensors), in_file(structures), in_file(storage))
+    in_file = names_in_file(copy.found)
+    contents = Contents(copy.found.tensors, in_file(tensors), in_file(structures), in_file(storage))
     for name, proto in copy.found.protos.items():
         if (content := contents.constant(name, copy.found.tensors[name])) is not None:
             copy.replace(proto, content)
@@ -109,7 +109,7 @@ def kept_constants(original: str | os.PathLike[str]) -> list[str]:
     return [glob.escape(short[name]) for name in found.protos if name not in large]
 
 
-class _Contents:
+class Contents:
     """What the weights of a model become."""
 
     def __init__(
@@ -140,7 +140,7 @@ class _Contents:
 
     def weight(self, copy: OnnxCopy, layer: str, weight: Weight) -> Content | None:
         """Of a weight of a recurrent node; None where it stays."""
-        names = _names(copy.found, layer, weight.part)
+        names = weight_names(copy.found, layer, weight.part)
         old = weight.constant.tensor
         if not any(name in self.structures or name + SCALE in self.stored for name in names):
             new = dense_weight(copy.found, layer, weight, {name: self.stored[name] for name in names})
@@ -186,7 +186,7 @@ class _Contents:
         }
 
 
-def _names_in_file(found: OnnxFile) -> Callable[[Mapping[str, T]], dict[str, T]]:
+def names_in_file(found: OnnxFile) -> Callable[[Mapping[str, T]], dict[str, T]]:
     """A function that puts the names in the file in the place of those that `checkpoint.read` gives."""
     full = {short: name for name, short in strip(list(found.tensors))[1].items()}
 
@@ -199,7 +199,12 @@ def _names_in_file(found: OnnxFile) -> Callable[[Mapping[str, T]], dict[str, T]]
     return lambda by_name: {rename(name): value for name, value in by_name.items()}
 
 
-def _names(found: OnnxFile, layer: str, part: str) -> list[str]:
+def file_bytes(copy: OnnxCopy) -> int:
+    """Bytes of a model's files."""
+    return copy.source.stat().st_size
+
+
+def weight_names(found: OnnxFile, layer: str, part: str) -> list[str]:
     """torch's names of what is in the W, R or B of a recurrent node, one direction after the other."""
     directions = ("_l0", "_l0_reverse")[: 1 + bool(found.hints[layer].options["bidirectional"])]
     return [f"{layer}.{stem}{suffix}" for stem in ONNX_PARTS[part] for suffix in directions]
@@ -230,7 +235,7 @@ def _digest(entries: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _largest_error(copy: OnnxCopy, path: Path, contents: _Contents, graph: bool) -> float:
+def _largest_error(copy: OnnxCopy, path: Path, contents: Contents, graph: bool) -> float:
     """The largest error of a weight as another reader works it out of the written file (`Written.max_error`).
 
     Raises:
@@ -241,7 +246,7 @@ def _largest_error(copy: OnnxCopy, path: Path, contents: _Contents, graph: bool)
         raise CorruptError("it has not the recurrent nodes of the original", path, "Report this as a bug")
     pairs = zip(copy.found.weights.items(), written.weights.values(), strict=True)
     for layer, part, weight in [(layer, part, new[part]) for (layer, old), new in pairs for part in old]:
-        names = _names(copy.found, layer, part)
+        names = weight_names(copy.found, layer, part)
         kind = str(copy.found.hints[layer].options["mode"]).lower()
         values = {name.removeprefix(f"{layer}."): contents.dense(name) for name in names}
         wanted = onnx_from_torch(kind, part, values, weight.constant.tensor.shape[0]).double()

@@ -15,7 +15,7 @@ from kruify.checkpoint import LazyTensor
 from kruify.checkpoint.stored import decode, encode
 from kruify.errors import UnsupportedError, UsageError
 from kruify.factors import parse
-from kruify.graphs import write_small
+from kruify.graphs import GraphBytes, write_small
 from kruify.layers import KroneckerMatrix
 
 onnx = pytest.importorskip("onnx")
@@ -108,6 +108,8 @@ def test_every_structure_computes_what_its_dense_matrix_does(tmp_path: Path, spe
     matrix.load_state_dict({entry: tensors[f"{name}.{entry}"].load() for entry in matrix.state_dict()})
     written = write_small(path, tensors, {name: structures}, storage, tmp_path / "small.onnx")
     onnx.checker.check_model(onnx.load(written.path), full_check=True)
+    counted = GraphBytes(path).of(tensors, {name: structures}, storage)
+    assert written.bytes_after <= counted <= written.bytes_after + (600 if "sparse" in str(SPECS[spec]) else 300)
     gates = matrix.to_dense().detach().numpy().reshape(4, H, H)
     constants["R"][1] = gates[[0, 3, 1, 2]].reshape(4 * H, H)  # torch's gates i, f, g, o as ONNX's i, o, f, c
     twin = save(tmp_path / "twin.onnx", [node("LSTM", name="rnn", direction="bidirectional")], constants)
@@ -220,3 +222,18 @@ def test_both_graphs_are_run_and_compared(tmp_path: Path) -> None:
     inputs = [value("names", [2], onnx.TensorProto.STRING)]
     path = save(tmp_path / "a.onnx", [node("RNN")], weights("RNN"), inputs)
     assert "no random tensor(string)" in str(kruify.convert(path, "2x2", output=tmp_path / "b.onnx").graph)
+
+
+def test_a_budget_is_of_the_whole_graph(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(5)
+    constants = {
+        "W": numbers.normal(0, 1, (1, 192, IN)).astype("f4"),
+        "R": numbers.normal(0, 1, (1, 192, 64)).astype("f4"),
+    }
+    made = onnx.helper.make_node("GRU", ["X", "W", "R"], ["Y"], hidden_size=64)
+    path = save(tmp_path / "a.onnx", [made], constants, check=False)
+    done = kruify.convert(path, budget="size=6x", output=tmp_path / "b.onnx")
+    size = (tmp_path / "b.onnx").stat().st_size
+    assert done.bytes.to_json() | {"before": path.stat().st_size, "after": size, "file": size} == done.bytes.to_json()
+    assert 0.8 * path.stat().st_size / 6 < size <= path.stat().st_size // 6
+    assert kruify.convert(path, budget="size=6x", output=tmp_path / "b.onnx", dry_run=True).bytes.file >= size

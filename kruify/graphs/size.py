@@ -1,0 +1,112 @@
+"""Bytes of a small graph before any of its factors is known."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kruify.checkpoint import LazyTensor
+from kruify.checkpoint.onnx_file import Weight
+from kruify.checkpoint.onnx_graph import Proto
+from kruify.checkpoint.onnx_in_place import Content, OnnxCopy
+from kruify.checkpoint.stored import INDEX
+from kruify.factors import Structure
+from kruify.graphs.writing import Contents, file_bytes, names_in_file, weight_names
+
+FRAME = 6
+"""Bytes around a field of a protobuf: its tag and its length."""
+
+
+class GraphBytes:
+    """Counts the bytes of what `write_small` would write.
+
+    Args:
+        original: the model; every recurrent node is read (`checkpoint.read(original, graph=True)`).
+    """
+
+    def __init__(self, original: str | os.PathLike[str]) -> None:
+        self.copy = OnnxCopy(Path(original), graph=True)
+        self.before = file_bytes(self.copy)
+        self._gains: dict[Hashable, int] = {}
+
+    def of(
+        self,
+        planned: Mapping[str, LazyTensor],
+        structures: Mapping[str, Sequence[Structure]],
+        storage: Mapping[str, str],
+    ) -> int:
+        """Bytes of the file, or a few more: shapes and dtypes are enough.
+
+        Args: as of `write_small`; the tensors need no numbers.
+        """
+        in_file = names_in_file(self.copy.found)
+        structures, storage = in_file(structures), in_file(storage)
+        contents = Contents(self.copy.found.tensors, _zeros(in_file(planned), structures), structures, storage)
+        total = self.before
+        for name, proto in self.copy.found.protos.items():
+            if name in storage:
+                if (name, storage[name]) not in self._gains:
+                    content = contents.constant(name, self.copy.found.tensors[name])
+                    self._gains[name, storage[name]] = _bytes(content, name) - _size(proto)
+                total += self._gains[name, storage[name]]
+        for group in self.copy.groups():
+            made: dict[Hashable, int] = {}
+            for layer, weight in group:
+                names = weight_names(self.copy.found, layer, weight.part)
+                form = tuple((structures.get(name), storage.get(name)) for name in names)
+                if form in made or form == ((None, None),) * len(names):
+                    continue
+                key = (id(weight.node.proto), weight.part, form)
+                if key not in self._gains:
+                    content = contents.weight(self.copy, layer, weight)
+                    self._gains[key] = _bytes(content, self._name(weight))
+                made[form] = self._gains[key]
+            proto = group[0][1].constant.proto
+            total += sum(made.values()) - (_size(proto) if made and proto is not None and group[0][1].own else 0)
+        return total
+
+    def _name(self, weight: Weight) -> str:
+        """What the weight is called, or a name as long as it may get."""
+        proto = weight.constant.proto
+        return self.copy.home(proto)[1] if proto is not None and weight.own else f"{weight.node.path}.{weight.part}"
+
+
+def _bytes(content: Content | None, name: str) -> int:
+    if content is None:
+        return 0
+    names: Counter[str] = Counter()
+
+    def fresh(stem: str) -> str:
+        names[stem] += 1
+        return f"{stem}_{names[stem]}" if names[stem] > 1 else stem
+
+    made = content.make(name, 1 << 20, fresh)
+    return sum(map(_size, (*made.constants, *made.nodes)))
+
+
+def _size(proto: Proto) -> int:
+    return int(proto.ByteSize()) + FRAME
+
+
+def _zeros(tensors: Mapping[str, LazyTensor], structures: Mapping[str, Sequence[Structure]]) -> dict[str, LazyTensor]:
+    """The tensors with zeros for numbers; blocks of a sparse residual lie where their places take the most bytes."""
+
+    def of(name: str, tensor: LazyTensor) -> LazyTensor:
+        if name.endswith(INDEX) and (found := structures.get(name.removesuffix(INDEX))):
+            height = max(s.block for s in found if s.sparse_blocks)
+            cells = sum(s.rows for s in found) // height * found[0].cols
+            return replace(tensor, load=lambda: _last_cells(tensor.shape[0], cells, found[0].cols, height))
+        return replace(tensor, load=lambda: torch.zeros(tensor.shape, dtype=tensor.dtype))
+
+    return {name: of(name, tensor) for name, tensor in tensors.items()}
+
+
+def _last_cells(blocks: int, cells: int, cols: int, height: int) -> Tensor:
+    cell = torch.arange(cells - blocks, cells)
+    return torch.stack([cell // cols * height, cell % cols], 1).int()
