@@ -50,7 +50,7 @@ def stored_plan(checkpoint: Checkpoint) -> Plan:
         CorruptError: its plan is damaged, or does not fit its tensors.
     """
     text = checkpoint.metadata.get("kruify.plan")
-    if text is None:
+    if text is None or not checkpoint.is_kruify:
         raise PlanError("the file carries no plan: kruify did not write it", checkpoint.path, "Convert it first")
     try:
         plan = Plan.from_json(text, f"plan in {checkpoint.path}")

@@ -55,9 +55,13 @@ def test_source(files, tmp_path):
         verify(kru, tmp_path / "other.pt")
 
 
-def test_not_a_converted_file(files):
+def test_not_a_converted_file(files, tmp_path):
     with pytest.raises(PlanError, match="no plan"):
         verify(files[0])
+    strings = {name: text for name, text in read(files[1]).metadata.items() if name != "kruify.schema"}
+    write_safetensors(tmp_path / "no_schema.safetensors", read(files[1]).tensors, strings)
+    with pytest.raises(PlanError, match="no plan"):
+        verify(tmp_path / "no_schema.safetensors")
 
 
 def test_damage(files):

@@ -333,7 +333,7 @@ def argument(draw: Draw, depth: int) -> bytes:
 
 
 def good_files(folder: Path) -> list[Path]:
-    """A dense and three converted files, and the plan of one; between them they have all that a plan can say."""
+    """A dense and several converted files, and the plan of one; between them they have all that a plan can say."""
     import torch
     from torch import nn
 
@@ -362,7 +362,11 @@ def good_files(folder: Path) -> list[Path]:
     kruify.convert(folder / "dense.pt", "2x2+sparse:9%", output=folder / "int8.kru.safetensors", dtype="int8")
     old = read(folder / "sums.kru.safetensors")  # its tensors are named and stored as in schema 1
     write_safetensors(folder / "old.safetensors", old.tensors, {**old.metadata, "kruify.schema": "1"})
-    return [folder / f"{name}.safetensors" for name in ("sums.kru", "stacked.kru", "int8.kru", "old", "kru", "dense")]
+    net["again"] = net["rnn"]
+    torch.save(net.state_dict(), folder / "tied.pt")
+    kruify.convert(folder / "tied.pt", "4x2,2x4+sparse:9%", output=folder / "tied.kru.safetensors")
+    names = ("tied.kru", "sums.kru", "stacked.kru", "int8.kru", "old", "kru", "dense")
+    return [folder / f"{name}.safetensors" for name in names]
 
 
 def commands(path: Path, dense: Path, draw: Draw) -> list[list[str]]:
@@ -404,7 +408,7 @@ def mutants(folder: Path, seed: int) -> Iterator[Mutant]:
         if kind == "pickle":
             path.write_bytes(pickled(draw.choice((pt, pt, dense.read_bytes())), draw))
         else:
-            usable = good[:4] if kind == "index" else good[:5] if kind in ("plan", "metadata") else good
+            usable = good[:5] if kind == "index" else good[:6] if kind in ("plan", "metadata") else good
             strings, tensors = parts(draw.choice(usable).read_bytes())
             strings.pop("kruify.checksum", None)
             IN_A_FILE[kind](strings, tensors, draw)
