@@ -43,8 +43,8 @@ def layer_model(module: nn.Module, interface: Interface, *, dense: bool = False)
     """The ONNX model of one recurrent layer or cell, KRU or torch.nn's.
 
     A layer has one more input, `lengths` (batch,): how many steps of each sequence count, as in a packed sequence of
-    torch: what follows neither changes the states nor reaches the backward direction, and its output is 0. The input
-    may be left out; 0 stands for all steps, too.
+    torch: what follows neither changes the states nor reaches the backward direction, and its output is 0. A sequence
+    of no steps leaves its states as they are. The input may be left out; below 0 stands for all steps, too.
 
     Args:
         dense: write ONNX's own recurrent nodes, with dense weights. Layers with a projection, which those nodes do not
@@ -121,7 +121,7 @@ def _write_layer(graph: Graph, interface: Interface, weights: Sequence[_Weights]
             write = _write_node if node and not layer.proj_size and dtype == "float32" else _write_scan
             output, final = write(graph, interface, weights[index], data, states, padding, reverse=d == 1, dtype=dtype)
             outputs.append(output)
-            finals.append(final)
+            finals.append([graph.add("Where", padding.empty, *pair) for pair in zip(states, final, strict=True)])
         data = graph.concat(outputs, axis=2)
     zero = graph.constant(torch.zeros((), dtype=getattr(torch, dtype)), "padding")
     data = graph.add("Where", padding.inside, data, zero)
@@ -139,26 +139,27 @@ class _Padding:
 
     lengths: str  # (batch,), int64
     inside: str  # (time, batch, 1), whether a step counts
+    empty: str  # (batch, 1), whether no step counts
     last: str  # (batch, 2), the last step of each sequence and the sequence: indices of GatherND
 
     @staticmethod
     def of(graph: Graph, data: str) -> _Padding:
         """From the input `lengths`, which stands for all steps where it is left out."""
-        given = graph.constant(torch.zeros(1, dtype=torch.int64), LENGTHS)
+        given = graph.constant(torch.full((1,), -1, dtype=torch.int64), LENGTHS)
         shape = graph.add("Shape", data)
         steps, batch = (graph.add("Slice", shape, graph.ints((at,)), graph.ints((at + 1,))) for at in (0, 1))
-        lengths = graph.add("Where", graph.add("Equal", given, graph.ints((0,))), steps, given)
+        lengths = graph.add("Where", graph.add("Less", given, graph.ints((0,))), steps, given)
         lengths = graph.add("Expand", lengths, batch)
         one, axis = _scalar(graph, 1), graph.ints((1,))
         steps, batch = (
             graph.add("Range", _scalar(graph, 0), graph.add("Squeeze", size, graph.ints((0,))), one)
             for size in (steps, batch)
         )
-        inside = graph.add(
-            "Less", graph.add("Unsqueeze", steps, graph.ints((1, 2))), graph.add("Unsqueeze", lengths, axis)
-        )
+        column = graph.add("Unsqueeze", lengths, axis)
+        inside = graph.add("Less", graph.add("Unsqueeze", steps, graph.ints((1, 2))), column)
+        empty = graph.add("Equal", column, graph.ints((0,)))
         pairs = [graph.add("Unsqueeze", value, axis) for value in (graph.add("Sub", lengths, one), batch)]
-        return _Padding(lengths, inside, graph.concat(pairs, axis=1))
+        return _Padding(lengths, inside, empty, graph.concat(pairs, axis=1))
 
 
 def _write_scan(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from all_pairs import all_pairs
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import kruify
@@ -87,21 +88,25 @@ def test_projection(tmp_path: Path, dense_nodes: bool) -> None:
     ],
 )
 def test_padded_sequences(tmp_path: Path, kind: Any, batch_first: bool, dense_nodes: bool, options: dict) -> None:
-    """torch's packed sequences are the oracle; what stands in the padding must not matter."""
+    """torch's packed sequences are the oracle; what stands in the padding must not matter. A sequence of no steps,
+    which torch does not pack, keeps its states."""
     model, _ = kruify.convert(kind(6, 8, 2, bidirectional=True, batch_first=batch_first, **options), "auto")
     exported = export_onnx(model, tmp_path / "layer.onnx", dense=dense_nodes)
     assert exported.optional == ("lengths",) and exported.outputs[0] == "output"
     session = onnxruntime.InferenceSession(str(exported.path), providers=["CPUExecutionProvider"])
-    dense, steps, lengths = densify(model), 5, torch.tensor([2, 5, 1])
-    x = torch.randn(3, steps, 6)
+    dense, steps, lengths = densify(model), 5, torch.tensor([2, 5, 1, 0])
+    x = torch.randn(4, steps, 6)
     for row, length in enumerate(lengths):
         x[row, length:] = float("nan")
     x = x if batch_first else x.transpose(0, 1).contiguous()
-    states = [torch.randn(4, 3, options.get("proj_size", 8))] + ([torch.randn(4, 3, 8)] if kind is nn.LSTM else [])
-    packed = pack_padded_sequence(x, lengths, batch_first, enforce_sorted=False)
+    states = [torch.randn(4, 4, options.get("proj_size", 8))] + ([torch.randn(4, 4, 8)] if kind is nn.LSTM else [])
+    packed = pack_padded_sequence(x[:3] if batch_first else x[:, :3], lengths[:3], batch_first, enforce_sorted=False)
     with torch.no_grad():
-        y, final = dense(packed, tuple(states) if len(states) > 1 else states[0])
-    wanted = [pad_packed_sequence(y, batch_first)[0], *(final if isinstance(final, tuple) else (final,))]
+        y, final = dense(packed, tuple(s[:, :3] for s in states) if len(states) > 1 else states[0][:, :3])
+    output = pad_packed_sequence(y, batch_first)[0]
+    final = final if isinstance(final, tuple) else (final,)
+    finals = [torch.cat([a, b[:, 3:]], 1) for a, b in zip(final, states, strict=True)]
+    wanted = [F.pad(output, (0, 0, 0, 0, 0, 1) if batch_first else (0, 0, 0, 1)), *finals]
     feed = dict(zip([*exported.inputs, *exported.optional], [x, *states, lengths], strict=True))
     got = session.run(None, {name: value.numpy() for name, value in feed.items()})
     for a, b in zip(got, wanted, strict=True):
