@@ -98,10 +98,10 @@ def test_layer_that_computes_something_else(files, monkeypatch):
 
 
 EIGHT_BITS = [
-    (nn.LSTM(5, 8, num_layers=2, bidirectional=True), "3*(8x1,1x8)+diag", "auto"),
-    (nn.GRU(5, 8, bias=False), "2*(8x1,1x8)+3*(8x1,1x8)+sparse:9%:1", "stacked:2*(24x1,1x5)+sparse:9%:1"),
-    (nn.RNN(5, 8, nonlinearity="relu"), "3*(8x1,1x8)", None),
-    (nn.GRUCell(5, 8), "dense", None),
+    (lambda: nn.LSTM(5, 8, num_layers=2, bidirectional=True), "3*(8x1,1x8)+diag", "auto"),
+    (lambda: nn.GRU(5, 8, bias=False), "2*(8x1,1x8)+3*(8x1,1x8)+sparse:9%:1", "stacked:2*(24x1,1x5)+sparse:9%:1"),
+    (lambda: nn.RNN(5, 8, nonlinearity="relu"), "3*(8x1,1x8)", None),
+    (lambda: nn.GRUCell(5, 8), "dense", None),
 ]
 
 
@@ -109,7 +109,7 @@ EIGHT_BITS = [
 def test_eight_bit_layers_compute_what_their_arithmetic_says(layer, spec, inputs, tmp_path, monkeypatch):
     if not has_kernel("cpu"):
         pytest.skip("no compiled kernels")
-    net = nn.ModuleDict({"rnn": layer})
+    net = nn.ModuleDict({"rnn": layer()})
     save(convert(net, spec, input_factors=inputs, dtype="int8")[0], tmp_path / "x")
     assert "the arithmetic of eight bits" in verify(tmp_path / "x")[-1].detail
     pack = int8.matrices
