@@ -42,6 +42,7 @@ def swap(model: nn.Module, plan: Plan) -> nn.Module:
         UnsupportedError: a layer has a method replaced.
     """
     swapped: list[tuple[nn.Module, LayerPlan, nn.Module]] = []  # dense layer, its entry of the plan, what stands for it
+    placed: dict[str, nn.Module] = {}  # set at the end: what is refused leaves the model as it was
     matrices: dict[tuple[int, Structures], KroneckerMatrix] = {}  # (id of the dense weight, structures) -> its factors
     for item in plan.layers:
         try:
@@ -62,7 +63,7 @@ def swap(model: nn.Module, plan: Plan) -> nn.Module:
             raise PlanError(f"layer '{item.layer.name}' is a {type(dense).__name__}, not a recurrent layer of torch.nn")
         same = (layer for old, known, layer in swapped if old is dense and known.matrices == item.matrices)
         if (shared := next(same, None)) is not None:
-            model = _set_submodule(model, item.layer.name, shared)
+            placed[item.layer.name] = shared
             continue
         actual = describe(item.layer.name, dense)
         check_plan(Plan([item]), Located([actual], []))
@@ -78,7 +79,9 @@ def swap(model: nn.Module, plan: Plan) -> nn.Module:
         keep_additions(dense, build_dense(actual, "meta"), layer, item.layer.name)
         layer.train(dense.training)
         swapped.append((dense, item, layer))
-        model = _set_submodule(model, item.layer.name, layer)
+        placed[item.layer.name] = layer
+    for name, new in placed.items():
+        model = _set_submodule(model, name, new)
     return model
 
 

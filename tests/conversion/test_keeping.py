@@ -111,6 +111,15 @@ def test_attributes_and_hooks_of_parameters_stay_or_are_refused_by_name(kind):
         handle.remove()
 
 
+def test_a_refusal_leaves_the_model_as_it_was(tmp_path):
+    net = nn.Sequential(nn.RNN(4, 8), nn.RNN(8, 8))
+    kruify.save(kruify.convert(net, "4x2,2x4")[0], tmp_path / "small.pt")
+    net[1].forward = lambda x: x
+    with pytest.raises(kruify.KruifyError, match="1: its forward"):
+        kruify.load(tmp_path / "small.pt", into=net)
+    assert [type(layer) for layer in net] == [nn.RNN, nn.RNN]
+
+
 def test_hooks_of_a_state_dict_get_the_layer_that_they_are_on():
     net, seen = nn.ModuleDict({"enc": nn.LSTM(4, 8)}), []
     net["enc"].register_load_state_dict_pre_hook(lambda layer, *_: seen.append(layer))
