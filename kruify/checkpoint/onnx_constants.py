@@ -6,20 +6,23 @@ ask for.
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kruify.checkpoint.file_bytes import read_at
 from kruify.checkpoint.onnx_graph import Node, Proto, Scope, Source
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.checkpoint.writing import tensor_bytes
-from kruify.errors import CorruptError, UnsafeError, UnsupportedError
+from kruify.errors import CorruptError, UnsafeError
 
 # onnx.TensorProto.DataType
 DTYPES = {
@@ -134,7 +137,9 @@ class Folding:
         opsets = {node.scope.opset for node in nodes}
         if len(opsets) > 1:
             return "is computed by functions of several opsets"
-        graph, feed = _graph(source, nodes, leaves)
+        if any(a.t.data_location == EXTERNAL for a in inside):
+            return "is computed from an attribute whose numbers stand in another file"
+        graph, feed = _graph(source, nodes, leaves, self.path)
         identity = (graph.SerializeToString(deterministic=True), *(id(leaf.made_by) for leaf in leaves))
         if identity in self._tensors:  # the same by other nodes
             return Constant(self._tensors[identity], None, tuple(nodes), tuple(leaves))
@@ -169,7 +174,7 @@ class Folding:
             raise UnsafeError("is computed to a size far beyond the file's", self.path)
 
 
-def _graph(source: Source, nodes: list[Node], leaves: list[Source]) -> tuple[Proto, dict[str, Any]]:
+def _graph(source: Source, nodes: list[Node], leaves: list[Source], path: Path) -> tuple[Proto, dict[str, Any]]:
     """The nodes as a graph of their own with names of its own, and what to feed it."""
     from onnx import NodeProto, ValueInfoProto, helper, numpy_helper
 
@@ -193,15 +198,13 @@ def _graph(source: Source, nodes: list[Node], leaves: list[Source]) -> tuple[Pro
         copies.append(copy)
     inputs, initializers, feed = [], [], {}
     for leaf in leaves:
-        proto, name = leaf.made_by, names[leaf.key]
+        proto, name, lazy = leaf.made_by, names[leaf.key], lazy_tensor(leaf.made_by, path)
+        assert lazy is not None  # else it would not be evaluated
         if prod(proto.dims) <= SHAPES and proto.data_type in (6, 7):
-            copy = type(proto)()
-            copy.CopyFrom(proto)
-            copy.name = name
-            initializers.append(copy)
+            initializers.append(tensor_proto(lazy.load(), name))
         else:
             inputs.append(helper.make_tensor_value_info(name, proto.data_type, list(proto.dims)))
-            feed[name] = numpy_helper.to_array(proto)
+            feed[name] = numpy_helper.to_array(tensor_proto(lazy.load(), name))
     output = ValueInfoProto(name=label(source.scope, source.name))
     return helper.make_graph(copies, "constant", inputs, [output], initializers), feed
 
@@ -243,16 +246,50 @@ def _tensor(array: Any) -> Tensor:
     return torch.from_numpy(array)
 
 
+class Outside(NamedTuple):
+    """Where the numbers of a tensor stand outside the model's file."""
+
+    file: Path
+    start: int
+    length: int
+
+
+def outside(proto: Proto, path: Path) -> Outside | None:
+    """Where a tensor keeps its numbers, None in the model's own file.
+
+    Raises:
+        UnsafeError: outside of the model's folder, also by a symbolic link.
+        CorruptError: the file is missing, or ends before the numbers do.
+    """
+    if proto.data_location != EXTERNAL:
+        return None
+    entries = {entry.key: entry.value for entry in proto.external_data}
+    place = entries.get("location", "")
+    file, folder = path.parent / place, Path(os.path.realpath(path.parent))
+    inside = bool(place) and "\\" not in place and "\0" not in place and ".." not in Path(place).parts
+    if not inside or Path(place).is_absolute() or folder not in Path(os.path.realpath(file)).parents:
+        raise UnsafeError(f"it points to numbers at {place[:80]!r}, outside of its folder", path)
+    if not file.is_file():
+        raise CorruptError(
+            f"its numbers are to stand in {place[:80]!r}, and there is no such file", path, "Copy it, too"
+        )
+    numbers = [entries.get("offset") or "0", entries.get("length") or "-1"]
+    if not all(re.fullmatch(r"-1|\d{1,18}", number) for number in numbers):
+        raise CorruptError(f"its tensor {proto.name[:80]} has a place in {place[:80]!r} that is none", path)
+    size = file.stat().st_size
+    start, length = map(int, numbers)
+    length = size - start if length < 0 else length
+    if start < 0 or length < 0 or start + length > size:
+        raise CorruptError(f"its tensor {proto.name[:80]} lies beyond the end of {place[:80]!r}", path, "Copy it again")
+    return Outside(file, start, length)
+
+
 def lazy_tensor(proto: Proto, path: Path) -> LazyTensor | None:
     """A tensor of the file; None for data types that torch lacks (text, 4-bit numbers).
 
-    Raises: UnsafeError, UnsupportedError for numbers kept outside the file; CorruptError.
+    Raises: UnsafeError, CorruptError; also as `outside`.
     """
-    if proto.data_location == EXTERNAL:
-        place = next((entry.value for entry in proto.external_data if entry.key == "location"), "")
-        if not place or "/" in place or "\\" in place or place in (".", ".."):
-            raise UnsafeError(f"it points to numbers at {place[:80]!r}, outside of its folder", path)
-        raise UnsupportedError("it keeps its numbers in other files", path, "Save it as one file")
+    place = outside(proto, path)
     shape = tuple(proto.dims)
     dtype = DTYPES.get(proto.data_type)
     if any(n < 0 for n in shape) or len(shape) > 64:
@@ -260,11 +297,22 @@ def lazy_tensor(proto: Proto, path: Path) -> LazyTensor | None:
     if dtype is None:
         return None
     numel = prod(shape)
+    raw = place is not None or proto.HasField("raw_data")
+    length = place.length if place is not None else len(proto.raw_data)
     typed = max(len(proto.float_data), len(proto.int32_data), len(proto.int64_data), len(proto.double_data))
-    have = len(proto.raw_data) // dtype.itemsize if proto.HasField("raw_data") else typed
-    if have != numel or (proto.HasField("raw_data") and len(proto.raw_data) % dtype.itemsize):
+    have = length // dtype.itemsize if raw else typed
+    if have != numel or (raw and length % dtype.itemsize):
         raise CorruptError(f"its tensor {proto.name[:80]} of shape {list(shape)} has {have} numbers", path)
+    if place is not None:
+        return LazyTensor(shape, dtype, lambda: _read(place, shape, dtype), id(proto))
     return LazyTensor(shape, dtype, _loader(proto, shape, dtype), id(proto))
+
+
+def _read(place: Outside, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if not place.length:
+        return torch.empty(shape, dtype=dtype)
+    with place.file.open("rb") as file:
+        return torch.frombuffer(read_at(place.file, file, place.start, place.length), dtype=dtype).reshape(shape)
 
 
 def tensor_proto(tensor: Tensor, name: str) -> Proto:

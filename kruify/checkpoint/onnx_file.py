@@ -1,4 +1,4 @@
-"""Read the LSTM, GRU and RNN nodes of an ONNX model; nothing outside the file is opened.
+"""Read the LSTM, GRU and RNN nodes of an ONNX model; of other files only those beside it that hold its numbers.
 
 Only what computes their weights from constants is run (`onnx_constants`). Needs `pip install kruify[onnx]`.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from kruify.checkpoint import limits
 from kruify.checkpoint.gates import GATES, onnx_layer
 from kruify.checkpoint.modules import ModuleHint
-from kruify.checkpoint.onnx_constants import Constant, Folding, lazy_tensor
+from kruify.checkpoint.onnx_constants import Constant, Folding, lazy_tensor, outside
 from kruify.checkpoint.onnx_graph import Key, Node, Proto, Scope, Walk, is_identity, own
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.errors import CorruptError, UnsafeError, UnsupportedError
@@ -67,6 +67,7 @@ class OnnxFile:
         scopes: all graphs, and calls of functions.
         computing: nodes that compute nothing but weights of recurrent nodes.
         taken: the tensors that nothing reads but recurrent nodes and `computing`; their ids.
+        outside: the files beside the model that tensors keep their numbers in.
         matrices: names in `protos` of what is but a weight of MatMul, Gemm or Conv, or a table of Gather.
     """
 
@@ -80,6 +81,7 @@ class OnnxFile:
     computing: set[Key] = field(default_factory=set)
     taken: set[int] = field(default_factory=set)
     matrices: set[str] = field(default_factory=set)
+    outside: tuple[Path, ...] = ()
 
 
 def load_model(path: Path) -> Proto:
@@ -110,7 +112,7 @@ def read_onnx(path: Path, graph: bool = False) -> OnnxFile:
     Args:
         graph: as for `read_model`.
 
-    Raises: as `load_model`; UnsupportedError for numbers kept outside the file.
+    Raises: as `load_model` and `onnx_constants.outside`.
     """
     return read_model(load_model(path), path, graph)
 
@@ -124,8 +126,9 @@ def read_model(model: Proto, path: Path, graph: bool = False) -> OnnxFile:
     """
     walk = Walk(model, path)
     nodes = list(walk)
-    folding = Folding(path, {node.key: node for node in nodes}, limits.RATIO * model.ByteSize() + limits.SLACK)
-    found = OnnxFile()
+    found = OnnxFile(outside=_outside(walk.scopes, path))
+    size = model.ByteSize() + sum(file.stat().st_size for file in found.outside)
+    folding = Folding(path, {node.key: node for node in nodes}, limits.RATIO * size + limits.SLACK)
     names: Counter[str] = Counter()
     for node in nodes:
         if _is_recurrent(node.proto):
@@ -147,6 +150,14 @@ def read_model(model: Proto, path: Path, graph: bool = False) -> OnnxFile:
             if (read_by := readers.get((0, id(proto)), set())) and read_by <= places:
                 found.matrices.add(name)
     return found
+
+
+def _outside(scopes: list[Scope], path: Path) -> tuple[Path, ...]:
+    """The other files that tensors are in."""
+    places = [
+        outside(proto, path) for scope in scopes for proto in scope.values.values() if hasattr(proto, "data_type")
+    ]
+    return tuple(dict.fromkeys(place.file for place in places if place is not None))
 
 
 def _is_recurrent(proto: Proto) -> bool:

@@ -9,14 +9,20 @@ from pathlib import Path
 
 from torch import Tensor
 
+from kruify.checkpoint.file_bytes import chunks, read_at
 from kruify.checkpoint.gates import ONNX_PARTS, onnx_from_torch
 from kruify.checkpoint.in_place import check_fits
-from kruify.checkpoint.onnx_constants import tensor_proto
+from kruify.checkpoint.onnx_constants import Outside, outside, tensor_proto
 from kruify.checkpoint.onnx_file import INPUTS, OnnxFile, Weight, load_model, read_model
 from kruify.checkpoint.onnx_graph import Proto, Scope
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.checkpoint.writing import as_bytes, atomic_file
 from kruify.errors import UnsupportedError
+
+DATA = ".data"
+"""What follows the name of a model in that of the file with its other numbers."""
+ALIGNED = 4096
+"""Where numbers begin in a file of their own, a multiple of a page, which a runtime can map."""
 
 
 @dataclass
@@ -127,10 +133,54 @@ class OnnxCopy:
                     gone += _drop_named(getattr(body, held), unread)
                 gone += _drop_nodes(body, unread)
 
-    def save(self, target: Path) -> None:
-        """Writes the model."""
+    def save(self, target: Path, *, one_file: bool = False) -> None:
+        """Writes the model; numbers that stood in other files go to `target` with .data behind its name.
+
+        Args:
+            one_file: put all numbers into the model's own file.
+
+        Raises:
+            UnsupportedError: the model's own file would take more than 2 GiB, protobuf's limit.
+        """
+        kept = [(proto, place) for proto in self._held() if (place := outside(proto, self.source)) is not None]
+        if one_file:
+            for proto, place in kept:
+                with place.file.open("rb") as held:
+                    proto.raw_data = bytes(read_at(place.file, held, place.start, place.length))
+                proto.ClearField("external_data")
+                proto.ClearField("data_location")
+        elif kept:
+            data = target.with_name(target.name + DATA)
+            with atomic_file(data) as file:
+                starts: dict[Outside, int] = {}
+                for proto, place in kept:
+                    if place not in starts:
+                        file.write(bytes(-file.tell() % ALIGNED))
+                        starts[place] = file.tell()
+                        with place.file.open("rb") as held:
+                            held.seek(place.start)
+                            file.writelines(chunks(held, place.length))
+                    del proto.external_data[:]
+                    for key, value in (("location", data.name), ("offset", starts[place]), ("length", place.length)):
+                        proto.external_data.add(key=key, value=str(value))
+        if self.model.ByteSize() > 2**31 - 1:
+            raise UnsupportedError(
+                "it would take more than 2 GiB", target, "Keep more of it outside of the model's file"
+            )
         with atomic_file(target) as file:
             file.write(self.model.SerializeToString(deterministic=True))
+
+    def _held(self) -> Iterator[Proto]:
+        """Every tensor of every graph, once."""
+        seen: dict[int, Proto] = {}
+        for scope in self.found.scopes:
+            for proto in getattr(scope.body, "initializer", ()):
+                seen[id(proto)] = proto
+            for node in scope.body.node:
+                for attribute in node.attribute:
+                    for proto in (*([attribute.t] if attribute.HasField("t") else ()), *attribute.tensors):
+                        seen[id(proto)] = proto
+        return iter(list(seen.values()))
 
     def _tensors(self) -> Iterator[tuple[Scope, str, Proto]]:
         for scope in self.found.scopes:
@@ -221,7 +271,7 @@ def replace_in_onnx(source: Path, target: Path, tensors: Mapping[str, LazyTensor
             [(weight, dense(dense_weight(copy.found, layer, weight, values))) for layer, weight in group]
         )
     copy.drop_unread()
-    copy.save(target)
+    copy.save(target, one_file=True)
 
 
 def dense(value: Tensor) -> Content:

@@ -129,7 +129,7 @@ def _stored_names(checkpoint: Checkpoint, weight: str) -> tuple[str, ...]:
 
 def _shards(checkpoint: Checkpoint) -> tuple[dict[str, list[str]], dict[str, Any]]:
     """Shard file name -> names in the file; the metadata, those of an index as they stand in it."""
-    if not checkpoint.shards:
+    if not checkpoint.format.endswith("-sharded"):
         return {}, {} if checkpoint.is_kruify else checkpoint.metadata
     index = json.loads(checkpoint.path.read_bytes().decode("utf-8"))
     table: dict[str, list[str]] = {}

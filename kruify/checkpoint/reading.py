@@ -95,6 +95,7 @@ def read_contents(path: Path, key: str | None, graph: bool = False) -> Contents:
     elif head[:1] == b"\x08":  # an ONNX model starts with its ir_version
         onnx = onnx_file.read_onnx(path, graph)
         contents = Contents("onnx", onnx.tensors, dropped=tuple(onnx.dropped), skipped=onnx.skipped, hints=onnx.hints)
+        contents.shards, contents.size = onnx.outside, size + sum(file.stat().st_size for file in onnx.outside)
     elif head.startswith(b"version https://git-lfs"):
         raise CorruptError("it is a pointer of git-lfs, not the file itself", path, "Fetch it: git lfs pull")
     else:

@@ -168,8 +168,7 @@ def export_graph(checkpoint: Checkpoint, path: Path, original: Path) -> Exported
     if not checkpoint.is_kruify or _format_of(checkpoint.metadata.get(ORIGIN)) != "onnx":
         raise UsageError("it was not converted from an ONNX model", checkpoint.path, "Leave --original out")
     structures = bounded_plan(checkpoint).structures()
-    with staged(path) as file:
-        made = write_small(original, checkpoint.tensors.lazy, structures, checkpoint.storage, file, graph=False)
+    made = write_small(original, checkpoint.tensors.lazy, structures, checkpoint.storage, path, graph=False)
     return Exported(path, "", (), (), made.max_error, len(structures), made.bytes_after, graph=made.comparison)
 
 

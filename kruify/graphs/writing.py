@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,11 @@ from torch import Tensor
 from kruify.checkpoint import LazyTensor
 from kruify.checkpoint.gates import ONNX_PARTS, onnx_from_torch
 from kruify.checkpoint.onnx_file import OnnxFile, Weight, read_onnx
-from kruify.checkpoint.onnx_in_place import Content, Made, OnnxCopy, dense, dense_weight
+from kruify.checkpoint.onnx_in_place import DATA, Content, Made, OnnxCopy, dense, dense_weight
 from kruify.checkpoint.stored import SCALE, decode, encode
 from kruify.checkpoint.wrapper import strip
 from kruify.checkpoint.writing import as_bytes, tensor_bytes
-from kruify.errors import CorruptError
+from kruify.errors import CorruptError, UsageError
 from kruify.factors import Structure
 from kruify.graphs.comparison import Comparison, compare
 from kruify.graphs.folded import ELEMENTS, Folder, Stored
@@ -95,9 +96,23 @@ def write_small(
                 [(weight, content or dense(weight.constant.tensor.load())) for weight, content in made]
             )
     copy.drop_unread()
-    copy.save(output)
-    error = _largest_error(copy, output, contents, graph)
-    return Written(output, original.stat().st_size, output.stat().st_size, error, compare(original, output))
+    target = Path(os.path.realpath(output))
+    before = file_bytes(copy)
+    if os.path.realpath(f"{target}{DATA}") in map(os.path.realpath, copy.found.outside):
+        raise UsageError("its numbers would be written over those of the original", output, "Give another name")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name[:100]}.", dir=target.parent) as folder:
+            written = Path(folder) / target.name
+            copy.save(written)
+            error = _largest_error(copy, written, contents, graph)
+            comparison = compare(original, written)
+            files = sorted(Path(folder).iterdir(), key=lambda file: file == written)  # the model itself last
+            after = sum(file.stat().st_size for file in files)
+            for file in files:
+                os.replace(file, target.with_name(file.name))
+    except OSError as problem:
+        raise UsageError(f"it cannot be written ({problem.strerror})", output, "Check the folder") from None
+    return Written(output, before, after, error, comparison)
 
 
 def kept_constants(original: str | os.PathLike[str]) -> list[str]:
@@ -201,7 +216,7 @@ def names_in_file(found: OnnxFile) -> Callable[[Mapping[str, T]], dict[str, T]]:
 
 def file_bytes(copy: OnnxCopy) -> int:
     """Bytes of a model's files."""
-    return copy.source.stat().st_size
+    return sum(file.stat().st_size for file in (copy.source, *copy.found.outside))
 
 
 def weight_names(found: OnnxFile, layer: str, part: str) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 import kruify
 from kruify.checkpoint import LazyTensor
 from kruify.checkpoint.stored import decode, encode
-from kruify.errors import UnsupportedError, UsageError
+from kruify.errors import CorruptError, UnsafeError, UnsupportedError, UsageError
 from kruify.factors import parse
 from kruify.graphs import GraphBytes, write_small
 from kruify.layers import KroneckerMatrix
@@ -237,3 +237,33 @@ def test_a_budget_is_of_the_whole_graph(tmp_path: Path) -> None:
     assert done.bytes.to_json() | {"before": path.stat().st_size, "after": size, "file": size} == done.bytes.to_json()
     assert 0.8 * path.stat().st_size / 6 < size <= path.stat().st_size // 6
     assert kruify.convert(path, budget="size=6x", output=tmp_path / "b.onnx", dry_run=True).bytes.file >= size
+
+
+def test_numbers_in_other_files_stay_there(tmp_path: Path) -> None:
+    constants = weights("LSTM") | {"head": np.random.default_rng(5).normal(0, 1, (H, H)).astype("f4")}
+    nodes = [node("LSTM", name="rnn", output="y"), onnx.helper.make_node("MatMul", ["y", "head"], ["Y"])]
+    whole = save(tmp_path / "whole.onnx", nodes, constants)
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "a.onnx"
+    onnx.save(onnx.load(whole), path, save_as_external_data=True, location="a.bin", size_threshold=0)
+    target = small(path)
+    kept = {
+        proto.name for proto in onnx.load(target, load_external_data=False).graph.initializer if proto.data_location
+    }
+    assert kept == {"B", "head"}
+    np.testing.assert_allclose(run(target)[0], run(whole)[0], atol=1e-5)
+    done = kruify.convert(path, "1*(8x1,1x8)", output=tmp_path / "in" / "b.onnx")
+    assert done.bytes.before == path.stat().st_size + (tmp_path / "in" / "a.bin").stat().st_size
+    assert done.bytes.after == sum((tmp_path / "in" / name).stat().st_size for name in ("b.onnx", "b.onnx.data"))
+    kruify.convert(path, EXACT[0], output=tmp_path / "a.kru.safetensors")
+    kruify.export(tmp_path / "a.kru.safetensors", "dense", tmp_path / "dense.onnx", original=path)
+    np.testing.assert_allclose(run(tmp_path / "dense.onnx")[0], run(whole)[0], atol=1e-5)
+    (tmp_path / "in" / "a.bin").write_bytes(b"short")
+    with pytest.raises(CorruptError, match="beyond the end"):
+        kruify.convert(path, "2x2", output=target)
+    (tmp_path / "in" / "a.bin").unlink()
+    with pytest.raises(CorruptError, match="no such file"):
+        kruify.convert(path, "2x2", output=target)
+    (tmp_path / "in" / "a.bin").symlink_to(whole)
+    with pytest.raises(UnsafeError, match="outside of its folder"):
+        kruify.convert(path, "2x2", output=target)
