@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def write_original(
     kind, key = table["format"], table["key"]
     tied = {a: b for a, b in table["ties"].items() if a in lazy and b in lazy and _equal(lazy[a], lazy[b])}
     if kind in ("torch", "torch-legacy"):
-        links = {table["names"].get(a, a): table["names"].get(b, b) for a, b in tied.items()}
+        links = _in_file(tied, table)
         before, legacy = table["extras_before"], kind == "torch-legacy"
         write_torch(
             path, named, table["metadata"], key=key, extras=table["extras"], before=before, links=links, legacy=legacy
@@ -97,7 +97,7 @@ def write_original(
     elif kind == "npz":
         _write_npz(path, named)
     elif kind in ("safetensors-sharded", "torch-sharded"):
-        _write_shards(path, named, table)
+        _write_shards(path, named, table, _in_file(tied, table))
     elif kind in NEEDS_SOURCE:
         if source is None:
             raise UsageError(
@@ -164,7 +164,14 @@ def _write_npz(path: Path, named: Mapping[str, LazyTensor]) -> None:
                 np.lib.format.write_array(entry, tensor.load().numpy(), allow_pickle=False)
 
 
-def _write_shards(path: Path, named: Mapping[str, LazyTensor], table: Mapping[str, Any]) -> None:
+def _in_file(tied: Mapping[str, str], table: Mapping[str, Any]) -> dict[str, str]:
+    """Second names and first names as the file has them."""
+    return {table["names"].get(a, a): table["names"].get(b, b) for a, b in tied.items()}
+
+
+def _write_shards(
+    path: Path, named: Mapping[str, LazyTensor], table: Mapping[str, Any], links: Mapping[str, str]
+) -> None:
     for shard in table["shards"]:
         if not is_file_name(shard) or (path.parent / shard).exists():
             raise UsageError(
@@ -174,8 +181,10 @@ def _write_shards(path: Path, named: Mapping[str, LazyTensor], table: Mapping[st
     for shard, names in table["shards"].items():
         content = {name: named[name] for name in names if name in named}
         index |= dict.fromkeys(content, shard)
-        write: Callable[..., None] = write_safetensors if table["format"] == "safetensors-sharded" else write_torch
-        write(path.parent / shard, content, {"format": "pt"} if write is write_safetensors else None)
+        if table["format"] == "safetensors-sharded":
+            write_safetensors(path.parent / shard, content, {"format": "pt"})
+        else:
+            write_torch(path.parent / shard, content, links=links)
     if missing := [name for name in named if name not in index]:
         raise CorruptError(f"no shard of the original held {missing[0][:80]}", path)
     whole = {"metadata": table["metadata"], "weight_map": {name: index[name] for name in named}}

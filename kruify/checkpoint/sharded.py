@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kruify.checkpoint import limits
 from kruify.checkpoint.file_bytes import parse_json
-from kruify.checkpoint.tensors import LazyTensor
+from kruify.checkpoint.tensors import LazyTensor, derived
 from kruify.errors import CorruptError, UnsafeError
 
 
@@ -51,7 +51,9 @@ def read_index(path: Path, size: int, read_shard: ReadShard) -> Sharded:
         shard = path.parent / name
         if not shard.is_file():
             raise CorruptError(f"its shard {name[:80]} is missing", path, "Put all shards beside the index")
-        kind, opened[name] = read_shard(shard)
+        kind, held = read_shard(shard)
+        # An identity is that within a file: shards number their storages alike.
+        opened[name] = {n: replace(t, identity=derived(name, t.identity)) for n, t in held.items()}
         formats.add(kind)
     missing = next((n for n, shard in table.items() if n not in opened[shard]), None)
     if missing is not None:

@@ -119,7 +119,11 @@ def view(
         return tensor if tensor.is_contiguous() else tensor.contiguous()
 
     return LazyTensor(
-        shape, dtype, load, (storage.key, offset, shape, stride) if numel else None, (storage, offset * item, stride)
+        shape,
+        dtype,
+        load,
+        (storage.key, dtype, offset, shape, stride) if numel else None,
+        (storage, offset * item, stride),
     )
 
 

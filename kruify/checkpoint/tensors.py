@@ -20,8 +20,8 @@ def derived(*identities: Hashable) -> Hashable:
 class LazyTensor:
     """A tensor whose shape and dtype are known and whose numbers are read by `load()`.
 
-    identity: equal for two names of one and the same tensor: (storage, offset, shape, stride). None where the file
-        cannot share storage. Equal storage alone is no tie: CUDA LSTMs keep all their weights in one.
+    identity: equal for two names of one and the same tensor: (storage, dtype, offset, shape, stride). None where the
+        file cannot share storage. Equal storage alone is no tie: CUDA LSTMs keep all their weights in one.
     place: where the file keeps the numbers, in a form that its reader knows; for writing them in place.
     """
 
@@ -37,6 +37,7 @@ class LazyTensor:
         tensor = tensor.detach()
         identity = (
             tensor.untyped_storage().data_ptr(),
+            tensor.dtype,
             tensor.storage_offset(),
             tuple(tensor.shape),
             tensor.stride(),

@@ -100,6 +100,7 @@ def test_sharded(tmp_path: Path, kind: str) -> None:
     assert len(checkpoint.shards) == 2
     assert checkpoint.size == sum(file.stat().st_size for file in tmp_path.iterdir())
     assert_same(checkpoint.tensors, state)
+    assert not checkpoint.ties  # every shard has a storage of the same number
 
 
 def test_sharded_refusals(tmp_path: Path) -> None:
