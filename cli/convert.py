@@ -93,7 +93,7 @@ def convert(
         if options["dry_run"]:
             out.show("Dry run: nothing was decomposed or written.")
         else:
-            _advise(out, model, done)
+            _advise(out, done)
         out.result(done.to_json())
 
 
@@ -158,7 +158,7 @@ def _time(latency: LatencyPlan) -> str:
     return f"{'recurrent layers':19}  {ms}, {data['ratio']:.2f}x less time ({how})"
 
 
-def _advise(out: Output, model: str, conversion: Conversion) -> None:
+def _advise(out: Output, conversion: Conversion) -> None:
     from rich.text import Text
 
     out.show(f"wrote {conversion.output}")
@@ -177,7 +177,7 @@ def _advise(out: Output, model: str, conversion: Conversion) -> None:
         return
     again = f"kruify finetune {conversion.output} --task TASK -o OUT"
     if conversion.graph is not None:
-        again = f"kruify compress {model} --inputs SAMPLES --budget size=10x -o {conversion.output}"
+        again = "docs/onnx.md says how for a graph"
     out.show(
         Text.assemble(
             ("Not ready to use:", "bold"),

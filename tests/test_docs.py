@@ -20,7 +20,7 @@ from kruify.analysis.latency import measure_latency
 from kruify.cli.main import cli
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = ("command-line.md", "python.md", "file-format.md")
+PAGES = ("command-line.md", "python.md", "file-format.md", "onnx.md")
 BLOCK = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
