@@ -55,11 +55,11 @@ def report(results: Results) -> str:
         "",
         "Written by `python benchmarks/int8_stages.py --report`; numbers in results/int8_stages.jsonl.",
         "",
-        f"{m['cpu']}, {m['backend']}, int8 by {results.about['int8']}, torch {m['torch']}, commit {m['commit']}, seed 0,"
-        f" one thread, load at the start {m['load_at_start']:.1f}. {HOW}",
+        f"{m['cpu']}, {m['backend']}, int8 by {results.about['int8']}, torch {m['torch']}, commit {m['commit']}, "
+        f"seed 0, one thread, load at the start {m['load_at_start']:.1f}. {HOW}",
         "",
         "Microseconds of W x for four gates, one Kronecker product each. `int8` is what integers take at the least: the"
-        " products alone, each vector rounded as it comes, nothing transposed.",
+        " products alone, each vector rounded as it comes, nothing transposed; at batch 1 its five calls weigh against one.",
         "",
         "| units | factors | batch | float32 | int8 | int8 faster |",
         "|---|---|---|---|---|---|",
