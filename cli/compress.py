@@ -1,4 +1,4 @@
-"""`kruify compress MODEL --task TASK --budget 16x [--max-drop 0.01] -o OUT`."""
+"""`kruify compress MODEL --task TASK --budget 16x [--max-drop 0.01] -o OUT`, or `MODEL.onnx --inputs SAMPLES`."""
 
 from __future__ import annotations
 
@@ -12,25 +12,41 @@ from .options import (
     NUMBER,
     device_option,
     dtype_option,
+    given,
     keep_option,
     key_option,
     lr_option,
     model_argument,
     output_option,
     seed_option,
-    task_option,
 )
 from .training import others_option, recipe_options, resume_option, share_option
 
 if TYPE_CHECKING:
     from kruify.search.candidates import CandidateResult
     from kruify.search.compression import Attempt, Compression
+    from kruify.search.graph_compression import GraphAttempt, GraphCompression
     from kruify.tasks.base import Task
+
+
+OF_GRAPHS = ("attempts", "budget", "dtype", "lr", "max_drop", "output", "resume", "seed", "steps")
+"""Options that go with --inputs."""
 
 
 @click.command()
 @model_argument
-@task_option
+@click.option(
+    "--task",
+    metavar="TASK",
+    help="Built-in name or path/to/file.py:Name; with --inputs a function path/to/file.py:metric, which gives a number "
+    "for the path of an ONNX file.",
+)
+@click.option(
+    "--inputs",
+    metavar="SAMPLES",
+    help="An ONNX graph without labels: a folder of .npz files, each one sample by the names of the inputs, or "
+    "path/to/file.py:function, which yields such dicts.",
+)
 @click.option(
     "--budget",
     metavar="B",
@@ -39,7 +55,11 @@ if TYPE_CHECKING:
     "macs=10%, params=8x,macs=50% of recurrent matrices.",
 )
 @click.option(
-    "--max-drop", type=NUMBER, metavar="D", help="How much worse the task's metric may get, in its own units (0.01)."
+    "--max-drop",
+    type=NUMBER,
+    metavar="D",
+    help="How much worse the task's metric may get, in its own units (0.01); with --inputs and no --task the relative "
+    "error of the outputs.",
 )
 @click.option(
     "--attempts",
@@ -49,6 +69,7 @@ if TYPE_CHECKING:
     help="At most so many rounds of fine-tuning.",
 )
 @click.option("--epochs", type=NUMBER, help="Passes over the train split in each round.  [default: 5]")
+@click.option("--steps", type=click.IntRange(0, 10**6), help="With --inputs: steps for each layer.  [default: 600]")
 @share_option
 @lr_option
 @others_option
@@ -60,7 +81,15 @@ if TYPE_CHECKING:
 @seed_option
 @key_option
 @json_option
-def compress(model: str, task: str, others: tuple[str, ...], json_only: bool, **options: Any) -> None:
+def compress(
+    model: str,
+    task: str | None,
+    inputs: str | None,
+    steps: int | None,
+    others: tuple[str, ...],
+    json_only: bool,
+    **options: Any,
+) -> None:
     """Plan, convert, fine-tune and evaluate in one go.
 
     Two candidates, the structure that keeps the most energy and one that is half low rank, half single entries, are
@@ -70,14 +99,24 @@ def compress(model: str, task: str, others: tuple[str, ...], json_only: bool, **
     With --max-drop, layers that cost too much get more parameters, or stay dense, until the network loses no more than
     that on the validation split. If it cannot be reached the nearest network is written all the same, and the exit
     code is 6.
+
+    With --inputs an ONNX graph becomes small without labels or code: its recurrent matrices low rank, each layer
+    trained alone to give what it gave on the samples, all constants in int8; every eighth sample is held out, and the
+    outputs of both graphs are compared on it.
     """
+    if inputs is not None:
+        _compress_graph(model, inputs, task, json_only, {**options, "steps": steps, "option": others})
+        return
     with output(json_only) as out:
         from kruify.api import compress as run
         from kruify.checkpoint import read
-        from kruify.errors import TargetMissedError
+        from kruify.errors import TargetMissedError, UsageError
         from kruify.tasks.base import measure
         from kruify.tasks.loader import load_task
 
+        if task is None or steps is not None:
+            what = "--steps goes with --inputs" if task else "it needs a task, or the inputs of an ONNX graph"
+            raise UsageError(what, "compress", "Give --task TASK or --inputs SAMPLES")
         found = load_task(task)
         checkpoint = read(model, key=options["key"])
         with progress("starting") as advance:
@@ -107,6 +146,63 @@ def compress(model: str, task: str, others: tuple[str, ...], json_only: bool, **
                 options["output"],
                 "Allow more epochs, more attempts, a smaller reduction or a larger drop",
             )
+
+
+def _compress_graph(model: str, inputs: str, task: str | None, json_only: bool, options: dict[str, Any]) -> None:
+    with output(json_only) as out:
+        from kruify.errors import TargetMissedError, UsageError
+        from kruify.search.graph_compression import compress_graph
+        from kruify.tasks.loader import load_function
+
+        chosen = given(**options)
+        if others := [name for name in chosen if name not in OF_GRAPHS]:
+            raise UsageError(f"--{others[0]} does not go with --inputs", "compress", "Leave it out")
+        if task is not None:
+            chosen["metric"] = load_function(task)
+        with progress("starting") as advance:
+            done = compress_graph(
+                model,
+                inputs,
+                progress=advance,
+                on_layer=lambda layer: out.note(
+                    f"layer {layer.name}: relative error {layer.error_before:.4f} -> {layer.error_after:.4f}"
+                ),
+                on_attempt=lambda attempt: out.note(_graph_line(attempt)),
+                **chosen,
+            )
+        _show_graph(out, done)
+        out.result(done.to_json())
+        if not done.within:
+            drop = done.attempts[done.best].drop
+            raise TargetMissedError(
+                f"the nearest of {len(done.attempts)} attempts loses {drop:.4f}, more than {options['max_drop']}",
+                options["output"],
+                "Allow more steps, more attempts, a larger file or a larger drop",
+            )
+
+
+def _graph_line(attempt: GraphAttempt) -> str:
+    return f"{attempt.bytes:,} bytes: worse by {attempt.drop:.4f}"
+
+
+def _show_graph(out: Output, done: GraphCompression) -> None:
+    from kruify.reporting.terminal import table as titled
+
+    best = done.attempts[done.best]
+    layers = titled("error of each layer's outputs, held-out samples", "layer", "converted", "trained", words=0)
+    for layer in best.layers:
+        layers.add_row(layer.name, f"{layer.error_before:.4f}", f"{layer.error_after:.4f}")
+    outputs = titled("outputs of the graph, held-out samples", "output", "error", "SNR", "same arg max", words=0)
+    for name, found in best.outputs.items():
+        same = "" if found.agreement is None else f"{100 * found.agreement:.2f} %"
+        outputs.add_row(name, f"{found.relative_error:.4f}", f"{found.snr_db:.1f} dB", same)
+    out.show(layers, outputs)
+    for name, reason in done.skipped.items():
+        out.show(f"{name} stays dense: {reason}")
+    if best.metric is not None:
+        out.show(f"metric {best.metric:.4f}, of the original {done.baseline:.4f}")
+    ratio = done.before / best.bytes
+    out.show(f"wrote {done.output}: {done.before:,} bytes -> {best.bytes:,}, {ratio:.1f}x smaller")
 
 
 def _candidate(result: CandidateResult, task: Task) -> str:

@@ -14,7 +14,7 @@ from kruify.checkpoint import Checkpoint, carried, check_model_target, check_tar
 from kruify.checkpoint.target import FOREIGN, TORCH
 from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.budget import make_budget_plan, parse_budget
-from kruify.conversion.calibration import calibrate
+from kruify.conversion.calibration import Moments, calibrate
 from kruify.conversion.check import check_plan
 from kruify.conversion.computed import copied, state_of
 from kruify.conversion.latency import plan_latency
@@ -59,6 +59,7 @@ class Options(TypedDict, total=False):
     overrides: Mapping[str, str] | None
     plan: Plan | FilePath | None
     task: Task | str | None
+    moments: Mapping[str, Moments] | None
     subclasses: bool
     dtype: str | None
     keep: Sequence[str]
@@ -88,6 +89,7 @@ def convert(
     overrides: Mapping[str, str] | None = None,
     plan: Plan | FilePath | None = None,
     task: Task | str | None = None,
+    moments: Mapping[str, Moments] | None = None,
     subclasses: bool = False,
     dtype: str | None = None,
     keep: Sequence[str] = (),
@@ -115,6 +117,7 @@ def convert(
         plan: a plan or its JSON file, instead of all options above.
         task: a task or its name: the dense model runs on its calibration batches first, and the fit minimises the
             error of what the matrices give on them.
+        moments: what `kruify.conversion.calibration` finds of the matrices' inputs, instead of a task.
         subclasses: convert subclasses of torch's layers, too, taking them for what they derive from.
         dtype: how all weights are stored, as `kruify.quantize` says; None leaves them in the source's dtypes, under a
             size it is "int8".
@@ -172,7 +175,7 @@ def convert(
     else:
         whole = GraphBytes(graph)
         file = GraphSize(tensors, layers, dtype or "float32", keep, before=whole.before, graph=whole)
-    moments, latency = None, None
+    latency = None
     if task is not None and (by_budget or not dry_run):
         task = load_task(task)
         model = source if isinstance(source, nn.Module) else load_network(source, task)

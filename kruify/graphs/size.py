@@ -27,11 +27,12 @@ class GraphBytes:
     """Counts the bytes of what `write_small` would write.
 
     Args:
-        original: the model; every recurrent node is read (`checkpoint.read(original, graph=True)`).
+        original: the model.
+        graph: as for `checkpoint.read`.
     """
 
-    def __init__(self, original: str | os.PathLike[str]) -> None:
-        self.copy = OnnxCopy(Path(original), graph=True)
+    def __init__(self, original: str | os.PathLike[str], *, graph: bool = True) -> None:
+        self.copy = OnnxCopy(Path(original), graph)
         self.before = file_bytes(self.copy)
         self._gains: dict[Hashable, int] = {}
 

@@ -128,18 +128,8 @@ def make_size_candidates(
     if not planned.plan.layers:
         return [planned]
 
-    def uniform(spec: Callable[[RecurrentLayer, int, int, float], str | None], share: float) -> Plan | None:
-        specs = {
-            layer.full_name(weight): spec(layer, *layer.shape(weight), share)
-            for layer in file.layers
-            for weight in (f"weight_{part}{suffix}" for suffix in layer.suffixes for part in ("ih", "hh"))
-            if layer.shape(weight)[1] >= NARROW
-        }
-        known = {name: spec for name, spec in specs.items() if spec is not None}
-        return make_plan(file.layers, "dense", "dense", overrides=known) if known and len(known) == len(specs) else None
-
-    stacked = largest_within(file, budget, lambda share: uniform(_stacked_low_rank, share))
-    mixed = largest_within(file, budget, lambda share: uniform(_half_blocks, share))
+    stacked = largest_within(file, budget, lambda share: stacked_low_rank(file.layers, share))
+    mixed = largest_within(file, budget, lambda share: _uniform(file.layers, _half_blocks, share))
     found = [planned]
     found += [Candidate(stacked, moments, file.dtype)] if stacked and stacked != planned.plan else []
     return [*found, *([Candidate(mixed, None, file.dtype)] if mixed else [])]
@@ -165,6 +155,36 @@ def make_latency_candidates(
     if found[0].plan.layers and others:
         found.append(max(others, key=lambda other: other.energy))
     return [Candidate(timed.plan, moments, dtype, result.to_json()) for timed in found]
+
+
+def stacked_low_rank(layers: Sequence[RecurrentLayer], share: float) -> Plan | None:
+    """Low rank of stacked gates that keeps this share of the numbers of every matrix that is not narrow; None where
+    not even rank 1 does."""
+    return _uniform(layers, _stacked_low_rank, share)
+
+
+def least_share(layers: Sequence[RecurrentLayer]) -> float:
+    """The least share for which `stacked_low_rank` has a plan."""
+    sizes = [
+        (rows * len(layer.gates), cols, keeps_scales(layer))
+        for layer in layers
+        for rows, cols in (layer.shape(f"weight_{part}{s}") for s in layer.suffixes for part in ("ih", "hh"))
+        if cols >= NARROW
+    ]
+    return max(((rows + cols + scaled + 0.5) / (rows * cols) for rows, cols, scaled in sizes), default=1.0)
+
+
+def _uniform(
+    layers: Sequence[RecurrentLayer], spec: Callable[[RecurrentLayer, int, int, float], str | None], share: float
+) -> Plan | None:
+    specs = {
+        layer.full_name(weight): spec(layer, *layer.shape(weight), share)
+        for layer in layers
+        for weight in (f"weight_{part}{suffix}" for suffix in layer.suffixes for part in ("ih", "hh"))
+        if layer.shape(weight)[1] >= NARROW
+    }
+    known = {name: spec for name, spec in specs.items() if spec is not None}
+    return make_plan(layers, "dense", "dense", overrides=known) if known and len(known) == len(specs) else None
 
 
 def _stacked_low_rank(layer: RecurrentLayer, rows: int, cols: int, share: float) -> str | None:

@@ -11,9 +11,10 @@ import inspect
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 from kruify.errors import KruifyError, TaskError
 from kruify.tasks.base import Task
@@ -58,6 +59,22 @@ def load_task(name: str | Task, **options: object) -> Task:
 def task_class(name: str) -> type[Task]:
     """Return the class that `load_task(name)` would construct, without constructing it."""
     return _resolve(name)[0]
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """Return the function that the user named as `path/to/file.py:function`.
+
+    Raises:
+        TaskError: no such file or function, or the file failed.
+    """
+    path, _, function = name.rpartition(":")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise TaskError("there is no such file", where=file, hint="Give path/to/file.py:function")
+    found = getattr(_execute(file), function, None)
+    if not callable(found):
+        raise TaskError(f'there is no function "{function}" in it', where=file, hint="Name one that is there")
+    return cast(Callable[..., Any], found)
 
 
 _FILE = re.compile(r"(?P<file>.+?\.py)(?::(?P<cls>[^:]*))?(?::(?P<options>.*))?", re.DOTALL)

@@ -1,0 +1,159 @@
+"""Runs an ONNX graph in onnxruntime, with what its recurrent nodes are called with beside its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kruify.checkpoint.onnx_file import load_model, read_onnx
+from kruify.checkpoint.onnx_graph import Proto
+from kruify.errors import UnsupportedError, UsageError
+
+Feed = Mapping[str, NDArray[Any]]
+"""The inputs of a graph by name: one sample."""
+GIVEN = (0, 4, 5, 6)
+"""Inputs of a recurrent node that are no weights: X, sequence_lens, initial_h, initial_c."""
+EXTERNAL = "session.model_external_initializers_file_folder_path"
+
+
+@dataclass(frozen=True)
+class NodeCall:
+    """What one recurrent node is called with.
+
+    Attributes:
+        input: (time, batch, features).
+        lengths: (batch,), int64.
+        states: h, for an LSTM h and c, each (directions, batch, hidden); None for zeros.
+    """
+
+    input: Tensor
+    lengths: Tensor
+    states: tuple[Tensor | None, ...]
+
+
+class Graph:
+    """An ONNX graph, ready to run.
+
+    Args:
+        path: the model.
+        nodes: outputs of recurrent nodes (`recurrent_nodes`) that are to be recorded.
+        outputs: False for a graph that is run no further than these nodes.
+
+    Raises:
+        UnsupportedError: onnxruntime is missing, or cannot run the model.
+        UsageError: it has no such node.
+    """
+
+    def __init__(self, path: Path, nodes: Iterable[str] = (), *, outputs: bool = True) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise UnsupportedError(
+                "running an ONNX model needs an extra", path, "Install it: pip install 'kruify[onnx]'"
+            ) from error
+        self.path = path
+        model = load_model(path)
+        made_by = {output: node for node in model.graph.node for output in node.output}
+        if missing := [output for output in nodes if output not in made_by]:
+            raise UsageError(f"the graph has no recurrent node that gives '{missing[0]}'", path)
+        self._nodes = {output: made_by[output] for output in nodes}
+        if not outputs:
+            del model.graph.output[:]
+        self.outputs = [value.name for value in model.graph.output]
+        self._further = _add_outputs(model, self._nodes.values())
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry(EXTERNAL, str(path.parent))
+        try:
+            self._session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime has a class of its own for every kind of failure
+            raise UnsupportedError(f"onnxruntime cannot load it ({_line(error)})", path) from error
+        self.inputs = {value.name: value.type for value in self._session.get_inputs()}
+
+    def run(self, feed: Feed) -> tuple[dict[str, NDArray[Any]], dict[str, NodeCall]]:
+        """Outputs of the graph by name, and the calls of the nodes by their outputs.
+
+        Raises:
+            UsageError: the sample does not fit the graph.
+        """
+        needed = {name: _cast(feed, name, kind, self.path) for name, kind in self.inputs.items()}
+        try:
+            values = self._session.run([*self.outputs, *self._further], needed)
+        except Exception as error:
+            raise UsageError(f"the graph cannot be run on the sample ({_line(error)})", self.path) from error
+        known = needed | dict(zip([*self.outputs, *self._further], values, strict=True))
+        calls = {output: _call(node, known) for output, node in self._nodes.items()}
+        return {name: known[name] for name in self.outputs}, calls
+
+
+def recurrent_nodes(path: Path) -> dict[str, str]:
+    """Name of every recurrent node of the main graph, as `checkpoint.read` gives it -> the first output of the node,
+    which is its name in copies of the graph, too. Nodes in the bodies of others cannot be recorded and are left out."""
+    found = read_onnx(path)
+    nodes = {name: weights["W"].node for name, weights in found.weights.items()}
+    return {
+        name: next(filter(None, node.proto.output))
+        for name, node in nodes.items()
+        if node.scope is found.scopes[0] and any(node.proto.output)
+    }
+
+
+def _add_outputs(model: Proto, nodes: Iterable[Proto]) -> list[str]:
+    """Makes outputs of the graph of what the nodes are given; returns the names of those that are new."""
+    from onnx import ValueInfoProto
+
+    have = {value.name for value in (*model.graph.input, *model.graph.output)}
+    given = [node.input[at] for node in nodes for at in GIVEN if at < len(node.input) and node.input[at]]
+    further = [name for name in dict.fromkeys(given) if name not in have]
+    model.graph.output.extend(ValueInfoProto(name=name) for name in further)
+    return further
+
+
+def _call(node: Proto, known: Mapping[str, NDArray[Any]]) -> NodeCall:
+    attributes = {a.name: a for a in node.attribute}
+    batch_first = "layout" in attributes and attributes["layout"].i == 1
+
+    def tensor(at: int) -> Tensor | None:
+        name = node.input[at] if at < len(node.input) else ""
+        if not name:
+            return None
+        found = torch.from_numpy(np.array(known[name]))
+        return found.transpose(0, 1) if batch_first and found.ndim == 3 else found
+
+    x, lengths, h, c = map(tensor, GIVEN)
+    assert x is not None
+    steps = torch.full((x.shape[1],), len(x)) if lengths is None else lengths.long()
+    return NodeCall(x, steps, (h, c) if node.op_type == "LSTM" else (h,))
+
+
+def _cast(feed: Feed, name: str, kind: str, path: Path) -> NDArray[Any]:
+    """One input of a sample in the type of the graph, "tensor(float)" and so on.
+
+    Raises:
+        UsageError: the sample lacks it, or has numbers of another kind.
+    """
+    if name not in feed:
+        has = ", ".join(sorted(feed)[:5]) or "nothing"
+        raise UsageError(f"a sample lacks the input '{name}' (it has {has})", path, "Name its arrays as the inputs")
+    array = np.asarray(feed[name])
+    wanted = kind.removeprefix("tensor(").removesuffix(")")
+    dtype = np.dtype({"float": "float32", "double": "float64"}.get(wanted, wanted if wanted != "string" else "O"))
+    if array.dtype == dtype:
+        return array
+    if array.dtype.kind != dtype.kind:
+        raise UsageError(f"the input '{name}' takes {wanted}, and a sample has {array.dtype}", path)
+    return array.astype(dtype)
+
+
+def _line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -1,0 +1,108 @@
+"""What recurrent nodes of an ONNX graph are called with, and how far outputs are apart; against numpy and torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kruify.errors import UsageError
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+from kruify.graphs.difference import Comparison  # noqa: E402
+from kruify.graphs.record import Graph, recurrent_nodes  # noqa: E402
+
+F, H, D = 3, 4, 2
+
+
+def write(path: Path) -> Path:
+    """An LSTM of two directions on twice its input, with lengths and an initial h, then a GRU without more; the first
+    has no sequence output of its own that anything reads."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "w": rng.standard_normal((D, 4 * H, F)),
+        "r": rng.standard_normal((D, 4 * H, H)),
+        "w2": rng.standard_normal((1, 3 * H, D * H)),
+        "r2": rng.standard_normal((1, 3 * H, H)),
+        "two": np.array(2.0),
+        "h0": rng.standard_normal((D, 2, H)),
+    }
+    axes = numpy_helper.from_array(np.array([0, 0, D * H]), "shape")
+    nodes = [
+        helper.make_node("Mul", ["x", "two"], ["doubled"]),
+        helper.make_node(
+            "LSTM",
+            ["doubled", "w", "r", "", "lengths", "h0"],
+            ["y"],
+            name="first",
+            hidden_size=H,
+            direction="bidirectional",
+        ),
+        helper.make_node("Transpose", ["y"], ["turned"], perm=[0, 2, 1, 3]),
+        helper.make_node("Reshape", ["turned", "shape"], ["flat"]),
+        helper.make_node(
+            "GRU", ["flat", "w2", "r2"], ["", "last"], name="second", hidden_size=H, linear_before_reset=1
+        ),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["time", 2, F]),
+            helper.make_tensor_value_info("lengths", TensorProto.INT32, [2]),
+        ],
+        [helper.make_tensor_value_info("last", TensorProto.FLOAT, [1, 2, H])],
+        [*(numpy_helper.from_array(v.astype(np.float32), n) for n, v in weights.items()), axes],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, str(path))
+    return path
+
+
+def test_calls_are_recorded_beside_the_outputs(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.onnx")
+    nodes = recurrent_nodes(path)
+    assert nodes == {"first": "y", "second": "last"}
+    feed = {"x": np.random.default_rng(1).standard_normal((5, 2, F)), "lengths": np.array([3, 5])}  # float64, int64
+    outputs, calls = Graph(path, nodes.values()).run(feed)
+    assert list(outputs) == ["last"] and outputs["last"].shape == (1, 2, H)
+    first, second = calls["y"], calls["last"]
+    np.testing.assert_allclose(first.input.numpy(), 2 * feed["x"], rtol=1e-6)
+    assert first.lengths.tolist() == [3, 5] and second.lengths.tolist() == [5, 5]
+    h, c = first.states
+    assert h is not None and h.shape == (D, 2, H) and c is None and second.states == (None,)
+    assert second.input.shape == (5, 2, D * H) and not second.input[3:, 0].any()  # padding gives zeros
+    again, calls = Graph(path, ["y"], outputs=False).run(feed)
+    assert again == {} and calls["y"].input.equal(first.input)
+
+
+@pytest.mark.parametrize(
+    ("feed", "message"),
+    [
+        ({"x": np.zeros((5, 2, F))}, "lacks the input 'lengths' \\(it has x\\)"),
+        (
+            {"x": np.zeros((5, 2, F)), "lengths": np.array([1.5, 2.0])},
+            "'lengths' takes int32, and a sample has float64",
+        ),
+        ({"x": np.zeros((5, 2, F + 1)), "lengths": np.array([5, 5])}, "cannot be run on the sample"),
+    ],
+)
+def test_a_sample_that_does_not_fit_is_refused(tmp_path: Path, feed: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Graph(write(tmp_path / "model.onnx")).run(feed)
+
+
+def test_differences_are_added_up_over_samples() -> None:
+    comparison = Comparison()
+    comparison.add({"y": np.array([[3.0, 1.0], [0.0, 2.0]])}, {"y": np.array([[3.0, 1.5], [0.0, 2.0]])})
+    comparison.add({"y": np.array([[1.0, 0.0]])}, {"y": np.array([[0.0, 1.0]])})
+    found = comparison.differences()["y"]
+    assert found.relative_error == pytest.approx((2.25 / 15) ** 0.5)
+    assert found.snr_db == pytest.approx(10 * np.log10(15 / 2.25))
+    assert found.agreement == pytest.approx(2 / 3)

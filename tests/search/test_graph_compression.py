@@ -1,0 +1,156 @@
+"""ONNX graphs made small from samples alone; the outputs are compared by onnxruntime itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+
+from kruify.cli.main import cli
+from kruify.errors import CorruptError, PlanError, TaskError, UsageError
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+from kruify.search.graph_compression import compress_graph  # noqa: E402
+from kruify.search.samples import Samples  # noqa: E402
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.GRU(24, 32), nn.LSTM(32, 32)
+        self.head = nn.Linear(32, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x)[0])[0])
+
+
+BASIS = np.random.default_rng(0).standard_normal((3, 24))
+
+
+def samples(count: int = 6, seed: int = 1) -> Iterator[dict[str, Any]]:
+    """Of which three directions are used."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        yield {"x": rng.standard_normal((30, 4, 3)) @ BASIS}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("graph") / "model.onnx"
+    example = torch.from_numpy(next(samples())["x"]).float()
+    torch.onnx.export(
+        Net().eval(), (example,), str(path), input_names=["x"], output_names=["y"], dynamic_axes={"x": {0: "time"}},
+        dynamo=False,
+    )  # fmt: skip
+    return path
+
+
+def error(model: Path, small: Path) -> float:
+    """On samples that `compress_graph` never saw."""
+    runs = [onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]) for path in (model, small)]
+    wrong = whole = 0.0
+    for sample in samples(4, seed=7):
+        a, b = (run.run(None, {"x": sample["x"].astype(np.float32)})[0] for run in runs)
+        wrong, whole = wrong + np.square(a - b).sum(), whole + np.square(a).sum()
+    return float(np.sqrt(wrong / whole))
+
+
+def test_training_brings_the_graph_back(model: Path, tmp_path: Path) -> None:
+    """One call without training and a bound that cannot be met, one with training, resumed."""
+    small = [tmp_path / f"{name}.onnx" for name in "ab"]
+    rounds = compress_graph(model, samples, "size=6x", small[0], steps=0, max_drop=0.0, attempts=2)
+    options: dict[str, Any] = {"steps": 40, "lr": 1e-2, "resume": tmp_path / "state"}
+    found = compress_graph(model, samples, "size=6x", small[1], **options)
+    (trained,) = found.attempts
+    converted, grown = rounds.attempts
+    size = model.stat().st_size
+    assert small[1].stat().st_size == trained.bytes and 0.8 * size < 6 * trained.bytes <= size
+    onnx.checker.check_model(str(small[1]), full_check=True)
+    assert [layer.name for layer in trained.layers] == ["first.GRU", "second.LSTM"]
+    assert all(layer.steps == 40 and layer.error_after < layer.error_before for layer in trained.layers)
+    assert trained.outputs["y"].relative_error < 0.9 * converted.outputs["y"].relative_error
+    truth = error(model, small[1])
+    assert truth == pytest.approx(trained.outputs["y"].relative_error, rel=0.2)  # by onnxruntime, on other samples
+
+    assert (rounds.within, rounds.best, found.within) == (False, 1, True)
+    assert small[0].stat().st_size == grown.bytes > converted.bytes  # the worse layer got more numbers
+    assert grown.drop < converted.drop
+
+    told: list[str] = []
+    again = compress_graph(
+        model, samples, "size=6x", small[0], progress=lambda done, total, phase: told.append(phase), **options
+    )
+    assert again.attempts == found.attempts and small[0].read_bytes() == small[1].read_bytes()
+    assert not any(phase.startswith("layer") for phase in told)  # nothing was trained again
+
+
+def test_a_graph_that_fits_in_eight_bits_keeps_its_matrices(model: Path, tmp_path: Path) -> None:
+    found = compress_graph(model, samples, "size=2x", tmp_path / "small.onnx")
+    assert found.attempts[0].layers == [] and found.attempts[0].outputs["y"].relative_error < 0.02
+    assert found.attempts[0].bytes < model.stat().st_size / 2.5
+
+
+def test_the_command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("samples").mkdir()
+    for number, sample in enumerate(samples(3)):
+        np.savez(f"samples/{number}.npz", **sample)
+    Path("measure.py").write_text("from pathlib import Path\ndef size(path): return Path(path).stat().st_size\n")
+    command = ["compress", str(model), "--inputs", "samples", "--budget", "size=2x", "-o", "small.onnx", "--json"]
+    result = CliRunner().invoke(cli, [*command, "--task", "measure.py:size", "--max-drop", "1"])
+    assert result.exit_code == 6, result.output  # a smaller file is worse by this metric
+    found = json.loads(result.stdout)
+    assert found["output"] == "small.onnx" and found["bytes"]["after"] == Path("small.onnx").stat().st_size
+    assert found["baseline"] == found["bytes"]["before"] and found["attempts"][0]["metric"] == found["bytes"]["after"]
+    assert set(found["attempts"][0]["outputs"]["y"]) == {"relative_error", "snr_db", "agreement"}
+    refused = CliRunner().invoke(cli, [*command, "--epochs", "3"])
+    assert refused.exit_code == 2 and "--epochs does not go with --inputs" in refused.stderr
+    nothing = CliRunner().invoke(cli, ["compress", str(model), "--budget", "size=2x", "-o", "small.onnx"])
+    assert nothing.exit_code == 2 and "Give --task TASK or --inputs SAMPLES" in nothing.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"budget": "8x"}, UsageError, "a budget of bytes"),
+        ({"budget": "size=100"}, PlanError, "the smallest file that was found takes"),
+        ({"samples": Samples(lambda: iter([]))}, TaskError, "no sample to calibrate on"),
+        ({"samples": [3]}, TaskError, "sample 0 is a int, not a dict"),
+        ({"model": "other.pt"}, UsageError, "samples go with an ONNX graph"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    model: Path, tmp_path: Path, change: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    options = {"model": model, "samples": samples, "budget": "size=6x", "output": tmp_path / "small.onnx"} | change
+    if options["model"] == "other.pt":
+        options["model"] = tmp_path / "other.pt"
+        torch.save(nn.GRU(2, 2).state_dict(), options["model"])
+    with pytest.raises(kind, match=message):
+        compress_graph(**options)
+
+
+def test_samples_are_read_from_a_folder_or_a_function(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        np.savez(tmp_path / f"{name}.npz", x=np.full(2, ord(name)))
+    assert [sample["x"][0] for sample in Samples(tmp_path)] == [ord("a"), ord("b")]
+    (tmp_path / "made.py").write_text("def make():\n    yield {'x': 1}\n    raise ValueError('no more')\n")
+    made = Samples(f"{tmp_path}/made.py:make")
+    with pytest.raises(TaskError, match="ValueError: no more"):
+        list(made)
+    with pytest.raises(UsageError, match="no such folder"):
+        Samples(tmp_path / "nowhere")
+    (tmp_path / "c.npz").write_bytes(b"no archive")
+    with pytest.raises(CorruptError, match="cannot be read"):
+        list(Samples(tmp_path))
