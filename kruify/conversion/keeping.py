@@ -13,7 +13,7 @@ from kruify.layers import KroneckerMatrix
 
 _HOOKS = [name for name in vars(nn.Module()) if name.endswith(("hooks", "_with_kwargs", "_always_called"))]
 # Made anew when they are needed, and marks of how the weights of the old layer were stored.
-_CACHES = ("_kernel_streaming", "_compiled_call_impl", "_kruify_storage", "_complex_form")
+_CACHES = ("_kernel_form", "_kernel_streaming", "_compiled_call_impl", "_kruify_storage", "_complex_form")
 
 
 def keep_additions(old: nn.Module, fresh: nn.Module, new: nn.Module, name: str) -> None:

