@@ -27,8 +27,7 @@ from kruify.conversion.check import load_tensors
 from kruify.conversion.locate import AnyTensor, RecurrentLayer, locate_checkpoint
 from kruify.conversion.pipeline import found, refuse_converted
 from kruify.conversion.plan import LayerPlan, Plan
-from kruify.conversion.size import below_smallest
-from kruify.conversion.storing import in_float32, planned, storage_for
+from kruify.conversion.size import GraphSize, below_smallest, largest_within
 from kruify.errors import TaskError, UnsupportedError, UsageError
 from kruify.graphs.difference import Comparison, Difference
 from kruify.graphs.record import Graph, NodeCall, recurrent_nodes
@@ -44,8 +43,6 @@ from kruify.training.pieces import Call
 
 CALIBRATION = 16
 """Samples that the fit is weighted with."""
-ROUNDS = 6  # of guesses at the share of the matrices that a budget allows
-OPEN = 0.01  # share of the budget that may stay open
 GROWTH = 2.0  # a layer that costs too much gets so many times its numbers
 DENSE_FROM = 0.5  # a layer that would keep more than this share of its numbers is left dense
 Metric = Callable[[str], float]
@@ -201,41 +198,24 @@ class _Job:
         if not self.layers:
             raise UnsupportedError("no recurrent node stands in its main graph", path, "Convert it without samples")
         self.order = [name for name in self.nodes if name in self.layers]  # nodes stand in the order of execution
-        self.count, self.keep = GraphBytes(path, graph=False), kept_constants(path)
+        self.keep = kept_constants(path)
         self.dense = {name: self._dense(layer) for name, layer in self.layers.items()}
 
     def planned(self, budget: str, folder: Path) -> Conversion:
         """The conversion whose file comes nearest to the budget from below."""
-        asked = parse_budget(budget)
-        if not asked.of_file:
+        if not parse_budget(budget).of_file:
             raise UsageError(f"a graph has a budget of bytes, not '{budget}'", hint="Write size=10x or size=600kB")
-        limit = asked.bytes or int((asked.size or 1.0) * self.count.before)
-        layers = list(self.layers.values())
-
-        def size(share: float) -> int:
-            return self._bytes(stacked_low_rank(layers, share) or Plan())
-
-        if self._bytes(Plan()) <= limit:
+        layers, whole = list(self.layers.values()), GraphBytes(self.path, graph=False)
+        tensors = self.checkpoint.tensors.lazy
+        file = GraphSize(tensors, layers, self.dtype, self.keep, before=whole.before, graph=whole)
+        limit = file.limit(budget)
+        if file.of(Plan()) <= limit:
             return self._convert(Plan(), folder)
-        low, high = least_share(layers), DENSE_FROM
-        sizes = {share: size(share) for share in (low, high)}
-        if sizes[low] > limit:
-            raise below_smallest(budget, limit, sizes[low])
-        for _ in range(ROUNDS):
-            if sizes[high] <= limit:
-                low = high
-            if limit - sizes[low] <= OPEN * limit or low == high:
-                break
-            share = low + (limit - sizes[low]) / (sizes[high] - sizes[low]) * (high - low)
-            share = min(share + least_share(layers) / 2, high)  # ranks are whole numbers
-            sizes[share] = size(share)
-            low, high = (share, high) if sizes[share] <= limit else (low, share)
-        return self._convert(stacked_low_rank(layers, low) or Plan(), folder)
-
-    def _bytes(self, plan: Plan) -> int:
-        """Bytes of the graph by a plan, at most."""
-        future = planned(in_float32(self.checkpoint.tensors.lazy), plan)
-        return self.count.of(future, plan.structures(), storage_for(future, plan, self.dtype, self.keep))
+        plan = largest_within(file, budget, lambda share: stacked_low_rank(layers, min(share, DENSE_FROM)))
+        if plan is None:
+            least = stacked_low_rank(layers, least_share(layers)) or Plan()
+            raise below_smallest(budget, limit, file.of(least))
+        return self._convert(plan, folder)
 
     def grown(self, conversion: Conversion, name: str, folder: Path) -> Conversion:
         """The conversion with one layer planned anew for more numbers, or left dense; what the others learnt stays."""

@@ -75,11 +75,11 @@ def test_training_brings_the_graph_back(model: Path, tmp_path: Path) -> None:
     (trained,) = found.attempts
     converted, grown = rounds.attempts
     size = model.stat().st_size
-    assert small[1].stat().st_size == trained.bytes and 0.8 * size < 5 * trained.bytes <= size
+    assert small[1].stat().st_size == trained.bytes and 0.9 * size < 5 * trained.bytes <= size  # no rank is left open
     onnx.checker.check_model(str(small[1]), full_check=True)
     assert [layer.name for layer in trained.layers] == ["first.GRU", "second.LSTM"]
     assert all(layer.steps == 40 and layer.error_after < layer.error_before for layer in trained.layers)
-    assert trained.outputs["y"].relative_error < 0.9 * converted.outputs["y"].relative_error
+    assert trained.outputs["y"].relative_error < 0.95 * converted.outputs["y"].relative_error
     truth = error(model, small[1])
     assert truth == pytest.approx(trained.outputs["y"].relative_error, rel=0.2)  # by onnxruntime, on other samples
 
