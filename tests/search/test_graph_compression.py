@@ -95,6 +95,13 @@ def test_training_brings_the_graph_back(model: Path, tmp_path: Path) -> None:
     assert not any(phase.startswith("layer") for phase in told)  # nothing was trained again
 
 
+@pytest.mark.parametrize("times", [3.5, 4.5])
+def test_the_file_fills_its_budget(model: Path, tmp_path: Path, times: float) -> None:
+    found = compress_graph(model, samples, f"size={times}x", tmp_path / "small.onnx", steps=0)
+    limit = model.stat().st_size / times
+    assert 0.9 * limit < found.attempts[0].bytes <= limit
+
+
 def test_a_graph_that_fits_in_eight_bits_keeps_its_matrices(model: Path, tmp_path: Path) -> None:
     found = compress_graph(model, samples, "size=2x", tmp_path / "small.onnx")
     assert found.attempts[0].layers == [] and found.attempts[0].outputs["y"].relative_error < 0.02
