@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from measurements import Row, commit, cpu_name, read, store
@@ -108,13 +108,8 @@ class Results:
         store(self.path, row, *row)
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    import torch
+def threads(count: int) -> AbstractContextManager[None]:
+    """Inside, torch computes with so many; imported late, as this process may begin again."""
+    from kruify.layers.timing import torch_threads
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return torch_threads(count)

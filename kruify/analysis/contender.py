@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kruify.analysis.latency import runner
 from kruify.analysis.layers import Layers
+from kruify.checkpoint.onnx_session import cpu_session
 from kruify.conversion.network import load_network
 from kruify.errors import UnsupportedError
 from kruify.tasks.base import Task, measure
@@ -187,11 +188,7 @@ class _Session(nn.Module):
 
     def __init__(self, model: bytes) -> None:
         super().__init__()
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
-        self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self.session = cpu_session(model, torch.get_num_threads())
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.from_numpy(self.session.run(None, {"x": x.numpy()})[0])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kruify.checkpoint.file_bytes import read_at
 from kruify.checkpoint.onnx_graph import Node, Proto, Scope, Source
+from kruify.checkpoint.onnx_session import cpu_session
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.checkpoint.writing import tensor_bytes
 from kruify.errors import CorruptError, UnsafeError
@@ -216,13 +217,7 @@ def _run(model: Proto, feed: dict[str, Any]) -> Any:
     try:
         evaluator = ReferenceEvaluator(model)
     except RuntimeError:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        return session.run(None, feed)[0]
+        return cpu_session(model.SerializeToString()).run(None, feed)[0]
     return evaluator.run(None, feed)[0]
 
 

@@ -75,6 +75,22 @@ class LatencyPlan:
     def chosen(self) -> TimedPlan:
         return max(self.fast_enough, key=lambda found: found.energy)
 
+    def checked(self, budget: str) -> LatencyPlan:
+        """Itself.
+
+        Raises:
+            TargetMissedError: no plan is fast enough for the budget; the text names the fastest.
+        """
+        if self.fast_enough:
+            return self
+        fastest = max(self.timed, key=self.ratio)
+        raise TargetMissedError(
+            f"the fastest plan that was found takes {self.ratio(fastest):.2f}x less time than the dense layers "
+            f"({', '.join(fastest.factors) or 'dense'})",
+            f"budget {budget}",
+            f"Allow latency={max(1.0, 0.95 * self.ratio(fastest)):.2f}x, or store the weights as int8",
+        )
+
     def ratio(self, found: TimedPlan) -> float:
         """How many times less time than the dense layers it takes."""
         return self.dense_milliseconds / found.milliseconds
@@ -90,41 +106,6 @@ class LatencyPlan:
         return {"wanted": self.wanted, **entry(self.chosen), **how, "candidates": candidates}
 
 
-def plan_latency(
-    file: FileSize,
-    budget: str,
-    *,
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
-    overrides: Mapping[str, str] | None = None,
-    moments: Mapping[str, Moments] | None = None,
-    searches: Searches | None = None,
-    progress: Progress | None = None,
-) -> LatencyPlan:
-    """The plan that keeps the most energy of those whose layers are fast enough.
-
-    Args:
-        file: the network, and how its weights will be stored.
-        budget: "latency=3x": a third of the time of the dense layers (`parse_budget`).
-        only, skip, overrides, moments, searches: as in `conversion.size.plan_size`.
-
-    Raises:
-        TargetMissedError: none is; the text names the fastest.
-    """
-    result = timed_plans(
-        file, budget, only=only, skip=skip, overrides=overrides, moments=moments, searches=searches, progress=progress
-    )
-    if not result.fast_enough:
-        fastest = max(result.timed, key=result.ratio)
-        raise TargetMissedError(
-            f"the fastest plan that was found takes {result.ratio(fastest):.2f}x less time than the dense layers "
-            f"({', '.join(fastest.factors) or 'dense'})",
-            f"budget {budget}",
-            f"Allow latency={max(1.0, 0.95 * result.ratio(fastest)):.2f}x, or store the weights as int8",
-        )
-    return result
-
-
 def timed_plans(
     file: FileSize,
     budget: str,
@@ -136,7 +117,13 @@ def timed_plans(
     searches: Searches | None = None,
     progress: Progress | None = None,
 ) -> LatencyPlan:
-    """The plans that `plan_latency` chooses from, fast enough or not."""
+    """Plans around a latency, fast enough or not.
+
+    Args:
+        file: the network, and how its weights will be stored.
+        budget: "latency=3x": a third of the time of the dense layers (`parse_budget`).
+        only, skip, overrides, moments, searches: as in `conversion.size.plan_size`.
+    """
     share = parse_budget(budget).latency
     assert share is not None
     everything = make_plan(file.layers, "auto", "auto", only, skip)

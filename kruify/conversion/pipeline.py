@@ -17,7 +17,7 @@ from kruify.conversion.budget import make_budget_plan, parse_budget
 from kruify.conversion.calibration import Moments, calibrate
 from kruify.conversion.check import check_plan
 from kruify.conversion.computed import copied, state_of
-from kruify.conversion.latency import plan_latency
+from kruify.conversion.latency import timed_plans
 from kruify.conversion.locate import AnyTensor, Located, RecurrentLayer, locate, locate_checkpoint
 from kruify.conversion.modules import convert_module
 from kruify.conversion.network import load_network
@@ -38,7 +38,7 @@ from kruify.conversion.storing import (
 )
 from kruify.conversion.tensors import convert_tensors
 from kruify.errors import UsageError
-from kruify.graphs import GraphBytes, kept_constants, write_small
+from kruify.graphs import GraphBytes, compare_graphs, kept_constants, write_small
 from kruify.progress import Progress
 from kruify.tasks.base import Task
 from kruify.tasks.loader import load_task
@@ -188,9 +188,9 @@ def convert(
             file, str(budget), only=only, skip=skip, overrides=overrides, moments=moments, progress=progress
         )
     elif limits is not None and limits.latency is not None:
-        latency = plan_latency(
+        latency = timed_plans(
             file, str(budget), only=only, skip=skip, overrides=overrides, moments=moments, progress=progress
-        )
+        ).checked(str(budget))
         plan = latency.chosen.plan
     elif by_budget:
         plan = make_budget_plan(
@@ -230,7 +230,7 @@ def convert(
             counts = replace(counts, before=written.bytes_before, after=written.bytes_after)
             if of_file:
                 counts = replace(counts, file=written.bytes_after)
-            return replace(conversion, bytes=counts, graph=written.comparison)
+            return replace(conversion, bytes=counts, graph=compare_graphs(graph, written.path))
         write_converted(
             output, conversion.tensors, plan, storage, source_sha256=sha256, seed=seed, extra=extra, progress=progress
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from kruify.checkpoint.onnx_session import cpu_session
 from kruify.conversion import densify
 from kruify.errors import UnsupportedError
 from kruify.exporting.check import TOLERANCE, Exported, Run, layer_cases, write_checked
@@ -131,12 +132,7 @@ def call_layer(layer: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]
 
 def run_onnx(file: Path) -> Run:
     """The file in onnxruntime, on one CPU thread."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    session = cpu_session(file)
     names = [value.name for value in (*session.get_inputs(), *session.get_overridable_initializers())]
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -43,7 +43,7 @@ from kruify.exporting.layer_files import (
 )
 from kruify.exporting.scan_layer import traceable
 from kruify.exporting.shapes import interface_of, no_kru
-from kruify.graphs import write_small
+from kruify.graphs import compare_graphs, write_small
 from kruify.layers.base import KRUBase
 from kruify.tasks.base import Task, to_device
 
@@ -169,7 +169,8 @@ def export_graph(checkpoint: Checkpoint, path: Path, original: Path) -> Exported
         raise UsageError("it was not converted from an ONNX model", checkpoint.path, "Leave --original out")
     structures = bounded_plan(checkpoint).structures()
     made = write_small(original, checkpoint.tensors.lazy, structures, checkpoint.storage, path, graph=False)
-    return Exported(path, "", (), (), made.max_error, len(structures), made.bytes_after, graph=made.comparison)
+    graph = compare_graphs(original, made.path)
+    return Exported(path, "", (), (), made.max_error, len(structures), made.bytes_after, graph=graph)
 
 
 def rounding(tensors: Mapping[str, Tensor]) -> float:

@@ -1,7 +1,7 @@
 """Whole ONNX graphs: their recurrent nodes, and the same graph with small weights."""
 
-from kruify.graphs.comparison import Comparison, compare
+from kruify.graphs.comparison import Comparison, compare_graphs
 from kruify.graphs.size import GraphBytes
 from kruify.graphs.writing import Written, kept_constants, write_small
 
-__all__ = ["Comparison", "GraphBytes", "Written", "compare", "kept_constants", "write_small"]
+__all__ = ["Comparison", "GraphBytes", "Written", "compare_graphs", "kept_constants", "write_small"]

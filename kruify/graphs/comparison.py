@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from kruify.checkpoint.onnx_session import cpu_session, first_line
+
 SLOWER = 1.15
 """A small graph that takes more than this many times as long as its original is said to be slower."""
 REPEATS = 7
@@ -63,24 +65,15 @@ class Comparison:
         return asdict(self)
 
 
-def compare(original: Path, small: Path, seed: int = 0) -> Comparison:
+def compare_graphs(original: Path, small: Path, seed: int = 0) -> Comparison:
     """Runs both on random inputs of the declared shapes: real numbers are standard normal, whole numbers and truth
     values 1."""
     try:
-        import onnxruntime
+        sessions = [cpu_session(path) for path in (original, small)]
     except ImportError:
         return Comparison(reason="onnxruntime is not installed")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-
-    def load(path: Path) -> Any:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    try:
-        sessions = [load(path) for path in (original, small)]
     except Exception as error:  # onnxruntime's own, of many kinds
-        return Comparison(reason=f"onnxruntime cannot load it ({_first_line(error)})")
+        return Comparison(reason=f"onnxruntime cannot load it ({first_line(error)})")
     reason = ""
     for feed in _feeds(sessions[0], seed):
         if isinstance(feed, str):
@@ -88,9 +81,9 @@ def compare(original: Path, small: Path, seed: int = 0) -> Comparison:
         try:
             wanted, found = (session.run(None, feed) for session in sessions)
         except Exception as error:
-            reason = reason or f"it does not run on random inputs ({_first_line(error)})"
+            reason = reason or f"it does not run on random inputs ({first_line(error)})"
             continue
-        loads = _least_ms(*(partial(load, path) for path in (original, small)))
+        loads = _least_ms(*(partial(cpu_session, path) for path in (original, small)))
         runs = _least_ms(*(partial(session.run, None, feed) for session in sessions))
         done = Comparison(_difference(found, wanted), "", loads, runs)
         if done.slower:  # or something else ran meanwhile
@@ -146,7 +139,3 @@ def _least_ms(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[floa
         second()
         times.append((between - start, time.perf_counter() - between))
     return min(t[0] for t in times) * 1e3, min(t[1] for t in times) * 1e3
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

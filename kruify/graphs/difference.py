@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,8 @@ class Difference:
     snr_db: float
     agreement: float | None
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
 
-
-class Comparison:
+class DifferenceSums:
     """Adds up the differences of two graphs, sample by sample."""
 
     def __init__(self) -> None:

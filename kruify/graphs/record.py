@@ -14,13 +14,13 @@ from torch import Tensor
 
 from kruify.checkpoint.onnx_file import load_model, read_onnx
 from kruify.checkpoint.onnx_graph import Proto
+from kruify.checkpoint.onnx_session import cpu_session, first_line
 from kruify.errors import UnsupportedError, UsageError
 
 Feed = Mapping[str, NDArray[Any]]
 """The inputs of a graph by name: one sample."""
 GIVEN = (0, 4, 5, 6)
 """Inputs of a recurrent node that are no weights: X, sequence_lens, initial_h, initial_c."""
-EXTERNAL = "session.model_external_initializers_file_folder_path"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class NodeCall:
     states: tuple[Tensor | None, ...]
 
 
-class Graph:
+class RecordingGraph:
     """An ONNX graph, ready to run.
 
     Args:
@@ -52,12 +52,6 @@ class Graph:
     """
 
     def __init__(self, path: Path, nodes: Iterable[str] = (), *, outputs: bool = True) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise UnsupportedError(
-                "running an ONNX model needs an extra", path, "Install it: pip install 'kruify[onnx]'"
-            ) from error
         self.path = path
         model = load_model(path)
         made_by = {output: node for node in model.graph.node for output in node.output}
@@ -68,16 +62,14 @@ class Graph:
             del model.graph.output[:]
         self.outputs = [value.name for value in model.graph.output]
         self._further = _add_outputs(model, self._nodes.values())
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry(EXTERNAL, str(path.parent))
         try:
-            self._session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = cpu_session(model.SerializeToString(), torch.get_num_threads(), path.parent)
+        except ImportError as error:
+            raise UnsupportedError(
+                "running an ONNX model needs an extra", path, "Install it: pip install 'kruify[onnx]'"
+            ) from error
         except Exception as error:  # onnxruntime has a class of its own for every kind of failure
-            raise UnsupportedError(f"onnxruntime cannot load it ({_line(error)})", path) from error
+            raise UnsupportedError(f"onnxruntime cannot load it ({first_line(error)})", path) from error
         self.inputs = {value.name: value.type for value in self._session.get_inputs()}
 
     def run(self, feed: Feed) -> tuple[dict[str, NDArray[Any]], dict[str, NodeCall]]:
@@ -90,7 +82,7 @@ class Graph:
         try:
             values = self._session.run([*self.outputs, *self._further], needed)
         except Exception as error:
-            raise UsageError(f"the graph cannot be run on the sample ({_line(error)})", self.path) from error
+            raise UsageError(f"the graph cannot be run on the sample ({first_line(error)})", self.path) from error
         known = needed | dict(zip([*self.outputs, *self._further], values, strict=True))
         calls = {output: _call(node, known) for output, node in self._nodes.items()}
         return {name: known[name] for name in self.outputs}, calls
@@ -153,7 +145,3 @@ def _cast(feed: Feed, name: str, kind: str, path: Path) -> NDArray[Any]:
     if array.dtype.kind != dtype.kind:
         raise UsageError(f"the input '{name}' takes {wanted}, and a sample has {array.dtype}", path)
     return array.astype(dtype)
-
-
-def _line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

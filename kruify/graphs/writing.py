@@ -23,7 +23,6 @@ from kruify.checkpoint.wrapper import strip
 from kruify.checkpoint.writing import as_bytes, tensor_bytes
 from kruify.errors import CorruptError, UsageError
 from kruify.factors import Structure
-from kruify.graphs.comparison import Comparison, compare
 from kruify.graphs.folded import ELEMENTS, Folder, Stored
 from kruify.graphs.nodes import Graph
 from kruify.layers import KroneckerMatrix
@@ -45,14 +44,12 @@ class Written:
         bytes_before, bytes_after: of the whole files.
         max_error: largest difference of a weight that the file computes from the one that it stands for, relative to
             the largest entry of the weight.
-        comparison: both graphs in onnxruntime.
     """
 
     path: Path
     bytes_before: int
     bytes_after: int
     max_error: float
-    comparison: Comparison
 
 
 def write_small(
@@ -105,14 +102,13 @@ def write_small(
             written = Path(folder) / target.name
             copy.save(written)
             error = _largest_error(copy, written, contents, graph)
-            comparison = compare(original, written)
             files = sorted(Path(folder).iterdir(), key=lambda file: file == written)  # the model itself last
             after = sum(file.stat().st_size for file in files)
             for file in files:
                 os.replace(file, target.with_name(file.name))
     except OSError as problem:
         raise UsageError(f"it cannot be written ({problem.strerror})", output, "Check the folder") from None
-    return Written(output, before, after, error, comparison)
+    return Written(output, before, after, error)
 
 
 def kept_constants(original: str | os.PathLike[str]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from kruify.checkpoint.file_bytes import parsed
 from kruify.conversion.budget import Searches, make_budget_plan, parse_budget
 from kruify.conversion.calibration import Moments
-from kruify.conversion.latency import plan_latency
+from kruify.conversion.latency import timed_plans
 from kruify.conversion.locate import RecurrentLayer
 from kruify.conversion.plan import Plan, keeps_scales, make_plan
 from kruify.conversion.size import FileSize, largest_within, plan_size
@@ -149,7 +149,7 @@ def make_latency_candidates(
     Raises:
         TargetMissedError: the budget cannot be met.
     """
-    result = plan_latency(file, budget, moments=moments, searches=searches)
+    result = timed_plans(file, budget, moments=moments, searches=searches).checked(budget)
     found = [result.chosen]
     others = [other for other in result.fast_enough if other.stacked != found[0].stacked]
     if found[0].plan.layers and others:

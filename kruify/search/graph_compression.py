@@ -29,8 +29,8 @@ from kruify.conversion.pipeline import found, refuse_converted
 from kruify.conversion.plan import LayerPlan, Plan
 from kruify.conversion.size import GraphSize, below_smallest, largest_within
 from kruify.errors import TaskError, UnsupportedError, UsageError
-from kruify.graphs.difference import Comparison, Difference
-from kruify.graphs.record import Graph, NodeCall, recurrent_nodes
+from kruify.graphs.difference import Difference, DifferenceSums
+from kruify.graphs.record import NodeCall, RecordingGraph, recurrent_nodes
 from kruify.graphs.size import GraphBytes
 from kruify.graphs.writing import kept_constants, write_small
 from kruify.layers.storage import mark
@@ -262,7 +262,7 @@ class _Job:
 
     def differences(self, small: Path) -> dict[str, Difference]:
         """Of the outputs on held-out samples."""
-        original, other, comparison = Graph(self.path), Graph(small), Comparison()
+        original, other, comparison = RecordingGraph(self.path), RecordingGraph(small), DifferenceSums()
         for number, feed in enumerate(self.samples):
             if is_held_out(number):
                 comparison.add(original.run(feed)[0], other.run(feed)[0])
@@ -271,7 +271,7 @@ class _Job:
     @cached_property
     def moments(self) -> dict[str, Moments]:
         """Of what the matrices are applied to, on samples that are not held out."""
-        graph, sums = Graph(self.path, self.nodes.values(), outputs=False), dict[str, Moments]()
+        graph, sums = RecordingGraph(self.path, self.nodes.values(), outputs=False), dict[str, Moments]()
         done = 0
         for number, feed in enumerate(self.samples):
             if done == CALIBRATION:
@@ -304,7 +304,7 @@ class _Job:
     def _calls(self, name: str, small: Path) -> Iterator[tuple[bool, Call, Tensor]]:
         """What a layer is called with in the original graph, and the input that it gets in the small one."""
         node = self.nodes[name]
-        original, other = (Graph(path, [node], outputs=False) for path in (self.path, small))
+        original, other = (RecordingGraph(path, [node], outputs=False) for path in (self.path, small))
         for number, feed in enumerate(self.samples):
             call = self._call(name, original.run(feed)[1][node])
             yield is_held_out(number), call, other.run(feed)[1][node].input

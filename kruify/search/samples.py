@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kruify.errors import CorruptError, KruifyError, TaskError, UsageError
+from kruify.graphs.record import Feed
 from kruify.tasks.loader import load_function
-
-Feed = Mapping[str, NDArray[Any]]
-
 
 Source = str | Path | Callable[[], Iterable[Feed]] | Iterable[Feed]
 

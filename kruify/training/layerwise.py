@@ -33,14 +33,13 @@ from kruify.tasks.base import evaluating, to_device
 from kruify.training.pieces import PIECE, Call, Pieces, call_of, run
 from kruify.training.randomness import derived_seed
 from kruify.training.recurrent import recorded
-from kruify.training.rounding import rounded_weights
+from kruify.training.rounding import ROUNDED_FROM, rounded_weights
 from kruify.training.schedule import lr_factor
 
 STEPS, LR, WARMUP, CLIP = 600, 4e-3, 0.2, 1.0
 STEPS_OF_A_BATCH = 16 * PIECE
 VALIDATIONS = 20  # in a run
 HELD_OUT = 8  # every so many batches one is held out
-ROUNDED_FROM = 0.75  # share of a run from which on its gradients are those of the weights as they are stored
 LEARNT = 1e-5  # relative error of a layer that has nothing to learn
 RECORDED = 4 << 30  # bytes of the files of a layer, beyond which no further batches are looked at
 

@@ -14,6 +14,9 @@ from kruify.conversion import plan_of
 from kruify.conversion.storing import rounded
 from kruify.layers.storage import marks
 
+ROUNDED_FROM = 0.75
+"""Share of the last phase of a run, or of a layer's own, from which on gradients are those of the weights as stored."""
+
 
 @contextmanager
 def rounded_weights(model: nn.Module) -> Iterator[None]:

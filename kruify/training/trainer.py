@@ -33,12 +33,10 @@ from kruify.training.randomness import isolated_generators, seed_all
 from kruify.training.recipe import Recipe
 from kruify.training.recurrent_conditioning import recurrent_conditioning
 from kruify.training.result import FinetuneResult, Validation
-from kruify.training.rounding import rounded_weights
+from kruify.training.rounding import ROUNDED_FROM, rounded_weights
 from kruify.training.schedule import lr_factor
 
 MAX_SKIPPED = 20  # steps in a row whose gradient is not finite, after which a run counts as diverged
-# Progress of the last phase from which on its gradients are those of the weights as they are stored.
-ROUNDED_FROM = 0.75
 OnBest = Callable[[nn.Module, dict[str, float]], None]
 
 

@@ -13,8 +13,8 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from kruify.graphs.difference import Comparison  # noqa: E402
-from kruify.graphs.record import Graph, recurrent_nodes  # noqa: E402
+from kruify.graphs.difference import DifferenceSums  # noqa: E402
+from kruify.graphs.record import RecordingGraph, recurrent_nodes  # noqa: E402
 
 F, H, D = 3, 4, 2
 
@@ -70,7 +70,7 @@ def test_calls_are_recorded_beside_the_outputs(tmp_path: Path) -> None:
     nodes = recurrent_nodes(path)
     assert nodes == {"first": "y", "second": "last"}
     feed = {"x": np.random.default_rng(1).standard_normal((5, 2, F)), "lengths": np.array([3, 5])}  # float64, int64
-    outputs, calls = Graph(path, nodes.values()).run(feed)
+    outputs, calls = RecordingGraph(path, nodes.values()).run(feed)
     assert list(outputs) == ["last"] and outputs["last"].shape == (1, 2, H)
     first, second = calls["y"], calls["last"]
     np.testing.assert_allclose(first.input.numpy(), 2 * feed["x"], rtol=1e-6)
@@ -78,7 +78,7 @@ def test_calls_are_recorded_beside_the_outputs(tmp_path: Path) -> None:
     h, c = first.states
     assert h is not None and h.shape == (D, 2, H) and c is None and second.states == (None,)
     assert second.input.shape == (5, 2, D * H) and not second.input[3:, 0].any()  # padding gives zeros
-    again, calls = Graph(path, ["y"], outputs=False).run(feed)
+    again, calls = RecordingGraph(path, ["y"], outputs=False).run(feed)
     assert again == {} and calls["y"].input.equal(first.input)
 
 
@@ -95,11 +95,11 @@ def test_calls_are_recorded_beside_the_outputs(tmp_path: Path) -> None:
 )
 def test_a_sample_that_does_not_fit_is_refused(tmp_path: Path, feed: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Graph(write(tmp_path / "model.onnx")).run(feed)
+        RecordingGraph(write(tmp_path / "model.onnx")).run(feed)
 
 
 def test_differences_are_added_up_over_samples() -> None:
-    comparison = Comparison()
+    comparison = DifferenceSums()
     comparison.add({"y": np.array([[3.0, 1.0], [0.0, 2.0]])}, {"y": np.array([[3.0, 1.5], [0.0, 2.0]])})
     comparison.add({"y": np.array([[1.0, 0.0]])}, {"y": np.array([[0.0, 1.0]])})
     found = comparison.differences()["y"]
