@@ -163,36 +163,42 @@ def best_peer(row: Row) -> str:
 
 
 def report(results: Results) -> str:
+    text = [
+        "# Eight-bit layers and their peers\n",
+        "Written by `python benchmarks/peers.py --report`; numbers in results/peers.jsonl and, of an older machine,"
+        " results/peers_avx2.jsonl, each line with its commit and seed. Best times, contenders in turns;"
+        f" T={STEPS}, input {INPUTS}, one layer, inference, milliseconds.\n",
+        "Ours store and compute all weights as int8: W_ih dense, W_hh dense or stacked low rank at 16x fewer bytes or"
+        " numbers than in float32. `x` = times faster than the best peer, which stands in italics;"
+        " `at most`: the same if our products ran as fast as one of many vectors with a matrix in the L2 cache, and all"
+        " else took no time. torch has no int8 RNN, ONNX Runtime no int8 GRU or RNN.\n",
+        *machine(results),
+        *machine(Results("peers_avx2")),
+        "AVX2 has no such product: two of its instructions (vpmaddubsw and vpmaddwd) take as long as those of float32,"
+        " so dense int8 layers save memory and hardly time. That machine had other work meanwhile. AVX-VNNI and ARM"
+        " have not been measured.",
+    ]
+    return "\n".join(text) + "\n"
+
+
+def machine(results: Results) -> list[str]:
+    """Section of one machine."""
     about, rows = results.about, results.rows
     m, rate = about["machine"], about["multiply_rate"]
     text = [
-        "# Eight-bit layers and their peers\n",
-        "Written by `python benchmarks/peers.py --report`; numbers in results/peers.jsonl, each line with its commit"
-        " and seed. Best times, contenders in turns.\n",
-        f"{m['cpu']}, AVX-512 {'yes' if m['avx512'] else 'no'}, {m['cores']} cores, torch {m['torch']}, load at the"
-        f" start {m['load_at_start']:.1f}; T={STEPS}, input {INPUTS}, one layer, inference, milliseconds.\n",
-        "Ours store and compute all weights as int8: W_ih dense, W_hh dense or stacked low rank at 16x fewer bytes or"
-        " numbers than in float32. `x` = times faster than the best peer, which stands in italics;"
-        f" `at most`: the same if our products ran at {rate:.1f} multiply-adds a nanosecond, as a product with a matrix"
-        " in the L2 cache does, and all else took no time. torch has no int8 RNN, ONNX Runtime no"
-        " int8 GRU or RNN.\n",
+        f"## {m['cpu']}, {about['int8']}\n",
+        f"{m['cores']} cores, torch {m['torch']}, load at the start {m['load_at_start']:.1f},"
+        f" {rate:.1f} multiply-adds a nanosecond in such a product of one thread. {len(rows)} of {len(keys())} rows.\n",
         *summary(rows),
-        "\nWhat limits ours is the product (`at most`, its rate measured by itself): on the first Zen an AVX2 product"
-        " of eight-bit integers (vpmaddubsw and vpmaddwd, in one unit) is no faster than one of float32, so that dense"
-        " int8 layers save memory and hardly time. AVX-VNNI, AVX-512 VNNI and ARM have not been measured. The machine"
-        " had other work meanwhile.\n",
     ]
-    missing = len(list(results.missing(keys())))
-    if missing:
-        text.append(f"{missing} of {len(keys())} rows are not measured yet.\n")
     for count in sorted({r["threads"] for r in rows}):
-        text.append(f"\n## {count} thread{'s' * (count > 1)}\n")
+        text.append(f"\n{count} thread{'s' * (count > 1)}:\n")
         ratios = [column for what in OURS for column in (what, "x", "at most")]
         text.append("| layer | H | B | " + " | ".join((*PEERS, *ratios)) + " |")
         text.append("|--" * (3 + len(PEERS) + len(ratios)) + "|")
         for r in (r for r in rows if r["threads"] == count):
             text.append("| " + " | ".join(cells(r, rate)) + " |")
-    return "\n".join(text) + "\n"
+    return [*text, ""]
 
 
 def cells(row: Row, rate: float) -> list[str]:
@@ -213,11 +219,16 @@ def summary(rows: list[Row]) -> list[str]:
     for what, goals in GOALS.items():
         counted = [r for r in rows if r["threads"] == 1 and r["kind"] != "rnn" and r["hidden"] in (512, 1024)]
         met = [r for r in counted if r["batch"] in goals and _ratio(r, what) >= goals[r["batch"]]]
-        behind = [f"{r['kind'].upper()} {r['hidden']} B={r['batch']}" for r in rows if _ratio(r, what) < 1]
+        behind = [_name(r) for r in rows if _ratio(r, what) < 1]
         goal = f"goal of issue 20 (LSTM, GRU, 512 and 1024, one thread) met in {len(met)} of {len(counted)} cells; "
         text.append(f"- {what}: {goal if goals else ''}behind the best peer in {len(behind)} of {len(rows)}"
-                    + (f" ({', '.join(behind)})" if behind else ""))  # fmt: skip
+                    + (f" ({'; '.join(behind)})" if behind else ""))  # fmt: skip
     return text
+
+
+def _name(row: Row) -> str:
+    threads = f", {row['threads']} threads" if row["threads"] > 1 else ""
+    return f"{row['kind'].upper()} {row['hidden']} B={row['batch']}{threads}"
 
 
 def _ratio(row: Row, what: str) -> float:
@@ -236,6 +247,9 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     results = Results("peers", options.fresh)
     if not options.report:
+        from kruify.ops import backend_info
+
+        results.about.setdefault("int8", backend_info()["int8"])
         results.about.setdefault("multiply_rate", round(multiply_rate(), 2))
         wanted = [
             key
