@@ -1,4 +1,4 @@
-"""`kruify compress MODEL --task TASK --budget 16x [--max-drop 0.01] -o OUT`, or `MODEL.onnx --inputs SAMPLES`."""
+"""`kruify compress MODEL --task TASK --budget 16x [--max-drop 0.01] -o OUT`, or `MODEL.onnx ... --inputs SAMPLES`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from .options import (
     keep_option,
     key_option,
     lr_option,
-    model_argument,
     output_option,
     seed_option,
 )
@@ -34,12 +33,12 @@ OF_GRAPHS = ("attempts", "budget", "dtype", "lr", "max_drop", "output", "resume"
 
 
 @click.command()
-@model_argument
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option(
     "--task",
     metavar="TASK",
     help="Built-in name or path/to/file.py:Name; with --inputs a function path/to/file.py:metric, which gives a number "
-    "for the path of an ONNX file.",
+    "for the path of an ONNX file, or of a folder with several.",
 )
 @click.option(
     "--inputs",
@@ -82,7 +81,7 @@ OF_GRAPHS = ("attempts", "budget", "dtype", "lr", "max_drop", "output", "resume"
 @key_option
 @json_option
 def compress(
-    model: str,
+    models: tuple[str, ...],
     task: str | None,
     inputs: str | None,
     steps: int | None,
@@ -102,10 +101,11 @@ def compress(
 
     With --inputs an ONNX graph becomes small without labels or code: its recurrent matrices low rank, each layer
     trained alone to give what it gave on the samples, all constants in int8; every eighth sample is held out, and the
-    outputs of both graphs are compared on it.
+    outputs of both graphs are compared on it. Several graphs run one after the other, outputs of one being inputs of
+    the next by name; they share one budget, and OUT is a folder.
     """
     if inputs is not None:
-        _compress_graph(model, inputs, task, json_only, {**options, "steps": steps, "option": others})
+        _compress_graph(models, inputs, task, json_only, {**options, "steps": steps, "option": others})
         return
     with output(json_only) as out:
         from kruify.api import compress as run
@@ -117,8 +117,10 @@ def compress(
         if task is None or steps is not None:
             what = "--steps goes with --inputs" if task else "it needs a task, or the inputs of an ONNX graph"
             raise UsageError(what, "compress", "Give --task TASK or --inputs SAMPLES")
+        if len(models) > 1:
+            raise UsageError("several graphs go together only with --inputs", "compress", "Name one MODEL")
         found = load_task(task)
-        checkpoint = read(model, key=options["key"])
+        checkpoint = read(models[0], key=options["key"])
         with progress("starting") as advance:
             done = run(
                 checkpoint,
@@ -148,7 +150,9 @@ def compress(
             )
 
 
-def _compress_graph(model: str, inputs: str, task: str | None, json_only: bool, options: dict[str, Any]) -> None:
+def _compress_graph(
+    models: tuple[str, ...], inputs: str, task: str | None, json_only: bool, options: dict[str, Any]
+) -> None:
     with output(json_only) as out:
         from kruify.errors import TargetMissedError, UsageError
         from kruify.search.graph_compression import compress_graph
@@ -161,7 +165,7 @@ def _compress_graph(model: str, inputs: str, task: str | None, json_only: bool, 
             chosen["metric"] = load_function(task)
         with progress("starting") as advance:
             done = compress_graph(
-                model,
+                models,
                 inputs,
                 progress=advance,
                 on_layer=lambda layer: out.note(
@@ -203,6 +207,8 @@ def _show_graph(out: Output, done: GraphCompression) -> None:
         out.show(f"metric {best.metric:.4f}, of the original {done.baseline:.4f}")
     ratio = done.before / best.bytes
     out.show(f"wrote {done.output}: {done.before:,} bytes -> {best.bytes:,}, {ratio:.1f}x smaller")
+    if done.timing is not None:
+        out.show(f"on the first sample it {done.timing}")
 
 
 def _candidate(result: CandidateResult, task: Task) -> str:

@@ -80,5 +80,5 @@ def test_new_user(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 
 def test_every_example_is_run() -> None:
-    known = {"chorales.py", "new_user.py", "own_module.py", "spelling.py"}
+    known = {"chorales.py", "new_user.py", "own_module.py", "speech.py", "spelling.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == known

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from data import FOLDER, RATE, clips, enhanced, features, scale_invariant_sdr, spectrum
+from data import FOLDER, RATE, SPEECH, enhanced, features, spectrum
 from pesq import pesq
+from speech import scale_invariant_sdr
 
 HERE = Path(__file__).parent
 SMALL = FOLDER / "small.onnx"
@@ -44,7 +45,7 @@ def compress() -> float:
 
 def measured(model: Path) -> dict[str, float]:
     """Of the enhanced test clips, and of the file."""
-    clean, noisy = clips("test")
+    clean, noisy = SPEECH.clips("test")
     pairs = list(zip(clean, enhanced(model, noisy), strict=True))
     loads, runs = [], []
     options = onnxruntime.SessionOptions()
@@ -69,7 +70,7 @@ def measured(model: Path) -> dict[str, float]:
 
 def main() -> None:
     """Compresses, measures, prints and keeps the figures as nsnet2-out/results.json."""
-    clips("train"), clips("test")
+    SPEECH.clips("train"), SPEECH.clips("test")
     seconds = compress()
     git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, check=True, capture_output=True, text=True).stdout

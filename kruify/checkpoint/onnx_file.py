@@ -30,7 +30,10 @@ ATTRIBUTES = {
     *("activation_alpha", "activation_beta", "activations", "clip", "direction", "hidden_size", "input_forget"),
     *("layout", "linear_before_reset", "output_sequence"),
 }
-MATRICES = {"MatMul": (0, 1), "Gemm": (0, 1), "Conv": (1,), "ConvTranspose": (1,), "Gather": (0,)}
+MATRICES = {
+    **{"MatMul": (0, 1), "Gemm": (0, 1), "Einsum": (0, 1)},
+    **{"Conv": (1,), "ConvTranspose": (1,), "Gather": (0,)},
+}
 """Operators -> which of their inputs are weights or tables where they are constant."""
 EIGHT_BIT = (2, 3)
 LOOPS = ("Scan", "Loop")
@@ -68,7 +71,7 @@ class OnnxFile:
         computing: nodes that compute nothing but weights of recurrent nodes.
         taken: the tensors that nothing reads but recurrent nodes and `computing`; their ids.
         outside: the files beside the model that tensors keep their numbers in.
-        matrices: names in `protos` of what is but a weight of MatMul, Gemm or Conv, or a table of Gather.
+        matrices: names in `protos` of what is but a weight of MatMul, Gemm, Einsum or Conv, or a table of Gather.
     """
 
     tensors: dict[str, LazyTensor] = field(default_factory=dict)

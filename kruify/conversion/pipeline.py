@@ -155,8 +155,9 @@ def convert(
         source = read(path, key=key, graph=to_graph)  # in its graph any recurrent node can stay
     check_storage(dtype, keep)
     graph = source.path if to_graph and isinstance(source, Checkpoint) and source.format == "onnx" else None
-    if graph is not None and dtype is not None:
-        keep = [*keep, *kept_constants(graph)]
+    whole = None if graph is None else GraphBytes(graph)
+    if whole is not None and dtype is not None:
+        keep = [*keep, *kept_constants(whole.copy.found)]
     tensors, located, where = _opened(source, subclasses)
     sha256, extra = ("", {}) if isinstance(source, nn.Module) else (source.sha256, carried(source))
     before = weight_bytes(as_lazy(tensors))
@@ -170,10 +171,9 @@ def convert(
         if budget is not None:
             check_budget_target(budget, output)
     layers = found(located, where)
-    if graph is None:
+    if whole is None:
         file = FileSize(tensors, layers, dtype or "float32", keep, seed, extra, sha256, before)
     else:
-        whole = GraphBytes(graph)
         file = GraphSize(tensors, layers, dtype or "float32", keep, before=whole.before, graph=whole)
     latency = None
     if task is not None and (by_budget or not dry_run):

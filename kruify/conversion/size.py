@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -61,6 +62,8 @@ NO_MORE = 1e-3  # or until so little of the budget is open
 DENSE_FROM = 0.9  # of the bytes of a dense matrix, from which factors in its place save too little
 ENTRY = 64  # bytes of the header that a tensor takes, about: gates of one structure share their tensors
 _HASH = "0" * 64
+P = TypeVar("P")
+"""A plan, or several."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,7 @@ class FileSize:
 
     def limit(self, budget: str) -> int:
         """The bytes that "size=8x" of the source's weights, or "size=600kB", allows."""
-        found = parse_budget(budget)
-        if found.bytes is not None:
-            return found.bytes
-        assert found.size is not None
-        return int(found.size * (self.before or weight_bytes(as_lazy(self.tensors))))
+        return allowed_bytes(budget, self.before or weight_bytes(as_lazy(self.tensors)))
 
     def cost(self, gate: Gate, candidate: ScoredStructure) -> tuple[int, int]:
         """Bytes of the tensors of one gate, or stacked gates; the second number is for `Candidates`, which has two."""
@@ -158,17 +157,26 @@ def check_budget_target(budget: str, path: str | PathLike[str]) -> None:
         raise UsageError("a budget of bytes is of a safetensors file", path, "Name it OUT.safetensors")
 
 
-def largest_within(file: FileSize, budget: str, make: Callable[[float], Plan | None]) -> Plan | None:
-    """The plan `make(share)` of the largest share of the parameters whose file a budget allows; None where none is.
+def allowed_bytes(budget: str, before: int) -> int:
+    """The bytes that "size=8x" of `before`, or "size=600kB", allows."""
+    found = parse_budget(budget)
+    if found.bytes is not None:
+        return found.bytes
+    assert found.size is not None
+    return int(found.size * before)
+
+
+def largest_within(limit: int, size: Callable[[P], int], make: Callable[[float], P | None]) -> P | None:
+    """The plan `make(share)` of the largest share of the parameters whose size is within a limit; None where none is.
 
     Args:
         make: share -> plan, None where there is none so small.
     """
-    limit, low, high, best = file.limit(budget), 0.0, 1.0, None
+    low, high, best = 0.0, 1.0, None
     for _ in range(STEPS):
         share = (low + high) / 2
         plan = make(share)
-        if plan is not None and file.of(plan) > limit:
+        if plan is not None and size(plan) > limit:
             high = share
         else:
             low, best = share, plan

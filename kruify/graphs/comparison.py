@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,38 +31,59 @@ TYPES = {
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Timing:
     """Two graphs on the same inputs, on one core.
 
     Attributes:
-        difference: largest ||small - original|| / ||original|| of an output; None where they were not run.
-        reason: why they were not run, "" where they were.
         load_ms, run_ms: (original, small), the least of several in milliseconds.
     """
 
-    difference: float | None = None
-    reason: str = ""
-    load_ms: tuple[float, float] | None = None
-    run_ms: tuple[float, float] | None = None
+    load_ms: tuple[float, float]
+    run_ms: tuple[float, float]
 
     @property
     def slower(self) -> bool:
         """Whether a call of the small graph takes longer than one of the original."""
-        return self.run_ms is not None and self.run_ms[1] > SLOWER * self.run_ms[0]
+        return self.run_ms[1] > SLOWER * self.run_ms[0]
+
+    def __add__(self, other: Timing) -> Timing:
+        """Of two pairs of graphs, one after the other."""
+        return Timing(
+            (self.load_ms[0] + other.load_ms[0], self.load_ms[1] + other.load_ms[1]),
+            (self.run_ms[0] + other.run_ms[0], self.run_ms[1] + other.run_ms[1]),
+        )
 
     def __str__(self) -> str:
-        if self.difference is None or self.load_ms is None or self.run_ms is None:
-            return f"not run beside the original: {self.reason}"
         times = ", ".join(
             f"{what} {before:.3g} -> {after:.3g} ms"
             for what, (before, after) in (("loads in", self.load_ms), ("runs in", self.run_ms))
         )
-        slower = "; it is slower than the original" if self.slower else ""
-        return f"on random inputs its outputs differ by {self.difference:.2g} of their norm; {times}{slower}"
+        return times + ("; it is slower than the original" if self.slower else "")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two graphs on random inputs.
+
+    Attributes:
+        difference: largest ||small - original|| / ||original|| of an output; None where they were not run.
+        reason: why they were not run, "" where they were.
+        timing: None where they were not run.
+    """
+
+    difference: float | None = None
+    reason: str = ""
+    timing: Timing | None = None
+
+    def __str__(self) -> str:
+        if self.difference is None:
+            return f"not run beside the original: {self.reason}"
+        return f"on random inputs its outputs differ by {self.difference:.2g} of their norm; {self.timing}"
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
+        """The fields by name, those of `timing` in its place."""
+        times = dict.fromkeys(("load_ms", "run_ms")) if self.timing is None else asdict(self.timing)
+        return {"difference": self.difference, "reason": self.reason, **times}
 
 
 def compare_graphs(original: Path, small: Path, seed: int = 0) -> Comparison:
@@ -83,14 +104,20 @@ def compare_graphs(original: Path, small: Path, seed: int = 0) -> Comparison:
         except Exception as error:
             reason = reason or f"it does not run on random inputs ({first_line(error)})"
             continue
-        loads = _least_ms(*(partial(cpu_session, path) for path in (original, small)))
-        runs = _least_ms(*(partial(session.run, None, feed) for session in sessions))
-        done = Comparison(_difference(found, wanted), "", loads, runs)
-        if done.slower:  # or something else ran meanwhile
-            again = _least_ms(*(partial(session.run, None, feed) for session in sessions))
-            done = replace(done, run_ms=(min(runs[0], again[0]), min(runs[1], again[1])))
-        return done
+        return Comparison(_difference(found, wanted), timing=time_graphs(original, small, feed))
     return Comparison(reason=reason)
+
+
+def time_graphs(original: Path, small: Path, feed: Mapping[str, Any]) -> Timing:
+    """Loads both, which onnxruntime can, and runs them on the same inputs."""
+    paths = original, small
+    loads = _least_ms(*(partial(cpu_session, path) for path in paths))
+    runs = [partial(cpu_session(path).run, None, feed) for path in paths]
+    done = Timing(loads, _least_ms(*runs))
+    if done.slower:  # or something else ran meanwhile
+        again = _least_ms(*runs)
+        done = Timing(loads, (min(done.run_ms[0], again[0]), min(done.run_ms[1], again[1])))
+    return done
 
 
 def _feeds(session: Any, seed: int) -> Iterator[dict[str, Any] | str]:

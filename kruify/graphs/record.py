@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kruify.checkpoint.onnx_file import load_model, read_onnx
+from kruify.checkpoint.onnx_file import OnnxFile, load_model
 from kruify.checkpoint.onnx_graph import Proto
 from kruify.checkpoint.onnx_session import cpu_session, first_line
 from kruify.errors import UnsupportedError, UsageError
 
 Feed = Mapping[str, NDArray[Any]]
 """The inputs of a graph by name: one sample."""
+Outputs = dict[str, NDArray[Any]]
 GIVEN = (0, 4, 5, 6)
 """Inputs of a recurrent node that are no weights: X, sequence_lens, initial_h, initial_c."""
 
@@ -38,6 +39,10 @@ class NodeCall:
     states: tuple[Tensor | None, ...]
 
 
+Calls = dict[str, NodeCall]
+"""By the outputs of the nodes."""
+
+
 class RecordingGraph:
     """An ONNX graph, ready to run.
 
@@ -54,6 +59,7 @@ class RecordingGraph:
     def __init__(self, path: Path, nodes: Iterable[str] = (), *, outputs: bool = True) -> None:
         self.path = path
         model = load_model(path)
+        nodes = list(nodes)
         made_by = {output: node for node in model.graph.node for output in node.output}
         if missing := [output for output in nodes if output not in made_by]:
             raise UsageError(f"the graph has no recurrent node that gives '{missing[0]}'", path)
@@ -72,13 +78,21 @@ class RecordingGraph:
             raise UnsupportedError(f"onnxruntime cannot load it ({first_line(error)})", path) from error
         self.inputs = {value.name: value.type for value in self._session.get_inputs()}
 
-    def run(self, feed: Feed) -> tuple[dict[str, NDArray[Any]], dict[str, NodeCall]]:
+    def needed(self, feed: Feed) -> dict[str, NDArray[Any]]:
+        """What it takes of a sample, in the types of the graph.
+
+        Raises:
+            UsageError: the sample lacks an input, or has numbers of another kind.
+        """
+        return {name: _cast(feed, name, kind, self.path) for name, kind in self.inputs.items()}
+
+    def run(self, feed: Feed) -> tuple[Outputs, Calls]:
         """Outputs of the graph by name, and the calls of the nodes by their outputs.
 
         Raises:
             UsageError: the sample does not fit the graph.
         """
-        needed = {name: _cast(feed, name, kind, self.path) for name, kind in self.inputs.items()}
+        needed = self.needed(feed)
         try:
             values = self._session.run([*self.outputs, *self._further], needed)
         except Exception as error:
@@ -88,10 +102,24 @@ class RecordingGraph:
         return {name: known[name] for name in self.outputs}, calls
 
 
-def recurrent_nodes(path: Path) -> dict[str, str]:
+def run_in_turn(graphs: Iterable[RecordingGraph], feed: Feed) -> Iterator[tuple[Feed, Outputs, Calls]]:
+    """What each graph is fed with, its outputs and the calls of its nodes. An input that the sample lacks is the output
+    of that name of a graph before.
+
+    Raises:
+        UsageError: the sample does not fit the graphs.
+    """
+    known = dict(feed)
+    for graph in graphs:
+        outputs, calls = graph.run(known)
+        yield graph.needed(known), outputs, calls
+        known = {**outputs, **known}
+
+
+def recurrent_nodes(found: OnnxFile) -> dict[str, str]:
     """Name of every recurrent node of the main graph, as `checkpoint.read` gives it -> the first output of the node,
-    which is its name in copies of the graph, too. Nodes in the bodies of others cannot be recorded and are left out."""
-    found = read_onnx(path)
+    which is its name in copies of the graph, too; in the order of execution. Nodes in the bodies of others cannot be
+    recorded and are left out."""
     nodes = {name: weights["W"].node for name, weights in found.weights.items()}
     return {
         name: next(filter(None, node.proto.output))

@@ -111,10 +111,9 @@ def write_small(
     return Written(output, before, after, error)
 
 
-def kept_constants(original: str | os.PathLike[str]) -> list[str]:
-    """Names, as patterns, of the constants beside recurrent nodes that are no large weights of MatMul, Gemm, Conv or
-    Gather: they stay as they are whatever the weights are stored in."""
-    found = read_onnx(Path(original), graph=True)
+def kept_constants(found: OnnxFile) -> list[str]:
+    """Names, as patterns, of the constants beside recurrent nodes that are no large weights of MatMul, Gemm, Einsum,
+    Conv or Gather: they stay as they are whatever the weights are stored in."""
     short = strip(list(found.tensors))[1]
     large = {name for name in found.matrices if found.tensors[name].numel >= LARGE}
     return [glob.escape(short[name]) for name in found.protos if name not in large]

@@ -128,8 +128,9 @@ def make_size_candidates(
     if not planned.plan.layers:
         return [planned]
 
-    stacked = largest_within(file, budget, lambda share: stacked_low_rank(file.layers, share))
-    mixed = largest_within(file, budget, lambda share: _uniform(file.layers, _half_blocks, share))
+    limit = file.limit(budget)
+    stacked = largest_within(limit, file.of, lambda share: stacked_low_rank(file.layers, share))
+    mixed = largest_within(limit, file.of, lambda share: _uniform(file.layers, _half_blocks, share))
     found = [planned]
     found += [Candidate(stacked, moments, file.dtype)] if stacked and stacked != planned.plan else []
     return [*found, *([Candidate(mixed, None, file.dtype)] if mixed else [])]

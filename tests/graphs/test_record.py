@@ -13,6 +13,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
+from kruify.checkpoint.onnx_file import read_onnx  # noqa: E402
 from kruify.graphs.difference import DifferenceSums  # noqa: E402
 from kruify.graphs.record import RecordingGraph, recurrent_nodes  # noqa: E402
 
@@ -67,7 +68,7 @@ def write(path: Path) -> Path:
 
 def test_calls_are_recorded_beside_the_outputs(tmp_path: Path) -> None:
     path = write(tmp_path / "model.onnx")
-    nodes = recurrent_nodes(path)
+    nodes = recurrent_nodes(read_onnx(path))
     assert nodes == {"first": "y", "second": "last"}
     feed = {"x": np.random.default_rng(1).standard_normal((5, 2, F)), "lengths": np.array([3, 5])}  # float64, int64
     outputs, calls = RecordingGraph(path, nodes.values()).run(feed)

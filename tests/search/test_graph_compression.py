@@ -108,6 +108,76 @@ def test_a_graph_that_fits_in_eight_bits_keeps_its_matrices(model: Path, tmp_pat
     assert found.attempts[0].bytes < model.stat().st_size / 2.5
 
 
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(24, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0]
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(32, 32), nn.Linear(24, 32)
+
+    def forward(self, code: Tensor, x: Tensor) -> Tensor:
+        return self.rnn(code + self.head(x))[0]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """An encoder, and a decoder of its output `code` and of the input `x` of both."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("pair")
+    x = torch.from_numpy(next(samples())["x"]).float()
+    encoder, decoder = Encoder().eval(), Decoder().eval()
+    for name, module, given, inputs in (
+        ("encoder", encoder, (x,), ["x"]),
+        ("decoder", decoder, (encoder(x), x), ["code", "x"]),
+    ):
+        torch.onnx.export(
+            module, given, str(folder / f"{name}.onnx"), input_names=inputs,
+            output_names=["code" if name == "encoder" else "y"], dynamo=False,
+        )  # fmt: skip
+    return [folder / "encoder.onnx", folder / "decoder.onnx"]
+
+
+def test_graphs_that_run_one_after_the_other(pair: list[Path], tmp_path: Path) -> None:
+    """They share a budget, and the layer of the second is trained on what the small first one gives."""
+    found = compress_graph(pair, samples, "size=3x", tmp_path / "small", steps=20, lr=1e-2)
+    files = [tmp_path / "small" / path.name for path in pair]
+    before, after = (sum(file.stat().st_size for file in paths) for paths in (pair, files))
+    assert found.files == files and sorted((tmp_path / "small").iterdir()) == sorted(files)
+    assert (found.before, found.attempts[0].bytes) == (before, after) and 0.9 * before < 3 * after <= before
+    assert [layer.name for layer in found.attempts[0].layers] == ["encoder: rnn.GRU", "decoder: rnn.LSTM"]
+    wrong = whole = 0.0
+    for sample in list(samples())[1:2]:  # the one that is held out
+        x = sample["x"].astype(np.float32)
+        ys = []
+        for paths in (pair, files):
+            runs = [onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]) for path in paths]
+            (code,) = runs[0].run(None, {"x": x})
+            ys += runs[1].run(None, {"code": code, "x": x})
+        wrong, whole = wrong + np.square(ys[0] - ys[1]).sum(), whole + np.square(ys[0]).sum()
+    assert found.attempts[0].outputs["decoder: y"].relative_error == pytest.approx(np.sqrt(wrong / whole), rel=1e-3)
+    assert found.timing is not None and min(*found.timing.load_ms, *found.timing.run_ms) > 0
+
+
+def test_graphs_that_do_not_go_together(pair: list[Path], model: Path, tmp_path: Path) -> None:
+    for models, output, message in (
+        ([*pair, model], "small", "stand in one folder"),
+        (pair, "file", "this is a file"),
+        (pair[::-1], "small", "lacks the input 'code'"),
+        (pair, "nowhere/small", "no folder"),
+    ):
+        (tmp_path / "file").touch()
+        with pytest.raises(UsageError, match=message):
+            compress_graph(models, samples, "size=3x", tmp_path / output, steps=0)
+        assert not (tmp_path / "small").exists()
+
+
 def test_the_command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("samples").mkdir()
@@ -121,10 +191,13 @@ def test_the_command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found["output"] == "small.onnx" and found["bytes"]["after"] == Path("small.onnx").stat().st_size
     assert found["baseline"] == found["bytes"]["before"] and found["attempts"][0]["metric"] == found["bytes"]["after"]
     assert set(found["attempts"][0]["outputs"]["y"]) == {"relative_error", "snr_db", "agreement"}
+    assert found["files"] == ["small.onnx"] and set(found["timing"]) == {"load_ms", "run_ms"}
     refused = CliRunner().invoke(cli, [*command, "--epochs", "3"])
     assert refused.exit_code == 2 and "--epochs does not go with --inputs" in refused.stderr
     nothing = CliRunner().invoke(cli, ["compress", str(model), "--budget", "size=2x", "-o", "small.onnx"])
     assert nothing.exit_code == 2 and "Give --task TASK or --inputs SAMPLES" in nothing.stderr
+    several = CliRunner().invoke(cli, ["compress", "a.pt", "b.pt", "--task", "x", "--budget", "2x", "-o", "small.pt"])
+    assert several.exit_code == 2 and "only with --inputs" in several.stderr
 
 
 @pytest.mark.parametrize(
