@@ -1,4 +1,4 @@
-"""`kruify export MODEL --to dense|onnx|torch -o OUT`."""
+"""`kruify export MODEL --to dense|onnx|torch|c -o OUT`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPTIONS = {
 
 @click.command()
 @model_argument
-@click.option("--to", type=click.Choice(["dense", "onnx", "torch"]), required=True, help="What to write.")
+@click.option("--to", type=click.Choice(["dense", "onnx", "torch", "c"]), required=True, help="What to write.")
 @output_option
 @click.option("--task", metavar="TASK", help="Export the task's whole network, not layer by layer.")
 @click.option("--dense", is_flag=True, help="Write dense matrices instead of factors (ONNX's own LSTM, GRU, RNN).")
@@ -43,6 +43,7 @@ def export(model: str, json_only: bool, **options: Any) -> None:
     onnx   each recurrent layer as an ONNX model: inputs input, h_0 (, c_0) and, if wanted, lengths of padded sequences;
            outputs output, h_n (, c_n); with --original FILE.onnx the whole graph, small weights in place of its own
     torch  the same as torch.export programs (.pt2), without lengths: every step counts
+    c      each recurrent layer as one C99 file without dependencies, weights in eight bits: NAME_init, NAME_step
 
     Factors stay factors, batch and time are dynamic. Several layers give several files: OUT with the layer's name
     before its ending. What was written is run and compared with the layers; a file that differs by more than the
@@ -56,6 +57,8 @@ def export(model: str, json_only: bool, **options: Any) -> None:
         raise click.UsageError("--original goes with --to dense and --to onnx")
     if to == "onnx" and options["original"] and (options["dense"] or task or layout or options["tolerance"]):
         raise click.UsageError("--to onnx --original writes the original's graph: no other option goes with it")
+    if to == "c" and (task or options["original"] or options["batch_first"] is not None):
+        raise click.UsageError("--to c writes the recurrent layers: no --task, --original or --batch-first")
     if task and layout:
         raise click.UsageError("with --task the network tells: no --batch-first or --nonlinearity")
     with output(json_only) as out:
@@ -75,7 +78,16 @@ def _sentence(file: Exported) -> str:
         return f"wrote {file.path}, {file.bytes:,} bytes; {file.graph}"
     inputs = [*file.inputs, *(f"[{name}]" for name in file.optional)]
     names = f": ({', '.join(inputs)}) -> ({', '.join(file.outputs)})" if file.inputs else ""
+    taken = file.embedded
+    memory = (
+        ""
+        if taken is None
+        else (
+            f"; flash {taken.flash:,} bytes and the code, RAM {taken.ram:,} bytes a stream; "
+            f"eight-bit weights change its outputs by up to {taken.rounding:.2g}"
+        )
+    )
     return (
         f"wrote {file.path}, {file.bytes:,} bytes{names}; run and compared on {file.cases} inputs: "
-        f"largest difference {file.difference:.1g}"
+        f"largest difference {file.difference:.1g}{memory}"
     )

@@ -214,7 +214,7 @@ def sweep(
 
 def export(
     model: Network,
-    to: Literal["dense", "onnx", "torch"],
+    to: Literal["c", "dense", "onnx", "torch"],
     output: FilePath,
     *,
     task: Task | str | None = None,
@@ -225,7 +225,7 @@ def export(
     """Writes a network in a form that runs without kruify, runs what was written and compares it.
 
     Args:
-        to: a dense state dict, ONNX, or a torch.export program.
+        to: a dense state dict, ONNX, a torch.export program, or a C99 file with weights in eight bits.
         task: export its whole network, not layer by layer; a module needs one.
         original: the file that was converted, to write its kind again; with "onnx" its whole graph, small.
         options: further arguments of `kruify.exporting`: dense, batch_first, nonlinearity, tolerance.
@@ -238,6 +238,8 @@ def export(
     source = _opened(model, key)
     check_target(path, *_files(source), *([] if original is None else [original]))
     if task is not None and to != "dense":
+        if to == "c":
+            raise UsageError("only recurrent layers are written in C", "export", "Leave the task out")
         task = load_task(task)
         return [export_network(_network(source, task), task, to, path, **options)]
     if isinstance(source, nn.Module):

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from torch import nn
 
+import kruify
 from kruify.analysis.latency import measure_latency
 from kruify.cli.main import cli
 
@@ -77,6 +82,26 @@ def test_new_user(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         monkeypatch.chdir(EXAMPLES)
         sys.modules.pop("task", None)
     assert "dense.pt, model.kru.safetensors, model.pt, report.html, small.kru.safetensors" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not (shutil.which("cc") and shutil.which("c++")), reason="no C++ compiler")
+def test_cpp(tmp_path: Path) -> None:
+    """The lines of its README, on a layer that is compared with torch's own."""
+    small = kruify.quantize(kruify.convert(nn.GRU(8, 16), "stacked:4*(48x1,1x16)")[0], "int8")
+    kruify.save(small, tmp_path / "small.kru.safetensors")
+    frames = torch.randn(50, 8)
+    frames.numpy().tofile(tmp_path / "frames.f32")
+    shutil.copy(EXAMPLES / "cpp" / "stream.cpp", tmp_path)
+    lines = re.findall(r"^\$ (.+)$", (EXAMPLES / "cpp" / "README.md").read_text(), re.MULTILINE)
+    first, *others = lines
+    assert (
+        CliRunner().invoke(cli, [str(tmp_path / a) if "." in a else a for a in shlex.split(first)[1:]]).exit_code == 0
+    )
+    for line in others:
+        subprocess.run(line, shell=True, cwd=tmp_path, check=True)
+    got = torch.from_file(str(tmp_path / "outputs.f32"), size=50 * 16).view(50, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(got, kruify.densify(small)(frames)[0], atol=1e-5, rtol=0)
 
 
 def test_every_example_is_run() -> None:

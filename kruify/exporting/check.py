@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,22 @@ Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
+class Embedded:
+    """What a layer in C takes where it runs.
+
+    Attributes:
+        flash: bytes of constants; the code is beside them.
+        ram: bytes of the state of one stream.
+        rounding: largest difference of outputs and states, as `difference` counts it, that comes of storing the weights
+            in eight bits: 1,000 steps of random input.
+    """
+
+    flash: int
+    ram: int
+    rounding: float
+
+
+@dataclass(frozen=True)
 class Exported:
     """One file that was written, run and compared.
 
@@ -42,6 +58,7 @@ class Exported:
         bytes: size of the file.
         graph: of a whole ONNX graph, how it compares with the original in onnxruntime; `difference` and `cases` are
             then of its weights.
+        embedded: of a C file, what it takes; `difference` is then that from the layer with its weights in eight bits.
         assumed: what the checkpoint does not tell and was taken for granted.
     """
 
@@ -55,6 +72,7 @@ class Exported:
     assumed: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     graph: Comparison | None = None
+    embedded: Embedded | None = None
 
     def to_json(self) -> dict[str, Any]:
         """One entry of `outputs` of `kruify export --json`."""
@@ -63,14 +81,20 @@ class Exported:
             **{
                 name: list(value) if isinstance(value, tuple) else value
                 for name, value in vars(self).items()
-                if name not in ("path", "graph")
+                if name not in ("path", "graph", "embedded")
             },
             **({} if self.graph is None else {"graph": self.graph.to_json()}),
+            **({} if self.embedded is None else asdict(self.embedded)),
         }
 
 
 def layer_cases(
-    interface: Interface, dtype: torch.dtype, seed: int = 0, *, padded: bool = False
+    interface: Interface,
+    dtype: torch.dtype,
+    seed: int = 0,
+    *,
+    padded: bool = False,
+    sizes: Sequence[tuple[int, int]] = SIZES,
 ) -> Iterator[list[Tensor]]:
     """Inputs over several lengths and batch sizes, each with a zero, an ordinary and a large initial state.
 
@@ -78,7 +102,7 @@ def layer_cases(
         padded: one case of three has the lengths of its sequences as its last tensor.
     """
     generator = torch.Generator().manual_seed(seed)
-    for steps, batch in SIZES:
+    for steps, batch in sizes:
         if interface.cell and steps > 1:
             steps = 1
         for scale in (0.0, 0.5, 3.0):

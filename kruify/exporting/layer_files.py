@@ -59,7 +59,7 @@ def export_onnx(
     require_package("onnx", "onnxruntime")
     from kruify.exporting.onnx_layer import layer_model
 
-    module, interface = _prepare(module, name)
+    module, interface = prepare(module, name)
 
     def write(file: Path) -> None:
         file.write_bytes(layer_model(module, interface, dense=dense).SerializeToString())
@@ -83,7 +83,7 @@ def export_torch(
     Raises:
         UsageError, TargetMissedError: as `export_onnx`.
     """
-    module, interface = _prepare(module, name)
+    module, interface = prepare(module, name)
     traced = _Flat(traceable(densify(module) if dense else copy.deepcopy(module)))
 
     def write(file: Path) -> None:
@@ -154,7 +154,7 @@ def run_torch(file: Path) -> Run:
     return run
 
 
-def _prepare(module: nn.Module, name: str) -> tuple[nn.Module, Interface]:
+def prepare(module: nn.Module, name: str) -> tuple[nn.Module, Interface]:
     """A copy on the CPU, in evaluation mode, on the readable path, in float32 if it was in half precision."""
     interface_of(module, name)  # raises for what is no recurrent layer
     module = copy.deepcopy(module).cpu().eval()

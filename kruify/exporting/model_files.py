@@ -30,6 +30,7 @@ from kruify.conversion.check import bounded_plan
 from kruify.conversion.locate import KRU_KINDS, RecurrentLayer
 from kruify.conversion.network import dense_note
 from kruify.errors import UnsupportedError, UsageError
+from kruify.exporting.c_file import export_c
 from kruify.exporting.check import TOLERANCE, Exported, compare, layer_cases, require, staged, write_checked
 from kruify.exporting.layer_files import (
     call_layer,
@@ -48,12 +49,13 @@ from kruify.layers.base import KRUBase
 from kruify.tasks.base import Task, to_device
 
 Format = Literal["onnx", "torch"]
+WRITERS = {"c": export_c, "onnx": export_onnx, "torch": export_torch}
 ONE_BY_ONE = "Leave --task out: the recurrent layers are then exported one by one"
 
 
 def export_layers(
     checkpoint: Checkpoint,
-    to: Format,
+    to: Literal["c", "onnx", "torch"],
     path: Path,
     *,
     dense: bool = False,
@@ -80,12 +82,11 @@ def export_layers(
     layers = replace(
         found, items=[(layer, matrices) for layer, (_, matrices) in zip(completed, found.items, strict=True)]
     )
-    write = export_onnx if to == "onnx" else export_torch
     exported = []
     for layer, module in zip(completed, layers.modules(), strict=True):
         file = path if len(completed) == 1 else path.with_name(f"{path.stem}.{layer.name}{path.suffix}")
-        written = write(module, file, dense=dense, name=layer.name, tolerance=tolerance)
-        exported.append(replace(written, assumed=(*_assumed(layer), *_unsaid(checkpoint, [layer.name]))))
+        written = WRITERS[to](module, file, dense=dense, name=layer.name, tolerance=tolerance)
+        exported.append(replace(written, assumed=(*_assumed(layer, to), *_unsaid(checkpoint, [layer.name]))))
     return exported
 
 
@@ -104,11 +105,11 @@ def _completed(
     return replace(layer, nonlinearity=nonlinearity)
 
 
-def _assumed(layer: RecurrentLayer) -> tuple[str, ...]:
+def _assumed(layer: RecurrentLayer, to: str) -> tuple[str, ...]:
     unknown = []
     if layer.kind == "rnn" and layer.nonlinearity is None:
         unknown.append("tanh")
-    if layer.batch_first is None and not layer.cell:
+    if layer.batch_first is None and not layer.cell and to != "c":  # which takes one step of one sequence
         unknown.append("time before batch")
     return tuple(unknown)
 
