@@ -13,25 +13,24 @@ constexpr int kLanes = kWidth<float>;
 constexpr int kTallPanels = KRUIFY_VECTOR_BYTES > 16 || KRUIFY_REGISTERS == 32 ? 8 : 2, kPanelsTogether = 4,
               kVectorsTogether = KRUIFY_REGISTERS == 32 ? 4 : 2;
 
-// x (n,) -> q = round(x / scale), scale = max |x| / 127. Where x is not finite, scale is NaN and so is every product.
+// x (n,) -> q = round(x / scale) + kShift, scale = max |x| / 127. Where x is not finite, scale is NaN and so is every
+// product.
 inline float quantise(int64_t n, const float* x, int8_t* q) {
-  using V = Vec<float>;
-  typedef int8_t Quarter __attribute__((vector_size(kLanes), aligned(1), may_alias));
-  V most{}, faults{};
+  Ints most{};  // of magnitudes as integers, which are in the same order; NaN and infinity are above all others
   for_vectors<float>(n, [&](int64_t i, auto get, auto) __attribute__((always_inline)) {
-    const V v = get(x + i);
-    most = at_least<float>(most, (V)((Ints)v & 0x7fffffff));
-    faults += v * 0.0f;
+    const Ints bits = (Ints)get(x + i) & 0x7fffffff;
+    most = most > bits ? most : bits;
   });
-  float largest = 0;
-  for (int i = 0; i < kLanes; ++i) largest = most[i] > largest ? most[i] : largest;
-  const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
-  const V magic = splat<float>(12582912.0f);  // 1.5 * 2^23: the sum's last bits are the rounded number
+  const int32_t bits = largest(most);
+  float magnitude;
+  __builtin_memcpy(&magnitude, &bits, sizeof bits);
+  const float inverse = magnitude > 1e-30f ? 127.0f / magnitude : 0.0f;
+  // The sum with 1.5 * 2^23 has the rounded number for its last bits.
+  const Vec<float> magic = splat<float>(12582912.0f + float(kShift));
   for_vectors<float>(n, [&](int64_t i, auto get, auto) __attribute__((always_inline)) {
-    const Ints rounded = (Ints)(get(x + i) * inverse + magic);
-    *reinterpret_cast<Quarter*>(q + i) = (Quarter) __builtin_convertvector(rounded, decltype(Quarter{} + 0));
+    store_bytes(q + i, (Ints)(get(x + i) * inverse + magic));
   });
-  return largest / 127.0f + sum<float>(faults);
+  return bits < 0x7f800000 ? magnitude / 127.0f : __builtin_nanf("");
 }
 
 // y = or += W x for P panels and S vectors.
