@@ -92,7 +92,7 @@ static std::vector<float> product(const Int8Kernels& kernels, int64_t rows, int6
   m.u[0] = pack(kernels, rows, rank ? rank : cols, u, memory[1]);
   std::vector<float> y(count * rows, 1.0f), scratch(int8_scratch(m, count));
   float* to[] = {y.data()};
-  kernels.multiply(m, count, x.data(), cols, to, rows, scratch.data());
+  kernels.multiply(m, count, x.data(), cols, nullptr, to, rows, scratch.data());
   return y;
 }
 
