@@ -148,9 +148,9 @@ class _Arguments:
         ours: dict[str, Weight] = {"weight_hh": weight_hh}
         if _input_in_integers(weights, dense):
             ours["weight_ih"] = weight_ih
-            self.input = (*_packed(weight_ih, gates), *_beside(weight_ih)[1:])
+            self.input = (*packed(weight_ih, gates), *_beside(weight_ih)[1:])
         diagonal, *residual = _beside(weight_hh)
-        self.recurrent = (*_packed(weight_hh, gates), [], diagonal, *residual)
+        self.recurrent = (*packed(weight_hh, gates), [], diagonal, *residual)
         diagonal_gates = () if diagonal is None else weight_hh.diagonal_gates
         rows, cols = weight_hh.shape
         self.layout = Layout(gates, rows // gates, cols, diagonal_gates, ()).encode()
@@ -167,7 +167,7 @@ class _Arguments:
         self.factors = [part for _, _, part in self.places if isinstance(part, nn.Parameter)]
         self.dense = [name for name, weight in ours.items() if isinstance(weight, Tensor)]
         made_of = [*self.factors, *(w[name] for name in self.dense)]
-        self.end: object = None
+        self.end: object = None  # a weak reference to W_hh
         self.lasting = not any(map(computes, matrices)) and not any(t.is_inference() for t in made_of)
         if self.lasting:
             self.stamp = self._stamp(dense, weights)
@@ -206,7 +206,7 @@ def _beside(weight: Weight) -> tuple[Tensor | None, Tensor | None, Tensor | None
     return weight.parts_beside_terms() if isinstance(weight, KroneckerMatrix) else (None, None, None)
 
 
-def _packed(weight: Weight, gates: int) -> tuple[Tensor, list[int]]:
+def packed(weight: Weight, gates: int) -> tuple[Tensor, list[int]]:
     """A weight as the eight-bit operators take it: memory and layout."""
     first, second, layout = matrices(weight, gates)
     return _ops.int8_pack.default(first, second, layout), layout
