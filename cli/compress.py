@@ -9,6 +9,8 @@ import click
 
 from .console import Output, json_option, output, progress
 from .options import (
+    DROP,
+    FILE,
     NUMBER,
     device_option,
     dtype_option,
@@ -18,8 +20,9 @@ from .options import (
     lr_option,
     output_option,
     seed_option,
+    selection_options,
 )
-from .training import others_option, recipe_options, resume_option, share_option
+from .training import log_dir_option, others_option, recipe_options, resume_option, share_option
 
 if TYPE_CHECKING:
     from kruify.search.candidates import CandidateResult
@@ -33,7 +36,7 @@ OF_GRAPHS = ("attempts", "budget", "dtype", "lr", "max_drop", "output", "resume"
 
 
 @click.command()
-@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True, type=FILE)
 @click.option(
     "--task",
     metavar="TASK",
@@ -55,10 +58,10 @@ OF_GRAPHS = ("attempts", "budget", "dtype", "lr", "max_drop", "output", "resume"
 )
 @click.option(
     "--max-drop",
-    type=NUMBER,
+    type=DROP,
     metavar="D",
-    help="How much worse the task's metric may get, in its own units (0.01); with --inputs and no --task the relative "
-    "error of the outputs.",
+    help="How much worse the task's metric may get: 0.01, in its own units, or 1%, of what MODEL has; with --inputs "
+    "and no --task the relative error of the outputs.",
 )
 @click.option(
     "--attempts",
@@ -70,13 +73,16 @@ OF_GRAPHS = ("attempts", "budget", "dtype", "lr", "max_drop", "output", "resume"
 @click.option("--epochs", type=NUMBER, help="Passes over the train split in each round.  [default: 5]")
 @click.option("--steps", type=click.IntRange(0, 10**6), help="With --inputs: steps for each layer.  [default: 600]")
 @share_option
+@selection_options
 @lr_option
 @others_option
+@log_dir_option
 @resume_option
 @device_option
 @dtype_option
 @keep_option
 @output_option
+@click.option("--card", metavar="FILE", help="Write a model card: Markdown with front matter for the Hugging Face Hub.")
 @seed_option
 @key_option
 @json_option
@@ -85,6 +91,7 @@ def compress(
     task: str | None,
     inputs: str | None,
     steps: int | None,
+    card: str | None,
     others: tuple[str, ...],
     json_only: bool,
     **options: Any,
@@ -105,13 +112,15 @@ def compress(
     the next by name; they share one budget, and OUT is a folder.
     """
     if inputs is not None:
-        _compress_graph(models, inputs, task, json_only, {**options, "steps": steps, "option": others})
+        _compress_graph(models, inputs, task, json_only, {**options, "steps": steps, "card": card, "others": others})
         return
     with output(json_only) as out:
         from kruify.api import compress as run
-        from kruify.checkpoint import read
+        from kruify.checkpoint import atomic_file, check_target, read
         from kruify.errors import TargetMissedError, UsageError
-        from kruify.tasks.base import measure
+        from kruify.reporting import to_card
+        from kruify.reporting.build import report
+        from kruify.tasks.evaluation import Evaluations
         from kruify.tasks.loader import load_task
 
         if task is None or steps is not None:
@@ -119,9 +128,13 @@ def compress(
             raise UsageError(what, "compress", "Give --task TASK or --inputs SAMPLES")
         if len(models) > 1:
             raise UsageError("several graphs go together only with --inputs", "compress", "Name one MODEL")
+        model = models[0]
+        if card is not None:
+            check_target(card, model, options["output"])
         found = load_task(task)
-        checkpoint = read(models[0], key=options["key"])
-        with progress("starting") as advance:
+        checkpoint = read(model, key=options["key"])
+        made = None
+        with progress(f"reading {model}") as advance:
             done = run(
                 checkpoint,
                 found,
@@ -130,21 +143,29 @@ def compress(
                 on_attempt=lambda attempt: out.note(_line(attempt, found)),
                 **recipe_options(others, options),
             )
-        metrics = measure(found, done.model, "test")
+            metrics = Evaluations(found, advance).measure(done.model, "test")
+            if card is not None:
+                made = report(model, options["output"], task=task, key=options["key"], progress=advance)
         _show(out, done, found, metrics, options["output"])
         before, after = checkpoint.weight_bytes, Path(options["output"]).stat().st_size
         out.show(f"weights of {before:,} bytes -> a file of {after:,}, {before / after:.1f}x smaller")
+        out.show(*map(str, done.slack))
         if (timed := done.latency) is not None:
             out.show(
-                f"its layers take {timed['ratio']:.1f}x less time: {timed['dense_ms']:.3f} -> {timed['ms']:.3f} ms"
+                f"its layers take {timed['ratio']:.1f}x less time, {timed['wanted']:g}x asked for: "
+                f"{timed['dense_ms']:.3f} -> {timed['ms']:.3f} ms"
             )
+        if card is not None and made is not None:
+            with atomic_file(card) as file:
+                file.write(to_card(made).encode())
+            out.show(f"wrote {card}")
         size = {"before": before, "after": after, "ratio": before / after}
         out.result({"output": options["output"], **done.to_json(), "metrics": metrics, "bytes": size})
         if not done.within:
             nearest = done.attempts[done.best]
             raise TargetMissedError(
                 f"the nearest of {len(done.attempts)} attempts loses {nearest.drop:.4f} {found.metric} at "
-                f"{nearest.recurrent_ratio:.1f}x, more than {options['max_drop']}",
+                f"{nearest.recurrent_ratio:.1f}x, more than {done.allowed:.4g}",
                 options["output"],
                 "Allow more epochs, more attempts, a smaller reduction or a larger drop",
             )
@@ -159,11 +180,12 @@ def _compress_graph(
         from kruify.tasks.loader import load_function
 
         chosen = given(**options)
+        flags = {parameter.name: parameter.opts[0] for parameter in click.get_current_context().command.params}
         if others := [name for name in chosen if name not in OF_GRAPHS]:
-            raise UsageError(f"--{others[0]} does not go with --inputs", "compress", "Leave it out")
+            raise UsageError(f"{flags[others[0]]} does not go with --inputs", "compress", "Leave it out")
         if task is not None:
             chosen["metric"] = load_function(task)
-        with progress("starting") as advance:
+        with progress(f"reading {models[0]}") as advance:
             done = compress_graph(
                 models,
                 inputs,
@@ -233,7 +255,5 @@ def _show(out: Output, done: Compression, task: Task, metrics: dict[str, float],
             f"{attempt.metrics[task.metric]:.4f}",
             f"{attempt.drop:.4f}",
         )
-    for result in done.candidates:
-        out.show(_candidate(result, task))
     figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     out.show(table, f"wrote {target} (*): {figures} on the test split")

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
 
     from kruify.progress import Progress
 
+    from .plain import PlainConsole
+
+SCHEMA = 1  # of every JSON object that a command prints: raised when a key changes its name or its meaning
 WIDTH = 110  # columns where the output is no terminal: files, pipes
 
 
@@ -47,7 +50,8 @@ class Output:
     def result(self, value: dict[str, Any]) -> None:
         """Prints the JSON object, where it was asked for."""
         if self.json_only:
-            print(json.dumps(finite(value), indent=2, allow_nan=False), file=self._stdout)
+            value = {"schema": SCHEMA, **finite(value)}
+            print(json.dumps(value, indent=2, allow_nan=False), file=self._stdout)
 
 
 @contextmanager
@@ -97,29 +101,15 @@ def finite(value: Any) -> Any:
 
 @contextmanager
 def progress(description: str) -> Iterator[Progress]:
-    """A bar with the time gone and, where it is known, left; nothing where stderr is no terminal."""
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+    """A bar where stderr is a terminal, else one line there for each phase that takes its time."""
+    from .bar import Bar, Lines
 
     console = _console(sys.stderr)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(description, total=None)
-
-        def advance(done: float, total: float, text: str) -> None:
-            bar.update(task, completed=done, total=total, description=text)
-
-        yield advance
+    with (Bar if console.is_terminal else Lines)(console, description) as shown:
+        yield shown.advance
 
 
-def _console(file: Any) -> Console:
+def _console(file: Any) -> PlainConsole:
     from .plain import PlainConsole
 
     console = PlainConsole(file)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import Output, json_option, output, progress
-from .options import NUMBER, dtype_option, keep_option, key_option, model_argument, seed_option
+from .options import NUMBER, dtype_option, keep_option, key_option, model_argument, seed_option, selection_options
 
 if TYPE_CHECKING:
     from kruify.conversion import Conversion
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
 LOSSLESS = 1e-3
 """||W-K|| / ||W|| below this is rounding, of half precision at most."""
-LITTLE = 0.1
-"""Energy kept below which little of the trained network is left: one balanced product keeps 1 to 3 % of the matrices of
-g2p-en, low rank at 16x fewer numbers 30 %."""
 
 
 @click.command()
@@ -32,9 +29,6 @@ g2p-en, low rank at 16x fewer numbers 30 %."""
     help="File to write; of MODEL.onnx, OUT.onnx is its whole graph.  [default: MODEL.kru.safetensors beside it]",
 )
 @click.option(
-    "--input-factors", metavar="SPEC", help="Factors of the input matrices W_ih too; they stay dense without."
-)
-@click.option(
     "--budget",
     metavar="B",
     help="Choose the factors: 10x, params=25%, macs=10%, or params=8x,macs=50%; size=8x or size=600kB: of W_ih, too, "
@@ -42,23 +36,21 @@ g2p-en, low rank at 16x fewer numbers 30 %."""
 )
 @click.option("--input-budget", metavar="B", help="The same for the input matrices W_ih.")
 @click.option("--max-error", type=NUMBER, metavar="E", help="Bound on the error ||W-K||/||W|| of each gate.")
-@click.option("--only", metavar="GLOB", multiple=True, help="Convert only layers or matrices that match.")
-@click.option("--skip", metavar="GLOB", multiple=True, help="Leave layers or matrices that match dense.")
-@click.option("--set", "overrides", metavar="GLOB=SPEC", multiple=True, help="Other factors for what matches.")
-@click.option("--task", metavar="TASK", help="Run MODEL on this task's data first: fit what its activations feel.")
+@selection_options
+@click.option("--task", metavar="TASK", help="Run MODEL on this task's data first, to weigh errors by its activations.")
 @click.option("--subclasses", is_flag=True, help="In whole modules, take subclasses of nn.LSTM and friends for these.")
 @click.option("--plan", metavar="FILE", help="Take the plan from this JSON file.")
 @click.option("--plan-out", metavar="FILE", help="Write the plan as JSON, to be edited and given to --plan.")
 @dtype_option
 @keep_option
-@click.option("--dry-run", is_flag=True, help="Say what would be done; decompose and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, with a budget what was found; write nothing.")
 @seed_option
 @key_option
 @json_option
 def convert(
     model: str,
     target: str | None,
-    overrides: tuple[str, ...],
+    overrides: tuple[tuple[str, str], ...],
     plan_out: str | None,
     key: str | None,
     json_only: bool,
@@ -76,7 +68,6 @@ def convert(
         raise click.UsageError("--input-budget goes with a budget: --budget or --max-error")
     if all(options[name] is None for name in ("plan", "factors", "budget", "max_error")):
         raise click.UsageError("say how to factor: --factors SPEC (for example auto), --budget 10x or --plan FILE")
-    pairs = dict(map(_pair, overrides))
     with output(json_only) as out:
         from kruify.checkpoint import atomic_file, check_target, read
         from kruify.conversion import pipeline
@@ -88,23 +79,18 @@ def convert(
         for sentence in checkpoint.notes:
             out.note(f"note: {sentence}")
         with progress("converting") as advance:
-            done = pipeline.convert(checkpoint, output=path, overrides=pairs, progress=advance, **options)
+            done = pipeline.convert(checkpoint, output=path, overrides=dict(overrides), progress=advance, **options)
         if plan_out is not None:
             with atomic_file(plan_out) as file:
                 file.write((done.plan.to_json(indent=2) + "\n").encode())
         _show(out, model, done)
         if options["dry_run"]:
-            out.show("Dry run: nothing was decomposed or written.")
+            searched = options["budget"] is not None or options["max_error"] is not None
+            found = "these factors were found and fitted, nothing was" if searched else "nothing was decomposed or"
+            out.show(f"Dry run: {found} written.")
         else:
             _advise(out, done)
         out.result(done.to_json())
-
-
-def _pair(item: str) -> tuple[str, str]:
-    pattern, equals, spec = item.partition("=")
-    if not equals or not pattern or not spec:
-        raise click.UsageError(f"--set takes GLOB=SPEC, got '{item}'")
-    return pattern, spec
 
 
 def _show(out: Output, model: str, conversion: Conversion) -> None:
@@ -142,6 +128,7 @@ def _show(out: Output, model: str, conversion: Conversion) -> None:
         if size.file is not None and size.allowed is not None:
             lines.append(_counts("whole file", size.before, size.file, "bytes", size.before / size.file))
             lines.append(f"the budget allows {size.allowed:,} bytes, {size.allowed - size.file:,} are left")
+    lines += map(str, conversion.slack)
     if conversion.latency is not None:
         lines.append(_time(conversion.latency))
     if size is not None and size.beside > size.before // 10:
@@ -158,7 +145,7 @@ def _time(latency: LatencyPlan) -> str:
     data = latency.to_json()
     how = f"batch {data['batch']}, {data['steps']} steps, {data['threads']} thread; {len(latency.timed)} plans timed"
     ms = f"{data['dense_ms']:>12.3f} -> {data['ms']:>12.3f} ms"
-    return f"{'recurrent layers':19}  {ms}, {data['ratio']:.2f}x less time ({how})"
+    return f"{'recurrent layers':19}  {ms}, {data['ratio']:.2f}x less time, {data['wanted']:g}x asked for ({how})"
 
 
 def _advise(out: Output, conversion: Conversion) -> None:
@@ -178,12 +165,6 @@ def _advise(out: Output, conversion: Conversion) -> None:
     if all(gate.relative_error < LOSSLESS for gate in conversion.matrices):
         out.show("The factors keep all of every matrix: it computes what the dense model does.")
         return
-    kept = sum(gate.energy for gate in conversion.matrices) / len(conversion.matrices)
-    if kept < LITTLE:
-        out.show(
-            f"The factors keep {100 * kept:.1f} % of the energy of these matrices, so that fine-tuning begins almost "
-            "anew:\ngive it many epochs, and compare with --budget 16x."
-        )
     again = f"kruify finetune {conversion.output} --task TASK -o OUT"
     if conversion.graph is not None:
         again = "docs/onnx.md says how for a graph"

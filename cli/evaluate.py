@@ -21,8 +21,8 @@ def evaluate(model: str, task: str, split: str, key: str | None, json_only: bool
 
         from kruify.api import evaluate as run
 
-        with progress(f"evaluating on {split}"):
-            found = run(model, task, split, key=key)
+        with progress(f"reading {model}") as advance:
+            found = run(model, task, split, key=key, progress=advance)
         counted = "" if found.examples is None else f" ({found.examples:,} examples)"
         values = ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
         out.show(Text.assemble(f"{model} on {split}{counted}: ", (values, "bold")))

@@ -58,7 +58,7 @@ def finetune(
         if distill_only:
             told |= {"distill_logits": 1.0, "distill_until": None}
         found = load_task(task)
-        with progress("starting") as advance:
+        with progress(f"reading {model}") as advance:
             outcome = run(model, found, progress=advance, **told)
         if outcome.is_main:  # under torchrun one process writes and prints
             show(out, outcome, found, told)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import Output, json_option, output
-from .options import key_option
+from .options import FILE, key_option
 
 if TYPE_CHECKING:
     from kruify.conversion.inspection import FileFacts, Inspection
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", metavar="[MODEL]", required=False)
+@click.argument("model", metavar="[MODEL]", required=False, type=FILE)
 @click.option("--backend", is_flag=True, help="Say what the layers run on here: compiled kernels, or the reference.")
 @key_option
 @json_option

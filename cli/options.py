@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -22,10 +23,64 @@ class Number(click.types.FloatParamType):
 
 NUMBER = Number()
 
-model_argument = click.argument("model", metavar="MODEL")
+
+class Drop(Number):
+    """A number, or a percentage as it was written."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = str(value).strip()
+        number = super().convert(text.removesuffix("%"), param, ctx)
+        return text if text.endswith("%") else number
+
+
+DROP = Drop()
+
+
+class GlobSpec(click.ParamType[tuple[str, str]]):
+    """GLOB=SPEC as a pair."""
+
+    name = "GLOB=SPEC"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        pattern, equals, spec = str(value).partition("=")
+        if not equals or not pattern or not spec:
+            raise click.UsageError(f"--set takes GLOB=SPEC, got '{value}'", ctx)
+        return pattern, spec
+
+
+_SELECTION = (
+    click.option(
+        "--input-factors", metavar="SPEC", help="Factors of the input matrices W_ih too; they stay dense without."
+    ),
+    click.option("--only", metavar="GLOB", multiple=True, help="Convert only layers or matrices that match."),
+    click.option("--skip", metavar="GLOB", multiple=True, help="Leave layers or matrices that match dense."),
+    click.option(
+        "--set",
+        "overrides",
+        metavar="GLOB=SPEC",
+        type=GlobSpec(),
+        multiple=True,
+        help="Factors for what matches, or 'dense'.",
+    ),
+)
+
+
+def selection_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of every command that converts: which matrices, and exceptions."""
+    for option in reversed(_SELECTION):
+        command = option(command)
+    return command
+
+
+FILE = click.Path(readable=False)
+"""The name of a file, which shells complete; what reads or writes it says whether it can."""
+
+model_argument = click.argument("model", metavar="MODEL", type=FILE)
 key_option = click.option("--key", metavar="NAME", help="The entry of the file that holds the state dict, if several.")
 task_option = click.option("--task", metavar="TASK", required=True, help="Built-in name or path/to/file.py:Name.")
-output_option = click.option("-o", "--output", metavar="OUT", required=True, help="File to write.")
+output_option = click.option("-o", "--output", metavar="OUT", type=FILE, required=True, help="File to write.")
 split_option = click.option(
     "--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True, help="Data to look at."
 )
@@ -51,4 +106,5 @@ keep_option = click.option(
 
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given on the command line; the others keep the defaults of what is called."""
-    return {name: value for name, value in options.items() if value is not None and value != ()}
+    chosen = {name: value for name, value in options.items() if value is not None and value != ()}
+    return chosen | ({"overrides": dict(chosen["overrides"])} if "overrides" in chosen else {})

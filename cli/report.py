@@ -7,17 +7,18 @@ from typing import Any
 import click
 
 from .console import json_option, output, progress
-from .options import key_option, split_option
+from .options import FILE, key_option, split_option
 
 
 @click.command()
-@click.argument("dense", metavar="DENSE")
-@click.argument("kru", metavar="KRU...", nargs=-1, required=True)
+@click.argument("dense", metavar="DENSE", type=FILE)
+@click.argument("kru", metavar="KRU...", nargs=-1, required=True, type=FILE)
 @click.option("--task", metavar="TASK", help="Built-in name or path/to/file.py:Name, for its metrics.")
 @split_option
 @click.option(
     "--threads", type=click.IntRange(1, 1024), default=1, show_default=True, help="Threads of the latency figures."
 )
+@click.option("--details", is_flag=True, help="Print how the files were made, and each gate's condition number, too.")
 @click.option("--html", "html_file", metavar="FILE", help="Write one self-contained HTML page with pictures.")
 @click.option("--markdown", "markdown_file", metavar="FILE", help="Write the same as Markdown, for a model card.")
 @key_option
@@ -25,6 +26,7 @@ from .options import key_option, split_option
 def report(
     dense: str,
     kru: tuple[str, ...],
+    details: bool,
     html_file: str | None,
     markdown_file: str | None,
     json_only: bool,
@@ -45,7 +47,7 @@ def report(
             taken.append(target)
         with progress("reading") as advance:
             made = run(dense, *kru, progress=advance, **options)
-        out.show(*tables(made))
+        out.show(*tables(made, details))
         for file, write in ((html_file, to_html), (markdown_file, to_markdown)):
             if file:
                 with atomic_file(file) as handle:

@@ -19,10 +19,11 @@ from .options import (
     lr_option,
     model_argument,
     seed_option,
+    selection_options,
     split_option,
     task_option,
 )
-from .training import others_option, recipe_options, share_option
+from .training import log_dir_option, others_option, recipe_options, share_option
 
 if TYPE_CHECKING:
     from kruify.search.trade_off import Point, Sweep
@@ -38,8 +39,10 @@ if TYPE_CHECKING:
 @click.option("--dir", "folder", metavar="DIR", help="Where networks and state go.  [default: MODEL.sweep beside it]")
 @click.option("--epochs", type=NUMBER, help="Passes over the train split for each network.  [default: 5]")
 @share_option
+@selection_options
 @lr_option
 @others_option
+@log_dir_option
 @click.option("--html", "html_file", metavar="FILE", help="Write a report on all networks, the knee marked.")
 @device_option
 @dtype_option
@@ -67,7 +70,7 @@ def sweep(
         if html_file:
             check_target(html_file, model)
         found = load_task(task)
-        with progress("starting") as advance:
+        with progress(f"reading {model}") as advance:
             done = run(
                 model,
                 found,

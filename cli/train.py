@@ -60,7 +60,7 @@ def train(task: str, others: tuple[str, ...], json_only: bool, **options: Any) -
         if "factors" in wanted and not str(network.get("cell", "kru")).startswith("kru"):
             raise UsageError(f"a cell '{network['cell']}' has no factors", "--factors", "Leave --factors out")
         told = recipe_options(others, {**options, "output": options["output"] or _default_name(task, network)})
-        with progress("starting") as advance:
+        with progress(f"making a network of {task}") as advance:
             outcome = run(found, progress=advance, **told)
         if not outcome.is_main:  # under torchrun one process writes and prints
             return

@@ -31,6 +31,7 @@ share_option = click.option(
     metavar="SHARE",
     help="Share of the epochs for which each candidate structure is trained first; 0 for none.  [default: 0.25]",
 )
+log_dir_option = click.option("--log-dir", metavar="DIR", help="Write history.csv there, one line per validation.")
 _OPTIONS = (
     others_option,
     click.option(
@@ -39,7 +40,7 @@ _OPTIONS = (
         help="Measure condition number, spectral norm, unitarity defect and the gradient through time; "
         "draw them there.",
     ),
-    click.option("--log-dir", metavar="DIR", help="Write history.csv there, one line per validation."),
+    log_dir_option,
     click.option("--tensorboard", is_flag=True, help="Write TensorBoard events to the --log-dir, too."),
     resume_option,
     device_option,

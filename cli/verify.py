@@ -5,11 +5,11 @@ from __future__ import annotations
 import click
 
 from .console import json_option, output, progress
-from .options import key_option
+from .options import FILE, key_option
 
 
 @click.command()
-@click.argument("file", metavar="FILE")
+@click.argument("file", metavar="FILE", type=FILE)
 @click.option("--source", metavar="DENSE", help="The dense checkpoint that FILE should come from.")
 @key_option
 @json_option

@@ -30,12 +30,14 @@ from kruify.conversion.storing import check_storage, write_converted
 from kruify.errors import CorruptError, UsageError
 from kruify.exporting import Exported, export_dense, export_graph, export_layers, export_network
 from kruify.layers.storage import mark, marks, within
+from kruify.progress import Progress
 from kruify.reporting.training import conditioning_svg
 from kruify.search.compression import Compression
 from kruify.search.compression import compress as _compress
 from kruify.search.trade_off import Sweep
 from kruify.search.trade_off import sweep as _sweep
-from kruify.tasks.base import Task, fresh_model, measure
+from kruify.tasks.base import Task, fresh_model
+from kruify.tasks.evaluation import Evaluations
 from kruify.tasks.loader import load_task
 from kruify.training import FinetuneResult, Recipe
 from kruify.training import finetune as _finetune
@@ -65,7 +67,14 @@ class Evaluation:
         return asdict(self)
 
 
-def evaluate(model: Network, task: Task | str, split: str = "test", *, key: str | None = None) -> Evaluation:
+def evaluate(
+    model: Network,
+    task: Task | str,
+    split: str = "test",
+    *,
+    key: str | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
     """Measures a network, dense or converted, on a task: `kruify.evaluate("model.pt", "task.py:Name").metrics`.
 
     Raises:
@@ -73,7 +82,8 @@ def evaluate(model: Network, task: Task | str, split: str = "test", *, key: str 
         TaskError: the task cannot be loaded or does not give its metric.
     """
     task = load_task(task)
-    return Evaluation(measure(task, _network(_opened(model, key), task), split), split, task.examples(split))
+    metrics = Evaluations(task, progress).measure(_network(_opened(model, key), task), split)
+    return Evaluation(metrics, split, task.examples(split))
 
 
 def finetune(
@@ -180,7 +190,8 @@ def compress(
     source = dense if isinstance(dense, Checkpoint) else None
     done = _compress(_network(dense, task), task, budget, source=source, seed=seed, **options)
     if output is not None:
-        _save(done.model, output, seed, *(() if source is None else (source.sha256, carried(source))))
+        sha256, extra = ("", {}) if source is None else (source.sha256, carried(source))
+        _save(done.model, output, seed, sha256, {**extra, **done.notes})
     return done
 
 

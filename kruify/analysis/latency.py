@@ -11,6 +11,7 @@ from torch import nn
 
 from kruify.analysis.layers import Layers
 from kruify.layers.timing import STEPS, Run, interleaved, layer_run, together, torch_threads
+from kruify.progress import Progress
 
 BATCHES = (1, 32)
 SECONDS = 2.0  # spent on each model and batch size
@@ -38,6 +39,7 @@ def measure_latency(
     steps: int = STEPS,
     threads: int = 1,
     seconds: float = SECONDS,
+    progress: Progress | None = None,
 ) -> Latency:
     """Times the recurrent layers of several models against each other, on the CPU, on random inputs.
 
@@ -50,9 +52,14 @@ def measure_latency(
     medians: list[dict[int, float]] = [{} for _ in models]
     p95s: list[dict[int, float]] = [{} for _ in models]
     with torch_threads(threads), torch.inference_mode():
-        for batch in batches:
+        for place, batch in enumerate(batches):
+
+            def tell(share: float, place: int = place) -> None:
+                if progress is not None:
+                    progress(place + share, len(batches), "measuring latency")
+
             runs = [runner(layers, module, batch, steps) for layers, module in zip(models, modules, strict=True)]
-            samples = interleaved(runs, seconds * len(runs))
+            samples = interleaved(runs, seconds * len(runs), tell)
             for median, p95, sample in zip(medians, p95s, samples, strict=True):
                 median[batch] = 1e3 * statistics.median(sample)
                 p95[batch] = 1e3 * sorted(sample)[int(0.95 * (len(sample) - 1) + 0.5)]

@@ -208,6 +208,7 @@ def make_budget_plan(
     *,
     input_budget: str | None = None,
     max_error: float | None = None,
+    input_factors: str | None = None,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     overrides: Mapping[str, str] | None = None,
@@ -222,6 +223,7 @@ def make_budget_plan(
         budget: of all recurrent matrices together, "10x", "params=25%", "macs=10%" (`parse_budget`).
         input_budget: the same for the input matrices W_ih; None leaves them dense.
         max_error: bound on the relative error of every gate; with no budget, the smallest structures that keep it.
+        input_factors: spec of the input matrices, where they have no budget.
         only, skip, overrides: patterns as in `make_plan`; overrides are set on top of what the budget gave.
         moments: full weight name -> moments of what it is applied to: energy then counts at the output.
         searches: as in `plan_budget`.
@@ -248,7 +250,39 @@ def make_budget_plan(
             )
             chosen |= found.structures
     chosen |= {name: chosen[first] for name, first in first_of.items() if first in chosen}
-    return make_plan(layers, "auto", inputs, only, skip, overrides, chosen)
+    return make_plan(layers, "auto", inputs or input_factors, only, skip, overrides, chosen)
+
+
+@dataclass(frozen=True)
+class Slack:
+    """What one limit of a budget allows, and how much of it a plan takes.
+
+    Attributes:
+        of: "parameters", "multiply-adds" or "bytes".
+    """
+
+    of: str
+    allowed: int
+    used: int
+
+    def __str__(self) -> str:
+        left = self.allowed - self.used
+        rest = f"{left:,} are left" if left >= 0 else f"it takes {-left:,} more"
+        return f"the budget allows {self.allowed:,} {self.of}, {rest}"
+
+
+def slack_of(plan: Plan, budget: str | None, part: str = "weight_hh") -> list[Slack]:
+    """Of the limits of a budget of matrices, over those that are factored; none for one of bytes or time."""
+    limits = Budget() if budget is None else parse_budget(budget)
+    structures = [s for _, weight, found in plan.matrices() if weight.startswith(part) for s in found]
+    dense = sum(s.dense_parameters for s in structures)
+    found = []
+    if limits.parameters is not None:
+        found.append(Slack("parameters", int(limits.parameters * dense), sum(s.parameters for s in structures)))
+    if limits.multiply_adds is not None:
+        used = sum(s.multiply_adds for s in structures)
+        found.append(Slack("multiply-adds", int(limits.multiply_adds * dense), used))
+    return found
 
 
 def matrices_of(

@@ -143,6 +143,8 @@ def timed_plans(
         key = plan.to_json()
         if key not in timed:
             timed[key] = TimedPlan(plan, clock.time(plan), kinds.kept(found), stacked)
+            if progress is not None:
+                progress(len(timed), 2 * (HALVINGS + FEW_HALVINGS + 2), "timing plans")
         return timed[key].milliseconds <= share * clock.dense
 
     def largest(stacked: bool, inputs: bool, low: float, high: float, halvings: int) -> float | None:
@@ -156,9 +158,7 @@ def timed_plans(
         return low
 
     if not fast_enough(BudgetPlan({}, {}), False):
-        for done, inputs in enumerate((True, False)):
-            if progress is not None:
-                progress(done, 2, "timing plans")
+        for inputs in (True, False):
             most = largest(True, inputs, LEAST_SHARE, 1.0, HALVINGS)
             if most is not None:  # nothing is faster at as many multiply-adds
                 largest(False, inputs, most / 8, most, FEW_HALVINGS)

@@ -6,14 +6,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict, Unpack, overload
+from typing import Any, TypedDict, Unpack, overload
 
 from torch import nn
 
 from kruify.checkpoint import Checkpoint, carried, check_model_target, check_target, read
 from kruify.checkpoint.target import FOREIGN, TORCH
 from kruify.checkpoint.writing import as_lazy
-from kruify.conversion.budget import make_budget_plan, parse_budget
+from kruify.conversion.budget import make_budget_plan, parse_budget, slack_of
 from kruify.conversion.calibration import Moments, calibrate
 from kruify.conversion.check import check_plan
 from kruify.conversion.computed import copied, state_of
@@ -124,7 +124,8 @@ def convert(
         keep: globs of weights or modules that stay float32.
         output: file to write; None writes `model.kru.safetensors` beside `model.pt`, and nothing for a module. An
             .onnx file of an .onnx source is its whole graph with small weights (`graphs.write_small`).
-        dry_run: choose the factors and count; decompose and write nothing.
+        dry_run: choose the factors, count, and write nothing; with a budget or an error bound, which look for factors
+            by fitting them, what they keep is told, too.
         key: the entry of a file that holds the state dict, where it has several.
 
     Returns:
@@ -211,8 +212,10 @@ def convert(
         counts = ByteCounts(file.before, file.of(plan))
     if of_file:
         counts = replace(counts, file=file.of(plan), allowed=file.limit(str(budget)))
-    if dry_run:
-        conversion = replace(expected(tensors, plan, located), bytes=counts, storage=storage, latency=latency)
+    slack = [*slack_of(plan, budget), *slack_of(plan, input_budget, "weight_ih")]
+    told: dict[str, Any] = {"bytes": counts, "storage": storage, "latency": latency, "slack": slack}
+    if dry_run and not by_budget:
+        conversion = replace(expected(tensors, plan, located), **told)
         return (source, conversion) if isinstance(source, nn.Module) else conversion
     converted = source
     if isinstance(source, nn.Module):
@@ -221,8 +224,11 @@ def convert(
         converted = store_as(converted, storage) if storage else converted
     else:
         conversion = convert_tensors(tensors, plan, located, moments=moments, seed=seed, progress=progress)
+    if dry_run:
+        conversion = replace(conversion, tensors={}, **told)
+        return (source, conversion) if isinstance(source, nn.Module) else conversion
     kept = rounded(conversion.tensors, plan, storage) if storage else conversion.tensors
-    conversion = replace(conversion, tensors={**kept}, bytes=counts, storage=storage, latency=latency)
+    conversion = replace(conversion, tensors={**kept}, **told)
     if output is not None:
         conversion = replace(conversion, output=Path(output))
         if graph is not None:

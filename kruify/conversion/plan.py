@@ -202,7 +202,7 @@ def make_plan(
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     overrides: Mapping[str, str] | None = None,
-    chosen: Mapping[str, Structures] | None = None,
+    chosen: Mapping[str, Sequence[Structure | str]] | None = None,
 ) -> Plan:
     """A plan from specs and patterns.
 
@@ -216,7 +216,8 @@ def make_plan(
         skip: globs; these stay dense.
         overrides: pattern -> spec; the spec "dense" leaves a matrix as it is. Input matrices are touched only by
             patterns that say weight_ih.
-        chosen: full weight name -> structures that stand in for the default there (a planner's choice).
+        chosen: full weight name -> structures or specs, one a gate or one for all, that stand in for the default there
+            (a planner's choice).
 
     Raises:
         PlanError: a pattern matches nothing.
@@ -301,11 +302,24 @@ def _override(names: Sequence[str], gate: str, overrides: Mapping[str, str]) -> 
     return None
 
 
+def matching(layer: RecurrentLayer, patterns: Mapping[str, str]) -> dict[str, str]:
+    """Those of the patterns that match something of a layer."""
+    return {p: spec for p, spec in patterns.items() if any(fnmatchcase(name, p) for name in _all_names([layer]))}
+
+
+def _all_names(layers: Sequence[RecurrentLayer]) -> list[str]:
+    """All that a pattern may match: layers, matrices, gates."""
+    return [
+        full
+        for layer in layers
+        for weight in _weight_names(layer)
+        for name in _names(layer, weight)
+        for full in (name, *(f"{name}.{gate}" for gate in layer.gates))
+    ]
+
+
 def _check_patterns(layers: Sequence[RecurrentLayer], patterns: Sequence[str]) -> None:
-    names: list[str] = []
-    for layer in layers:
-        for weight in _weight_names(layer):
-            names += [n for name in _names(layer, weight) for n in (name, *(f"{name}.{g}" for g in layer.gates))]
+    names = _all_names(layers)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise PlanError(f"the pattern '{pattern}' matches no layer, matrix or gate{_nearest(pattern, names)}")

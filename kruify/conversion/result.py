@@ -17,6 +17,7 @@ from kruify.decomposition import Fit
 from kruify.graphs import Comparison
 
 if TYPE_CHECKING:
+    from kruify.conversion.budget import Slack
     from kruify.conversion.latency import LatencyPlan
 
 
@@ -122,6 +123,7 @@ class Conversion:
         storage: weights that are stored in fewer bits -> dtype.
         output: the file that was written, if one was.
         latency: what was timed under a budget of time.
+        slack: what the limits of a budget of matrices allow, and how much of it is taken.
         notes: sentences on what the source had and the converted model has not.
         graph: of a whole ONNX graph that was written, how it compares with the original in onnxruntime.
     """
@@ -134,6 +136,7 @@ class Conversion:
     bytes: ByteCounts | None = None
     storage: dict[str, str] = field(default_factory=dict)
     latency: LatencyPlan | None = None
+    slack: list[Slack] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     graph: Comparison | None = None
 
@@ -145,6 +148,7 @@ class Conversion:
             "parameters": self.parameters.to_json(),
             "bytes": None if self.bytes is None else self.bytes.to_json(),
             **({} if self.latency is None else {"latency": self.latency.to_json()}),
+            "budget": [asdict(slack) for slack in self.slack],
             "notes": self.notes,
             **({} if self.graph is None else {"graph": self.graph.to_json()}),
         }

@@ -82,7 +82,7 @@ def convert_tensors(
             converted[f"{name}.{entry}"] = value
         results += gates_of(layer, weight, structures, fits)
         if progress:
-            progress(done, len(todo), f"decomposing {name}")
+            progress(done, len(todo), f"decomposing: {name}")
     converted = {name: converted[name] for name in _in_order(tensors, converted)}
     return replace(summed_up(tensors, plan, results, located), tensors=converted)
 

@@ -43,11 +43,14 @@ def together(runs: Sequence[Run]) -> Run:
     return run
 
 
-def interleaved(runs: Sequence[Run], seconds: float) -> list[list[float]]:
+def interleaved(
+    runs: Sequence[Run], seconds: float, tell: Callable[[float], None] = lambda share: None
+) -> list[list[float]]:
     """Seconds of each run, over at least `LEAST` rounds; the first round, which warms up, is thrown away.
 
     Args:
         seconds: for all runs together.
+        tell: called after each round with the share that is done.
     """
     samples: list[list[float]] = [[] for _ in runs]
     start, rounds = time.perf_counter(), 0
@@ -57,6 +60,7 @@ def interleaved(runs: Sequence[Run], seconds: float) -> list[list[float]]:
             run()
             sample.append(time.perf_counter() - begin)
         rounds += 1
+        tell(min(1.0, max((time.perf_counter() - start) / max(seconds, 1e-9), rounds / MOST)))
     return [sample[1:] for sample in samples]
 
 

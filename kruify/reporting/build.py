@@ -21,7 +21,8 @@ from kruify.errors import UnsupportedError
 from kruify.progress import Progress
 from kruify.reporting.details import agreeing, history, peak_memory, provenance, sources, with_energies
 from kruify.reporting.report import LatencySetup, ModelReport, Report
-from kruify.tasks.base import Task, measure
+from kruify.tasks.base import Task
+from kruify.tasks.evaluation import Evaluations
 from kruify.tasks.loader import load_task
 
 
@@ -51,30 +52,30 @@ def report(
     files, task_name = (dense, *others), task if isinstance(task, str) else type(task).__name__
     task = None if task is None else load_task(task)
     tell = progress or (lambda done, total, text: None)
-    total = 2 * len(files) + 1
+    names = _names(files)
     checkpoints = [read(file, key=key) for file in files]
     layers = agreeing([layers_of(checkpoint) for checkpoint in checkpoints])
-    metrics = []
-    for index, checkpoint in enumerate(checkpoints):
-        tell(index, total, f"evaluating {checkpoint.path}")
-        metrics.append({} if task is None else measure(task, load_network(checkpoint, task), split))
+    metrics: list[dict[str, float]] = [{} for _ in files]
+    if task is not None:
+        evaluations = Evaluations(task, progress)
+        for index, checkpoint in enumerate(checkpoints):
+            metrics[index] = evaluations.measure(load_network(checkpoint, task), split, name=names[index])
     contenders: list[Contender] = []
     without_int8 = ""
     if not layers[0].planned:
-        tell(len(files), total, f"evaluating {checkpoints[0].path} in int8")
+        tell(0, 0, f"{names[0]} in eight bits")
         try:
             contenders.append(torch_int8(layers[0], task, split))
         except UnsupportedError as error:
             without_int8 = error.what
         with suppress(UnsupportedError):
             contenders.append(onnxruntime_int8(layers[0]))
-    tell(len(files), total, "measuring latency")
     load = os.getloadavg()[0]
     measured = [*layers, *(int8.layers for int8 in contenders)]
-    latency = measure_latency(measured, threads=threads, seconds=latency_seconds)
+    latency = measure_latency(measured, threads=threads, seconds=latency_seconds, progress=progress)
     models = []
-    for index, (checkpoint, name) in enumerate(zip(checkpoints, _names(files), strict=True)):
-        tell(len(files) + 1 + index, total, f"singular values of {checkpoint.path}")
+    for index, (checkpoint, name) in enumerate(zip(checkpoints, names, strict=True)):
+        tell(index, len(files), f"singular values: {name}")
         models.append(
             ModelReport(
                 name=name,
@@ -126,14 +127,18 @@ def report(
 
 
 def _names(files: Sequence[str | PathLike[str]]) -> list[str]:
-    """Short unique names: the file's name without its endings, with a number where it came before."""
-    names: list[str] = []
-    for file in files:
-        stem = Path(file).name
+    """Unique names: of the files without their endings, with them, with as many folders before as tell them apart."""
+    paths, stems = [Path(file) for file in files], list[str]()
+    for path in paths:
+        stem = path.name
         for ending in (".safetensors", ".pth", ".pt", ".kru"):
             stem = stem.removesuffix(ending)
-        names.append(stem if stem not in names else f"{stem} ({len(names) + 1})")
-    return names
+        stems.append(stem)
+    deepest = max(len(path.parts) for path in paths)
+    for names in (stems, *([str(Path(*path.parts[-n:])) for path in paths] for n in range(1, deepest + 1))):
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path} ({number})" for number, path in enumerate(paths, 1)]  # one file is named twice
 
 
 def machine() -> str:

@@ -10,13 +10,13 @@ from kruify.reporting import pictures, training
 from kruify.reporting.report import ModelReport, Report
 from kruify.reporting.rows import (
     GATE_COLUMNS,
-    Headline,
+    Row,
     comparison,
     gate_cells,
-    headlines,
     latency_note,
     metric_note,
     provenance,
+    summary,
     title,
 )
 from kruify.reporting.style import CSS
@@ -40,19 +40,20 @@ def to_html(report: Report, heading: str | None = None, knee: str | None = None)
     body = [
         f"<h1>{escape(heading)}</h1>",
         f'<p class="note">{escape(metric_note(report) or "No task was named: sizes and speed only.")}</p>',
-        *(_headline(headline, index) for index, headline in enumerate(headlines(report), 1)),
+        _summary(report, knee),
         "<h2>Comparison</h2>",
-        f'<div class="card long">{_comparison(report)}</div>',
+        f'<div class="card long">{_rows(report, report.models, comparison(report))}</div>',
         f'<p class="note">{escape(latency_note(report))}</p>',
         "<h2>Pictures</h2>",
         f'<div class="pictures">{_pictures(report, knee)}</div>',
-        "<h2>Recurrent matrices, gate by gate</h2>",
+        "<h2>Recurrent matrices</h2>",
+        "<details><summary>Gate by gate: energy, condition number, spectral norm, singular values</summary>",
         "<p>Energy is what the factored matrix has in common with the dense one, "
         "1 &minus; ‖W&minus;K‖²/‖W‖²; beside it stands what the same structure keeps of a random matrix. "
         "After fine-tuning a low energy is no fault: the network has found another solution. "
         "Condition number, spectral norm and unitarity defect tell how the state is stretched at every step.</p>",
         *(_gates(report, index) for index in range(len(report.models))),
-        f'<h3>Singular values</h3><div class="pictures">{_spectra(report)}</div>',
+        f'<h3>Singular values</h3><div class="pictures">{_spectra(report)}{_conditioning(report)}</div></details>',
         "<h2>How it was made</h2>",
         *(_made(model, index) for index, model in enumerate(report.models)),
         "<footer>Written by kruify. This file holds everything it shows; it loads nothing.</footer>",
@@ -70,27 +71,22 @@ def _key(index: int) -> str:
     return f'<span class="key" style="background:var(--c{index % len(pictures.SERIES)})"></span>'
 
 
-def _headline(headline: Headline, index: int) -> str:
-    figures = []
-    for place, (figure, meaning) in enumerate(headline.figures):
-        names = "figure" + (" main" if place == 0 else "") + (" long" if "→" in figure else "")
-        figures.append(f'<div class="{names}"><b>{escape(figure)}</b><span>{escape(meaning)}</span></div>')
-    return (
-        f'<section class="card"><h3>{_key(index)}{escape(headline.model)}</h3>'
-        f'<div class="headline">{"".join(figures)}</div></section>'
-    )
+def _summary(report: Report, knee: str | None) -> str:
+    found = summary(report, knee)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in found.notes)
+    return f'<section class="card">{_rows(report, found.models, found.rows, "compare short")}<ul>{notes}</ul></section>'
 
 
-def _comparison(report: Report) -> str:
-    heads = "".join(f"<th>{_key(i)}{escape(m.name)}</th>" for i, m in enumerate(report.models))
+def _rows(report: Report, models: Sequence[ModelReport], rows: Sequence[Row], names: str = "compare") -> str:
+    heads = "".join(f"<th>{_key(report.models.index(m))}{escape(m.name)}</th>" for m in models)
     lines = []
-    for row in comparison(report):
+    for row in rows:
         cells = "".join(
             f"<td>{escape(value)}" + (f"<small>{escape(change)}</small>" if change else "") + "</td>"
             for value, change in zip(row.values, row.changes, strict=True)
         )
         lines.append(f"<tr{STRONG_ROW if row.main else ''}><th>{escape(row.label)}</th>{cells}</tr>")
-    return _table(f"<th></th>{heads}", "".join(lines), "compare")
+    return _table(f"<th></th>{heads}", "".join(lines), names)
 
 
 def _table(head: str, rows: str, names: str = "") -> str:
@@ -101,13 +97,13 @@ def _table(head: str, rows: str, names: str = "") -> str:
 def _pictures(report: Report, knee: str | None) -> str:
     better = "higher" if report.higher_is_better else "lower"
     found = [
-        ("Parameters", pictures.sizes(report), "Numbers in the file, by where they stand."),
-        ("Latency", pictures.latency(report), "Bar and figure: median. Mark: 95th percentile. Shorter is faster."),
         (
             "Accuracy against size",
             pictures.tradeoff(report, knee),
             f"{report.metric} on the {report.split} split; {better} is better.",
         ),
+        ("Latency", pictures.latency(report), "Bar and figure: median. Mark: 95th percentile. Shorter is faster."),
+        ("Parameters", pictures.sizes(report), "Numbers in the file, by where they stand."),
         (
             f"Training: {report.metric}",
             training.over_epochs(report, lambda entry: entry["metrics"].get(report.metric)),
@@ -118,6 +114,12 @@ def _pictures(report: Report, knee: str | None) -> str:
             training.over_epochs(report, lambda entry: entry.get("loss")),
             "Mean over the train split in each epoch.",
         ),
+    ]
+    return "".join(_figure(name, svg, caption) for name, svg, caption in found if svg)
+
+
+def _conditioning(report: Report) -> str:
+    found = [
         (
             "Training: condition number",
             training.over_epochs(report, training.largest_condition_number),

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from kruify.reporting.report import ModelReport, Report
 from kruify.reporting.rows import (
     GATE_COLUMNS,
+    Row,
     comparison,
     gate_cells,
-    headlines,
     latency_note,
     metric,
     metric_note,
     provenance,
     quarters,
+    summary,
     title,
     validations,
 )
@@ -23,21 +24,20 @@ from kruify.reporting.rows import (
 
 def to_markdown(report: Report) -> str:
     """All that the HTML page says, in tables that every Markdown reader knows; curves as numbers."""
-    lines = [f"# {_text(title(report))}", ""]
-    for headline in headlines(report):
-        figures = ", ".join(f"**{figure}** {meaning}" for figure, meaning in headline.figures)
-        lines.append(f"- {_text(headline.model)}: {figures}")
-    lines += ["", "## Comparison", ""]
-    lines += _table(
-        ["", *(m.name for m in report.models)],
-        [[row.label, *row.cells] for row in comparison(report)],
-    )
+    return f"# {_text(title(report))}\n\n{body(report)}"
+
+
+def body(report: Report) -> str:
+    """The Markdown below its title."""
+    found = summary(report)
+    lines = [*_rows(found.models, found.rows), "", *(f"- {_text(note)}" for note in found.notes)]
+    lines += ["", "## Comparison", "", *_rows(report.models, comparison(report))]
     lines += ["", *(sentence for sentence in (metric_note(report), latency_note(report)) if sentence)]
     for model in report.models:
         lines += _training(model)
     lines += [
         "",
-        "## Recurrent matrices",
+        "<details><summary>Recurrent matrices, gate by gate</summary>",
         "",
         "Energy against the dense matrix; in brackets that of a random matrix. Singular values: the largest, those a "
         "quarter, half and three quarters of the way down, the smallest.",
@@ -50,7 +50,7 @@ def to_markdown(report: Report) -> str:
             values = ", ".join(f"{value:.2g}" for value in quarters(entry.singular_values))
             rows.append([model.name, f"`{entry.name}`", entry.gate, f"`{factors}`", *cells, values])
     lines += _table(["model", "matrix", "gate", *GATE_COLUMNS, "singular values"], rows)
-    lines += ["", "## How it was made", ""]
+    lines += ["", "</details>", "", "## How it was made", ""]
     for model in report.models:
         made = (f"{label} `{_text(text)}`" for label, text in provenance(model))
         lines.append(f"- {_text(model.name)}: {', '.join(made)}")
@@ -68,6 +68,10 @@ def _training(model: ModelReport) -> list[str]:
     ]
     heads = ["epoch", *(name for name, _ in columns)]
     return ["", f"## Training of {_text(model.name)}", "", *_table(heads, rows)]
+
+
+def _rows(models: Sequence[ModelReport], rows: Sequence[Row]) -> list[str]:
+    return _table(["", *(model.name for model in models)], [[row.label, *row.cells] for row in rows])
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -119,15 +119,16 @@ def short(name: str, most: int = 22) -> str:
 
 
 def sizes(report: Report) -> str:
-    """Parameters of each model: recurrent, input, other."""
+    """Parameters of each model but the rivals, which have those of the first: recurrent, input, other."""
     parts = ("recurrent", "input", "other")
+    models = [m for m in report.models if not m.is_rival]
 
     def paint(figure: Any) -> None:
         axes = figure.add_subplot()
-        names = [short(m.name) for m in report.models]
+        names = [short(m.name) for m in models]
         left = [0.0] * len(names)
         for index, part in enumerate(parts):
-            values = [getattr(m.parameters, part) for m in report.models]
+            values = [getattr(m.parameters, part) for m in models]
             shade = (SERIES[1], SERIES[0], SOFT)[index]
             axes.barh(range(len(names)), values, left=left, color=shade, height=0.62, label=part)
             left = [a + b for a, b in zip(left, values, strict=True)]
@@ -137,7 +138,7 @@ def sizes(report: Report) -> str:
         axes.xaxis.set_major_formatter(lambda x, _: compact(x))
         axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, handlelength=1.0)
 
-    return draw(paint, 0.8 + 0.33 * len(report.models))
+    return draw(paint, 0.8 + 0.33 * len(models))
 
 
 def latency(report: Report) -> str:
@@ -183,8 +184,16 @@ def plot(axes: Any, curves: Sequence[Curve], label: str, markersize: float = 0) 
     finite = [value for curve in curves for value in curve.y if math.isfinite(value)]
     if finite and min(finite) > 0 and max(finite) / min(finite) > 30:
         axes.set_yscale("log")
+    else:
+        from_zero(axes, finite)
     axes.set_xlabel(label)
     axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def from_zero(axes: Any, values: Sequence[float]) -> None:
+    """Nothing on the axis looks larger than it is: it begins at 0 where no value is below."""
+    if min(values, default=-1.0) >= 0:
+        axes.set_ylim(bottom=0)
 
 
 def curves_svg(curves: Sequence[Curve], label: str, markersize: float = 0) -> str | None:
@@ -228,7 +237,7 @@ def spectra(report: Report, matrix: str) -> str:
 
 
 def tradeoff(report: Report, knee: str | None = None) -> str | None:
-    """The task's metric against parameters, as a curve where a knee is to be marked; None without a task."""
+    """The task's metric against bytes of weights, as a curve where a knee is to be marked; None without a task."""
     if report.metric is None:
         return None
     key = report.metric
@@ -236,12 +245,12 @@ def tradeoff(report: Report, knee: str | None = None) -> str | None:
     def paint(figure: Any) -> None:
         axes = figure.add_subplot()
         if knee is not None:
-            curve = sorted((m.parameters.total, m.metrics[key]) for m in report.models if m.recurrent_matrices)
+            curve = sorted((m.weight_bytes, m.metrics[key]) for m in report.models if not m.is_rival)
             axes.plot(*zip(*curve, strict=True), color=GRID, linewidth=1.5, zorder=1)
         for index, model in enumerate(report.models):
             if key not in model.metrics:
                 continue
-            x, y = model.parameters.total, model.metrics[key]
+            x, y = model.weight_bytes, model.metrics[key]
             if model.name == knee:
                 axes.plot([x], [y], "o", color=INK, markersize=14, fillstyle="none", markeredgewidth=1.2, clip_on=False)
                 # Inside the bend, where no other point can be.
@@ -249,20 +258,21 @@ def tradeoff(report: Report, knee: str | None = None) -> str | None:
                 axes.annotate("knee", (x, y), ha="right", fontsize=10, **place)
             axes.plot([x], [y], "o", color=color(index), markersize=8, clip_on=False, label=short(model.name, 30))
         axes.set_xscale("log")
-        axes.set_xlabel("parameters of the whole model")
-        _few_log_ticks(axes, [m.parameters.total for m in report.models])
+        axes.set_xlabel("weights in the file")
+        _few_log_ticks(axes, [m.weight_bytes for m in report.models], "B")
         axes.margins(y=0.25)
+        from_zero(axes, [m.metrics[key] for m in report.models if key in m.metrics])
         legend_above(axes)
 
     return draw(paint, 2.2 + 0.18 * len(report.models))
 
 
-def _few_log_ticks(axes: Any, values: Sequence[float]) -> None:
+def _few_log_ticks(axes: Any, values: Sequence[float], unit: str) -> None:
     """Ticks at round numbers (1, 2, 5 times a power of ten) around the values, and no others."""
     low, high = min(values) / 1.5, max(values) * 1.5
     ticks = [m * 10**e for e in range(0, 13) for m in (1, 2, 5) if low <= m * 10**e <= high]
     axes.set_xlim(low, high)
-    axes.set_xticks(ticks, [compact(t) for t in ticks])
+    axes.set_xticks(ticks, [f"{compact(t)}{unit}" for t in ticks])
     axes.minorticks_off()
 
 

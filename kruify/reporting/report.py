@@ -50,6 +50,11 @@ class ModelReport:
     history: list[dict[str, Any]] = field(default_factory=list)
     made: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def is_rival(self) -> bool:
+        """Whether it is the dense network in eight bits."""
+        return not self.recurrent_matrices
+
 
 @dataclass(frozen=True)
 class LatencySetup:
@@ -60,6 +65,11 @@ class LatencySetup:
     machine: str
     cores: int | None = None
     load: float | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether more programs were running than the processor has cores."""
+        return bool(self.load and self.cores and self.load > self.cores)
 
 
 @dataclass(frozen=True)

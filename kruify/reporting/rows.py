@@ -36,41 +36,72 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Headline:
-    """What a converted model is against the first one, in figures for the eye: (figure, what it means)."""
+class Summary:
+    """What matters most, of the models that matter: the dense one, what was made of it in the end, it in eight bits.
 
-    model: str
-    figures: list[tuple[str, str]]
+    Attributes:
+        rows: whole file, latency, accuracy, as far as they are known.
+        notes: sentences below: latency that is not to be relied on, steps on the way, the knee, recurrent matrices.
+    """
+
+    models: list[ModelReport]
+    rows: list[Row]
+    notes: list[str]
 
 
 def title(report: Report) -> str:
     first, *others = report.models
     if any(model.sources for model in others):
         return f"{first.name}: before and after conversion"
-    return f"{first.name}, compared with {', '.join(model.name for model in others if model.recurrent_matrices)}"
+    return f"{first.name}, compared with {', '.join(model.name for model in others if not model.is_rival)}"
 
 
-def headlines(report: Report) -> list[Headline]:
-    """One for every file after the first."""
+def summary(report: Report, knee: str | None = None) -> Summary:
+    """The headline of every written form."""
     first = report.models[0]
+    used = {source for model in report.models for source in model.sources}
+    on_the_way = [m for m in report.models[1:] if m.sha256 in used and not m.is_rival]
+    models = [m for m in report.models if m not in on_the_way]
+    rows, notes = [_file_row(models)], []
     batch = min(first.latency_ms, default=None)
-    results = []
-    for model in report.models[1:]:
-        if not model.recurrent_matrices:  # the dense network in eight bits
-            continue
-        parts = model.parameters
-        figures = [
-            times(first.parameters.recurrent, parts.recurrent, "smaller", "recurrent matrices"),
-            times(first.parameters.total, parts.total, "smaller", "whole model"),
-        ]
-        if batch is not None:
-            what = f"recurrent layers, batch {batch}"
-            figures.append(times(first.latency_ms[batch], model.latency_ms[batch], "faster", what))
-        if report.metric is not None:
-            before, after = first.metrics[report.metric], model.metrics[report.metric]
-            figures.append((f"{metric(before)} → {metric(after)}", f"{report.metric}, {report.split} split"))
-        results.append(Headline(model.name, figures))
-    return results
+    if batch is not None and report.latency.busy:
+        notes.append("Latency stands further down: other programs were running while it was measured.")
+    elif batch is not None:
+        values: list[float | None] = [m.latency_ms[batch] for m in models]
+        rows.append(_row(f"Latency, batch {batch}", values, milliseconds, "faster"))
+    if report.metric is not None:
+        rows.append(_metric_row(report.metric, models, report.split))
+        for model in on_the_way:
+            notes.append(f"{model.name}, before fine-tuning: {report.metric} {metric(model.metrics[report.metric])}.")
+    if knee is not None:
+        notes.append(f"The knee is at {knee}: from there on compression costs more than it saves.")
+    for model in models[1:]:
+        if not model.is_rival:
+            change = _change(first.parameters.recurrent, model.parameters.recurrent, "smaller") or "as large"
+            notes.append(f"Recurrent matrices alone, {model.name}: {change}.")
+    return Summary(models, rows, notes)
+
+
+def _file_row(models: Sequence[ModelReport]) -> Row:
+    """Of the files, or of the weights in them where the first file holds much else (optimizer state, code)."""
+    first = models[0]
+    if first.bytes > 1.1 * first.weight_bytes:
+        return _row("Weights in the file", [m.weight_bytes for m in models], size, "smaller")
+    return _row("Whole file", [m.bytes for m in models], size, "smaller")
+
+
+def _metric_row(name: str, models: Sequence[ModelReport], split: str | None, main: bool = True) -> Row:
+    known = [model.metrics.get(name) for model in models]  # None of what cannot run the task
+    first = models[0].metrics[name]
+    changes = [""] + ["" if value is None else f"{value - first:+.3f}" for value in known[1:]]
+    return Row(f"{name}, {split} split", ["" if v is None else f"{v:.4f}" for v in known], changes, main)
+
+
+def _row(
+    label: str, values: Sequence[float | None], text: Callable[[float], str], better: str, main: bool = True
+) -> Row:
+    changes = [""] + [_change(values[0] or 0, other or 0, better) for other in values[1:]]
+    return Row(label, ["" if v is None else text(v) for v in values], changes, main)
 
 
 def times(before: float, after: float, better: str, what: str) -> tuple[str, str]:
@@ -86,38 +117,30 @@ def metric(value: float) -> str:
 
 
 def comparison(report: Report) -> list[Row]:
-    """Parameters, bytes, multiply-adds, latency, memory, metrics."""
-    rows = []
-    models = report.models
+    """Bytes, latency, memory, metrics, parameters, multiply-adds."""
+    models, rows = report.models, list[Row]()
 
     def add(label: str, values: Sequence[float | None], text: Callable[[float], str], better: str) -> None:
-        changes = [""] + [_change(values[0] or 0, other or 0, better) for other in values[1:]]
-        cells = ["" if v is None else text(v) for v in values]
-        rows.append(Row(label, cells, changes, label in ("Recurrent parameters", "All parameters")))
+        rows.append(_row(label, values, text, better, label == "Weights in the file"))
 
-    for part, label in (
-        ("recurrent", "Recurrent parameters"),
-        ("input", "Input parameters"),
-        ("other", "Other parameters"),
-        ("total", "All parameters"),
-    ):
-        add(label, [getattr(m.parameters, part) for m in models], integer, "smaller")
     add("Weights in the file", [m.weight_bytes for m in models], size, "smaller")
     rows.append(Row("File, with all else in it", [size(m.bytes) for m in models], [""] * len(models), False))
     add("Tensors in memory", [m.memory_bytes for m in models], size, "smaller")
-    add("Multiply-adds per step", [m.multiply_adds_per_step for m in models], integer, "fewer")
     for batch in models[0].latency_ms:
         add(f"Latency, batch {batch}: median", [m.latency_ms[batch] for m in models], milliseconds, "faster")
         if all(batch in m.latency_p95_ms for m in models):
             add(f"Latency, batch {batch}: p95", [m.latency_p95_ms[batch] for m in models], milliseconds, "faster")
     for batch in models[0].peak_memory_bytes:
         add(f"Peak memory, batch {batch}", [m.peak_memory_bytes.get(batch) for m in models], size, "smaller")
-    for name in report.models[0].metrics:
-        known = [model.metrics.get(name) for model in report.models]  # None of what cannot run the task
-        values = ["" if value is None else f"{value:.4f}" for value in known]
-        first = report.models[0].metrics[name]
-        changes = [""] + ["" if value is None else f"{value - first:+.3f}" for value in known[1:]]
-        rows.append(Row(f"{name}, {report.split} split", values, changes, name == report.metric))
+    rows += [_metric_row(name, models, report.split, name == report.metric) for name in models[0].metrics]
+    for part, label in (
+        ("total", "All parameters"),
+        ("recurrent", "Recurrent parameters"),
+        ("input", "Input parameters"),
+        ("other", "Other parameters"),
+    ):
+        add(label, [getattr(m.parameters, part) for m in models], integer, "smaller")
+    add("Multiply-adds per step", [m.multiply_adds_per_step for m in models], integer, "fewer")
     return rows
 
 
@@ -231,9 +254,9 @@ def latency_note(report: Report) -> str:
         f"Latency and peak memory: the recurrent layers alone, {info.steps} steps, {threads}, models taking turns, "
         f"on {info.machine}; peak memory is what torch allocates beside the weights."
     )
-    load, cores = info.load, info.cores
-    if load and cores and load > cores:
-        said += f" Other programs were running (load {load:.1f} on {cores} cores): the latency is not to be relied on."
+    if info.busy:
+        load = f"load {info.load:.1f} on {info.cores} cores"
+        said += f" Other programs were running ({load}): the latency is not to be relied on."
     if report.without_int8:
         said += f" {report.models[0].name} (int8) by torch's dynamic quantisation is missing: {report.without_int8}."
     return said

@@ -22,12 +22,6 @@ code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono"
   overflow-wrap: anywhere; }
 .card { background: var(--card); border: 1px solid var(--grid); border-radius: 10px; padding: 1rem 1.1rem;
   margin: 0 0 1rem; break-inside: avoid; min-width: 0; }
-.headline { display: grid; gap: .9rem 1.4rem; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
-.figure b { display: block; font-size: 1.9rem; line-height: 1.15; font-weight: 650; letter-spacing: -.01em;
-  font-variant-numeric: tabular-nums; white-space: nowrap; }
-.figure.main b { color: var(--accent); }
-.figure.long b { font-size: 1.45rem; line-height: 1.52; }
-.figure span { color: var(--faint); font-size: .875rem; }
 .key { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .45em; }
 .entry { display: inline-block; margin-right: .6em; }
 .pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); }
@@ -51,6 +45,10 @@ tbody tr:last-child > * { border-bottom: 0; }
 tbody th { font-weight: 400; }
 tr.strong > * { font-weight: 650; }
 td small { display: block; color: var(--faint); font-size: .75rem; font-weight: 400; }
+table.short { font-size: 1.25rem; }
+table.short thead th, table.short tbody th { font-size: .9rem; }
+table.short td small { font-size: .85rem; }
+ul { margin: .6rem 0 0; padding-left: 1.1rem; font-size: .9rem; color: var(--faint); }
 td.text, th.text { text-align: left; max-width: 22rem; }
 code.short { white-space: nowrap; }
 p.matrix { margin: .8rem 0 .2rem; }
@@ -62,9 +60,7 @@ pre { overflow-x: auto; font-size: .8rem; margin: .5rem 0 0; white-space: pre-wr
 footer { color: var(--faint); font-size: .8125rem; margin-top: 2.5rem; }
 @media (max-width: 640px) {
   main { padding: 1.2rem .8rem 3rem; } h1 { font-size: 1.4rem; } .card { padding: .85rem; }
-  .headline { grid-template-columns: 1fr 1fr; gap: .8rem; } .figure b { font-size: 1.5rem; }
-  .figure.long { grid-column: 1 / -1; } .figure.long b { font-size: 1.5rem; line-height: 1.15; }
-  th, td { padding: .35rem .4rem; } table { font-size: .82rem; }
+  th, td { padding: .35rem .4rem; } table { font-size: .82rem; } table.short { font-size: 1rem; }
   table.compare thead th { font-size: .75rem; overflow-wrap: break-word; }
   table.compare thead .key { display: block; margin: 0 0 .25em auto; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; }
@@ -82,14 +78,13 @@ footer { color: var(--faint); font-size: .8125rem; margin-top: 2.5rem; }
   h1 { font-size: 16pt; } h2 { font-size: 12pt; margin: 1.2rem 0 .4rem; } h3 { font-size: 10pt; }
   h2, h3, p.matrix, summary, p:has(+ section) { break-after: avoid; } p { break-inside: avoid; }
   .card { border-color: #ccc; padding: .6rem .8rem; margin: 0 0 .6rem; } .card.long { break-inside: auto; }
-  .headline { grid-template-columns: repeat(4, auto); } .figure b, .figure.long b { font-size: 14pt; line-height: 1.2; }
-  .figure span { font-size: 8pt; } .key, svg { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  .key, svg { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   .pictures { grid-template-columns: 1fr 1fr; gap: .6rem; } .pictures figcaption, .note { font-size: 8pt; }
-  table { font-size: 8.5pt; } th, td { padding: .16rem .5rem; } thead th { font-size: 8pt; }
+  table, ul { font-size: 8.5pt; } table.short { font-size: 12pt; }
+  th, td { padding: .16rem .5rem; } thead th { font-size: 8pt; }
   tr { break-inside: avoid; } .scroll { overflow: visible; }
   table.compare td small { display: inline; font-size: 7.5pt; padding-left: .5em; }
   table.gates code { font-size: 7.5pt; }
-  details::details-content { content-visibility: visible; height: auto; }
   table.gates td small { display: none; }
   summary { list-style: none; color: var(--faint); font-size: 8.5pt; }
   summary::-webkit-details-marker { display: none; }

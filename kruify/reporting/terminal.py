@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -11,34 +12,39 @@ from rich.text import Text
 from kruify.reporting.report import ModelReport, Report
 from kruify.reporting.rows import (
     GATE_COLUMNS,
+    Row,
     comparison,
     gate_cells,
-    headlines,
     latency_note,
     metric,
     metric_note,
     provenance,
     sparkline,
     sparkline_of_spectrum,
+    summary,
     validations,
 )
 
 IN_PLAN = "factors"  # of GATE_COLUMNS: too wide for a terminal, and the plan has them
 
 
-def tables(report: Report) -> list[RenderableType]:
-    """How the files were made, gates, training; then the comparison and the headline, which stay in sight.
+def tables(report: Report, details: bool = False) -> list[RenderableType]:
+    """How the files were trained; then the comparison and the summary, which stay in sight.
 
     Their strings are plain text: print them on a console without markup.
+
+    Args:
+        details: whether how the files were made, and every gate of every recurrent matrix, are shown first.
     """
-    parts: list[RenderableType] = [_made(report), *(_gates(m) for m in report.models if m.recurrent_matrices)]
+    parts: list[RenderableType] = []
+    if details:
+        parts += [_made(report), *(_gates(m) for m in report.models if m.recurrent_matrices)]
     if any(model.history for model in report.models):
         parts.append(_training(report))
-    parts.append(_comparison(report))
-    for headline in headlines(report):
-        figures = (Text.assemble((figure, "bold"), f" {meaning}") for figure, meaning in headline.figures)
-        parts.append(Text(f"{headline.model}: ") + Text("; ").join(figures))
-    return parts
+    said = " ".join(sentence for sentence in (metric_note(report), latency_note(report)) if sentence)
+    parts.append(_models("comparison", report.models, comparison(report), said))
+    found = summary(report)
+    return [*parts, _models("in short", found.models, found.rows), *found.notes]
 
 
 def table(title: str, *columns: str, words: int = 1, caption: str | None = None) -> Table:
@@ -78,13 +84,12 @@ def _training(report: Report) -> Table:
             known = [v for v in values if math.isfinite(v)]
             if not known:
                 continue
-            made.add_row(model.name, name, *(metric(v) for v in (known[0], known[-1])), sparkline(known))
+            made.add_row(model.name, name, metric(known[0]), metric(known[-1]), sparkline(known, min(0.0, *known)))
     return made
 
 
-def _comparison(report: Report) -> Table:
-    said = " ".join(sentence for sentence in (metric_note(report), latency_note(report)) if sentence)
-    made = table("comparison", "", *(model.name for model in report.models), caption=said)
-    for row in comparison(report):
+def _models(title: str, models: Sequence[ModelReport], rows: Sequence[Row], caption: str | None = None) -> Table:
+    made = table(title, "", *(model.name for model in models), caption=caption)
+    for row in rows:
         made.add_row(Text(row.label, "bold") if row.main else row.label, *row.cells)
     return made

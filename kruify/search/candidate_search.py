@@ -8,7 +8,10 @@ them: on g2p-en and King James the ranking by energy is the same, the one after 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,24 +21,28 @@ from torch import nn
 
 from kruify.checkpoint import Checkpoint, carried
 from kruify.conversion import Conversion, convert_module, quantize
-from kruify.conversion.budget import Searches, parse_budget
+from kruify.conversion.budget import Searches, Slack, parse_budget, slack_of
 from kruify.conversion.calibration import Moments, calibrate
 from kruify.conversion.locate import locate
+from kruify.conversion.plan import Plan
 from kruify.conversion.size import DTYPE, FileSize
 from kruify.conversion.storing import check_storage
 from kruify.errors import UsageError
-from kruify.progress import Progress
+from kruify.progress import Progress, named
 from kruify.search.candidates import (
+    EVERYTHING,
     Candidate,
     CandidateResult,
     Choice,
+    Selection,
     first_of_the_best,
     make_candidates,
     make_latency_candidates,
     make_size_candidates,
 )
 from kruify.search.job_state import fingerprint
-from kruify.tasks.base import Task, measure
+from kruify.tasks.base import Task
+from kruify.tasks.evaluation import Evaluations
 from kruify.training import FinetuneResult, Recipe, finetune
 
 SHARE = 0.25  # of the epochs, for each candidate: a tenth chose what ends 2.6 % worse on King James
@@ -51,6 +58,8 @@ class CandidateSearch:
         seed: of everything random.
         dtype, keep: how the weights of the converted network are stored (kruify.quantize); None is int8 under a
             budget of bytes, else as they are computed.
+        selection: which matrices may be factored.
+        log_dir: a folder for `history.csv` of every training, each in a folder of its own there.
         recipe: options of kruify.training.Recipe, such as epochs.
 
     Attributes:
@@ -73,6 +82,8 @@ class CandidateSearch:
         progress: Progress | None = None,
         dtype: str | None = None,
         keep: Sequence[str] = (),
+        selection: Selection = EVERYTHING,
+        log_dir: str | os.PathLike[str] | None = None,
         **recipe: Any,
     ) -> None:
         check_storage(dtype, keep)
@@ -86,39 +97,39 @@ class CandidateSearch:
         self.tensors = dense.state_dict()
         self.settings: dict[str, Any] = {"model": fingerprint(self.tensors), "task": type(task).__name__}
         self.settings |= {"share": share, "recipe": settings, "dtype": dtype, "keep": sorted(keep) or None}
+        for name, value in asdict(selection).items():
+            self.settings[name] = (list(value) if isinstance(value, tuple) else value) or None
         self.dtype, self.keep, self.source = dtype, tuple(keep), source
+        self.selection, self.progress = selection, progress
+        self.evaluations = Evaluations(task, progress)
+        self._log_dir = None if log_dir is None else Path(log_dir)
         self._epochs = float(settings["epochs"])
-        self._training: dict[str, Any] = {"seed": seed, "device": device, "progress": progress, **recipe}
+        self._training: dict[str, Any] = {"seed": seed, "device": device, **recipe}
         self._searches: Searches = {}  # several budgets have half of their fits in common
 
     @cached_property
     def moments(self) -> dict[str, Moments]:
         """Of what the dense network's matrices are applied to, on the task."""
-        return calibrate(self.dense, self.task, seed=self.seed)
+        return calibrate(self.dense, self.task, seed=self.seed, progress=self.progress)
 
     @cached_property
     def baseline(self) -> dict[str, float]:
         """The dense network's metrics on the validation split."""
-        return measure(self.task, self.dense, "valid", known=True)
+        return self.evaluations.measure(self.dense, "valid", known=True)
 
     def candidates(self, budget: str) -> list[Candidate]:
         """The conversions of the network to try for a budget."""
         limits = parse_budget(budget)
+        if limits.of_network and self.selection.input_factors is not None:
+            what = "a size or a latency chooses the factors of the input matrices, too"
+            raise UsageError(what, f"budget {budget}", "Leave the input factors out, or set them for some matrices")
+        options: dict[str, Any] = {"moments": self.moments, "searches": self._searches}
+        options |= {"selection": self.selection, "progress": self.progress}
         if limits.of_file:
-            file = self.file(self.dtype or DTYPE)
-            return make_size_candidates(file, budget, moments=self.moments, searches=self._searches)
+            return make_size_candidates(self.file(self.dtype or DTYPE), budget, **options)
         if limits.latency is not None:
-            file = self.file(self.dtype or "float32")
-            return make_latency_candidates(file, self.dtype, budget, moments=self.moments, searches=self._searches)
-        return make_candidates(
-            self.tensors,
-            self.layers,
-            budget,
-            moments=self.moments,
-            seed=self.seed,
-            searches=self._searches,
-            dtype=self.dtype,
-        )
+            return make_latency_candidates(self.file(self.dtype or "float32"), self.dtype, budget, **options)
+        return make_candidates(self.tensors, self.layers, budget, seed=self.seed, dtype=self.dtype, **options)
 
     def file(self, dtype: str) -> FileSize:
         """The network, and how its files will be stored."""
@@ -132,21 +143,43 @@ class CandidateSearch:
         student, conversion = convert_module(self.dense, candidate.plan, moments=candidate.moments, seed=self.seed)
         return student if candidate.dtype is None else quantize(student, candidate.dtype, self.keep), conversion
 
-    def train(self, student: nn.Module, state: Path | None, **changes: Any) -> FinetuneResult:
-        """Fine-tunes `student` in place with the dense network as teacher, and goes on from what `state` holds."""
-        options = {**self._training, **changes}
+    def train(self, student: nn.Module, state: Path | None, name: str, **changes: Any) -> FinetuneResult:
+        """Fine-tunes `student` in place with the dense network as teacher, and goes on from what `state` holds.
+
+        Args:
+            name: what progress calls the training, and the folder of its log.
+        """
+        options = {**self._training, **changes, "progress": named(self.progress, name)}
+        if self._log_dir is not None:
+            options["log_dir"] = self._log_dir / name.replace(" ", "-")
         return finetune(student, self.task, teacher=copy.deepcopy(self.dense), resume=state, **options)
+
+    def notes(self, plan: Plan, outcome: FinetuneResult, budget: str) -> dict[str, str]:
+        """What a file says of its training, as far as a budget of bytes leaves room for it."""
+        history = json.dumps(outcome.to_json()["history"])
+        notes = {"kruify.history": history, "kruify.recipe": json.dumps(self.settings["recipe"])}
+        within = all(slack.used <= slack.allowed for slack in self.slack(plan, budget, notes) if slack.of == "bytes")
+        return notes if within else {}
+
+    def slack(self, plan: Plan, budget: str, notes: Mapping[str, str]) -> list[Slack]:
+        """What the limits of a budget allow, and how much of it a plan takes, in a file with these notes."""
+        if not parse_budget(budget).of_file:
+            return slack_of(plan, budget)
+        file = self.file(self.dtype or DTYPE)
+        return [Slack("bytes", file.limit(budget), replace(file, extra={**file.extra, **notes}).of(plan))]
 
     def choose(
         self,
         found: Sequence[Candidate],
         folder: Path | None = None,
+        name: str = "",
         on_candidate: Callable[[CandidateResult], None] | None = None,
     ) -> Choice:
         """The candidate that validates best after its short training; the first of those that come near it.
 
         Args:
             folder: for the states of the short trainings, which go on where they stopped.
+            name: before their names in progress, and the folder of their logs.
             on_candidate: called after each of them.
         """
         if len(found) == 1 or not self.share:
@@ -155,9 +188,10 @@ class CandidateSearch:
         for number, candidate in enumerate(found, 1):
             state = None if folder is None else folder / f"candidate-{number}"
             student = self.convert(candidate)[0]
-            student = self.train(student, state, epochs=self._epochs * self.share, evaluate_first=False).model
+            told = f"{name}candidate {number}"
+            student = self.train(student, state, told, epochs=self._epochs * self.share, evaluate_first=False).model
             specs = dict.fromkeys(str(s) for _, _, structures in candidate.plan.matrices() for s in structures)
-            results.append(CandidateResult(list(specs), measure(self.task, student, "valid")))
+            results.append(CandidateResult(list(specs), self.evaluations.measure(student, "valid")))
             if on_candidate is not None:
                 on_candidate(results[-1])
         sign, metric = -1 if self.task.higher_is_better else 1, self.task.metric

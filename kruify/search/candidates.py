@@ -16,10 +16,49 @@ from kruify.conversion.latency import timed_plans
 from kruify.conversion.locate import RecurrentLayer
 from kruify.conversion.plan import Plan, keeps_scales, make_plan
 from kruify.conversion.size import FileSize, largest_within, plan_size
+from kruify.errors import FactorSpecError
 from kruify.factors import BLOCK_HEIGHTS
+from kruify.progress import Progress
 
 NARROW = 16  # columns below which a matrix is small beside the others, and stays dense
 CLEAR_LEAD = 0.1  # of what the best one still lacks to the dense network: a smaller lead is none
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which matrices a search may factor.
+
+    Attributes:
+        only, skip, overrides: patterns as in `conversion.plan.make_plan`.
+        input_factors: spec of the input matrices, where a budget is of the recurrent ones.
+    """
+
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    input_factors: str | None = None
+
+    def patterns(self) -> dict[str, Any]:
+        """The arguments of a planner."""
+        return {"only": self.only, "skip": self.skip, "overrides": self.overrides}
+
+    def plan(self, layers: Sequence[RecurrentLayer], specs: Mapping[str, str | None]) -> Plan | None:
+        """The plan of one spec for all gates of each matrix; None where a matrix that may be factored has none.
+
+        Args:
+            specs: full weight name -> spec; matrices that are not named stay dense.
+        """
+        free = make_plan(layers, "auto", "auto", self.only, self.skip).structures()
+        chosen = {name: [spec] for name, spec in specs.items() if name in free and spec is not None}
+        if not chosen or len(chosen) < sum(name in free for name in specs):
+            return None
+        try:
+            return make_plan(layers, "dense", self.input_factors or "dense", **self.patterns(), chosen=chosen)
+        except FactorSpecError:  # an override of one gate does not go with stacked ones
+            return None
+
+
+EVERYTHING = Selection()
 
 
 @dataclass(frozen=True)
@@ -86,6 +125,8 @@ def make_candidates(
     seed: int = 0,
     searches: Searches | None = None,
     dtype: str | None = None,
+    selection: Selection = EVERYTHING,
+    progress: Progress | None = None,
 ) -> list[Candidate]:
     """First what keeps the most energy (kruify.conversion.budget), then half low rank, half single entries per gate.
 
@@ -95,19 +136,22 @@ def make_candidates(
     Raises:
         PlanError: the budget cannot be met.
     """
-    planned = make_budget_plan(tensors, layers, budget, moments=moments, seed=seed, searches=searches)
+    planned = make_budget_plan(
+        tensors, layers, budget, moments=moments, seed=seed, searches=searches, progress=progress,
+        input_factors=selection.input_factors, **selection.patterns(),
+    )  # fmt: skip
     limits = parse_budget(budget)
     # Both parts take one multiply-add per number, so that one share serves both limits.
     share = min(limit for limit in (limits.parameters, limits.multiply_adds) if limit is not None)
-    specs = {
-        layer.full_name(weight): spec
-        for layer in layers
-        for weight in (f"weight_hh{suffix}" for suffix in layer.suffixes)
-        if (spec := half_and_half(*layer.shape(weight), share, keeps_scales(layer))) is not None
-    }
-    mixed = make_plan(layers, "dense", overrides=specs)
-    complete = sum(len(item.matrices) for item in mixed.layers) == sum(len(layer.suffixes) for layer in layers)
-    return [Candidate(planned, moments, dtype), *([Candidate(mixed, None, dtype)] if complete else [])]
+    mixed = selection.plan(
+        layers,
+        {
+            layer.full_name(weight): half_and_half(*layer.shape(weight), share, keeps_scales(layer))
+            for layer in layers
+            for weight in (f"weight_hh{suffix}" for suffix in layer.suffixes)
+        },
+    )
+    return [Candidate(planned, moments, dtype), *([] if mixed is None else [Candidate(mixed, None, dtype)])]
 
 
 def make_size_candidates(
@@ -116,6 +160,8 @@ def make_size_candidates(
     *,
     moments: Mapping[str, Moments] | None = None,
     searches: Searches | None = None,
+    selection: Selection = EVERYTHING,
+    progress: Progress | None = None,
 ) -> list[Candidate]:
     """Candidates under a budget of bytes: what keeps the most energy (kruify.conversion.size), low rank of stacked
     gates, and half low rank, half blocks of entries per gate, fitted without weights. The last two factor all but
@@ -124,13 +170,14 @@ def make_size_candidates(
     Raises:
         PlanError: the budget cannot be met.
     """
-    planned = Candidate(plan_size(file, budget, moments=moments, searches=searches), moments, file.dtype)
+    options = {"moments": moments, "searches": searches, "progress": progress, **selection.patterns()}
+    planned = Candidate(plan_size(file, budget, **options), moments, file.dtype)
     if not planned.plan.layers:
         return [planned]
 
-    limit = file.limit(budget)
-    stacked = largest_within(limit, file.of, lambda share: stacked_low_rank(file.layers, share))
-    mixed = largest_within(limit, file.of, lambda share: _uniform(file.layers, _half_blocks, share))
+    limit, layers = file.limit(budget), file.layers
+    stacked = largest_within(limit, file.of, lambda share: stacked_low_rank(layers, share, selection))
+    mixed = largest_within(limit, file.of, lambda share: _uniform(layers, _half_blocks, share, selection))
     found = [planned]
     found += [Candidate(stacked, moments, file.dtype)] if stacked and stacked != planned.plan else []
     return [*found, *([Candidate(mixed, None, file.dtype)] if mixed else [])]
@@ -143,6 +190,8 @@ def make_latency_candidates(
     *,
     moments: Mapping[str, Moments] | None = None,
     searches: Searches | None = None,
+    selection: Selection = EVERYTHING,
+    progress: Progress | None = None,
 ) -> list[Candidate]:
     """Candidates under a budget of time (kruify.conversion.latency): of those that are fast enough what keeps the most
     energy, and the best of the other kind, low rank of stacked gates or not.
@@ -150,7 +199,8 @@ def make_latency_candidates(
     Raises:
         TargetMissedError: the budget cannot be met.
     """
-    result = timed_plans(file, budget, moments=moments, searches=searches).checked(budget)
+    options = {"moments": moments, "searches": searches, "progress": progress, **selection.patterns()}
+    result = timed_plans(file, budget, **options).checked(budget)
     found = [result.chosen]
     others = [other for other in result.fast_enough if other.stacked != found[0].stacked]
     if found[0].plan.layers and others:
@@ -158,10 +208,10 @@ def make_latency_candidates(
     return [Candidate(timed.plan, moments, dtype, result.to_json()) for timed in found]
 
 
-def stacked_low_rank(layers: Sequence[RecurrentLayer], share: float) -> Plan | None:
+def stacked_low_rank(layers: Sequence[RecurrentLayer], share: float, selection: Selection = EVERYTHING) -> Plan | None:
     """Low rank of stacked gates that keeps this share of the numbers of every matrix that is not narrow; None where
     not even rank 1 does."""
-    return _uniform(layers, _stacked_low_rank, share)
+    return _uniform(layers, _stacked_low_rank, share, selection)
 
 
 def least_share(layers: Sequence[RecurrentLayer]) -> float:
@@ -176,7 +226,10 @@ def least_share(layers: Sequence[RecurrentLayer]) -> float:
 
 
 def _uniform(
-    layers: Sequence[RecurrentLayer], spec: Callable[[RecurrentLayer, int, int, float], str | None], share: float
+    layers: Sequence[RecurrentLayer],
+    spec: Callable[[RecurrentLayer, int, int, float], str | None],
+    share: float,
+    selection: Selection,
 ) -> Plan | None:
     specs = {
         layer.full_name(weight): spec(layer, *layer.shape(weight), share)
@@ -184,8 +237,7 @@ def _uniform(
         for weight in (f"weight_{part}{suffix}" for suffix in layer.suffixes for part in ("ih", "hh"))
         if layer.shape(weight)[1] >= NARROW
     }
-    known = {name: spec for name, spec in specs.items() if spec is not None}
-    return make_plan(layers, "dense", "dense", overrides=known) if known and len(known) == len(specs) else None
+    return selection.plan(layers, specs)
 
 
 def _stacked_low_rank(layer: RecurrentLayer, rows: int, cols: int, share: float) -> str | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from kruify.checkpoint import Checkpoint
 from kruify.conversion import Conversion
-from kruify.conversion.budget import make_budget_plan, parse_budget
-from kruify.conversion.plan import Plan
+from kruify.conversion.budget import Slack, make_budget_plan, parse_budget
+from kruify.conversion.plan import LayerPlan, Plan, make_plan, matching
 from kruify.errors import UsageError
 from kruify.progress import Progress
 from kruify.search.candidate_search import SHARE, CandidateSearch
-from kruify.search.candidates import Candidate, CandidateResult, Choice
+from kruify.search.candidates import Candidate, CandidateResult, Choice, Selection
 from kruify.search.job_state import JobState
-from kruify.tasks.base import Task, measure
+from kruify.search.max_drop import allowed_drop
+from kruify.tasks.base import Task
 
 GROWTH = 2.0  # a layer that costs too much gets so many times its parameters
 DENSE_FROM = 0.5  # a layer that would keep more than this share of its parameters is left dense
@@ -57,6 +58,10 @@ class Compression:
         candidates: results of the candidates that were tried before the first attempt.
         attempts: in order.
         latency: what was timed under a budget of time, of the first attempt.
+        allowed: the drop that was allowed, in the metric's units; None without a bound.
+        slack: what the limits of the budget allow, one of time left out, and how much of it `model` takes.
+        history: the validations of the training that gave `model`, as `FinetuneResult.to_json` has them.
+        notes: metadata of a file of `model`: its history and recipe, where a budget of bytes leaves room.
     """
 
     model: nn.Module
@@ -66,15 +71,22 @@ class Compression:
     candidates: list[CandidateResult]
     attempts: list[Attempt]
     latency: dict[str, Any] | None = None
+    allowed: float | None = None
+    slack: list[Slack] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """All but the model, and a latency that was not asked for; the candidates stand under `trials`."""
+        """All but model and notes, and a latency that was not asked for; the candidates stand under `trials`."""
         return {
             "within": self.within,
             "best": self.best,
             "baseline": self.baseline,
             "trials": [result.to_json() for result in self.candidates],
             "attempts": [asdict(attempt) for attempt in self.attempts],
+            "allowed_drop": self.allowed,
+            "budget": [asdict(slack) for slack in self.slack],
+            "history": self.history,
             **({} if self.latency is None else {"latency": self.latency}),
         }
 
@@ -84,9 +96,13 @@ def compress(
     task: Task,
     budget: str,
     *,
-    max_drop: float | None = None,
+    max_drop: float | str | None = None,
     attempts: int = 4,
     share: float = SHARE,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    overrides: Mapping[str, str] | None = None,
+    input_factors: str | None = None,
     source: Checkpoint | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -96,6 +112,7 @@ def compress(
     on_candidate: Callable[[CandidateResult], None] | None = None,
     on_attempt: Callable[[Attempt], None] | None = None,
     resume: str | os.PathLike[str] | None = None,
+    log_dir: str | os.PathLike[str] | None = None,
     **recipe: Any,
 ) -> Compression:
     """A converted and fine-tuned copy of `dense` that loses at most `max_drop` of the task's metric.
@@ -110,16 +127,20 @@ def compress(
         dense: the trained network; it is the teacher, and is left alone.
         budget: "16x", "params=10%", ... (kruify.conversion.budget.parse_budget); "size=8x", "size=600kB" of the file of
             the whole network, "latency=3x" of the time of its layers, which `max_drop` may go beyond.
-        max_drop: in units of `task.metric`, on the validation split; None takes the first attempt as it is.
+        max_drop: in units of `task.metric`, or "1%" of the dense network's value, on the validation split; None takes
+            the first attempt as it is.
         attempts: at most so many rounds of fine-tuning.
         share: of the epochs for which each candidate structure is trained; 0 takes what keeps the most energy.
+        only, skip, overrides: patterns of what may be factored, and how (conversion.plan.make_plan).
+        input_factors: spec of the input matrices under a budget of the recurrent ones.
         source: the file that holds `dense`, if one does.
-        progress: told of each training: its optimiser steps done, to do, and its epoch.
+        progress: told of the calibration, the search for factors, and the steps of each training.
         dtype, keep: how the weights are stored (kruify.quantize), int8 if not said under a budget of bytes.
         on_candidate, on_attempt: called after each short training, after each round.
         resume: a folder for the state of candidates and rounds. If it is empty or missing compression begins, else it
             goes on and ends with the same bits as if it had never been interrupted; `max_drop` and `attempts` may
             differ.
+        log_dir: a folder for `history.csv` of every training, in folders `candidate-1`, `attempt-1`, ... there.
         recipe: options of kruify.training.Recipe, such as epochs.
 
     Raises:
@@ -129,9 +150,10 @@ def compress(
     if attempts < 1:
         raise UsageError(f"at least one attempt is needed, got {attempts}", "compress")
     parse_budget(budget)
+    allowed_drop(max_drop, 0.0)
     search = CandidateSearch(
         dense, task, share=share, source=source, seed=seed, device=device, progress=progress, dtype=dtype, keep=keep,
-        **recipe,
+        selection=Selection(tuple(only), tuple(skip), overrides or {}, input_factors), log_dir=log_dir, **recipe,
     )  # fmt: skip
     folder = None if resume is None else Path(resume)
     state = JobState(folder, "compression", {**search.settings, "budget": budget})
@@ -140,29 +162,44 @@ def compress(
     else:
         found = search.candidates(budget)
         state.keep()
-        choice = search.choose(found, folder, on_candidate)
+        choice = search.choose(found, folder, on_candidate=on_candidate)
         state.keep(**choice.to_json())
     candidate, learnt = choice.candidate, dict[str, Tensor]()
-    best, best_model, tried = 0, dense, list[Attempt]()
+    allowed = allowed_drop(max_drop, search.baseline[task.metric])
+    best, best_run, best_plan, tried = 0, None, candidate.plan, list[Attempt]()
     while True:
         student, conversion = search.convert(candidate)
         student.load_state_dict({**student.state_dict(), **learnt})
-        student = search.train(student, None if folder is None else folder / f"attempt-{len(tried) + 1}").model
-        attempt = _attempt(search, conversion, measure(task, student, "valid"))
+        number = len(tried) + 1
+        run = search.train(student, None if folder is None else folder / f"attempt-{number}", f"attempt {number}")
+        attempt = _attempt(search, conversion, search.evaluations.measure(run.model, "valid"))
         tried.append(attempt)
         if on_attempt is not None:
             on_attempt(attempt)
-        within = max_drop is None or attempt.drop <= max_drop
-        if within or len(tried) == 1 or attempt.drop < tried[best].drop:
-            best, best_model = len(tried) - 1, student
-        stop = within or len(tried) == attempts or not conversion.matrices
+        within = allowed is None or attempt.drop <= allowed
+        if within or best_run is None or attempt.drop < tried[best].drop:
+            best, best_run, best_plan = len(tried) - 1, run, candidate.plan
+        before, stop = candidate.plan, within or len(tried) == attempts or not conversion.matrices
         if not stop:
             worst = _most_lost(conversion)
             candidate = _grown(search, candidate, worst, attempt.shares[worst] * GROWTH)
-        if stop or not candidate.plan.layers:
-            latency = choice.candidate.latency
-            return Compression(best_model, within, best, search.baseline, choice.results, tried, latency)
-        learnt = {n: t for n, t in student.state_dict().items() if not n.startswith(f"{worst}.")} if worst else {}
+        if stop or not candidate.plan.layers or candidate.plan == before:
+            break
+        learnt = {n: t for n, t in run.model.state_dict().items() if not n.startswith(f"{worst}.")} if worst else {}
+    notes = search.notes(best_plan, best_run, budget)
+    return Compression(
+        model=best_run.model,
+        within=within,
+        best=best,
+        baseline=search.baseline,
+        candidates=choice.results,
+        attempts=tried,
+        latency=choice.candidate.latency,
+        allowed=allowed,
+        slack=search.slack(best_plan, budget, notes),
+        history=best_run.to_json()["history"],
+        notes=notes,
+    )
 
 
 def _attempt(search: CandidateSearch, conversion: Conversion, metrics: dict[str, float]) -> Attempt:
@@ -193,14 +230,19 @@ def _most_lost(conversion: Conversion) -> str:
 
 def _grown(search: CandidateSearch, candidate: Candidate, name: str, share: float) -> Candidate:
     """The candidate with layer `name` planned anew for a larger share of its parameters, or left dense."""
-    layers = []
+    layers, selection = list[LayerPlan](), search.selection
     for item in candidate.plan.layers:
+        fixed = matching(item.layer, selection.overrides)
         if item.layer.name != name:
             layers.append(item)
         elif share < DENSE_FROM:
             budget = f"params={100 * share:.6f}%"
-            inputs = budget if any("weight_ih" in weight for weight in item.matrices) else None
+            inputs = any("weight_ih" in weight for weight in item.matrices) and selection.input_factors is None
             layers += make_budget_plan(
-                search.tensors, [item.layer], budget, input_budget=inputs, moments=search.moments, seed=search.seed
-            ).layers
+                search.tensors, [item.layer], budget, input_budget=budget if inputs else None,
+                input_factors=selection.input_factors, only=[item.layer.full_name(weight) for weight in item.matrices],
+                overrides=fixed, moments=search.moments, seed=search.seed, progress=search.progress,
+            ).layers  # fmt: skip
+        elif fixed:
+            layers += make_plan([item.layer], "dense", "dense", overrides=fixed).layers
     return replace(candidate, plan=Plan(layers))

@@ -19,6 +19,7 @@ from kruify.graphs.comparison import Timing
 from kruify.graphs.difference import Difference
 from kruify.progress import Progress
 from kruify.search.graph_job import GraphJob
+from kruify.search.max_drop import allowed_drop
 from kruify.search.samples import Samples, Source
 from kruify.training.layerwise import LR, STEPS, HealedLayer
 
@@ -97,7 +98,7 @@ def compress_graph(
     *,
     dtype: str = "int8",
     metric: Metric | None = None,
-    max_drop: float | None = None,
+    max_drop: float | str | None = None,
     attempts: int = 4,
     steps: int = STEPS,
     lr: float = LR,
@@ -122,8 +123,8 @@ def compress_graph(
         output: the file to write; of several graphs a folder, in which they keep their names.
         dtype: how weights are stored, the other constants of the graphs, too.
         metric: of the whole graph, by the path of its file; of several by that of a folder with them.
-        max_drop: bound on `GraphAttempt.drop`; where it is not kept the layer with the largest error gets twice the
-            numbers and is trained again. None takes the first attempt.
+        max_drop: bound on `GraphAttempt.drop`, or "1%" of the original's metric; where it is not kept the layer with
+            the largest error gets twice the numbers and is trained again. None takes the first attempt.
         steps, lr: of the training of each layer.
         resume: a folder for the trained layers, which are not trained again.
         on_layer, on_attempt: called after each.
@@ -143,6 +144,7 @@ def compress_graph(
     with tempfile.TemporaryDirectory(prefix="kruify-") as name:
         job = GraphJob(paths, Samples(samples), dtype, seed, progress, Path(name))
         baseline = None if metric is None else _measured(metric, paths)
+        allowed = allowed_drop(max_drop, 1.0 if baseline is None else baseline)
         job.plan(budget)
         while True:
             state = None if resume is None else Path(resume) / f"attempt-{len(tried) + 1}"
@@ -159,7 +161,7 @@ def compress_graph(
             tried.append(GraphAttempt(job.written_bytes(), layers, differences, value, drop))
             if on_attempt is not None:
                 on_attempt(tried[-1])
-            kept = max_drop is None or drop <= max_drop
+            kept = allowed is None or drop <= allowed
             if kept or len(tried) == 1 or drop < tried[best].drop:
                 best = len(tried) - 1
                 job.write(output)

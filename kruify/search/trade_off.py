@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,9 +23,9 @@ from kruify.errors import UnsupportedError, UsageError
 from kruify.layers.storage import marks
 from kruify.progress import Progress
 from kruify.search.candidate_search import SHARE, CandidateSearch
-from kruify.search.candidates import CandidateResult
+from kruify.search.candidates import CandidateResult, Selection
 from kruify.search.job_state import JobState
-from kruify.tasks.base import Task, measure
+from kruify.tasks.base import Task
 
 INT8 = "int8"  # the budget of the rival: no budget is written so
 
@@ -108,6 +107,11 @@ def sweep(
     progress: Progress | None = None,
     dtype: str | None = None,
     keep: Sequence[str] = (),
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    overrides: Mapping[str, str] | None = None,
+    input_factors: str | None = None,
+    log_dir: str | PathLike[str] | None = None,
     on_point: Callable[[Point], None] | None = None,
     **recipe: Any,
 ) -> Sweep:
@@ -122,8 +126,9 @@ def sweep(
         budgets: such as "2x", "4x", "params=10%", "size=8x" (kruify.conversion.budget.parse_budget).
         share: of the epochs for which each candidate structure is trained; 0 takes what keeps the most energy.
         source: the file that holds `dense`, if one does.
-        progress: told of each training: its optimiser steps done, to do, and its epoch.
+        progress: told of the calibration, the search for factors, and the steps of each training.
         dtype, keep: how the weights are stored (kruify.quantize), int8 if not said under a budget of bytes.
+        only, skip, overrides, input_factors, log_dir: as in `search.compression.compress`.
         on_point: called after each network.
         recipe: options of kruify.training.Recipe, such as epochs.
 
@@ -137,7 +142,7 @@ def sweep(
         raise UsageError(f"a sweep takes different budgets, got {', '.join(budgets) or 'none'}")
     search = CandidateSearch(
         dense, task, share=share, source=source, seed=seed, device=device, progress=progress, dtype=dtype, keep=keep,
-        **recipe,
+        selection=Selection(tuple(only), tuple(skip), overrides or {}, input_factors), log_dir=log_dir, **recipe,
     )  # fmt: skip
     folder = Path(folder)
     state = JobState(folder, "sweep", {**search.settings, "split": split})
@@ -168,7 +173,7 @@ def _dense_point(search: CandidateSearch, split: str) -> Point:
     recurrent = sum(layer.recurrent_parameters for layer in search.layers)
     total = sum(p.numel() for p in search.dense.parameters())
     size = weight_bytes(as_lazy(search.tensors))
-    return Point("dense", None, recurrent, total, measure(search.task, search.dense, split, known=True), size)
+    return Point("dense", None, recurrent, total, search.evaluations.measure(search.dense, split, known=True), size)
 
 
 def _int8_point(dense: Point, search: CandidateSearch, split: str) -> Point | None:
@@ -184,13 +189,11 @@ def _make(search: CandidateSearch, budget: str, stem: Path, split: str, source: 
     """Writes the network of one budget to `stem`.kru.safetensors; the state of its training goes to the folder
     `stem`.run."""
     run, file = Path(f"{stem}.run"), Path(f"{stem}.kru.safetensors")
-    choice = search.choose(search.candidates(budget), run)
+    choice = search.choose(search.candidates(budget), run, f"{stem.name} ")
     student, conversion = search.convert(choice.candidate)
-    outcome = search.train(student, run)
+    outcome = search.train(student, run, stem.name)
     model = outcome.model.cpu()
-    # Under a budget of bytes the file holds no more than was counted.
-    extra = {} if parse_budget(budget).of_file else {"kruify.history": json.dumps(outcome.to_json()["history"])}
-    sha256 = ""
+    sha256, extra = "", search.notes(choice.candidate.plan, outcome, budget)
     if source is not None:
         sha256, extra = source.sha256, {**carried(source), **extra}
     state, plan = model.state_dict(), plan_of(model)
@@ -200,7 +203,7 @@ def _make(search: CandidateSearch, budget: str, stem: Path, split: str, source: 
         str(file),
         recurrent_parameters=conversion.parameters.recurrent_after,
         total_parameters=sum(p.numel() for p in model.parameters()),
-        metrics=measure(search.task, model, split),
+        metrics=search.evaluations.measure(model, split),
         bytes=file.stat().st_size,
         candidates=choice.results,
         latency=choice.candidate.latency,

@@ -57,7 +57,7 @@ def test_inspect_shows_the_factors_of_a_converted_file(folder, run, run_json):
 
 def test_evaluate_keeps_stdout_for_the_result(folder, run, run_json):
     result = run_json("evaluate", "model.pt", "--task", "task.py:Echo", "--split", "valid")
-    assert set(result) == {"metrics", "split", "examples"}
+    assert set(result) == {"schema", "metrics", "split", "examples"}
     assert set(result["metrics"]) == {"loss"}
     assert (result["split"], result["examples"]) == ("valid", 12)
     assert "building the model" in run("evaluate", "model.pt", "--task", "task.py:Echo", "--json").stderr
@@ -88,7 +88,12 @@ def test_convert_finetune_report(folder, run, run_json):
     files = ("model.pt", "model.kru.safetensors", "tuned.kru.safetensors")
     report = run_json("report", *files, "--task", "task.py:Echo")
     first, second, third, int8 = report["models"]
-    assert [m["name"] for m in report["models"]] == ["model", "model (2)", "tuned", "model (int8)"]
+    assert [m["name"] for m in report["models"]] == [
+        "model.pt",
+        "model.kru.safetensors",
+        "tuned.kru.safetensors",
+        "model.pt (int8)",
+    ]
     assert first["parameters"] == {"recurrent": 192, "input": 72, "other": 66, "total": 330}
     assert second["parameters"]["recurrent"] == 3 * 20
     assert first["multiply_adds_per_step"] == 192 + 72

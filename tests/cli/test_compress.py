@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+from kruify.analysis.latency import measure_latency
 from kruify.checkpoint import read
 
 
@@ -13,7 +16,11 @@ def test_within_max_drop(folder, run_json):
     assert result["within"] is True
     assert result["attempts"][0]["recurrent_ratio"] >= 2
     assert [set(candidate) for candidate in result["trials"]] == [{"factors", "metrics"}] * 2
-    assert read("small.kru.safetensors").is_kruify
+    (slack,) = result["budget"]
+    assert slack["allowed"] == 192 // 2 and slack["used"] == result["attempts"][0]["recurrent_after"]
+    file = read("small.kru.safetensors")
+    assert file.is_kruify and json.loads(file.metadata["kruify.history"]) == result["history"]
+    assert [entry["epoch"] for entry in result["history"]] == [0, 1]
 
 
 def test_out_of_reach(folder, run):
@@ -37,6 +44,35 @@ def test_resumed_with_options_of_the_recipe(folder, run, run_json):
     assert other.exit_code == 2 and "other recipe" in other.stderr
     twice = run(*command, "--option", "epochs=3")
     assert twice.exit_code == 2 and "a second time" in twice.stderr
+
+
+def test_a_layer_that_is_skipped_and_one_that_is_set(folder, run, run_json):
+    result = run_json(
+        "compress", "model.pt", "--task", "task.py:Echo", "--budget", "2x", "--epochs", "0.5", "--trial", "0",
+        "--set", "*weight_hh_l0=2*(8x1,1x8)", "--input-factors", "1*(8x1,1x3)", "--max-drop", "500%",
+        "--log-dir", "logs", "-o", "small.kru.safetensors",
+    )  # fmt: skip
+    specs = json.loads(read("small.kru.safetensors").metadata["kruify.plan"])["layers"][0]["matrices"]
+    assert set(specs["weight_hh_l0"]["gates"].values()) == {"2*(8x1,1x8)"}
+    assert set(specs["weight_ih_l0"]["gates"].values()) == {"8x1,1x3"}
+    assert result["allowed_drop"] == 5 * result["baseline"]["loss"]
+    assert (folder / "logs" / "attempt-1" / "history.csv").is_file()
+    refused = run("compress", "model.pt", "--task", "task.py:Echo", "--budget", "2x", "--skip", "rnn", "-o", "x.pt")
+    assert refused.exit_code == 2
+
+
+def test_the_card_of_what_was_compressed(folder, run, monkeypatch):
+    monkeypatch.setattr(
+        "kruify.reporting.build.measure_latency", lambda layers, **_: measure_latency(layers, seconds=0.0)
+    )
+    result = run(
+        "compress", "model.pt", "--task", "task.py:Echo", "--budget", "2x", "--epochs", "0.5", "--card", "card.md",
+        "-o", "small.kru.safetensors",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    card = (folder / "card.md").read_text()
+    assert card.startswith("---\nlibrary_name: ") and "## Training of small" in card
+    assert result.stderr.count("candidate ") == 2 and "candidate" not in result.stdout  # told once each
 
 
 def test_a_size_is_of_the_file_and_in_int8(folder, run_json):

@@ -86,7 +86,7 @@ def test_command_writes_html_and_markdown(
     files: tuple[Path, Path, list[float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "kruify.reporting.build.measure_latency", lambda layers, threads, seconds: measure_latency(layers, seconds=0.0)
+        "kruify.reporting.build.measure_latency", lambda layers, **_: measure_latency(layers, seconds=0.0)
     )
     page, card = tmp_path / "report.html", tmp_path / "card.md"
     arguments = ["report", *map(str, files[:2]), "--html", str(page), "--markdown", str(card), "--json"]

@@ -12,18 +12,18 @@ from rich.console import Console
 
 from kruify.analysis.counts import ParameterCounts
 from kruify.analysis.matrices import MatrixHealth
-from kruify.reporting import ModelReport, Report, tables, to_html, to_markdown
-from kruify.reporting.pictures import compact, short
+from kruify.reporting import ModelReport, Report, tables, to_card, to_html, to_markdown
+from kruify.reporting.pictures import compact, short, tradeoff
 from kruify.reporting.report import LatencySetup
 from kruify.reporting.rows import (
     comparison,
-    headlines,
     latency_note,
     plan,
     quarters,
     size,
     sparkline,
     sparkline_of_spectrum,
+    summary,
     times,
     title,
     validations,
@@ -105,7 +105,7 @@ def parse(page: str) -> Structure:
 def test_page_says_everything(report: Report) -> None:
     page = parse(to_html(report))
     for words in (
-        "16.0x", "smaller: recurrent matrices", "4.0x", "faster: recurrent layers, batch 1", "0.300 → 0.340",
+        "16.0x smaller", "2.7x smaller", "4.0x faster", "Recurrent matrices alone, small: 16.0x smaller.", "+0.040",
         "a machine", "1,500 examples", "p95", "Peak memory, batch 32", "0.250 (0.125)", "2*(8x8,8x8)",
         "cd" * 8, "ab" * 32, "epochs 2.0", "rnn.weight_hh_l0 (r, z, n): 2*(8x8,8x8)", "Training: wer",
         "Accuracy against size",
@@ -152,17 +152,17 @@ def test_markdown_has_the_same_figures(report: Report) -> None:
     assert "| wer, test split | 0.3000 | 0.3400 (+0.040) |" in text
     assert "| small | `rnn.weight_hh_l0` | r | `2*(8x8,8x8)` | 256 | 0.250 (0.125) |" in text
     columns = [line.count("|") for line in text.splitlines() if line.startswith("|")]
-    assert set(columns) == {4, 11}  # comparison and training, gates
+    assert set(columns) == {4, 11}  # summary, comparison and training, gates
 
 
 def test_every_form_says_everything(report: Report) -> None:
     """Terminal and Markdown have what the page has, curves and spectra as blocks or numbers."""
     console = Console(file=io.StringIO(), width=110)
-    for part in tables(report):
+    for part in tables(report, details=True):
         console.print(part)
     terminal = console.file.getvalue()  # type: ignore[attr-defined]
     told = [
-        "16.0x", "0.300 → 0.340", "a machine", "1,500 examples", "p95", "Peak memory, batch 32", "Tensors in memory",
+        "16.0x", "0.3400 (+0.040)", "a machine", "1,500 examples", "p95", "Peak memory, batch 32", "Tensors in memory",
         "Multiply-adds per step", "0.250", "(0.125)", "2*(8x8,8x8)", "cd" * 8, "ab" * 32, "epochs 2.0", "training",
         "rnn.weight_hh_l0",
     ]  # fmt: skip
@@ -209,6 +209,56 @@ def test_the_title_says_what_is_compared(report: Report) -> None:
     assert title(replace(report, models=others)) == "dense, compared with small"
 
 
+def test_the_summary_has_file_latency_and_accuracy_before_after_and_in_int8(report: Report) -> None:
+    rival = replace(report.models[0], name="dense (int8)", bytes=20000, recurrent_matrices=[], metrics={"wer": 0.31})
+    found = summary(replace(report, models=[*report.models, rival]), knee="small")
+    assert [m.name for m in found.models] == ["dense", "small", "dense (int8)"]
+    assert [row.label for row in found.rows] == ["Whole file", "Latency, batch 1", "wer, test split"]
+    assert found.rows[0].cells == ["73.6 kB", "27.5 kB (2.7x smaller)", "20.0 kB (3.7x smaller)"]
+    assert found.rows[1].cells[:2] == ["4.00 ms", "1.00 ms (4.0x faster)"]
+    assert found.rows[2].cells == ["0.3000", "0.3400 (+0.040)", "0.3100 (+0.010)"]
+    assert found.notes[0].startswith("The knee is at small")
+
+
+def test_what_was_made_on_the_way_is_one_line_of_the_summary(report: Report) -> None:
+    dense, small = report.models
+    tuned = replace(small, name="tuned", sha256="ef" * 32, sources=["cd" * 32, "12" * 32], metrics={"wer": 0.32})
+    models = [replace(dense, sha256="cd" * 32), replace(small, sha256="12" * 32), tuned]
+    found = summary(replace(report, models=models))
+    assert [m.name for m in found.models] == ["dense", "tuned"]
+    assert found.notes[0] == "small, before fine-tuning: wer 0.340."
+
+
+def test_latency_of_a_busy_machine_is_no_headline(report: Report) -> None:
+    found = summary(replace(report, latency=replace(report.latency, load=5.2, cores=2)))
+    assert not any("Latency" in row.label for row in found.rows)
+    assert found.notes[0].startswith("Latency stands further down")
+
+
+def test_condition_numbers_are_folded_away(report: Report) -> None:
+    terminal = Console(file=io.StringIO(), width=110)
+    for part in tables(report):
+        terminal.print(part)
+    assert "condition" not in terminal.file.getvalue()  # type: ignore[attr-defined]
+    for text in (to_html(report), to_markdown(report)):
+        assert "<details>" in text.partition("condition")[0]
+
+
+def test_axes_begin_at_zero(report: Report) -> None:
+    close = [replace(model, metrics={"wer": 0.412 + 0.002 * i}) for i, model in enumerate(report.models)]
+    figures = tradeoff(replace(report, models=close))
+    assert figures is not None and "0.0</text>" in figures
+
+
+def test_the_card_has_front_matter_that_the_hub_reads(report: Report) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    card = hub.ModelCard(to_card(report), ignore_metadata_errors=False)
+    assert card.data.library_name == "kruify"
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_name) == ("wer", 0.34, "g2p")
+    assert 'kruify.load("small.safetensors"' in card.text and "27.5 kB" in card.text
+
+
 def test_a_busy_machine_is_said(report: Report) -> None:
     assert "relied on" not in latency_note(replace(report, latency=replace(report.latency, load=1.9, cores=2)))
     assert "(load 5.2 on 2 cores)" in latency_note(replace(report, latency=replace(report.latency, load=5.2, cores=2)))
@@ -220,7 +270,6 @@ def test_words(report: Report) -> None:
     assert [size(n) for n in (999, 1500, 123456, 2.5e9)] == ["999 B", "1.5 kB", "123 kB", "2.5 GB"]
     assert [compact(n) for n in (12, 1500, 2e6, 123456)] == ["12", "1.5 k", "2 M", "123 k"]
     assert len(short("a" * 50)) == 22 and short("abc") == "abc"
-    assert [h.model for h in headlines(report)] == ["small"]
     slower = replace(report.models[1], latency_ms={1: 8.0, 32: 40.0})
     rows = {row.label: row for row in comparison(replace(report, models=[report.models[0], slower]))}
     assert rows["Latency, batch 1: median"].changes[1] == "2.0x slower"

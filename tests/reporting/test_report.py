@@ -17,6 +17,7 @@ from kruify import convert, save
 from kruify.checkpoint import read
 from kruify.errors import CorruptError, UsageError
 from kruify.reporting import Report, tables
+from kruify.reporting.build import _names
 from kruify.reporting.build import report as build
 from kruify.tasks.base import Task
 
@@ -85,7 +86,7 @@ def test_report_compares_with_the_first(files):
     text = text_of(report)
     assert "8.0x smaller" in text
     assert f"{first.metrics['norm']:.4f}" in text
-    assert text.index("recurrent matrices") < text.index("Recurrent parameters")  # the summary stays in sight
+    assert text.index("Recurrent parameters") < text.index("in short")  # which stays in sight
 
 
 def test_report_without_task_has_no_metrics(files):
@@ -96,12 +97,15 @@ def test_report_without_task_has_no_metrics(files):
     json.dumps(value)
 
 
-def test_same_stem_gets_a_number(files, tmp_path):
+def test_files_are_named_by_what_tells_them_apart(files, tmp_path):
     (tmp_path / "other").mkdir()
     twin = tmp_path / "other" / "net.pt"
     twin.write_bytes(files[0].read_bytes())
     report = build(files[0], twin, latency_seconds=0.0)
-    assert [m.name for m in report.models] == ["net", "net (2)", "net (int8)"]
+    folder = tmp_path.name
+    assert [m.name for m in report.models] == [f"{folder}/net.pt", "other/net.pt", f"{folder}/net.pt (int8)"]
+    assert _names(["a.pt", "a.kru.safetensors"]) == ["a.pt", "a.kru.safetensors"]
+    assert _names(["a.pt", "a.pt"]) == ["a.pt (1)", "a.pt (2)"]
 
 
 def test_refusals(files, tmp_path):
