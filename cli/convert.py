@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 LOSSLESS = 1e-3
 """||W-K|| / ||W|| below this is rounding, of half precision at most."""
+LITTLE = 0.1
+"""Energy kept below which little of the trained network is left: one balanced product keeps 1 to 3 % of the matrices of
+g2p-en, low rank at 16x fewer numbers 30 %."""
 
 
 @click.command()
@@ -165,6 +168,12 @@ def _advise(out: Output, conversion: Conversion) -> None:
     if all(gate.relative_error < LOSSLESS for gate in conversion.matrices):
         out.show("The factors keep all of every matrix: it computes what the dense model does.")
         return
+    kept = sum(gate.energy for gate in conversion.matrices) / len(conversion.matrices)
+    if kept < LITTLE:
+        out.show(
+            f"The factors keep {100 * kept:.1f} % of the energy of these matrices, so that fine-tuning begins almost "
+            "anew:\ngive it many epochs, and compare with --budget 16x."
+        )
     again = f"kruify finetune {conversion.output} --task TASK -o OUT"
     if conversion.graph is not None:
         again = "docs/onnx.md says how for a graph"

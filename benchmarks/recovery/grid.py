@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from files import FilePlan, largest_entries, low_rank_and_blocks, low_rank_of_stack
+
 from kruify.factors import balanced_split
 
 
@@ -18,6 +20,8 @@ class TaskSetup:
         hidden: units of the dense network's recurrent layers.
         teacher: options of the run that trains the dense network from scratch.
         student: options of every other run.
+        converged: options of the run that trains the dense network of the grid by bytes, to where more passes gain
+            nothing.
         smaller: name of the task whose dense network has `hidden` units, for the smaller dense control.
         published: the dense network is the task's published one, not trained here.
     """
@@ -26,6 +30,7 @@ class TaskSetup:
     hidden: int
     teacher: dict[str, Any]
     student: dict[str, Any]
+    converged: dict[str, Any]
     smaller: Callable[[int], str]
     published: bool = False
 
@@ -36,6 +41,7 @@ TASKS: dict[str, TaskSetup] = {
         256,
         {"epochs": 12, "lr": 3e-3},
         {"epochs": 12, "lr": 2e-3, "factor_lr": 3.0},
+        {"epochs": 16, "lr": 3e-3},
         lambda h: f"g2p-en:hidden={h}",
     ),
     "g2p-published": TaskSetup(
@@ -43,6 +49,7 @@ TASKS: dict[str, TaskSetup] = {
         256,
         {"epochs": 0},
         {"epochs": 3, "lr": 2e-3, "factor_lr": 3.0},
+        {"epochs": 0},
         lambda h: f"g2p-en:hidden={h}",
         published=True,
     ),
@@ -51,6 +58,7 @@ TASKS: dict[str, TaskSetup] = {
         256,
         {"epochs": 300, "lr": 4e-3},
         {"epochs": 100, "lr": 2e-3, "factor_lr": 3.0},
+        {"epochs": 300, "lr": 4e-3},
         lambda h: f"jsb:hidden={h},cell=gru,dropout=0.4",
     ),
     "fashion": TaskSetup(
@@ -58,13 +66,23 @@ TASKS: dict[str, TaskSetup] = {
         128,
         {"epochs": 8, "lr": 3e-3},
         {"epochs": 8, "lr": 2e-3, "factor_lr": 3.0},
+        {"epochs": 16, "lr": 6e-3},
         lambda h: f"fashion-mnist-rows:hidden={h},cell=lstm",
+    ),
+    "fashion-rnn": TaskSetup(
+        "fashion-mnist-rows:hidden=128,cell=rnn",
+        128,
+        {"epochs": 8, "lr": 1e-3},
+        {"epochs": 8, "lr": 1e-3},
+        {"epochs": 16, "lr": 1e-3},
+        lambda h: f"fashion-mnist-rows:hidden={h},cell=rnn",
     ),
     "kjv": TaskSetup(
         "king-james:hidden=512,cell=lstm",
         512,
         {"epochs": 4, "lr": 3e-3},
         {"epochs": 4, "lr": 2e-3, "factor_lr": 3.0},
+        {"epochs": 12, "lr": 6e-3},
         lambda h: f"king-james:hidden={h},cell=lstm",
     ),
 }
@@ -106,8 +124,9 @@ class Method:
         teacher: whether the dense network teaches.
         options: of the recipe, beside those of the task.
         stacked: `spec` is of the gates of a matrix as one.
-        of_file: `times` is of the bytes of a file in int8: low rank of stacked gates for all matrices, for the
-            recurrent ones 4 % in blocks of eight entries beside it (the structure of `make demo`).
+        of_file: `times` is of the bytes of the whole file in int8.
+        file_plan: structure of all matrices under that budget; None where they stay dense, or candidates are trained.
+        dense: the method that trains the dense network.
         dtype: what the weights are stored in, which training is aware of.
         deleted: the code that trains it lost its comparison and is gone; commit b91d677 has it. Its runs are kept.
     """
@@ -119,15 +138,25 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     stacked: bool = False
     of_file: bool = False
+    file_plan: FilePlan | None = None
+    dense: str = "dense"
     dtype: str | None = None
     deleted: bool = False
 
     def options_on(self, task: TaskSetup) -> dict[str, Any]:
-        return {**(task.teacher if self.start in ("scratch", "smaller") else task.student), **self.options}
+        if self.start not in ("scratch", "smaller"):
+            return {**task.student, **self.options}
+        usual = task.converged if self.dense == CONVERGED else task.teacher
+        if self.start == "smaller" and self.of_file:  # as many passes as a dense network and what is made of it
+            usual = {**usual, "epochs": usual["epochs"] + task.student["epochs"]}
+        return {**usual, **self.options}
 
 
+CONVERGED = "converged"
+BYTES: dict[str, Any] = {"of_file": True, "dense": CONVERGED}
 TAUGHT = {"distill_logits": 0.5}
 RATE = {"lr": 6e-3, "factor_lr": 1.0}  # the default recipe's
+SLOW = {"lr": 2e-3, "factor_lr": 1.0}
 DEFAULT = {**TAUGHT, "distill_until": 1.0, **RATE}
 UNTAUGHT = {"distill_logits": 0.0}
 ANNEAL = {"sparse_start": 1.0}
@@ -161,9 +190,41 @@ METHODS: dict[str, Method] = {
     "int8-own": Method("int8, kruify, as it is", None, "int8-own"),
     # files in int8, untaught: the teacher doubles the time of a run
     "file-int8": Method(
-        "file in int8, training aware of it", None, "convert", False, UNTAUGHT, of_file=True, dtype="int8"
+        "file in int8, training aware of it", None, "convert", False, UNTAUGHT,
+        of_file=True, file_plan=low_rank_and_blocks, dtype="int8",
     ),
-    "file-float": Method("the same structure in float32", None, "convert", False, UNTAUGHT, of_file=True),
+    "file-float": Method(
+        "the same structure in float32", None, "convert", False, UNTAUGHT, of_file=True, file_plan=low_rank_and_blocks
+    ),
+    # the grid by bytes of the whole file
+    CONVERGED: Method("dense, converged", None, "scratch", dense=CONVERGED),
+    "converged-longer": Method("dense, trained on as long", None, "dense", False, SLOW, dense=CONVERGED),
+    "bytes": Method("kruify compress, int8", None, "candidates", True, DEFAULT, dtype="int8", **BYTES),
+    "bytes-low-rank": Method(
+        "low rank, int8", None, "convert", True, DEFAULT, file_plan=low_rank_of_stack, dtype="int8", **BYTES
+    ),
+    "bytes-low-rank-float": Method(
+        "low rank, rounded afterwards", None, "convert", True, DEFAULT, file_plan=low_rank_of_stack, **BYTES
+    ),
+    "bytes-pruned": Method(
+        "pruned at once, int8", None, "convert", True, DEFAULT, file_plan=largest_entries, dtype="int8", **BYTES
+    ),
+    "bytes-pruned-gradual": Method(
+        "pruned gradually, int8", None, "convert", True, {**DEFAULT, **ANNEAL},
+        file_plan=largest_entries, dtype="int8", **BYTES,
+    ),
+    "bytes-smaller": Method("smaller dense, int8", None, "smaller", dtype="int8", **BYTES),
+    # factors that people try first, recurrent matrices alone: converted, and from a random start
+    **{
+        f"spec-{spec.replace(':', '')}{end}": Method(
+            f"`{spec}`{words}", (lambda rows, cols, times, spec=spec: spec), start, taught, options, dense=CONVERGED
+        )
+        for spec in ("2x2", "auto", "auto:3")
+        for end, words, start, taught, options in (
+            ("", ", default recipe", "convert", True, DEFAULT),
+            ("-random", ", random start", "random", False, RATE),
+        )
+    },
     "low-rank": Method("low rank", low_rank, "convert", True, TAUGHT),
     "pruned": Method("magnitude pruning, at once", sparse, "convert", True, TAUGHT),
     "kron-logits": Method("Kronecker, outputs taught", kronecker, "convert", True, TAUGHT),
@@ -210,6 +271,11 @@ class Run:
         epochs = f"-{self.epochs:g}ep" if self.epochs else ""
         changes = f"-{self.changes.replace('=', '').replace(',', '-')}" if self.changes else ""
         return f"{self.task}/{self.times:g}x{whole}/{self.method}{epochs}{changes}-s{self.seed}"
+
+    @property
+    def teacher(self) -> Run:
+        """The run that trains its dense network."""
+        return Run(self.task, METHODS[self.method].dense, 1, self.seed)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -267,21 +333,41 @@ ABLATIONS = {
     "random start": Run("g2p", "recipe-random", 16),
 }
 
-# What eight bits cost, after the fact and with training that is aware of them.
-INT8 = [Run(task, method) for task in TASKS for method in ("dense", "int8", "int8-own")]
-INT8 += [
-    Run(task, method, 16, seed)
-    for seed in range(3)
-    for task in TASKS
-    for method in ("file-int8", "file-float")
-    if task == "g2p-published" or (seed == 0 and task != "g2p")
-]
+# What eight bits cost a published network, after the fact and with training that is aware of them.
+INT8 = [Run("g2p-published", method) for method in ("dense", "int8", "int8-own")]
+INT8 += [Run("g2p-published", method, 16, seed) for seed in range(3) for method in ("file-int8", "file-float")]
+
+RIVALS = ("bytes-low-rank", "bytes-pruned-gradual", "bytes-smaller")
+PRUNED_AT_ONCE = "bytes-pruned"  # better than gradually on JSB alone
+
+
+def by_bytes() -> list[Run]:
+    """The grid by bytes of the whole file, cells that are cheap and decide most first."""
+    tasks = ("fashion", "jsb", "g2p", "kjv")
+    runs = []
+    for seed in range(3):
+        for times in (16, 8, 32, 4):
+            for task in tasks:
+                rivals = (RIVALS[0], PRUNED_AT_ONCE, RIVALS[2]) if task == "jsb" else RIVALS
+                if task == "kjv" and seed:  # a run takes half an hour
+                    rivals = ()
+                if task == "kjv" and seed > 1:
+                    continue
+                runs += [Run(task, CONVERGED, 1, seed), Run(task, "bytes", times, seed)]
+                runs += [Run(task, method, times, seed) for method in rivals]
+                runs += [Run(task, "converged-longer", 1, seed)] if rivals else []
+                if times == 16 and (seed == 0 or task == "g2p"):
+                    runs.append(Run(task, "bytes-low-rank-float", times, seed))
+        if not seed:
+            specs = [name for name in METHODS if name.startswith("spec-")]
+            runs += [Run(task, name) for task in ("fashion", "fashion-rnn", "jsb", "g2p", "kjv") for name in specs]
+    return list(dict.fromkeys(runs))
 
 
 def grid() -> list[Run]:
     """Every run of the comparison, the most informative first."""
     runs = []
-    for task in (name for name, setup in TASKS.items() if not setup.published):
+    for task in ("g2p", "jsb", "fashion", "kjv"):
         seeds = 3 if task in ("g2p", "jsb") else 1
         for seed in range(seeds):
             runs += [Run(task, "dense", 1, seed), Run(task, RECIPE, 16, seed)]
@@ -292,4 +378,4 @@ def grid() -> list[Run]:
         runs += [Run(task, m, 4, whole=True) for m in (PER_GATE, *few)]  # candidates are of recurrent matrices alone
     runs += [Run(task, "recipe-kron", 64) for task in ("g2p", "kjv")]
     order = sorted(runs, key=lambda c: (c.seed, c.times not in (1, 16), list(TASKS).index(c.task)))
-    return list(dict.fromkeys(order + list(ABLATIONS.values()) + INT8))
+    return list(dict.fromkeys(by_bytes() + order + list(ABLATIONS.values()) + INT8))

@@ -6,9 +6,10 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from grid import ABLATIONS, METHODS, TASKS
+from grid import ABLATIONS, CONVERGED, METHODS, TASKS
 from measurements import Row
 
+MS = "ms per step, B=1 / 32"
 COLUMNS = ("method", "epochs", "recurrent parameters", "whole model", "multiply-adds per step")
 
 
@@ -17,7 +18,8 @@ def write(runs: list[Row], page: Path) -> None:
     lines += ["Made by `python benchmarks/recovery/run.py --report` from the `runs.jsonl` of each task.", ""]
     for task in TASKS:
         if mine := [r for r in runs if r["task"] == task]:
-            lines += table(task, mine)
+            lines += table(task, [r for r in mine if METHODS[r["method"]].dense != CONVERGED])
+    lines += by_bytes(runs)
     lines += ablations({r["run"]: r for r in runs})
     lines += ["", *eight_bits(runs)]
     page.write_text("\n".join(lines) + "\n")
@@ -26,20 +28,16 @@ def write(runs: list[Row], page: Path) -> None:
 def table(task: str, runs: list[Row]) -> list[str]:
     metric = runs[0]["metric"]
     machines = ", ".join(sorted({f"{r['machine']}, {r['threads']} thread(s)" for r in runs}))
-    columns = [*COLUMNS, f"{metric}, valid", f"{metric}, test", "training loss", "seeds", "ms per step, B=1 / 32"]
+    columns = [*COLUMNS, f"{metric}, valid", f"{metric}, test", "training loss", "seeds", MS]
     lines = [f"## {task} ({TASKS[task].name}): {metric}", "", machines, "", row(columns), "|---" * len(columns) + "|"]
     sign = -1 if runs[0]["higher_is_better"] else 1
     rows = grouped(runs).items()
     for (method, times, epochs, notes), group in sorted(rows, key=lambda r: (*r[0][1:3], sign * mean(r[1], "test"))):
         first = group[0]
-        loss = [r["train_loss"] for r in group if "train_loss" in r]
-        speed = first.get("latency_ms_per_step")
         title = METHODS[method].title + (f", {times:g}x" if times != 1 else "") + (f" ({notes})" if notes else "")
         cells = [title, f"{epochs:g}", f"{first['recurrent_parameters']:,}", f"{first['parameters']:,}"]
         cells += [f"{first['recurrent_multiply_adds']:,}", spread(group, "valid"), spread(group, "test")]
-        cells += [f"{statistics.mean(loss):.3f}" if loss else "", str(len(group))]
-        cells.append(f"{speed['1']:.3f} / {speed['32']:.3f}" if speed else "")
-        lines.append(row(cells))
+        lines.append(row([*cells, *loss_seeds_latency(group)]))
     return [*lines, ""]
 
 
@@ -54,6 +52,40 @@ def grouped(runs: list[Row]) -> dict[tuple[str, float, float, str], list[Row]]:
         ]
         groups[r["method"], r["times"], r["options"]["epochs"], ", ".join(notes)].append(r)
     return groups
+
+
+def by_bytes(runs: list[Row]) -> list[str]:
+    """Every network that was made from a converged dense one, and that one, with the bytes of its file."""
+    lines = ["## Bytes of the whole file", ""]
+    for task in TASKS:
+        mine = [r for r in runs if r["task"] == task and METHODS[r["method"]].dense == CONVERGED]
+        if not mine:
+            continue
+        metric = mine[0]["metric"]
+        columns = ["file", "method", "epochs", "bytes", f"{metric}, test", "training loss", "seeds", MS]
+        lines += [f"### {task} ({TASKS[task].name})", "", row(columns), "|---" * len(columns) + "|"]
+        for (method, times, epochs, notes), group in sorted(grouped(mine).items(), key=lambda g: g[0][1]):
+            title = METHODS[method].title + (f" ({notes})" if notes else "")
+            size = f"{times:g}x" if METHODS[method].of_file else ""
+            lines.append(row([size, title, f"{epochs:g}", *measured(group)]))
+            for form, words in (("int8", "torch's int8 of it"), ("rounded", "kruify's int8 of it")):
+                if all(form in r for r in group):
+                    lines.append(row(["", f"{title}: {words}", "", *measured([{**r, **r[form]} for r in group])]))
+        lines.append("")
+    return lines
+
+
+def measured(group: list[Row]) -> list[str]:
+    """Cells: bytes, metric, training loss, seeds, latency."""
+    sizes = [r["bytes"] for r in group]
+    return [f"{statistics.mean(sizes):,.0f}", spread(group, "test"), *loss_seeds_latency(group)]
+
+
+def loss_seeds_latency(group: list[Row]) -> list[str]:
+    losses = [r["train_loss"] for r in group if "train_loss" in r]
+    speed = group[0].get("latency_ms_per_step")
+    latency = f"{speed['1']:.3f} / {speed['32']:.3f}" if speed else ""
+    return [f"{statistics.mean(losses):.3f}" if losses else "", str(len(group)), latency]
 
 
 def ablations(runs: dict[str, Row]) -> list[str]:

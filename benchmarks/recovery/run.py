@@ -28,7 +28,7 @@ from train import build, latency, train, weights_file  # noqa: E402
 
 from kruify.conversion import swap  # noqa: E402
 from kruify.conversion.plan import Plan  # noqa: E402
-from kruify.errors import TaskError  # noqa: E402
+from kruify.errors import KruifyError  # noqa: E402
 from kruify.progress import Progress  # noqa: E402
 from kruify.tasks.loader import load_task  # noqa: E402
 
@@ -60,8 +60,7 @@ def train_all(runs: list[Run], cache: Path, until: float) -> None:
         if time.time() > until:
             print("out of time")
             return
-        teacher = Run(run.task, "dense", 1, run.seed)
-        needed = [run]
+        teacher, needed = run.teacher, [run]
         made_here = METHODS[run.method].start in ("scratch", "smaller") or TASKS[run.task].published
         if not made_here and not weights_file(teacher, cache).exists():
             needed = [teacher, run]  # its row may come from another machine; its weights are needed here
@@ -69,7 +68,7 @@ def train_all(runs: list[Run], cache: Path, until: float) -> None:
             print(one.key, flush=True)
             try:
                 row = train(one, cache, tell(), known)
-            except TaskError as error:
+            except KruifyError as error:
                 print(f"  left out: {error}")
                 break
             if one == run or not known(one):

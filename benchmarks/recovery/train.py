@@ -12,19 +12,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from grid import INT8, METHODS, PER_GATE, TASKS, Run
+from files import file_of, largest_entries, single_entries, smaller_hidden
+from grid import CONVERGED, INT8, METHODS, PER_GATE, TASKS, Run
 from measurements import Row, where_and_when
 from timing import best_times
 from torch import nn
 
 from kruify import convert, quantize, save
+from kruify.analysis.contender import int8_network
 from kruify.conversion import convert_module, plan_of, swap
 from kruify.conversion.locate import RecurrentLayer, locate
 from kruify.conversion.plan import Plan, make_plan
-from kruify.conversion.size import FileSize, largest_within
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.progress import Progress
-from kruify.search.candidate_search import CandidateSearch
+from kruify.search.candidate_search import SHARE, CandidateSearch
 from kruify.search.candidates import Candidate, Choice
 from kruify.tasks.base import Task
 from kruify.tasks.loader import load_task
@@ -50,10 +51,11 @@ def train(
     teacher = None
     if method.start not in ("scratch", "smaller"):
         teacher = task.model()
-        trained = weights_file(Run(run.task, "dense", 1, run.seed), cache)
+        trained = weights_file(run.teacher, cache)
         teacher.load_state_dict(task.published() if setup.published else torch.load(trained, weights_only=True))
     started = time.monotonic()
     row: Row = {}
+    options = run.options
     if method.start == "candidates":
         assert teacher is not None
         chosen, row = choose_candidate(run, task, teacher, cache / run.key)
@@ -61,7 +63,9 @@ def train(
         same = known(twin)
         if same and chosen.plan == specified(twin, teacher) and not chosen.moments and same["options"] == run.options:
             return {**same, **row, "run": run.key, "method": run.method, "same_run_as": twin.key}
+        options = {**options, "epochs": row.pop("epochs")}
         model = convert_module(teacher, chosen.plan, moments=chosen.moments, seed=run.seed)[0]
+        model = quantize(model, method.dtype) if method.dtype else model
     else:
         model, task = build(run, task, teacher)
     untrained = method.start.startswith("int8") or (setup.published and method.start == "scratch")
@@ -76,7 +80,7 @@ def train(
             device="cpu",
             evaluate_first=False,
             progress=progress,
-            **run.options,
+            **options,
         )
         row |= {"valid": result.metrics, "train_loss": result.history[-1].loss, "best_epoch": result.best_epoch}
         row["train_seconds"] = round(result.seconds, 1)
@@ -84,8 +88,12 @@ def train(
         (cache / run.key / "state.pt").unlink(missing_ok=True)
     if teacher is not None and run in INT8:
         row["dense"] = {split: task.evaluate(teacher, split) for split in ("valid", "test")}
-    if method.of_file and not method.dtype:
-        row["rounded"] = {split: task.evaluate(quantize(model, "int8"), split) for split in ("valid", "test")}
+    if method.dense == CONVERGED and method.start in ("scratch", "dense"):
+        row["int8"] = dict(zip(("test", "bytes"), int8_network(model, task, "test")[:2], strict=True))
+    if (method.of_file or "int8" in row) and not method.dtype:
+        rounded = quantize(model, "int8")
+        row["rounded"] = {split: task.evaluate(rounded, split) for split in ("valid", "test")}
+        row["rounded"]["bytes"] = file_bytes(rounded)
     return {
         "run": run.key,
         "task": run.task,
@@ -100,7 +108,7 @@ def train(
         **row,
         "test": task.evaluate(model, "test"),
         "seconds": round(time.monotonic() - started, 1),
-        "bytes": file_bytes(model),
+        "bytes": file_bytes(model) - (single_entries(plan_of(model)) if method.file_plan is largest_entries else 0),
         **counts(teacher if teacher is not None and method.start == "int8" else model),
         **where_and_when(),
     }
@@ -111,9 +119,14 @@ def choose_candidate(run: Run, task: Task, teacher: nn.Module, folder: Path) -> 
     file = folder / "candidates.json"
     search = CandidateSearch(teacher, task, device="cpu", **run.options)
     if not file.exists():
-        choice = search.choose(search.candidates(f"params={100 / run.times:.8f}%"), folder)
+        found = search.candidates(budget_of(run))
+        epochs = run.options["epochs"]
+        if METHODS[run.method].of_file and len(found) > 1:  # their trials and the training after them are one budget
+            epochs /= 1 + SHARE * len(found)
+            search = CandidateSearch(teacher, task, device="cpu", **{**run.options, "epochs": epochs})
+        choice = search.choose(found, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(choice.to_json()))
+        file.write_text(json.dumps({**choice.to_json(), "epochs": epochs}))
     kept = json.loads(file.read_text())
     return Choice.from_json(kept, search.moments).candidate, kept
 
@@ -128,8 +141,13 @@ def build(run: Run, task: Task, teacher: nn.Module | None) -> tuple[nn.Module, T
             model.load_state_dict(task.published())
         return model, task
     if method.start == "smaller":
-        task = load_task(setup.smaller(round(setup.hidden / run.times**0.5)))
-        return task.model(), task
+        hidden = round(setup.hidden / run.times**0.5)
+        if method.of_file:
+            limit = file_of(task.model()).limit(budget_of(run))
+            hidden = smaller_hidden(lambda h: load_task(setup.smaller(h)).model(), limit)
+        task = load_task(setup.smaller(hidden))
+        torch.manual_seed(run.seed)
+        return (quantize(task.model(), method.dtype) if method.dtype else task.model()), task
     assert teacher is not None
     if method.start == "int8":
         return torch.ao.quantization.quantize_dynamic(teacher, {nn.GRU, nn.LSTM, nn.RNN, nn.Linear}), task
@@ -148,8 +166,8 @@ def build(run: Run, task: Task, teacher: nn.Module | None) -> tuple[nn.Module, T
 def specified(run: Run, dense: nn.Module) -> Plan:
     """The structure of every matrix that the run's method and budget ask for."""
     method = METHODS[run.method]
-    if method.of_file:
-        return plan_of_file(f"size={run.times:g}x", dense)
+    if method.file_plan is not None:
+        return method.file_plan(dense, budget_of(run))
     spec = method.spec
     assert spec is not None
 
@@ -169,25 +187,8 @@ def specified(run: Run, dense: nn.Module) -> Plan:
     return make_plan(layers, "auto", None, (), (), specs)
 
 
-def plan_of_file(budget: str, dense: nn.Module) -> Plan:
-    """The most rank that a file in int8 of so many bytes holds."""
-    file = FileSize(dense.state_dict(), locate(dense).layers)
-
-    def ranked(share: float) -> Plan | None:
-        specs = {}
-        for layer in file.layers:
-            for weight in (f"weight_{part}{suffix}" for suffix in layer.suffixes for part in ("ih", "hh")):
-                rows, cols = len(layer.gates) * layer.shape(weight)[0], layer.shape(weight)[1]
-                rank = int(share * rows * cols / (rows + cols))
-                if not rank:
-                    return None
-                blocks = "+sparse:4%:8" if weight.startswith("weight_hh") else ""
-                specs[layer.full_name(weight)] = f"stacked:{rank}*({rows}x1,1x{cols}){blocks}"
-        return make_plan(file.layers, "dense", "dense", overrides=specs)
-
-    found = largest_within(file, budget, ranked)
-    assert found is not None
-    return found
+def budget_of(run: Run) -> str:
+    return f"size={run.times:g}x" if METHODS[run.method].of_file else f"params={100 / run.times:.8f}%"
 
 
 def matrix_times(run: Run, dense: nn.Module) -> float:

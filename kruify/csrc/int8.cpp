@@ -105,8 +105,8 @@ Tensor int8_linear(const Tensor& x_given, const Tensor& packed, const std::vecto
   const Tensor x = checked("x", x_given, kFloats, -1, m.cols);
   const int64_t rows = x.size(0), width = m.gates * m.rows;
   Tensor out = empty(x, {rows, width});
-  std::fill_n(writable<float>(out), out.numel(), 0.0f);
-  if (rows) w.multiply(rows, data<float>(x), writable<float>(out), width);
+  const std::vector<float> zero(width);
+  if (rows) w.multiply(rows, data<float>(x), zero.data(), writable<float>(out), width);
   return out;
 }
 

@@ -36,9 +36,9 @@ inline int64_t int8_scratch(const Int8Matrix& m, int64_t count) {
 struct Int8Kernels {
   int64_t lanes;
   int32_t shift;  // what is added to every eight-bit activation before the products, to make it unsigned
-  // y[g] (count rows, stride ys) += W[g] x
-  void (*multiply)(
-      const Int8Matrix&, int64_t count, const float* x, int64_t xs, float* const* y, int64_t ys, float* scratch);
+  // y[g] (count rows, stride ys) += W[g] x, or = constant[g] + W[g] x, constant (gates * rows,)
+  void (*multiply)(const Int8Matrix&, int64_t count, const float* x, int64_t xs, const float* constant, float* const* y,
+      int64_t ys, float* scratch);
 };
 
 enum class Int8InstructionSet : int { kPortable, kAvx2, kAvxVnni, kAvx512Vnni, kDotProduct };

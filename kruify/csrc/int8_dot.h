@@ -16,24 +16,51 @@ typedef int8_t LooseBytes __attribute__((vector_size(KRUIFY_VECTOR_BYTES), align
 typedef int32_t LooseInts __attribute__((vector_size(KRUIFY_VECTOR_BYTES), aligned(4), may_alias));
 typedef int32_t LooseInt __attribute__((aligned(1), may_alias));
 
+KRUIFY_INLINE Ints lane_numbers() {
+  Ints v;
+  for (int i = 0; i < kWidth<float>; ++i) v[i] = i;
+  return v;
+}
+
 KRUIFY_INLINE Bytes load_bytes(const int8_t* p) { return *reinterpret_cast<const LooseBytes*>(p); }
+
+// The lowest byte of each.
+KRUIFY_INLINE void store_bytes(int8_t* to, Ints v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)v));
+#else
+  Bytes first;
+  for (int i = 0; i < KRUIFY_VECTOR_BYTES; ++i) first[i] = int8_t(4 * i % KRUIFY_VECTOR_BYTES);
+  const Bytes lowest = __builtin_shuffle((Bytes)v, first);
+  __builtin_memcpy(to, &lowest, kWidth<float>);
+#endif
+}
+
+// The largest of a vector's integers.
+KRUIFY_INLINE int32_t largest(Ints v) {
+#pragma GCC unroll 4
+  for (int half = kWidth<float> / 2; half; half /= 2) {
+    const Ints other = __builtin_shuffle(v, lane_numbers() ^ half);
+    v = v > other ? v : other;
+  }
+  return v[0];
+}
 
 // Four activations in every lane.
 KRUIFY_INLINE Bytes spread(const int8_t* p) { return (Bytes)(Ints{} + *reinterpret_cast<const LooseInt*>(p)); }
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 
-// vpdpbusd takes unsigned activations: 128 is added to each, and `start` takes 128 times the weights off again.
+// vpdpbusd takes unsigned activations: they are kept with 128 added to each, and `start` takes 128 times the weights
+// off again.
 constexpr int32_t kShift = 128;
-struct Activations {
-  Bytes shifted;
-};
-KRUIFY_INLINE Activations activations(const int8_t* p) { return {spread(p) ^ int8_t(-128)}; }
+using Activations = Bytes;
+KRUIFY_INLINE Activations activations(const int8_t* p) { return spread(p); }
 KRUIFY_INLINE Ints dot(Ints sum, Bytes w, const Activations& x) {
 #if defined(__AVX512VNNI__)
-  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x.shifted, (__m512i)w);
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
 #else
-  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)x.shifted, (__m256i)w);
+  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)x, (__m256i)w);
 #endif
 }
 

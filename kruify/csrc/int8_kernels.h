@@ -13,31 +13,43 @@ constexpr int kLanes = kWidth<float>;
 constexpr int kTallPanels = KRUIFY_VECTOR_BYTES > 16 || KRUIFY_REGISTERS == 32 ? 8 : 2, kPanelsTogether = 4,
               kVectorsTogether = KRUIFY_REGISTERS == 32 ? 4 : 2;
 
-// x (n,) -> q = round(x / scale), scale = max |x| / 127. Where x is not finite, scale is NaN and so is every product.
+// x (n,) -> q = round(x / scale) + kShift, scale = max |x| / 127. Where x is not finite, scale is NaN and so is every
+// product.
 inline float quantise(int64_t n, const float* x, int8_t* q) {
-  using V = Vec<float>;
-  typedef int8_t Quarter __attribute__((vector_size(kLanes), aligned(1), may_alias));
-  V most{}, faults{};
+  Ints most{};  // of magnitudes as integers, which are in the same order; NaN and infinity are above all others
   for_vectors<float>(n, [&](int64_t i, auto get, auto) __attribute__((always_inline)) {
-    const V v = get(x + i);
-    most = at_least<float>(most, (V)((Ints)v & 0x7fffffff));
-    faults += v * 0.0f;
+    const Ints bits = (Ints)get(x + i) & 0x7fffffff;
+    most = most > bits ? most : bits;
   });
-  float largest = 0;
-  for (int i = 0; i < kLanes; ++i) largest = most[i] > largest ? most[i] : largest;
-  const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
-  const V magic = splat<float>(12582912.0f);  // 1.5 * 2^23: the sum's last bits are the rounded number
+  const int32_t bits = largest(most);
+  float magnitude;
+  __builtin_memcpy(&magnitude, &bits, sizeof bits);
+  const float inverse = magnitude > 1e-30f ? 127.0f / magnitude : 0.0f;
+  // The sum with 1.5 * 2^23 has the rounded number for its last bits.
+  const Vec<float> magic = splat<float>(12582912.0f + float(kShift));
   for_vectors<float>(n, [&](int64_t i, auto get, auto) __attribute__((always_inline)) {
-    const Ints rounded = (Ints)(get(x + i) * inverse + magic);
-    *reinterpret_cast<Quarter*>(q + i) = (Quarter) __builtin_convertvector(rounded, decltype(Quarter{} + 0));
+    store_bytes(q + i, (Ints)(get(x + i) * inverse + magic));
   });
-  return largest / 127.0f + sum<float>(faults);
+  return bits < 0x7f800000 ? magnitude / 127.0f : __builtin_nanf("");
 }
 
-// y = or += W x for P panels and S vectors.
-template <bool Add, int P, int S>
-KRUIFY_INLINE void tile(
-    const Int8Panels& w, int64_t panel, const int8_t* q, int64_t qs, const float* scales, float* y, int64_t ys) {
+// Rounded vectors, what their products are added to (null: nothing; y itself or one vector for all of them), and where
+// they go; each with the distance from one vector to the next.
+struct Vectors {
+  const int8_t* q;
+  int64_t qs;
+  const float *scales, *base;
+  int64_t bs;
+  float* y;
+  int64_t ys;
+
+  KRUIFY_INLINE Vectors from(int64_t s) const {
+    return {q + s * qs, qs, scales + s, base + s * bs, bs, y + s * ys, ys};
+  }
+};
+
+// y = base + W x for P panels and S vectors.
+template <bool Base, int P, int S> KRUIFY_INLINE void tile(const Int8Panels& w, int64_t panel, const Vectors& v) {
   Ints sums[P][S];
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p)
@@ -47,7 +59,7 @@ KRUIFY_INLINE void tile(
   for (int64_t k = 0; k < w.groups; ++k) {
     Activations x[S];
 #pragma GCC unroll 8
-    for (int s = 0; s < S; ++s) x[s] = activations(q + s * qs + 4 * k);
+    for (int s = 0; s < S; ++s) x[s] = activations(v.q + s * v.qs + 4 * k);
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
       const Bytes weights = load_bytes(from + (p * w.groups + k) * 4 * kLanes);
@@ -61,47 +73,48 @@ KRUIFY_INLINE void tile(
     const int lanes = int(min64(kLanes, w.rows - row));
 #pragma GCC unroll 8
     for (int s = 0; s < S; ++s) {
-      const Vec<float> v = __builtin_convertvector(sums[p][s], Vec<float>) * (load(w.scale + row) * scales[s]);
-      float* to = y + s * ys + row;
-      if (lanes == kLanes) store(to, Add ? load(to) + v : v);
-      else store_n(to, Add ? load_n(to, lanes) + v : v, lanes);
+      const Vec<float> sum = __builtin_convertvector(sums[p][s], Vec<float>) * (load(w.scale + row) * v.scales[s]);
+      const float* base = v.base + s * v.bs + row;
+      float* to = v.y + s * v.ys + row;
+      if (lanes == kLanes) store(to, Base ? load(base) + sum : sum);
+      else store_n(to, Base ? load_n(base, lanes) + sum : sum, lanes);
     }
   }
 }
 
-template <bool Add, int P, int S>
-KRUIFY_INLINE int64_t panels(const Int8Panels& w, int64_t panel, int64_t end, int64_t count, const int8_t* q,
-    int64_t qs, const float* scales, float* y, int64_t ys) {
+template <bool Base, int P, int S>
+KRUIFY_INLINE int64_t panels(const Int8Panels& w, int64_t panel, int64_t end, int64_t count, const Vectors& v) {
   for (; panel + P <= end; panel += P) {
     int64_t s = 0;
-    for (; s + S <= count; s += S) tile<Add, P, S>(w, panel, q + s * qs, qs, scales + s, y + s * ys, ys);
+    for (; s + S <= count; s += S) tile<Base, P, S>(w, panel, v.from(s));
     if constexpr (S > 1)
-      for (; s < count; ++s) tile<Add, P, 1>(w, panel, q + s * qs, qs, scales + s, y + s * ys, ys);
+      for (; s < count; ++s) tile<Base, P, 1>(w, panel, v.from(s));
   }
   return panel;
 }
 
-template <bool Add>
-inline void product(
-    const Int8Panels& w, int64_t count, const int8_t* q, int64_t qs, const float* scales, float* y, int64_t ys) {
+template <bool Base> inline void product(const Int8Panels& w, int64_t count, const Vectors& v) {
   const int64_t end = (w.rows + kLanes - 1) / kLanes;
   int64_t done = 0;
-  if (count == 1) done = panels<Add, kTallPanels, 1>(w, done, end, count, q, qs, scales, y, ys);
-  done = panels<Add, kPanelsTogether, kVectorsTogether>(w, done, end, count, q, qs, scales, y, ys);
-  panels<Add, 1, kVectorsTogether>(w, done, end, count, q, qs, scales, y, ys);
+  if (count == 1) done = panels<Base, kTallPanels, 1>(w, done, end, count, v);
+  done = panels<Base, kPanelsTogether, kVectorsTogether>(w, done, end, count, v);
+  panels<Base, 1, kVectorsTogether>(w, done, end, count, v);
 }
 
-inline void multiply(
-    const Int8Matrix& m, int64_t count, const float* x, int64_t xs, float* const* y, int64_t ys, float* scratch) {
-  const int64_t stride = round_up(m.cols > m.rank ? m.cols : m.rank, 64), zs = round_up(m.rank, 16);
+inline void multiply(const Int8Matrix& m, int64_t count, const float* x, int64_t xs, const float* constant,
+    float* const* y, int64_t ys, float* scratch) {
+  const int64_t qs = round_up(m.cols > m.rank ? m.cols : m.rank, 64), zs = round_up(m.rank, 16);
   float *scales = scratch, *z = scales + round_up(count, 16);
   int8_t* q = reinterpret_cast<int8_t*>(z + count * zs);
-  for (int64_t s = 0; s < count; ++s) scales[s] = quantise(m.cols, x + s * xs, q + s * stride);
+  for (int64_t s = 0; s < count; ++s) scales[s] = quantise(m.cols, x + s * xs, q + s * qs);
   if (m.rank) {
-    product<false>(m.v, count, q, stride, scales, z, zs);
-    for (int64_t s = 0; s < count; ++s) scales[s] = quantise(m.rank, z + s * zs, q + s * stride);
+    product<false>(m.v, count, {q, qs, scales, nullptr, 0, z, zs});
+    for (int64_t s = 0; s < count; ++s) scales[s] = quantise(m.rank, z + s * zs, q + s * qs);
   }
-  for (int g = 0; g < m.gates; ++g) product<true>(m.u[g], count, q + m.u[g].first, stride, scales, y[g], ys);
+  for (int g = 0; g < m.gates; ++g) {
+    const float* base = constant ? constant + g * m.rows : y[g];
+    product<true>(m.u[g], count, {q + m.u[g].first, qs, scales, base, constant ? 0 : ys, y[g], ys});
+  }
 }
 
 const Int8Kernels& int8_kernels() {

@@ -73,9 +73,11 @@ struct CheckedInt8 {
     matrix = layout.placed(const_cast<int8_t*>(data<int8_t>(memory)));
   }
 
-  // y (rows, stride ys) += x (W + rest)^T, on all threads.
-  void multiply(int64_t rows, const float* x, float* y, int64_t ys, const Matrix<float>* rest = nullptr) const {
-    constexpr int64_t kRows = 48;  // that share what is read of the matrix
+  static constexpr int64_t kRows = 48;  // of x that share what is read of the matrix
+
+  // y (rows, stride ys) = constant + x (W + rest)^T, on all threads; constant (gates * rows,).
+  void multiply(int64_t rows, const float* x, const float* constant, float* y, int64_t ys,
+      const Matrix<float>* rest = nullptr) const {
     const Int8Matrix& m = matrix;
     const int64_t tiles = (rows + kRows - 1) / kRows;
     const int64_t workers = std::min(threads_for(rows * m.gates * m.rows * m.depth()), tiles);
@@ -85,7 +87,7 @@ struct CheckedInt8 {
         float* to[kMaxGates];
         for (int g = 0; g < m.gates; ++g) to[g] = y + i * ys + g * m.rows;
         const int64_t count = std::min(kRows, end - i);
-        int8_kernels().multiply(m, count, x + i * m.cols, m.cols, to, ys, scratch.data());
+        int8_kernels().multiply(m, count, x + i * m.cols, m.cols, constant, to, ys, scratch.data());
         if (rest) kernels<float>().product(*rest, count, x + i * m.cols, m.cols, to, ys, scratch.data());
       }
     });

@@ -80,9 +80,7 @@ struct Int8Input {
           Place{false, 0, ScalarType::Float});
   }
   void write(int64_t count, const float* x, const float* constant, float* gates, int64_t ld) const {
-    const int64_t width = matrix.matrix.gates * matrix.matrix.rows;
-    for (int64_t i = 0; i < count; ++i) std::copy_n(constant, width, gates + i * ld);
-    matrix.multiply(count, x, gates, ld, rest ? &rest->matrix : nullptr);
+    matrix.multiply(count, x, constant, gates, ld, rest ? &rest->matrix : nullptr);
   }
 };
 
@@ -159,7 +157,10 @@ template <class T> States run(const ForwardTensors& given, const Place& place, c
   const bool in_workspace = given.training && s.saved > 0, in_out = width == H && !in_workspace;
   // A row of gates: those of the workspace but for c, so that the GRU has room for W_hn h + b_hn beside n.
   s.gates_ld = in_workspace ? s.saved * H : kind == kGru ? 4 * H : width;
-  const int64_t most = rows <= kFewRows ? rows : std::min(rows, std::max(chunk_rows<T>(width, 48), batch));
+  const int64_t at_once = int8 ? CheckedInt8::kRows * torch::stable::get_num_threads()
+      : rows <= kFewRows       ? rows
+                               : chunk_rows<T>(width, 48);
+  const int64_t most = std::min(rows, std::max(at_once, batch));
   Buffer<T> gates(in_out || in_workspace ? 0 : most * s.gates_ld);
 
   const Tiles tiles(batch, w.matrix, true, int8 != nullptr);

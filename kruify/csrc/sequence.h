@@ -125,7 +125,7 @@ inline void forward(const Sequence<T>& s, int64_t t0, int64_t t1, int64_t b0, in
       const T* before = s.h + (b0 + b) * H;
       product(m, next - b, before, H, y, ys, scratch);
       if constexpr (sizeof(T) == 4)
-        if (s.int8) int8_kernels().multiply(*s.int8, next - b, before, H, y, ys, scratch + m.scratch);
+        if (s.int8) int8_kernels().multiply(*s.int8, next - b, before, H, nullptr, y, ys, scratch + m.scratch);
       for (int g = 0; g < m.gates; ++g) y[g] += s.together * ys;
       for (int64_t k = b; k < next; ++k) {
         T *h = s.h + (b0 + k) * H, *out = s.out + (row + k) * H;

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from dataclasses import dataclass
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.weak import WeakIdKeyDictionary
 
 from kruify.layers.backend import Sequences, Weights, run_each_direction
 from kruify.layers.computed import computes
@@ -53,27 +51,24 @@ def step(layer: RecurrentLayer | KRUCellBase, weights: Weights, x: Tensor, state
 def names_in_integers(layer: RecurrentLayer | KRUCellBase, weights: Weights) -> list[str]:
     """Of what the kernels serve (`serves`) the weights that they multiply with in integers: weight_hh, and weight_ih
     where it is stored so and has no diagonal."""
-    inputs: Any = weights["weight_ih"]
-    diagonal = inputs.parts_beside_terms()[0] if isinstance(inputs, KroneckerMatrix) else None
-    own = _is_int8(inputs, dense_stored_as(layer, "int8")) and diagonal is None
-    return ["weight_hh", *["weight_ih"] * own]
+    return ["weight_hh", *["weight_ih"] * _input_in_integers(weights, dense_stored_as(layer, "int8"))]
 
 
 def serves(layer: RecurrentLayer | KRUCellBase, x: Tensor, state: State = ()) -> bool:
     """Whether the eight-bit kernels compute the layer or cell: its recurrent matrices are stored as int8, dense or of
     low rank (with a diagonal and a sparse residual, if any), all is float32 on the CPU, and nobody asks for
     derivatives."""
-    dense = dense_stored_as(layer, "int8")
-    if not all(_is_int8(weight, dense) for weight in layer.recurrent_weights()):
+    dense, recurrent = dense_stored_as(layer, "int8"), layer.recurrent_weights()
+    if not all([_is_int8(weight, dense) for weight in recurrent]):
         return False
-    if getattr(layer, "proj_size", 0) or layer.kernel_kind in MODRELU or not x.is_cpu or not has_kernel("cpu"):
+    if getattr(layer, "proj_size", 0) or layer.kernel_kind in MODRELU or not has_kernel("cpu"):
         return False
     if traced() or torch.is_autocast_enabled("cpu"):
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state, *layer.parameters())):
         return False
-    weights: list[Weight] = [x, *dense, *layer.recurrent_weights()]
-    return all(w.dtype == torch.float32 and w.device.type == "cpu" for w in weights)
+    weights: list[Weight] = [x, *dense, *recurrent]
+    return all([w.dtype == torch.float32 and w.device.type == "cpu" for w in weights])
 
 
 def _is_int8(weight: Weight | None, dense: list[Tensor]) -> bool:
@@ -82,11 +77,26 @@ def _is_int8(weight: Weight | None, dense: list[Tensor]) -> bool:
         return any(weight is stored and weight.shape[1] <= _DEPTH for stored in dense)
     if weight.storage != "int8":
         return False
-    terms = weight.term_list()
-    if weight.cols > _DEPTH or sum(term.term.rank for term in terms) > _DEPTH:
+    form = form_of(weight)
+    if form.low_rank is None:
+        form.low_rank = _is_low_rank(weight)
+    return form.low_rank
+
+
+def _is_low_rank(matrix: KroneckerMatrix) -> bool:
+    """Whether every gate is a sum of outer products, with what stands beside the terms."""
+    terms = matrix.term_list()
+    if matrix.cols > _DEPTH or sum(term.term.rank for term in terms) > _DEPTH:
         return False
     covered = {gate for term in terms for gate in term.gates}
-    return all(_outer(term) is not None for term in terms) and covered == set(range(weight.gates))
+    return all(_outer(term) is not None for term in terms) and covered == set(range(matrix.gates))
+
+
+def _input_in_integers(weights: Weights, dense: list[Tensor]) -> bool:
+    weight: Any = weights["weight_ih"]
+    if isinstance(weight, KroneckerMatrix) and weight.parts_beside_terms()[0] is not None:
+        return False
+    return _is_int8(weight, dense)
 
 
 def _outer(term: KroneckerTerm) -> tuple[int, int] | None:
@@ -107,60 +117,97 @@ def _run_direction(
     reverse: bool,
 ) -> tuple[Tensor, State]:  # outputs (sum of batch_sizes, size), final state
     w: Any = weights
-    weight_ih, weight_hh, gates = w["weight_ih"], w["weight_hh"], GATES[kind]
-    first: tuple[Any, ...] = (None, [], None, None)  # data is the input's share of the gates
-    diagonal, *residual = weight_ih.parts_beside_terms() if isinstance(weight_ih, KroneckerMatrix) else (None,) * 3
-    if _is_int8(weight_ih, dense) and diagonal is None:
-        first = (*packed(weight_ih, gates), *residual)
-    elif isinstance(weight_ih, KroneckerMatrix):
+    arguments, weight_ih = _arguments(kind, dense, weights), w["weight_ih"]
+    if arguments.input[0] is None and isinstance(weight_ih, KroneckerMatrix):
         form, rest = form_of(weight_ih), weight_ih.parts_beside_terms()
         data = multiply(form.assembly, precision.FLOAT32, data, None, rest, parameters_of(weight_ih, form))
-    else:
+    elif arguments.input[0] is None:
         data = F.linear(data, weight_ih)
-    kronecker = isinstance(weight_hh, KroneckerMatrix)
-    rest = weight_hh.parts_beside_terms() if kronecker else (None, None, None)
-    hidden, diagonal_gates = state[0].shape[1], weight_hh.diagonal_gates if kronecker else ()
     out, h, c = _ops.int8_recurrence.default(
-        *(data, *first, w["bias_ih"], batch_sizes, state[0], state[1] if kind == "lstm" else None),
-        *packed(weight_hh, gates),
-        *([], *rest, w["bias_hh"], Layout(gates, hidden, hidden, diagonal_gates, ()).encode(), kind, reverse),
+        *(data, *arguments.input, w["bias_ih"], batch_sizes, state[0], state[1] if kind == "lstm" else None),
+        *(*arguments.recurrent, w["bias_hh"], arguments.layout, kind, reverse),
     )
     return out, (h, c) if kind == "lstm" else (h,)
 
 
-@dataclass(frozen=True)
-class _Packed:
-    memory: Tensor
-    layout: list[int]
-    made_of: list[Tensor]  # kept alive, so that no other tensor takes their places in memory
-    stamp: object
+class _Arguments:
+    """What the operator is given of the weights of one layer and direction; it is put together once.
+
+    Attributes:
+        input: W_ih and its sparse residual; empty where the input's share of the gates is computed before.
+        recurrent: W_hh and what is added to its product.
+        layout: of what is added.
+        lasting: whether they can be kept: no parameter is computed from others, and all count their versions.
+    """
+
+    input: tuple[Any, ...] = (None, [], None, None)
+
+    def __init__(self, kind: str, dense: list[Tensor], weights: Weights) -> None:
+        w: Any = weights
+        weight_ih, weight_hh, gates = w["weight_ih"], w["weight_hh"], GATES[kind]
+        ours: dict[str, Weight] = {"weight_hh": weight_hh}
+        if _input_in_integers(weights, dense):
+            ours["weight_ih"] = weight_ih
+            self.input = (*packed(weight_ih, gates), *_beside(weight_ih)[1:])
+        diagonal, *residual = _beside(weight_hh)
+        self.recurrent = (*packed(weight_hh, gates), [], diagonal, *residual)
+        diagonal_gates = () if diagonal is None else weight_hh.diagonal_gates
+        rows, cols = weight_hh.shape
+        self.layout = Layout(gates, rows // gates, cols, diagonal_gates, ()).encode()
+
+        self.places: list[tuple[dict[str, Any], str, object]] = []  # of all parts of Kronecker matrices, and the parts
+        matrices = [m for m in ours.values() if isinstance(m, KroneckerMatrix)]
+        for matrix in matrices:
+            self.places.append((vars(matrix), "storage", matrix.storage))
+            for module in matrix.modules():
+                for place in (module._parameters, module._buffers, module._modules):
+                    self.places += [(place, name, part) for name, part in place.items()]
+        # Kept alive, so that no other takes their places in memory; but not W_hh, by which this is found.
+        self.others = [weight for weight in (*w.values(), *dense) if weight is not weight_hh]
+        self.factors = [part for _, _, part in self.places if isinstance(part, nn.Parameter)]
+        self.dense = [name for name, weight in ours.items() if isinstance(weight, Tensor)]
+        made_of = [*self.factors, *(w[name] for name in self.dense)]
+        self.end: object = None  # a weak reference to W_hh
+        self.lasting = not any(map(computes, matrices)) and not any(t.is_inference() for t in made_of)
+        if self.lasting:
+            self.stamp = self._stamp(dense, weights)
+
+    def _stamp(self, dense: list[Tensor], weights: Weights) -> object:
+        made_of: Any = [*self.factors, *[weights[name] for name in self.dense]]
+        ids = [id(weight) for weight in (*weights.values(), *dense)]
+        return ids, [(t._version, t.data_ptr()) for t in made_of], _ops.fingerprint.default(made_of)
+
+    def hold(self, dense: list[Tensor], weights: Weights) -> bool:
+        """Whether the weights still are what these were made of."""
+        for place, name, part in self.places:
+            if place.get(name) is not part:
+                return False
+        return self.stamp == self._stamp(dense, weights)
 
 
-_kept: MutableMapping[Weight, _Packed] = WeakIdKeyDictionary()
+_kept: dict[int, _Arguments] = {}  # by the identity of W_hh, which takes its entry with it
+
+
+def _arguments(kind: str, dense: list[Tensor], weights: Weights) -> _Arguments:
+    """Made anew when a parameter has changed. Changes that count no version (through `.data`) are seen where they reach
+    one of the elements, 64 or more, of a parameter that are looked at."""
+    place = id(weights["weight_hh"])
+    found = _kept.get(place)
+    if found is None or not found.hold(dense, weights):
+        found = _Arguments(kind, dense, weights)
+        if found.lasting:
+            found.end = weakref.ref(weights["weight_hh"], lambda _: _kept.pop(place, None))
+            _kept[place] = found
+    return found
+
+
+def _beside(weight: Weight) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Diagonal, sparse residual and its index, as far as they are there."""
+    return weight.parts_beside_terms() if isinstance(weight, KroneckerMatrix) else (None, None, None)
 
 
 def packed(weight: Weight, gates: int) -> tuple[Tensor, list[int]]:
-    """A weight as the eight-bit operators take it: memory and layout. They are kept while its parameters are what they
-    were. Changes that count no version (through `.data`) are seen where they reach one of the elements, 64 or more, of
-    a parameter that are looked at.
-    """
-    made_of: list[Tensor] = [weight] if isinstance(weight, Tensor) else []
-    if isinstance(weight, KroneckerMatrix):
-        for term in weight.term_list():
-            made_of += [p for p in (*term.factors._parameters.values(), term.scale) if p is not None]
-        if computes(weight):  # from a mask, say, that may change
-            return _pack(weight, gates)
-    if any(t.is_inference() for t in made_of):  # counts no versions
-        return _pack(weight, gates)
-    counts = tuple((id(t), t.data_ptr(), t._version) for t in made_of)
-    stamp = (counts, _ops.fingerprint.default(made_of))
-    kept = _kept.get(weight)
-    if kept is None or kept.stamp != stamp:
-        kept = _kept[weight] = _Packed(*_pack(weight, gates), [t for t in made_of if t is not weight], stamp)
-    return kept.memory, kept.layout
-
-
-def _pack(weight: Weight, gates: int) -> tuple[Tensor, list[int]]:
+    """A weight as the eight-bit operators take it: memory and layout."""
     first, second, layout = matrices(weight, gates)
     return _ops.int8_pack.default(first, second, layout), layout
 

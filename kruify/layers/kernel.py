@@ -31,6 +31,7 @@ class Form:
     plans: list[TermPlan]
     cost: float  # of the terms and the diagonal
     dense: float  # of W itself
+    low_rank: bool | None = None  # as the eight-bit kernels take it; None: nobody has asked
 
     @property
     def layout(self) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -215,11 +216,13 @@ class KroneckerMatrix(nn.Module):
         return self._some_parameter().device
 
     def _some_parameter(self) -> Tensor:
-        for term in self.terms._modules.values():  # self.parameters() would take ten times as long
-            for factor in term.factors._parameters.values():  # type: ignore[union-attr]
+        terms: Any = self._modules["terms"]  # self.parameters() would take twenty times as long
+        for term in terms._modules.values():
+            factors = term._modules["factors"]
+            for factor in factors._parameters.values():
                 if factor is not None:
-                    return factor
-            return term.factors[0]  # type: ignore[index]  # a replica of DataParallel
+                    return factor  # type: ignore[no-any-return]
+            return factors[0]  # type: ignore[no-any-return]  # a replica of DataParallel
         return self.diagonal if self.overlay is None else self.overlay.values  # type: ignore[return-value]
 
     def __prepare_scriptable__(self) -> None:  # torch.jit.script asks every module for it

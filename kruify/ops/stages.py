@@ -36,7 +36,7 @@ def plan(shapes: tuple[Shape, ...], products: int, sharing: int = 1) -> TermPlan
     """The cheapest stages for `products` (gates x rank) Kronecker products of these factor shapes. Where `sharing`
     gates have the trailing factor in common it is applied once, unless it is merged with others."""
     order = tuple(range(len(shapes)))
-    if len(shapes) == 2 and shapes[0][0] == shapes[1][1] == 1:
+    if sharing == 1 and len(shapes) == 2 and shapes[0][0] == shapes[1][1] == 1:
         order = (1, 0)  # a row times a column: the factors commute, and the column comes first
     ordered = [shapes[i] for i in order]
     candidates = []

@@ -57,8 +57,9 @@ def finetune(
     float32 and rounded at the end; `metrics` are those of the rounded weights.
 
     Args:
-        teacher: the dense network to learn from; it is left alone. The options of the recipe that compare with a
-            teacher have no effect without one.
+        teacher: the dense network to learn from; it is left alone. Once the network validates better than its teacher
+            it learns from the labels alone. The options of the recipe that compare with a teacher have no effect
+            without one.
         recipe: all options; None for the default recipe.
         resume: a folder that holds the state of the run. If it is empty or missing the run begins, else it continues
             and gives the same bits as if it had never been interrupted.
@@ -93,7 +94,7 @@ def finetune(
         recipe,
         processes,
         pruning=pruning,
-        taught=teacher is not None,
+        teacher=teacher,
         evaluate_first=evaluate_first,
         conditioning=conditioning,
         logs=Logs(log_dir, tensorboard) if log_dir is not None and processes.is_main else None,
@@ -117,7 +118,8 @@ def phases(model: nn.Module, task: Task, teacher: nn.Module | None, recipe: Reci
         return [Phase("train", recipe.epochs, recipe.lr, supervised)]
     distillation = Distillation(model, teacher, task, recipe)
     healed, lr = distillation.layer_parameters(), recipe.heal_lr or recipe.lr
+    alone = supervised if 0 < recipe.distill_logits < 1 else None  # with 1 there may be no labels
     return [
         Phase("heal", recipe.heal_epochs, lr, distillation.layerwise_loss, healed),
-        Phase("train", recipe.epochs, recipe.lr, distillation.loss),
+        Phase("train", recipe.epochs, recipe.lr, distillation.loss, alone=alone),
     ]

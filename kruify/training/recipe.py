@@ -38,7 +38,8 @@ class Recipe:
         distill_logits: weight a of the teacher in the loss (1 - a) * task loss + a * distance from the teacher's
             outputs; 1 with `distill_until=None` uses no labels.
         distill_until: share of the run after which a has been annealed linearly to zero, so that the network can
-            become better than its teacher (teacher annealing, Clark et al. 2019); None keeps it constant.
+            become better than its teacher (teacher annealing, Clark et al. 2019); None keeps it constant. A teacher
+            that the network has overtaken on "valid" is left, unless a is 1.
         sparse_start: share of a matrix that its sparse residual begins with, taken from the teacher's dense matrix;
             gradual pruning brings it to its own size while training. 0 leaves sparse residuals as they are.
         heal_epochs: epochs of layer-wise training before all else: every converted layer by itself learns to map the

@@ -39,6 +39,7 @@ class RunState:
         stale: validations since the best one.
         loss_sum, weight_sum: over the current epoch, of the batches' losses by their weights.
         skipped: steps in a row, up to now, without a finite gradient.
+        alone: whether the network is better than its teacher and learns without it.
         seconds: time spent.
     """
 
@@ -52,6 +53,7 @@ class RunState:
     skipped: int = 0
     seconds: float = 0.0
     stopped_early: bool = False
+    alone: bool = False
 
 
 @dataclass

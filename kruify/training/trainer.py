@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,6 +49,8 @@ class Phase:
         lr: peak learning rate.
         objective: batch (on the device), share of the phase that is over -> scalar loss.
         only: names of the parameters that it trains; None for all.
+        alone: the objective from the validation on in which the network is better than its teacher; None where it
+            stays the same.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Phase:
     lr: float
     objective: Callable[[Any, float], Tensor]
     only: Collection[str] | None = None
+    alone: Callable[[Any, float], Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -63,7 +67,7 @@ class Trainer:
 
     Attributes:
         phases: those of no epochs are left out.
-        taught: whether there is a teacher; a run is not continued without the one that it began with.
+        teacher: a run is not continued without the one that it began with.
         The others are those of `finetune`.
     """
 
@@ -73,7 +77,7 @@ class Trainer:
     recipe: Recipe
     processes: Processes
     pruning: GradualPruning | None = None
-    taught: bool = False
+    teacher: nn.Module | None = None
     evaluate_first: bool = True
     conditioning: bool = False
     logs: Logs | None = None
@@ -99,7 +103,7 @@ class Trainer:
             "recipe": self.recipe.to_json(),
             "shapes": {n: list(p.shape)[n.endswith("overlay.values") :] for n, p in self.model.named_parameters()},
             "batches": [self.batches, self.per_step],
-            "teacher": self.taught,
+            "teacher": self.teacher is not None,
             "storage": marks(self.model),
         }
 
@@ -211,8 +215,23 @@ class Trainer:
         lr = phase.lr * lr_factor(self.recipe.schedule, end / steps, self.recipe.warmup)
         self._validate(phase.name, lr)
         self._report(phase)
+        if phase.alone is not None and not state.alone and end < steps:
+            state.alone = self._overtaken()
         state.stopped_early = 0 < self.recipe.patience <= state.stale
         self._save()
+
+    def _overtaken(self) -> bool:
+        """Whether the weights that validated best are better than the teacher's: it would hold them back."""
+        best, metric = self.state.best, self.task.metric
+        if best is None:
+            return False
+        return better(best.metrics[metric], self._teacher_metrics[metric], self.task.higher_is_better)
+
+    @cached_property
+    def _teacher_metrics(self) -> dict[str, float]:
+        teacher = self.teacher
+        assert teacher is not None
+        return self.processes.from_main(lambda: measure(self.task, teacher, "valid", known=True))
 
     def _one_step(self, phase: Phase, batches: list[Batch], progress: float) -> None:
         assert self.optimizer is not None
@@ -241,12 +260,13 @@ class Trainer:
             the sums of the batches' weights, and of their losses by these.
         """
         state = self.state
+        objective = phase.alone if state.alone and phase.alone is not None else phase.objective
         weight_sum = loss_sum = 0.0
         for number, batch in batches:
             seed_all(self.recipe.seed, "step", state.phase, state.step // self.steps_per_epoch, number)
             weight = check_weight(self.task.weight(batch), self.task)
             with self.processes.autocast():
-                loss = check_loss(phase.objective(to_device(batch, self.processes.device), progress), self.task)
+                loss = check_loss(objective(to_device(batch, self.processes.device), progress), self.task)
             (loss if weight == 1.0 else loss * weight).backward()  # type: ignore[no-untyped-call]
             weight_sum, loss_sum = weight_sum + weight, loss_sum + weight * float(loss.detach())
         weight_sum, loss_sum = self.processes.sum_gradients(trained, [weight_sum, loss_sum])

@@ -160,6 +160,16 @@ def test_a_size_without_divisors(folder, run, run_json):
     assert "Not ready to use" in run("convert", "prime.pt", "--factors", spec).stdout
 
 
+@pytest.mark.parametrize(("spec", "little"), [("2x2", True), ("8*(32x1,1x32)", False)])
+def test_factors_that_keep_next_to_nothing_are_named(folder, run, run_json, spec, little):
+    torch.manual_seed(0)
+    torch.save(nn.LSTM(4, 32).state_dict(), "lstm.pt")
+    text = run("convert", "lstm.pt", "--factors", spec).stdout
+    matrices = run_json("convert", "lstm.pt", "--factors", spec)["matrices"]
+    kept = sum(gate["energy"] for gate in matrices) / len(matrices)
+    assert (f"The factors keep {100 * kept:.1f} % of the energy" in text) is little
+
+
 def test_a_full_disk_while_exporting(folder, run, monkeypatch):
     def full(self, data):
         raise OSError(28, "No space left on device", str(self))

@@ -39,6 +39,11 @@ def load(layer: KRUGRU | KRULSTM, x: Tensor) -> None:
     layer.load_state_dict(state)
 
 
+def assign(layer: KRUGRU | KRULSTM, x: Tensor) -> None:
+    state = {n: t * 2 if t.is_floating_point() else t for n, t in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+
+
 def through_data(layer: KRUGRU | KRULSTM, x: Tensor) -> None:
     for parameter in layer.parameters():
         parameter.data.mul_(2)  # counts no version
@@ -60,7 +65,7 @@ def move_overlay(layer: KRUGRU | KRULSTM, x: Tensor) -> None:
     all_pairs(
         backend=("dense", "kernel"),
         kind=(KRUGRU, KRULSTM),
-        change=(fused_step, step, load, move_overlay, through_data, in_inference_mode),
+        change=(fused_step, step, load, assign, move_overlay, through_data, in_inference_mode),
     ),
 )
 def test_a_change_is_seen(
@@ -90,7 +95,7 @@ class TestInt8:
         mark(layer, {"weight_ih_l0": "int8", "weight_hh_l0": "int8"})
         return layer
 
-    @pytest.mark.parametrize("change", [fused_step, step, load, move_overlay, through_data, in_inference_mode])
+    @pytest.mark.parametrize("change", [fused_step, step, load, assign, move_overlay, through_data, in_inference_mode])
     def test_a_change_is_seen(self, change: Callable[[KRUGRU | KRULSTM, Tensor], None]) -> None:
         layer, twin = (self.layer("3*(16x1,1x16)+sparse:10%") for _ in range(2))
         torch.nn.init.normal_(layer.weight_hh_l0.overlay.values)

@@ -22,13 +22,14 @@ SPECS = {  # of GATES x 16 rows and 16 columns
     "pair": "stacked:2*({1}x4,4x4)",
     "chain": "stacked:2*({2}x2,2x4,4x2)",
     "one factor": "stacked:{0}x16",
+    "rows in common": "stacked:2*({3}x16,16x1)",
     "sum": "stacked:2*({0}x1,1x16)+{1}x2,4x8+sparse:6%:2",
     "overlay alone": "stacked:sparse:6%:1",
 }
 
 
 def spec_of(name: str, gates: int) -> str:
-    return SPECS[name].format(gates * 16, gates * 4, gates * 2)
+    return SPECS[name].format(gates * 16, gates * 4, gates * 2, gates)
 
 
 def oracle(matrix: KroneckerMatrix) -> Tensor:

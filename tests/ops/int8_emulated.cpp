@@ -42,6 +42,14 @@ static inline void store_lanes(float* p, uint32_t mask, __m512 v) {
   for (int i = 0; i < 16; ++i)
     if (mask >> i & 1) p[i] = all[i];
 }
+static inline __m128i low_bytes(__m512i v) {
+  int32_t all[16];
+  int8_t low[16];
+  memcpy(all, &v, sizeof all);
+  for (int i = 0; i < 16; ++i) low[i] = int8_t(all[i]);
+  return simde_mm_loadu_si128(low);
+}
+#define _mm512_cvtepi32_epi8 low_bytes
 #define _mm512_maskz_loadu_ps load_lanes
 #define _mm512_mask_storeu_ps store_lanes
 #define __AVX512F__ 1
@@ -84,7 +92,7 @@ static std::vector<float> product(const Int8Kernels& kernels, int64_t rows, int6
   m.u[0] = pack(kernels, rows, rank ? rank : cols, u, memory[1]);
   std::vector<float> y(count * rows, 1.0f), scratch(int8_scratch(m, count));
   float* to[] = {y.data()};
-  kernels.multiply(m, count, x.data(), cols, to, rows, scratch.data());
+  kernels.multiply(m, count, x.data(), cols, nullptr, to, rows, scratch.data());
   return y;
 }
 

@@ -107,6 +107,58 @@ def test_annealing_goes_along_with_the_run() -> None:
     assert [entry.loss for entry in result.history] == pytest.approx([sum(shares[:6]) / 6, sum(shares[6:]) / 6])
 
 
+class Graded(LayeredDelay):
+    """The teacher validates at 0.5, a network at what is given for each of its epochs."""
+
+    def __init__(self, teacher: nn.Module, grades: list[float]) -> None:
+        super().__init__()
+        self.teacher, self.grades, self.taught = teacher, list(grades), 0
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        return {"accuracy": 0.5 if model is self.teacher else self.grades.pop(0)}
+
+    def forward(self, model: nn.Module, batch: Any) -> Tensor:
+        self.taught += not any(p.requires_grad for p in model.parameters())
+        return super().forward(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("grades", "options", "taught_epochs"),
+    [
+        ([0.4, 0.6, 0.4, 0.4], {}, 2),  # once better than the teacher it goes on alone, whatever comes
+        ([0.4, 0.5, 0.4, 0.4], {}, 4),  # as good is not better
+        ([0.6, 0.6, 0.6, 0.6], {"distill_logits": 1.0}, 4),  # there may be no labels
+    ],
+)
+def test_a_teacher_that_the_network_has_overtaken_is_left(
+    grades: list[float], options: dict[str, Any], taught_epochs: int
+) -> None:
+    _, teacher, student = pair()
+    task = Graded(teacher, grades)
+    run = {**QUICK, "epochs": 4, "distill_until": None, "evaluate_first": False, **options}
+    finetune(student, task, teacher=teacher, **run)
+    assert task.taught == 6 * taught_epochs
+
+
+def test_a_resumed_run_knows_that_it_left_its_teacher(tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def interrupt(done: float, total: float, phase: str) -> None:
+        if done == 8:
+            raise Stop
+
+    _, teacher, student = pair()
+    run = {**QUICK, "epochs": 3, "distill_until": None, "evaluate_first": False, "save_seconds": 0}
+    whole = finetune(copy.deepcopy(student), Graded(teacher, [0.6, 0.4, 0.4]), teacher=teacher, **run)
+    with pytest.raises(Stop):
+        task = Graded(teacher, [0.6, 0.4])
+        finetune(copy.deepcopy(student), task, teacher=teacher, resume=tmp_path, progress=interrupt, **run)
+    task = Graded(teacher, [0.4, 0.4])
+    again = finetune(copy.deepcopy(student), task, teacher=teacher, resume=tmp_path, **run)
+    assert task.taught == 0 and [e.loss for e in again.history] == [e.loss for e in whole.history]
+
+
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid", "values"])
 def test_output_distance_is_zero_at_the_teacher_and_grows(kind: str) -> None:
     torch.manual_seed(0)
