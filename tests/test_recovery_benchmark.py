@@ -11,13 +11,17 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from torch import nn
+
+from kruify.conversion.locate import locate
+from kruify.errors import PlanError
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "recovery"
 
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
-    names = ("measurements", "timing", "grid", "train", "report", "run")
+    names = ("measurements", "timing", "files", "grid", "train", "latency", "report", "run")
     kept = {name: sys.modules.pop(name, None) for name in names}
     monkeypatch.syspath_prepend(FOLDER.parent)
     monkeypatch.syspath_prepend(FOLDER)
@@ -46,10 +50,13 @@ def test_runs_are_trained_recorded_once_and_reported(
         return f"copy-memory:T=5,cell=gru,hidden={hidden},train_examples=64"
 
     short = {"epochs": 1, "lr": 4e-3}
-    small = replace(grid.TASKS["jsb"], name=named(16), hidden=16, teacher=short, student=short, smaller=named)
+    small = replace(
+        grid.TASKS["jsb"], name=named(16), hidden=16, teacher=short, student=short, converged=short, smaller=named
+    )
     monkeypatch.setitem(grid.TASKS, "jsb", small)
     monkeypatch.setattr(run, "HERE", tmp_path)
     wanted = ["jsb:recipe-low-rank-sparse:4", "jsb:recipe:4", "jsb:smaller:4", "jsb:recipe-pruned:4w"]
+    wanted += ["jsb:converged", "jsb:bytes-smaller:1"]
     monkeypatch.setattr(sys, "argv", ["run.py", *wanted, "--cache", str(tmp_path / "cache")])
     run.main()
     file = tmp_path / "jsb" / "runs.jsonl"
@@ -59,10 +66,29 @@ def test_runs_are_trained_recorded_once_and_reported(
     assert all({"machine", "commit", "seed", "valid", "test", "options"} <= set(row) for row in rows.values())
     assert len(rows["jsb/4x/recipe-s0"]["candidates"]) == 2
     assert rows["jsb/4x/recipe-low-rank-sparse-s0"]["recurrent_parameters"] <= 3 * 16 * 16 / 4
+    dense, smaller = rows["jsb/1x/converged-s0"], rows["jsb/1x/bytes-smaller-s0"]
+    assert dense["int8"]["bytes"] > 0 < dense["rounded"]["bytes"] and smaller["options"]["epochs"] == 2
+    assert smaller["bytes"] <= 4 * dense["parameters"]
     page = (tmp_path / "results.md").read_text()
-    assert page.count("copy-memory") == 1 and "| magnitude pruning, default recipe, 4x (whole model) | 1 |" in page
+    assert page.count("copy-memory") == 2 and "| magnitude pruning, default recipe, 4x (whole model) | 1 |" in page
     run.main()
     assert file.read_text() == text, "a finished run is not run again"
+    monkeypatch.setattr(modules["latency"], "SECONDS", 0.01)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--latency"])
+    run.main()
+    (timed,) = (row for row in map(json.loads, file.read_text().splitlines()) if row["run"] == dense["run"])
+    assert timed["latency_ms_per_step"]["32"] > 0 < timed["int8"]["latency_ms_per_step"]["1"]
+
+
+@pytest.mark.parametrize("kind", ["low_rank_of_stack", "low_rank_and_blocks", "largest_entries"])
+def test_a_structure_takes_the_bytes_that_it_may(modules: dict[str, ModuleType], kind: str) -> None:
+    files, dense = modules["files"], nn.GRU(64, 64)
+    plan = getattr(files, kind)(dense, "size=6x")
+    size = (files.PrunedSize if kind == "largest_entries" else files.FileSize)(dense.state_dict(), locate(dense).layers)
+    limit = size.limit("size=6x")
+    assert 0.95 * limit < size.of(plan) <= limit
+    with pytest.raises(PlanError, match="no file of this kind is so small"):
+        getattr(files, kind)(dense, "size=100x")
 
 
 def test_a_method_whose_code_is_gone_is_refused(modules: dict[str, ModuleType]) -> None:

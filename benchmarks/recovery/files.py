@@ -86,7 +86,7 @@ def smaller_hidden(model_of: Callable[[int], nn.Module], limit: int) -> int:
 
 
 def _largest(file: FileSize, budget: str, make: Callable[[float], Plan | None]) -> Plan:
-    found = largest_within(file, budget, make)
+    found = largest_within(file.limit(budget), file.of, make)
     if found is None:
         raise PlanError("no file of this kind is so small", f"budget {budget}")
     return found

@@ -4,7 +4,7 @@
     python benchmarks/recovery/run.py g2p:low-rank:16:0:5       single runs: task:method:times:seed:epochs:changes
     python benchmarks/recovery/run.py --list                    the grid, and what of it is done
     python benchmarks/recovery/run.py --report                  results.md from what is done
-    python benchmarks/recovery/run.py --latency                 measure what is done at B=1 and 32 (on an idle machine)
+    python benchmarks/recovery/run.py --latency                 measure what is done by bytes at B=1 and 32
 
 A finished run is one line of <task>/runs.jsonl, which git keeps; it is not run again. An interrupted run continues
 where it stood. Weights and states lie in --cache, and can be made again.
@@ -20,17 +20,15 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import latency  # noqa: E402
 import report  # noqa: E402
 import torch  # noqa: E402
-from grid import METHODS, TASKS, Run, grid  # noqa: E402
+from grid import CONVERGED, METHODS, TASKS, Run, grid  # noqa: E402
 from measurements import Row, read, store  # noqa: E402
-from train import build, latency, train, weights_file  # noqa: E402
+from train import train, weights_file  # noqa: E402
 
-from kruify.conversion import swap  # noqa: E402
-from kruify.conversion.plan import Plan  # noqa: E402
 from kruify.errors import KruifyError  # noqa: E402
 from kruify.progress import Progress  # noqa: E402
-from kruify.tasks.loader import load_task  # noqa: E402
 
 
 def runs_file(task: str) -> Path:
@@ -76,22 +74,6 @@ def train_all(runs: list[Run], cache: Path, until: float) -> None:
             print(f"  valid {row['valid']} test {row['test']}", flush=True)
 
 
-def measure() -> None:
-    """Latency needs the structure alone, so networks trained on another machine can be measured here."""
-    for row in [row for task in TASKS for row in read(runs_file(task))]:
-        if row["method"].startswith("int8"):
-            continue
-        run = Run(row["task"], row["method"], row["times"], row["seed"], whole=row["whole"])
-        task = load_task(TASKS[run.task].name)
-        if "plan" in row:
-            model = swap(task.model(), Plan.from_json(row["plan"]))
-        else:
-            model, _ = build(run, task, task.model())
-        row["latency_ms_per_step"] = {str(b): round(latency(model, b), 4) for b in (1, 32)}
-        store(runs_file(run.task), row, "run")
-        print(row["run"], row["latency_ms_per_step"], flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="task:method:times:seed:epochs:changes; all of the grid if none")
@@ -109,7 +91,11 @@ def main() -> None:
             print("done" if known(run) else "    ", run.key)
         return
     if args.latency:
-        measure()
+        for task in TASKS:
+            if rows := [row for row in read(runs_file(task)) if METHODS[row["method"]].dense == CONVERGED]:
+                latency.measure(rows)
+                for row in rows:
+                    store(runs_file(task), row, "run")
     elif not args.report:
         train_all(runs, args.cache, time.time() + 60 * args.minutes)
     report.write([row for task in TASKS for row in read(runs_file(task))], HERE / "results.md")

@@ -8,14 +8,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from files import file_of, largest_entries, single_entries, smaller_hidden
 from grid import CONVERGED, INT8, METHODS, PER_GATE, TASKS, Run
 from measurements import Row, where_and_when
-from timing import best_times
 from torch import nn
 
 from kruify import convert, quantize, save
@@ -236,16 +234,3 @@ def counts(model: nn.Module) -> dict[str, int]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "recurrent_multiply_adds": multiply_adds,
     }
-
-
-@torch.no_grad()
-def latency(model: nn.Module, batch: int, steps: int = 32, seconds: float = 0.15) -> float:
-    """Milliseconds per time step of all recurrent layers together: one thread, `steps` steps per call, best of many."""
-    total = 0.0
-    for layer in recurrent_layers(model).values():
-        x = torch.randn(steps, batch, layer.input_size)
-        if layer.batch_first:
-            x = x.transpose(0, 1).contiguous()
-        layer.eval()
-        total += best_times({"layer": partial(layer, x)}, seconds)["layer"] / steps
-    return total
