@@ -177,7 +177,8 @@ template <class T> class CheckedMatrix {
       const int64_t rank = f ? term.rank : next->size(1);
       STD_TORCH_CHECK(rank >= 1 && rank < kHuge, "kruify: a term needs a rank above 0");
       term.rank = int(rank);
-      term.shared = !place.cuda && f && f == term.stages - 1 && term.gates > 1 && next->size(0) == 1;
+      const bool outer = term.stages == 2 && f == 1 && term.q[0] == 1 && next->size(2) == 1;
+      term.shared = (!place.cuda || outer) && f && f == term.stages - 1 && term.gates > 1 && next->size(0) == 1;
       term.w[f] = add(checked("a stage", *next, place, term.shared ? 1 : term.gates, rank, -1, -1));
       term.p[f] = next->size(2), term.q[f] = next->size(3);
       STD_TORCH_CHECK(term.p[f] >= 1 && term.q[f] >= 1, "kruify: a stage is empty");

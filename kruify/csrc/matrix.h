@@ -24,8 +24,8 @@ enum class TermKind : int {
   kChain,    // three stages
 };
 
-// W[gate] += sum_r stage0[g, r] (x) stage1[g, r] (x) ..., each stage (gates, rank, p, q). On the CPU gates may share
-// the trailing stage of two or three: it is then that of one gate, and so is what it makes of x.
+// W[gate] += sum_r stage0[g, r] (x) stage1[g, r] (x) ..., each stage (gates, rank, p, q). Gates may share the trailing
+// stage of two or three, on CUDA that of outer products: it is then that of one gate, and so is what it makes of x.
 template <class T> struct Term {
   int stages, gates, rank;
   bool shared;  // the trailing stage
@@ -63,6 +63,13 @@ template <class T> struct SparseResidual {
   const int64_t* blocks_by_column;
 };
 
+// All terms of outer products as two thin matrices: gate g is second[g] first[set of g], all gates of one set where
+// they have `first` in common, else each of its own.
+template <class T> struct LowRank {
+  int sets, rank;           // rank 0: not made, or no such term
+  const T *first, *second;  // (sets, rank, cols), (gates, rows, rank)
+};
+
 template <class T> struct Matrix {
   int gates;
   int64_t rows, cols;  // per gate
@@ -78,6 +85,7 @@ template <class T> struct Matrix {
   // For the CPU's kernels: offsets in a thread's arena of gradients and its size, and the elements of scratch that a
   // product with kTile samples needs, forward or backward.
   int64_t grad_diagonal, grad_residual, grad_bias, grad_size, scratch;
+  LowRank<T> low_rank;  // for the CUDA kernels, on the device
 
   const Term<T>* begin() const { return term; }
   const Term<T>* end() const { return term + terms; }

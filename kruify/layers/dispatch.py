@@ -56,42 +56,47 @@ def pick(layer: RecurrentLayer, steps: int, batch: int, x: Tensor) -> str:
     multiply-adds. Where they do not, forming W costs about one pass over it and a loop in Python a fixed time per step:
     one step alone (streaming) is faster with the factors; from the second step on torch's own kernel wins.
     """
-    batch = kernel.known_batch(batch)
     if not layer.torch_has_it:
         return "kernel" if kernel_serves(layer, x) else "reference"
-    if kernel_serves(layer, x):
-        if x.is_cuda:
-            return "kernel" if all(_templates_take(layer, x, k, d) for k, d in layer.directions()) else "dense"
+    known, served = kernel.known_batch(batch), kernel_serves(layer, x)
+    if served and not x.is_cuda:
         if torch.compiler.is_compiling() and dense.breaks_the_graph(layer, x):
             return "kernel"
-        gains = [_gain(matrix, layer.kind, batch) for matrix in layer.recurrent_weights()]
-        return "kernel" if min(gains) >= _needed_gain(layer, batch) else "dense"
-    if steps == 1 and batch <= 8 and layer.hidden_size >= 512:
+        gains = [_gain(matrix, layer.kind, known) for matrix in layer.recurrent_weights()]
+        return "kernel" if min(gains) >= _needed_gain(layer, known) else "dense"
+    if served and all(_cuda_takes(layer, x, batch, k, d) for k, d in layer.directions()):
+        return "kernel"
+    if not served and steps == 1 and known <= 8 and layer.hidden_size >= 512:
         return "reference"
+    if x.is_cuda:
+        kernel.say_dense()
     return "dense"
 
 
-def _templates_take(layer: RecurrentLayer, x: Tensor, k: int, d: int) -> bool:
-    """Whether the CUDA templates take this recurrence, and its share of a multiprocessor's shared memory suffices
-    (csrc/cuda/README.md has the limits). The general CUDA kernel takes all others, but is not expected to beat cuDNN on
-    the dense weight. No GPU has measured this yet: benchmarks/cuda_layers.py."""
+def _cuda_takes(layer: RecurrentLayer, x: Tensor, batch: int, k: int, d: int) -> bool:
+    """Whether one of the CUDA kernels that keep weights and state on the chip takes this recurrence, and its share of a
+    multiprocessor's shared memory suffices (csrc/cuda/README.md has the limits). The general CUDA kernel takes all
+    others, but is not expected to beat cuDNN on the dense weight. No GPU has measured this yet:
+    benchmarks/cuda_layers.py."""
     matrix = layer.weights(k, d)["weight_hh"]
     assert isinstance(matrix, KroneckerMatrix)
     plans, terms = kernel.form_of(matrix).plans, matrix.term_list()
+    if matrix.dtype != torch.float32 or matrix.overlay is not None:
+        return False
+    wanted, device = precision.of_products(x.device), x.device.index or 0
+    low_rank = kernel.low_rank(matrix)
+    if low_rank is not None:
+        batch = 64 if torch.compiler.is_compiling() else batch  # a program for any batch
+        return kernel.low_rank_pays(matrix.gates, matrix.rows, *low_rank, batch, training(), wanted, device)
     if (
-        matrix.dtype != torch.float32
-        or matrix.overlay is not None
-        or len(plans) != 1
+        len(plans) != 1
         or len(terms[0].gates) != matrix.gates
         or len(plans[0].shapes) != 2
         or any(p != q for p, q in plans[0].shapes)
     ):
         return False
     (rows1, _), (rows2, _) = plans[0].shapes
-    wanted = precision.of_products(x.device)
-    rank, device = terms[0].term.rank, x.device.index or 0
-    fits: bool = kernel.template_fits(matrix.gates, rank, rows1, rows2, training(), wanted, device)
-    return fits
+    return kernel.template_fits(matrix.gates, terms[0].term.rank, rows1, rows2, training(), wanted, device)
 
 
 def _gain(matrix: object, kind: str, batch: int) -> float:

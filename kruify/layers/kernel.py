@@ -88,10 +88,27 @@ def parameters_of(matrix: KroneckerMatrix, form: Form) -> list[Tensor]:
 
 
 def _repeated(factors: list[Tensor], p: TermPlan) -> list[Tensor]:
-    """What stacked gates share, repeated for each; but for the trailing stage, which the CPU's kernels take once."""
-    once = len(factors) - 1 if factors[0].device.type == "cpu" and not p.merges else 0
+    """What stacked gates share, repeated for each; but for the trailing stage, which the kernels take once: on CUDA
+    those of outer products."""
+    once = len(factors) - 1 if (factors[0].device.type == "cpu" or _outer(p)) and not p.merges else 0
     gates = factors[0].shape[0]
     return [factor if f == once else factor.expand(gates, -1, -1, -1) for f, factor in enumerate(factors)]
+
+
+def _outer(p: TermPlan) -> bool:
+    """Whether the stages are a column and a row."""
+    return len(p.shapes) == 2 and p.shapes[0][1] == p.shapes[1][0] == 1
+
+
+def low_rank(matrix: KroneckerMatrix) -> tuple[int, int] | None:
+    """Of a matrix of outer products alone: 1 where all gates have their rows in common, else the number of gates; and
+    the rank. None for any other. As `outer_places` in csrc/cuda/outer_products.h counts them."""
+    terms, plans = matrix.term_list(), form_of(matrix).plans
+    if not terms or not all(map(_outer, plans)):
+        return None
+    ranks = [sum(term.term.rank for term in terms if gate in term.gates) for gate in range(matrix.gates)]
+    common = matrix.gates == 1 or all(term.stacked and len(term.gates) == matrix.gates for term in terms)
+    return 1 if common else matrix.gates, max(ranks)
 
 
 def known_batch(batch: int) -> int:
@@ -123,25 +140,47 @@ def work(matrix: KroneckerMatrix, form: Form, kind: str, batch: int) -> tuple[fl
     return (whole, True) if whole < cost else (cost, False)
 
 
-# torch.compile cannot look into it; all of it is known then.
+# torch.compile cannot look into these; all of it is known then.
 @tracing.constant
 def template_fits(gates: int, rank: int, rows1: int, rows2: int, training: bool, wanted: int, device: int) -> bool:
     """Whether the CUDA templates take a recurrence on GPU number `device`: what the kernels themselves ask before a
     launch, `pair_fits` in csrc/cuda/pair_plan.h."""
-    return _template_fits_cached(gates, rank, rows1, rows2, training, wanted, device)
+    return _asked("template_fits", gates, rank, rows1, rows2, training, wanted, device)
+
+
+@tracing.constant
+def low_rank_pays(
+    gates: int, hidden: int, sets: int, rank: int, batch: int, training: bool, wanted: int, device: int
+) -> bool:
+    """Whether the low-rank CUDA kernel takes a recurrence, and is expected to beat torch's with the dense weight: a
+    model of bytes and multiply-adds, `low_rank_pays` in csrc/cuda/low_rank_plan.h."""
+    return _asked("low_rank_pays", gates, hidden, sets, rank, batch, training, wanted, device)
 
 
 @lru_cache(maxsize=256)
-def _template_fits_cached(*question: int) -> bool:
-    fits = bool(torch.ops.kruify.template_fits(*question))
-    if fits:
+def _asked(operator: str, *question: int) -> bool:
+    yes = bool(getattr(torch.ops.kruify, operator)(*question))
+    if yes:
         warnings.warn(  # once: the text is always the same
             "kruify's CUDA kernels have been tested on an emulated GPU alone, and never measured: backend='dense' runs"
             " torch's own kernels instead (docs/gpu.md)",
             RuntimeWarning,
             stacklevel=2,
         )
-    return fits
+    return yes
+
+
+@tracing.constant
+def say_dense() -> bool:
+    """Says, once in a process, that factors are multiplied out for a layer on a GPU."""
+    warnings.warn(
+        "a layer on CUDA runs with its dense weight, by torch's own kernels: kruify has none for its structure and size"
+        " on this GPU, or was built without CUDA. The file stays small; memory and time on the GPU are those of the"
+        " dense layer (docs/gpu.md)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return True
 
 
 def serves(weight_hh: object, x: Tensor, projected: bool) -> bool:

@@ -49,6 +49,10 @@ def define(
 
 define("instruction_set", "() -> int")
 define("template_fits", "(int gates, int rank, int rows1, int rows2, bool training, int precision, int device) -> bool")
+define(
+    "low_rank_pays",
+    "(int gates, int hidden, int sets, int rank, int batch, bool training, int precision, int device) -> bool",
+)
 
 
 def check(condition: bool, message: str) -> None:

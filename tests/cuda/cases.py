@@ -24,6 +24,13 @@ def pair(kind: str, rows1: int, rows2: int, rank: int = 1) -> tuple[Any, ...]:
     return gates, rows1 * rows2, rows1 * rows2, [(range(gates), rank, [(rows1, rows1), (rows2, rows2)])]
 
 
+def low_rank(kind: str, hidden: int, rank: int, rest: int = 0) -> tuple[Any, ...]:
+    """Arguments of `matrix`: outer products for all gates, and `rest` more for the last one."""
+    gates = GATES[kind]
+    terms = [(range(gates), rank, [(hidden, 1), (1, hidden)])]
+    return gates, hidden, hidden, terms + [([gates - 1], rest, [(hidden, 1), (1, hidden)])] * bool(rest)
+
+
 def everything(kind: str) -> tuple[Any, ...]:
     """Arguments of `matrix` that only the general kernel takes."""
     gates = GATES[kind]

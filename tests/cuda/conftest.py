@@ -121,6 +121,13 @@ class Gpu:
         question = (gates, rank, rows1, rows2, training, precision, self.library.shim_device())
         return bool(getattr(torch.ops, NAMESPACE).template_fits(*question))
 
+    def pays(
+        self, gates: int, hidden: int, sets: int, rank: int, batch: int, training: bool, precision: int = 0
+    ) -> bool:
+        """The operator `low_rank_pays` on this chip."""
+        question = (gates, hidden, sets, rank, batch, training, precision, self.library.shim_device())
+        return bool(getattr(torch.ops, NAMESPACE).low_rank_pays(*question))
+
     def plan(
         self, gates: int, rows1: int, rows2: int, rank: int, batch: int, backward: bool, precision: int = 0,
         shared_memory: int = 232448, major: int = 9,
@@ -142,6 +149,7 @@ class Gpu:
 
 NAMESPACE = "kruify_cuda_shim"
 SHIM = Path(__file__).parent / "shim"
+QUESTIONS = ("template_fits", "low_rank_pays")  # of the layers' rule
 OPERATORS = (
     *("merge", "merge_backward", "kron_matmul_forward", "kron_matmul_backward"),
     *("recurrence_forward", "recurrence_backward"),
@@ -185,7 +193,7 @@ def shim() -> Gpu:
     whole = [compiler, "-shared", *map(str, objects), *link, "-o"]
     library = cached("shim.so", objects, whole, lambda target: run(*whole, str(target)))
     definitions = torch.library.Library(NAMESPACE, "DEF")
-    for name in (*OPERATORS, "template_fits", "kron_matmul", "recurrence"):
+    for name in (*OPERATORS, *QUESTIONS, "kron_matmul", "recurrence"):
         schema = str(getattr(torch.ops.kruify, name).default._schema)
         definitions.define(schema.split("::", 1)[1])
     torch.ops.load_library(str(library))
@@ -203,7 +211,8 @@ def gpu(shim: Gpu) -> Iterator[Gpu]:
         operator = getattr(getattr(torch.ops, NAMESPACE), name).default
         for variant in {name, name.removesuffix("_forward")}:
             overriding.impl(variant, operator, "CPU", allow_override=True)
-    overriding.impl("template_fits", getattr(torch.ops, NAMESPACE).template_fits, "CompositeExplicitAutograd")
+    for name in QUESTIONS:
+        overriding.impl(name, getattr(getattr(torch.ops, NAMESPACE), name), "CompositeExplicitAutograd")
     overriding.impl("layer_backward", _layer_backward, "CPU", allow_override=True)  # has no kernel of its own on CUDA
     shim.chip()
     shim.launches(), shim.tensor_products(), shim.races(), shim.barriers()
@@ -223,13 +232,16 @@ def watched(gpu: Gpu) -> Iterator[Gpu]:
 
 @pytest.fixture
 def matrix():  # type: ignore[no-untyped-def]
-    """A maker of matrices: (gates, rows, cols, [(gates, rank, shapes)], extras) -> Matrix in float64."""
+    """A maker of matrices: (gates, rows, cols, [(gates, rank, shapes)], extras) -> Matrix in float64. `shared`: numbers
+    of the terms whose gates have the last stage in common."""
 
-    def build(gates, rows, cols, terms, diagonal=(), residual=0, block=4, bias=True):  # type: ignore[no-untyped-def]
+    def build(gates, rows, cols, terms, diagonal=(), residual=0, block=4, bias=True, shared=()):  # type: ignore[no-untyped-def]
         stages, layouts = [], []
-        for own, rank, shapes in terms:
+        for number, (own, rank, shapes) in enumerate(terms):
             scale = (len(terms) * rank * cols) ** (-0.5 / len(shapes))
             stages += [torch.randn(len(own), rank, *shape, dtype=torch.float64) * scale for shape in shapes]
+            if number in shared:
+                stages[-1] = stages[-1][:1].clone()
             layouts.append(TermLayout(len(shapes), tuple(own)))
         values = index = None
         if residual:

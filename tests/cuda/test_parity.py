@@ -5,7 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from all_pairs import all_pairs
-from cases import FIXED_SHAPES, GATES, KINDS, LOWER, PACKED, TOLERANCE, close, everything, inputs, pair, parity
+from cases import (
+    FIXED_SHAPES,
+    GATES,
+    KINDS,
+    LOWER,
+    PACKED,
+    TOLERANCE,
+    close,
+    everything,
+    inputs,
+    low_rank,
+    pair,
+    parity,
+)
 
 from kruify.errors import KruifyError
 from kruify.ops import reference
@@ -42,6 +55,43 @@ def test_other_sizes(device, matrix, kind) -> None:  # type: ignore[no-untyped-d
 def test_ranks(device, matrix, kind, rank) -> None:  # type: ignore[no-untyped-def]
     m = matrix(*pair(kind, 16, 32, rank), diagonal=(0,) if rank == 3 else (), bias=rank != 2)
     parity(m, kind, PACKED, rank == 3, torch.float32, device, columns=10)
+
+
+LOW_RANK = {  # hidden size, rank, more of the last gate, whether gates have their rows in common
+    "own rows": (24, 5, 0, False),
+    "common rows": (20, 3, 0, True),
+    "one gate with more": (16, 8, 3, False),
+    "common and own rows": (12, 4, 2, True),
+    "as many as units": (8, 8, 0, True),
+    "one": (4, 1, 0, False),
+    "no fours": (6, 2, 0, True),
+}
+
+
+@pytest.mark.parametrize(("kind", "name", "batch"), all_pairs(kind=KINDS, name=tuple(LOW_RANK), batch=(1, 3, 5, 17)))
+def test_low_rank(device, matrix, kind, name, batch) -> None:  # type: ignore[no-untyped-def]
+    """Packed rows that end one by one, in groups of one, four, eight and sixteen."""
+    hidden, rank, rest, shared = LOW_RANK[name]
+    m = matrix(*low_rank(kind, hidden, rank, rest), diagonal=(0,), bias=batch != 3, shared=(0,) if shared else ())
+    sizes = [batch, batch, (batch + 1) // 2, 1]
+    parity(m, kind, sizes, batch == 5, torch.float32, device, columns=6 if batch == 1 else 0)
+
+
+@pytest.mark.parametrize("products", LOWER)
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_low_rank_on_tensor_cores(device, matrix, kind, products) -> None:  # type: ignore[no-untyped-def]
+    m = matrix(*low_rank(kind, 36, 33), diagonal=(0,), shared=(0,) if kind == "lstm" else ())
+    parity(m, kind, [17, 16, 3], kind == "gru", torch.float32, device, products=products)
+
+
+@pytest.mark.parametrize("without", [(0,), (1,), (2,)], ids=str)
+def test_missing_gradients_of_low_rank(device, matrix, without) -> None:  # type: ignore[no-untyped-def]
+    parity(matrix(*low_rank("lstm", 12, 3)), "lstm", [2, 1], False, torch.float32, device, without=without)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_low_rank_in_double_precision(device, matrix, kind) -> None:  # type: ignore[no-untyped-def]
+    parity(matrix(*low_rank(kind, 6, 2, 3), shared=(0,)), kind, PACKED, False, torch.float64, device, columns=3)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +158,10 @@ PRODUCTS = {
                         ((0, 1), 1, [(6, 4), (4, 3)])], {}),
     "all": (2, 16, 12, [((0, 1), 1, [(4, 4), (4, 3)])], {"diagonal": (1,), "residual": 20}),
     "low rank first": (1, 12, 12, [((0,), 4, [(1, 12), (12, 1)])], {}),
+    "low rank": (4, 24, 12, [(range(4), 5, [(24, 1), (1, 12)])], {}),
+    "common rows": (4, 12, 20, [(range(4), 5, [(12, 1), (1, 20)])], {"shared": (0,), "diagonal": (1,), "residual": 9}),
+    "common and own rows": (3, 8, 8, [(range(3), 2, [(8, 1), (1, 8)]), ((1, 2), 3, [(8, 1), (1, 8)]),
+                                      ((0, 2), 1, [(4, 4), (2, 2)])], {"shared": (0, 1)}),
     "nothing but a diagonal": (2, 5, 7, [], {"diagonal": (0, 1)}),
     "many gates": (8, 4, 4, [(range(8), 2, [(2, 2), (2, 2)])], {}),
     "one stage": (1, 5, 3, [((0,), 2, [(5, 3)])], {}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -56,11 +57,42 @@ def test_forms_for_both_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         return question[4] is False
 
     monkeypatch.setattr(kernel, "template_fits", fits)
-    assert not dispatch._templates_take(layer, x, 0, 0)
+    assert not dispatch._cuda_takes(layer, x, 1, 0, 0)
     with torch.no_grad():
-        assert dispatch._templates_take(layer, x, 0, 0)
+        assert dispatch._cuda_takes(layer, x, 1, 0, 0)
     assert asked == [(4, 1, 16, 16, training, 0, 0) for training in (True, False)]
-    assert not dispatch._templates_take(layer.double(), x.double(), 0, 0)
+    assert not dispatch._cuda_takes(layer.double(), x.double(), 1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("factors", "wanted"),
+    [("4*(16x1,1x16)", (4, 4)), ("4*(1x16,16x1)", (4, 4)), ("2*(16x1,1x16)+3*(16x1,1x16)", (4, 5)),
+     ("stacked:4*(64x1,1x16)", (1, 4)), ("4*(4x4,4x4)", None), ("4*(16x1,1x16)+1*(4x4,4x4)", None)],
+)  # fmt: skip
+def test_what_the_low_rank_kernel_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, factors: str, wanted: tuple[int, int] | None
+) -> None:
+    """Sets of rows, and the rank; gates that have rows in common hand them over once on any device."""
+    layer, asked = KRULSTM(8, 16, factors=factors, device="meta"), []
+    assert kernel.low_rank(layer.weight_hh_l0) == wanted
+    if wanted is None:
+        return
+    monkeypatch.setattr(kernel, "low_rank_pays", lambda *question: asked.append(question) or True)
+    x = torch.empty(3, 8, device="meta")
+    with torch.no_grad():
+        assert dispatch._cuda_takes(layer, x, 7, 0, 0)
+    assert asked == [(4, 16, *wanted, 7, False, precision.FLOAT32, 0)]
+    stages = kernel.parameters_of(layer.weight_hh_l0, kernel.form_of(layer.weight_hh_l0))
+    assert stages[1].shape[0] == wanted[0]
+
+
+def test_a_dense_weight_on_a_gpu_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = KRULSTM(8, 16, factors="4x4")
+    x = SimpleNamespace(device=torch.device("cuda", 0), is_cuda=True, dtype=torch.float32)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        assert [dispatch.pick(layer, 3, 2, x) for _ in range(3)] == ["dense"] * 3  # type: ignore[arg-type]
+    assert len(told) == 1 and "dense weight" in str(told[0].message)
 
 
 @pytest.mark.parametrize("compiled_for", [True, False])

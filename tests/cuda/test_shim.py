@@ -4,12 +4,27 @@ memory, and that every barrier is needed."""
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from all_pairs import all_pairs
-from cases import FIXED_SHAPES, GATES, KINDS, LOWER, PACKED, TOLERANCE, close, everything, inputs, pair, parity, run
+from cases import (
+    FIXED_SHAPES,
+    GATES,
+    KINDS,
+    LOWER,
+    PACKED,
+    TOLERANCE,
+    close,
+    everything,
+    inputs,
+    low_rank,
+    pair,
+    parity,
+    run,
+)
 
 from kruify.layers import kernel
 from kruify.ops.precision import BF16, FLOAT32, NAMES, TF32
@@ -58,6 +73,25 @@ def test_clusters_with_tensor_cores(gpu, matrix, cluster, products) -> None:  # 
         assert gpu.tensor_products()
 
 
+LOW_RANK = ("LowRankForward", "LowRankBackward")
+MEMORY = {1: 60000, 2: 20000, 4: 10500, 8: 6500}  # of a block, where 64 units need a cluster of so many
+
+
+@pytest.mark.parametrize(("kind", "cluster"), all_pairs(kind=KINDS[:3], cluster=tuple(MEMORY)))
+def test_low_rank_in_every_cluster_size(gpu, matrix, kind, cluster) -> None:  # type: ignore[no-untyped-def]
+    """The same bits with threads in any order."""
+    m = matrix(*low_rank(kind, 64 if kind != "rnn_tanh" else 200, 8), diagonal=(0,))
+    given, results = inputs(m, kind, [3, 2, 2]), []
+    expected = run(m, kind, given, False, "reference", torch.float64)
+    for order in range(3):
+        gpu.chip(processors=cluster, shared_memory=MEMORY[cluster], order=order)
+        results.append(run(m, kind, given, False, "cpu", torch.float32))
+        assert {launch.cluster for launch in gpu.launches(*LOW_RANK)} == {cluster}
+    for first, second, third, wanted in zip(*results, expected, strict=True):
+        assert torch.equal(first, second) and torch.equal(first, third)
+        close("result", first, wanted, TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("shape", FIXED_SHAPES, ids=str)
 def test_a_fixed_shape_has_a_template_of_its_own(gpu, matrix, shape) -> None:  # type: ignore[no-untyped-def]
     """The shim is compiled with the first and the last of them; others run in the template for any shape."""
@@ -90,6 +124,26 @@ def test_the_limit_that_python_asks_for_is_that_of_the_launches(gpu, matrix, mem
     assert not gpu.fits(4, 1, 3, 5, False)
 
 
+@pytest.mark.parametrize("memory", [232448, 166912, 101376, 8192])
+def test_the_low_rank_kernel_runs_where_it_is_said_to_pay(gpu, matrix, memory) -> None:  # type: ignore[no-untyped-def]
+    gpu.chip(shared_memory=memory, major=9 if memory == 232448 else 8)
+    for hidden, rank in ((64, 8), (512, 24), (512, 200)):
+        m = matrix(*low_rank("gru", hidden, rank), shared=(0,)).to(torch.float32)
+        forward, backward = both_passes(m, "gru", 1, FLOAT32)
+        pays = [gpu.pays(3, hidden, 1, rank, 1, training) for training in (False, True)]
+        gpu.launches(), forward(), backward()
+        ran = [launch.kernel for launch in gpu.launches(*LOW_RANK)]
+        assert pays == [memory > {64: 8192, 512: 166912}[hidden] and rank < 100] * 2
+        assert len(ran) == 2 or not any(pays)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1 << 40, 1, 8), (1 << 16, 4, 1 << 16), (1024, 1 << 40, 1 << 40), (6, 1, 2), (8, 1, 0)]
+)
+def test_what_the_low_rank_kernel_cannot_take_does_not_pay(gpu, sizes) -> None:  # type: ignore[no-untyped-def]
+    assert not any(gpu.pays(4, *sizes, 1, training) for training in (False, True))
+
+
 @pytest.mark.parametrize("rank", [1, 7, 8, 15, 16])
 @pytest.mark.parametrize("shape", [(4096, 4), (4, 4096), (16384, 16384)], ids=str)
 def test_what_is_far_too_large_does_not_fit(gpu, shape, rank) -> None:  # type: ignore[no-untyped-def]
@@ -105,12 +159,12 @@ def test_a_gpu_without_code_is_said_not_to_fit_and_refused(gpu, matrix) -> None:
 
 
 def test_a_layer_that_runs_on_them_says_once_that_no_gpu_has(gpu) -> None:  # type: ignore[no-untyped-def]
-    kernel._template_fits_cached.cache_clear()
+    kernel._asked.cache_clear()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("default")
         assert all(kernel.template_fits(4, 1, 16, n, False, FLOAT32, 0) for n in (16, 32, 64))
         assert not kernel.template_fits(4, 64, 64, 64, False, FLOAT32, 0)
-    kernel._template_fits_cached.cache_clear()
+    kernel._asked.cache_clear()
     assert len(told) == 1 and "docs/gpu.md" in str(told[0].message)
 
 
@@ -190,6 +244,15 @@ def test_templates_have_no_races(watched, matrix, kind, precision, cluster) -> N
     run(m, kind, inputs(m, kind, [2, 1]), False, "cpu", torch.float32, precision)
 
 
+@pytest.mark.parametrize("precision", [FLOAT32, TF32], ids=lambda p: NAMES[p])
+@pytest.mark.parametrize(("kind", "cluster"), all_pairs(kind=("lstm", "gru"), cluster=(1, 4)))
+def test_low_rank_has_no_races(watched, matrix, kind, cluster, precision) -> None:  # type: ignore[no-untyped-def]
+    watched.chip(processors=cluster, shared_memory=MEMORY[cluster] if precision == FLOAT32 else 40000 // cluster)
+    m = matrix(*low_rank(kind, 64, 8), diagonal=(0,), shared=(0,) if kind == "lstm" else ())
+    run(m, kind, inputs(m, kind, [17, 16]), False, "cpu", torch.float32, precision)
+    assert {launch.cluster for launch in watched.launches(*LOW_RANK)} == {cluster}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_general_kernel_has_no_races(watched, matrix, kind) -> None:  # type: ignore[no-untyped-def]
     m = matrix(*everything(kind), **EVERYTHING)
@@ -212,12 +275,54 @@ def test_merging_has_no_races(watched) -> None:  # type: ignore[no-untyped-def]
     torch.ops.kruify.merge_backward(stages, factors, None, [3])
 
 
+def both_passes(m: Any, kind: str, steps: int, precision: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """A forward pass of one sample, and its way back, as calls without arguments."""
+    x, _, _, sizes, h0, c0 = inputs(m, kind, [1] * steps, torch.float32)
+    matrix_of = (sizes, h0, c0, *m.arguments(), kind, False)
+
+    def forward() -> Any:
+        return torch.ops.kruify.recurrence_forward(x, None, None, *matrix_of, True, precision)
+
+    out, h, c, workspace = forward()
+    grad_c = c if kind == "lstm" else None
+    return forward, lambda: torch.ops.kruify.recurrence_backward(out, h, grad_c, out, workspace, *matrix_of, precision)
+
+
+def idle_barriers(watched: Any, launch: Callable[[], Any], cluster: int) -> tuple[list[int], int]:
+    """The barriers without which no threads clash, from 1, and how many a thread meets."""
+    watched.races(), watched.launches(), watched.barriers(), launch()
+    assert {one.cluster for one in watched.launches("PairForward", "PairBackward", *LOW_RANK)} == {cluster}
+    count, idle = watched.barriers(), []
+    assert count >= 7 and watched.races()[0] == 0
+    for left_out in range(1, count + 1):
+        watched.library.shim_skip(left_out)
+        launch()
+        if not watched.races()[0]:
+            idle.append(left_out)
+    watched.library.shim_skip(0)
+    return idle, count
+
+
 # Sizes at which threads find what other threads left: neither units nor halves of them are multiples of the threads.
 BARRIERS = {
     "float32": ((12, 20), 1, FLOAT32),
     "cluster": ((12, 24), 2, FLOAT32),
     "bf16": ((48, 48), 1, BF16),
 }
+LOW_RANK_BARRIERS = {"one block": (1, 60000), "cluster": (4, 16000)}
+
+
+@pytest.mark.parametrize("passes", ["forward", "backward"])
+@pytest.mark.parametrize("name", LOW_RANK_BARRIERS)
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_every_barrier_of_low_rank_is_needed(watched, matrix, kind, name, passes) -> None:  # type: ignore[no-untyped-def]
+    cluster, memory = LOW_RANK_BARRIERS[name]
+    watched.chip(processors=cluster, shared_memory=memory)
+    m = matrix(*low_rank(kind, 60, 12), diagonal=(0,)).to(torch.float32)
+    forward, backward = both_passes(m, kind, 3, FLOAT32)
+    idle, count = idle_barriers(watched, forward if passes == "forward" else backward, cluster)
+    # The last state is read by the thread that wrote it: the last barrier of the forward pass is for nobody.
+    assert idle == ([count] if passes == "forward" else [])
 
 
 @pytest.mark.parametrize("passes", ["forward", "backward"])
@@ -229,29 +334,8 @@ def test_every_barrier_is_needed(watched, matrix, kind, name, passes) -> None:  
     watched.chip(processors=cluster, major=9 if cluster > 1 else 8)
     m = matrix(*pair(kind, *shape), diagonal=(0,)).of_kind(kind).to(torch.float32)
     ahead = name == "cluster" and passes == "forward"  # fetches four steps ahead, over what is stored meanwhile
-    x, _, _, sizes, h0, c0 = inputs(m, kind, [1] * (5 if ahead else 2), torch.float32)
-
-    def forward() -> Any:
-        call = (x, None, None, sizes, h0, c0, *m.arguments(), kind, False)
-        return torch.ops.kruify.recurrence_forward(*call, True, precision)
-
-    out, _, _, workspace = forward()
-
-    def backward() -> Any:
-        call = (out, h0, c0, out, workspace, sizes, h0, c0, *m.arguments(), kind, False)
-        return torch.ops.kruify.recurrence_backward(*call, precision)
-
-    launch = forward if passes == "forward" else backward
-    assert watched.races()[0] == 0
-    watched.launches(), watched.barriers(), launch()
-    assert {one.cluster for one in watched.launches("PairForward", "PairBackward")} == {cluster}
-    count, idle = watched.barriers(), []
-    assert count >= 7 and watched.races()[0] == 0
-    for left_out in range(1, count + 1):
-        watched.library.shim_skip(left_out)
-        launch()
-        if not watched.races()[0]:
-            idle.append(left_out)
+    forward, backward = both_passes(m, kind, 5 if ahead else 2, precision)
+    idle, count = idle_barriers(watched, forward if passes == "forward" else backward, cluster)
     # A real unit's last state is read by the thread that wrote it: in one block the last barrier is for nobody. And at
     # the sizes that tensor cores take, nor is that before the loop.
     alone = name != "cluster" and (kind, passes) == ("lstm", "forward")

@@ -14,19 +14,20 @@ constexpr int kMaxTerms = 16;  // of one launch; the host forms the dense matrix
 // One stage on its way through a term: (a, Q, b) -> (a, P, b) for every gate and rank.
 template <class T> struct Op {
   const T* data;  // (gates, rank, P, Q)
+  int products;   // gates * rank, or rank where the gates have the stage in common
   int P, Q, a, b;
   int stage;  // which of the term's stages it is
   KRUIFY_HD int in() const { return a * Q * b; }
   KRUIFY_HD int out() const { return a * P * b; }
   KRUIFY_HD T apply(int pair, const T* x, int item) const {
-    const T* m = data + (static_cast<int64_t>(pair) * P + item / b % P) * Q;
+    const T* m = data + (static_cast<int64_t>(pair % products) * P + item / b % P) * Q;
     const T* from = x + static_cast<int64_t>(item / (b * P)) * Q * b + item % b;
     T sum = 0;
     for (int q = 0; q < Q; ++q) sum += m[q] * from[static_cast<int64_t>(q) * b];
     return sum;
   }
   KRUIFY_HD T apply_transposed(int pair, const T* y, int item) const {
-    const T* m = data + static_cast<int64_t>(pair) * P * Q + item / b % Q;
+    const T* m = data + static_cast<int64_t>(pair % products) * P * Q + item / b % Q;
     const T* from = y + static_cast<int64_t>(item / (b * Q)) * P * b + item % b;
     T sum = 0;
     for (int p = 0; p < P; ++p) sum += m[static_cast<int64_t>(p) * Q] * from[static_cast<int64_t>(p) * b];
@@ -70,6 +71,29 @@ template <class T> struct BackwardArrays {
   Kind kind;
   const T* threshold;
 };
+
+// One unit's way back through the cell of step n (`row`; `before` is that of the step before): the gradients of the
+// gates to memory, those of W h to `product`; dh and dc are those of its results. Returns what of dh passes by W.
+template <int G, class T>
+KRUIFY_HD T unit_backward(const BackwardArrays<T>& args, int hidden, int n, int64_t row, int64_t before, int sample,
+    int i, T dh, T& dc, T (&product)[G]) {
+  constexpr int kept = saved_of_gates(G);
+  if (args.grad_out) dh += args.grad_out[row * hidden + i];
+  T saved[5], gates[G], h_before = 0, c_before = 0;
+  KRUIFY_UNROLL
+  for (int k = 0; k < kept; ++k) saved[k] = args.workspace[(row * kept + k) * hidden + i];
+  const int64_t first = static_cast<int64_t>(sample) * hidden + i;
+  if constexpr (G == 3) h_before = n ? args.out[before * hidden + i] : args.h0[first];
+  if constexpr (G == 4) c_before = n ? args.workspace[(before * kept + 4) * hidden + i] : args.c0[first];
+  const T h = G == 1 ? args.out[row * hidden + i] : T(0);
+  const T carry = cell_backward<G>(dh, saved, h, h_before, c_before, args.kind, dc, gates, product);
+  KRUIFY_UNROLL
+  for (int g = 0; g < G; ++g) {
+    args.grad_gates[(row * G + g) * hidden + i] = gates[g];
+    if (G == 3) args.grad_product[(row * G + g) * hidden + i] = product[g];
+  }
+  return carry;
+}
 
 // Elements of the scratch that a block needs.
 template <class T> KRUIFY_HD int64_t general_scratch(const Program<T>& m) {
@@ -231,7 +255,6 @@ KRUIFY_HD void general_recurrence(Block& block, const Program<T>& m, const Backw
   const GeneralPhases<G, T> phases{m};
   const int length = args.rows.length(sample);
   const int64_t own = static_cast<int64_t>(sample) * m.hidden;
-  constexpr int kept = saved_of_gates(G);
   block.each([&](const Thread& t) {
     for (int i = t.id; i < m.hidden; i += t.count) {
       phases.h(t)[i] = args.grad_h ? args.grad_h[own + i] : T(0);
@@ -244,20 +267,10 @@ KRUIFY_HD void general_recurrence(Block& block, const Program<T>& m, const Backw
     block.each([&, n, row, before](const Thread& t) {
       if (is_modrelu(args.kind)) return phases.modrelu(t, args, row);
       for (int i = t.id; i < m.hidden; i += t.count) {
-        T saved[5], gates[G], product[G], h_before = 0, c_before = 0, c = 0, dh = phases.h(t)[i];
-        if (args.grad_out) dh += args.grad_out[row * m.hidden + i];
-        for (int k = 0; k < kept; ++k) saved[k] = args.workspace[(row * kept + k) * m.hidden + i];
-        if (G == 3) h_before = n ? args.out[before * m.hidden + i] : args.h0[own + i];
-        if (G == 4)
-          c_before = n ? args.workspace[(before * kept + 4) * m.hidden + i] : args.c0[own + i], c = phases.c(t)[i];
-        phases.carry(t)[i] =
-            cell_backward<G>(dh, saved, args.out[row * m.hidden + i], h_before, c_before, args.kind, c, gates, product);
+        T product[G], c = G == 4 ? phases.c(t)[i] : T(0);
+        phases.carry(t)[i] = unit_backward<G>(args, m.hidden, n, row, before, sample, i, phases.h(t)[i], c, product);
         if (G == 4) phases.c(t)[i] = c;
-        for (int g = 0; g < G; ++g) {
-          args.grad_gates[(row * G + g) * m.hidden + i] = gates[g];
-          if (G == 3) args.grad_product[(row * G + g) * m.hidden + i] = product[g];
-          phases.y(t)[g * m.hidden + i] = product[g];
-        }
+        for (int g = 0; g < G; ++g) phases.y(t)[g * m.hidden + i] = product[g];
       }
     });
     block.barrier();

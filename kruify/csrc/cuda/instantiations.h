@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "low_rank_plan.h"
 #include "pair_plan.h"
 
 #ifndef KRUIFY_FIXED_SHAPES
@@ -43,6 +44,12 @@ template <class F> void with_precision(Precision precision, const F& f) {
   if (precision == kTf32) f(Tf32{});
   else if (precision == kBf16) f(Bf16{});
   else f(Exact<4>{});
+}
+
+// The low-rank recurrence has a column for each row of the batch.
+template <class F> void with_columns(const LowRankPlan& p, const F& f) {
+  if (p.precision == kFloat32 && p.rows == 1) f(Exact<1>{});
+  else with_precision(p.precision, f);
 }
 
 // Calls f(gates, numbers, shape) with the template of a recurrence.

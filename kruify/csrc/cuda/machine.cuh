@@ -127,8 +127,18 @@ class Machine {
     s.blocks_by_column = data<int64_t>(kept_.back());
   }
 
+  template <class T> void multiply(const Dense<T>& out, const Dense<const T>& a, const Dense<const T>& b) {
+    using torch::stable::detail::from;
+    std::array<StableIValue, 3> stack{from(view(a)), from(view(b)), from(view(out))};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);
+  }
+
   template <class Arguments> void pair_recurrence(AnyShape s, const PairPlan& p, const Arguments& args) {
     launch_pair(s, p, args, stream_);
+  }
+  template <class Arguments> void low_rank_recurrence(const LowRankPlan& p, const Arguments& args) {
+    launch_low_rank(p, args, stream_);
   }
   void pair_product(AnyShape s, const PairProductPlan& p, const PairProduct& args, bool backward) {
     const int64_t turns = (args.rows + p.batch - 1) / p.batch, resident = greatest(1, chip.shared_memory / p.bytes);
@@ -146,6 +156,17 @@ class Machine {
   }
 
  private:
+  template <class T> Tensor view(const Dense<T>& m) const {
+    const int64_t sizes[] = {m.rows, m.cols}, strides[] = {m.row, m.col};
+    int32_t dtype, device;
+    AtenTensorHandle result;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like_.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like_.get(), &device));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<std::remove_const_t<T>*>(m.data), 2, sizes,
+        strides, 0, dtype, device, like_.get_device_index(), &result));
+    return Tensor(result);
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
   Tensor like_;
   cudaStream_t stream_;

@@ -187,13 +187,24 @@ std::vector<Tensor> merge_backward(const std::vector<Tensor>& grads, const std::
   return found;
 }
 
-bool template_fits(
-    int64_t gates, int64_t rank, int64_t rows1, int64_t rows2, bool training, int64_t precision, int64_t device) {
+Chip chip_at(int64_t device) {
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int>(device));
   check(cudaSetDevice(static_cast<int>(device)), "choosing the GPU");
+  return chip_of(static_cast<int>(device));
+}
+
+bool template_fits(
+    int64_t gates, int64_t rank, int64_t rows1, int64_t rows2, bool training, int64_t precision, int64_t device) {
   const int n1 = static_cast<int>(rows1), n2 = static_cast<int>(rows2);
-  return pair_fits(AnyShape{n1, n1, n2, n2}, static_cast<int>(gates), static_cast<int>(rank),
-      chip_of(static_cast<int>(device)), training, precision_of(precision));
+  return pair_fits(AnyShape{n1, n1, n2, n2}, static_cast<int>(gates), static_cast<int>(rank), chip_at(device), training,
+      precision_of(precision));
+}
+
+bool low_rank_pays_operator(int64_t gates, int64_t hidden, int64_t sets, int64_t rank, int64_t batch, bool training,
+    int64_t precision, int64_t device) {
+  const auto number = [](int64_t n) { return static_cast<int>(least(n, kHuge - 1)); };
+  return low_rank_pays(LowRankSizes{number(hidden), number(gates), number(sets), number(rank)}, number(batch),
+      chip_at(device), training, precision_of(precision));
 }
 
 }  // namespace
@@ -220,4 +231,5 @@ STABLE_TORCH_LIBRARY_IMPL(KRUIFY_CUDA_LIBRARY, KRUIFY_CUDA_KEY, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(KRUIFY_CUDA_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("template_fits", TORCH_BOX(&kruify::cuda::template_fits));
+  m.impl("low_rank_pays", TORCH_BOX(&kruify::cuda::low_rank_pays_operator));
 }

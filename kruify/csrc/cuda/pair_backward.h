@@ -82,27 +82,13 @@ template <int G, class Numbers, class Shape> struct PairBackwardPhases {
     if (G == 1 && is_modrelu(args.kind)) return modrelu(t, step);
     const int64_t row = args.rows.row(step, sample, length);
     const int64_t before = step ? args.rows.row(step - 1, sample, length) : 0;
-    constexpr int kept = saved_of_gates(G);
     for (int u = t.id; u < units(); u += t.count) {
       const Split e = split<Shape>(u, p.share, p.shift);
       const int i = e.quotient * s.P2 + t.rank * p.share + e.remainder;
-      float dh = gradient(t, u);
-      if (args.grad_out) dh += args.grad_out[row * hidden() + i];
-      float saved[5], gates[G], product[G], h_before = 0, c_before = 0, c = 0;
-      KRUIFY_UNROLL
-      for (int k = 0; k < kept; ++k) saved[k] = args.workspace[(row * kept + k) * hidden() + i];
-      const int64_t first = static_cast<int64_t>(sample) * hidden() + i;
-      if constexpr (G == 3) h_before = step ? args.out[before * hidden() + i] : args.h0[first];
-      if constexpr (G == 4) {
-        c_before = step ? args.workspace[(before * kept + 4) * hidden() + i] : args.c0[first];
-        c = at(t, p.c)[u];
-      }
-      const float h = G == 1 ? args.out[row * hidden() + i] : 0.0f;
-      float carry = cell_backward<G>(dh, saved, h, h_before, c_before, args.kind, c, gates, product);
+      float product[G], c = G == 4 ? at(t, p.c)[u] : 0.0f;
+      float carry = unit_backward<G>(args, hidden(), step, row, before, sample, i, gradient(t, u), c, product);
       KRUIFY_UNROLL
       for (int g = 0; g < G; ++g) {
-        args.grad_gates[(row * G + g) * hidden() + i] = gates[g];
-        if (G == 3) args.grad_product[(row * G + g) * hidden() + i] = product[g];
         Numbers::put(at(t, p.d) + (g * p.share + e.remainder) * words(s.P1), e.quotient, product[g]);
         if (const float* d = args.diagonal.of(g, hidden())) carry += d[i] * product[g];
       }

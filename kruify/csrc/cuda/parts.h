@@ -6,6 +6,8 @@
 
 namespace kruify::cuda {
 
+template <class T> int height_of(const Matrix<T>& m) { return m.gates * static_cast<int>(m.rows); }
+
 template <class T> struct Diagonal {
   const T* values = nullptr;  // (diagonal gates, size), or null
   int row[kMaxGates] = {};    // of a gate, or -1

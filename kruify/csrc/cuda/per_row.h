@@ -86,6 +86,7 @@ template <class T> struct StartProduct {
   T* y;
   int64_t rows;
   int gates, height, width, diagonal_size;
+  bool accumulate;
 
   KRUIFY_HD int64_t items() const { return rows * gates * height; }
   KRUIFY_HD void run(int64_t item) const {
@@ -94,11 +95,11 @@ template <class T> struct StartProduct {
     T sum = bias ? bias[e] : T(0);
     if (const T* d = i < diagonal_size ? diagonal.of(g, diagonal_size) : nullptr) sum += d[i] * from[i];
     if (residual.values) sum += row_product(residual, e, from);
-    y[item] = sum;
+    y[item] = accumulate ? y[item] + sum : sum;
   }
 };
 
-// grad_x[row, i] = what reaches it by diagonal and sparse residual.
+// grad_x[row, i] (+)= what reaches it by diagonal and sparse residual.
 template <class T> struct StartGradient {
   const T* grad;
   Diagonal<T> diagonal;
@@ -106,6 +107,7 @@ template <class T> struct StartGradient {
   T* grad_x;
   int64_t rows;
   int gates, height, width, diagonal_size;
+  bool accumulate;
 
   KRUIFY_HD int64_t items() const { return rows * width; }
   KRUIFY_HD void run(int64_t item) const {
@@ -115,7 +117,7 @@ template <class T> struct StartGradient {
     for (int g = 0; i < diagonal_size && g < gates; ++g)
       if (const T* d = diagonal.of(g, diagonal_size)) sum += d[i] * from[static_cast<int64_t>(g) * height + i];
     if (residual.values) sum += column_product(residual, i, from);
-    grad_x[item] = sum;
+    grad_x[item] = accumulate ? grad_x[item] + sum : sum;
   }
 };
 

@@ -18,7 +18,8 @@ template <class T> std::vector<Op<T>> ops_of(const Term<T>& term) {
   std::copy_n(term.q, term.stages, size);
   std::vector<Op<T>> ops;
   for (int k : order) {
-    Op<T> op{term.w[k], static_cast<int>(term.p[k]), static_cast<int>(term.q[k]), 1, 1, k};
+    const int64_t products = k == term.stages - 1 ? term.trailing() : term.products();
+    Op<T> op{term.w[k], static_cast<int>(products), static_cast<int>(term.p[k]), static_cast<int>(term.q[k]), 1, 1, k};
     for (int j = 0; j < k; ++j) op.a *= static_cast<int>(size[j]);
     for (int j = k + 1; j < term.stages; ++j) op.b *= static_cast<int>(size[j]);
     size[k] = term.p[k];

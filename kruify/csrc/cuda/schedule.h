@@ -2,6 +2,7 @@
 //   run(item)                        runs item.run(k) for every k
 //   scratch<T>(n)                    memory that lives as long as the machine
 //   sort_columns(residual)             fills by_column and blocks_by_column
+//   multiply(out, a, b)                 out = a b, by torch's own product (cuBLAS)
 //   recurrence kernels, pair_product, pair_gradient: one launch each
 // Nothing here waits for the device, so that a call can be captured in a CUDA graph.
 #pragma once
@@ -11,6 +12,8 @@
 
 #include "chain.h"
 #include "instantiations.h"
+#include "low_rank_backward.h"
+#include "outer_products.h"
 #include "pair_backward.h"
 #include "pair_forward.h"
 #include "pair_gradient.h"
@@ -35,8 +38,6 @@ template <class Machine> const float* aligned_rows(Machine& machine, const float
   machine.run(AddBias<float>{x, nullptr, copy, rows, width});
   return copy;
 }
-
-template <class T> int height_of(const Matrix<T>& m) { return m.gates * static_cast<int>(m.rows); }
 
 template <class T, class Machine> void prepare_sparse(Machine& machine, Matrix<T>& m, bool by_column) {
   SparseResidual<T>& s = m.residual;
@@ -75,8 +76,10 @@ void product(Machine& machine, Matrix<T>& m, const T* x, int64_t rows, T* y, Pre
   if (rows == 0) return;
   const int height = static_cast<int>(m.rows), width = static_cast<int>(m.cols), stride = height_of(m);
   prepare_sparse(machine, m, false);
-  const bool started = m.bias || m.diagonal || m.residual.values || m.terms != 1 || m.term[0].gates != m.gates;
-  if (started)
+  const bool outer = outer_product(machine, m, x, rows, y);
+  const bool beside = m.bias || m.diagonal || m.residual.values;
+  const bool started = beside || outer || m.terms != 1 || m.term[0].gates != m.gates;
+  if (beside || (started && !outer))
     machine.run(StartProduct<T>{.bias = m.bias,
         .x = x,
         .diagonal = diagonal_of(m),
@@ -86,9 +89,11 @@ void product(Machine& machine, Matrix<T>& m, const T* x, int64_t rows, T* y, Pre
         .gates = m.gates,
         .height = height,
         .width = width,
-        .diagonal_size = static_cast<int>(m.diagonal_size)});
+        .diagonal_size = static_cast<int>(m.diagonal_size),
+        .accumulate = outer});
   AnyShape s{};
   for (const Term<T>& term : m) {
+    if (is_outer(term)) continue;
     if constexpr (std::is_same_v<T, float>) {
       PairProductPlan plan{};
       if (is_pair(term, s)) plan = pair_product_plan(s, term.rank, machine.chip, false, precision);
@@ -274,6 +279,8 @@ void product_backward(Machine& machine, Matrix<T>& m, const T* grad, const T* x,
   const int height = static_cast<int>(m.rows), width = static_cast<int>(m.cols), stride = height_of(m);
   const int diagonal_size = static_cast<int>(m.diagonal_size);
   prepare_sparse(machine, m, true);
+  T* const* stages = to.stages.data();
+  const bool outer = outer_gradients(machine, m, grad, x, rows, grad_x, stages);
   if (grad_x && rows)
     machine.run(StartGradient<T>{.grad = grad,
         .diagonal = diagonal_of(m),
@@ -283,7 +290,8 @@ void product_backward(Machine& machine, Matrix<T>& m, const T* grad, const T* x,
         .gates = m.gates,
         .height = height,
         .width = width,
-        .diagonal_size = diagonal_size});
+        .diagonal_size = diagonal_size,
+        .accumulate = outer});
   if (to.bias) sum_rows(machine, RowEntry<T>{grad, stride}, rows, to.bias, stride);
   if (to.diagonal) {
     DiagonalGradient<T> term{grad, x, m.gates, height, width, diagonal_size};
@@ -295,7 +303,6 @@ void product_backward(Machine& machine, Matrix<T>& m, const T* grad, const T* x,
     const SparseGradient<T> term{grad, x, residual.index, residual.block, stride, width};
     sum_rows(machine, term, rows, to.residual, static_cast<int64_t>(residual.blocks) * residual.block);
   }
-  T* const* stages = to.stages.data();
   for (const Term<T>& term : m) {
     bool x_done = !grad_x, matrix_done = false;
     if constexpr (std::is_same_v<T, float>) {
@@ -304,6 +311,7 @@ void product_backward(Machine& machine, Matrix<T>& m, const T* grad, const T* x,
         matrix_done = pair_gradients(machine, m, term, s, grad, x, rows, stages, precision);
       }
     }
+    if (is_outer(term)) x_done = matrix_done = true;
     if (!x_done || !matrix_done)
       term_gradients(machine, m, term, grad, x, rows, x_done ? nullptr : grad_x, matrix_done ? nullptr : stages);
     stages += term.stages;
@@ -343,6 +351,17 @@ template <class T> bool is_pair_recurrence(const Matrix<T>& m, AnyShape& s) {
   return !m.residual.values && m.terms == 1 && m.term[0].gates == m.gates && is_pair(m.term[0], s) && pair_takes(s);
 }
 
+// The plan of the low-rank kernel, which takes outer products for all gates, and a diagonal. cluster == 0: not this.
+template <class Machine>
+LowRankPlan low_rank_plan_for(
+    Machine& machine, Matrix<float>& m, Kind kind, int batch, bool backward, Precision precision) {
+  const bool all = m.terms && std::all_of(m.begin(), m.end(), is_outer<float>);
+  if (!all || m.residual.values || is_modrelu(kind)) return {};
+  prepare_outer(machine, m);
+  const LowRankSizes sizes{static_cast<int>(m.rows), m.gates, m.low_rank.sets, m.low_rank.rank};
+  return low_rank_plan(sizes, {m.bias != nullptr, m.diagonal != nullptr}, batch, machine.chip, backward, precision);
+}
+
 // modReLU's bias belongs to the cell: the matrix is left without one. Returns what the cell gets.
 template <class T> const T* take_threshold(Matrix<T>& m, Kind kind) {
   return is_modrelu(kind) ? std::exchange(m.bias, nullptr) : nullptr;
@@ -369,6 +388,13 @@ void recurrence(
       }
     }
   }
+  if constexpr (std::is_same_v<T, float>) {
+    const LowRankPlan plan = low_rank_plan_for(machine, m, kind, arrays.rows.batch, false, precision);
+    if (plan.cluster) {
+      arrays.x = aligned_rows(machine, arrays.x, total, height_of(m));
+      return machine.low_rank_recurrence(plan, LowRankForward{arrays, m.low_rank, diagonal_of(m), m.bias});
+    }
+  }
   machine.general_recurrence(program_on(machine, m, false), arrays);
 }
 
@@ -379,15 +405,20 @@ void recurrence_backward(Machine& machine, Matrix<T>& m, Kind kind, BackwardArra
   arrays.kind = kind, arrays.threshold = take_threshold(m, kind);
   arrays.grad_product = kind == kGru ? machine.template scratch<T>(total * height_of(m)) : nullptr;
   if (arrays.rows.batch) {
-    PairPlan plan{};
+    bool done = false;
     if constexpr (std::is_same_v<T, float>) {
-      const Term<T>& term = m.term[0];
-      AnyShape s{};
-      if (is_pair_recurrence(m, s))
-        plan = pair_plan(s, m.gates, term.rank, arrays.rows.batch, machine.chip, true, precision);
-      if (plan.cluster) machine.pair_recurrence(s, plan, PairBackward{arrays, term.w[0], term.w[1], diagonal_of(m)});
+      const int batch = arrays.rows.batch;
+      if (AnyShape s{}; is_pair_recurrence(m, s)) {
+        const Term<T>& term = m.term[0];
+        const PairPlan plan = pair_plan(s, m.gates, term.rank, batch, machine.chip, true, precision);
+        done = plan.cluster > 0;
+        if (done) machine.pair_recurrence(s, plan, PairBackward{arrays, term.w[0], term.w[1], diagonal_of(m)});
+      } else if (LowRankPlan plan = low_rank_plan_for(machine, m, kind, batch, true, precision); plan.cluster) {
+        done = true;
+        machine.low_rank_recurrence(plan, LowRankBackward{arrays, m.low_rank, diagonal_of(m)});
+      }
     }
-    if (!plan.cluster) machine.general_recurrence(program_on(machine, m, true), arrays);
+    if (!done) machine.general_recurrence(program_on(machine, m, true), arrays);
   }
   if (T* out = is_modrelu(kind) ? std::exchange(to.bias, nullptr) : nullptr) {
     const int64_t units = m.rows / rows_per_bias(kind);

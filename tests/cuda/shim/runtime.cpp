@@ -475,6 +475,11 @@ extern "C" int32_t aoti_torch_dtype_float64();
 extern "C" int32_t torch_from_blob(void* data, int64_t dims, const int64_t* sizes, const int64_t* strides,
     int64_t offset, int32_t dtype, int32_t kind, int32_t number, void** tensor, int32_t layout, const uint8_t* metadata,
     int64_t length, void (*deleter)(void*, void*), void* context);
+extern "C" int32_t aoti_torch_create_tensor_from_blob(void* data, int64_t dims, const int64_t* sizes,
+    const int64_t* strides, int64_t offset, int32_t dtype, int32_t kind, int32_t, void** tensor) {
+  return torch_from_blob(
+      data, dims, sizes, strides, offset, dtype, kind, -1, tensor, 0, nullptr, 0, [](void*, void*) {}, nullptr);
+}
 extern "C" int32_t aoti_torch_empty_strided(
     int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t kind, int32_t, void** tensor) {
   size_t bytes = dtype == aoti_torch_dtype_float64() ? 8 : 4;

@@ -1,0 +1,43 @@
+// The low-rank recurrence: one cluster for some rows of the batch, all steps in one launch.
+#include "block.cuh"
+#include "instantiations.h"
+#include "launch.cuh"
+#include "launches.h"
+
+namespace kruify::cuda {
+
+namespace {
+
+template <int G, class Numbers>
+__global__ void __launch_bounds__(512, 1)
+    low_rank_forward_kernel(const __grid_constant__ LowRankPlan p, const __grid_constant__ LowRankForward args) {
+  DeviceBlock block = DeviceBlock::here(dynamic_shared_memory());
+  low_rank_recurrence<G, Numbers>(block, p, args, static_cast<int>(blockIdx.x) / p.cluster * p.rows);
+}
+
+template <int G, class Numbers>
+__global__ void __launch_bounds__(512, 1)
+    low_rank_backward_kernel(const __grid_constant__ LowRankPlan p, const __grid_constant__ LowRankBackward args) {
+  DeviceBlock block = DeviceBlock::here(dynamic_shared_memory());
+  low_rank_recurrence<G, Numbers>(block, p, args, static_cast<int>(blockIdx.x) / p.cluster * p.rows);
+}
+
+template <int G, class Numbers> auto kernel_for(const LowRankForward&) { return low_rank_forward_kernel<G, Numbers>; }
+template <int G, class Numbers> auto kernel_for(const LowRankBackward&) { return low_rank_backward_kernel<G, Numbers>; }
+
+}  // namespace
+
+template <class Arguments> void launch_low_rank(const LowRankPlan& p, const Arguments& args, cudaStream_t stream) {
+  with_gates(args.kind, [&](auto gates) {
+    with_columns(p, [&](auto numbers) {
+      const int clusters = (args.rows.batch + p.rows - 1) / p.rows;
+      launch(kernel_for<gates.value, decltype(numbers)>(args), dim3(clusters * p.cluster), p.threads, p.bytes,
+          p.cluster, stream, "the low-rank recurrence", p, args);
+    });
+  });
+}
+
+template void launch_low_rank(const LowRankPlan&, const LowRankForward&, cudaStream_t);
+template void launch_low_rank(const LowRankPlan&, const LowRankBackward&, cudaStream_t);
+
+}  // namespace kruify::cuda
