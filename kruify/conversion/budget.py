@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from kruify.progress import Progress
 Matrices = Mapping[str, tuple[Tensor, int, Tensor | None]]  # name -> (gates*rows, cols) weight, gates, covariance
 Searches = dict[tuple[str, int], StructureSearch]  # (name, gate, -1 for all stacked) -> what was learnt of it
 LEVELS = (0.25, 0.5, 1.0, 1.75, 3.0)  # budgets tried for one gate, relative to an even share
-MIXTURES_LIMIT = 4  # kinds of sums that are tried at all levels: those that keep the most at an even share
+MIXTURES_LIMIT = 2  # kinds of sums that are tried at all levels: those that keep the most at an even share
 ERROR_LEVELS = tuple(2 ** (-k / 2) for k in range(20, -1, -1))  # shares of the dense size tried for an error bound
 PRICES = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of multiply-adds against parameters in the price of a candidate
 PAIRS_LIMIT = 1 << 11  # candidates of all gates together up to which pairs of exchanges are looked at
@@ -191,13 +191,14 @@ def plan_budget(
     chosen = _allocated(gates, limits, budget, lambda done: _tell(progress, done, total))
     if max_error is not None:
         _check_error(gates, chosen, max_error, budget)
-    if stacks:
+    if stacks and stacks_may_win(stacks, gates, limits):
         try:
             other = _allocated(stacks, limits, budget, lambda done: _tell(progress, len(gates) + done, total))
         except PlanError:  # the smallest stack is too large
             other = None
         if other is not None and _kept(stacks, other) > _kept(gates, chosen):
             gates, chosen = stacks, other
+    _tell(progress, total, total)
     return _collect(matrices, gates, chosen)
 
 
@@ -354,25 +355,41 @@ def dense_of(gate: Gate) -> ScoredStructure:
     return ScoredStructure(Structure(rows, cols, (Term(((rows, cols),)),), gates=gate.search.gates), 1.0)
 
 
+def at_level(gate: Gate, limits: Budget, level: float = 1.0) -> tuple[int, int | None]:
+    """Parameters and multiply-adds of one gate at so many times an even share of the budget."""
+    share = limits.parameters or limits.multiply_adds or 1.0
+    parameters = int(min(1.0, share * level) * gate.dense)
+    if limits.multiply_adds is None:
+        return parameters, None
+    adds = int(min(1.0, limits.multiply_adds * level) * gate.dense)
+    return parameters if limits.parameters is not None else gate.dense, adds
+
+
+def stacks_may_win(stacks: Sequence[Gate], gates: Sequence[Gate], limits: Budget) -> bool:
+    """Whether stacks keep as much as their gates where each gets an even share: gates share out a budget more finely,
+    and stacks that begin with less do not make up for it."""
+
+    def kept(items: Sequence[Gate]) -> float:
+        found = 0.0
+        for item in items:
+            energies = [c.energy for c in item.search.candidates(*at_level(item, limits))]
+            found += item.scale * max(energies, default=0.0)
+            item.search.free()
+        return found
+
+    return kept(stacks) >= kept(gates)
+
+
 def pool_of(gate: Gate, limits: Budget) -> list[ScoredStructure]:
     """Candidates of many sizes around an even share of the budget, from the smallest there is to the dense matrix."""
-    share = limits.parameters or limits.multiply_adds or 1.0
     whole = dense_of(gate)
     pool = {whole.structure: whole}
-
-    def at(level: float) -> tuple[int, int | None]:
-        parameters = int(min(1.0, share * level) * gate.dense)
-        if limits.multiply_adds is None:
-            return parameters, None
-        adds = int(min(1.0, limits.multiply_adds * level) * gate.dense)
-        return parameters if limits.parameters is not None else gate.dense, adds
-
-    gate.search.singles(*at(max(LEVELS)))  # the most singular values first: they serve all others
-    even = gate.search.candidates(*at(1.0))
+    gate.search.singles(*at_level(gate, limits, max(LEVELS)))  # the most singular values first: they serve all others
+    even = gate.search.candidates(*at_level(gate, limits))
     mixtures = [c.mixture for c in even if c.mixture is not None][:MIXTURES_LIMIT]
     for level in LEVELS:
-        for candidate in even if level == 1.0 else gate.search.candidates(*at(level), mixtures):
-            pool[candidate.structure] = candidate
+        sized = even if level == 1.0 else gate.search.candidates(*at_level(gate, limits, level), mixtures)
+        pool |= {candidate.structure: candidate for candidate in sized}
     for candidate in smallest_of(gate):
         pool.setdefault(candidate.structure, candidate)
     return list(pool.values())
@@ -450,7 +467,7 @@ class Candidates:
         self.energy = scale * np.array([c.energy for c in self.candidates])
         owners = [gate for gate, pool in zip(gates, pools, strict=True) for _ in pool]
         self.cost = np.array([cost(*o) for o in zip(owners, self.candidates, strict=True)], dtype=np.float64)
-        self.most, self.least_gain = np.array(most), 1e-12 * scale
+        self.most, self.least_gain = np.array(most), 1e-6 * scale
 
     def worth(self, chosen: _Choice) -> float:
         """The energy kept, in the units of the gates' scales."""
@@ -504,8 +521,10 @@ def _error(candidate: ScoredStructure) -> float:
 def _within_error(gate: Gate, max_error: float) -> ScoredStructure:
     for level in ERROR_LEVELS:
         good = [c for c in gate.search.candidates(int(level * gate.dense)) if _error(c) <= max_error]
-        if good:
-            return min(good, key=lambda c: (c.parameters, c.multiply_adds, str(c.structure)))
+        for candidate in sorted(good, key=lambda c: (c.parameters, c.multiply_adds, str(c.structure))):
+            found = replace(candidate, energy=gate.search.fitted(candidate.structure)[1])
+            if _error(found) <= max_error:  # the search is in single precision
+                return found
     return dense_of(gate)
 
 

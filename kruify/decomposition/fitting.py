@@ -20,6 +20,7 @@ from kruify.errors import UnsupportedError, UsageError
 from kruify.factors import Structure, Term
 
 LARGE = 1 << 21  # entries from which the null level of a pair of factors comes from theory
+NULL_SWEEPS = 5  # of the fit that measures it elsewhere
 Products = tuple[Tensor, list[Tensor]]  # scale (rank,), one factor tensor (rank, P_f, Q_f) per factor
 
 
@@ -151,7 +152,7 @@ def null_energy(structure: Structure, seed: int = 0) -> float:
         return gaussian_energy(p0 * q0, p1 * q1, term.rank)
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(structure.rows, structure.cols, generator=generator, dtype=torch.float64)
-    return fit(w, replace(structure, scaled=False)).energy
+    return fit(w, replace(structure, scaled=False), sweeps=NULL_SWEEPS).energy
 
 
 def check(matrix: Tensor, structure: Structure) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ from kruify.factors import BLOCK_HEIGHTS, Shape, Structure, Term, balanced, two_
 SHAPES_LIMIT = 1 << 19  # entries up to which every pair of shapes is looked at, not only the balanced ones
 WEIGHTED_LIMIT, WEIGHTED_LIMIT_LARGE = 2048, 512  # most unknowns of a weighted least-squares step, below that and above
 SEARCH_SWEEPS = 2
+SCREENED = 16  # shapes whose singular values are computed: those with the highest bounds on their energy
+REFINED = 3  # sums of one size that get these sweeps: those that keep the most without
 WORTHWHILE = 0.75  # share of the best single shape's energy below which a shape does not enter sums
+DIGITS = 6  # of an energy that single precision gives
 SHORTLIST = 2  # Kronecker shapes that enter sums
 
 
@@ -80,17 +84,27 @@ class StructureSearch:
         self.block = next(b for b in BLOCK_HEIGHTS if self.rows // gates % b == 0)
         slow = isinstance(metric, Weighted) or self.matrix.numel() > SHAPES_LIMIT
         self._shortlist = 1 if slow else SHORTLIST
-        # In the weighted norm only a guide: see `spectrum_energy`.
-        self.subspace = SubspaceFrobenius(self.matrix @ metric.root if isinstance(metric, Weighted) else self.matrix)
-        self._searching = metric.for_search() if isinstance(metric, Weighted) else self.subspace
-        self._fits: dict[Structure, float] = {}
+        # In the weighted norm only a guide: see `spectrum_energy`. Single precision is enough to compare.
+        whitened = self.matrix @ metric.root if isinstance(metric, Weighted) else self.matrix
+        self.subspace = SubspaceFrobenius((whitened / (self.total**0.5 or 1.0)).float())
+        self._searching: tuple[Metric, Tensor, float] = self.subspace, self.subspace.matrix, 1.0
+        if isinstance(metric, Weighted):
+            self._searching = metric.for_search(), self.matrix, self.total
+        self._singles: dict[tuple[int, int | None], list[ScoredStructure]] = {}
+        self._fits: dict[tuple[Structure, int], float] = {}
 
     def energy(self, structure: Structure, sweeps: int = SEARCH_SWEEPS) -> float:
         """The energy that a fit of few sweeps keeps: a bound from below on what a thorough one does."""
-        if structure not in self._fits:
-            lost = backfit(self.matrix, structure, self._searching, self.seed, sweeps)[1]
-            self._fits[structure] = 1 - lost / self.total if self.total > 0 else 1.0
-        return self._fits[structure]
+        key = structure, sweeps
+        if key not in self._fits:
+            metric, matrix, total = self._searching
+            order = None
+            if len(structure.terms) > 1:  # that which alone keeps the most first, as a thorough fit has it
+                alone = [self.spectrum_energy(term.factors, term.rank) for term in structure.terms]
+                order = sorted(range(len(alone)), key=lambda place: -alone[place])
+            lost = backfit(matrix, structure, metric, self.seed, sweeps, order)[1]
+            self._fits[key] = 1 - lost / total if self.total > 0 else 1.0
+        return self._fits[key]
 
     def fitted(self, structure: Structure, sweeps: int = 30) -> tuple[Fit, float]:
         """A thorough fit and the share of the energy it keeps in the norm of the search."""
@@ -104,6 +118,7 @@ class StructureSearch:
     def low_rank(self) -> tuple[Shape, Shape]:
         return (self.rows, 1), (1, self.cols)
 
+    @cached_property
     def shapes(self) -> list[tuple[Shape, ...]]:
         """Pairs of factors worth trying, low rank left out: all, or for large matrices those near the balance."""
         pairs: list[tuple[Shape, ...]] = [
@@ -122,15 +137,23 @@ class StructureSearch:
         all columns, elsewhere a guide that treats the weight as if it could be moved into the factors."""
         if self.total == 0:
             return 1.0
-        return self.subspace.kept(shapes, rank) / self.total
+        return min(1.0, self.subspace.kept(shapes, rank))
 
     def singles(self, parameters: int, multiply_adds: int | None = None) -> list[ScoredStructure]:
-        """Sums of one shape that fit the budget, the most energy first; the first is exact, the others estimates."""
-        found = []
-        for shapes in [self.low_rank(), *self.shapes()]:
-            term = self._term(shapes, parameters, multiply_adds)
-            if term is not None:
-                found.append(ScoredStructure(self._structure(term), self.spectrum_energy(shapes, term.rank)))
+        """Sums of one shape that fit the budget, the most energy first: low rank, and the shapes that may keep the
+        most."""
+        key = parameters, multiply_adds
+        if key not in self._singles:
+            self._singles[key] = self._single_shapes(parameters, multiply_adds)
+        return self._singles[key]
+
+    def _single_shapes(self, parameters: int, multiply_adds: int | None) -> list[ScoredStructure]:
+        terms = [self._term(shapes, parameters, multiply_adds) for shapes in (self.low_rank(), *self.shapes)]
+        fitting = [term for term in terms if term is not None]
+        if len(fitting) > SCREENED:
+            bounds = {term: self.subspace.bound(term.factors, term.rank) for term in fitting}
+            fitting = sorted(fitting, key=lambda term: (term != terms[0], -bounds[term]))[:SCREENED]
+        found = [ScoredStructure(self._structure(t), self.spectrum_energy(t.factors, t.rank)) for t in fitting]
         if isinstance(self.metric, Weighted):  # the guide is replaced by the truth for those that matter
             low = [c for c in found if c.structure.terms[0].factors == self.low_rank()]
             rest = sorted((c for c in found if c not in low), key=_order)[: self._shortlist + 1]
@@ -195,8 +218,10 @@ class StructureSearch:
     ) -> list[ScoredStructure]:
         """Everything worth comparing at one budget, the most energy first; of the sums, these kinds."""
         found = self.singles(parameters, multiply_adds)[: SHORTLIST + 1]
-        for mixture, structure in self.sums(parameters, multiply_adds, mixtures):
-            found.append(ScoredStructure(structure, self.energy(structure), mixture))
+        sums = [*self.sums(parameters, multiply_adds, mixtures)]
+        rough = {s: self.energy(s, 0) if len(sums) > REFINED else 0.0 for _, s in sums}
+        refined = sorted(rough, key=lambda s: -rough[s])[:REFINED]
+        found += [ScoredStructure(s, self.energy(s) if s in refined else rough[s], mixture) for mixture, s in sums]
         if not any(c.structure.terms for c in found):
             found += self.many_factors(parameters, multiply_adds)
         return sorted(found, key=_order)
@@ -223,4 +248,4 @@ def _fits(structure: Structure, parameters: int, multiply_adds: int | None) -> b
 
 def _order(candidate: ScoredStructure) -> tuple[float, int, str]:
     """Most energy first; where it is equal to rounding, the cheaper, then the name: the same choice everywhere."""
-    return -round(candidate.energy, 10), candidate.multiply_adds, str(candidate.structure)
+    return -round(candidate.energy, DIGITS), candidate.multiply_adds, str(candidate.structure)

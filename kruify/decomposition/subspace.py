@@ -20,12 +20,14 @@ from kruify.factors import Shape, Term
 SPECTRUM_LIMIT = 2048  # shorter side up to which all singular values of a shape are computed
 ITERATIONS, TOLERANCE = 4, 1e-3  # steps of a new part, at most; they end when one captures less than this share more
 
+WHOLE = 1e-5  # so near the best of the whole matrix, what is fitted is the whole matrix
+
 
 class SubspaceFrobenius(Frobenius):
     """Fits of one matrix measured by ||E||_F, good enough to compare structures.
 
     Args:
-        matrix: (rows, cols) float64, whose parts are fitted.
+        matrix: (rows, cols), whose parts are fitted.
 
     Attributes:
         spectra: what `spectrum` has found so far.
@@ -35,6 +37,7 @@ class SubspaceFrobenius(Frobenius):
         self.matrix = matrix
         self.spectra: dict[tuple[Shape, ...], tuple[Tensor, Tensor]] = {}
         self._kept: dict[tuple[Shape, ...], Tensor] = {}
+        self._spread: dict[tuple[Shape, ...], tuple[float, float]] = {}
 
     def kept(self, shapes: tuple[Shape, ...], rank: int) -> float:
         """The squared norm of the best `rank` products of a pair of shapes; needs no singular vectors."""
@@ -45,6 +48,21 @@ class SubspaceFrobenius(Frobenius):
             values = torch.linalg.eigvalsh(_gram(rearrange(self.matrix, shapes)))
             self._kept[shapes] = values.flip(0).clamp(min=0).cumsum(0)
         return float(self._kept[shapes][min(rank, shorter) - 1])
+
+    def bound(self, shapes: tuple[Shape, ...], rank: int) -> float:
+        """What `kept` is at most, from the trace and the norm of the Gram matrix alone.
+
+        Of n numbers with mean m and variance v the largest r have at most the sum r m + sqrt(r (n - r) v)
+        (Mallows & Richter 1969).
+        """
+        n = min(p * q for p, q in shapes)
+        if shapes not in self._spread:
+            gram = _gram(rearrange(self.matrix, shapes))
+            self._spread[shapes] = float(gram.trace()) / n, float(gram.square().mean()) * n
+        mean, square = self._spread[shapes]
+        rank = min(rank, n)
+        bound: float = rank * mean + (rank * (n - rank) * max(0.0, square - mean**2)) ** 0.5
+        return bound
 
     def spectrum(self, shapes: tuple[Shape, ...], rank: int) -> tuple[Tensor, Tensor]:
         """The heaviest squared singular values of the matrix rearranged for a pair of shapes, descending, and the
@@ -74,7 +92,7 @@ class SubspaceFrobenius(Frobenius):
         image = (tensor if side == 1 else tensor.T) @ basis
         start = normalised([basis, image] if side == 0 else [image, basis])
         best, captured = float(values[: term.rank].sum()), float(image.square().sum())
-        if abs(captured - best) <= 1e-9 * best:  # it is the whole matrix that is fitted
+        if abs(captured - best) <= WHOLE * best:  # it is the whole matrix that is fitted
             return start
         for _ in range(ITERATIONS):
             start = follow(tensor, start)

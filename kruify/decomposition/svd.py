@@ -19,7 +19,6 @@ GRAM_SHARE = 8  # elsewhere, at most 1/8 of all triplets come from the Gram matr
 PANEL = 16  # rows that stay in the cache between the two products with them
 BASIS = 40  # fewest Lanczos vectors between two restarts
 ACCURACY = 1e-13  # of the squared singular values, relative
-SINGLE_FROM = 1 << 20  # entries from which `follow` multiplies in single precision
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> VectorSum:
@@ -94,16 +93,14 @@ def _lanczos(matrix: Tensor, rank: int) -> VectorSum | None:
 def follow(matrix: Tensor, start: VectorSum) -> VectorSum:
     """One step of subspace iteration from a sum of products: never further from (m, n) `matrix`.
 
-    The vectors on the shorter side of the result are orthonormal. Large matrices are multiplied in single precision.
+    The vectors on the shorter side of the result are orthonormal.
     """
     side = shorter_side(matrix)
-    scale = max(float(matrix.norm()), torch.finfo(torch.float64).tiny)
-    dtype = torch.float32 if matrix.numel() >= SINGLE_FROM else torch.float64
-    work = ((matrix if side == 0 else matrix.T) / scale).to(dtype)
-    image = (start.vectors[1 - side] * (start.weight / scale)).to(dtype)
+    work = matrix if side == 0 else matrix.T
+    image = start.vectors[1 - side] * (start.weight / start.weight.max().clamp(min=torch.finfo(matrix.dtype).tiny))
     basis = torch.linalg.qr(work @ image)[0]
-    image = (work.T @ basis).double() * scale
-    return normalised([basis.double(), image] if side == 0 else [image, basis.double()])
+    image = work.T @ basis
+    return normalised([basis, image] if side == 0 else [image, basis])
 
 
 def shorter_side(matrix: Tensor) -> int:

@@ -28,6 +28,9 @@ class VectorSum:
     def rank(self) -> int:
         return self.weight.shape[0]
 
+    def to(self, dtype: torch.dtype) -> VectorSum:
+        return VectorSum(self.weight.to(dtype), [v.to(dtype) for v in self.vectors])
+
     def dense(self) -> Tensor:
         """The tensor that the sum stands for, (mode 0, mode 1, ...)."""
         sizes = [v.shape[0] for v in self.vectors]

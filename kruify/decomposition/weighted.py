@@ -57,7 +57,8 @@ class Weighted:
             # One factor spans all columns, so the weight passes into it and the SVD is exact again.
             tensor = rearrange(rest @ self.root, shapes)
             if self.searching and old is not None and len(shapes) > 1:
-                found = follow(tensor, self._turned(old, whole[-1], shapes, self.root))
+                found = follow(tensor.float(), self._turned(old, whole[-1], shapes, self.root).to(torch.float32))
+                found = found.to(tensor.dtype)
             else:
                 found = nearest(tensor, term.rank, seed=seed)
             return self._turned(found, whole[-1], shapes, self.inverse_root)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kruify.decomposition import svd, weighted
+from kruify.decomposition import weighted
 from kruify.decomposition.fitting import fit_with
 from kruify.decomposition.frobenius import Frobenius
+from kruify.decomposition.rearrangement import rearrange
 from kruify.decomposition.sparse_residual import heaviest
 from kruify.decomposition.structure_search import StructureSearch
 from kruify.decomposition.subspace import SubspaceFrobenius
 from kruify.decomposition.svd import follow, truncated_svd
 from kruify.decomposition.vectors import VectorSum
 from kruify.decomposition.weighted import Weighted
-from kruify.factors import parse
+from kruify.factors import parse, two_factor_shapes
 
 SPECS = ["4*(24x1,1x24)+3*(4x6,6x4)", "6*(24x1,1x24)+sparse:6%:8", "2*(6x4,4x6)+2*(3x8,8x3)+diag", "3*(2x2,12x12)"]
 
@@ -23,30 +24,26 @@ def gaussian(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float64, 1e-30), (torch.float32, 1.0)])
 @pytest.mark.parametrize("shape", [(30, 50), (50, 30), (40, 40)])
-def test_a_step_never_loses_and_many_reach_the_svd(shape, single, monkeypatch):
-    if single:
-        monkeypatch.setattr(svd, "SINGLE_FROM", 1)
-    matrix = gaussian(*shape) * 1e-30
+def test_a_step_never_loses_and_many_reach_the_svd(shape, dtype, scale):
+    matrix = (gaussian(*shape) * scale).to(dtype)
     vectors = [torch.linalg.qr(gaussian(n, 5, seed=n))[0] for n in shape]
-    found = VectorSum(torch.full((5,), 1e-30, dtype=torch.float64), vectors)
+    found = VectorSum(torch.full((5,), scale, dtype=torch.float64), vectors).to(dtype)
     lost = float("inf")
     for _ in range(200):
         found = follow(matrix, found)
         before, lost = lost, float((matrix - found.dense()).square().sum())
         assert lost <= before * (1 + 1e-6)
+    matrix = matrix.double()
     best = float((matrix - truncated_svd(matrix, 5).dense()).square().sum())
     assert best * (1 - 1e-6) <= lost <= best * (1 + 1e-4)
 
 
-@pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_fit_of_a_search_is_a_close_bound_from_below(spec, single, monkeypatch):
-    if single:
-        monkeypatch.setattr(svd, "SINGLE_FROM", 1)
+def test_a_fit_of_a_search_is_a_close_bound_from_below(spec):
     w, structure = gaussian(24, 24), parse(spec).resolve(24, 24)
-    approximate = fit_with(SubspaceFrobenius(w), w, structure, sweeps=2).energy
+    approximate = StructureSearch(w, Frobenius()).energy(structure)
     thorough = fit_with(Frobenius(), w, structure).energy
     assert 0.9 * thorough <= approximate <= thorough + 1e-6
 
@@ -76,6 +73,20 @@ def test_freeing_changes_nothing_but_the_memory():
     assert [(c.structure, c.energy) for c in search.candidates(150)] == [
         (c.structure, c.energy) for c in other.candidates(150)
     ]
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "low rank", "kronecker"])
+def test_the_bound_on_the_energy_of_a_shape_holds(kind):
+    w = gaussian(24, 24)
+    if kind == "low rank":
+        w = gaussian(24, 2, seed=1) @ gaussian(2, 24, seed=2) + 0.1 * w
+    if kind == "kronecker":
+        w = torch.kron(gaussian(4, 6, seed=1), gaussian(6, 4, seed=2)) + 0.1 * w
+    search = SubspaceFrobenius(w)
+    for shapes in two_factor_shapes(24, 24):
+        for rank in (1, 3, min(p * q for p, q in shapes)):
+            singular = torch.linalg.svdvals(rearrange(w, shapes))[:rank]
+            assert search.bound(shapes, rank) >= float(singular.square().sum()) * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("spec", SPECS)
