@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from kruify.errors import KruifyError
     from kruify.exporting import Exported
     from kruify.layers import KRU, KRUGRU, KRULSTM, KRURNN
+    from kruify.notebook import live_progress
     from kruify.ops import backend_info
+    from kruify.pretrained import from_pretrained, save_pretrained
     from kruify.progress import Progress
     from kruify.reporting import Report
     from kruify.reporting.build import report
@@ -39,7 +41,9 @@ _HOMES = {
     "errors": "KruifyError",
     "exporting": "Exported",
     "layers": "KRU KRUGRU KRULSTM KRURNN",
+    "notebook": "live_progress",
     "ops": "backend_info",
+    "pretrained": "from_pretrained save_pretrained",
     "progress": "Progress",
     "reporting": "Report",
     "reporting.build": "report",

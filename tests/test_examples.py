@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -84,6 +86,26 @@ def test_new_user(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert "dense.pt, model.kru.safetensors, model.pt, report.html, small.kru.safetensors" in capsys.readouterr().out
 
 
+def test_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells one after the other, each shown as a notebook shows it; no kernel is needed for that."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert not any(cell.get("outputs") for cell in cells)
+    names: dict[str, object] = {}
+    shown = []
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            tree = ast.parse("".join(cell["source"]))
+            last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+            exec(compile(tree, "quickstart.ipynb", "exec"), names)
+            if isinstance(last, ast.Expr):
+                shown.append(eval(compile(ast.Expression(last.value), "quickstart.ipynb", "eval"), names))
+    dense, conversion, (before, after), report, sweep, again = shown
+    assert dense["accuracy"] > 0.99 and before["accuracy"] < after["accuracy"] > 0.99 and again == after
+    assert all("<" in item._repr_html_() for item in (conversion, report, sweep))
+
+
 @pytest.mark.skipif(not (shutil.which("cc") and shutil.which("c++")), reason="no C++ compiler")
 def test_cpp(tmp_path: Path) -> None:
     """The lines of its README, on a layer that is compared with torch's own."""
@@ -107,3 +129,4 @@ def test_cpp(tmp_path: Path) -> None:
 def test_every_example_is_run() -> None:
     known = {"chorales.py", "new_user.py", "own_module.py", "speech.py", "spelling.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == known
+    assert [path.name for path in EXAMPLES.glob("*.ipynb")] == ["quickstart.ipynb"]

@@ -15,6 +15,7 @@ from kruify.conversion.locate import AnyTensor, Located, RecurrentLayer
 from kruify.conversion.plan import Plan, Structures, by_gate
 from kruify.decomposition import Fit
 from kruify.graphs import Comparison
+from kruify.notebook import html_table
 
 if TYPE_CHECKING:
     from kruify.conversion.budget import Slack
@@ -152,6 +153,28 @@ class Conversion:
             "notes": self.notes,
             **({} if self.graph is None else {"graph": self.graph.to_json()}),
         }
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a row a gate, then the sums."""
+        rows = [
+            (
+                *(gate.name, gate.gate, "x".join(map(str, gate.shape)), gate.factors),
+                *(f"{gate.parameters_before:,}", f"{gate.parameters_after:,}"),
+                "" if math.isnan(gate.energy) else f"{gate.energy:.3f}",
+            )
+            for gate in self.matrices
+        ]
+        p, size = self.parameters, self.bytes
+        sums = [
+            f"{what}: {before:,} → {after:,} {unit}, {before / max(1, after):.1f} times smaller"
+            for what, before, after, unit in (
+                ("Recurrent matrices", p.recurrent_before, p.recurrent_after, "parameters"),
+                ("Whole model", p.total_before, p.total_after, "parameters"),
+                *([] if size is None else [("Weights", size.before, size.after, "bytes")]),
+            )
+        ]
+        columns = ("matrix", "gate", "size", "factors", "parameters", "now", "energy kept")
+        return html_table(columns, rows, *sums, *self.notes)
 
 
 def expected(tensors: Mapping[str, AnyTensor], plan: Plan, located: Located) -> Conversion:

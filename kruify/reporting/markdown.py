@@ -49,7 +49,7 @@ def body(report: Report) -> str:
             factors, *cells = gate_cells(entry)
             values = ", ".join(f"{value:.2g}" for value in quarters(entry.singular_values))
             rows.append([model.name, f"`{entry.name}`", entry.gate, f"`{factors}`", *cells, values])
-    lines += _table(["model", "matrix", "gate", *GATE_COLUMNS, "singular values"], rows)
+    lines += table(["model", "matrix", "gate", *GATE_COLUMNS, "singular values"], rows)
     lines += ["", "</details>", "", "## How it was made", ""]
     for model in report.models:
         made = (f"{label} `{_text(text)}`" for label, text in provenance(model))
@@ -67,14 +67,15 @@ def _training(model: ModelReport) -> list[str]:
         for i, entry in enumerate(model.history)
     ]
     heads = ["epoch", *(name for name, _ in columns)]
-    return ["", f"## Training of {_text(model.name)}", "", *_table(heads, rows)]
+    return ["", f"## Training of {_text(model.name)}", "", *table(heads, rows)]
 
 
 def _rows(models: Sequence[ModelReport], rows: Sequence[Row]) -> list[str]:
-    return _table(["", *(model.name for model in models)], [[row.label, *row.cells] for row in rows])
+    return table(["", *(model.name for model in models)], [[row.label, *row.cells] for row in rows])
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table whose first column holds words, the others figures."""
     marks = ["---"] + ["---:"] * (len(heads) - 1)
     return ["| " + " | ".join(map(_text, line)) + " |" for line in (heads, marks, *rows)]
 

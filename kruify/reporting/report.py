@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any
 
 from kruify.analysis.counts import ParameterCounts
 from kruify.analysis.matrices import MatrixHealth
+from kruify.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,16 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """The object that `kruify report --json` prints."""
         return {**asdict(self), "ratios": self.ratios}
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows: the page, in a frame that keeps its styles to itself; nothing without matplotlib."""
+        from kruify.reporting.html import to_html
+
+        try:
+            page = escape(to_html(self))
+        except UnsupportedError:
+            return None
+        return f'<iframe srcdoc="{page}" style="width: 100%; height: 40rem; border: 0"></iframe>'
 
 
 def _ratio(first: float, other: float) -> float | None:

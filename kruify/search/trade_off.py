@@ -21,6 +21,7 @@ from kruify.conversion.budget import parse_budget
 from kruify.conversion.storing import weight_bytes, write_converted
 from kruify.errors import UnsupportedError, UsageError
 from kruify.layers.storage import marks
+from kruify.notebook import html_table
 from kruify.progress import Progress
 from kruify.search.candidate_search import SHARE, CandidateSearch
 from kruify.search.candidates import CandidateResult, Selection
@@ -91,6 +92,21 @@ class Sweep:
             "metric": self.metric,
             "split": self.split,
         }
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a row a network, the knee marked."""
+        dense, *others = self.points
+        rows = [
+            (
+                point.budget + (" (knee)" if self.knee is not None and point is self.points[self.knee] else ""),
+                f"{point.recurrent_parameters:,}",
+                f"{point.bytes:,}",
+                f"{point.metrics[self.metric]:.4f}",
+            )
+            for point in (dense, *([] if self.int8 is None else [self.int8]), *others)
+        ]
+        columns = ("budget", "recurrent parameters", "bytes", f"{self.metric}, {self.split} split")
+        return html_table(columns, rows)
 
 
 def sweep(
