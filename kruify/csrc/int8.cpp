@@ -62,7 +62,7 @@ namespace {
 // Rounds w (rows, columns of it) to eight bits: a row's scale is its largest element / 127, NaN where an element is not
 // finite.
 void pack(const Int8Panels& p, int64_t columns, const float* w, int64_t ld) {
-  const auto [lanes, shift, multiply] = int8_kernels();
+  const int64_t lanes = int8_kernels().lanes;
   for (int64_t row = 0; row < p.rows; ++row, w += ld) {
     float largest = 0, faults = 0;
     for (int64_t k = 0; k < columns; ++k) largest = std::max(largest, std::abs(w[k])), faults += 0 * w[k];
@@ -73,7 +73,7 @@ void pack(const Int8Panels& p, int64_t columns, const float* w, int64_t ld) {
     for (int64_t k = 0; k < columns; ++k) {
       const int8_t rounded = int8_t(std::clamp(std::nearbyint(w[k] / scale), -127.0f, 127.0f));
       panel[k / 4 * lanes * 4 + k % 4] = rounded;
-      p.start[row] -= shift * rounded;
+      p.start[row] -= int8_kernels().shift * rounded;
     }
   }
 }
