@@ -13,16 +13,14 @@ empty.
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from measurements import commit
-from timing import RESULTS, Results, restart_with_malloc_settings, threads, without_grad
+from timing import HOW, RESULTS, Results, best_times, restart_with_malloc_settings, threads, without_grad
 
 STEPS, INPUTS, SEED = 128, 128, 0
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
@@ -115,26 +113,10 @@ def others(dense: Any, x: Any, key: Row) -> dict[str, Contender]:
     return found
 
 
-def best_times(calls: dict[str, Contender], seconds: float, clock: Callable[[], float]) -> dict[str, float]:
-    """Best time of each in milliseconds, in turns; each at least three times. The clock is that of all threads of the
-    process where one thread is asked for: OpenVINO computes in one of its own."""
-    best = dict.fromkeys(calls, float("inf"))
-    rounds, end = 0, time.perf_counter() + seconds
-    gc.disable()
-    while rounds < 3 or time.perf_counter() < end:
-        rounds += 1
-        for name, call in calls.items():
-            start = clock()
-            call()
-            best[name] = min(best[name], clock() - start)
-    gc.enable()
-    return {name: round(1e3 * t, 4) for name, t in best.items()}
-
-
 def measure(key: Row, seconds: float) -> Row:
     with threads(key["threads"]):
-        clock = time.process_time if key["threads"] == 1 else time.perf_counter
-        return {**key, "ms": best_times(contenders(key), seconds, clock), "seed": SEED, "commit": commit()}
+        found = best_times(contenders(key), seconds, key["threads"])
+    return {**key, "ms": {name: round(t, 4) for name, t in found.items()}, "seed": SEED, "commit": commit()}
 
 
 def multiply_rate() -> float:
@@ -147,7 +129,7 @@ def multiply_rate() -> float:
     packed, x = torch.ops.kruify.int8_pack(None, torch.randn(1024, 256), layout), torch.randn(96, 256)
     with threads(1):
         call = {"product": lambda: torch.ops.kruify.int8_linear(x, packed, layout)}
-        return x.numel() * 1024 / best_times(call, 2.0, time.process_time)["product"] / 1e6
+        return x.numel() * 1024 / best_times(call, 2.0)["product"] / 1e6
 
 
 def multiply_adds(key: Row, what: str) -> float:
@@ -166,8 +148,8 @@ def report(results: Results) -> str:
     text = [
         "# Eight-bit layers and their peers\n",
         "Written by `python benchmarks/peers.py --report`; numbers in results/peers.jsonl and, of an older machine,"
-        " results/peers_avx2.jsonl, each line with its commit and seed. Best times, contenders in turns;"
-        f" T={STEPS}, input {INPUTS}, one layer, inference, milliseconds.\n",
+        " results/peers_avx2.jsonl, each line with its commit and seed."
+        f" {HOW} T={STEPS}, input {INPUTS}, one layer, inference, milliseconds.\n",
         "Ours store and compute all weights as int8: W_ih dense, W_hh dense or stacked low rank at 16x fewer bytes or"
         " numbers than in float32. `x` = times faster than the best peer, which stands in italics;"
         " `at most`: the same if our products ran as fast as one of many vectors with a matrix in the L2 cache, and all"
@@ -175,8 +157,8 @@ def report(results: Results) -> str:
         *machine(results),
         *machine(Results("peers_avx2")),
         "AVX2 has no such product: two of its instructions (vpmaddubsw and vpmaddwd) take as long as those of float32,"
-        " so dense int8 layers save memory and hardly time. That machine had other work meanwhile. AVX-VNNI and ARM"
-        " have not been measured.",
+        " so dense int8 layers save memory and hardly time. That machine had other work meanwhile; a turn was one call."
+        " AVX-VNNI and ARM have not been measured.",
     ]
     return "\n".join(text) + "\n"
 
@@ -241,7 +223,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--only", help="lstm, gru or rnn")
     parser.add_argument("--hidden", type=int)
-    parser.add_argument("--seconds", type=float, default=2.0, help="for one row, at least three rounds")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for one row")
     options = parser.parse_args()
     restart_with_malloc_settings()
     warnings.filterwarnings("ignore")
