@@ -155,6 +155,12 @@ def report(results: Results) -> str:
         " `at most`: the same if our products ran as fast as one of many vectors with a matrix in the L2 cache, and all"
         " else took no time. torch has no int8 RNN, ONNX Runtime no int8 GRU or RNN.\n",
         *machine(results),
+        "The rows of two threads, wall-clock time, are from an hour in which nothing else ran; a turn was one call.\n",
+        "Dense layers of 128 and 256 units in batches of 1 are behind ONNX Runtime's by what surrounds the products. Of"
+        " the 215 us that an LSTM of 128 takes alone, 45 are Python (most of it: whether the weights still are those"
+        " that were packed), 11 the operator's call, 45 the product with x, and 0.9 a step: 0.65 to read W_hh from the"
+        " L2 cache, which delivers 110 GB/s, 0.15 the gates. Tried without gain: W_hh read from its end in every second"
+        " step, asked for ahead while the gates are computed, larger tiles of the product with x.\n",
         *machine(Results("peers_avx2")),
         "AVX2 has no such product: two of its instructions (vpmaddubsw and vpmaddwd) take as long as those of float32,"
         " so dense int8 layers save memory and hardly time. That machine had other work meanwhile; a turn was one call."
@@ -174,7 +180,8 @@ def machine(results: Results) -> list[str]:
         *summary(rows),
     ]
     for count in sorted({r["threads"] for r in rows}):
-        text.append(f"\n{count} thread{'s' * (count > 1)}:\n")
+        made = ", ".join(sorted({r["commit"] for r in rows if r["threads"] == count}))
+        text.append(f"\n{count} thread{'s' * (count > 1)}, commit {made}:\n")
         ratios = [column for what in OURS for column in (what, "x", "at most")]
         text.append("| layer | H | B | " + " | ".join((*PEERS, *ratios)) + " |")
         text.append("|--" * (3 + len(PEERS) + len(ratios)) + "|")
