@@ -47,22 +47,26 @@ def since(start: tuple[float, float]) -> str:
     return f"{wall:6.1f} s, {processor:6.1f} s of processor time"
 
 
+def cloned(folder: Path, quick: bool) -> tuple[Path, dict[str, str]]:
+    """The clone, set up, and an environment with its programs; with `quick` the tree and the Python that runs this."""
+    clone = ROOT if quick else folder / "kruify"
+    programs = Path(sys.executable).parent if quick else clone / ".venv" / "bin"
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}  # what activate does
+    if not quick:
+        run(["git", "clone", "--quiet", str(ROOT), str(clone)], ROOT, dict(os.environ), "git clone")
+        setup = next(text for _, text in blocks((clone / "README.md").read_text(encoding="utf-8")) if SETUP in text)
+        run(["bash", "-ec", setup], clone, environment, SETUP)
+    return clone, environment
+
+
 def main(quick: bool) -> None:
     start = clocks()
     with tempfile.TemporaryDirectory() as name:
-        clone, folder = Path(name) / "kruify", Path(name) / "mine"
+        folder = Path(name) / "mine"
         folder.mkdir()
-        if quick:
-            clone, programs = ROOT, Path(sys.executable).parent
-        else:
-            run(["git", "clone", "--quiet", str(ROOT), str(clone)], ROOT, dict(os.environ), "git clone")
-            programs = clone / ".venv" / "bin"
-        environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}  # what activate does
+        clone, environment = cloned(Path(name), quick)
         for language, text in blocks((clone / "README.md").read_text(encoding="utf-8")):
-            if language == "sh" and text.startswith(SETUP):
-                if not quick:
-                    run(["bash", "-ec", text], clone, environment, SETUP)
-            elif language == "sh":
+            if language == "sh" and not text.startswith(SETUP):
                 for line in text.splitlines():
                     run(["bash", "-ec", line], folder, environment, line)
             elif language == "python":

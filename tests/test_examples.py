@@ -13,7 +13,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -126,7 +128,61 @@ def test_cpp(tmp_path: Path) -> None:
         torch.testing.assert_close(got, kruify.densify(small)(frames)[0], atol=1e-5, rtol=0)
 
 
+def loaded(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module of the examples, which import one another by name."""
+    for folder in (EXAMPLES, path.parent):
+        monkeypatch.syspath_prepend(folder)
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_new_onnx_user(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which commands it runs; test_docs runs the page that they come from."""
+    example = loaded(EXAMPLES / "new_onnx_user.py", monkeypatch)
+    titles: list[str] = []
+    monkeypatch.setattr(example, "run", lambda command, folder, environment, title: titles.append(title))
+    example.main(quick=True)
+    commands = [title.split()[1] for title in titles if title.startswith("kruify")]
+    assert commands == ["inspect", "convert", "inspect", "compress", "convert", "export"]
+    assert titles[0] == "a block of Python" and "in all" in capsys.readouterr().out
+
+
+def test_nsnet2_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speech is made, and a network whose gains are all one gives it back."""
+    onnx = pytest.importorskip("onnx")
+    for package in ("onnxruntime", "espeakng_loader"):
+        pytest.importorskip(package)
+    data = loaded(EXAMPLES / "nsnet2" / "data.py", monkeypatch)
+    speech = data.Speech(tmp_path / "speech", data.RATE, seconds=1, counts={"train": 2, "test": 1})
+    monkeypatch.setattr(data, "SPEECH", speech)
+    (clean,), (noisy,) = speech.clips("test")
+    assert clean.shape == noisy.shape == (data.RATE,)
+    assert 0 <= data.scale_invariant_sdr(clean, noisy) < 16  # 0 to 15 dB
+    helper, real = onnx.helper, onnx.TensorProto.FLOAT
+    frames = [helper.make_tensor_value_info(name, real, [1, "t", 161]) for name in ("input", "output")]
+    one = onnx.numpy_helper.from_array(np.float32(0), "zero")
+    nodes = [helper.make_node("Mul", ["input", "zero"], ["nothing"]), helper.make_node("Exp", ["nothing"], ["output"])]
+    graph = helper.make_graph(nodes, "g", frames[:1], frames[1:], [one])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "g.onnx")
+    (given,) = data.enhanced(tmp_path / "g.onnx", noisy[None])
+    inside = slice(data.HOP, -data.HOP)
+    np.testing.assert_allclose(given[inside], noisy[inside], rtol=0.02, atol=1e-3)  # its window does so
+    assert data.si_sdr(str(tmp_path / "g.onnx")) == pytest.approx(data.scale_invariant_sdr(clean, noisy), abs=0.5)
+    assert [sample["input"].shape for sample in data.samples()] == [(1, 99, 161)] * 2
+
+
 def test_every_example_is_run() -> None:
-    known = {"chorales.py", "new_user.py", "own_module.py", "speech.py", "spelling.py"}
+    known = {
+        "chorales.py",
+        "new_onnx_user.py",
+        "new_user.py",
+        "own_module.py",
+        "showcase.py",
+        "speech.py",
+        "spelling.py",
+    }
     assert {path.name for path in EXAMPLES.glob("*.py")} == known
     assert [path.name for path in EXAMPLES.glob("*.ipynb")] == ["quickstart.ipynb"]

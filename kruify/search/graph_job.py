@@ -125,7 +125,7 @@ class SourceGraph:
         return layer
 
     def learn(self, name: str, module: nn.Module) -> None:
-        """Takes the numbers of a layer."""
+        """Takes the numbers of one layer."""
         self.conversion.tensors.update({f"{name}.{n}": t for n, t in module.state_dict().items()})
 
     def write(self, file: Path) -> None:
@@ -242,7 +242,7 @@ class GraphJob:
         originals = [RecordingGraph(graph.path) for graph in self.graphs]
         for feed in self.samples:
             runs = zip(self.graphs, files, run_in_turn(originals, feed), strict=True)
-            return reduce(Timing.__add__, [time_graphs(graph.path, small, run[0]) for graph, small, run in runs])
+            return reduce(Timing.__add__, [time_graphs(graph.path, small, run.inputs) for graph, small, run in runs])
         return None
 
     @cached_property
@@ -256,9 +256,9 @@ class GraphJob:
                 break
             if is_held_out(number):
                 continue
-            for graph, (_, _, calls) in zip(self.graphs, run_in_turn(recording, feed), strict=True):
+            for graph, run in zip(self.graphs, run_in_turn(recording, feed), strict=True):
                 for name, layer in graph.dense.items():
-                    call = graph.call(name, calls[graph.nodes[name]])
+                    call = graph.call(name, run.calls[graph.nodes[name]])
                     x: Any = call.input
                     if int(call.lengths.min()) < len(x):
                         x = pack_padded_sequence(x, call.lengths, enforce_sorted=False)
@@ -292,9 +292,9 @@ class GraphJob:
 
         original, small = recording([g.path for g in self.graphs]), recording([*map(self.small, self.graphs)])
         for number, feed in enumerate(self.samples):
-            calls = [list(run_in_turn(graphs, feed))[-1][2][node] for graphs in (original, small)]
+            calls = [list(run_in_turn(graphs, feed))[-1].calls[node] for graphs in (original, small)]
             yield is_held_out(number), graph.call(name, calls[0]), calls[1].input
 
     def _outputs(self, graphs: Sequence[RecordingGraph], feed: Mapping[str, Any]) -> dict[str, Any]:
         runs = zip(self.graphs, run_in_turn(graphs, feed), strict=True)
-        return {f"{graph.title}{name}": value for graph, (_, found, _) in runs for name, value in found.items()}
+        return {f"{graph.title}{name}": value for graph, run in runs for name, value in run.outputs.items()}

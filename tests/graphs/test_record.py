@@ -11,6 +11,7 @@ from kruify.errors import UsageError
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
+import small_graphs  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from kruify.checkpoint.onnx_file import read_onnx  # noqa: E402
@@ -71,7 +72,7 @@ def test_calls_are_recorded_beside_the_outputs(tmp_path: Path) -> None:
     nodes = recurrent_nodes(read_onnx(path))
     assert nodes == {"first": "y", "second": "last"}
     feed = {"x": np.random.default_rng(1).standard_normal((5, 2, F)), "lengths": np.array([3, 5])}  # float64, int64
-    outputs, calls = RecordingGraph(path, nodes.values()).run(feed)
+    _, outputs, calls = RecordingGraph(path, nodes.values()).run(feed)
     assert list(outputs) == ["last"] and outputs["last"].shape == (1, 2, H)
     first, second = calls["y"], calls["last"]
     np.testing.assert_allclose(first.input.numpy(), 2 * feed["x"], rtol=1e-6)
@@ -79,7 +80,7 @@ def test_calls_are_recorded_beside_the_outputs(tmp_path: Path) -> None:
     h, c = first.states
     assert h is not None and h.shape == (D, 2, H) and c is None and second.states == (None,)
     assert second.input.shape == (5, 2, D * H) and not second.input[3:, 0].any()  # padding gives zeros
-    again, calls = RecordingGraph(path, ["y"], outputs=False).run(feed)
+    _, again, calls = RecordingGraph(path, ["y"], outputs=False).run(feed)
     assert again == {} and calls["y"].input.equal(first.input)
 
 
@@ -107,3 +108,10 @@ def test_differences_are_added_up_over_samples() -> None:
     assert found.relative_error == pytest.approx((2.25 / 15) ** 0.5)
     assert found.snr_db == pytest.approx(10 * np.log10(15 / 2.25))
     assert found.agreement == pytest.approx(2 / 3)
+
+
+def test_a_node_that_is_given_nothing_but_inputs_of_the_graph(tmp_path: Path) -> None:
+    path = small_graphs.save(tmp_path / "a.onnx", [small_graphs.node("LSTM")], small_graphs.weights("LSTM"))
+    x = np.ones((5, 2, small_graphs.IN), "f4")
+    run = RecordingGraph(path, ["Y"], outputs=False).run({"X": x})
+    assert run.outputs == {} and np.array_equal(run.calls["Y"].input.numpy(), x)
