@@ -109,7 +109,8 @@ def _show(out: Output, done: Sweep) -> None:
     marked = None if done.knee is None else done.points[done.knee]
     values = [point.metrics[done.metric] for point in points]
     known = [value for value in values if math.isfinite(value)]
-    low, span = min(known, default=0.0), (max(known, default=0.0) - min(known, default=0.0)) or 1.0
+    low = min([0.0, *known])  # a bar begins at 0, so that a small loss looks small
+    span = (max(known, default=0.0) - low) or 1.0
     first = dense.recurrent_parameters
     for point, value in zip(points, values, strict=True):
         bar = "\u2588" * (1 + round(23 * (value - low) / span)) if math.isfinite(value) else ""

@@ -57,6 +57,6 @@ def main(epochs: float, split: str, words: int) -> None:
 
 if __name__ == "__main__":
     if "--quick" in sys.argv:
-        main(epochs=0.04, split="valid", words=100)
+        main(epochs=0.01, split="valid", words=30)
     else:
         main(epochs=5, split="test", words=1500)

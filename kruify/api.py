@@ -31,7 +31,6 @@ from kruify.errors import CorruptError, UsageError
 from kruify.exporting import Exported, export_dense, export_graph, export_layers, export_network
 from kruify.layers.storage import mark, marks, within
 from kruify.progress import Progress
-from kruify.reporting.training import conditioning_svg
 from kruify.search.compression import Compression
 from kruify.search.compression import compress as _compress
 from kruify.search.trade_off import Sweep
@@ -357,6 +356,8 @@ def _write(
     if output is not None and result.is_main:
         write_trained(output, result, recipe, **made_from)
     if not isinstance(conditioning, bool) and result.is_main:
+        from kruify.reporting.training import conditioning_svg  # with rich: half of what kruify adds to torch's start
+
         with atomic_file(conditioning) as file:
             file.write(conditioning_svg(result.to_json()["history"]).encode())
 
