@@ -5,9 +5,11 @@
 
 Writes benchmarks/results/cuda_layers-<GPU>.jsonl after every measurement, so that a run that is cut short keeps what it
 had, and the next one of the same commit on the same GPU goes on from there (`--fresh`: from the start), and the table
-of benchmarks/cuda_layers.md. Times are medians of CUDA events, in milliseconds, input size = hidden size, dense W_ih.
-`recurrent` is the recurrence alone, on ready gates. TF32 is torch's switch, which kruify's kernels follow; bf16 is
-cuDNN on bf16 weights and input, and kruify on float32 ones under autocast. `--seconds` bounds the whole run.
+of benchmarks/cuda_layers.md. Times are medians of CUDA events, in milliseconds, input size = hidden size. Two
+structures: `kruify` is balanced two factors, `low_rank` stacked gates of rank H / 16; W_ih is dense, or factored like
+W_hh (`factored`). `recurrent` is the recurrence alone, on ready gates. TF32 is torch's switch, which kruify's kernels
+follow; bf16 is cuDNN on bf16 weights and input, and kruify on float32 ones under autocast. `--seconds` bounds the whole
+run.
 """
 
 from __future__ import annotations
@@ -39,7 +41,12 @@ DEVICE = "cuda"
 PAIRS = {512: (32, 16), 1024: (32, 32), 2048: (64, 32), 4096: (64, 64)}
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 CASE = ("kind", "hidden", "batch", "steps", "training")  # what tells the rows apart
-ISSUE = {1024: 3.0, 2048: 4.0, 4096: 6.0}  # wanted speed-up of the forward pass, whole layer, T=1024, B=64
+# Of the forward pass over cuDNN's float32, T=1024, B=64: what a layer with a dense W_ih can reach at most, for that has
+# as many multiply-adds as cuDNN's recurrence, and what is wanted of the recurrence alone and with W_ih factored, too.
+CEILING = {1024: 3.5, 2048: 2.6, 4096: 2.5}
+WANTED_ALONE = {1024: 6.0, 2048: 9.0, 4096: 15.0}
+WANTED_FACTORED = {1024: 4.0, 2048: 6.0, 4096: 10.0}
+STRUCTURES = ("kruify", "low_rank")
 
 
 def milliseconds(function: Callable[[], object], budget: float = 1.0) -> float:
@@ -111,11 +118,26 @@ def dense(kind: str, hidden: int) -> nn.Module:
     return layer(hidden, hidden, device=DEVICE)
 
 
-def ours(kind: str, hidden: int, backend: str) -> nn.Module:
-    """The same layer with balanced two factors."""
+def shapes_of(structure: str, kind: str, hidden: int) -> tuple[int, list[tuple[int, int]]]:
+    """Rank, and the two factors of one gate."""
+    if structure == "low_rank":
+        return hidden // 16, [(hidden, 1), (1, hidden)]
     rows1, rows2 = PAIRS[hidden]
+    return 1, [(rows1, rows1), (rows2, rows2)]
+
+
+def spec(structure: str, kind: str, hidden: int) -> str:
+    """In the factor grammar."""
+    rank, ((p1, q1), (p2, q2)) = shapes_of(structure, kind, hidden)
+    return f"stacked:{rank}*({GATES[kind] * p1}x{q1},{p2}x{q2})" if rank > 1 else f"{p1}x{q1},{p2}x{q2}"
+
+
+def ours(kind: str, hidden: int, backend: str, structure: str = "kruify", factored: bool = False) -> nn.Module:
+    """The same layer with one of the structures, in W_ih, too, where it is `factored`."""
     layer = {"lstm": layers.KRULSTM, "gru": layers.KRUGRU, "rnn": layers.KRURNN}[kind]
-    return layer(hidden, hidden, factors=f"{rows1}x{rows1},{rows2}x{rows2}", backend=backend, device=DEVICE)
+    factors = spec(structure, kind, hidden)
+    inputs = factors if factored else None
+    return layer(hidden, hidden, factors=factors, input_factors=inputs, backend=backend, device=DEVICE)
 
 
 def timed(layer: nn.Module, x: Tensor, training: bool, budget: float) -> float:
@@ -135,12 +157,18 @@ def timed(layer: nn.Module, x: Tensor, training: bool, budget: float) -> float:
     return milliseconds(step, budget)
 
 
-def recurrent(kind: str, hidden: int, batch: int, steps: int, training: bool, budget: float, products: int) -> float:
+def recurrent(
+    structure: str, kind: str, hidden: int, batch: int, steps: int, training: bool, budget: float, products: int
+) -> float:
     """The recurrence alone, on ready-made gates, with products of this precision."""
-    gates, (rows1, rows2) = GATES[kind], PAIRS[hidden]
+    gates, (rank, shapes) = GATES[kind], shapes_of(structure, kind, hidden)
     name = "rnn_tanh" if kind == "rnn" else kind
-    shapes = ((rows1, rows1), (rows2, rows2))
-    stages = [(torch.randn(gates, 1, *s, device=DEVICE) / math.sqrt(s[0])).requires_grad_(training) for s in shapes]
+    own = (gates, 1 if structure == "low_rank" else gates)  # stacked gates have their rows in common
+    scale = 1 / math.sqrt(math.sqrt(hidden * rank))
+    stages = [
+        (torch.randn(n, rank, *shape, device=DEVICE) * scale).requires_grad_(training)
+        for n, shape in zip(own, shapes, strict=True)
+    ]
     layout = Layout(gates, hidden, hidden, (), (TermLayout(2, tuple(range(gates))),)).encode()
     x = torch.randn(steps * batch, gates * hidden, device=DEVICE).requires_grad_(training)
     h0 = torch.zeros(batch, hidden, device=DEVICE)
@@ -177,23 +205,29 @@ def candidates(
         with tf32(allowed):
             return timed(dense(kind, hidden).to(dtype), x.to(dtype), training, budget)
 
-    def layer(backend: str, allowed: bool, lower: bool = False) -> float:
+    def layer(
+        backend: str, allowed: bool, lower: bool = False, structure: str = "kruify", factored: bool = False
+    ) -> float:
         casts: AbstractContextManager[Any] = torch.autocast(DEVICE, torch.bfloat16) if lower else nullcontext()
         with tf32(allowed), casts:
-            return timed(ours(kind, hidden, backend), x, training, budget)
+            return timed(ours(kind, hidden, backend, structure, factored), x, training, budget)
 
-    def alone(products: int) -> float:
-        return recurrent(kind, hidden, batch, steps, training, budget, products)
+    def alone(products: int, structure: str) -> float:
+        with tf32(products != precision.FLOAT32):
+            return recurrent(structure, kind, hidden, batch, steps, training, budget, products)
 
-    yield "kruify", lambda: layer("kernel", False)
-    yield "kruify_tf32", lambda: layer("kernel", True)
-    yield "kruify_bf16", lambda: layer("kernel", True, lower=True)
-    yield "kruify_recurrent", lambda: alone(precision.FLOAT32)
-    yield "kruify_recurrent_tf32", lambda: alone(precision.TF32)
-    yield "kruify_recurrent_bf16", lambda: alone(precision.BF16)
     yield "cudnn_float32", lambda: cudnn(torch.float32, False)
+    for one in STRUCTURES:
+        yield one, lambda one=one: layer("kernel", False, structure=one)
+        yield f"{one}_recurrent", lambda one=one: alone(precision.FLOAT32, one)
+        yield f"{one}_factored", lambda one=one: layer("kernel", False, structure=one, factored=True)
     yield "cudnn_tf32", lambda: cudnn(torch.float32, True)
     yield "cudnn_bf16", lambda: cudnn(torch.bfloat16, True)
+    for one in STRUCTURES:
+        yield f"{one}_tf32", lambda one=one: layer("kernel", True, structure=one)
+        yield f"{one}_bf16", lambda one=one: layer("kernel", True, lower=True, structure=one)
+        yield f"{one}_recurrent_tf32", lambda one=one: alone(precision.TF32, one)
+        yield f"{one}_recurrent_bf16", lambda one=one: alone(precision.BF16, one)
     if steps <= 128:
         yield "torch_loop", lambda: layer("reference", False)
         if not training and (kind, batch) == ("lstm", 64):  # each takes half a minute to compile
@@ -204,7 +238,7 @@ def candidates(
 
 def sweep(quick: bool) -> Iterator[tuple[str, int, int, int, bool]]:
     """Kind, hidden size, batch, steps, training: the target cases first."""
-    first = [("lstm", hidden, 64, 1024, training) for hidden in ISSUE for training in (False, True)]
+    first = [("lstm", hidden, 64, 1024, training) for hidden in CEILING for training in (False, True)]
     yield from first
     if quick:
         return
@@ -232,41 +266,50 @@ def known_rows(target: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The table of cuda_layers.md: the target cases."""
-    lines = [
-        "| layer | kruify forward | cuDNN float32 forward | ratio | wanted | recurrence alone |"
-        " kruify forward + backward | cuDNN forward + backward | ratio | wanted |",
-        "|--|--|--|--|--|--|--|--|--|--|",
-    ]
+    """The tables of cuda_layers.md: the target cases."""
     by = {case_of(r): r["ms"] for r in rows}
-    for hidden, wanted in ISSUE.items():
-        cells = []
-        for training in (False, True):
+
+    def shown(value: object) -> str:
+        return f"{value:.1f}" if isinstance(value, float) else "not measured"
+
+    def over(ms: dict[str, Any], dense: str, ours: str) -> list[str]:
+        a, b = ms.get(ours), ms.get(dense)
+        return [shown(a), shown(b / a if isinstance(a, float) and isinstance(b, float) else None)]
+
+    lines: list[str] = []
+    for training in (False, True):
+        limits = ["ratio", "at most"], ["ratio", "wanted"], ["ratio", "wanted"]
+        heads = ("kruify, dense W_ih", "recurrence alone", "W_ih factored, too")
+        columns = [
+            c for head, more in zip(heads, limits, strict=True) for c in (head, *(more[:1] if training else more))
+        ]
+        first = "layer, forward + backward" if training else "layer, forward"
+        lines += ["", "| " + " | ".join((first, "cuDNN float32", *columns)) + " |", "|--" * (len(columns) + 2) + "|"]
+        for hidden in CEILING:
             ms = by.get(("lstm", hidden, 64, 1024, training), {})
-            a, b = ms.get("kruify"), ms.get("cudnn_float32")
-            ratio = f"{b / a:.1f}" if isinstance(a, float) and isinstance(b, float) else "not measured"
-            cells += [f"{v:.1f}" if isinstance(v, float) else "not measured" for v in (a, b)]
-            cells += [ratio, f"{2.0 if training else wanted:.0f}"]
-            if not training:
-                alone = ms.get("kruify_recurrent")
-                cells.append(f"{alone:.1f}" if isinstance(alone, float) else "not measured")
-        rows1, rows2 = PAIRS[hidden]
-        lines.append(f"| LSTM {hidden} ({rows1}x{rows1},{rows2}x{rows2}) | " + " | ".join(cells) + " |")
+            for one in STRUCTURES:
+                cells = [f"LSTM {hidden} ({spec(one, 'lstm', hidden)})", shown(ms.get("cudnn_float32"))]
+                parts = ((one, CEILING), (f"{one}_recurrent", WANTED_ALONE), (f"{one}_factored", WANTED_FACTORED))
+                for name, limit in parts:
+                    cells += over(ms, "cudnn_float32", name) + ([] if training else [f"{limit[hidden]:g}"])
+                lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        "| layer, on tensor cores | kruify TF32 | cuDNN TF32 | ratio | recurrence alone |"
-        " kruify bf16 | cuDNN bf16 | ratio | recurrence alone |",
-        "|--|--|--|--|--|--|--|--|--|",
+        "| layer, on tensor cores | cuDNN TF32 | kruify TF32 | ratio | recurrence alone | ratio |"
+        " cuDNN bf16 | kruify bf16 | ratio | recurrence alone | ratio |",
+        "|--" * 11 + "|",
     ]
-    for hidden in ISSUE:
+    for hidden in CEILING:
         for training in (False, True):
-            ms, cells = by.get(("lstm", hidden, 64, 1024, training), {}), []
-            for name in ("tf32", "bf16"):
-                a, b, alone = (ms.get(f"{who}_{name}") for who in ("kruify", "cudnn", "kruify_recurrent"))
-                ratio = b / a if isinstance(a, float) and isinstance(b, float) else None
-                cells += [f"{v:.1f}" if isinstance(v, float) else "not measured" for v in (a, b, ratio, alone)]
-            lines.append(f"| LSTM {hidden}, forward{' + backward' if training else ''} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            ms = by.get(("lstm", hidden, 64, 1024, training), {})
+            for one in STRUCTURES:
+                cells = [f"LSTM {hidden} ({spec(one, 'lstm', hidden)}), forward{' + backward' if training else ''}"]
+                for name in ("tf32", "bf16"):
+                    cells.append(shown(ms.get(f"cudnn_{name}")))
+                    cells += over(ms, f"cudnn_{name}", f"{one}_{name}")
+                    cells += over(ms, f"cudnn_{name}", f"{one}_recurrent_{name}")
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines[1:])
 
 
 def write(result: dict[str, Any], target: Path) -> None:

@@ -1,16 +1,17 @@
-"""What one step of the two-stage recurrence is: instructions and barriers in the kernel's loop over time, from its PTX.
+"""What one step of a recurrence is: instructions and barriers in the kernel's loop over time, from its SASS.
 
-    python benchmarks/cuda_steps.py [COMMIT ...]      the tree as it is, and commits to hold it against
+    PATH=...:$PATH python benchmarks/cuda_steps.py [COMMIT ...]      the tree as it is, and commits to hold it against
 
-Needs nvcc, no GPU. Prints the table of benchmarks/cuda_layers.md. Counts are static: an inner loop counts once.
-What matters most stands before the arrival at the cluster's barrier: it waits for every store to global memory since
-the last barrier of the block.
+Needs nvcc and nvdisasm (`pip install nvidia-cuda-nvdisasm`), no GPU. Prints the table of benchmarks/cuda_layers.md.
+Counts are static: an inner loop counts once. An arrival at the cluster's barrier that releases what the block has
+written is a MEMBAR, which waits for every store to global memory since the last barrier of the block.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -22,70 +23,82 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cuda_resources
 
 KERNELS = {
-    "LSTM forward": ("pair_forward", "pair_forward_kernel<4, Exact<4>, Square<64, 64> >"),
-    "LSTM backward": ("pair_backward", "pair_backward_kernel<4, Exact<4>, Square<64, 64> >"),
+    "LSTM 4096 forward, float32": ("pair_forward", "pair_forward_kernel<4, Exact<4>, Square<64, 64> >"),
+    "LSTM 4096 backward, float32": ("pair_backward", "pair_backward_kernel<4, Exact<4>, Square<64, 64> >"),
+    "LSTM of low rank, forward, float32": ("low_rank", "low_rank_forward_kernel<4, Exact<4> >"),
+    "LSTM of low rank, backward, float32": ("low_rank", "low_rank_backward_kernel<4, Exact<4> >"),
 }
+BARRIER = r"^BAR\.SYNC"
 COUNTED = {
     "instructions": r"",
-    "barriers of the block": r"bar(rier)?\.sync",
-    "arrivals at the cluster's barrier": r"barrier\.cluster\.arrive",
-    "loads from global memory": r"ld\.(global|param\.global)",
-    "stores to global memory": r"st\.global",
-    "loads from shared memory": r"ld\.shared|ld\.v4|ld\.f32|ld\.b32",
-    "multiply-adds": r"fma\.rn",
-    "remainders": r"rem\.",
+    "barriers of the block": BARRIER,
+    "arrivals at the cluster's barrier": r"^UCGABAR_ARV",
+    "fences": r"^MEMBAR",
+    "loads from global memory": r"^LDG",
+    "stores to global memory": r"^STG",
+    "loads from shared memory": r"^LDS",
+    "stores to shared memory": r"^STS",
+    "loads and stores through generic addresses": r"^(LD|ST)\.E",
+    "loads and stores in local memory": r"^(LDL|STL)",
+    "multiply-adds": r"^FFMA",
 }
 
 
-def ptx(root: Path, source: str) -> str:
-    """The PTX of a file of csrc/cuda under `root`, for compute capability 9.0."""
-    compiler = cuda_resources.nvcc()
-    if compiler is None:
-        raise SystemExit("nvcc was not found; put it on PATH or set CUDA_HOME")
-    csrc = root / "kruify" / "csrc"
+def sass(root: Path, source: str) -> str:
+    """The SASS of a file of csrc/cuda under `root`, for compute capability 9.0; empty where it has no such file."""
+    compiler, csrc = cuda_resources.nvcc(), root / "kruify" / "csrc"
+    if compiler is None or shutil.which("nvdisasm") is None:
+        raise SystemExit("nvcc or nvdisasm was not found: put them on PATH (pip install nvidia-cuda-nvdisasm)")
+    if not (csrc / "cuda" / f"{source}.cu").exists():
+        return ""
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "out.ptx"
+        target = Path(folder) / "out.cubin"
+        few = cuda_resources.ROOT / "tests" / "cuda" / "few_shapes.h"
         command = [compiler, "-std=c++20", "-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr", f"-I{csrc}"]
-        command += [
-            "-include",
-            str(cuda_resources.ROOT / "tests" / "cuda" / "few_shapes.h"),
-            "-arch=compute_90",
-            "-ptx",
-        ]
+        command += ["-include", str(few), "-arch=sm_90", "-cubin"]
         subprocess.run([*command, str(csrc / "cuda" / f"{source}.cu"), "-o", str(target)], check=True)
-        return target.read_text()
+        done = subprocess.run(["nvdisasm", "-c", str(target)], check=True, capture_output=True, text=True)
+        return done.stdout
 
 
 def bodies(text: str) -> dict[str, list[str]]:
-    """The kernels of a PTX file: lines in order."""
-    parts = re.split(r"\.entry ", text)[1:]
-    return {part.split("(", 1)[0].strip(): part[part.index("{") :].splitlines() for part in parts}
+    """The kernels of a listing: labels and instructions, without their predicates, in order."""
+    found = {}
+    for part in re.split(r"\n\.text\.", text)[1:]:
+        lines = []
+        for line in part.splitlines():
+            label = re.match(r"(\.L_x_\d+):", line)
+            instruction = re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?(.*);", line)
+            if label or instruction:
+                lines.append(label[0] if label else instruction[1].strip())  # type: ignore[index]
+        found[part.split(":", 1)[0]] = lines
+    return found
 
 
 def step(lines: list[str]) -> list[str]:
     """The loop over time: of the loops that hold a barrier the widest."""
-    labels = {line.split(":")[0].strip(): k for k, line in enumerate(lines) if re.match(r"\$L\w+:", line.strip())}
+    labels = {line[:-1]: k for k, line in enumerate(lines) if line.endswith(":")}
     loops = []
     for k, line in enumerate(lines):
-        jump = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+)", line)
+        jump = re.match(r"BRA.*`\((\.L_x_\d+)\)", line)
         if jump and labels.get(jump[1], k) < k:
             loops.append(lines[labels[jump[1]] : k + 1])
-    held = [loop for loop in loops if any(re.search(COUNTED["barriers of the block"], line) for line in loop)]
-    return [line.strip() for line in max(held, key=len) if ";" in line and not line.strip().startswith((".", "//"))]
+    held = [loop for loop in loops if any(re.search(BARRIER, line) for line in loop)]
+    return [line for line in max(held, key=len) if not line.endswith(":")]
 
 
 def counts(body: list[str]) -> dict[str, int]:
-    """What COUNTED names, and the stores that each arrival waits for."""
+    """What COUNTED names, and the stores that fences wait for."""
     found = {name: sum(bool(re.search(pattern, line)) for line in body) for name, pattern in COUNTED.items()}
     waits = since = 0
     for line in body:
-        if re.search(COUNTED["stores to global memory"], line):
+        if re.match(COUNTED["stores to global memory"], line):
             since += 1
-        elif "barrier.cluster.arrive" in line and "relaxed" not in line:
+        elif re.match(COUNTED["fences"], line):
             waits, since = waits + since, 0
-        elif re.search(COUNTED["barriers of the block"], line):
+        elif re.match(BARRIER, line):
             since = 0
-    return {**found, "stores that an arrival waits for": waits}
+    return {**found, "stores to global memory that a fence waits for": waits}
 
 
 def main() -> None:
@@ -102,13 +115,16 @@ def main() -> None:
             with tarfile.open(fileobj=BytesIO(packed)) as archive:
                 archive.extractall(roots[commit], filter="data")
         roots["now"] = cuda_resources.ROOT
+        sources = {source for source, _ in KERNELS.values()}
+        listings = {(name, source): sass(root, source) for name, root in roots.items() for source in sources}
         for title, (source, kernel) in KERNELS.items():
             columns = {}
-            for name, root in roots.items():
-                found = bodies(ptx(root, source))
+            for name in roots:
+                found = bodies(listings[name, source])
                 readable = cuda_resources.readable(list(found))
-                columns[name] = counts(step(next(found[n] for n in found if readable[n] == kernel)))
-            print(f"| {title}, `{kernel}`, a step | {' | '.join(columns)} |\n|--{'|--' * len(columns)}|")
+                if mangled := next((n for n in found if readable[n] == kernel), None):
+                    columns[name] = counts(step(found[mangled]))
+            print(f"| {title}, a step | {' | '.join(columns)} |\n|--{'|--' * len(columns)}|")
             for what in next(iter(columns.values())):
                 print(f"| {what} | {' | '.join(str(c[what]) for c in columns.values())} |")
             print()

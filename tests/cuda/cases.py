@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from typing import Any
 
 import torch
@@ -42,6 +44,18 @@ def everything(kind: str) -> tuple[Any, ...]:
     return gates, 24, 24, terms
 
 
+def guarded(t: Tensor) -> Tensor:
+    """A copy on the CPU that ends, up to 12 bytes before, at a page that nobody may touch."""
+    size = max(16, -(-t.numel() * t.element_size() // 16) * 16)
+    page = mmap.PAGESIZE
+    pages = -(-size // page) + 1
+    memory = mmap.mmap(-1, pages * page)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + (pages - 1) * page
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), page, 0) == 0
+    whole = torch.frombuffer(memory, dtype=t.dtype, count=max(1, t.numel()), offset=(pages - 1) * page - size)
+    return whole[: t.numel()].view(t.shape).copy_(t.detach())
+
+
 def close(name: str, got: Tensor, wanted: Tensor, allowed: float) -> None:
     """Within `allowed` of the largest value; NaN is close to nothing."""
     got, wanted = got.detach().double().cpu(), wanted.detach().double().cpu()
@@ -70,7 +84,9 @@ def run(
     m, where = m.of_kind(kind), "cpu" if device == "reference" else device
 
     def leaf(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.to(where, dtype).requires_grad_()
+        if t is None:
+            return None
+        return (guarded(t.to(dtype)) if device == "cpu" else t.to(where, dtype)).requires_grad_()
 
     x, w, b, sizes, h0, c0 = given
     leaves = [leaf(t) for t in (x, w, b, h0, c0, *m.stages, m.diagonal, m.residual, m.bias)]
@@ -84,6 +100,8 @@ def run(
     results = [out, h, *([c] if kind == "lstm" else [])]
     torch.manual_seed(7)
     weights = [torch.randn(r.shape, dtype=torch.float64).to(where, dtype) for r in results]
+    if device == "cpu":
+        weights = [guarded(w) for w in weights]
     seen = [k for k in range(len(results)) if k not in without]
     grads = torch.autograd.grad(
         [results[k] for k in seen], [t for t in leaves if t is not None], [weights[k] for k in seen],

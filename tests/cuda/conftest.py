@@ -217,7 +217,7 @@ def gpu(shim: Gpu) -> Iterator[Gpu]:
     shim.chip()
     shim.launches(), shim.tensor_products(), shim.races(), shim.barriers()
     yield shim
-    shim.library.shim_watch(0), shim.library.shim_skip(0)
+    shim.library.shim_watch(0), shim.library.shim_skip(0), shim.library.shim_plant(0)
     overriding._destroy()
 
 

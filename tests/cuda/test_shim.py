@@ -92,6 +92,25 @@ def test_low_rank_in_every_cluster_size(gpu, matrix, kind, cluster) -> None:  # 
         close("result", first, wanted, TOLERANCE[torch.float32])
 
 
+STEPS = ("CellStep", "CellStepBackward")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "reverse", "dtype"),
+    all_pairs(kind=KINDS[:4], name=("low rank", "all"), reverse=(False, True), dtype=(torch.float32, torch.float64)),
+)
+def test_step_by_step(watched, matrix, kind, name, reverse, dtype) -> None:  # type: ignore[no-untyped-def]
+    """What fits nowhere on the chip, with more rows than blocks; packed, a sample without steps at the end."""
+    watched.chip(processors=1, shared_memory=1500)
+    if name == "all":
+        m, batch = matrix(*everything(kind), diagonal=[GATES[kind] - 1], residual=30), 80
+    else:
+        m, batch = matrix(*low_rank(kind, 12, 9), shared=(0,), diagonal=(0,)), 17
+    parity(m, kind, [batch, batch, batch // 2, 1], reverse, dtype, "cpu")
+    found = [launch.kernel.split("<")[0] for launch in watched.launches(*STEPS)]
+    assert found == [STEPS[0]] * 4 + [STEPS[1]] * 4
+
+
 @pytest.mark.parametrize("shape", FIXED_SHAPES, ids=str)
 def test_a_fixed_shape_has_a_template_of_its_own(gpu, matrix, shape) -> None:  # type: ignore[no-untyped-def]
     """The shim is compiled with the first and the last of them; others run in the template for any shape."""
@@ -230,6 +249,24 @@ def test_more_sparse_blocks_than_rows_are_checked_too(gpu, matrix) -> None:  # t
     m.index[-1] = torch.tensor([3, 0])
     with pytest.raises(RuntimeError, match="outside"):
         torch.ops.kruify.kron_matmul_forward(torch.randn(2, 4), *m.arguments())
+
+
+PLANTED = {"a fetch that never arrives": 1, "a fetch one off": 2, "one block's memory for all": 3, "another lane": 4}
+
+
+@pytest.mark.parametrize("structure", ["two factors", "low rank"])
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bugs_show(gpu, matrix, structure, bug) -> None:  # type: ignore[no-untyped-def]
+    """NaN and wrong indices: the comparison of the other tests sees them."""
+    products = TF32 if bug == "another lane" else FLOAT32
+    gpu.chip(processors=4, shared_memory=30000 if structure == "low rank" and not products else 232448)
+    m = matrix(*(pair("lstm", 16, 32) if structure == "two factors" else low_rank("lstm", 80, 16)))
+    rows = 17 if products else 2
+    parity(m, "lstm", [rows, rows], False, torch.float32, "cpu", products=products)
+    assert products or {launch.cluster for launch in gpu.launches("PairForward", *LOW_RANK)} != {1}
+    gpu.library.shim_plant(PLANTED[bug])
+    with pytest.raises(AssertionError, match="off by"):
+        parity(m, "lstm", [rows, rows], False, torch.float32, "cpu", products=products)
 
 
 # No two threads touch one place between two barriers, one of them to write; nor two blocks of a launch.

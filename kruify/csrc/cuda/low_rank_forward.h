@@ -9,6 +9,7 @@
 // All sums run in one fixed order. `Numbers` as in pair_forward.h.
 #pragma once
 
+#include "general.h"
 #include "low_rank_plan.h"
 #include "parts.h"
 #include "rows.h"

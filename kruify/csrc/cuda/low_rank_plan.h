@@ -108,6 +108,19 @@ inline int64_t dense_clocks(const LowRankSizes& s, int batch, const Chip& chip, 
   return greatest(work, weights * (precision == kBf16 ? 2 : 4) / (kCacheBytes * chip.processors)) + kDenseClocks;
 }
 
+// The same step by step (stepwise.h): `launches` of the host, about 5 us each, or of every row `work` multiply-adds,
+// one for each number of the matrix.
+inline int64_t stepwise_clocks(int64_t launches, int64_t work, int batch, const Chip& chip, Precision precision) {
+  const int64_t bytes = 4 * work / (kCacheBytes * chip.processors);
+  return greatest(
+      8000 * launches, greatest(bytes, work * batch / (kMultiplyAdds * speed(precision) * chip.processors)));
+}
+
+// The same in the general kernel, a block for each row and its loads one by one.
+inline int64_t general_clocks(int64_t work, int batch, const Chip& chip) {
+  return (batch + chip.processors - 1) / chip.processors * (work / 16 + kStepClocks);
+}
+
 inline bool low_rank_takes(const LowRankSizes& s) {
   return s.gates <= kMaxGates && (s.sets == 1 || s.sets == s.gates) && s.rank > 0 && s.rank <= 1 << 16 &&
       s.hidden % 4 == 0 && s.hidden <= 1 << 16;
@@ -133,12 +146,18 @@ inline LowRankPlan low_rank_plan(
   return best;
 }
 
-// Whether the kernel takes such a recurrence and is expected to be faster than torch's with the dense weight.
+// Whether a recurrence of low rank is expected to be faster than torch's with the dense weight: in one kernel where it
+// fits, else step by step.
 inline bool low_rank_pays(const LowRankSizes& s, int batch, const Chip& chip, bool training, Precision precision) {
+  if (!chip.shared_memory || s.gates > kMaxGates || s.rank < 1 || s.rank > s.hidden || s.hidden > 1 << 16) return false;
+  const int64_t dense = dense_clocks(s, batch, chip, precision);
+  const int64_t work = int64_t{s.hidden} * s.rank * (s.sets + s.gates);
   for (bool backward : {false, true}) {
     if (backward && !training) break;
     const LowRankPlan p = low_rank_plan(s, {true, true}, batch, chip, backward, precision);
-    if (!p.cluster || low_rank_clocks(p, batch, chip) > dense_clocks(s, batch, chip, precision)) return false;
+    if ((p.cluster ? low_rank_clocks(p, batch, chip) : stepwise_clocks(2 + s.sets, work, batch, chip, precision)) >
+        dense)
+      return false;
   }
   return true;
 }

@@ -1,4 +1,4 @@
-// The machine that schedule.h runs on: one GPU, the current stream of torch, memory from torch's caching allocator.
+// The machine that products.h and schedule.h run on: one GPU, the current stream of torch, memory from torch's caching allocator.
 #pragma once
 
 #include <dlfcn.h>
@@ -98,6 +98,11 @@ class Machine {
     const int64_t of_like = like_.scalar_type() == ScalarType::Double ? 8 : 4;
     kept_.push_back(empty(like_, {(n * static_cast<int64_t>(sizeof(T)) + of_like - 1) / of_like}));
     return reinterpret_cast<T*>(kept_.back().mutable_data_ptr());
+  }
+  template <class F> void scoped(const F& f) {
+    const size_t before = kept_.size();
+    f();
+    kept_.erase(kept_.begin() + static_cast<std::ptrdiff_t>(before), kept_.end());  // in the stream's order
   }
   const int* upload(const std::vector<int>& values) {
     int* to = scratch<int>(values.size());

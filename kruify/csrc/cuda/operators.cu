@@ -1,6 +1,7 @@
 // The operators on CUDA tensors: check, allocate, and run schedule.h on the current stream.
 #include "../factors.h"
 #include "../operators.h"
+#include "chain.h"
 #include "machine.cuh"
 
 namespace kruify::cuda {
@@ -55,8 +56,8 @@ ProductGradients product_backward_operator(
     Tensor grad_x = empty(x);
     std::vector<Tensor> grads = w.empty_gradients();
     on_device(x, w, [&](Machine& machine, Matrix<T>& m) {
-      product_backward(
-          machine, m, data<T>(grad), data<T>(x), rows, writable<T>(grad_x), gradient_of(m, grads), precision);
+      product_transposed(machine, m, data<T>(grad), rows, writable<T>(grad_x), precision);
+      product_gradients(machine, m, data<T>(grad), data<T>(x), rows, gradient_of(m, grads), precision);
     });
     return {grad_x, grads};
   });
@@ -101,7 +102,7 @@ States recurrence_operator(const ForwardTensors& given) {
           .c_last = writable<T>(call.c),
           .workspace = given.training ? writable<T>(call.workspace) : nullptr,
           .rows = rows_on(machine, call, given.reverse)};
-      recurrence(machine, m, given.kind, arrays, call.rows(), given.precision);
+      recurrence(machine, m, given.kind, arrays, call.starts, given.precision);
     });
     return {call.out, call.h, call.c, call.workspace};
   });
@@ -127,7 +128,7 @@ StateGradients recurrence_backward_operator(const BackwardTensors& given) {
           .grad_h0 = writable<T>(call.grad_h0),
           .grad_c0 = writable<T>(call.grad_c0),
           .rows = rows_on(machine, call, given.reverse)};
-      recurrence_backward(machine, m, given.kind, arrays, call.rows(), gradient_of(m, grads), given.precision);
+      recurrence_backward(machine, m, given.kind, arrays, call.starts, gradient_of(m, grads), given.precision);
     });
     return {grad_gates, call.grad_h0, call.grad_c0, grads};
   });

@@ -1,5 +1,5 @@
 // The terms of outer products of a matrix as the two thin matrices of LowRank (../matrix.h), and products with many
-// rows by torch's own product of matrices. `machine` as in schedule.h.
+// rows by torch's own product of matrices. `machine` as in products.h.
 #pragma once
 
 #include <algorithm>
@@ -136,43 +136,60 @@ template <class T> Dense<T> columns_of(T* data, int64_t rows, int sets, int set,
   return {data + set * width, rows, width, sets * width, 1};
 }
 
+// (rows, cols), one row after the other.
+template <class T> Dense<T> whole(T* data, int64_t rows, int64_t cols) { return {data, rows, cols, cols, 1}; }
+
 // y (rows, gates * height) = x (rows, cols) times them; false where there is none.
 template <class T, class Machine> bool outer_product(Machine& machine, Matrix<T>& m, const T* x, int64_t rows, T* y) {
   prepare_outer(machine, m);
   const LowRank<T>& low = m.low_rank;
   if (!low.rank) return false;
-  const int64_t stride = height_of(m);
-  const int64_t narrow = int64_t{low.sets} * low.rank;
+  const int64_t narrow = int64_t{low.sets} * low.rank, height = height_of(m) / low.sets;
   T* z = machine.template scratch<T>(rows * narrow);
-  machine.multiply(
-      Dense<T>{z, rows, narrow, narrow, 1}, Dense<const T>{x, rows, m.cols, m.cols, 1}, first_of(m).turned());
+  machine.multiply(whole(z, rows, narrow), whole(x, rows, m.cols), first_of(m).turned());
   for (int set = 0; set < low.sets; ++set)
-    machine.multiply(columns_of(y, rows, low.sets, set, stride / low.sets),
-        columns_of<const T>(z, rows, low.sets, set, low.rank), second_of(m, set).turned());
+    machine.multiply(columns_of(y, rows, low.sets, set, height), columns_of<const T>(z, rows, low.sets, set, low.rank),
+        second_of(m, set).turned());
   return true;
 }
 
-// grad_x (rows, cols; null: not wanted) = what reaches x by them, and the gradients of their stages, from that of y.
+// The gradient of the narrow vector, (rows, sets * rank), from that of y.
 template <class T, class Machine>
-bool outer_gradients(
-    Machine& machine, Matrix<T>& m, const T* grad, const T* x, int64_t rows, T* grad_x, T* const* stages) {
+const T* narrow_gradient(Machine& machine, const Matrix<T>& m, const T* grad, int64_t rows) {
+  const LowRank<T>& low = m.low_rank;
+  T* dz = machine.template scratch<T>(rows * low.sets * low.rank);
+  for (int set = 0; set < low.sets; ++set)
+    machine.multiply(columns_of(dz, rows, low.sets, set, low.rank),
+        columns_of(grad, rows, low.sets, set, height_of(m) / low.sets), second_of(m, set));
+  return dz;
+}
+
+// grad_x (rows, cols) = what reaches x by them from the gradient of y; false where there is none.
+template <class T, class Machine>
+bool outer_transposed(Machine& machine, Matrix<T>& m, const T* grad, int64_t rows, T* grad_x) {
   prepare_outer(machine, m);
   const LowRank<T>& low = m.low_rank;
   if (!low.rank) return false;
-  const int64_t narrow = int64_t{low.sets} * low.rank, stride = height_of(m), height = stride / low.sets;
-  T* dz = machine.template scratch<T>(rows * narrow);
-  for (int set = 0; set < low.sets; ++set)
-    machine.multiply(columns_of(dz, rows, low.sets, set, low.rank), columns_of(grad, rows, low.sets, set, height),
-        second_of(m, set));
-  const Dense<const T> all{dz, rows, narrow, narrow, 1}, from{x, rows, m.cols, m.cols, 1};
-  if (grad_x) machine.multiply(Dense<T>{grad_x, rows, m.cols, m.cols, 1}, all, first_of(m));
+  const T* dz = narrow_gradient(machine, m, grad, rows);
+  machine.multiply(whole(grad_x, rows, m.cols), whole(dz, rows, int64_t{low.sets} * low.rank), first_of(m));
+  return true;
+}
+
+// The gradients of their stages.
+template <class T, class Machine>
+void outer_gradients(Machine& machine, Matrix<T>& m, const T* grad, const T* x, int64_t rows, T* const* stages) {
+  prepare_outer(machine, m);
+  const LowRank<T>& low = m.low_rank;
+  if (!low.rank) return;
+  const int64_t narrow = int64_t{low.sets} * low.rank, height = height_of(m) / low.sets;
+  const T* dz = narrow_gradient(machine, m, grad, rows);
   T* z = machine.template scratch<T>(rows * narrow);
-  machine.multiply(Dense<T>{z, rows, narrow, narrow, 1}, from, first_of(m).turned());
-  T* first = machine.template scratch<T>(narrow * m.cols);
-  machine.multiply(Dense<T>{first, narrow, m.cols, m.cols, 1}, all.turned(), from);
-  T* second = machine.template scratch<T>(stride * low.rank);
+  T *first = machine.template scratch<T>(narrow * m.cols),
+    *second = machine.template scratch<T>(height_of(m) * low.rank);
+  machine.multiply(whole(z, rows, narrow), whole(x, rows, m.cols), first_of(m).turned());
+  machine.multiply(whole(first, narrow, m.cols), whole(dz, rows, narrow).turned(), whole(x, rows, m.cols));
   for (int set = 0; set < low.sets; ++set)
-    machine.multiply(Dense<T>{second + set * height * low.rank, height, low.rank, low.rank, 1},
+    machine.multiply(whole(second + set * height * low.rank, height, low.rank),
         columns_of(grad, rows, low.sets, set, height).turned(), columns_of<const T>(z, rows, low.sets, set, low.rank));
   LowRank<T> sizes{};
   const std::vector<OuterPlace> places = outer_places(m, sizes);
@@ -181,7 +198,6 @@ bool outer_gradients(
     if (is_outer(term)) machine.run(UnpackOuter<T>{*place++, first, second, stages[0], stages[1]});
     stages += term.stages;
   }
-  return true;
 }
 
 }  // namespace kruify::cuda

@@ -43,6 +43,10 @@ int64_t attribute_calls = 0, tensor_products = 0;
 std::string launches;  // a line each
 int skipped = 0, most_barriers = 0;
 
+// A bug to be found by the tests: what a kernel with a wrong index or an unwritten number would do.
+enum Planted { kNoBug, kLostFetch, kFetchOneOff, kOtherBlock, kOtherLane };
+int planted = kNoBug;
+
 constexpr size_t kStack = 128 * 1024, kPage = 4096;
 
 // Memory between two pages that nobody may touch; it ends where the second one begins.
@@ -341,7 +345,7 @@ void emulate_cluster_wait() {
 }
 void* emulate_remote(int rank, void* local) {
   const races::Pause pause;
-  Block& there = blocks.at(rank);
+  Block& there = blocks.at(planted == kOtherBlock ? 0 : rank);
   char* place = static_cast<char*>(local);
   if (place < own().memory || place >= own().memory + own().bytes) wrong("mapa of an address outside shared memory");
   if (there.done) wrong("the shared memory of a block that has ended");
@@ -366,7 +370,8 @@ void emulate_wait(int pending) {
     for (; now->copied < now->groups[now->waited]; ++now->copied) {
       const auto& [to, from] = now->copies[now->copied];
       races::access(to, 16, true);
-      std::memcpy(to, from, 16);
+      if (planted != kLostFetch) std::memcpy(to, from, 16);
+      if (planted == kFetchOneOff) std::rotate(to, to + 1, to + 4);
     }
 }
 
@@ -384,7 +389,8 @@ template <class Format> void lane_of_mma(Format format, unsigned lane, float (&c
     const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
     for (unsigned w = 0; w < 8; ++w) {
       float a[2], b[2];
-      numbers_of(format, words.left[row % 8 * 4 + w % 4].word[row / 8 + w / 4 * 2], a);
+      const unsigned from = (row % 8 * 4 + w % 4) ^ (planted == kOtherLane);
+      numbers_of(format, words.left[from].word[row / 8 + w / 4 * 2], a);
       numbers_of(format, words.right[column * 4 + w % 4].word[w / 4], b);
       c[i] += a[0] * b[0] + a[1] * b[1];
     }
@@ -432,6 +438,7 @@ SHIM_API void shim_watch(int yes) { races::watch(yes); }
 SHIM_API int64_t shim_races() { return races::found(); }
 SHIM_API const char* shim_race() { return races::example(); }
 SHIM_API void shim_skip(int barrier) { skipped = barrier; }  // a barrier, from 1, that races.h does not count
+SHIM_API void shim_plant(int bug) { planted = static_cast<Planted>(bug); }
 SHIM_API int shim_barriers() { return std::exchange(most_barriers, 0); }  // the most of any thread
 
 // n numbers as a template keeps them, in words.
