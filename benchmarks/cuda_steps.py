@@ -3,8 +3,8 @@
     PATH=...:$PATH python benchmarks/cuda_steps.py [COMMIT ...]      the tree as it is, and commits to hold it against
 
 Needs nvcc and nvdisasm (`pip install nvidia-cuda-nvdisasm`), no GPU. Prints the table of benchmarks/cuda_layers.md.
-Counts are static: an inner loop counts once. An arrival at the cluster's barrier that releases what the block has
-written is a MEMBAR, which waits for every store to global memory since the last barrier of the block.
+Counts are static: an inner loop counts once. A fence (MEMBAR) stands before an arrival at the cluster's barrier that
+releases what the block has written, and waits for all its stores to global memory.
 """
 
 from __future__ import annotations
@@ -88,17 +88,8 @@ def step(lines: list[str]) -> list[str]:
 
 
 def counts(body: list[str]) -> dict[str, int]:
-    """What COUNTED names, and the stores that fences wait for."""
-    found = {name: sum(bool(re.search(pattern, line)) for line in body) for name, pattern in COUNTED.items()}
-    waits = since = 0
-    for line in body:
-        if re.match(COUNTED["stores to global memory"], line):
-            since += 1
-        elif re.match(COUNTED["fences"], line):
-            waits, since = waits + since, 0
-        elif re.match(BARRIER, line):
-            since = 0
-    return {**found, "stores to global memory that a fence waits for": waits}
+    """What COUNTED names."""
+    return {name: sum(bool(re.search(pattern, line)) for line in body) for name, pattern in COUNTED.items()}
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import KINDS, LOWER, close, everything, inputs, pair, parity, run
+from cases import KINDS, LOWER, close, everything, inputs, low_rank, pair, parity, run
 from torch import Tensor, nn
 
 import kruify
@@ -105,6 +105,14 @@ def test_the_rule_asks_for_shared_memory() -> None:
 @pytest.mark.parametrize("batch", [1, 16, 40, 64, 150, 300])
 def test_every_cluster_size(matrix, kind, batch) -> None:  # type: ignore[no-untyped-def]
     parity(matrix(*pair(kind, 32, 32, 1)), kind, [batch, batch, batch - batch // 2], False, torch.float32, "cuda")
+
+
+@pytest.mark.parametrize(("hidden", "rank"), [(256, 16), (1024, 64), (2048, 128)])
+@pytest.mark.parametrize("batch", [1, 5, 64, 150])
+def test_low_rank_in_every_cluster_size(matrix, hidden, rank, batch) -> None:  # type: ignore[no-untyped-def]
+    """The last size fits nowhere and goes step by step."""
+    m = matrix(*low_rank("lstm", hidden, rank), diagonal=(0,), shared=(0,))
+    parity(m, "lstm", [batch, batch, batch - batch // 2], False, torch.float32, "cuda")
 
 
 @pytest.mark.parametrize("products", LOWER)

@@ -1,4 +1,5 @@
-// The machine that products.h and schedule.h run on: one GPU, the current stream of torch, memory from torch's caching allocator.
+// The machine that products.h and schedule.h run on: one GPU, the current stream of torch, memory from torch's caching
+// allocator.
 #pragma once
 
 #include <dlfcn.h>

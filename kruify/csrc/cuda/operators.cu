@@ -86,8 +86,15 @@ States recurrence_operator(const ForwardTensors& given) {
     using T = decltype(zero);
     const CheckedMatrix<T> w(given.matrix, place, rows_per_bias(given.kind));
     const ForwardCall call(given, w.matrix, place);
-    const Tensor gates = call.w_ih ? linear(call.x, *call.w_ih, call.bias_ih) : call.x;
     on_device(call.x, w, [&](Machine& machine, Matrix<T>& m) {
+      Optional bias = call.bias_ih;
+      if (call.w_ih && m.bias && given.kind != kGru && !is_modrelu(given.kind)) {
+        // No step then reads a bias: but for the GRU's third gate it is added where that of the input is.
+        bias = empty(call.h0, {call.width});
+        machine.run(AddBias<T>{m.bias, data<T>(call.bias_ih), writable<T>(*bias), 1, call.width});
+        m.bias = nullptr;
+      }
+      const Tensor gates = call.w_ih ? linear(call.x, *call.w_ih, bias) : call.x;
       const T* x = data<T>(gates);
       if (!call.w_ih && call.bias_ih) {
         T* sum = machine.scratch<T>(call.rows() * call.width);
