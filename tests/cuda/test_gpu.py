@@ -121,6 +121,8 @@ def test_large_batches_on_tensor_cores(matrix, batch, products) -> None:  # type
     for shape in ((16, 16), (64, 64)):
         m = matrix(*pair("lstm", *shape, 1))
         parity(m, "lstm", [batch] * 3, batch == 40, torch.float32, "cuda", products=products)
+    m = matrix(*low_rank("lstm", 256, 16), shared=(0,))  # float32 up to about a thousand rows
+    parity(m, "lstm", [16 * batch] * 3, False, torch.float32, "cuda", products=products)
 
 
 def on_gpu(m, dtype):  # type: ignore[no-untyped-def]

@@ -77,13 +77,6 @@ def test_low_rank(device, matrix, kind, name, batch) -> None:  # type: ignore[no
     parity(m, kind, sizes, batch == 5, torch.float32, device, columns=6 if batch == 1 else 0)
 
 
-@pytest.mark.parametrize("products", LOWER)
-@pytest.mark.parametrize("kind", KINDS[:3])
-def test_low_rank_on_tensor_cores(device, matrix, kind, products) -> None:  # type: ignore[no-untyped-def]
-    m = matrix(*low_rank(kind, 36, 33), diagonal=(0,), shared=(0,) if kind == "lstm" else ())
-    parity(m, kind, [17, 16, 3], kind == "gru", torch.float32, device, products=products)
-
-
 @pytest.mark.parametrize("without", [(0,), (1,), (2,)], ids=str)
 def test_missing_gradients_of_low_rank(device, matrix, without) -> None:  # type: ignore[no-untyped-def]
     parity(matrix(*low_rank("lstm", 12, 3)), "lstm", [2, 1], False, torch.float32, device, without=without)

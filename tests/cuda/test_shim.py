@@ -92,6 +92,16 @@ def test_low_rank_in_every_cluster_size(gpu, matrix, kind, cluster) -> None:  # 
         close("result", first, wanted, TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("products", LOWER, ids=lambda p: NAMES[p])
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_low_rank_on_tensor_cores(gpu, matrix, kind, products) -> None:  # type: ignore[no-untyped-def]
+    """With more rows than blocks; the second group of sixteen is not full."""
+    gpu.chip(processors=1)
+    m = matrix(*low_rank(kind, 36, 33), diagonal=(0,), shared=(0,) if kind == "lstm" else ())
+    parity(m, kind, [17, 16, 3], kind == "gru", torch.float32, "cpu", products=products)
+    assert len(gpu.launches(*LOW_RANK)) == 2 and gpu.tensor_products()
+
+
 STEPS = ("CellStep", "CellStepBackward")
 
 
