@@ -80,17 +80,18 @@ def parameters_of(matrix: KroneckerMatrix, form: Form) -> list[Tensor]:
         assert isinstance(module, KroneckerTerm)
         held = module.factors  # a ParameterList takes a microsecond per element
         factors: Any = [parameter(held, str(i)) for i in p.order]
-        found += _repeated(factors, p) if module.stacked else factors
         scale = parameter(module, "scale")
+        found += _repeated(factors, p, scale is not None) if module.stacked else factors
         if scale is not None:
             found.append(scale)
     return found
 
 
-def _repeated(factors: list[Tensor], p: TermPlan) -> list[Tensor]:
-    """What stacked gates share, repeated for each; but for the trailing stage, which the kernels take once: on CUDA
-    those of outer products."""
-    once = len(factors) - 1 if (factors[0].device.type == "cpu" or _outer(p)) and not p.merges else 0
+def _repeated(factors: list[Tensor], p: TermPlan, scaled: bool) -> list[Tensor]:
+    """What stacked gates share, repeated for each; but for the trailing stage, which the kernels take once, on CUDA
+    that of outer products. `merge` takes the factors of every gate."""
+    shared = (factors[0].device.type == "cpu" or _outer(p)) and not p.merges and not scaled
+    once = len(factors) - 1 if shared else 0
     gates = factors[0].shape[0]
     return [factor if f == once else factor.expand(gates, -1, -1, -1) for f, factor in enumerate(factors)]
 
@@ -107,8 +108,8 @@ def low_rank(matrix: KroneckerMatrix) -> tuple[int, int] | None:
     if not terms or not all(map(_outer, plans)):
         return None
     ranks = [sum(term.term.rank for term in terms if gate in term.gates) for gate in range(matrix.gates)]
-    common = matrix.gates == 1 or all(term.stacked and len(term.gates) == matrix.gates for term in terms)
-    return 1 if common else matrix.gates, max(ranks)
+    shared = all(term.stacked and term.scale is None and len(term.gates) == matrix.gates for term in terms)
+    return 1 if shared or matrix.gates == 1 else matrix.gates, max(ranks)
 
 
 def known_batch(batch: int) -> int:

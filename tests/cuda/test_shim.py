@@ -113,7 +113,7 @@ def test_step_by_step(watched, matrix, kind, name, reverse, dtype) -> None:  # t
     """What fits nowhere on the chip, with more rows than blocks; packed, a sample without steps at the end."""
     watched.chip(processors=1, shared_memory=1500)
     if name == "all":
-        m, batch = matrix(*everything(kind), diagonal=[GATES[kind] - 1], residual=30), 80
+        m, batch = matrix(*everything(kind), diagonal=[GATES[kind] - 1], residual=30), 48
     else:
         m, batch = matrix(*low_rank(kind, 12, 9), shared=(0,), diagonal=(0,)), 17
     parity(m, kind, [batch, batch, batch // 2, 1], reverse, dtype, "cpu")

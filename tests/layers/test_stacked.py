@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,6 +112,25 @@ def test_outputs_and_gradients_are_those_of_the_dense_layer(
             torch.testing.assert_close(parameter.grad, grad)
     with torch.no_grad():
         torch.testing.assert_close(layer(x)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["low rank", "pair", "chain", "rows in common"])
+def test_scales_of_stacked_gates(name: str) -> None:
+    """One for every gate and product, beside the factors in common."""
+    structure = replace(parse(spec_of(name, 4)).resolve(64, 16, gates=4), scaled=True)
+    outputs, layer = [], KRULSTM(5, 16, factors={"weight_hh_l0": [structure]}).double()
+    with torch.no_grad():
+        for term in layer.weight_hh_l0.term_list():
+            term.scale.normal_()
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    for backend in ("reference", "kernel" if backend_info()["compiled"] else "dense"):
+        layer.backend = backend
+        output = layer(x)[0]
+        outputs.append([output, *torch.autograd.grad(output.square().sum(), list(layer.parameters()))])
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x)[0], output)
+    for got, wanted in zip(*outputs, strict=True):
+        torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("name", SPECS)
