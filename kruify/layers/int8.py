@@ -58,12 +58,12 @@ def serves(layer: RecurrentLayer | KRUCellBase, x: Tensor, state: State = ()) ->
     """Whether the eight-bit kernels compute the layer or cell: its recurrent matrices are stored as int8, dense or of
     low rank (with a diagonal and a sparse residual, if any), all is float32 on the CPU, and nobody asks for
     derivatives."""
+    if traced() or torch.is_autocast_enabled("cpu"):
+        return False
     dense, recurrent = dense_stored_as(layer, "int8"), layer.recurrent_weights()
     if not all([_is_int8(weight, dense) for weight in recurrent]):
         return False
     if getattr(layer, "proj_size", 0) or layer.kernel_kind in MODRELU or not has_kernel("cpu"):
-        return False
-    if traced() or torch.is_autocast_enabled("cpu"):
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state, *layer.parameters())):
         return False
