@@ -107,9 +107,9 @@ def compress(
     code is 6.
 
     With --inputs an ONNX graph becomes small without labels or code: its recurrent matrices low rank, each layer
-    trained alone to give what it gave on the samples, all constants in int8; every eighth sample is held out, and the
-    outputs of both graphs are compared on it. Several graphs run one after the other, outputs of one being inputs of
-    the next by name; they share one budget, and OUT is a folder.
+    trained alone to give what it gave on the samples, then all together to give the outputs of the graph, all constants
+    in int8; every eighth sample is held out, and the outputs of both graphs are compared on it. Several graphs run one
+    after the other, outputs of one being inputs of the next by name; they share one budget, and OUT is a folder.
     """
     if inputs is not None:
         _compress_graph(models, inputs, task, json_only, {**options, "steps": steps, "card": card, "others": others})
@@ -223,6 +223,11 @@ def _show_graph(out: Output, done: GraphCompression) -> None:
         same = "" if found.agreement is None else f"{100 * found.agreement:.2f} %"
         outputs.add_row(name, f"{found.relative_error:.4f}", f"{found.snr_db:.1f} dB", same)
     out.show(layers, outputs)
+    if best.together.steps:
+        errors = f"relative error {best.together.error_before:.4f} -> {best.together.error_after:.4f}"
+        out.show(f"all layers trained together on the outputs: {errors}")
+    elif best.layers:
+        out.show(f"layers were not trained together: {best.together.reason}")
     for name, reason in done.skipped.items():
         out.show(f"{name} stays dense: {reason}")
     if best.metric is not None:

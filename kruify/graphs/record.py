@@ -46,11 +46,13 @@ class Run(NamedTuple):
         inputs: in the types of the graph.
         outputs: of the graph.
         calls: by an output of each recorded node.
+        values: the further values that were asked for.
     """
 
     inputs: Arrays
     outputs: Arrays
     calls: dict[str, NodeCall]
+    values: Arrays
 
 
 class RecordingGraph:
@@ -59,6 +61,7 @@ class RecordingGraph:
     Args:
         path: the model.
         nodes: outputs of recurrent nodes (`recurrent_nodes`) that are to be recorded.
+        values: further values of the graph that are to be recorded.
         outputs: False for a graph that is run no further than these nodes.
 
     Raises:
@@ -66,7 +69,9 @@ class RecordingGraph:
         UsageError: it has no such node.
     """
 
-    def __init__(self, path: Path, nodes: Iterable[str] = (), *, outputs: bool = True) -> None:
+    def __init__(
+        self, path: Path, nodes: Iterable[str] = (), *, values: Iterable[str] = (), outputs: bool = True
+    ) -> None:
         self.path = path
         model = load_model(path)
         recorded = list(nodes)
@@ -79,7 +84,8 @@ class RecordingGraph:
         self.outputs = [value.name for value in model.graph.output]
         read = [(node, at) for node in self._nodes.values() for at in GIVEN if at < len(node.input)]
         self._given = [node.input[at] for node, at in read if node.input[at]]
-        self._further = _add_outputs(model, self._given)
+        self._values = list(values)
+        self._further = _add_outputs(model, [*self._given, *self._values])
         try:
             self._session = cpu_session(model.SerializeToString(), torch.get_num_threads(), path.parent)
         except ImportError as error:
@@ -104,8 +110,10 @@ class RecordingGraph:
             raise UsageError(f"the graph cannot be run on the sample ({first_line(error)})", self.path) from error
         known = inputs | dict(zip(names, found, strict=True))
         tensors = {name: torch.from_numpy(np.array(known[name])) for name in self._given}
-        calls = {output: _call(node, tensors) for output, node in self._nodes.items()}
-        return Run(inputs, {name: known[name] for name in self.outputs}, calls)
+        calls = {output: node_call(node, tensors) for output, node in self._nodes.items()}
+        return Run(
+            inputs, {name: known[name] for name in self.outputs}, calls, {name: known[name] for name in self._values}
+        )
 
 
 def run_in_turn(graphs: Iterable[RecordingGraph], feed: Feed) -> Iterator[Run]:
@@ -143,7 +151,7 @@ def _add_outputs(model: Proto, names: Iterable[str]) -> list[str]:
     return further
 
 
-def _call(node: Proto, known: Mapping[str, Tensor]) -> NodeCall:
+def node_call(node: Proto, known: Mapping[str, Tensor]) -> NodeCall:
     """The call of a recurrent node for values of the graph by name."""
     attributes = {a.name: a for a in node.attribute}
     batch_first = "layout" in attributes and attributes["layout"].i == 1

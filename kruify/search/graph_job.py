@@ -204,7 +204,14 @@ class GraphJob:
                 module, graph.dense[name], layer, self._calls(graph, name), steps=steps, lr=lr, seed=self.seed,
                 file=file, progress=told,
             )  # fmt: skip
+            self.learn({layer: module})
+
+    def learn(self, modules: Mapping[str, nn.Module]) -> None:
+        """Takes the numbers of layers."""
+        for layer, module in modules.items():
+            graph, name = self.layers[layer]
             graph.learn(name, module)
+        for graph in dict.fromkeys(self.layers[layer][0] for layer in modules):
             graph.write(self.small(graph))
 
     def write(self, target: Path) -> None:

@@ -12,7 +12,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,27 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kruify.checkpoint import atomic_file, tensor_bytes
-from kruify.checkpoint.writing import save_tree
+from kruify.checkpoint import tensor_bytes
 from kruify.conversion.build import matrices_of
-from kruify.conversion.storing import store_as
-from kruify.errors import CorruptError, UsageError
+from kruify.errors import UsageError
 from kruify.layers.base import KRUBase
 from kruify.layers.cells import KRUCellBase
-from kruify.layers.storage import marks
 from kruify.progress import Progress
 from kruify.tasks.base import evaluating, to_device
+from kruify.training.fitting import VALIDATIONS, fit, kept_state, save_state
 from kruify.training.pieces import PIECE, Call, Pieces, call_of, run
 from kruify.training.randomness import derived_seed
 from kruify.training.recurrent import recorded
-from kruify.training.rounding import ROUNDED_FROM, rounded_weights
-from kruify.training.schedule import lr_factor
+from kruify.training.rounding import rounded_weights
 
-STEPS, LR, WARMUP, CLIP = 600, 4e-3, 0.2, 1.0
+STEPS, LR = 600, 4e-3
 STEPS_OF_A_BATCH = 16 * PIECE
-VALIDATIONS = 20  # in a run
 HELD_OUT = 8  # every so many batches one is held out
-LEARNT = 1e-5  # relative error of a layer that has nothing to learn
 RECORDED = 4 << 30  # bytes of the files of a layer, beyond which no further batches are looked at
 
 
@@ -146,8 +141,8 @@ def train_layer(
     Raises:
         UsageError: nothing is held out, or nothing else; `file` is of another run.
     """
-    settings = {"layer": name, "steps": steps, "lr": lr, "seed": seed, "weights": _fingerprint(layer, dense)}
-    if file is not None and (kept := _kept(file, settings)) is not None:
+    settings = {"layer": name, "steps": steps, "lr": lr, "seed": seed, "weights": fingerprint(layer, dense)}
+    if file is not None and (kept := kept_state(file, settings)) is not None:
         layer.load_state_dict(kept.pop("weights"))
         return HealedLayer(**kept)
     with tempfile.TemporaryDirectory(prefix="kruify-") as folder:
@@ -161,9 +156,7 @@ def train_layer(
             raise UsageError(f"{what} was recorded", f"layer '{name}'", "Give more batches, of at least one step each")
         found = _trained(layer, name, pieces, steps, lr, seed, progress)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(file) as stream:
-            save_tree({"settings": settings, **asdict(found), "weights": layer.state_dict()}, stream)
+        save_state(file, settings, {**asdict(found), "weights": layer.state_dict()})
     return found
 
 
@@ -173,34 +166,20 @@ def _trained(
     mean = sum(pieces.length(number) for number in pieces.train) / len(pieces.train)
     size = min(max(1, round(STEPS_OF_A_BATCH / mean)), len(pieces.train))
     shown = pieces.held_out[:: math.ceil(len(pieces.held_out) / (VALIDATIONS * size))]
-    before = best = _held_out_error(layer, pieces, shown, size)
-    weights = _copied(layer)
-    parameters = [p for p in layer.parameters() if p.requires_grad]
-    done = 0 if before < LEARNT else steps
-    # Not fused: torch's fused step changes parameters without counting a version, on which caches of merged weights
-    # rely.
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, foreach=True)
-    for step in range(done):
-        optimizer.param_groups[0]["lr"] = lr * lr_factor("onecycle", step / steps, WARMUP)
+
+    def loss(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(derived_seed(seed, "layer", name, step))
         drawn = torch.randint(len(pieces.train), (size,), generator=generator).tolist()
         call, target, counts = pieces.batch([pieces.train[number] for number in drawn])
-        optimizer.zero_grad()
-        with _without_dropout(layer), rounded_weights(layer) if step >= ROUNDED_FROM * steps else nullcontext():
+        with _without_dropout(layer):
             wrong, whole = _squares(layer, call, target, counts)
-            (wrong / whole).backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        if math.isfinite(float(norm)):
-            optimizer.step()
-        if (step + 1) % max(1, steps // VALIDATIONS) == 0 or step + 1 == steps:
-            error = _held_out_error(layer, pieces, shown, size)
-            if error < best:
-                best, weights = error, _copied(layer)
-        if progress is not None:
-            progress(step + 1, steps, f"layer {name}: relative error {best:.4f}")
-    layer.load_state_dict(weights)
-    store_as(layer, marks(layer))
-    return HealedLayer(name, before, best, done, sum(pieces.length(number) for number in pieces.train))
+        return wrong / whole
+
+    before, after, done = fit(
+        layer, loss, lambda: _held_out_error(layer, pieces, shown, size), f"layer {name}",
+        steps=steps, lr=lr, progress=progress,
+    )  # fmt: skip
+    return HealedLayer(name, before, after, done, sum(pieces.length(number) for number in pieces.train))
 
 
 def _squares(layer: nn.Module, call: Call, target: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,10 +196,6 @@ def _held_out_error(layer: nn.Module, pieces: Pieces, numbers: list[int], size: 
             found = _squares(layer, *pieces.batch(numbers[start : start + size]))
             wrong, whole = wrong + float(found[0]), whole + float(found[1])
     return math.sqrt(wrong / whole)
-
-
-def _copied(layer: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
 
 
 @contextmanager
@@ -312,24 +287,10 @@ def is_held_out(number: int) -> bool:
     return number % HELD_OUT == 1
 
 
-def _fingerprint(*layers: nn.Module) -> str:
+def fingerprint(*layers: nn.Module) -> str:
+    """Of their numbers."""
     digest = hashlib.sha256()
     for layer in layers:
         for tensor in layer.state_dict().values():
             digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
-
-
-def _kept(file: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a finished run left, without its settings; None where it left nothing."""
-    if not file.exists():
-        return None
-    try:
-        found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        before = dict(found.pop("settings"))
-    except Exception as error:  # whatever a file that is none brings forth
-        raise CorruptError("the state of the layer cannot be read", file, "Name an empty folder") from error
-    if before != dict(settings):
-        different = ", ".join(name for name in settings if before.get(name) != settings[name])
-        raise UsageError(f"the folder holds another run (other {different})", file, "Name an empty folder")
-    return found

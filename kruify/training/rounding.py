@@ -12,7 +12,7 @@ from torch import nn
 
 from kruify.conversion import plan_of
 from kruify.conversion.storing import rounded
-from kruify.layers.storage import marks
+from kruify.layers.storage import mark, marks
 
 ROUNDED_FROM = 0.75
 """Share of the last phase of a run, or of a layer's own, from which on gradients are those of the weights as stored."""
@@ -44,3 +44,14 @@ def rounded_weights(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for parameter, before in exact:
                 parameter.copy_(before)
+
+
+@contextmanager
+def unmarked(model: nn.Module) -> Iterator[None]:
+    """Inside, layers compute in float32 whatever their weights are stored in, as runtimes of other kinds do."""
+    storage = marks(model)
+    mark(model, {})
+    try:
+        yield
+    finally:
+        mark(model, storage)

@@ -72,15 +72,16 @@ def test_calls_are_recorded_beside_the_outputs(tmp_path: Path) -> None:
     nodes = recurrent_nodes(read_onnx(path))
     assert nodes == {"first": "y", "second": "last"}
     feed = {"x": np.random.default_rng(1).standard_normal((5, 2, F)), "lengths": np.array([3, 5])}  # float64, int64
-    _, outputs, calls = RecordingGraph(path, nodes.values()).run(feed)
+    _, outputs, calls, values = RecordingGraph(path, nodes.values(), values=["turned"]).run(feed)
     assert list(outputs) == ["last"] and outputs["last"].shape == (1, 2, H)
+    assert list(values) == ["turned"] and values["turned"].shape == (5, 2, D, H)
     first, second = calls["y"], calls["last"]
     np.testing.assert_allclose(first.input.numpy(), 2 * feed["x"], rtol=1e-6)
     assert first.lengths.tolist() == [3, 5] and second.lengths.tolist() == [5, 5]
     h, c = first.states
     assert h is not None and h.shape == (D, 2, H) and c is None and second.states == (None,)
     assert second.input.shape == (5, 2, D * H) and not second.input[3:, 0].any()  # padding gives zeros
-    _, again, calls = RecordingGraph(path, ["y"], outputs=False).run(feed)
+    _, again, calls, _ = RecordingGraph(path, ["y"], outputs=False).run(feed)
     assert again == {} and calls["y"].input.equal(first.input)
 
 
