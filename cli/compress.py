@@ -19,6 +19,7 @@ from .options import (
     key_option,
     lr_option,
     output_option,
+    ray_options,
     seed_option,
     selection_options,
 )
@@ -77,6 +78,7 @@ OF_GRAPHS = ("attempts", "budget", "dtype", "lr", "max_drop", "output", "resume"
 @lr_option
 @others_option
 @log_dir_option
+@ray_options
 @resume_option
 @device_option
 @dtype_option

@@ -74,6 +74,21 @@ def selection_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+_RAY = (
+    click.option("--ray", is_flag=True, default=None, help="Run what is independent as tasks of Ray.  [default: here]"),
+    click.option(
+        "--ray-address", metavar="ADDRESS", help="The cluster to run them on.  [default: one on this machine]"
+    ),
+)
+
+
+def ray_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Where the parts of a search run; `given` makes one option of them."""
+    for option in reversed(_RAY):
+        command = option(command)
+    return command
+
+
 FILE = click.Path(readable=False)
 """The name of a file, which shells complete; what reads or writes it says whether it can."""
 
@@ -107,4 +122,6 @@ keep_option = click.option(
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given on the command line; the others keep the defaults of what is called."""
     chosen = {name: value for name, value in options.items() if value is not None and value != ()}
+    if "ray_address" in chosen:
+        chosen["ray"] = chosen.pop("ray_address")
     return chosen | ({"overrides": dict(chosen["overrides"])} if "overrides" in chosen else {})

@@ -18,6 +18,7 @@ from .options import (
     key_option,
     lr_option,
     model_argument,
+    ray_options,
     seed_option,
     selection_options,
     split_option,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 @lr_option
 @others_option
 @log_dir_option
+@ray_options
 @click.option("--html", "html_file", metavar="FILE", help="Write a report on all networks, the knee marked.")
 @device_option
 @dtype_option

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from kruify.search.candidates import (
     make_size_candidates,
 )
 from kruify.search.job_state import fingerprint
+from kruify.search.workers import Ray, spread
 from kruify.tasks.base import Task
 from kruify.tasks.evaluation import Evaluations
 from kruify.training import FinetuneResult, Recipe, finetune
@@ -65,6 +66,7 @@ class CandidateSearch:
     Attributes:
         layers: the recurrent layers of the network.
         settings: what may not differ between a job and its continuation (JobState).
+        source: of the file: the metadata that is carried on, its sha256, bytes of its weights.
 
     Raises:
         UsageError: no recurrent layer, or a bad option.
@@ -99,7 +101,8 @@ class CandidateSearch:
         self.settings |= {"share": share, "recipe": settings, "dtype": dtype, "keep": sorted(keep) or None}
         for name, value in asdict(selection).items():
             self.settings[name] = (list(value) if isinstance(value, tuple) else value) or None
-        self.dtype, self.keep, self.source = dtype, tuple(keep), source
+        self.dtype, self.keep = dtype, tuple(keep)
+        self.source = None if source is None else (carried(source), source.sha256, source.weight_bytes)
         self.selection, self.progress = selection, progress
         self.evaluations = Evaluations(task, progress)
         self._log_dir = None if log_dir is None else Path(log_dir)
@@ -133,11 +136,7 @@ class CandidateSearch:
 
     def file(self, dtype: str) -> FileSize:
         """The network, and how its files will be stored."""
-        source = self.source
-        if source is None:
-            return FileSize(self.tensors, self.layers, dtype, self.keep, self.seed)
-        known = carried(source), source.sha256, source.weight_bytes
-        return FileSize(self.tensors, self.layers, dtype, self.keep, self.seed, *known)
+        return FileSize(self.tensors, self.layers, dtype, self.keep, self.seed, *(self.source or ()))
 
     def convert(self, candidate: Candidate) -> tuple[nn.Module, Conversion]:
         student, conversion = convert_module(self.dense, candidate.plan, moments=candidate.moments, seed=self.seed)
@@ -174,6 +173,7 @@ class CandidateSearch:
         folder: Path | None = None,
         name: str = "",
         on_candidate: Callable[[CandidateResult], None] | None = None,
+        ray: Ray = False,
     ) -> Choice:
         """The candidate that validates best after its short training; the first of those that come near it.
 
@@ -181,19 +181,29 @@ class CandidateSearch:
             folder: for the states of the short trainings, which go on where they stopped.
             name: before their names in progress, and the folder of their logs.
             on_candidate: called after each of them.
+            ray: where they run (search.workers).
         """
         if len(found) == 1 or not self.share:
             return Choice(found[0])
-        results = []
-        for number, candidate in enumerate(found, 1):
-            state = None if folder is None else folder / f"candidate-{number}"
-            student = self.convert(candidate)[0]
-            told = f"{name}candidate {number}"
-            student = self.train(student, state, told, epochs=self._epochs * self.share, evaluate_first=False).model
-            specs = dict.fromkeys(str(s) for _, _, structures in candidate.plan.matrices() for s in structures)
-            results.append(CandidateResult(list(specs), self.evaluations.measure(student, "valid")))
+        results: dict[int, CandidateResult] = {}
+        tried = spread(partial(self._try, found, folder, name), range(len(found)), ray, self.task, self.progress)
+        for place, results[place] in tried:
             if on_candidate is not None:
-                on_candidate(results[-1])
+                on_candidate(results[place])
+        ordered = [results[place] for place in range(len(found))]
         sign, metric = -1 if self.task.higher_is_better else 1, self.task.metric
-        losses = [sign * result.metrics[metric] for result in results]
-        return Choice(found[first_of_the_best(losses, sign * self.baseline[metric])], results)
+        losses = [sign * result.metrics[metric] for result in ordered]
+        return Choice(found[first_of_the_best(losses, sign * self.baseline[metric])], ordered)
+
+    def _try(self, found: Sequence[Candidate], folder: Path | None, name: str, place: int) -> CandidateResult:
+        """The short training of one candidate."""
+        candidate, label = found[place], f"candidate {place + 1}"
+        state = None if folder is None else folder / label.replace(" ", "-")
+        student = self.convert(candidate)[0]
+        student = self.train(student, state, name + label, epochs=self._epochs * self.share, evaluate_first=False).model
+        specs = dict.fromkeys(str(s) for _, _, structures in candidate.plan.matrices() for s in structures)
+        return CandidateResult(list(specs), self.evaluations.measure(student, "valid"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which cannot tell this one how far it is."""
+        return {**vars(self), "progress": None, "evaluations": Evaluations(self.task, None)}

@@ -21,6 +21,7 @@ from kruify.search.candidate_search import SHARE, CandidateSearch
 from kruify.search.candidates import Candidate, CandidateResult, Choice, Selection
 from kruify.search.job_state import JobState
 from kruify.search.max_drop import allowed_drop
+from kruify.search.workers import Ray
 from kruify.tasks.base import Task
 
 GROWTH = 2.0  # a layer that costs too much gets so many times its parameters
@@ -113,6 +114,7 @@ def compress(
     on_attempt: Callable[[Attempt], None] | None = None,
     resume: str | os.PathLike[str] | None = None,
     log_dir: str | os.PathLike[str] | None = None,
+    ray: Ray = False,
     **recipe: Any,
 ) -> Compression:
     """A converted and fine-tuned copy of `dense` that loses at most `max_drop` of the task's metric.
@@ -140,6 +142,7 @@ def compress(
         resume: a folder for the state of candidates and rounds. If it is empty or missing compression begins, else it
             goes on and ends with the same bits as if it had never been interrupted; `max_drop` and `attempts` may
             differ.
+        ray: True or the address of a cluster: each candidate is a task of Ray (search.workers).
         log_dir: a folder for `history.csv` of every training, in folders `candidate-1`, `attempt-1`, ... there.
         recipe: options of kruify.training.Recipe, such as epochs.
 
@@ -162,7 +165,7 @@ def compress(
     else:
         found = search.candidates(budget)
         state.keep()
-        choice = search.choose(found, folder, on_candidate=on_candidate)
+        choice = search.choose(found, folder, on_candidate=on_candidate, ray=ray)
         state.keep(**choice.to_json())
     candidate, learnt = choice.candidate, dict[str, Tensor]()
     allowed = allowed_drop(max_drop, search.baseline[task.metric])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from kruify.analysis.contender import int8_network
-from kruify.checkpoint import Checkpoint, carried
+from kruify.checkpoint import Checkpoint
 from kruify.checkpoint.file_bytes import parsed
 from kruify.checkpoint.writing import as_lazy
 from kruify.conversion import plan_of
@@ -26,6 +27,7 @@ from kruify.progress import Progress
 from kruify.search.candidate_search import SHARE, CandidateSearch
 from kruify.search.candidates import CandidateResult, Selection
 from kruify.search.job_state import JobState
+from kruify.search.workers import Ray, spread
 from kruify.tasks.base import Task
 
 INT8 = "int8"  # the budget of the rival: no budget is written so
@@ -129,6 +131,7 @@ def sweep(
     input_factors: str | None = None,
     log_dir: str | PathLike[str] | None = None,
     on_point: Callable[[Point], None] | None = None,
+    ray: Ray = False,
     **recipe: Any,
 ) -> Sweep:
     """Plans, converts, fine-tunes and evaluates `dense` under each budget, with the structure that recovers best in a
@@ -146,6 +149,8 @@ def sweep(
         dtype, keep: how the weights are stored (kruify.quantize), int8 if not said under a budget of bytes.
         only, skip, overrides, input_factors, log_dir: as in `search.compression.compress`.
         on_point: called after each network.
+        ray: True or the address of a cluster: each budget is a task of Ray, and gives the bits that it gives in this
+            process; the folder must be on all its machines. One that is interrupted goes on, there or here.
         recipe: options of kruify.training.Recipe, such as epochs.
 
     Raises:
@@ -163,17 +168,24 @@ def sweep(
     folder = Path(folder)
     state = JobState(folder, "sweep", {**search.settings, "split": split})
     known = state.read(lambda found: _known(found, task.metric))
-    for budget in ("dense", INT8, *budgets):
-        if budget not in known:
-            if budget == "dense":
-                known[budget] = _dense_point(search, split)
-            elif budget != INT8:
-                known[budget] = _make(search, budget, folder / _file_name(budget), split, source)
-            elif (point := _int8_point(known["dense"], search, split)) is not None:
-                known[budget] = point
-            state.keep(points=[point.to_json() for point in known.values()])
-        if on_point is not None and budget in known:
-            on_point(known[budget])
+    order = ("dense", INT8, *budgets)
+
+    def tell(point: Point) -> None:
+        known[point.budget] = point
+        state.keep(points=[known[b].to_json() for b in dict.fromkeys((*order, *known)) if b in known])
+        if on_point is not None:
+            on_point(point)
+
+    for budget in order:
+        if budget in known:
+            tell(known[budget])
+        elif budget == "dense":
+            tell(_dense_point(search, split))
+        elif budget == INT8 and (point := _int8_point(known["dense"], search, split)) is not None:
+            tell(point)
+    missing = [budget for budget in budgets if budget not in known]
+    for _, point in spread(partial(_make, search, folder, split), missing, ray, task, progress):
+        tell(point)
     points, bend = [known[budget] for budget in ("dense", *budgets)], (task.metric, task.higher_is_better)
     return Sweep(points, *bend, split, knee(points, *bend), known.get(INT8))
 
@@ -201,17 +213,19 @@ def _int8_point(dense: Point, search: CandidateSearch, split: str) -> Point | No
     return replace(dense, budget=INT8, metrics=metrics, bytes=size)
 
 
-def _make(search: CandidateSearch, budget: str, stem: Path, split: str, source: Checkpoint | None) -> Point:
-    """Writes the network of one budget to `stem`.kru.safetensors; the state of its training goes to the folder
-    `stem`.run."""
+def _make(search: CandidateSearch, folder: Path, split: str, budget: str) -> Point:
+    """Writes the network of one budget to BUDGET.kru.safetensors; the state of its training goes to the folder
+    BUDGET.run."""
+    stem = folder / _file_name(budget)
     run, file = Path(f"{stem}.run"), Path(f"{stem}.kru.safetensors")
     choice = search.choose(search.candidates(budget), run, f"{stem.name} ")
     student, conversion = search.convert(choice.candidate)
     outcome = search.train(student, run, stem.name)
     model = outcome.model.cpu()
     sha256, extra = "", search.notes(choice.candidate.plan, outcome, budget)
-    if source is not None:
-        sha256, extra = source.sha256, {**carried(source), **extra}
+    if search.source is not None:
+        carried, sha256, _ = search.source
+        extra = {**carried, **extra}
     state, plan = model.state_dict(), plan_of(model)
     write_converted(file, state, plan, marks(model), source_sha256=sha256, seed=search.seed, extra=extra)
     return Point(

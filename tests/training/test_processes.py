@@ -88,9 +88,15 @@ def test_kill_9_and_resume(tmp_path: Path) -> None:
     assert resumed["history"] == whole["history"]
 
 
-def torchrun(*arguments: str) -> None:
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--num_processes=2"],
+}
+
+
+def launch(launcher: str, *arguments: str) -> None:
     """Two processes. Between choosing a free port and listening on it another process may take it: then once more."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], *arguments]
     for last in (False, True):
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
         network = ("EADDRINUSE", "ddress already in use", "DistNetworkError", "DistStoreError", "Rendezvous", "onnect")
@@ -99,9 +105,10 @@ def torchrun(*arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_torchrun_with_two_processes_is_one_with_the_double_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+def test_two_processes_are_one_with_the_double_batch(tmp_path: Path, launcher: str) -> None:
     # 7 batches: the last step has a batch for the first process only.
-    torchrun(script(tmp_path), str(tmp_path), "0", "1")
+    launch(launcher, script(tmp_path), str(tmp_path), "0", "1")
     two = torch.load(tmp_path / "out.pt", weights_only=True)
     one = here(2)
     assert len(two["history"]) == 4
