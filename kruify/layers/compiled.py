@@ -72,8 +72,12 @@ def _run(
         return planar.run(matrix, weight_ih, bias, data, batch_sizes, state[0], exact)
     if isinstance(weight_ih, KroneckerMatrix):
         form = form_of(weight_ih)
-        rest, parameters = weight_ih.parts_beside_terms(), parameters_of(weight_ih, form)
-        data, weight_ih, bias_ih = multiply(form.assembly, exact, data, bias_ih, rest, parameters), None, None
+        if not data.is_cuda and not traced() and work(weight_ih, form, kind, known_batch(data.shape[0]))[1]:
+            data = F.linear(data, weight_ih.to_dense(), bias_ih)  # all steps at once: torch's product of two matrices
+        else:
+            rest, parameters = weight_ih.parts_beside_terms(), parameters_of(weight_ih, form)
+            data = multiply(form.assembly, exact, data, bias_ih, rest, parameters)
+        weight_ih, bias_ih = None, None
     form = form_of(matrix)
     batch = known_batch(state[0].shape[0])
     assembly = form.whole if not data.is_cuda and work(matrix, form, kind, batch)[1] else form.assembly
