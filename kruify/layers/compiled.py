@@ -12,11 +12,10 @@ from torch.nn import functional as F
 from kruify.layers import planar
 from kruify.layers.backend import Sequences, Weights, run_each_direction
 from kruify.layers.computed import computes
-from kruify.layers.kernel import HALVES, form_of, known_batch, parameters_of, work
+from kruify.layers.kernel import HALVES, form_of, known_batch, parameters_of, project, work
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.ops import precision
 from kruify.ops.functions import traced, training, transformed
-from kruify.ops.kron_matmul import multiply
 from kruify.ops.recurrence import run_recurrence
 from kruify.ops.reference import State
 
@@ -71,13 +70,7 @@ def _run(
     if kind == "rnn_modrelu_complex":
         return planar.run(matrix, weight_ih, bias, data, batch_sizes, state[0], exact)
     if isinstance(weight_ih, KroneckerMatrix):
-        form = form_of(weight_ih)
-        if not data.is_cuda and not traced() and work(weight_ih, form, kind, known_batch(data.shape[0]))[1]:
-            data = F.linear(data, weight_ih.to_dense(), bias_ih)  # all steps at once: torch's product of two matrices
-        else:
-            rest, parameters = weight_ih.parts_beside_terms(), parameters_of(weight_ih, form)
-            data = multiply(form.assembly, exact, data, bias_ih, rest, parameters)
-        weight_ih, bias_ih = None, None
+        data, weight_ih, bias_ih = project(weight_ih, data, bias_ih, kind, exact), None, None
     form = form_of(matrix)
     batch = known_batch(state[0].shape[0])
     assembly = form.whole if not data.is_cuda and work(matrix, form, kind, batch)[1] else form.assembly

@@ -12,12 +12,11 @@ from torch.nn import functional as F
 
 from kruify.layers.backend import Sequences, Weights, run_each_direction
 from kruify.layers.computed import computes
-from kruify.layers.kernel import form_of, parameters_of
+from kruify.layers.kernel import form_of, project
 from kruify.layers.matrix import KroneckerMatrix, KroneckerTerm
 from kruify.layers.storage import dense_stored_as
 from kruify.ops import Layout, has_kernel, precision
 from kruify.ops.functions import traced
-from kruify.ops.kron_matmul import multiply
 from kruify.ops.reference import GATES, MODRELU, State
 
 if TYPE_CHECKING:
@@ -119,8 +118,7 @@ def _run_direction(
     w: Any = weights
     arguments, weight_ih = _arguments(kind, dense, weights), w["weight_ih"]
     if arguments.input[0] is None and isinstance(weight_ih, KroneckerMatrix):
-        form, rest = form_of(weight_ih), weight_ih.parts_beside_terms()
-        data = multiply(form.assembly, precision.FLOAT32, data, None, rest, parameters_of(weight_ih, form))
+        data = project(weight_ih, data, None, kind, precision.FLOAT32)
     elif arguments.input[0] is None:
         data = F.linear(data, weight_ih)
     out, h, c = _ops.int8_recurrence.default(
