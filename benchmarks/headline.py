@@ -1,10 +1,12 @@
-"""The README's picture and headline table, from committed results alone: nothing is measured here.
+"""The README's picture and tables, from committed results alone: nothing is measured here.
 
-    python benchmarks/headline.py            draws headline.svg and writes the table into README.md
-    python benchmarks/headline.py --check    says whether both are what the results say; exit code 1 if not
+    python benchmarks/headline.py            draws headline.svg and writes the tables into README.md
+    python benchmarks/headline.py --check    says whether all are what the results say; exit code 1 if not
 
-Speed: results/cpu_layers.jsonl (cpu_layers.py). Accuracy: recovery/g2p/runs.jsonl (recovery/run.py); of several runs
-of one method at one size those with the best metric on the validation split count, and what is shown is the test split.
+The headline is of one network per task: recovery/<task>/runs.jsonl (recovery/run.py), the grid by bytes of the whole
+file. Of several ways to train the dense network, or to prune it, the one that is best on the validation split counts;
+what is shown is the test split, the mean over seeds. The table of one Kronecker product is of layers alone:
+results/cpu_layers.jsonl (cpu_layers.py).
 """
 
 from __future__ import annotations
@@ -14,144 +16,112 @@ import re
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 PICTURE, README = HERE / "headline.svg", HERE.parent / "README.md"
-MARKS = re.compile(r"(<!-- headline -->\n).*?(<!-- /headline -->)", re.DOTALL)
 
 Row = dict[str, Any]
-HIDDEN, BATCHES = (256, 512, 1024, 2048), (1, 8, 32)
-TASK = "g2p"
-DENSE = "dense"
-SERIES = {  # name in the picture -> methods of recovery/grid.py, also with "recipe-" before them
-    "kruify": ("recipe", "kron", "low-rank-"),
-    "low rank": ("low-rank",),
-    "magnitude pruning": ("pruned",),
-    "smaller dense": ("smaller",),
+TASKS = {  # in recovery/: what is done by what, its metric
+    "g2p": "spelling to sound, GRUs of 256: word error",
+    "kjv": "King James, LSTM of 512: bits per character",
+    "fashion": "Fashion-MNIST by rows, LSTM of 128: accuracy",
+    "jsb": "Bach chorales, GRU of 256: nats per frame",
 }
+DENSE, INT8, KRUIFY = "dense, float32", "dense, int8", "kruify, int8"
+PRUNED, SMALLER = "pruned, int8", "smaller dense, int8"
+METHODS = {  # of recovery/grid.py
+    DENSE: ("converged", "converged-longer"),
+    PRUNED: ("bytes-pruned", "bytes-pruned-gradual"),
+    "low rank, int8": ("bytes-low-rank",),
+    SMALLER: ("bytes-smaller",),
+    KRUIFY: ("bytes",),
+}
+TIMES = 16  # how many times smaller the file in the table is
+MISSING = "not run yet"
 
 
-def speeds(kind: str, what: str = "forward", spec: str = "auto") -> dict[tuple[int, int], Row]:
-    """(hidden, batch) -> row of one layer on one thread with its dense input matrix."""
-    wanted = {"kind": kind, "what": what, "spec": spec, "threads": 1, "inputs": 128}
-    rows = _lines(HERE / "results" / "cpu_layers.jsonl")
-    return {(r["hidden"], r["batch"]): r for r in rows if all(r.get(k) == v for k, v in wanted.items())}
+class Point(NamedTuple):
+    """A network of one task: bytes of its file, metrics by split, milliseconds per step by batch size, seeds."""
+
+    bytes: float
+    valid: float
+    test: float
+    latency: dict[str, float]
+    seeds: int
 
 
-def times(row: Row) -> float:
-    return float(row["ms"]["dense"] / row["ms"]["kruify"])
+def runs(task: str) -> list[Row]:
+    file = HERE / "recovery" / task / "runs.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def runs() -> list[Row]:
-    """All full runs of the task whose recurrent matrices alone were made smaller."""
-    return [run for run in _lines(HERE / "recovery" / TASK / "runs.jsonl") if not run["whole"]]
-
-
-def _lines(file: Path) -> list[Row]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def series_of(method: str) -> str | None:
-    method = method.removeprefix("recipe-")
-    if method in ("dense", "dense-longer"):  # from scratch, and trained on as long as a converted one
-        return DENSE
-    exact = {names[0]: series for series, names in SERIES.items() if len(names) == 1}
-    if method in exact:
-        return exact[method]
-    return next((s for s, names in SERIES.items() if method.startswith(names) and method != "low-rank"), None)
-
-
-def chosen(found: Iterable[Row]) -> dict[str, dict[int, list[Row]]]:
-    """Series -> recurrent parameters -> the runs (one per seed) of the method and options best on "valid"."""
-    groups: dict[tuple[str, int], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for run in found:
-        if series := series_of(run["method"]):
-            groups[series, run["recurrent_parameters"]][run["run"].rpartition("-s")[0]].append(run)
-    result: dict[str, dict[int, list[Row]]] = defaultdict(dict)
-    for (series, size), candidates in sorted(groups.items()):
-        result[series][size] = min(candidates.values(), key=lambda runs: _loss(runs, "valid"))
+def points(found: list[Row]) -> dict[str, dict[float, Point]]:
+    """Series -> times smaller -> the network of the method that is best on "valid"."""
+    groups: dict[tuple[str, float], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in found:
+        for series, methods in METHODS.items():
+            if row["run"].rpartition("/")[2] in {f"{method}-s{row['seed']}" for method in methods}:
+                groups[series, row["times"]][row["method"]].append(row)
+    result: dict[str, dict[float, Point]] = defaultdict(dict)
+    for (series, times), methods in groups.items():
+        sign = -1 if found[0]["higher_is_better"] else 1
+        best = min(methods.values(), key=lambda rows: sign * _mean(rows, "valid"))
+        latency = best[0].get("latency_ms_per_step", {})
+        result[series][times] = Point(_bytes(best), _mean(best, "valid"), _mean(best, "test"), latency, len(best))
+        if series == DENSE:
+            own = [{**row, **row["int8"]} for row in best]
+            result[INT8][times] = Point(_bytes(own), 0.0, _mean(own, "test"), _faster(own[0]), len(own))
     return result
 
 
-def _loss(runs: list[Row], split: str) -> float:
-    """Mean over seeds of the metric, lower is better."""
-    metric = runs[0]["metric"]
-    return statistics.mean((-1 if e["higher_is_better"] else 1) * e[split][metric] for e in runs)
+def _mean(rows: list[Row], split: str) -> float:
+    return statistics.mean(row[split][row["metric"]] for row in rows)
 
 
-def draw() -> str:
-    """Left: how many times faster than torch.nn's layer. Right: word error against recurrent parameters."""
-    from kruify.reporting import pictures
+def _bytes(rows: list[Row]) -> float:
+    return statistics.mean(row["bytes"] for row in rows)
 
-    lstm, accuracy = speeds("lstm"), chosen(runs())
 
-    def bars(axes: Any) -> None:
-        for place, batch in enumerate(BATCHES):
-            xs = [i + 0.27 * (place - 1) for i, hidden in enumerate(HIDDEN) if (hidden, batch) in lstm]
-            ys = [times(lstm[hidden, batch]) for hidden in HIDDEN if (hidden, batch) in lstm]
-            axes.bar(xs, ys, 0.25, color=pictures.SERIES[(1, 3, 2)[place]], label=f"batch {batch}")
-            for x, y in zip(xs, ys, strict=True):
-                text = f"{y:.0f}" if y >= 10 else f"{y:.1f}"
-                axes.annotate(text, (x, y), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=9)
-        axes.axhline(1, color=pictures.FAINT, linewidth=1)
-        axes.set_yscale("log")
-        axes.set_ylim(0.8, 140)
-        axes.set_yticks([1, 3, 10, 30, 100], ["1x", "3x", "10x", "30x", "100x"])
-        axes.minorticks_off()
-        axes.set_xticks(range(len(HIDDEN)), map(str, HIDDEN))
-        axes.grid(axis="x", visible=False)
-        axes.set_xlabel("hidden units")
-        axes.set_title("KRU-LSTM: times faster than nn.LSTM")
-        axes.legend(ncols=3, loc="upper left", handlelength=0.8, columnspacing=1.0, handletextpad=0.4)
+def _faster(int8: Row) -> dict[str, float]:
+    """Of torch and ONNX Runtime, where that quantises the layer, whichever is faster at a batch size."""
+    forms = [int8["int8"].get(key, {}) for key in ("latency_ms_per_step", "onnxruntime_ms_per_step")]
+    return {batch: min(form[batch] for form in forms if batch in form) for batch in forms[0]}
 
-    def points(axes: Any) -> None:
-        metric, seen = runs()[0]["metric"], []
-        for place, (series, sizes) in enumerate(accuracy.items()):
-            ys = [abs(_loss(group, "test")) for group in sizes.values()]
-            seen += ys
-            color = pictures.SERIES[0] if series == DENSE else pictures.SERIES[1 + list(SERIES).index(series)]
-            if series == DENSE:
-                axes.axhline(ys[-1], color=color, linewidth=1, linestyle=":")
-            axes.plot(list(sizes), ys, marker="o", markersize=6, color=color, label=series, zorder=3 + (place == 0))
-            for x, y in zip(sizes, ys, strict=True):
-                if series in (DENSE, "kruify"):
-                    axes.annotate(
-                        f"{y:.3f}", (x, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9
-                    )
-        counts = sorted({size for sizes in accuracy.values() for size in sizes})
-        axes.set_xscale("log")
-        axes.set_xlim(counts[0] / 2.2, counts[-1] * 2.2)
-        axes.set_xticks(counts, [pictures.compact(n) for n in counts])
-        axes.minorticks_off()
-        room = max(0.05, max(seen) - min(seen))
-        axes.set_ylim(min(seen) - 0.25 * room, max(seen) + 0.6 * room)
-        axes.set_xlabel("recurrent parameters")
-        axes.set_title(f"Spelling to sound: word error ({metric}) on test")
-        axes.legend(loc="upper right", handlelength=1.2)
 
-    def paint(figure: Any) -> None:
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04)
-        left, right = figure.subplots(1, 2)
-        bars(left)
-        points(right)
-
-    return pictures.standalone(paint, 3.6)
+def measured() -> dict[str, dict[str, dict[float, Point]]]:
+    """The tasks in which kruify's file of the table has been trained."""
+    found = {task: points(runs(task)) for task in TASKS}
+    return {task: series for task, series in found.items() if TIMES in series.get(KRUIFY, {})}
 
 
 def table() -> str:
-    """Speed and accuracy side by side with the dense original, in Markdown."""
-    lines = ["| | dense | kruify | |", "| --- | ---: | ---: | ---: |"]
-    results = chosen(runs())
-    (dense,) = results[DENSE].values()
-    for size, group in sorted(results["kruify"].items(), reverse=True):
-        smaller = dense[0]["recurrent_parameters"] / size
-        before, after = abs(_loss(dense, "test")), abs(_loss(group, "test"))
-        passes = f"{group[0]['options']['epochs']:g} passes after conversion"
-        label = f"word error, GRUs of 256 units, {passes}, {len(group)} seed{'s' * (len(group) > 1)}"
-        lines.append(f"| {label} | {before:.3f} | {after:.3f} | recurrent matrices **{smaller:.0f}x smaller** |")
+    """One file per task beside its rivals, in Markdown."""
+    lines = ["| task | network | file | ms per step, B=1 | B=32 | on test |", "| --- | --- " + "| ---: " * 4 + "|"]
+    found = measured()
+    for task, series in found.items():
+        dense = series[DENSE][1]
+        for name, times in ((DENSE, 1), (INT8, 1), (SMALLER, TIMES), (PRUNED, TIMES), (KRUIFY, TIMES)):
+            point = series.get(name, {}).get(times)
+            cells = [MISSING, "", "", ""] if point is None else _cells(point, dense)
+            if name == KRUIFY:
+                name, cells = f"**{name}**", [f"**{cell}**" if cell else "" for cell in cells]
+            lines.append(f"| {' | '.join([TASKS[task] if point is dense else '', name, *cells])} |")
+    if left := [what.partition(":")[0] for task, what in TASKS.items() if task not in found]:
+        lines += ["", f"Not measured yet in this way: {'; '.join(left)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(point: Point, dense: Point) -> list[str]:
+    smaller = "" if point is dense else f" ({number(dense.bytes / point.bytes)}x smaller)"
+    latency = [number(point.latency[batch], 2) if batch in point.latency else "" for batch in ("1", "32")]
+    return [f"{number(point.bytes / 1000)} kB{smaller}", *latency, number(point.test, 4)]
+
+
+def one_product() -> str:
+    """How much less time a layer takes with one Kronecker product per gate, in Markdown."""
+    lines = ["| one layer, 128 steps, float32 | dense | one product | |", "| --- | ---: | ---: | ---: |"]
     for kind, what, hidden, batch in (
         ("lstm", "forward", 512, 1),
         ("lstm", "forward", 1024, 1),
@@ -159,12 +129,52 @@ def table() -> str:
         ("gru", "forward", 1024, 8),
         ("lstm", "training", 1024, 8),
     ):
-        row = speeds(kind, what).get((hidden, batch))
-        if row:
-            label = f"{kind.upper()} of {hidden} units, batch {batch}, {what}"
-            before, after = (f"{number(row['ms'][name])} ms" for name in ("dense", "kruify"))
-            lines.append(f"| {label} | {before} | {after} | **{number(times(row), 2)}x faster** |")
+        ms = speeds(kind, what)[hidden, batch]["ms"]
+        label = f"{kind.upper()} of {hidden} units, batch {batch}, {what}"
+        faster = number(ms["dense"] / ms["kruify"], 2)
+        lines.append(f"| {label} | {number(ms['dense'])} ms | {number(ms['kruify'])} ms | {faster}x faster |")
     return "\n".join(lines) + "\n"
+
+
+def speeds(kind: str, what: str) -> dict[tuple[int, int], Row]:
+    """(hidden, batch) -> row of one layer on one thread with its dense input matrix."""
+    wanted = {"kind": kind, "what": what, "spec": "auto", "threads": 1, "inputs": 128}
+    lines = (HERE / "results" / "cpu_layers.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if all(row.get(k) == v for k, v in wanted.items())]
+    return {(row["hidden"], row["batch"]): row for row in rows}
+
+
+def draw() -> str:
+    """Per task the metric on test against the bytes of the file."""
+    from kruify.reporting import pictures
+
+    def panel(axes: Any, task: str, series: dict[str, dict[float, Point]]) -> None:
+        for place, name in enumerate((DENSE, INT8, *list(METHODS)[1:])):
+            known = sorted(series.get(name, {}).values())
+            if known:
+                axes.plot(
+                    [p.bytes / 1000 for p in known], [p.test for p in known], marker="o", markersize=6,
+                    color=pictures.SERIES[place], label=name, zorder=3 + (name == KRUIFY),
+                )  # fmt: skip
+        axes.axhline(series[DENSE][1].test, color=pictures.SERIES[0], linewidth=1, linestyle=":")
+        sizes = sorted({round(p.bytes / 1000) for name in (DENSE, INT8, KRUIFY) for p in series.get(name, {}).values()})
+        axes.set_xscale("log")
+        axes.set_xlim(sizes[0] / 1.6, sizes[-1] * 1.6)
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.minorticks_off()
+        axes.margins(y=0.2)
+        axes.set_xlabel("kB of the whole file")
+        axes.set_title(TASKS[task])
+
+    def paint(figure: Any) -> None:
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04)
+        found = measured()
+        panels = figure.subplots(1, len(found), squeeze=False)[0]
+        for axes, (task, series) in zip(panels, found.items(), strict=True):
+            panel(axes, task, series)
+        panels[0].legend(loc="best", handlelength=1.2)
+
+    return pictures.standalone(paint, 3.6)
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -173,9 +183,20 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.0f}" if "e" in text else text
 
 
+BLOCKS = {"headline": table, "one product": one_product}
+
+
+def filled(readme: str) -> str:
+    """The page with its tables between their marks."""
+    for name, make in BLOCKS.items():
+        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        readme = marks.sub(rf"\g<1>{make()}\g<2>", readme)
+    return readme
+
+
 def main(check: bool) -> None:
     readme = README.read_text(encoding="utf-8")
-    wanted = MARKS.sub(lambda match: match[1] + table() + match[2], readme)
+    wanted = filled(readme)
     if check:
         sys.exit(0 if wanted == readme and PICTURE.exists() and draw() == PICTURE.read_text() else 1)
     PICTURE.write_text(draw())

@@ -70,7 +70,8 @@ def by_bytes(runs: list[Row]) -> list[str]:
             lines.append(row([size, title, f"{epochs:g}", *measured(group)]))
             for form, words in (("int8", "torch's int8 of it"), ("rounded", "kruify's int8 of it")):
                 if all(form in r for r in group):
-                    lines.append(row(["", f"{title}: {words}", "", *measured([{**r, **r[form]} for r in group])]))
+                    own = [{"metric": metric, **r[form]} for r in group]
+                    lines.append(row(["", f"{title}: {words}", "", *measured(own)]))
         lines.append("")
     return lines
 
