@@ -20,7 +20,7 @@ from timing import Results, best_times, restart_with_malloc_settings, threads
 
 STEPS, INPUTS = 128, 128
 PAGE = Path(__file__).with_suffix(".md")
-SPECS = {"one term": "auto", "rank 8": "8*({0}x1,1x{0})"}
+SPECS = {"one term": "auto", "rank 8": "8*({0}x1,1x{0})", "rank 8, 3 % entries": "8*({0}x1,1x{0})+sparse:3%"}
 
 
 def keys() -> list[dict[str, Any]]:
@@ -28,7 +28,7 @@ def keys() -> list[dict[str, Any]]:
         {"kind": kind, "hidden": hidden, "batch": batch}
         for kind in ("lstm", "gru")
         for hidden in (256, 512, 1024)
-        for batch in (1, 8)
+        for batch in (1, 8, 32)
     ]
 
 

@@ -89,5 +89,14 @@ def _sentence(file: Exported) -> str:
     )
     return (
         f"wrote {file.path}, {file.bytes:,} bytes{names}; run and compared on {file.cases} inputs: "
-        f"largest difference {file.difference:.1g}{memory}"
+        f"largest difference {file.difference:.1g}{memory}{_slower(file)}"
     )
+
+
+def _slower(file: Exported) -> str:
+    """What is said of factors that take longer in onnxruntime than dense weights."""
+    timing = None if file.beside_dense is None else file.beside_dense.timing
+    if timing is None or not timing.slower:
+        return ""
+    dense, factors = timing.run_ms
+    return f"; it takes {factors / dense:.1f} times as long as dense weights in onnxruntime, which --dense writes"

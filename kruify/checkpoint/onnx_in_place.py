@@ -12,7 +12,7 @@ from torch import Tensor
 from kruify.checkpoint.file_bytes import chunks, read_at
 from kruify.checkpoint.gates import ONNX_PARTS, onnx_from_torch
 from kruify.checkpoint.in_place import check_fits
-from kruify.checkpoint.onnx_constants import Outside, outside, tensor_proto
+from kruify.checkpoint.onnx_constants import EXTERNAL, Outside, outside, tensor_proto
 from kruify.checkpoint.onnx_file import INPUTS, OnnxFile, Weight, load_model, read_model
 from kruify.checkpoint.onnx_graph import Proto, Scope
 from kruify.checkpoint.tensors import LazyTensor
@@ -21,6 +21,8 @@ from kruify.errors import UnsupportedError
 
 DATA = ".data"
 """What follows the name of a model in that of the file with its other numbers."""
+MOST = 2**31 - 1
+"""Bytes of a model's own file: protobuf's limit."""
 ALIGNED = 4096
 """Where numbers begin in a file of their own, a multiple of a page, which a runtime can map."""
 
@@ -139,8 +141,10 @@ class OnnxCopy:
         Args:
             one_file: put all numbers into the model's own file.
 
+        Where the model's own file would take more than `MOST`, its large constants stand beside it, too.
+
         Raises:
-            UnsupportedError: the model's own file would take more than 2 GiB, protobuf's limit.
+            UnsupportedError: with `one_file` the model would take more than that.
         """
         kept = [(proto, place) for proto in self._held() if (place := outside(proto, self.source)) is not None]
         if one_file:
@@ -149,7 +153,8 @@ class OnnxCopy:
                     proto.raw_data = bytes(read_at(place.file, held, place.start, place.length))
                 proto.ClearField("external_data")
                 proto.ClearField("data_location")
-        elif kept:
+        own = [] if one_file or self.model.ByteSize() <= MOST else self._large()
+        if own or (kept and not one_file):
             data = target.with_name(target.name + DATA)
             with atomic_file(data) as file:
                 starts: dict[Outside, int] = {}
@@ -160,15 +165,24 @@ class OnnxCopy:
                         with place.file.open("rb") as held:
                             held.seek(place.start)
                             file.writelines(chunks(held, place.length))
-                    del proto.external_data[:]
-                    for key, value in (("location", data.name), ("offset", starts[place]), ("length", place.length)):
-                        proto.external_data.add(key=key, value=str(value))
-        if self.model.ByteSize() > 2**31 - 1:
+                    _refer(proto, data.name, starts[place], place.length)
+                for proto in own:
+                    file.write(bytes(-file.tell() % ALIGNED))
+                    start, length = file.tell(), file.write(proto.raw_data)
+                    proto.ClearField("raw_data")
+                    _refer(proto, data.name, start, length)
+        if self.model.ByteSize() > MOST:
             raise UnsupportedError(
                 "it would take more than 2 GiB", target, "Keep more of it outside of the model's file"
             )
         with atomic_file(target) as file:
             file.write(self.model.SerializeToString(deterministic=True))
+
+    def _large(self) -> list[Proto]:
+        """Initializers with numbers of their own that take a page or more."""
+        bodies = (scope.body for scope in self.found.scopes)
+        held = {id(proto): proto for body in bodies for proto in getattr(body, "initializer", ())}
+        return [proto for proto in held.values() if len(proto.raw_data) >= ALIGNED]
 
     def _held(self) -> Iterator[Proto]:
         """Every tensor of every graph, once."""
@@ -234,6 +248,14 @@ class OnnxCopy:
             nodes[:0] = [helper.make_node("Constant", [], [proto.name], value=proto) for proto in made.constants]
         for node in reversed(nodes):
             body.node.insert(0, node)
+
+
+def _refer(proto: Proto, location: str, start: int, length: int) -> None:
+    """Says in which file the numbers of a tensor stand, and where."""
+    del proto.external_data[:]
+    for key, value in (("location", location), ("offset", start), ("length", length)):
+        proto.external_data.add(key=key, value=str(value))
+    proto.data_location = EXTERNAL
 
 
 def _drop_named(held: Proto, names: Container[str]) -> int:

@@ -59,6 +59,7 @@ class Exported:
         graph: of a whole ONNX graph, how it compares with the original in onnxruntime; `difference` and `cases` are
             then of its weights.
         embedded: of a C file, what it takes; `difference` is then that from the layer with its weights in eight bits.
+        beside_dense: of factors in ONNX, how the file compares with one of dense weights in onnxruntime.
         assumed: what the checkpoint does not tell and was taken for granted.
     """
 
@@ -73,6 +74,7 @@ class Exported:
     optional: tuple[str, ...] = ()
     graph: Comparison | None = None
     embedded: Embedded | None = None
+    beside_dense: Comparison | None = None
 
     def to_json(self) -> dict[str, Any]:
         """One entry of `outputs` of `kruify export --json`."""
@@ -81,10 +83,11 @@ class Exported:
             **{
                 name: list(value) if isinstance(value, tuple) else value
                 for name, value in vars(self).items()
-                if name not in ("path", "graph", "embedded")
+                if name not in ("path", "graph", "embedded", "beside_dense")
             },
             **({} if self.graph is None else {"graph": self.graph.to_json()}),
             **({} if self.embedded is None else asdict(self.embedded)),
+            **({} if self.beside_dense is None else {"beside_dense": self.beside_dense.to_json()}),
         }
 
 

@@ -6,6 +6,7 @@ import copy
 import importlib
 import io
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from kruify.errors import UnsupportedError
 from kruify.exporting.check import TOLERANCE, Exported, Run, layer_cases, write_checked
 from kruify.exporting.scan_layer import traceable
 from kruify.exporting.shapes import LENGTHS, Interface, interface_of
+from kruify.graphs import compare_graphs
+from kruify.layers import KroneckerMatrix
 from kruify.layers.base import KRUBase
 
 HALF = ("float16", "bfloat16")
@@ -39,7 +42,8 @@ def export_onnx(
 ) -> Exported:
     """Writes a recurrent layer as an ONNX model.
 
-    The factors stay small MatMuls inside a Scan over time; batch and time are dynamic. Inputs: `input`, `h_0` (and
+    The factors stay small MatMuls inside a Scan over time, which is timed beside the same layer with dense weights
+    (`Exported.beside_dense`); batch and time are dynamic. Inputs: `input`, `h_0` (and
     `c_0`); outputs: `output`, `h_n` (`c_n`), in the shapes of the layer. A half-precision layer is written in float32.
 
     `lengths` (batch,), int64, is an input that may be left out: the steps of each sequence, as in a packed sequence of
@@ -64,7 +68,13 @@ def export_onnx(
     def write(file: Path) -> None:
         file.write_bytes(layer_model(module, interface, dense=dense).SerializeToString())
 
-    return _write(module, interface, Path(path), write, run_onnx, tolerance)
+    written = _write(module, interface, Path(path), write, run_onnx, tolerance)
+    if dense or not any(isinstance(part, KroneckerMatrix) for part in module.modules()):
+        return written
+    with tempfile.TemporaryDirectory(prefix="kruify-") as folder:
+        other = Path(folder) / "dense.onnx"
+        other.write_bytes(layer_model(module, interface, dense=True).SerializeToString())
+        return replace(written, beside_dense=compare_graphs(other, written.path))
 
 
 def export_torch(

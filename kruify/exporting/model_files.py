@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -277,7 +278,14 @@ def export_network(
     load = run_onnx if to == "onnx" else run_torch
     cases = (tensors for tensors, _ in calls)
     written = write_checked(path, write, load, lambda case: original(*case), cases, tolerance)
-    return replace(written, inputs=tuple(f"input_{i}" for i in range(len(example))), outputs=("output",))
+    written = replace(written, inputs=tuple(f"input_{i}" for i in range(len(example))), outputs=("output",))
+    if to != "onnx" or dense or not any(isinstance(module, KRUBase) for module in model.modules()):
+        return written
+    with tempfile.TemporaryDirectory(prefix="kruify-") as folder:
+        other = export_network(
+            model, task, to, Path(folder) / "dense.onnx", dense=True, split=split, tolerance=tolerance
+        )
+        return replace(written, beside_dense=compare_graphs(other.path, written.path))
 
 
 class _Network(nn.Module):

@@ -175,7 +175,7 @@ class GraphJob:
         limit = allowed_bytes(budget, self.bytes)
         plans: list[Plan] | None = [Plan() for _ in self.graphs]
         if self._size([Plan() for _ in self.graphs]) > limit:
-            plans = largest_within(limit, self._size, lambda share: self._low_rank(min(share, DENSE_FROM)))
+            plans = largest_within(limit, self._size, self._low_rank)
         if plans is None:
             least = max(least_share(list(graph.layers.values())) for graph in self.graphs if graph.layers)
             raise below_smallest(budget, limit, self._size(self._low_rank(least) or [Plan() for _ in self.graphs]))

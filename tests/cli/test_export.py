@@ -8,6 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from kruify.cli.export import _sentence
+from kruify.exporting import Exported
+from kruify.graphs.comparison import Comparison, Timing
+
 
 def test_dense_state_dict_loads_into_the_dense_network(folder, run_json):
     source = torch.load("model.pt")
@@ -41,3 +45,10 @@ def test_refusals(folder, run):
         result = run("export", *arguments, "-o", "out.pt")
         assert result.exit_code == 2, result.stderr
         assert not Path("out.pt").exists()
+
+
+@pytest.mark.parametrize(("run_ms", "said"), [((2.0, 5.0), True), ((2.0, 2.1), False), (None, False)])
+def test_factors_that_are_slower_than_dense_weights_are_said_to_be(run_ms, said):
+    beside = Comparison(1e-6, timing=None if run_ms is None else Timing((1.0, 1.0), run_ms))
+    file = Exported(Path("a.onnx"), "", ("input",), ("output",), 1e-7, 3, 100, beside_dense=beside)
+    assert ("2.5 times as long as dense weights" in _sentence(file)) is said

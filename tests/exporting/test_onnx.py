@@ -247,3 +247,13 @@ def test_order_of_factors() -> None:
     assert application_order([(8, 1), (1, 8)]) == [1, 0]
     assert application_order([(1, 8), (8, 1)]) == [0, 1]
     assert application_order([(4, 4), (4, 4), (4, 4)]) == [2, 1, 0]
+
+
+def test_factors_are_timed_beside_dense_weights(tmp_path: Path) -> None:
+    layer = kruify.KRULSTM(8, 16, factors="2*(16x1,1x16)+sparse:10%")
+    written = export_onnx(layer, tmp_path / "layer.onnx")
+    assert written.beside_dense is not None and written.beside_dense.timing is not None
+    assert written.beside_dense.difference < 1e-5  # both are the same layer
+    assert written.to_json()["beside_dense"]["run_ms"] == written.beside_dense.timing.run_ms
+    for other, dense in ((layer, True), (nn.LSTM(8, 16), False)):
+        assert export_onnx(other, tmp_path / "other.onnx", dense=dense).beside_dense is None

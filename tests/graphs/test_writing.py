@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kruify
-from kruify.checkpoint import LazyTensor
+from kruify.checkpoint import LazyTensor, onnx_in_place
 from kruify.checkpoint.stored import decode, encode
 from kruify.errors import CorruptError, UnsafeError, UnsupportedError, UsageError
 from kruify.factors import parse
@@ -271,3 +271,17 @@ def test_numbers_in_other_files_stay_there(tmp_path: Path) -> None:
     (tmp_path / "in" / "a.bin").symlink_to(whole)
     with pytest.raises(UnsafeError, match="outside of its folder"):
         kruify.convert(path, "2x2", output=target)
+
+
+def test_a_model_too_large_for_one_file_puts_its_numbers_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = np.random.default_rng(5).normal(0, 1, (H, 1000)).astype("f4")
+    nodes = [node("GRU", name="rnn", output="y"), onnx.helper.make_node("MatMul", ["y", "head"], ["Y"])]
+    path = save(tmp_path / "a.onnx", nodes, weights("GRU") | {"head": head}, check=False)
+    wanted = run(small(path))[0]
+    monkeypatch.setattr(onnx_in_place, "MOST", 8000)
+    done = kruify.convert(path, EXACT[0], dtype="float16", output=tmp_path / "b.onnx")
+    assert (tmp_path / "b.onnx").stat().st_size <= 8000
+    assert done.bytes.after == sum((tmp_path / name).stat().st_size for name in ("b.onnx", "b.onnx.data"))
+    np.testing.assert_allclose(run(tmp_path / "b.onnx")[0], wanted, atol=0.05)
