@@ -31,6 +31,7 @@ Searches = dict[tuple[str, int], StructureSearch]  # (name, gate, -1 for all sta
 LEVELS = (0.25, 0.5, 1.0, 1.75, 3.0)  # budgets tried for one gate, relative to an even share
 MIXTURES_LIMIT = 2  # kinds of sums that are tried at all levels: those that keep the most at an even share
 ERROR_LEVELS = tuple(2 ** (-k / 2) for k in range(20, -1, -1))  # shares of the dense size tried for an error bound
+FINER_FROM = 1 << 12  # numbers of a gate from which one rank more or less is no matter of the file's header
 PRICES = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of multiply-adds against parameters in the price of a candidate
 PAIRS_LIMIT = 1 << 11  # candidates of all gates together up to which pairs of exchanges are looked at
 
@@ -390,7 +391,10 @@ def pool_of(gate: Gate, limits: Budget) -> list[ScoredStructure]:
     for level in LEVELS:
         sized = even if level == 1.0 else gate.search.candidates(*at_level(gate, limits, level), mixtures)
         pool |= {candidate.structure: candidate for candidate in sized}
-    for candidate in smallest_of(gate):
+    most = at_level(gate, limits, max(LEVELS))[0]
+    singles = gate.search.singles(*at_level(gate, limits))[:MIXTURES_LIMIT] if gate.dense >= FINER_FROM else []
+    finer = [candidate for single in singles for candidate in gate.search.ranks(single, most)]
+    for candidate in [*finer, *smallest_of(gate)]:
         pool.setdefault(candidate.structure, candidate)
     return list(pool.values())
 

@@ -24,6 +24,7 @@ SCREENED = 16  # shapes whose singular values are computed: those with the highe
 REFINED = 3  # sums of one size that get these sweeps: those that keep the most without
 WORTHWHILE = 0.75  # share of the best single shape's energy below which a shape does not enter sums
 DIGITS = 6  # of an energy that single precision gives
+GRAIN = 1.1  # sums of one shape that are tried to fill a budget: each rank so many times the next
 SHORTLIST = 2  # Kronecker shapes that enter sums
 
 
@@ -159,6 +160,19 @@ class StructureSearch:
             rest = sorted((c for c in found if c not in low), key=_order)[: self._shortlist + 1]
             found = low + [ScoredStructure(c.structure, self.energy(c.structure)) for c in rest]
         return sorted(found, key=_order)
+
+    def ranks(self, single: ScoredStructure, most: int) -> list[ScoredStructure]:
+        """The shape of a sum of one shape at ranks about `GRAIN` apart, up to so many parameters: where the spectrum
+        tells what they keep, which costs nothing."""
+        (term,) = single.structure.terms
+        if isinstance(self.metric, Weighted) and term.factors != self.low_rank():
+            return []
+        largest = self._term(term.factors, most, None)
+        found, rank = [], largest.rank if largest is not None else 0
+        while rank:
+            found.append(self._structure(Term(term.factors, rank)))
+            rank = min(rank - 1, int(rank / GRAIN))
+        return [ScoredStructure(s, self.spectrum_energy(term.factors, s.terms[0].rank)) for s in found]
 
     def many_factors(self, parameters: int, multiply_adds: int | None = None) -> list[ScoredStructure]:
         """Single products of three factors and more, for budgets below what two factors need."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kruify.checkpoint.gates import ORDER, from_torch
+from kruify.checkpoint.gates import from_torch
 from kruify.checkpoint.onnx_constants import DTYPES
 from kruify.checkpoint.stored import SCALE
 from kruify.errors import UnsupportedError
@@ -54,14 +54,13 @@ class Folder:
     def __init__(self, graph: Graph, opset: int, work: torch.dtype) -> None:
         self.graph, self.opset, self.work = graph, opset, work
 
-    def matrix(self, entries: Mapping[str, Tensor], structures: Sequence[Structure], kind: str) -> str:
-        """A Kronecker matrix as (1, gates * rows, cols), ONNX's gates in order.
+    def matrix(self, entries: Mapping[str, Tensor], structures: Sequence[Structure], places: Sequence[int]) -> str:
+        """A Kronecker matrix as (1, gates * rows, cols).
 
         Args:
             entries: of the matrix, as `checkpoint.stored.encode` gives them, by their names in it.
-            kind: "lstm", "gru" or "rnn".
+            places: of torch's gates in the result (`checkpoint.gates.ORDER`).
         """
-        places = ORDER["onnx", kind]
         stacked, cols = structures[0].gates, structures[0].cols
         rows = structures[0].rows // stacked
         size = (len(places), rows, cols) if stacked == 1 else (1, len(places) * rows, cols)
@@ -83,7 +82,7 @@ class Folder:
             gates = tuple(g for g, s in enumerate(structures) if s.diagonal)
             parts.append(self._diagonal(entries["diagonal"], [places[gate] for gate in gates], size))
         if "overlay.values" in entries:
-            parts.append(self._sparse(entries, kind, size))
+            parts.append(self._sparse(entries, places, size))
         total = self.graph.sum(parts)
         return total if stacked > 1 else self.reshape(total, (1, len(places) * rows, cols))
 
@@ -170,12 +169,12 @@ class Folder:
         eye = self.add("EyeLike", self.zeros(size[1:]), dtype=ELEMENTS[self.work])
         return self.add("Mul", eye, self.value(Stored(values)))
 
-    def _sparse(self, entries: Mapping[str, Tensor], kind: str, size: tuple[int, int, int]) -> str:
+    def _sparse(self, entries: Mapping[str, Tensor], places: Sequence[int], size: tuple[int, int, int]) -> str:
         """Blocks of several rows of one column; of the place of each the distance from that before it is stored."""
         values, counts = entries["overlay.values"], entries["overlay.counts"].long()
-        height, strips = values.shape[1], len(counts) // len(ORDER["onnx", kind])
+        height, strips = values.shape[1], len(counts) // len(places)
         strip = torch.arange(len(counts)).repeat_interleave(counts)
-        strip = torch.tensor(ORDER["onnx", kind])[strip // strips] * strips + strip % strips
+        strip = torch.tensor(places)[strip // strips] * strips + strip % strips
         cell = strip * size[2] + entries["overlay.columns"].long()
         cell, order = cell.sort()
         gaps = cell.diff(prepend=cell.new_zeros(1))
@@ -190,12 +189,18 @@ class Folder:
         blocks = self.reshape(blocks, (len(counts), size[2], height))
         scale = entries.get(f"overlay.values{SCALE}")
         if scale is not None:  # one for the blocks of a strip
-            blocks = self.scaled(blocks, from_torch(scale, "onnx", kind)[:, :, None])
+            blocks = self.scaled(blocks, scale[_moved(places, strips)][:, :, None])
         return self.reshape(self.graph.add("Transpose", blocks, perm=[0, 2, 1]), size)
 
 
 def _stored(entries: Mapping[str, Tensor], name: str) -> Stored:
     return Stored(entries[name], entries.get(name + SCALE))
+
+
+def _moved(places: Sequence[int], strips: int) -> Tensor:
+    """Index of the strips of each gate in the order of their places."""
+    gates = sorted(range(len(places)), key=lambda gate: places[gate])
+    return torch.cat([torch.arange(gate * strips, (gate + 1) * strips) for gate in gates])
 
 
 def _take(stored: Stored, gates: Sequence[int]) -> Stored:

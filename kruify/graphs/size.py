@@ -51,11 +51,12 @@ class GraphBytes:
         contents = Contents(self.copy.found.tensors, _zeros(in_file(planned), structures), structures, storage)
         total = self.before
         for name, proto in self.copy.found.protos.items():
-            if name in storage:
-                if (name, storage[name]) not in self._gains:
+            if name in storage or name in structures:
+                key: Hashable = name, structures.get(name), storage.get(name)
+                if key not in self._gains:
                     content = contents.constant(name, self.copy.found.tensors[name])
-                    self._gains[name, storage[name]] = _bytes(content, name) - _size(proto)
-                total += self._gains[name, storage[name]]
+                    self._gains[key] = _bytes(content, name) - _size(proto)
+                total += self._gains[key]
         for group in self.copy.groups():
             made: dict[Hashable, int] = {}
             for layer, weight in group:

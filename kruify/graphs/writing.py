@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kruify.checkpoint import LazyTensor
-from kruify.checkpoint.gates import ONNX_PARTS, onnx_from_torch
+from kruify.checkpoint.gates import ONNX_PARTS, ORDER, onnx_from_torch
 from kruify.checkpoint.onnx_file import OnnxFile, Weight, read_onnx
 from kruify.checkpoint.onnx_in_place import DATA, Content, Made, OnnxCopy, dense, dense_weight
 from kruify.checkpoint.stored import SCALE, decode, encode
@@ -141,7 +141,16 @@ class Contents:
         return {name.removeprefix(dot): t.load() for name, t in self.stored.items() if name.startswith(dot)}
 
     def constant(self, name: str, old: LazyTensor) -> Content | None:
-        """Of a constant beside the recurrent nodes; None where it stays."""
+        """Of a constant beside the recurrent nodes; None where it stays. A Kronecker matrix is one that a cell written
+        out in MatMul or Gemm has under torch's name, in torch's order."""
+        if name in self.structures:
+            entries, structures = self._entries(name), self.structures[name]
+            places = range(sum(s.gates for s in structures))
+
+            def add(folder: Folder) -> str:
+                return folder.reshape(folder.matrix(entries, structures, places), old.shape)
+
+            return _folded((structures, _digest(entries)), old.dtype, add)
         scale = self.stored.get(name + SCALE)
         if scale is None:
             return self._constant(self.stored[name].load(), old)
@@ -160,7 +169,7 @@ class Contents:
 
         def add(folder: Folder) -> str:
             parts = [
-                folder.matrix(entries, self.structures[name], kind)
+                folder.matrix(entries, self.structures[name], ORDER["onnx", kind])
                 if name in self.structures
                 else folder.dense(Stored(self.stored[name].load(), entries.get(SCALE[1:])), kind)
                 for name, entries in found.items()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -84,3 +85,17 @@ def test_tiny_budgets_fall_back_on_many_factors_and_impossible_ones_on_nothing()
     found = best(w, 40)
     assert found.structure.parameters <= 40 and len(found.structure.terms[0].factors) >= 3
     assert StructureSearch(gaussian(32, 32), metric_of(None, 32)).candidates(3) == []
+
+
+def test_every_rank_that_fills_a_budget_keeps_what_the_svd_says():
+    w = gaussian(24, 16)
+    search = StructureSearch(w, metric_of(None, 16))
+    low = next(c for c in search.singles(400) if c.structure.terms[0].factors == search.low_rank())
+    found = search.ranks(low, 600)
+    ranks = [c.structure.terms[0].rank for c in found]
+    assert ranks[0] == 15 and ranks[-1] == 1 and all(0 < a - b <= 2 for a, b in pairwise(ranks))
+    kept = torch.linalg.svdvals(w).square().cumsum(0) / w.square().sum()
+    assert [c.energy for c in found] == pytest.approx([float(kept[rank - 1]) for rank in ranks], abs=1e-5)
+    weighted = StructureSearch(w, metric_of(torch.eye(16), 16))  # where a spectrum is only a guide, it decides nothing
+    for single in weighted.singles(400):
+        assert bool(weighted.ranks(single, 600)) is (single.structure.terms[0].factors == weighted.low_rank())

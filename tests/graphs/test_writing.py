@@ -285,3 +285,44 @@ def test_a_model_too_large_for_one_file_puts_its_numbers_beside_it(
     assert (tmp_path / "b.onnx").stat().st_size <= 8000
     assert done.bytes.after == sum((tmp_path / name).stat().st_size for name in ("b.onnx", "b.onnx.data"))
     np.testing.assert_allclose(run(tmp_path / "b.onnx")[0], wanted, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("factors", "options"),
+    [
+        (EXACT[0], {}),
+        (f"stacked:{H}*({4 * H}x1,1x{H})", {}),
+        (f"{H - 1}*({H}x1,1x{H})+diag+sparse:100%:4", {"dtype": "int8"}),
+    ],
+)
+def test_a_cell_written_out_keeps_its_gates_under_the_names_of_torch(
+    tmp_path: Path, factors: str, options: dict
+) -> None:
+    """As torch's exporter writes an LSTMCell in a loop: Gemm, Split, Sigmoid, Tanh, step by step."""
+    cell, make = torch.nn.LSTMCell(IN, H), onnx.helper.make_node
+    constants = {f"cell.{name}": tensor.detach().numpy() for name, tensor in cell.named_parameters()}
+    constants |= {"h0": np.zeros((BATCH, H), "f4"), "axis": np.array([0])}
+    constants |= {f"at{t}": np.array(t) for t in range(2)}
+    nodes, h, c = [], "h0", "h0"
+    for t in range(2):
+        nodes += [
+            make("Gather", ["X", f"at{t}"], [f"x{t}"]),
+            make("Gemm", [f"x{t}", "cell.weight_ih", "cell.bias_ih"], [f"a{t}"], transB=1),
+            make("Gemm", [h, "cell.weight_hh", "cell.bias_hh"], [f"b{t}"], transB=1),
+            make("Add", [f"a{t}", f"b{t}"], [f"g{t}"]),
+            make("Split", [f"g{t}"], [f"i{t}", f"f{t}", f"n{t}", f"o{t}"], axis=1),
+            *(make("Sigmoid", [f"{gate}{t}"], [f"s{gate}{t}"]) for gate in "ifo"),
+            make("Tanh", [f"n{t}"], [f"tg{t}"]),
+            make("Mul", [f"sf{t}", c], [f"fc{t}"]),
+            make("Mul", [f"si{t}", f"tg{t}"], [f"ig{t}"]),
+            make("Add", [f"fc{t}", f"ig{t}"], [f"c{t}"]),
+            make("Tanh", [f"c{t}"], [f"tc{t}"]),
+            make("Mul", [f"so{t}", f"tc{t}"], [f"h{t + 1}"]),
+        ]
+        h, c = f"h{t + 1}", f"c{t}"
+    nodes.append(make("Unsqueeze", [h, "axis"], ["Y"]))
+    path = save(tmp_path / "a.onnx", nodes, constants, check=False)
+    done = kruify.convert(path, factors, input_factors=EXACT[1], output=tmp_path / "b.onnx", **options)
+    assert {m.name for m in done.matrices} == {"cell.weight_hh", "cell.weight_ih"}
+    assert done.bytes.after == (tmp_path / "b.onnx").stat().st_size
+    np.testing.assert_allclose(run(tmp_path / "b.onnx")[0], run(path)[0], atol=0.02 if options else 1e-5)
