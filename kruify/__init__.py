@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kruify.tasks.base import Task
     from kruify.training import FinetuneResult, Healing, Recipe, heal, unitary_penalty
 
-    __version__: str
+__version__ = "0.1.0"  # here alone: pyproject.toml reads it
 
 # Imported when first used, because torch takes a second: `kruify --help` must not wait for it.
 _HOMES = {
@@ -58,15 +58,9 @@ __all__ = [*_HOME_OF, "__version__"]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        value: Any = version("kruify")
-    elif name in _HOME_OF:
-        value = getattr(importlib.import_module(_HOME_OF[name]), name)
-    else:
+    if name not in _HOME_OF:
         raise AttributeError(f"module 'kruify' has no attribute '{name}'")
-    globals()[name] = value
+    value = globals()[name] = getattr(importlib.import_module(_HOME_OF[name]), name)
     return value
 
 

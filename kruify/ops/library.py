@@ -18,7 +18,7 @@ def load() -> str | None:
     if os.environ.get("KRUIFY_NO_KERNELS"):
         return "KRUIFY_NO_KERNELS is set"
     if not LIBRARY.exists():
-        reason = f"{LIBRARY.name} was not built: no C++ compiler was found when kruify was installed"
+        reason = f"{LIBRARY.name} was not built when kruify was installed"
     else:
         try:
             torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
@@ -29,8 +29,8 @@ def load() -> str | None:
         except (OSError, RuntimeError) as error:
             reason = f"{LIBRARY.name} does not load: {error}"
     warnings.warn(
-        f"kruify runs WITHOUT its compiled kernels and will be slow ({reason}). Install a C++ compiler and reinstall"
-        " kruify with `pip install --no-build-isolation`",
+        f"kruify runs WITHOUT its compiled kernels and will be slow ({reason}). With a C++ compiler (`apt install g++`)"
+        " and torch in place, install it again with `pip install --force-reinstall --no-deps --no-cache-dir`",
         RuntimeWarning,
         stacklevel=2,
     )
