@@ -1,15 +1,17 @@
 """Runs every code block of the documentation, page by page, from top to bottom, in an empty folder.
 
 ```python              executed; the blocks of a page share their names
-```python file=NAME    written to NAME
+```python title="NAME" written to NAME
 ```console             each line `$ kruify ...` is run; `# exit N` at its end is the exit code expected, else 0
 """
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,8 +22,8 @@ from kruify.analysis.latency import measure_latency
 from kruify.cli.main import cli
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = ("command-line.md", "python.md", "file-format.md", "onnx.md")
-BLOCK = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r'^```(\w+)(?: title="(\S+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+PAGES = sorted(path.name for path in DOCS.glob("*.md") if BLOCK.search(path.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -36,11 +38,9 @@ def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.syspath_prepend(tmp_path)
     text = (DOCS / page).read_text(encoding="utf-8")
     names: dict[str, object] = {"__name__": "__main__"}
-    blocks = list(BLOCK.finditer(text))
-    assert blocks
     before = set(sys.modules)
     try:
-        for block in blocks:
+        for block in BLOCK.finditer(text):
             language, file, code = block.groups()
             line = text.count("\n", 0, block.start()) + 1
             if file:
@@ -83,3 +83,23 @@ def test_the_command_line_page_names_every_command_and_key() -> None:
     text = (DOCS / "command-line.md").read_text(encoding="utf-8")
     for name in cli.commands:
         assert re.search(rf"^## {name}\b", text, re.MULTILINE), f"docs/command-line.md says nothing of '{name}'"
+
+
+def test_the_page_of_the_recipe_is_made_from_the_code() -> None:
+    spec = importlib.util.spec_from_file_location("recipe", DOCS / "recipe.py")
+    assert spec and spec.loader
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    assert recipe.PAGE.read_text(encoding="utf-8") == recipe.page(), "run: python docs/recipe.py"
+
+
+def test_the_site_is_built_without_a_warning() -> None:
+    """All pages of the tree, every link and anchor of them."""
+    pytest.importorskip("mkdocs")
+    tree = DOCS.parent
+    if not (tree / ".git").exists():
+        pytest.skip("the site is made of the files that git knows")
+    command = ["make", "docs", "-o", ".venv/.built", f"BIN={Path(sys.executable).parent}"]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'class="filename">echo.py<' in (tree / "build/site/docs/command-line.html").read_text(encoding="utf-8")
