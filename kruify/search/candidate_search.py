@@ -187,9 +187,10 @@ class CandidateSearch:
             return Choice(found[0])
         results: dict[int, CandidateResult] = {}
         tried = spread(partial(self._try, found, folder, name), range(len(found)), ray, self.task, self.progress)
-        for place, results[place] in tried:
+        for place, result in tried:
+            results[place] = result
             if on_candidate is not None:
-                on_candidate(results[place])
+                on_candidate(result)
         ordered = [results[place] for place in range(len(found))]
         sign, metric = -1 if self.task.higher_is_better else 1, self.task.metric
         losses = [sign * result.metrics[metric] for result in ordered]
