@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 MOST = 10**9
 """The largest number that any option takes."""
@@ -89,8 +90,14 @@ def ray_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-FILE = click.Path(readable=False)
-"""The name of a file, which shells complete; what reads or writes it says whether it can."""
+class File(click.types.StringParamType):
+    """The name of a file, which shells complete; what reads or writes it says whether it can."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
+FILE = File()
 
 model_argument = click.argument("model", metavar="MODEL", type=FILE)
 key_option = click.option("--key", metavar="NAME", help="The entry of the file that holds the state dict, if several.")

@@ -127,18 +127,21 @@ def report(
 
 
 def _names(files: Sequence[str | PathLike[str]]) -> list[str]:
-    """Unique names: of the files without their endings, with them, with as many folders before as tell them apart."""
-    paths, stems = [Path(file) for file in files], list[str]()
-    for path in paths:
+    """Unique names: of the files without their endings, with them, with as many folders before as tell them apart; a
+    file that is named again has a number."""
+    paths = [Path(file) for file in files]
+    different = list(dict.fromkeys(paths))
+    stems = []
+    for path in different:
         stem = path.name
         for ending in (".safetensors", ".pth", ".pt", ".kru"):
             stem = stem.removesuffix(ending)
         stems.append(stem)
     deepest = max(len(path.parts) for path in paths)
-    for names in (stems, *([str(Path(*path.parts[-n:])) for path in paths] for n in range(1, deepest + 1))):
-        if len(set(names)) == len(names):
-            return names
-    return [f"{path} ({number})" for number, path in enumerate(paths, 1)]  # one file is named twice
+    tails = [[str(Path(*path.parts[-n:])) for path in different] for n in range(1, deepest + 1)]
+    names = dict(zip(different, next(n for n in (stems, *tails) if len(set(n)) == len(n)), strict=True))
+    seen = [names[path] for path in paths]
+    return [f"{name} ({place + 1})" if name in seen[:place] else name for place, name in enumerate(seen)]
 
 
 def machine() -> str:

@@ -84,6 +84,7 @@ footer { color: var(--faint); font-size: .8125rem; margin-top: 2.5rem; }
   th, td { padding: .16rem .5rem; } thead th { font-size: 8pt; }
   tr { break-inside: avoid; } .scroll { overflow: visible; }
   table.compare td small { display: inline; font-size: 7.5pt; padding-left: .5em; }
+  table.short td small { display: block; font-size: 8.5pt; padding: 0; }
   table.gates code { font-size: 7.5pt; }
   table.gates td small { display: none; }
   summary { list-style: none; color: var(--faint); font-size: 8.5pt; }

@@ -20,7 +20,7 @@ from kruify.checkpoint import read
 from kruify.errors import UnsupportedError
 from kruify.reporting import Report, to_html, to_markdown
 from kruify.reporting.build import report
-from kruify.reporting.rows import headlines, latency_note, title
+from kruify.reporting.rows import latency_note, summary, title
 from kruify.tasks.base import Task
 
 X = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0))
@@ -85,7 +85,7 @@ def test_it_is_torchs_own(tmp_path: Path) -> None:
     assert int8.latency_ms.keys() == int8.peak_memory_bytes.keys() == first.latency_ms.keys()
     assert int8.name == "net (int8)" and not made.without_int8 and made.ratios[1]["bytes"] > 1.5
     assert [other.name for other in others] == ["net (int8, ONNX Runtime)"] * bool(find_spec("onnxruntime"))
-    assert [h.model for h in headlines(made)] == ["small"]
+    assert [m.name for m in summary(made).models if not m.is_rival][1:] == ["small"]
     assert "int8" not in title(made)
     assert "net (int8)" in to_markdown(made) and "net (int8)" in to_html(made)
     json.dumps(made.to_json())

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 from kruify.checkpoint import read
+from kruify.cli.main import cli
 
 TUNE = ("--task", "task.py:Echo", "--epochs", "0.4")
 CONVERT = ("convert", "model.pt", "--factors", "2x2")
@@ -201,3 +203,8 @@ def test_commands_are_listed_in_whole_sentences(run):
     listed = run("--help").stdout.split("Commands:")[1].strip().splitlines()
     assert len(listed) == 11
     assert all(line.endswith(".") and not line.endswith("...") for line in listed)
+
+
+def test_shells_complete_the_names_of_files():
+    asked = {"_KRUIFY_COMPLETE": "bash_complete", "COMP_WORDS": "kruify convert mo", "COMP_CWORD": "2"}
+    assert CliRunner().invoke(cli, env=asked, prog_name="kruify").stdout == "file,mo\n"

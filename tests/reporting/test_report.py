@@ -105,7 +105,7 @@ def test_files_are_named_by_what_tells_them_apart(files, tmp_path):
     folder = tmp_path.name
     assert [m.name for m in report.models] == [f"{folder}/net.pt", "other/net.pt", f"{folder}/net.pt (int8)"]
     assert _names(["a.pt", "a.kru.safetensors"]) == ["a.pt", "a.kru.safetensors"]
-    assert _names(["a.pt", "a.pt"]) == ["a.pt (1)", "a.pt (2)"]
+    assert _names(["a.pt", "b.pt", "a.pt"]) == ["a", "b", "a (3)"]
 
 
 def test_refusals(files, tmp_path):
