@@ -160,8 +160,9 @@ class _Arguments:
             for module in matrix.modules():
                 for place in (module._parameters, module._buffers, module._modules):
                     self.places += [(place, name, part) for name, part in place.items()]
-        # Kept alive, so that no other takes their places in memory; but not W_hh, by which this is found.
-        self.others = [weight for weight in (*w.values(), *dense) if weight is not weight_hh]
+        # Kept alive, so that no other takes their places in memory; but not W_hh, by which this is found, nor those of
+        # other directions, whose ends would wait for one another.
+        self.others = [weight for weight in w.values() if weight is not weight_hh]
         self.factors = [part for _, _, part in self.places if isinstance(part, nn.Parameter)]
         self.dense = [name for name, weight in ours.items() if isinstance(weight, Tensor)]
         made_of = [*self.factors, *(w[name] for name in self.dense)]
@@ -172,7 +173,8 @@ class _Arguments:
 
     def _stamp(self, dense: list[Tensor], weights: Weights) -> object:
         made_of: Any = [*self.factors, *[weights[name] for name in self.dense]]
-        ids = [id(weight) for weight in (*weights.values(), *dense)]
+        weight_ih = weights["weight_ih"]
+        ids = [any([weight is weight_ih for weight in dense]), *[id(weight) for weight in weights.values()]]
         return ids, [(t._version, t.data_ptr()) for t in made_of], _ops.fingerprint.default(made_of)
 
     def hold(self, dense: list[Tensor], weights: Weights) -> bool:
@@ -189,13 +191,13 @@ _kept: dict[int, _Arguments] = {}  # by the identity of W_hh, which takes its en
 def _arguments(kind: str, dense: list[Tensor], weights: Weights) -> _Arguments:
     """Made anew when a parameter has changed. Changes that count no version (through `.data`) are seen where they reach
     one of the elements, 64 or more, of a parameter that are looked at."""
-    place = id(weights["weight_hh"])
-    found = _kept.get(place)
+    place, kept = id(weights["weight_hh"]), _kept  # by a name that is there when a process ends, too
+    found = kept.get(place)
     if found is None or not found.hold(dense, weights):
         found = _Arguments(kind, dense, weights)
         if found.lasting:
-            found.end = weakref.ref(weights["weight_hh"], lambda _: _kept.pop(place, None))
-            _kept[place] = found
+            found.end = weakref.ref(weights["weight_hh"], lambda _: kept.pop(place, None))
+            kept[place] = found
     return found
 
 

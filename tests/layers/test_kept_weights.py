@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +121,21 @@ class TestInt8:
             for parameter in layer.parameters():
                 parameter.mul_(2)
             assert torch.equal(twin(x)[0], before) and not torch.allclose(layer(x)[0], before)
+
+    @pytest.mark.parametrize("factors", [{}, "3*(16x1,1x16)"])
+    def test_what_is_kept_ends_with_the_layer(self, factors: Any) -> None:
+        layer = KRULSTM(4, 16, 2, bidirectional=True, factors=factors)
+        mark(layer, {full: "int8" for name in ("weight_ih", "weight_hh") for full in suffixed(name)})
+        with torch.no_grad():
+            layer(torch.randn(5, 2, 4))
+        parameters = [weakref.ref(p) for p in layer.parameters()]
+        del layer
+        gc.collect()
+        assert not any(reference() is not None for reference in parameters)
+
+
+def suffixed(name: str) -> list[str]:
+    return [f"{name}_l{k}{end}" for k in (0, 1) for end in ("", "_reverse")]
 
 
 def test_functional_transforms_reach_the_dense_path() -> None:
