@@ -214,17 +214,6 @@ def stacked_low_rank(layers: Sequence[RecurrentLayer], share: float, selection: 
     return _uniform(layers, _stacked_low_rank, share, selection)
 
 
-def least_share(layers: Sequence[RecurrentLayer]) -> float:
-    """The least share for which `stacked_low_rank` has a plan."""
-    sizes = [
-        (rows * len(layer.gates), cols, keeps_scales(layer))
-        for layer in layers
-        for rows, cols in (layer.shape(f"weight_{part}{s}") for s in layer.suffixes for part in ("ih", "hh"))
-        if cols >= NARROW
-    ]
-    return max(((rows + cols + scaled + 0.5) / (rows * cols) for rows, cols, scaled in sizes), default=1.0)
-
-
 def _uniform(
     layers: Sequence[RecurrentLayer],
     spec: Callable[[RecurrentLayer, int, int, float], str | None],

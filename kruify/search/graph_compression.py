@@ -1,8 +1,8 @@
 """ONNX graphs made small from samples alone: no labels, no training code.
 
-Low rank of stacked gates at one share for all recurrent matrices, fitted to what the matrices are applied to on the
-samples; each layer trained alone on its recorded inputs (training.layerwise), then all together on the outputs of the
-graphs (training.together); the other constants stored in eight bits.
+Low rank of stacked gates, each matrix with the rank that pays most on the samples, fitted to what the matrices are
+applied to there; each layer trained alone on its recorded inputs (training.layerwise), then all together on the outputs
+of the graphs (training.together); the other constants stored in eight bits.
 """
 
 from __future__ import annotations

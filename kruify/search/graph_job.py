@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from kruify.conversion.check import load_tensors
 from kruify.conversion.locate import AnyTensor, RecurrentLayer, locate_checkpoint
 from kruify.conversion.pipeline import found as layers_of
 from kruify.conversion.pipeline import refuse_converted
-from kruify.conversion.plan import Plan
+from kruify.conversion.plan import Plan, make_plan
 from kruify.conversion.size import GraphSize, allowed_bytes, below_smallest, largest_within
 from kruify.conversion.storing import in_float32, planned, rounded, storage_for, with_dense
 from kruify.conversion.tensors import convert_tensors
+from kruify.decomposition.fitting import metric_of
+from kruify.decomposition.weighted import Weighted
 from kruify.errors import TaskError, UnsupportedError, UsageError
 from kruify.graphs.comparison import Timing, time_graphs
 from kruify.graphs.difference import Difference, DifferenceSums
@@ -36,7 +38,7 @@ from kruify.graphs.writing import kept_constants, write_small
 from kruify.layers.storage import mark
 from kruify.layers.storage import within as storage_within
 from kruify.progress import Progress
-from kruify.search.candidates import least_share, stacked_low_rank
+from kruify.search.candidates import stacked_low_rank
 from kruify.search.samples import Samples
 from kruify.training.layerwise import HealedLayer, is_held_out, train_layer, within
 from kruify.training.pieces import Call
@@ -148,6 +150,22 @@ class SourceGraph:
         return dense
 
 
+@dataclass(frozen=True)
+class _Stack:
+    """A matrix with its gates stacked, (rows, cols), by its name in a graph."""
+
+    graph: SourceGraph
+    name: str
+    rows: int
+    cols: int
+    scaled: bool
+
+    @property
+    def low_rank_numbers(self) -> int:
+        """Of one rank."""
+        return self.rows + self.cols + self.scaled
+
+
 class GraphJob:
     """Graphs that run one after the other, and their small copies in a folder.
 
@@ -177,8 +195,7 @@ class GraphJob:
         if self._size([Plan() for _ in self.graphs]) > limit:
             plans = largest_within(limit, self._size, self._low_rank)
         if plans is None:
-            least = max(least_share(list(graph.layers.values())) for graph in self.graphs if graph.layers)
-            raise below_smallest(budget, limit, self._size(self._low_rank(least) or [Plan() for _ in self.graphs]))
+            raise below_smallest(budget, limit, self._size(self._low_rank(0.0)))
         for graph, plan in zip(self.graphs, plans, strict=True):
             graph.convert(plan, self.moments[graph] if plan.layers else None)
             graph.write(self.small(graph))
@@ -284,10 +301,41 @@ class GraphJob:
     def _size(self, plans: Iterable[Plan]) -> int:
         return sum(graph.size.of(plan) for graph, plan in zip(self.graphs, plans, strict=True))
 
-    def _low_rank(self, share: float) -> list[Plan] | None:
-        plans = [stacked_low_rank(list(g.layers.values()), share) if g.layers else Plan() for g in self.graphs]
-        known = [plan for plan in plans if plan is not None]
-        return known if len(known) == len(plans) else None
+    def _low_rank(self, share: float) -> list[Plan]:
+        """Low rank of stacked gates that keeps this share of the numbers, and the most of what all matrices together
+        give on the samples. Where it would be no smaller than a matrix, that stays dense."""
+        spectra = self._spectra
+        if not spectra:
+            return [Plan() for _ in self.graphs]
+        gains = torch.cat([energies / s.low_rank_numbers for s, energies in spectra.items()])
+        owners = torch.cat([torch.full((len(energies),), n) for n, energies in enumerate(spectra.values())])
+        owners = owners[gains.argsort(descending=True, stable=True)]
+        sizes = torch.tensor([s.low_rank_numbers for s in spectra])[owners]
+        taken = owners[sizes.cumsum(0) <= share * sum(s.rows * s.cols for s in spectra)]
+        ranks = torch.bincount(taken, minlength=len(spectra)).clamp(min=1).tolist()
+        specs: dict[SourceGraph, dict[str, str]] = {graph: {} for graph in self.graphs}
+        for s, rank in zip(spectra, ranks, strict=True):
+            if rank * s.low_rank_numbers < s.rows * s.cols:
+                specs[s.graph][s.name] = f"stacked:{rank}*({s.rows}x1,1x{s.cols})"
+        return [
+            make_plan(list(graph.layers.values()), "dense", "dense", overrides=found) if found else Plan()
+            for graph, found in specs.items()
+        ]
+
+    @cached_property
+    def _spectra(self) -> dict[_Stack, Tensor]:
+        """Every matrix that is not narrow -> E||W h||^2 that each singular triplet of it keeps on the samples, the
+        heaviest first: pre-activations, whose units are those of all layers."""
+        found = {}
+        for graph in self.graphs:
+            plan = stacked_low_rank(list(graph.layers.values()), 1.0) if graph.layers else None
+            for layer, weight, (structure, *_) in plan.matrices() if plan is not None else ():
+                name = layer.full_name(weight)
+                metric = metric_of(self.moments[graph][name].weight(layer.bias), structure.cols)
+                assert isinstance(metric, Weighted)
+                stack = _Stack(graph, name, structure.rows, structure.cols, structure.scaled)
+                found[stack] = torch.linalg.svdvals(graph.tensors[name].load().double() @ metric.root).square()
+        return found
 
     def _calls(self, graph: SourceGraph, name: str) -> Iterator[tuple[bool, Call, Tensor]]:
         """What a layer is called with in the original graphs, and the input that it gets in the small ones."""

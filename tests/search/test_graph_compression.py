@@ -14,13 +14,16 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 from kruify.cli.main import cli
+from kruify.conversion.plan import Plan
 from kruify.errors import CorruptError, PlanError, TaskError, UsageError
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+from kruify.search.candidates import stacked_low_rank  # noqa: E402
 from kruify.search.graph_compression import compress_graph  # noqa: E402
+from kruify.search.graph_job import GraphJob  # noqa: E402
 from kruify.search.samples import Samples  # noqa: E402
 
 
@@ -79,7 +82,7 @@ def test_training_brings_the_graph_back(model: Path, tmp_path: Path) -> None:
     onnx.checker.check_model(str(small[1]), full_check=True)
     assert [layer.name for layer in trained.layers] == ["first.GRU", "second.LSTM"]
     assert all(layer.steps == 40 and layer.error_after < layer.error_before for layer in trained.layers)
-    assert trained.outputs["y"].relative_error < 0.95 * converted.outputs["y"].relative_error
+    assert trained.outputs["y"].relative_error < converted.outputs["y"].relative_error < 0.2  # 0.31 with even ranks
     together = trained.together
     assert together.steps == 10 and together.error_after <= together.error_before
     assert trained.outputs["y"].relative_error == pytest.approx(together.error_after, rel=1e-3)  # torch and onnxruntime
@@ -250,3 +253,18 @@ def test_samples_are_read_from_a_folder_or_a_function(tmp_path: Path) -> None:
     (tmp_path / "c.npz").write_bytes(b"no archive")
     with pytest.raises(CorruptError, match="cannot be read"):
         list(Samples(tmp_path))
+
+
+def test_ranks_go_where_they_keep_the_most_of_what_the_matrices_give(model: Path, tmp_path: Path) -> None:
+    job = GraphJob([model], Samples(samples), "int8", 0, None, tmp_path)
+    (chosen,) = job._low_rank(0.3)
+    even = stacked_low_rank(list(job.graphs[0].layers.values()), 0.3)
+    assert even is not None
+    spectra = {stack.name: energies for stack, energies in job._spectra.items()}
+
+    def of(plan: Plan) -> tuple[int, float]:
+        found = [(layer.full_name(weight), s) for layer, weight, (s,) in plan.matrices()]
+        return sum(s.parameters for _, s in found), sum(float(spectra[n][: s.terms[0].rank].sum()) for n, s in found)
+
+    assert of(chosen)[0] <= 0.3 * sum(s.rows * s.cols for s in job._spectra)
+    assert of(chosen)[1] > of(even)[1]
