@@ -174,6 +174,28 @@ def test_nsnet2_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [sample["input"].shape for sample in data.samples()] == [(1, 99, 161)] * 2
 
 
+def test_deepfilternet3_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of one and filters whose middle tap is one give the clip back, as late as it was."""
+    for package in ("libdf", "onnxruntime"):
+        pytest.importorskip(package)
+    monkeypatch.delitem(sys.modules, "data", raising=False)
+    data = loaded(EXAMPLES / "deepfilternet3" / "data.py", monkeypatch)
+    clip = 0.1 * np.random.default_rng(0).standard_normal(data.SPEECH.rate)
+
+    class Nothing(data.Enhancer):
+        def __init__(self) -> None:
+            self.sessions = []
+
+        def run(self, feed: dict[str, Any]) -> dict[str, Any]:
+            frames = feed["feat_erb"].shape[2]
+            assert feed["feat_spec"].shape == (1, 2, frames, data.FILTERED)
+            taps = np.zeros((1, frames, data.FILTERED, data.ORDER, 2), "f4")
+            taps[..., data.ORDER - 1 - data.LOOKAHEAD, 0] = 1
+            return {"m": np.ones((1, 1, frames, data.BANDS), "f4"), "coefs": taps.reshape(1, frames, data.FILTERED, -1)}
+
+    np.testing.assert_allclose(Nothing().enhanced(clip)[data.FFT :], clip[data.FFT :], atol=1e-4)
+
+
 def test_every_example_is_run() -> None:
     known = {
         "chorales.py",
