@@ -287,7 +287,12 @@ def _names(layer: RecurrentLayer, weight: str) -> list[str]:
 
 
 def _any_match(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+    return any(matches(name, pattern) for name in names for pattern in patterns)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern means a name: the name written out, whatever it holds ("rnn[0]"), or a glob."""
+    return name == pattern or fnmatchcase(name, pattern)
 
 
 def _override(names: Sequence[str], gate: str, overrides: Mapping[str, str]) -> str | None:
@@ -297,14 +302,14 @@ def _override(names: Sequence[str], gate: str, overrides: Mapping[str, str]) -> 
             return overrides[name]
     for name in candidates:
         for pattern, spec in overrides.items():
-            if fnmatchcase(name, pattern):
+            if matches(name, pattern):
                 return spec
     return None
 
 
 def matching(layer: RecurrentLayer, patterns: Mapping[str, str]) -> dict[str, str]:
     """Those of the patterns that match something of a layer."""
-    return {p: spec for p, spec in patterns.items() if any(fnmatchcase(name, p) for name in _all_names([layer]))}
+    return {p: spec for p, spec in patterns.items() if any(matches(name, p) for name in _all_names([layer]))}
 
 
 def _all_names(layers: Sequence[RecurrentLayer]) -> list[str]:
@@ -321,7 +326,7 @@ def _all_names(layers: Sequence[RecurrentLayer]) -> list[str]:
 def _check_patterns(layers: Sequence[RecurrentLayer], patterns: Sequence[str]) -> None:
     names = _all_names(layers)
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(matches(name, pattern) for name in names):
             raise PlanError(f"the pattern '{pattern}' matches no layer, matrix or gate{_nearest(pattern, names)}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Mapping, Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from kruify.conversion.check import load_tensors, stored_shapes
 from kruify.conversion.computed import copied, state_of
 from kruify.conversion.locate import AnyTensor, RecurrentLayer, locate
 from kruify.conversion.modules import swap
-from kruify.conversion.plan import LayerPlan, Plan, Structures
+from kruify.conversion.plan import LayerPlan, Plan, Structures, matches
 from kruify.errors import PlanError, UsageError
 from kruify.layers.storage import mark
 from kruify.progress import Progress
@@ -54,7 +53,7 @@ def storage_for(
     for name, tensor in as_lazy(tensors).items():
         matrix = next((m for m in _prefixes(name) if m in matrices), None)
         weight = matrix or name
-        matching = {pattern for pattern in keep if any(fnmatchcase(prefix, pattern) for prefix in _prefixes(weight))}
+        matching = {pattern for pattern in keep if any(matches(prefix, pattern) for prefix in _prefixes(weight))}
         unused -= matching
         if dtype in (None, "float32") or matching or not tensor.dtype.is_floating_point:
             continue

@@ -62,8 +62,8 @@ class TorchGraph:
         self._stored = {name: _numbers(stored[name], path) for name in sorted(rest & stored.keys())}
         self.constants = sorted(rest & fixed - stored.keys())
         self.given = sorted(rest - fixed)
-        known = {*OPERATORS, *(node.op_type for node, _ in self._nodes if self._layer(node))}
-        unknown = [node.op_type for node, _ in self._nodes if node.op_type not in known or not own(node)]
+        others = [node for node, _ in self._nodes if self._layer(node) is None]
+        unknown = [node.op_type for node in others if node.op_type not in OPERATORS or not own(node)]
         if unknown:
             raise UnsupportedError(f"the operator {unknown[0]} has no form in torch here", path)
 

@@ -313,13 +313,12 @@ class GraphJob:
         sizes = torch.tensor([s.low_rank_numbers for s in spectra])[owners]
         taken = owners[sizes.cumsum(0) <= share * sum(s.rows * s.cols for s in spectra)]
         ranks = torch.bincount(taken, minlength=len(spectra)).clamp(min=1).tolist()
-        specs: dict[SourceGraph, dict[str, str]] = {graph: {} for graph in self.graphs}
+        specs: dict[SourceGraph, dict[str, list[str]]] = {graph: {} for graph in self.graphs}
         for s, rank in zip(spectra, ranks, strict=True):
             if rank * s.low_rank_numbers < s.rows * s.cols:
-                specs[s.graph][s.name] = f"stacked:{rank}*({s.rows}x1,1x{s.cols})"
+                specs[s.graph][s.name] = [f"stacked:{rank}*({s.rows}x1,1x{s.cols})"]
         return [
-            make_plan(list(graph.layers.values()), "dense", "dense", overrides=found) if found else Plan()
-            for graph, found in specs.items()
+            make_plan(list(graph.layers.values()), "dense", "dense", chosen=found) for graph, found in specs.items()
         ]
 
     @cached_property

@@ -61,6 +61,13 @@ def test_patterns() -> None:
     assert found["decoder.weight_ih_l0"] == ["4x6,2x2"] * 3
 
 
+def test_a_name_written_out_is_no_glob() -> None:
+    """Nodes of ONNX graphs have such names."""
+    found, name = locate(nn.ModuleDict({"rnn[0]": nn.RNN(4, 8)})).layers, "rnn[0].weight_hh_l0"
+    assert specs(make_plan(found, "dense", overrides={name: "8x1,1x8"})) == {name: ["8x1,1x8"]}
+    assert list(specs(make_plan(found, only=["rnn[0]"]))) == [name]
+
+
 @pytest.mark.parametrize("pattern", ["only", "skip", "overrides"])
 def test_a_pattern_that_matches_nothing_names_the_nearest(pattern: str) -> None:
     value: Any = {"encodr": "2x2"} if pattern == "overrides" else ["encodr"]

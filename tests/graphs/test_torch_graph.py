@@ -138,3 +138,12 @@ def test_an_operator_that_torch_has_not_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="operator Acosh"):
         TorchGraph(path, {"rnn": recurrent(nn.LSTM(IN, H), bidirectional=False)})
     assert TorchGraph(path, {}).outputs == []
+
+
+def test_a_layer_that_stays_dense_behind_another_is_named(tmp_path: Path) -> None:
+    inner = helper.make_node("LSTM", ["flat", "W2", "R"], ["Y"], hidden_size=H)
+    nodes = [node("LSTM", output="rnn"), helper.make_node("Squeeze", ["rnn", "one"], ["flat"]), inner]
+    constants = weights("LSTM") | {"one": np.array([1]), "W2": weights("LSTM")["R"]}
+    path = save(tmp_path / "a.onnx", nodes, constants, check=False)
+    with pytest.raises(UnsupportedError, match="operator LSTM"):
+        TorchGraph(path, {"rnn": recurrent(nn.LSTM(IN, H), bidirectional=False)})
