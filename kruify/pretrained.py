@@ -13,7 +13,7 @@ from torch import nn
 from kruify.api import FilePath, load, save
 from kruify.checkpoint import atomic_file
 from kruify.conversion import plan_of
-from kruify.errors import UnsupportedError, UsageError
+from kruify.errors import UnsupportedError, UsageError, first_line
 from kruify.layers.storage import marks
 from kruify.reporting.card import to_plain_card
 
@@ -98,9 +98,8 @@ def _fetched(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[WEIGHTS, CONFIG]))
     except Exception as error:  # its own, those of the network below it, and those of the file system
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UsageError(
-            f"there is no such folder, and the repository cannot be fetched ({reason[:200]})",
+            f"there is no such folder, and the repository cannot be fetched ({first_line(error)})",
             name,
             "Check name and network",
         ) from error

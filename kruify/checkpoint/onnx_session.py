@@ -25,8 +25,3 @@ def cpu_session(model: Path | bytes, threads: int = 1, folder: Path | None = Non
     if folder is not None:
         options.add_session_config_entry(EXTERNAL, str(folder))
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def first_line(error: Exception) -> str:
-    """What onnxruntime says first, or the name of the error."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

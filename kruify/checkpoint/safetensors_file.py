@@ -19,7 +19,7 @@ from kruify.checkpoint import limits
 from kruify.checkpoint.file_bytes import AGAIN, chunks, parse_json, read_at
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.checkpoint.writing import CHECKSUM, DTYPES
-from kruify.errors import CorruptError, UnsafeError, UnsupportedError
+from kruify.errors import CorruptError, UnsafeError, UnsupportedError, first_line
 
 _DTYPE = {text: dtype for dtype, text in DTYPES.items()}
 
@@ -65,8 +65,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[int, dict[str, 
         with safe_open(path, framework="pt"):  # the library's own checks, before any number is read
             pass
     except (SafetensorError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise CorruptError(f"its header is damaged ({reason})", path, AGAIN) from error
+        raise CorruptError(f"its header is damaged ({first_line(error)})", path, AGAIN) from error
     return length, header
 
 

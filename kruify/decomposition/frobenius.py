@@ -11,9 +11,8 @@ from kruify.decomposition.svd import follow
 from kruify.decomposition.vectors import VectorSum
 from kruify.factors import Term
 
-FOLLOW_ABOVE = (
-    1 << 18
-)  # entries above which products are improved by one step at a time: an SVD takes ten times as long
+FOLLOW_ABOVE = 1 << 18
+"""Entries above which products are improved by one step at a time: an SVD takes ten times as long."""
 
 
 class Frobenius:

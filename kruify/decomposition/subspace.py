@@ -19,7 +19,6 @@ from kruify.factors import Shape, Term
 
 SPECTRUM_LIMIT = 2048  # shorter side up to which all singular values of a shape are computed
 ITERATIONS, TOLERANCE = 4, 1e-3  # steps of a new part, at most; they end when one captures less than this share more
-
 WHOLE = 1e-5  # so near the best of the whole matrix, what is fitted is the whole matrix
 
 

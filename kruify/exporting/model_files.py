@@ -30,7 +30,7 @@ from kruify.conversion import densify, densify_tensors
 from kruify.conversion.check import bounded_plan
 from kruify.conversion.locate import KRU_KINDS, RecurrentLayer
 from kruify.conversion.network import dense_note
-from kruify.errors import UnsupportedError, UsageError
+from kruify.errors import UnsupportedError, UsageError, first_line
 from kruify.exporting.c_file import export_c
 from kruify.exporting.check import TOLERANCE, Exported, compare, layer_cases, require, staged, write_checked
 from kruify.exporting.layer_files import (
@@ -341,7 +341,6 @@ def _trace(
     except (UnsupportedError, OSError):
         raise
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UnsupportedError(
-            f"torch cannot trace the whole network ({type(error).__name__}: {reason[:200]})", name, ONE_BY_ONE
+            f"torch cannot trace the whole network ({type(error).__name__}: {first_line(error)})", name, ONE_BY_ONE
         ) from error

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from kruify.checkpoint.onnx_session import cpu_session, first_line
+from kruify.checkpoint.onnx_session import cpu_session
+from kruify.errors import first_line
 
 SLOWER = 1.15
 """A small graph that takes more than this many times as long as its original is said to be slower."""

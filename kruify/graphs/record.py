@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kruify.checkpoint.onnx_file import OnnxFile, load_model
 from kruify.checkpoint.onnx_graph import Proto
-from kruify.checkpoint.onnx_session import cpu_session, first_line
-from kruify.errors import UnsupportedError, UsageError
+from kruify.checkpoint.onnx_session import cpu_session
+from kruify.errors import UnsupportedError, UsageError, first_line
 
 Feed = Mapping[str, NDArray[Any]]
 """The inputs of a graph by name: one sample."""

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kruify.checkpoint.onnx_session import first_line
-from kruify.errors import KruifyError, UnsupportedError
+from kruify.errors import KruifyError, UnsupportedError, first_line
 from kruify.graphs.record import RecordingGraph, Run, run_in_turn
 from kruify.graphs.torch_graph import TorchGraph, Values, run_chain
 from kruify.search.graph_job import GraphJob

@@ -27,7 +27,7 @@ class Evaluations:
         """
         if self.progress is None:
             return measure(self.task, model, split, known=known)
-        phase = f"evaluating {name} on {split}".replace("  ", " ")
+        phase = " ".join(filter(None, ("evaluating", name, "on", split)))
         with _counted(model, self.progress, phase, self._calls.get(split, 0)) as calls:
             found = measure(self.task, model, split, known=known)
         self._calls[split] = calls[0]
