@@ -54,9 +54,9 @@ def names_in_integers(layer: RecurrentLayer | KRUCellBase, weights: Weights) -> 
 
 
 def serves(layer: RecurrentLayer | KRUCellBase, x: Tensor, state: State = ()) -> bool:
-    """Whether the eight-bit kernels compute the layer or cell: its recurrent matrices are stored as int8, dense or of
-    low rank (with a diagonal and a sparse residual, if any), all is float32 on the CPU, and nobody asks for
-    derivatives."""
+    """Whether the eight-bit kernels compute the layer or cell: its recurrent matrices are stored as int8, dense or
+    of low rank (`_is_low_rank`; with a diagonal and a sparse residual, if any), all is float32 on the CPU, and nobody
+    asks for derivatives."""
     if traced() or torch.is_autocast_enabled("cpu"):
         return False
     dense, recurrent = dense_stored_as(layer, "int8"), layer.recurrent_weights()
@@ -83,12 +83,15 @@ def _is_int8(weight: Weight | None, dense: list[Tensor]) -> bool:
 
 
 def _is_low_rank(matrix: KroneckerMatrix) -> bool:
-    """Whether every gate is a sum of outer products, with what stands beside the terms."""
+    """Whether all terms are outer products, or no more numbers than the dense matrix when they are written as such."""
     terms = matrix.term_list()
-    if matrix.cols > _DEPTH or sum(term.term.rank for term in terms) > _DEPTH:
+    if not terms or matrix.cols > _DEPTH or any(_outer(term) is None for term in terms):
         return False
-    covered = {gate for term in terms for gate in term.gates}
-    return all(_outer(term) is not None for term in terms) and covered == set(range(matrix.gates))
+    copies = 1 if all(map(_shares_rows, terms)) else matrix.gates
+    gate = matrix.rows + matrix.cols * copies / matrix.gates
+    numbers = sum(len(term.gates) * _rank(term) * gate for term in terms if _rank(term) > term.term.rank)
+    small = numbers <= matrix.gates * matrix.rows * matrix.cols
+    return small and copies * (sum(map(_rank, terms)) + 3) <= _DEPTH  # each copy begins at a multiple of four
 
 
 def _input_in_integers(weights: Weights, dense: list[Tensor]) -> bool:
@@ -99,11 +102,36 @@ def _input_in_integers(weights: Weights, dense: list[Tensor]) -> bool:
 
 
 def _outer(term: KroneckerTerm) -> tuple[int, int] | None:
-    """Which factors of a term of outer products are its columns and its rows; None for any other term."""
-    for left, right in ((0, 1), (1, 0)):
-        if len(term.shapes) == 2 and term.shapes[left][1] == term.shapes[right][0] == 1:
-            return None if term.stacked and left else (left, right)
-    return None
+    """Which factors of a term are a column and one that spans all columns of the matrix; None for any other term."""
+    places = [(left, 1 - left) for left in (0, 1) if len(term.shapes) == 2 and term.shapes[left][1] == 1]
+    return min(places, key=lambda place: term.shapes[place[1]][0], default=None)
+
+
+def _rank(term: KroneckerTerm) -> int:
+    """The outer products that a term of `_outer` is in each of its gates: one for each row of the second factor."""
+    places = _outer(term)
+    assert places is not None
+    return term.term.rank * term.shapes[places[1]][0]
+
+
+def _shares_rows(term: KroneckerTerm) -> bool:
+    """Whether all gates have the second factor of `_outer` in common."""
+    return term.stacked and _outer(term) == (0, 1)
+
+
+def _outer_products(term: KroneckerTerm) -> tuple[Tensor, Tensor]:
+    """Of each gate, or of all gates, their columns (1 or gates, rank, rows) and rows (1 or gates, rank, cols)."""
+    places = _outer(term)
+    assert places is not None
+    (left, right), (factors, scale) = places, term.held()
+    columns, wide = factors[left].squeeze(3), factors[right]
+    if scale is not None and _shares_rows(term):
+        columns = columns * scale[..., None]
+    elif scale is not None:
+        wide = wide * scale[..., None, None]
+    order = "qp" if left == 0 else "pq"  # row p of the second factor meets these rows of the product
+    spread = torch.einsum(f"nrq,ip->nri{order}", columns, torch.eye(wide.shape[2]))
+    return spread.flatten(3).flatten(1, 2), wide.flatten(1, 2)
 
 
 def _run_direction(
@@ -222,19 +250,15 @@ def matrices(weight: Weight, gates: int) -> tuple[Tensor | None, Tensor, list[in
     lefts: list[list[Tensor]] = [[] for _ in range(gates)]  # of each gate (rows, rank)
     rights: list[list[Tensor]] = [[] for _ in range(gates)]  # (rank, columns)
     for term in weight.term_list():
-        places = _outer(term)
-        assert places is not None
-        factors, scale = term.held()
-        left, right = factors[places[0]].squeeze(3), factors[places[1]].squeeze(2)
-        if scale is not None and term.stacked:
-            left = left * scale[..., None]
-        elif scale is not None:
-            right = right * scale[..., None]
+        left, right = _outer_products(term)
         for i, gate in enumerate(term.gates):
-            lefts[gate].append(left[i].T)
-            rights[gate].append(right[0 if term.stacked else i])
+            lefts[gate].append(left[i % len(left)].T)
+            rights[gate].append(right[i % len(right)])
+    for gate in range(gates):  # one of the sparse residual alone
+        if not rights[gate]:
+            lefts[gate], rights[gate] = [torch.zeros(weight.rows, 1)], [torch.zeros(1, weight.cols)]
     own = [torch.cat(parts) for parts in rights]
-    if any(term.stacked for term in weight.term_list()):  # then all are
+    if all(map(_shares_rows, weight.term_list())):
         first, starts = own[0], [0] * gates
     else:  # one gate's after the other's, each from a multiple of four on
         own_padded = [F.pad(part, (0, 0, 0, -len(part) % 4)) for part in own]
