@@ -28,6 +28,7 @@ class TorchGraph:
     Args:
         path: the model.
         layers: by an output of the node that each stands for.
+        frozen: the same for layers that do not change: they are run where they depend on one of the others.
         computed: inputs of the graph that depend on layers of graphs before it.
 
     Attributes:
@@ -40,14 +41,20 @@ class TorchGraph:
         UnsupportedError: there is an operator that has no form in torch here.
     """
 
-    def __init__(self, path: Path, layers: Mapping[str, Recurrent], computed: Collection[str] = ()) -> None:
-        self.path, self.layers, self.computed = path, dict(layers), list(computed)
+    def __init__(
+        self,
+        path: Path,
+        layers: Mapping[str, Recurrent],
+        computed: Collection[str] = (),
+        frozen: Mapping[str, Recurrent] | None = None,
+    ) -> None:
+        self.path, self.layers, self.computed = path, {**layers, **(frozen or {})}, list(computed)
         model = load_model(path)
         opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
         stored = {proto.name: proto for proto in model.graph.initializer}
         fixed, live = set(stored), set(computed)
         for node in model.graph.node:
-            if live & set(node.input) or self.layers.keys() & set(node.output):
+            if live & set(node.input) or layers.keys() & set(node.output):
                 live |= set(node.output)
             elif fixed.issuperset(filter(None, node.input)):
                 fixed |= set(node.output)

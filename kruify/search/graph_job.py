@@ -118,7 +118,7 @@ class SourceGraph:
         return [item.layer.name for item in self.conversion.plan.layers if item.matrices]
 
     def module(self, name: str) -> nn.Module:
-        """One of the factored layers, with the numbers that it has."""
+        """One of the layers, with the numbers that it has."""
         item = next(item for item in self.conversion.plan.layers if item.layer.name == name)
         layer = build_layer(item)
         layer.batch_first = False  # what is recorded comes so

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from kruify.errors import KruifyError, UnsupportedError, first_line
 from kruify.graphs.record import RecordingGraph, Run, run_in_turn
 from kruify.graphs.torch_graph import TorchGraph, Values, run_chain
-from kruify.search.graph_job import GraphJob
+from kruify.layers.storage import mark
+from kruify.search.graph_job import GraphJob, SourceGraph
 from kruify.training.layerwise import is_held_out
 from kruify.training.rounding import unmarked
 from kruify.training.together import LR, STEPS, Recorded, Together, recurrent, train_together
@@ -63,9 +64,14 @@ class _Chain:
                 graph.nodes[name]: recurrent(modules[f"{graph.title}{name}"], graph.layers[name].bidirectional)
                 for name in graph.factored()
             }
+            frozen = {
+                graph.nodes[name]: recurrent(_frozen(graph, name), layer.bidirectional)
+                for name, layer in graph.layers.items()
+                if graph.nodes[name] not in layers
+            }
             inputs = RecordingGraph(graph.path).inputs
             computed = [name for name in inputs if name in live and name not in first]
-            self.graphs.append(TorchGraph(job.small(graph), layers, computed))
+            self.graphs.append(TorchGraph(job.small(graph), layers, computed, frozen))
             live |= set(self.graphs[-1].outputs)
         self.originals = [RecordingGraph(graph.path) for graph in job.graphs]
         self.small = [
@@ -98,6 +104,13 @@ class _Chain:
             for name, value in outputs.items():
                 if value.shape != wanted[name].shape or _relative(value, wanted[name]) > CLOSE:
                     raise UnsupportedError(f"torch computes something else for '{name}'", graph.path)
+
+
+def _frozen(graph: SourceGraph, name: str) -> nn.Module:
+    """A layer that stays dense, as the small graph computes it: rounded, in float32."""
+    module = graph.module(name).requires_grad_(False).eval()
+    mark(module, {})
+    return module
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:

@@ -140,10 +140,17 @@ def test_an_operator_that_torch_has_not_is_named(tmp_path: Path) -> None:
     assert TorchGraph(path, {}).outputs == []
 
 
-def test_a_layer_that_stays_dense_behind_another_is_named(tmp_path: Path) -> None:
-    inner = helper.make_node("LSTM", ["flat", "W2", "R"], ["Y"], hidden_size=H)
-    nodes = [node("LSTM", output="rnn"), helper.make_node("Squeeze", ["rnn", "one"], ["flat"]), inner]
-    constants = weights("LSTM") | {"one": np.array([1]), "W2": weights("LSTM")["R"]}
+def test_a_layer_that_does_not_change(tmp_path: Path) -> None:
+    """It is run behind one that does, and is named where it is not given."""
+    last = helper.make_node("LSTM", ["flat", "R2", "R"], ["Y"], hidden_size=H)
+    nodes = [node("LSTM", output="rnn"), helper.make_node("Squeeze", ["rnn", "one"], ["flat"]), last]
+    constants = weights("LSTM") | {"one": np.array([1]), "R2": weights("LSTM")["R"]}
     path = save(tmp_path / "a.onnx", nodes, constants, check=False)
+    first = {"rnn": recurrent(nn.LSTM(IN, H), bidirectional=False)}
     with pytest.raises(UnsupportedError, match="operator LSTM"):
-        TorchGraph(path, {"rnn": recurrent(nn.LSTM(IN, H), bidirectional=False)})
+        TorchGraph(path, first)
+    frozen = {"Y": recurrent(nn.LSTM(H, H), bidirectional=False)}
+    behind = TorchGraph(path, first, frozen=frozen)
+    assert behind.outputs == ["Y"] and TorchGraph(path, {}, frozen=frozen).outputs == []
+    (found,) = behind.run({}, [{"X": torch.zeros(STEPS, BATCH, IN)}])
+    assert found["Y"].shape == (STEPS, 1, BATCH, H)

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 from kruify.cli.main import cli
-from kruify.conversion.plan import Plan
+from kruify.conversion.plan import Plan, make_plan
 from kruify.errors import CorruptError, PlanError, TaskError, UsageError
 
 onnx = pytest.importorskip("onnx")
@@ -25,6 +25,7 @@ from kruify.search.candidates import stacked_low_rank  # noqa: E402
 from kruify.search.graph_compression import compress_graph  # noqa: E402
 from kruify.search.graph_job import GraphJob  # noqa: E402
 from kruify.search.samples import Samples  # noqa: E402
+from kruify.search.whole_graph import distil  # noqa: E402
 
 
 class Net(nn.Module):
@@ -99,6 +100,16 @@ def test_training_brings_the_graph_back(model: Path, tmp_path: Path) -> None:
     )
     assert again.attempts == found.attempts and small[0].read_bytes() == small[1].read_bytes()
     assert not any(phase.startswith("layer") for phase in told)  # nothing was trained again
+
+
+def test_a_dense_layer_behind_a_small_one_is_trained_through(model: Path, tmp_path: Path) -> None:
+    job = GraphJob([model], Samples(samples), "int8", 0, None, tmp_path)
+    (graph,) = job.graphs
+    graph.convert(make_plan([graph.layers["first.GRU"]], "stacked:4*(96x1,1x32)"), None)
+    graph.write(job.small(graph))
+    found = distil(job, 40, 1e-2, None)
+    assert (found.steps, found.reason) == (10, "") and found.error_after < found.error_before
+    assert job.differences()["y"].relative_error == pytest.approx(found.error_after, rel=1e-3)
 
 
 @pytest.mark.parametrize("times", [2.8, 3.5, 4.5])  # the first above half the rank
