@@ -210,7 +210,8 @@ def _compress_graph(
 
 
 def _graph_line(attempt: GraphAttempt) -> str:
-    return f"{attempt.bytes:,} bytes: worse by {attempt.drop:.4f}"
+    lost = "outputs differ by" if attempt.metric is None else "metric worse by"
+    return f"{attempt.bytes:,} bytes: {lost} {attempt.drop:.4f}"
 
 
 def _show_graph(out: Output, done: GraphCompression) -> None:

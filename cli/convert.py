@@ -92,7 +92,7 @@ def convert(
             found = "these factors were found and fitted, nothing was" if searched else "nothing was decomposed or"
             out.show(f"Dry run: {found} written.")
         else:
-            _advise(out, done)
+            _advise(out, model, done)
         out.result(done.to_json())
 
 
@@ -129,7 +129,8 @@ def _show(out: Output, model: str, conversion: Conversion) -> None:
         what = "weights in the file" if conversion.graph is None else "whole file"
         lines.append(_counts(what, size.before, size.after, "bytes", size.ratio))
         if size.file is not None and size.allowed is not None:
-            lines.append(_counts("whole file", size.before, size.file, "bytes", size.before / size.file))
+            if conversion.graph is None:  # of a graph `after` is the whole file already
+                lines.append(_counts("whole file", size.before, size.file, "bytes", size.before / size.file))
             lines.append(f"the budget allows {size.allowed:,} bytes, {size.allowed - size.file:,} are left")
     lines += map(str, conversion.slack)
     if conversion.latency is not None:
@@ -151,7 +152,7 @@ def _time(latency: LatencyPlan) -> str:
     return f"{'recurrent layers':19}  {ms}, {data['ratio']:.2f}x less time, {data['wanted']:g}x asked for ({how})"
 
 
-def _advise(out: Output, conversion: Conversion) -> None:
+def _advise(out: Output, model: str, conversion: Conversion) -> None:
     from rich.text import Text
 
     out.show(f"wrote {conversion.output}")
@@ -176,7 +177,7 @@ def _advise(out: Output, conversion: Conversion) -> None:
         )
     again = f"kruify finetune {conversion.output} --task TASK -o OUT"
     if conversion.graph is not None:
-        again = "docs/onnx.md says how for a graph"
+        again = f"kruify compress {model} --inputs SAMPLES --budget size=8x -o OUT.onnx    (docs/onnx.md)"
     out.show(
         Text.assemble(
             ("Not ready to use:", "bold"),

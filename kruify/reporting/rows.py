@@ -65,7 +65,7 @@ def summary(report: Report, knee: str | None = None) -> Summary:
     rows, notes = [_file_row(models)], []
     batch = min(first.latency_ms, default=None)
     if batch is not None and report.latency.busy:
-        notes.append("Latency stands further down: other programs were running while it was measured.")
+        notes.append("Latency is in the comparison alone: other programs were running while it was measured.")
     elif batch is not None:
         values: list[float | None] = [m.latency_ms[batch] for m in models]
         rows.append(_row(f"Latency, batch {batch}", values, milliseconds, "faster"))

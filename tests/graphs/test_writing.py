@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import kruify
 from kruify.checkpoint import LazyTensor, onnx_in_place
 from kruify.checkpoint.stored import decode, encode
+from kruify.cli.main import cli
 from kruify.errors import CorruptError, UnsafeError, UnsupportedError, UsageError
 from kruify.factors import parse
 from kruify.graphs import GraphBytes, write_small
@@ -241,6 +243,9 @@ def test_a_budget_is_of_the_whole_graph(tmp_path: Path) -> None:
     assert done.bytes.to_json() | {"before": path.stat().st_size, "after": size, "file": size} == done.bytes.to_json()
     assert 0.8 * path.stat().st_size / 6 < size <= path.stat().st_size // 6
     assert kruify.convert(path, budget="size=6x", output=tmp_path / "b.onnx", dry_run=True).bytes.file >= size
+    text = CliRunner().invoke(cli, ["convert", str(path), "--budget", "size=6x", "-o", str(tmp_path / "b.onnx")]).stdout
+    assert text.count("whole file") == 1
+    assert "kruify compress" in text and "--inputs SAMPLES" in text
 
 
 def test_numbers_in_other_files_stay_there(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_what_was_made_on_the_way_is_one_line_of_the_summary(report: Report) -> 
 def test_latency_of_a_busy_machine_is_no_headline(report: Report) -> None:
     found = summary(replace(report, latency=replace(report.latency, load=5.2, cores=2)))
     assert not any("Latency" in row.label for row in found.rows)
-    assert found.notes[0].startswith("Latency stands further down")
+    assert found.notes[0].startswith("Latency is in the comparison alone")
 
 
 def test_condition_numbers_are_folded_away(report: Report) -> None:

@@ -217,6 +217,7 @@ def test_the_command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     command = ["compress", str(model), "--inputs", "samples", "--budget", "size=2x", "-o", "small.onnx", "--json"]
     result = CliRunner().invoke(cli, [*command, "--task", "measure.py:size", "--max-drop", "1"])
     assert result.exit_code == 6, result.output  # a smaller file is worse by this metric
+    assert "bytes: metric worse by" in result.stderr
     found = json.loads(result.stdout)
     assert found["output"] == "small.onnx" and found["bytes"]["after"] == Path("small.onnx").stat().st_size
     assert found["baseline"] == found["bytes"]["before"] and found["attempts"][0]["metric"] == found["bytes"]["after"]
