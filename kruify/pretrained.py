@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import overload
 from torch import nn
 
 from kruify.api import FilePath, load, save
-from kruify.checkpoint import atomic_file
+from kruify.checkpoint import atomic_file, check_target
 from kruify.conversion import plan_of
 from kruify.errors import UnsupportedError, UsageError, first_line
 from kruify.layers.storage import marks
@@ -36,22 +37,28 @@ def save_pretrained(model: nn.Module, folder: FilePath, *, metrics: Mapping[str,
         The folder.
 
     Raises:
-        UsageError: the module has no KRU layer, or the folder cannot be written.
+        UsageError: the module has no KRU layer, a metric is no number, or the folder cannot be written.
     """
     folder, plan = Path(folder), plan_of(model)
     if not plan.layers:
         raise UsageError("the model has no KRU layer", type(model).__name__, "Convert it first with kruify.convert")
     try:
+        metrics = {name: float(value) for name, value in (metrics or {}).items()}
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"a metric is no number ({error})", "metrics", "Give a number for each name") from None
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"the folder cannot be made ({error.strerror})", folder, "Name another one") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the folder cannot be made ({error})", folder, "Name another one") from None
+    for name in (WEIGHTS, CONFIG):
+        check_target(folder / name)
     weights = folder / WEIGHTS
     save(model, weights)
     config = {"library_name": "kruify", "schema": SCHEMA, "plan": json.loads(plan.to_json())}
     _write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     if not (folder / CARD).exists():
         size, name = weights.stat().st_size, folder.resolve().name
-        _write(folder / CARD, to_plain_card(name, plan, marks(model), size, metrics or {}))
+        _write(folder / CARD, to_plain_card(name, plan, marks(model), size, metrics))
     return folder
 
 
@@ -77,7 +84,7 @@ def from_pretrained(
         CorruptError, PlanError: the weights are damaged, or do not fit `into`.
     """
     folder = Path(source)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # of a name that is too long, too
         folder = _fetched(str(source), revision)
     elif revision is not None:
         raise UsageError("a folder has no revisions", folder, "Leave the revision out")

@@ -73,6 +73,17 @@ def test_refusals(tmp_path: Path, small: nn.Module) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot be made"):
         kruify.save_pretrained(small, tmp_path / "file" / "parity")
+    with pytest.raises(UsageError, match="no such folder"):
+        kruify.from_pretrained("a" * 5000)
+    with pytest.raises(UsageError, match="cannot be made"):
+        kruify.save_pretrained(small, "a\0b")
+    with pytest.raises(UsageError, match="metric is no number"):
+        kruify.save_pretrained(small, tmp_path / "new", metrics={"accuracy": "high"})  # type: ignore[dict-item]
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "half" / "config.json").mkdir(parents=True)
+    with pytest.raises(UsageError, match="it is a folder"):
+        kruify.save_pretrained(small, tmp_path / "half")
+    assert not (tmp_path / "half" / "model.safetensors").exists()
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "model.safetensors").write_bytes(data)

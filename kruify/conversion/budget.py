@@ -19,7 +19,7 @@ from kruify.checkpoint.tensors import ties
 from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.calibration import Moments
 from kruify.conversion.locate import AnyTensor, RecurrentLayer
-from kruify.conversion.plan import Plan, Structures, make_plan
+from kruify.conversion.plan import Plan, Structures, divided, make_plan
 from kruify.decomposition.fitting import check, metric_of
 from kruify.decomposition.structure_search import ScoredStructure, StructureSearch
 from kruify.errors import PlanError, TargetMissedError
@@ -136,6 +136,7 @@ def plan_budget(
     max_error: float | None = None,
     seed: int = 0,
     scaled: Collection[str] = (),
+    apart: Collection[str] = (),
     searches: Searches | None = None,
     progress: Progress | None = None,
 ) -> BudgetPlan:
@@ -154,6 +155,7 @@ def plan_budget(
             gets the fewest parameters that were found to keep it.
         seed: of the fits of three factors and more.
         scaled: names of the matrices whose products have a scale of their own, which counts as a parameter.
+        apart: names of the matrices whose gates are not stacked.
         searches: a dict that the caller keeps for further plans of the same matrices with the same seed: filled at the
             first one, it spares the others the fits that they have in common. The plans are the same with and without.
         progress: told of the gates and stacks searched.
@@ -186,8 +188,8 @@ def plan_budget(
     if limits.of_network:
         raise PlanError("a budget of bytes or of time is of a whole network, not of its matrices", f"budget {budget}")
     # A bound on the error is one for every gate: a stack could keep it and one of its gates not.
-    several = any(count > 1 for _, count, _ in matrices.values())
-    stacks = gates_of(matrices, seed, scaled, searches, stacked=True) if several and max_error is None else []
+    several = any(count > 1 and name not in apart for name, (_, count, _) in matrices.items())
+    stacks = gates_of(matrices, seed, scaled, searches, True, apart) if several and max_error is None else []
     total = len(gates) + len(stacks)
     chosen = _allocated(gates, limits, budget, lambda done: _tell(progress, done, total))
     if max_error is not None:
@@ -238,6 +240,8 @@ def make_budget_plan(
     first_of = ties(as_lazy(tensors))
     names = {part: matrices_of(everything, tensors, part, moments, first_of) for part in ("weight_hh", "weight_ih")}
     scaled = {layer.full_name(weight) for layer, weight, structures in everything.matrices() if structures[0].scaled}
+    apart = divided(layers, overrides)
+    apart |= {first for name, first in first_of.items() if name in apart}
     chosen: dict[str, Structures] = {}
     for part, limit in (("weight_hh", budget), ("weight_ih", input_budget)):
         if names[part]:
@@ -247,6 +251,7 @@ def make_budget_plan(
                 max_error=max_error,
                 seed=seed,
                 scaled=scaled,
+                apart=apart,
                 searches=searches,
                 progress=progress,
             )
@@ -324,16 +329,21 @@ class Gate:
 
 
 def gates_of(
-    matrices: Matrices, seed: int, scaled: Collection[str], searches: Searches, stacked: bool = False
+    matrices: Matrices,
+    seed: int,
+    scaled: Collection[str],
+    searches: Searches,
+    stacked: bool = False,
+    apart: Collection[str] = (),
 ) -> list[Gate]:
-    """Every gate of every matrix, or every matrix with its gates stacked."""
+    """Every gate of every matrix, or every matrix with its gates stacked, but for those of `apart`."""
     weighted = [c is not None for _, _, c in matrices.values()]
     mixed = any(weighted) and not all(weighted)  # energies in different units: every gate counts alike
     found = []
     for name, (weight, count, covariance) in matrices.items():
         if count < 1 or weight.ndim != 2 or weight.shape[0] % count:
             raise PlanError(f"a weight of shape {tuple(weight.shape)} does not hold {count} gates", name)
-        together = count if stacked else 1
+        together = count if stacked and name not in apart else 1
         for number, part in enumerate(weight.reshape(count // together, -1, weight.shape[1])):
             key = (name, -1 if together > 1 else number)
             search = searches.get(key)

@@ -10,7 +10,7 @@ stacked gates, which takes the least time for its multiply-adds, or what keeps t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from kruify.conversion.budget import BudgetPlan, Matrices, Searches, gates_of, m
 from kruify.conversion.build import build_dense, build_layer
 from kruify.conversion.calibration import Moments
 from kruify.conversion.locate import RecurrentLayer
-from kruify.conversion.plan import Plan, make_plan
+from kruify.conversion.plan import Plan, divided, make_plan
 from kruify.conversion.size import FileSize
 from kruify.conversion.storing import planned, storage_for, store_as, with_dense
 from kruify.errors import FactorSpecError, PlanError, TargetMissedError
@@ -127,7 +127,7 @@ def timed_plans(
     share = parse_budget(budget).latency
     assert share is not None
     everything = make_plan(file.layers, "auto", "auto", only, skip)
-    kinds = _Kinds(file, everything, moments, {} if searches is None else searches)
+    kinds = _Kinds(file, everything, moments, {} if searches is None else searches, divided(file.layers, overrides))
     clock, timed = _Clock(file), dict[str, TimedPlan]()
 
     def fast_enough(found: BudgetPlan | None, stacked: bool) -> bool | None:
@@ -169,11 +169,16 @@ class _Kinds:
     """Plans of one kind and size, and the energy that they keep."""
 
     def __init__(
-        self, file: FileSize, everything: Plan, moments: Mapping[str, Moments] | None, searches: Searches
+        self,
+        file: FileSize,
+        everything: Plan,
+        moments: Mapping[str, Moments] | None,
+        searches: Searches,
+        apart: Collection[str],
     ) -> None:
         tensors = file.tensors_in_float32
         self.second = ties(tensors)
-        self.seed, self.searches = file.seed, searches
+        self.seed, self.searches, self.apart = file.seed, searches, apart
         self.recurrent: Matrices = matrices_of(everything, tensors, "weight_hh", moments, self.second)
         self.all: Matrices = {**self.recurrent, **matrices_of(everything, tensors, "weight_ih", moments, self.second)}
         self.scaled = {layer.full_name(weight) for layer, weight, found in everything.matrices() if found[0].scaled}
@@ -189,7 +194,9 @@ class _Kinds:
             return self._low_rank(matrices, share)
         budget = f"macs={100 * share:.8f}%"
         try:
-            return plan_budget(matrices, budget, seed=self.seed, scaled=self.scaled, searches=self.searches)
+            return plan_budget(
+                matrices, budget, seed=self.seed, scaled=self.scaled, apart=self.apart, searches=self.searches
+            )
         except PlanError:
             return None
 

@@ -233,12 +233,11 @@ def make_plan(
             default = factors if weight.startswith("weight_hh") else input_factors
             if (only and not _any_match(names, only)) or _any_match(names, skip):
                 default = None
-            # A pattern for a layer means its recurrent matrices; input matrices must be named, as in '*weight_ih*'.
-            meant = {p: s for p, s in overrides.items() if weight.startswith("weight_hh") or "weight_ih" in p}
             given = (chosen or {}).get(layer.full_name(weight)) if default else None
             defaults = [str(s) for s in given] if given else [default]
             defaults *= len(layer.gates) // len(defaults)
-            specs = [_override(names, g, meant) or d for g, d in zip(layer.gates, defaults, strict=True)]
+            own = _overrides_of(layer, weight, overrides)
+            specs = [spec or default for spec, default in zip(own, defaults, strict=True)]
             if all(spec in (None, "dense") for spec in specs):
                 continue
             written = [_gate_spec(spec, layer, weight) for spec in specs]
@@ -246,6 +245,23 @@ def make_plan(
         if matrices:
             plans.append(LayerPlan(layer, matrices))
     return Plan(plans)
+
+
+def divided(layers: Sequence[RecurrentLayer], overrides: Mapping[str, str] | None) -> set[str]:
+    """Full names of the matrices whose gates the overrides treat differently: they cannot be stacked."""
+    return {
+        layer.full_name(weight)
+        for layer in layers
+        for weight in _weight_names(layer)
+        if len({*_overrides_of(layer, weight, overrides or {})}) > 1
+    }
+
+
+def _overrides_of(layer: RecurrentLayer, weight: str, overrides: Mapping[str, str]) -> list[str | None]:
+    """One spec a gate, None where nothing is said."""
+    # A pattern for a layer means its recurrent matrices; input matrices must be named, as in '*weight_ih*'.
+    meant = {p: s for p, s in overrides.items() if weight.startswith("weight_hh") or "weight_ih" in p}
+    return [_override(_names(layer, weight), gate, meant) for gate in layer.gates]
 
 
 def _gate_spec(spec: str | None, layer: RecurrentLayer, weight: str) -> str:

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from kruify.conversion import densify, quantize
-from kruify.errors import UnsupportedError
+from kruify.errors import UnsupportedError, UsageError
 from kruify.exporting.c_source import identifier, layer_source
 from kruify.exporting.check import TOLERANCE, Embedded, Exported, Run, difference, layer_cases, write_checked
 from kruify.exporting.layer_files import call_layer, prepare
 from kruify.exporting.shapes import Interface
 
 SIZES, LONG = ((1, 1), (7, 2)), ((1000, 1),)  # (time, batch)
-FLAGS = ("-std=c99", "-O2", "-shared", "-fPIC")
+FLAGS = ("-x", "c", "-std=c99", "-O2", "-shared", "-fPIC")
 
 
 def export_c(
@@ -137,9 +137,12 @@ def _compiler() -> list[str]:
     """The C compiler that the environment names, or cc.
 
     Raises:
-        UnsupportedError: there is none.
+        UsageError: it names none that can be read. UnsupportedError: there is none.
     """
-    command = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    try:
+        command = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    except ValueError as error:
+        raise UsageError(f"it is no command ({error})", "CC", "Name a C compiler, as in CC=gcc") from None
     if shutil.which(command[0]) is None:
         raise UnsupportedError(
             f"there is no C compiler '{command[0]}' to run the file with",

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+import kruify
 from kruify.conversion.budget import Budget, parse_budget, plan_budget
 from kruify.decomposition import fit, structure_search
 from kruify.errors import PlanError, TargetMissedError
@@ -170,6 +172,17 @@ def test_gates_with_something_in_common_are_stacked():
     (structure,) = plan.structures["w"]
     assert structure.gates == 3 and plan.energy["w"][0] > 0.999  # gate by gate rank 2 takes 17 %
     assert fit(common_inputs(), structure).energy > 0.999
+
+
+def test_gates_of_which_one_is_set_apart_are_not():
+    layer = nn.GRU(24, 24)
+    layer.weight_hh_l0.data = common_inputs().float()
+    factors = {}
+    for overrides in ({}, {"weight_hh_l0.z": "dense"}):
+        plan = kruify.convert(layer, budget="params=12%", overrides=overrides)[1].plan
+        factors[len(overrides)] = [str(s) for s in plan.structures()["weight_hh_l0"]]
+    assert factors[0][0].startswith("stacked:") and len(factors[0]) == 1
+    assert factors[1][1] == "24x24" and len(factors[1]) == 3 and "stacked" not in "".join(factors[1])
 
 
 def test_gates_without_anything_in_common_are_not():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import kruify
 from kruify.conversion import densify
-from kruify.errors import TargetMissedError, UnsupportedError
+from kruify.errors import TargetMissedError, UnsupportedError, UsageError
 from kruify.exporting import export_c
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -149,7 +149,14 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(UnsupportedError, match="no C compiler"):
         export_c(nn.GRU(3, 4), path)
+    monkeypatch.setenv("CC", "gcc '")
+    with pytest.raises(UsageError, match="CC: it is no command"):
+        export_c(nn.GRU(3, 4), path)
     assert not any(tmp_path.iterdir())
+
+
+def test_name_needs_no_ending(tmp_path: Path) -> None:
+    assert export_c(nn.GRU(3, 4), tmp_path / "layer").path.is_file()
 
 
 def test_names_of_layers_and_files_cannot_leave_their_comment(tmp_path: Path) -> None:
