@@ -198,7 +198,8 @@ def _check_targets(output: Path, paths: Sequence[Path]) -> list[Path]:
 
 
 def _measured(metric: Metric, files: Sequence[Path]) -> float:
+    value = metric(str(files[0] if len(files) == 1 else files[0].parent))
     try:
-        return float(metric(str(files[0] if len(files) == 1 else files[0].parent)))
+        return float(value)
     except (TypeError, ValueError) as error:
         raise TaskError(f"the metric gave no number ({error})", "--task", "Return one number for a path") from error

@@ -113,11 +113,14 @@ def train_together(
 
     Raises:
         UsageError: nothing is held out, or nothing else; `file` is of another run.
-        UnsupportedError: the graphs have no output to learn.
+        UnsupportedError: the graphs have no output to learn, or one that is NaN or infinite.
     """
     data = _Data(graphs, recorded, folder)
     if not (data.train and data.held_out):
         raise UsageError("nothing is held out, or nothing else", "--inputs", "Give two samples at least")
+    means = [*data.mean_square[False].items(), *data.mean_square[True].items()]
+    if broken := [name for (_, name), mean in means if not math.isfinite(mean)]:
+        raise UnsupportedError(f"the original gives NaN or infinite numbers as '{broken[0]}'")
     if not all(data.mean_square.values()):
         raise UnsupportedError("no output of real numbers depends on the layers")
     model = nn.ModuleList(layers)
