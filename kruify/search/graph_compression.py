@@ -185,6 +185,8 @@ def _check_targets(output: Path, paths: Sequence[Path]) -> list[Path]:
     """The files that will be written."""
     if len(paths) == 1:
         check_target(output, *paths)
+        if output.suffix.lower() != ".onnx":
+            raise UsageError("what is written is an ONNX graph, and the ending is not .onnx", output, "Write .onnx")
         return [output]
     if len({path.parent for path in paths}) > 1 or len(set(paths)) < len(paths):
         raise UsageError("several graphs stand in one folder, each once", paths[-1], "Put them there")

@@ -201,6 +201,7 @@ def test_graphs_that_do_not_go_together(pair: list[Path], model: Path, tmp_path:
         (pair, "file", "this is a file"),
         (pair[::-1], "small", "lacks the input 'code'"),
         (pair, "nowhere/small", "no folder"),
+        ([model], "small.pt", "the ending is not .onnx"),
     ):
         (tmp_path / "file").touch()
         with pytest.raises(UsageError, match=message):
