@@ -13,7 +13,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def test_every_block_stands_where_it_is_run() -> None:
-    """The two commands and the output of `make demo` at the top; all other blocks in the section that a new user copies."""
+    """Two commands and the output of `make demo` at the top; all other blocks in the section that a new user copies."""
     text = README.read_text(encoding="utf-8")
     section = text[text.index("## Bring your own model") :].split("\n## ")[0]
     outside = re.findall(r"^```(\w+)\n(.*?)^```", text.replace(section, ""), re.MULTILINE | re.DOTALL)

@@ -56,6 +56,7 @@ def test_the_outputs_are_learnt(tmp_path: Path) -> None:
     silent = [one._replace(targets=[{"y": torch.zeros(1), "n": torch.ones(1).long()}]) for one in recorded]
     with pytest.raises(UnsupportedError, match="no output of real numbers"):
         train_together([layer], [small], [{}], silent, tmp_path, **options)
-    broken = [*recorded[:-1], recorded[-1]._replace(targets=[targets[-1] | {"y": torch.full((12, 1, 1, 4), torch.nan)}])]
+    infinite = targets[-1] | {"y": torch.full((12, 1, 1, 4), torch.inf)}
+    broken = [*recorded[:-1], recorded[-1]._replace(targets=[infinite])]
     with pytest.raises(UnsupportedError, match="NaN or infinite numbers as 'y'"):
         train_together([layer], [small], [{}], broken, tmp_path, **options)
