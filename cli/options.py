@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
+Command = Callable[..., None]
 MOST = 10**9
 """The largest number that any option takes."""
 
@@ -51,7 +53,13 @@ class GlobSpec(click.ParamType[tuple[str, str]]):
         return pattern, spec
 
 
-_SELECTION = (
+def group(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator; help shows them in this order."""
+    return lambda command: reduce(lambda made, option: option(made), reversed(options), command)
+
+
+# Of every command that converts: which matrices, and exceptions.
+selection_options = group(
     click.option(
         "--input-factors", metavar="SPEC", help="Factors of the input matrices W_ih too; they stay dense without."
     ),
@@ -67,27 +75,13 @@ _SELECTION = (
     ),
 )
 
-
-def selection_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of every command that converts: which matrices, and exceptions."""
-    for option in reversed(_SELECTION):
-        command = option(command)
-    return command
-
-
-_RAY = (
+# Where the parts of a search run; `given` makes one option of them.
+ray_options = group(
     click.option("--ray", is_flag=True, default=None, help="Run what is independent as tasks of Ray.  [default: here]"),
     click.option(
         "--ray-address", metavar="ADDRESS", help="The cluster to run them on.  [default: one on this machine]"
     ),
 )
-
-
-def ray_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Where the parts of a search run; `given` makes one option of them."""
-    for option in reversed(_RAY):
-        command = option(command)
-    return command
 
 
 class File(click.types.StringParamType):

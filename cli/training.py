@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .console import Output
-from .options import NUMBER, device_option, given
+from .options import NUMBER, device_option, given, group
 
 if TYPE_CHECKING:
     from kruify.tasks.base import Task
@@ -32,7 +31,8 @@ share_option = click.option(
     help="Share of the epochs for which each candidate structure is trained first; 0 for none.  [default: 0.25]",
 )
 log_dir_option = click.option("--log-dir", metavar="DIR", help="Write history.csv there, one line per validation.")
-_OPTIONS = (
+# Of a run, which every command that trains takes.
+training_options = group(
     others_option,
     click.option(
         "--conditioning",
@@ -45,13 +45,6 @@ _OPTIONS = (
     resume_option,
     device_option,
 )
-
-
-def training_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of a run that every command that trains takes."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
 
 
 def recipe_options(pairs: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:

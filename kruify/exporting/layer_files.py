@@ -71,9 +71,16 @@ def export_onnx(
     written = _write(module, interface, Path(path), write, run_onnx, tolerance)
     if dense or not any(isinstance(part, KroneckerMatrix) for part in module.modules()):
         return written
+    return beside_dense(
+        written, lambda file: file.write_bytes(layer_model(module, interface, dense=True).SerializeToString())
+    )
+
+
+def beside_dense(written: Exported, write: Callable[[Path], object]) -> Exported:
+    """With the comparison of an ONNX file with the one of dense weights that `write` makes."""
     with tempfile.TemporaryDirectory(prefix="kruify-") as folder:
         other = Path(folder) / "dense.onnx"
-        other.write_bytes(layer_model(module, interface, dense=True).SerializeToString())
+        write(other)
         return replace(written, beside_dense=compare_graphs(other, written.path))
 
 

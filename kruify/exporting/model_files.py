@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,6 +33,7 @@ from kruify.errors import UnsupportedError, UsageError, first_line
 from kruify.exporting.c_file import export_c
 from kruify.exporting.check import TOLERANCE, Exported, compare, layer_cases, require, staged, write_checked
 from kruify.exporting.layer_files import (
+    beside_dense,
     call_layer,
     export_onnx,
     export_torch,
@@ -281,11 +281,8 @@ def export_network(
     written = replace(written, inputs=tuple(f"input_{i}" for i in range(len(example))), outputs=("output",))
     if to != "onnx" or dense or not any(isinstance(module, KRUBase) for module in model.modules()):
         return written
-    with tempfile.TemporaryDirectory(prefix="kruify-") as folder:
-        other = export_network(
-            model, task, to, Path(folder) / "dense.onnx", dense=True, split=split, tolerance=tolerance
-        )
-        return replace(written, beside_dense=compare_graphs(other.path, written.path))
+    dense_network = partial(export_network, model, task, to, dense=True, split=split, tolerance=tolerance)
+    return beside_dense(written, dense_network)
 
 
 class _Network(nn.Module):

@@ -170,9 +170,12 @@ def sweep(
     known = state.read(lambda found: _known(found, task.metric))
     order = ("dense", INT8, *budgets)
 
-    def tell(point: Point) -> None:
+    def done(point: Point) -> None:
         known[point.budget] = point
         state.keep(points=[known[b].to_json() for b in dict.fromkeys((*order, *known)) if b in known])
+        tell(point)
+
+    def tell(point: Point) -> None:
         if on_point is not None:
             on_point(point)
 
@@ -180,12 +183,12 @@ def sweep(
         if budget in known:
             tell(known[budget])
         elif budget == "dense":
-            tell(_dense_point(search, split))
+            done(_dense_point(search, split))
         elif budget == INT8 and (point := _int8_point(known["dense"], search, split)) is not None:
-            tell(point)
+            done(point)
     missing = [budget for budget in budgets if budget not in known]
     for _, point in spread(partial(_make, search, folder, split), missing, ray, task, progress):
-        tell(point)
+        done(point)
     points, bend = [known[budget] for budget in ("dense", *budgets)], (task.metric, task.higher_is_better)
     return Sweep(points, *bend, split, knee(points, *bend), known.get(INT8))
 
