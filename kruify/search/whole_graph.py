@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kruify.errors import KruifyError, UnsupportedError, first_line
+from kruify.errors import UnsupportedError, first_line
 from kruify.graphs.record import RecordingGraph, Run, run_in_turn
 from kruify.graphs.torch_graph import TorchGraph, Values, run_chain
 from kruify.layers.storage import mark
-from kruify.search.graph_job import GraphJob, SourceGraph
+from kruify.search.graph_job import GraphJob
+from kruify.search.source_graph import SourceGraph
 from kruify.training.layerwise import is_held_out
 from kruify.training.rounding import unmarked
-from kruify.training.together import LR, STEPS, Recorded, Together, recurrent, train_together
+from kruify.training.together import LR, SAMPLES, STEPS, Recorded, Together, recurrent, train_together
 
 CLOSE = 1e-3
 """Relative error up to which torch and onnxruntime compute the same."""
+REFUSED = (RuntimeError, ValueError, TypeError, IndexError)
+"""What torch raises where an operator does not take its operands."""
 
 
 def distil(job: GraphJob, steps: int, lr: float, state: Path | None) -> Together:
@@ -39,7 +43,8 @@ def distil(job: GraphJob, steps: int, lr: float, state: Path | None) -> Together
         with tempfile.TemporaryDirectory(prefix="kruify-") as folder:
             found = train_together(
                 list(modules.values()), chain.graphs, chain.constants, chain.recorded(), Path(folder), steps=steps,
-                lr=LR * lr, seed=job.seed, file=None if state is None else state / "together.pt", progress=job.progress,
+                lr=LR * lr, seed=job.seed, file=None if state is None else state / "together.pt",
+                samples=job.recording.digest, progress=job.progress,
             )  # fmt: skip
     except UnsupportedError as error:
         return Together(reason=str(error))
@@ -56,7 +61,7 @@ class _Chain:
 
     def __init__(self, job: GraphJob, modules: Mapping[str, nn.Module]) -> None:
         self.job = job
-        first = next(iter(job.samples))
+        samples = list(islice(job.samples, SAMPLES))
         self.graphs: list[TorchGraph] = []
         live: set[str] = set()
         for graph in job.graphs:
@@ -70,7 +75,7 @@ class _Chain:
                 if graph.nodes[name] not in layers
             }
             inputs = RecordingGraph(graph.path).inputs
-            computed = [name for name in inputs if name in live and name not in first]
+            computed = [name for name in inputs if name in live and name not in samples[0]]
             self.graphs.append(TorchGraph(job.small(graph), layers, computed, frozen))
             live |= set(self.graphs[-1].outputs)
         self.originals = [RecordingGraph(graph.path) for graph in job.graphs]
@@ -78,8 +83,8 @@ class _Chain:
             RecordingGraph(job.small(graph), values=[*torch_graph.constants, *torch_graph.given])
             for graph, torch_graph in zip(job.graphs, self.graphs, strict=True)
         ]
-        runs = list(run_in_turn(self.small, first))
-        self.constants = [_values(run, graph.constants) for run, graph in zip(runs, self.graphs, strict=True)]
+        runs = [list(run_in_turn(self.small, feed)) for feed in samples]
+        self.constants = [_values(run, graph.constants) for run, graph in zip(runs[0], self.graphs, strict=True)]
         with unmarked(nn.ModuleList(modules.values())), torch.no_grad():
             self._check(runs)
 
@@ -91,19 +96,19 @@ class _Chain:
             targets = [_tensors(run.outputs, graph.outputs) for run, graph in zip(runs[1], self.graphs, strict=True)]
             yield Recorded(is_held_out(number), given, targets)
 
-    def _check(self, runs: list[Run]) -> None:
-        given = [_values(run, graph.given) for run, graph in zip(runs, self.graphs, strict=True)]
+    def _check(self, runs: Sequence[Sequence[Run]]) -> None:
+        """Runs several samples at once, as a step of the training does."""
+        given = [[_values(run, graph.given) for run, graph in zip(one, self.graphs, strict=True)] for one in runs]
         try:
-            (found,) = run_chain(self.graphs, self.constants, [given])
-        except KruifyError:
-            raise
-        except Exception as error:  # torch has no class of its own for what an operator does not take
+            found = run_chain(self.graphs, self.constants, given)
+        except REFUSED as error:
             raise UnsupportedError(f"torch cannot run it ({first_line(error)})", self.job.graphs[0].path) from error
-        for run, graph, outputs in zip(runs, self.graphs, found, strict=True):
-            wanted = _tensors(run.outputs, graph.outputs)
-            for name, value in outputs.items():
-                if value.shape != wanted[name].shape or _relative(value, wanted[name]) > CLOSE:
-                    raise UnsupportedError(f"torch computes something else for '{name}'", graph.path)
+        for one, outputs in zip(runs, found, strict=True):
+            for run, graph, values in zip(one, self.graphs, outputs, strict=True):
+                wanted = _tensors(run.outputs, graph.outputs)
+                for name, value in values.items():
+                    if value.shape != wanted[name].shape or _relative(value, wanted[name]) > CLOSE:
+                        raise UnsupportedError(f"torch computes something else for '{name}'", graph.path)
 
 
 def _frozen(graph: SourceGraph, name: str) -> nn.Module:

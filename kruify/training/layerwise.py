@@ -7,7 +7,6 @@ network. Of what is recorded every eighth batch is held out and decides which we
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import tempfile
@@ -20,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kruify.checkpoint import tensor_bytes
 from kruify.conversion.build import matrices_of
 from kruify.errors import UsageError
 from kruify.layers.base import KRUBase
 from kruify.layers.cells import KRUCellBase
 from kruify.progress import Progress
 from kruify.tasks.base import evaluating, to_device
+from kruify.training.digest import Digest, fingerprint
 from kruify.training.fitting import VALIDATIONS, fit, kept_state, save_state
 from kruify.training.pieces import PIECE, Call, Pieces, call_of, run
 from kruify.training.randomness import derived_seed
@@ -97,7 +96,8 @@ def heal(
             iterator is read into a list. Every eighth is held out; they should come in one order each time.
         forward: runs a network on a batch; None for `network(batch)`, `network(*batch)`, `network(**batch)`.
         steps: of the optimiser, for each layer.
-        resume: a folder for the state; layers that are finished there are not trained again.
+        resume: a folder for the state; layers that are finished there are not trained again. The batches are gone
+            through once more, to tell that they are the same.
 
     Raises:
         UsageError: no converted layer is run, there are fewer than two batches, or `resume` holds another run.
@@ -109,15 +109,20 @@ def heal(
     batches = list(batches) if isinstance(batches, Iterator) else batches
     call = forward or _forward
     order = _in_order(dense, batches, call, layers)
+    digest = Digest()
+    for batch in batches if resume is not None else ():
+        digest.add(batch)
     healed = []
     for number, name in enumerate(order):
         calls = _recorded(model, dense, name, batches, call)
         file = None if resume is None else Path(resume) / f"layer-{number + 1}.pt"
         told = within(progress, number, len(order))
         original = dense.get_submodule(name)
-        healed.append(
-            train_layer(layers[name], original, name, calls, steps=steps, lr=lr, seed=seed, file=file, progress=told)
-        )
+        found = train_layer(
+            layers[name], original, name, calls, steps=steps, lr=lr, seed=seed, file=file, samples=digest.hex(),
+            progress=told,
+        )  # fmt: skip
+        healed.append(found)
     return Healing(model, tuple(healed))
 
 
@@ -131,17 +136,20 @@ def train_layer(
     lr: float = LR,
     seed: int = 0,
     file: Path | None = None,
+    samples: str = "",
     progress: Progress | None = None,
 ) -> HealedLayer:
     """Trains one converted layer, in place, to give what the dense one gives; the best held-out weights are kept.
 
     Args:
         file: for the trained weights; where it holds them already they are taken.
+        samples: the digest of what `calls` come from.
 
     Raises:
         UsageError: nothing is held out, or nothing else; `file` is of another run.
     """
-    settings = {"layer": name, "steps": steps, "lr": lr, "seed": seed, "weights": fingerprint(layer, dense)}
+    settings = {"layer": name, "steps": steps, "lr": lr, "seed": seed, "samples": samples}
+    settings["weights"] = fingerprint(layer, dense)
     if file is not None and (kept := kept_state(file, settings)) is not None:
         layer.load_state_dict(kept.pop("weights"))
         return HealedLayer(**kept)
@@ -285,12 +293,3 @@ def _recorded(
 def is_held_out(number: int) -> bool:
     """Whether batch `number`, counted from 0, is held out: the second, the tenth and so on."""
     return number % HELD_OUT == 1
-
-
-def fingerprint(*layers: nn.Module) -> str:
-    """Of their numbers."""
-    digest = hashlib.sha256()
-    for layer in layers:
-        for tensor in layer.state_dict().values():
-            digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()

@@ -22,8 +22,9 @@ from kruify.graphs.record import NodeCall
 from kruify.graphs.torch_graph import Recurrent, TorchGraph, Values, run_chain
 from kruify.progress import Progress
 from kruify.tasks.base import evaluating
+from kruify.training.digest import fingerprint
 from kruify.training.fitting import fit
-from kruify.training.layerwise import RECORDED, fingerprint
+from kruify.training.layerwise import RECORDED
 from kruify.training.randomness import derived_seed
 from kruify.training.rounding import rounded_weights, unmarked
 
@@ -102,6 +103,7 @@ def train_together(
     lr: float,
     seed: int = 0,
     file: Path | None = None,
+    samples: str = "",
     progress: Progress | None = None,
 ) -> Together:
     """Trains the layers, in place, which `graphs` run.
@@ -110,6 +112,7 @@ def train_together(
         constants: of each graph.
         folder: for the samples.
         file: for the state, from which an interrupted run goes on.
+        samples: the digest of what `recorded` comes from.
 
     Raises:
         UsageError: nothing is held out, or nothing else; `file` is of another run.
@@ -148,7 +151,7 @@ def train_together(
             total = sum(len(batch) * float(squares(batch, data.mean_square[True])) for batch in batches)
         return math.sqrt(total / len(data.held_out))
 
-    settings = {"steps": steps, "lr": lr, "seed": seed, "weights": fingerprint(*layers)}
+    settings = {"steps": steps, "lr": lr, "seed": seed, "samples": samples, "weights": fingerprint(*layers)}
     before, after, done = fit(
         model, loss, error, "whole graph", steps=steps, lr=lr, file=file, settings=settings, progress=progress
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+from kruify.graphs.operators import OPERATORS  # noqa: E402
 from kruify.search.candidates import stacked_low_rank  # noqa: E402
 from kruify.search.graph_compression import compress_graph  # noqa: E402
 from kruify.search.graph_job import GraphJob  # noqa: E402
+from kruify.search.recording import recording_chain  # noqa: E402
 from kruify.search.samples import Samples  # noqa: E402
 from kruify.search.whole_graph import distil  # noqa: E402
 
@@ -100,6 +103,10 @@ def test_training_brings_the_graph_back(model: Path, tmp_path: Path) -> None:
     )
     assert again.attempts == found.attempts and small[0].read_bytes() == small[1].read_bytes()
     assert not any(phase.startswith("layer") for phase in told)  # nothing was trained again
+    others = list(samples())
+    others[1] = {"x": 2 * others[1]["x"]}  # held out: what the layers learn from is the same
+    with pytest.raises(UsageError, match=r"another run \(other samples\)"):
+        compress_graph(model, others, "size=5x", small[0], **options)
 
 
 def test_a_dense_layer_behind_a_small_one_is_trained_through(model: Path, tmp_path: Path) -> None:
@@ -110,6 +117,37 @@ def test_a_dense_layer_behind_a_small_one_is_trained_through(model: Path, tmp_pa
     found = distil(job, 40, 1e-2, None)
     assert (found.steps, found.reason) == (10, "") and found.error_after < found.error_before
     assert job.differences()["y"].relative_error == pytest.approx(found.error_after, rel=1e-3)
+
+
+def test_what_torch_does_not_take_is_said_and_a_bug_is_none_of_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = GraphJob([model], Samples(samples), "int8", 0, None, tmp_path)
+    job.graphs[0].convert(make_plan([job.graphs[0].layers["second.LSTM"]], "stacked:4*(128x1,1x32)"), None)
+    job.graphs[0].write(job.small(job.graphs[0]))
+
+    def fails(error: Exception) -> Any:
+        def operator(*_: Any) -> Tensor:
+            raise error
+
+        return operator
+
+    monkeypatch.setitem(OPERATORS, "MatMul", fails(RuntimeError("sizes of tensors must match")))
+    assert "torch cannot run it (sizes of tensors must match)" in distil(job, 40, 1e-2, None).reason
+    monkeypatch.setitem(OPERATORS, "MatMul", fails(KeyError("a bug")))
+    with pytest.raises(KeyError, match="a bug"):
+        distil(job, 40, 1e-2, None)
+
+
+def test_torch_is_compared_with_onnxruntime_on_several_samples(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = GraphJob([model], Samples(samples), "int8", 0, None, tmp_path)
+    job.graphs[0].convert(make_plan([job.graphs[0].layers["second.LSTM"]], "stacked:4*(128x1,1x32)"), None)
+    job.graphs[0].write(job.small(job.graphs[0]))
+    multiply, calls = OPERATORS["MatMul"], count()
+    monkeypatch.setitem(OPERATORS, "MatMul", lambda *given: multiply(*given) * (1 if next(calls) == 0 else 1.1))
+    assert "torch computes something else for 'y'" in distil(job, 40, 1e-2, None).reason  # but not for the first
 
 
 @pytest.mark.parametrize("times", [2.8, 3.5, 4.5])  # the first above half the rank
@@ -183,6 +221,16 @@ def test_graphs_that_run_one_after_the_other(pair: list[Path], tmp_path: Path) -
         wrong, whole = wrong + np.square(ys[0] - ys[1]).sum(), whole + np.square(ys[0]).sum()
     assert found.attempts[0].outputs["decoder: y"].relative_error == pytest.approx(np.sqrt(wrong / whole), rel=1e-3)
     assert found.timing is not None and min(*found.timing.load_ms, *found.timing.run_ms) > 0
+
+
+def test_only_graphs_that_a_layer_depends_on_are_run(pair: list[Path], tmp_path: Path) -> None:
+    job = GraphJob(pair, Samples(samples), "int8", 0, None, tmp_path)
+    encoder, decoder = job.graphs
+    files = {graph: graph.path for graph in job.graphs}
+    nodes = {graph: list(graph.nodes.values()) for graph in job.graphs}
+    assert [*recording_chain(files, {encoder: nodes[encoder]})] == [encoder]
+    assert [*recording_chain(files, {decoder: nodes[decoder]})] == [encoder, decoder]
+    assert [*recording_chain({decoder: decoder.path, encoder: encoder.path}, {encoder: nodes[encoder]})] == [encoder]
 
 
 def test_a_graph_that_torch_cannot_run_is_trained_layer_by_layer(model: Path, tmp_path: Path) -> None:
@@ -269,15 +317,15 @@ def test_samples_are_read_from_a_folder_or_a_function(tmp_path: Path) -> None:
 
 
 def test_ranks_go_where_they_keep_the_most_of_what_the_matrices_give(model: Path, tmp_path: Path) -> None:
-    job = GraphJob([model], Samples(samples), "int8", 0, None, tmp_path)
-    (chosen,) = job._low_rank(0.3)
-    even = stacked_low_rank(list(job.graphs[0].layers.values()), 0.3)
+    ranks = GraphJob([model], Samples(samples), "int8", 0, None, tmp_path).ranks
+    (chosen,) = ranks.plans(0.3)
+    even = stacked_low_rank(list(ranks.graphs[0].layers.values()), 0.3)
     assert even is not None
-    spectra = {stack.name: energies for stack, energies in job._spectra.items()}
+    spectra = {stack.name: energies for stack, energies in ranks.spectra.items()}
 
     def of(plan: Plan) -> tuple[int, float]:
         found = [(layer.full_name(weight), s) for layer, weight, (s,) in plan.matrices()]
         return sum(s.parameters for _, s in found), sum(float(spectra[n][: s.terms[0].rank].sum()) for n, s in found)
 
-    assert of(chosen)[0] <= 0.3 * sum(s.rows * s.cols for s in job._spectra)
+    assert of(chosen)[0] <= 0.3 * sum(s.rows * s.cols for s in ranks.spectra)
     assert of(chosen)[1] > of(even)[1]

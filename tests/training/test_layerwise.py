@@ -133,8 +133,10 @@ def test_a_run_goes_on_where_it_stopped_and_gives_the_same_bits(tmp_path: Path) 
     assert told == [6, 7, 8, 9, 10]  # of ten steps; the first layer was finished
     assert again.layers == whole.layers
     assert all(torch.equal(a, b) for a, b in zip(runs[0].parameters(), runs[2].parameters(), strict=True))
-    with pytest.raises(UsageError, match="another run \\(other steps"):
-        heal(kruify.convert(dense, LOW_RANK)[0], dense, inputs(3), steps=6, resume=tmp_path / "state")
+    for changed, what in (({"steps": 6}, "steps"), ({"batches": inputs(4)}, "samples")):
+        other = {"batches": inputs(3), **options, **changed}
+        with pytest.raises(UsageError, match=rf"another run \(other {what}\)"):
+            heal(kruify.convert(dense, LOW_RANK)[0], dense, **other)
 
 
 @pytest.mark.parametrize(

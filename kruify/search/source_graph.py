@@ -1,0 +1,139 @@
+"""One ONNX file that becomes small: its recurrent layers, their plan, and the numbers that they have learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kruify.checkpoint import read
+from kruify.conversion import Conversion
+from kruify.conversion.budget import make_budget_plan
+from kruify.conversion.build import build_dense, build_layer
+from kruify.conversion.calibration import Moments
+from kruify.conversion.check import load_tensors
+from kruify.conversion.locate import AnyTensor, RecurrentLayer, locate_checkpoint
+from kruify.conversion.pipeline import refuse_converted
+from kruify.conversion.plan import Plan
+from kruify.conversion.size import GraphSize
+from kruify.conversion.storing import in_float32, planned, rounded, storage_for, with_dense
+from kruify.conversion.tensors import convert_tensors
+from kruify.errors import UsageError
+from kruify.graphs.record import NodeCall, recurrent_nodes
+from kruify.graphs.size import GraphBytes
+from kruify.graphs.writing import kept_constants, write_small
+from kruify.layers.storage import mark
+from kruify.layers.storage import within as storage_within
+from kruify.training.pieces import Call
+
+GROWTH = 2.0  # a layer that costs too much gets so many times its numbers
+DENSE_FROM = 0.5  # a layer that would keep more than this share of its numbers is left dense
+
+
+class SourceGraph:
+    """One ONNX file, and what becomes of it.
+
+    Args:
+        title: in front of the names of its layers and outputs, "" where there is one file only.
+
+    Attributes:
+        nodes: layer -> output of its node, of all nodes that can be recorded, in the order of execution.
+        layers: those of them that can be trained, by their names in the file.
+        skipped: other recurrent layers, and why they stay dense.
+        inputs, outputs: of the graph; constants are no inputs.
+        bytes: of the file.
+        conversion: what it was made into last.
+    """
+
+    conversion: Conversion
+
+    def __init__(self, path: Path, dtype: str, seed: int, title: str) -> None:
+        self.path, self.dtype, self.seed, self.title = path, dtype, seed, title
+        checkpoint = read(path)
+        refuse_converted(checkpoint)
+        if checkpoint.format != "onnx":
+            raise UsageError("samples go with an ONNX graph", path, "Give --task, or call kruify.heal")
+        whole = GraphBytes(path, graph=False)
+        graph = whole.copy.model.graph
+        constants = {tensor.name for tensor in graph.initializer}
+        self.inputs = [value.name for value in graph.input if value.name not in constants]
+        self.outputs = [value.name for value in graph.output]
+        self.located = locate_checkpoint(checkpoint)
+        self.nodes = recurrent_nodes(whole.copy.found)
+        located = {layer.name: layer for layer in self.located.layers}
+        self.layers = {name: located[name] for name in self.nodes if name in located}
+        inside = [name for name in located if name not in self.nodes]
+        self.skipped = dict(self.located.skipped) | dict.fromkeys(inside, "it stands in the body of another node")
+        self.keep = kept_constants(whole.copy.found)
+        self.tensors = in_float32(checkpoint.tensors.lazy)
+        self.bytes = whole.before
+        self.size = GraphSize(
+            self.tensors, list(self.layers.values()), dtype, self.keep, before=whole.before, graph=whole
+        )
+        self.dense = {name: self._dense(layer) for name, layer in self.layers.items()}
+
+    def convert(self, plan: Plan, moments: Mapping[str, Moments] | None) -> None:
+        """Fits what the plan names; everything is rounded to the dtype."""
+        layers = [replace(layer, dtype="float32") for layer in self.layers.values()]
+        plan = with_dense(plan, layers)
+        storage = storage_for(planned(self.tensors, plan), plan, self.dtype, self.keep)
+        made = convert_tensors(self.tensors, plan, self.located.in_float32(), moments=moments, seed=self.seed)
+        self.conversion = replace(made, tensors={**rounded(made.tensors, plan, storage)}, storage=storage)
+
+    def grow(self, name: str, moments: Mapping[str, Moments]) -> None:
+        """Plans one layer anew for more numbers, or leaves it dense; what the others learnt stays."""
+        layer, items = self.layers[name], []
+        for item in self.conversion.plan.layers:
+            structures = [s for found in item.matrices.values() for s in found]
+            if item.layer.name != name:
+                items.append(item)
+                continue
+            share = sum(s.parameters for s in structures) / sum(s.dense_parameters for s in structures)
+            if GROWTH * share < DENSE_FROM:
+                budget = f"params={100 * GROWTH * share:.6f}%"
+                tensors = {n: t for n, t in self.tensors.items() if n.startswith(f"{name}.")}
+                items += make_budget_plan(
+                    tensors, [layer], budget, input_budget=budget, moments=moments, seed=self.seed
+                ).layers
+        learnt = {n: t for n, t in self.conversion.tensors.items() if not n.startswith(f"{name}.")}
+        self.convert(Plan(items), moments)
+        self.conversion.tensors.update(learnt)
+
+    def factored(self) -> list[str]:
+        """Layers that are not dense, in the order of execution."""
+        return [item.layer.name for item in self.conversion.plan.layers if item.matrices]
+
+    def module(self, name: str) -> nn.Module:
+        """One of the layers, with the numbers that it has."""
+        item = next(item for item in self.conversion.plan.layers if item.layer.name == name)
+        layer = build_layer(item)
+        layer.batch_first = False  # what is recorded comes so
+        load_tensors(layer, {n: self.conversion.tensors[f"{name}.{n}"] for n in layer.state_dict()})
+        mark(layer, storage_within(self.conversion.storage, name))
+        return layer
+
+    def learn(self, name: str, module: nn.Module) -> None:
+        """Takes the numbers of one layer."""
+        self.conversion.tensors.update({f"{name}.{n}": t for n, t in module.state_dict().items()})
+
+    def write(self, file: Path) -> None:
+        """Writes the graph with the numbers of the conversion."""
+        made = self.conversion
+        write_small(self.path, made.tensors, made.plan.structures(), made.storage, file, graph=False)
+
+    def call(self, name: str, call: NodeCall) -> Call:
+        """A call of the node of a layer, zeros for states that are not given."""
+        layer, batch = self.layers[name], call.input.shape[1]
+        zeros = call.input.new_zeros(2 if layer.bidirectional else 1, batch, layer.hidden_size)
+        return Call(call.input, call.lengths, tuple(zeros if s is None else s for s in call.states))
+
+    def _dense(self, layer: RecurrentLayer) -> nn.Module:
+        module: Any = build_dense(replace(layer, dtype="float32"))
+        module.batch_first = False  # what is recorded comes so
+        tensors: dict[str, AnyTensor] = {name: self.tensors[f"{layer.name}.{name}"] for name in module.state_dict()}
+        load_tensors(module, tensors, str(self.path))
+        dense: nn.Module = module.requires_grad_(False).eval()
+        return dense

@@ -1,0 +1,48 @@
+"""What tells the data and the weights of one run from those of another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kruify.checkpoint import tensor_bytes
+
+
+class Digest:
+    """sha256 of values that are added one by one: tensors, arrays, and lists, tuples and dicts of them."""
+
+    def __init__(self) -> None:
+        self._found = hashlib.sha256()
+
+    def add(self, value: Any) -> None:
+        """Of what is none of these only the type counts, but for texts and numbers."""
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+            value = torch.from_numpy(np.ascontiguousarray(value))
+        if isinstance(value, Tensor):
+            self._found.update(f"{value.dtype} {tuple(value.shape)} ".encode())
+            self._found.update(tensor_bytes(value))
+        elif isinstance(value, Mapping):
+            self.add([part for name in sorted(value, key=str) for part in (str(name), value[name])])
+        elif isinstance(value, list | tuple | np.ndarray):
+            self._found.update(f"{len(value)} of ".encode())
+            for part in value:
+                self.add(part)
+        else:
+            plain = isinstance(value, str | bytes | int | float | None)
+            self._found.update(f"{value!r} ".encode() if plain else f"{type(value).__name__} ".encode())
+
+    def hex(self) -> str:
+        return self._found.hexdigest()
+
+
+def fingerprint(*layers: nn.Module) -> str:
+    """Of their numbers."""
+    digest = Digest()
+    for layer in layers:
+        digest.add(layer.state_dict())
+    return digest.hex()
