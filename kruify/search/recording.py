@@ -101,9 +101,9 @@ def recording_chain(
     """
     found: dict[SourceGraph, RecordingGraph] = {}
     read: set[str] = set()
-    for graph, file in reversed(files.items()):
+    for graph, file in reversed(list(files.items())):
         is_read = not read.isdisjoint(graph.outputs)
         if is_read or nodes.get(graph):
             found[graph] = RecordingGraph(file, nodes.get(graph, ()), outputs=is_read)
             read |= set(graph.inputs)
-    return dict(reversed(found.items()))
+    return dict(reversed(list(found.items())))
