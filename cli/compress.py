@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     from kruify.tasks.base import Task
 
 
-OF_GRAPHS = ("attempts", "budget", "dtype", "lr", "max_drop", "output", "resume", "seed", "steps")
+OF_PROGRAMS = ("budget", "dtype", "lr", "output", "resume", "seed", "steps")
+"""Options that go with --run."""
+OF_GRAPHS = (*OF_PROGRAMS, "attempts", "max_drop")
 """Options that go with --inputs."""
 
 
@@ -73,6 +76,11 @@ OF_GRAPHS = ("attempts", "budget", "dtype", "lr", "max_drop", "output", "resume"
 )
 @click.option("--epochs", type=NUMBER, help="Passes over the train split in each round.  [default: 5]")
 @click.option("--steps", type=click.IntRange(0, 10**6), help="With --inputs: steps for each layer.  [default: 600]")
+@click.option(
+    "--run",
+    is_flag=True,
+    help="With --inputs: MODEL is a TorchScript archive, a program that runs here with your rights: one you trust.",
+)
 @share_option
 @selection_options
 @lr_option
@@ -93,6 +101,7 @@ def compress(
     task: str | None,
     inputs: str | None,
     steps: int | None,
+    run: bool,
     card: str | None,
     others: tuple[str, ...],
     json_only: bool,
@@ -112,12 +121,15 @@ def compress(
     trained alone to give what it gave on the samples, then all together to give the outputs of the graph, all constants
     in int8; every eighth sample is held out, and the outputs of both graphs are compared on it. Several graphs run one
     after the other, outputs of one being inputs of the next by name; they share one budget, and OUT is a folder.
+
+    With --inputs and --run a TorchScript archive is run, and OUT is the converted file, its layers trained alone.
     """
     if inputs is not None:
-        _compress_graph(models, inputs, task, json_only, {**options, "steps": steps, "card": card, "others": others})
+        given_options = {**options, "steps": steps, "card": card, "others": others}
+        _compress_graph(models, inputs, task, run, json_only, given_options)
         return
     with output(json_only) as out:
-        from kruify.api import compress as run
+        from kruify.api import compress as compressed
         from kruify.checkpoint import atomic_file, check_target, read
         from kruify.errors import TargetMissedError, UsageError
         from kruify.reporting import to_card
@@ -125,8 +137,8 @@ def compress(
         from kruify.tasks.evaluation import Evaluations
         from kruify.tasks.loader import load_task
 
-        if task is None or steps is not None:
-            what = "--steps goes with --inputs" if task else "it needs a task, or the inputs of an ONNX graph"
+        if task is None or steps is not None or run:
+            what = "--steps and --run go with --inputs" if task else "it needs a task, or the inputs of an ONNX graph"
             raise UsageError(what, "compress", "Give --task TASK or --inputs SAMPLES")
         if len(models) > 1:
             raise UsageError("several graphs go together only with --inputs", "compress", "Name one MODEL")
@@ -137,7 +149,7 @@ def compress(
         checkpoint = read(model, key=options["key"])
         made = None
         with progress(f"reading {model}") as advance:
-            done = run(
+            done = compressed(
                 checkpoint,
                 found,
                 progress=advance,
@@ -174,28 +186,33 @@ def compress(
 
 
 def _compress_graph(
-    models: tuple[str, ...], inputs: str, task: str | None, json_only: bool, options: dict[str, Any]
+    models: tuple[str, ...], inputs: str, task: str | None, run: bool, json_only: bool, options: dict[str, Any]
 ) -> None:
     with output(json_only) as out:
         from kruify.errors import TargetMissedError, UsageError
         from kruify.search.graph_compression import compress_graph
+        from kruify.search.program_compression import compress_program
         from kruify.tasks.loader import load_function
 
-        chosen = given(**options)
-        flags = {parameter.name: parameter.opts[0] for parameter in click.get_current_context().command.params}
-        if others := [name for name in chosen if name not in OF_GRAPHS]:
-            raise UsageError(f"{flags[others[0]]} does not go with --inputs", "compress", "Leave it out")
+        context, default = click.get_current_context(), click.core.ParameterSource.DEFAULT
+        flags = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+        chosen = {n: value for n, value in given(**options).items() if context.get_parameter_source(n) is not default}
+        if others := [name for name in chosen if name not in (OF_PROGRAMS if run else OF_GRAPHS)]:
+            what = f"{flags[others[0]]} does not go with {'--run' if run else '--inputs'}"
+            raise UsageError(what, "compress", "Leave it out")
+        if run and (task is not None or len(models) > 1):
+            raise UsageError("--run takes one MODEL and no --task", "compress", "Leave the others out")
         if task is not None:
             chosen["metric"] = load_function(task)
+        if not run:
+            chosen["on_attempt"] = lambda attempt: out.note(_graph_line(attempt))
         with progress(f"reading {models[0]}") as advance:
-            done = compress_graph(
-                models,
+            done = (partial(compress_program, models[0]) if run else partial(compress_graph, models))(
                 inputs,
                 progress=advance,
                 on_layer=lambda layer: out.note(
                     f"layer {layer.name}: relative error {layer.error_before:.4f} -> {layer.error_after:.4f}"
                 ),
-                on_attempt=lambda attempt: out.note(_graph_line(attempt)),
                 **chosen,
             )
         _show_graph(out, done)

@@ -143,12 +143,12 @@ def compress_graph(
         raise UsageError(f"at least one attempt is needed, got {attempts}", "compress")
     paths = [Path(model)] if isinstance(model, str | os.PathLike) else list(map(Path, model))
     output = Path(output)
-    files = _check_targets(output, paths)
     sign = -1 if getattr(metric, "higher_is_better", True) else 1
     tried: list[GraphAttempt] = []
     best, healed = 0, dict[str, HealedLayer]()
     with tempfile.TemporaryDirectory(prefix="kruify-") as name:
         job = GraphJob(paths, Samples(samples), dtype, seed, progress, Path(name))
+        files = _check_targets(output, paths)
         baseline = None if metric is None else _measured(metric, paths)
         allowed = allowed_drop(max_drop, 1.0 if baseline is None else baseline)
         job.plan(budget)

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from kruify.checkpoint import read
 from kruify.conversion import Conversion
 from kruify.conversion.budget import make_budget_plan
-from kruify.conversion.build import build_dense, build_layer
 from kruify.conversion.calibration import Moments
-from kruify.conversion.check import load_tensors
-from kruify.conversion.locate import AnyTensor, RecurrentLayer, locate_checkpoint
+from kruify.conversion.locate import locate_checkpoint
 from kruify.conversion.pipeline import refuse_converted
 from kruify.conversion.plan import Plan
 from kruify.conversion.size import GraphSize
@@ -25,8 +22,7 @@ from kruify.errors import UsageError
 from kruify.graphs.record import NodeCall, recurrent_nodes
 from kruify.graphs.size import GraphBytes
 from kruify.graphs.writing import kept_constants, write_small
-from kruify.layers.storage import mark
-from kruify.layers.storage import within as storage_within
+from kruify.search.layer_modules import dense_module, small_module
 from kruify.training.pieces import Call
 
 GROWTH = 2.0  # a layer that costs too much gets so many times its numbers
@@ -55,7 +51,9 @@ class SourceGraph:
         checkpoint = read(path)
         refuse_converted(checkpoint)
         if checkpoint.format != "onnx":
-            raise UsageError("samples go with an ONNX graph", path, "Give --task, or call kruify.heal")
+            script = checkpoint.format == "torchscript"
+            hint = "Add --run, which runs it, if you trust it" if script else "Give --task, or call kruify.heal"
+            raise UsageError("samples go with an ONNX graph", path, hint)
         whole = GraphBytes(path, graph=False)
         graph = whole.copy.model.graph
         constants = {tensor.name for tensor in graph.initializer}
@@ -73,7 +71,7 @@ class SourceGraph:
         self.size = GraphSize(
             self.tensors, list(self.layers.values()), dtype, self.keep, before=whole.before, graph=whole
         )
-        self.dense = {name: self._dense(layer) for name, layer in self.layers.items()}
+        self.dense = {name: dense_module(layer, self.tensors, path) for name, layer in self.layers.items()}
 
     def convert(self, plan: Plan, moments: Mapping[str, Moments] | None) -> None:
         """Fits what the plan names; everything is rounded to the dtype."""
@@ -108,12 +106,7 @@ class SourceGraph:
 
     def module(self, name: str) -> nn.Module:
         """One of the layers, with the numbers that it has."""
-        item = next(item for item in self.conversion.plan.layers if item.layer.name == name)
-        layer = build_layer(item)
-        layer.batch_first = False  # what is recorded comes so
-        load_tensors(layer, {n: self.conversion.tensors[f"{name}.{n}"] for n in layer.state_dict()})
-        mark(layer, storage_within(self.conversion.storage, name))
-        return layer
+        return small_module(name, self.conversion)
 
     def learn(self, name: str, module: nn.Module) -> None:
         """Takes the numbers of one layer."""
@@ -129,11 +122,3 @@ class SourceGraph:
         layer, batch = self.layers[name], call.input.shape[1]
         zeros = call.input.new_zeros(2 if layer.bidirectional else 1, batch, layer.hidden_size)
         return Call(call.input, call.lengths, tuple(zeros if s is None else s for s in call.states))
-
-    def _dense(self, layer: RecurrentLayer) -> nn.Module:
-        module: Any = build_dense(replace(layer, dtype="float32"))
-        module.batch_first = False  # what is recorded comes so
-        tensors: dict[str, AnyTensor] = {name: self.tensors[f"{layer.name}.{name}"] for name in module.state_dict()}
-        load_tensors(module, tensors, str(self.path))
-        dense: nn.Module = module.requires_grad_(False).eval()
-        return dense

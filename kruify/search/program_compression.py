@@ -1,0 +1,148 @@
+"""A network whose file is its program, made small from samples alone: a TorchScript archive.
+
+The file is run, which reading it never does. What comes out are converted weights, as `kruify.convert` gives them, each
+layer trained alone to give what it gave in the original; the program stays what it is.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from kruify.checkpoint import carried, check_model_target, read
+from kruify.conversion import convert
+from kruify.conversion.calibration import calibrate
+from kruify.conversion.locate import locate_checkpoint
+from kruify.conversion.pipeline import refuse_converted
+from kruify.conversion.size import check_budget_target
+from kruify.conversion.storing import in_float32, write_converted
+from kruify.errors import UsageError, first_line
+from kruify.graphs.difference import Difference, DifferenceSums
+from kruify.progress import Progress
+from kruify.search.graph_compression import GraphAttempt, GraphCompression
+from kruify.search.layer_modules import dense_module, small_module
+from kruify.search.samples import Samples, Source
+from kruify.search.scripted import ScriptedNetwork, known_by, load_script
+from kruify.tasks.base import evaluating
+from kruify.training.layerwise import LR, STEPS, HealedLayer, heal, is_held_out
+from kruify.training.together import Together
+
+FilePath = str | os.PathLike[str]
+ALONE = "no gradient comes through the archive"
+COMPUTED = "its weights are computed by the archive"
+HINT = "Name the arrays as the arguments of its forward, in the dtypes that it takes"
+
+
+def compress_program(
+    model: FilePath,
+    samples: Source,
+    budget: str,
+    output: FilePath,
+    *,
+    dtype: str = "int8",
+    steps: int = STEPS,
+    lr: float = LR,
+    seed: int = 0,
+    resume: FilePath | None = None,
+    progress: Progress | None = None,
+    on_layer: Callable[[HealedLayer], None] | None = None,
+) -> GraphCompression:
+    """Runs a TorchScript archive, which is a program that can do what its author likes, and writes it converted.
+
+    Args:
+        model: the archive.
+        samples: arguments of its `forward` by name, as `Samples` takes them; every eighth is held out.
+        budget: any of `kruify.convert`.
+        output: the converted file: safetensors, or .pt.
+        dtype: how weights are stored.
+        steps, lr, resume: of the training of each layer, as for `kruify.heal`.
+        on_layer: called of each layer when all are trained.
+
+    Raises:
+        UsageError: another kind of file, or samples that do not fit. UnsupportedError: torch cannot load the archive.
+    """
+    path, output = Path(model), Path(output)
+    checkpoint = read(path)
+    refuse_converted(checkpoint)
+    if checkpoint.format != "torchscript":
+        raise UsageError("it is no program that runs", path, "Leave --run out, or call kruify.heal with its code")
+    check_model_target(output, *checkpoint.files)
+    check_budget_target(budget, output)
+    script, located = load_script(path), locate_checkpoint(checkpoint)
+    known = known_by(script, [layer.name for layer in located.layers], checkpoint.prefix)
+    layers = {layer.name: layer for layer in located.layers if layer.name in known}
+    computed = [layer.name for layer in located.layers if layer.name not in known]
+    network = partial(ScriptedNetwork, script, prefix=checkpoint.prefix)
+    tensors = in_float32(checkpoint.tensors.lazy)
+    dense = network({name: dense_module(layer, tensors, path) for name, layer in layers.items()})
+    inputs = _Inputs(Samples(samples), path)
+    moments = calibrate(dense, inputs, progress=progress)
+    with tempfile.TemporaryDirectory(prefix="kruify-") as folder:
+        target = Path(folder) / f"small{output.suffix}"
+        conversion = convert(
+            checkpoint, budget=budget, moments=moments, dtype=dtype, skip=computed, output=target, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+    small = network({item.layer.name: small_module(item.layer.name, conversion) for item in conversion.plan.layers})
+    healing = heal(
+        small, dense, inputs, forward=inputs.forward, steps=steps, lr=lr, seed=seed, resume=resume, progress=progress
+    )
+    if on_layer is not None:
+        for layer in healing.layers:
+            on_layer(layer)
+    outputs = _differences(dense, small, inputs)
+    write_converted(
+        output, {**conversion.tensors, **small.state_dict()}, conversion.plan, conversion.storage,
+        source_sha256=checkpoint.sha256, seed=seed, extra=carried(checkpoint), progress=progress,
+    )  # fmt: skip
+    worst = max((found.relative_error for found in outputs.values()), default=0.0)
+    together = Together(reason=ALONE)
+    attempt = GraphAttempt(output.stat().st_size, list(healing.layers), together, outputs, None, worst)
+    skipped = dict(located.skipped) | dict.fromkeys(computed, COMPUTED)
+    return GraphCompression(output, [output], checkpoint.size, True, 0, None, [attempt], skipped)
+
+
+class _Inputs:
+    """Samples as the inputs of a network, and for `calibrate`."""
+
+    def __init__(self, samples: Samples, path: Path) -> None:
+        self.samples, self.path = samples, path
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for sample in self.samples:
+            yield {name: torch.from_numpy(np.array(value)) for name, value in sample.items()}
+
+    def batches(self, split: str, *, seed: int = 0) -> Iterator[dict[str, Any]]:
+        """Those that are not held out."""
+        return (batch for number, batch in enumerate(self) if not is_held_out(number))
+
+    def forward(self, model: nn.Module, batch: dict[str, Any]) -> Any:
+        """Raises `UsageError` where the network does not take the sample."""
+        try:
+            return model(**batch)
+        except (RuntimeError, TypeError, ValueError) as error:  # torch's, for what the archive's code does not take
+            raise UsageError(f"it cannot be run on the sample ({first_line(error)})", self.path, HINT) from error
+
+
+def _differences(dense: nn.Module, small: nn.Module, inputs: _Inputs) -> dict[str, Difference]:
+    """Of the outputs on held-out samples."""
+    sums = DifferenceSums()
+    for number, batch in enumerate(inputs):
+        if is_held_out(number):
+            found = []
+            for network in (dense, small):
+                with evaluating(network):
+                    leaves = tree_leaves(inputs.forward(network, batch))
+                arrays = [leaf.numpy(force=True) for leaf in leaves if isinstance(leaf, Tensor)]
+                found.append({str(at): array for at, array in enumerate(arrays)})
+            sums.add(*found)
+    return sums.differences()
