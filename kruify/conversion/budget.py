@@ -377,18 +377,21 @@ def at_level(gate: Gate, limits: Budget, level: float = 1.0) -> tuple[int, int |
 
 
 def stacks_may_win(stacks: Sequence[Gate], gates: Sequence[Gate], limits: Budget) -> bool:
-    """Whether stacks keep as much as their gates where each gets an even share: gates share out a budget more finely,
-    and stacks that begin with less do not make up for it."""
+    """Whether stacks keep as much as their gates where each gets an even share, as low rank alone, which is soon told,
+    and as the best of all structures: gates share out a budget more finely, and stacks that begin with less do not make
+    up for it."""
 
-    def kept(items: Sequence[Gate]) -> float:
-        found = 0.0
-        for item in items:
-            energies = [c.energy for c in item.search.candidates(*at_level(item, limits))]
-            found += item.scale * max(energies, default=0.0)
-            item.search.free()
-        return found
+    def low_rank(gate: Gate) -> float:
+        return gate.search.low_rank_energy(*at_level(gate, limits))
 
-    return kept(stacks) >= kept(gates)
+    def best(gate: Gate) -> float:
+        energies = [c.energy for c in gate.search.candidates(*at_level(gate, limits))]
+        gate.search.free()
+        return max(energies, default=0.0)
+
+    return all(
+        sum(s.scale * kept(s) for s in stacks) >= sum(g.scale * kept(g) for g in gates) for kept in (low_rank, best)
+    )
 
 
 def pool_of(gate: Gate, limits: Budget) -> list[ScoredStructure]:

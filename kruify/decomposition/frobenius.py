@@ -7,12 +7,9 @@ from torch import Tensor
 from kruify.decomposition.nearest_sum import nearest
 from kruify.decomposition.rearrangement import rearrange
 from kruify.decomposition.sparse_residual import Blocks, largest_blocks
-from kruify.decomposition.svd import follow
+from kruify.decomposition.svd import improve
 from kruify.decomposition.vectors import VectorSum
 from kruify.factors import Term
-
-FOLLOW_ABOVE = 1 << 18
-"""Entries above which products are improved by one step at a time: an SVD takes ten times as long."""
 
 
 class Frobenius:
@@ -25,8 +22,8 @@ class Frobenius:
     def term(self, rest: Tensor, term: Term, old: VectorSum | None, seed: int) -> VectorSum:
         """The best products for `rest` (rows, cols); `old` are those to improve on, if there are any."""
         tensor = rearrange(rest, term.factors)
-        if old is not None and tensor.ndim == 2 and tensor.numel() > FOLLOW_ABOVE and old.rank == term.rank:
-            return follow(tensor, old)
+        if old is not None and tensor.ndim == 2 and old.rank == term.rank:
+            return improve(tensor, old)
         return nearest(tensor, term.rank, seed=seed, start=old, sweeps=200 if old is None else 10)
 
     def diagonal(self, rest: Tensor) -> Tensor:

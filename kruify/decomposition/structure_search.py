@@ -119,6 +119,11 @@ class StructureSearch:
     def low_rank(self) -> tuple[Shape, Shape]:
         return (self.rows, 1), (1, self.cols)
 
+    def low_rank_energy(self, parameters: int, multiply_adds: int | None = None) -> float:
+        """What low rank alone keeps within the budget."""
+        term = self._term(self.low_rank(), parameters, multiply_adds)
+        return 0.0 if term is None else self.spectrum_energy(term.factors, term.rank)
+
     @cached_property
     def shapes(self) -> list[tuple[Shape, ...]]:
         """Pairs of factors worth trying, low rank left out: all, or for large matrices those near the balance."""

@@ -18,6 +18,7 @@ LANCZOS_SHARE = 16  # ... 1/16 of all
 GRAM_SHARE = 8  # elsewhere, at most 1/8 of all triplets come from the Gram matrix
 PANEL = 16  # rows that stay in the cache between the two products with them
 BASIS = 40  # fewest Lanczos vectors between two restarts
+KRYLOV = 2  # products with M M^T: with one, sums end 2e-4 of their energy lower
 ACCURACY = 1e-13  # of the squared singular values, relative
 
 
@@ -101,6 +102,24 @@ def follow(matrix: Tensor, start: VectorSum) -> VectorSum:
     basis = torch.linalg.qr(work @ image)[0]
     image = work.T @ basis
     return normalised([basis, image] if side == 0 else [image, basis])
+
+
+def improve(matrix: Tensor, start: VectorSum) -> VectorSum:
+    """The best sum of as many products in a small block Krylov space of M M^T that holds `start`: never further from
+    (m, n) `matrix`, and nearly its SVD where it is little changed (Musco & Musco 2015), in a fraction of the time."""
+    rank, side = start.rank, shorter_side(matrix)
+    if (KRYLOV + 1) * rank >= min(matrix.shape):
+        return truncated_svd(matrix, rank)
+    work = matrix if side == 0 else matrix.T
+    basis, image = start.vectors[side], start.vectors[1 - side] * (start.weight > 0)
+    blocks = [basis]
+    for _ in range(KRYLOV):
+        blocks.append(torch.linalg.qr(work @ image)[0])
+        image = work.T @ blocks[-1]
+    basis = torch.linalg.qr(torch.cat(blocks, dim=1))[0]
+    other, weight, turn = torch.linalg.svd(work.T @ basis, full_matrices=False)
+    vectors = [basis @ turn[:rank].T, other[:, :rank]]
+    return VectorSum(weight[:rank], vectors if side == 0 else vectors[::-1])
 
 
 def shorter_side(matrix: Tensor) -> int:
