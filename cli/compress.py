@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 OF_PROGRAMS = ("budget", "dtype", "lr", "output", "resume", "seed", "steps")
 """Options that go with --run."""
-OF_GRAPHS = (*OF_PROGRAMS, "attempts", "max_drop")
+OF_GRAPHS = (*OF_PROGRAMS, "attempts", "card", "max_drop")
 """Options that go with --inputs."""
 
 
@@ -130,7 +130,7 @@ def compress(
         return
     with output(json_only) as out:
         from kruify.api import compress as compressed
-        from kruify.checkpoint import atomic_file, check_target, read
+        from kruify.checkpoint import check_target, read
         from kruify.errors import TargetMissedError, UsageError
         from kruify.reporting import to_card
         from kruify.reporting.build import report
@@ -157,9 +157,11 @@ def compress(
                 on_attempt=lambda attempt: out.note(_line(attempt, found)),
                 **recipe_options(others, options),
             )
-            metrics = Evaluations(found, advance).measure(done.model, "test")
-            if card is not None:
+            if card is None:
+                metrics = Evaluations(found, advance).measure(done.model, "test")
+            else:
                 made = report(model, options["output"], task=task, key=options["key"], progress=advance)
+                metrics = made.models[1].metrics
         _show(out, done, found, metrics, options["output"])
         before, after = checkpoint.weight_bytes, Path(options["output"]).stat().st_size
         out.show(f"weights of {before:,} bytes -> a file of {after:,}, {before / after:.1f}x smaller")
@@ -170,9 +172,7 @@ def compress(
                 f"{timed['dense_ms']:.3f} -> {timed['ms']:.3f} ms"
             )
         if card is not None and made is not None:
-            with atomic_file(card) as file:
-                file.write(to_card(made).encode())
-            out.show(f"wrote {card}")
+            _write_card(out, card, to_card(made))
         size = {"before": before, "after": after, "ratio": before / after}
         out.result({"output": options["output"], **done.to_json(), "metrics": metrics, "bytes": size})
         if not done.within:
@@ -189,7 +189,9 @@ def _compress_graph(
     models: tuple[str, ...], inputs: str, task: str | None, run: bool, json_only: bool, options: dict[str, Any]
 ) -> None:
     with output(json_only) as out:
+        from kruify.checkpoint import check_target
         from kruify.errors import TargetMissedError, UsageError
+        from kruify.reporting import to_graph_card
         from kruify.search.graph_compression import compress_graph
         from kruify.search.program_compression import compress_program
         from kruify.tasks.loader import load_function
@@ -202,6 +204,8 @@ def _compress_graph(
             raise UsageError(what, "compress", "Leave it out")
         if run and (task is not None or len(models) > 1):
             raise UsageError("--run takes one MODEL and no --task", "compress", "Leave the others out")
+        if (card := chosen.pop("card", None)) is not None:
+            check_target(card, *models, options["output"])
         if task is not None:
             chosen["metric"] = load_function(task)
         if not run:
@@ -216,6 +220,8 @@ def _compress_graph(
                 **chosen,
             )
         _show_graph(out, done)
+        if card is not None:
+            _write_card(out, card, to_graph_card(done, models))
         out.result(done.to_json())
         if not done.within:
             drop = done.attempts[done.best].drop
@@ -224,6 +230,14 @@ def _compress_graph(
                 options["output"],
                 "Allow more steps, more attempts, a larger file or a larger drop",
             )
+
+
+def _write_card(out: Output, path: str, card: str) -> None:
+    from kruify.checkpoint import atomic_file
+
+    with atomic_file(path) as file:
+        file.write(card.encode())
+    out.show(f"wrote {path}")
 
 
 def _graph_line(attempt: GraphAttempt) -> str:

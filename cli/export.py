@@ -64,8 +64,8 @@ def export(model: str, json_only: bool, **options: Any) -> None:
     with output(json_only) as out:
         from kruify.api import export as run
 
-        with progress("exporting and comparing"):
-            files = run(model, **given(**{**options, "dense": options["dense"] or None}))
+        with progress("exporting and comparing") as advance:
+            files = run(model, progress=advance, **given(**{**options, "dense": options["dense"] or None}))
         for file in files:
             out.show(_sentence(file))
         if assumed := sorted({OPTIONS.get(item, item) for file in files for item in file.assumed}):

@@ -28,11 +28,13 @@ NUMBER = Number()
 
 
 class Drop(Number):
-    """A number, or a percentage as it was written."""
+    """A number that is not negative, or a percentage as it was written."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         text = str(value).strip()
         number = super().convert(text.removesuffix("%"), param, ctx)
+        if number < 0:
+            self.fail(f"{text[:40]!r} is negative: 0 allows no loss at all.", param, ctx)
         return text if text.endswith("%") else number
 
 

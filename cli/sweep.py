@@ -37,7 +37,12 @@ if TYPE_CHECKING:
 @click.option(
     "--budgets", metavar="B,B,...", default="2x,4x,8x,16x", show_default=True, help="As for convert --budget."
 )
-@click.option("--dir", "folder", metavar="DIR", help="Where networks and state go.  [default: MODEL.sweep beside it]")
+@click.option(
+    "--dir",
+    "folder",
+    metavar="DIR",
+    help="Where networks and state go; an address such as s3://bucket/curve, too.  [default: MODEL.sweep beside it]",
+)
 @click.option("--epochs", type=NUMBER, help="Passes over the train split for each network.  [default: 5]")
 @share_option
 @selection_options
@@ -65,12 +70,17 @@ def sweep(
     with output(json_only) as out:
         from kruify.api import sweep as run
         from kruify.checkpoint import atomic_file, check_target
+        from kruify.checkpoint.remote import is_remote
+        from kruify.errors import UsageError
         from kruify.reporting import to_html
         from kruify.reporting.build import report
         from kruify.tasks.loader import load_task
 
         if html_file:
             check_target(html_file, model)
+            if is_remote(options["folder"]):
+                what = "the report of a sweep reads its networks on this machine"
+                raise UsageError(what, options["folder"], "Leave --html out, or give a folder here")
         found = load_task(task)
         with progress(f"reading {model}") as advance:
             done = run(

@@ -21,8 +21,8 @@ def verify(file: str, source: str | None, key: str | None, json_only: bool) -> N
     with output(json_only) as out:
         from kruify.analysis.verify import verify as check
 
-        with progress(f"verifying {file}"):
-            checks = check(file, source, key=key)
+        with progress(f"reading {file}") as advance:
+            checks = check(file, source, key=key, progress=advance)
         for item in checks:
             out.show(f"{item.name}: {item.detail}")
         out.show(f"{file} is in order")

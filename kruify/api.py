@@ -206,7 +206,8 @@ def sweep(
     """Draws the trade-off curve of a network under several budgets; `model` is untouched.
 
     Args:
-        folder: for networks and state; None for `MODEL.sweep` beside a file.
+        folder: for networks and state, or an address (`kruify.search.trade_off.sweep`); None for `MODEL.sweep` beside a
+            file.
         options: further arguments of `kruify.search.trade_off.sweep`: split, share, seed, and options of the recipe.
 
     Raises:
@@ -230,6 +231,7 @@ def export(
     task: Task | str | None = None,
     original: FilePath | None = None,
     key: str | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> list[Exported]:
     """Writes a network in a form that runs without kruify, runs what was written and compares it.
@@ -238,6 +240,7 @@ def export(
         to: a dense state dict, ONNX, a torch.export program, or a C99 file with weights in eight bits.
         task: export its whole network, not layer by layer; a module needs one.
         original: the file that was converted, to write its kind again; with "onnx" its whole graph, small.
+        progress: told of the layers, where they are written or compared one by one.
         options: further arguments of `kruify.exporting`: dense, batch_first, nonlinearity, tolerance.
 
     Raises:
@@ -255,10 +258,10 @@ def export(
     if isinstance(source, nn.Module):
         raise UsageError("a module is exported with its task", type(model).__name__, "Give task, or save it to a file")
     if to == "dense":
-        return [export_dense(source, path, source=Path(original) if original else None, **options)]
+        return [export_dense(source, path, source=Path(original) if original else None, progress=progress, **options)]
     if original is not None:
         return [export_graph(source, path, Path(original))]
-    return export_layers(source, to, path, **options)
+    return export_layers(source, to, path, progress=progress, **options)
 
 
 def save(model: nn.Module, path: FilePath, *, source_sha256: str = "", seed: int = 0) -> None:
@@ -309,6 +312,7 @@ def load(
 
     Raises:
         PlanError, CorruptError: the file does not fit the model.
+        UsageError: without `into`, the file holds no recurrent layer.
     """
     checkpoint = read(path, key=key)
     if into is not None:
@@ -316,6 +320,9 @@ def load(
     plan = stored_plan(checkpoint) if checkpoint.is_kruify else Plan()
     layers: dict[str, nn.Module] = {item.layer.name: build_layer(item) for item in plan.layers}
     layers |= {layer.name: build_dense(layer) for layer in dense_layers(checkpoint, plan).layers}
+    if not layers:
+        hint = "Give your network as `into`: all its tensors are then loaded"
+        raise UsageError("it holds no recurrent layer", checkpoint.path, hint)
     for name, module in layers.items():
         tensors = {f"{name}.{n}" if name else n: n for n in module.state_dict()}
         missing = sorted(set(tensors) - set(checkpoint.tensors))

@@ -79,10 +79,13 @@ def from_pretrained(
         revision: branch, tag or commit of a repository.
 
     Raises:
-        UsageError: there is no such folder, or the repository cannot be fetched.
+        UsageError: there is no such folder, the repository cannot be fetched, or without `into` there is no recurrent
+            layer.
         UnsupportedError: a repository, and huggingface_hub is not installed.
         CorruptError, PlanError: the weights are damaged, or do not fit `into`.
     """
+    if not source:
+        raise UsageError("no folder or repository is named", "from_pretrained", "Name one")
     folder = Path(source)
     if not os.path.isdir(folder):  # of a name that is too long, too
         folder = _fetched(str(source), revision)

@@ -65,6 +65,9 @@ def test_refusals(tmp_path: Path, small: nn.Module) -> None:
     with pytest.raises(UsageError, match="no such folder"):
         kruify.from_pretrained(tmp_path / "missing")
     folder = kruify.save_pretrained(small, tmp_path / "parity")
+    for nothing in ("", None):
+        with pytest.raises(UsageError, match="no folder or repository is named"):
+            kruify.from_pretrained(nothing)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no revisions"):
         kruify.from_pretrained(folder, revision="main")
     with pytest.raises(UsageError, match="no KRU layer"):
@@ -84,6 +87,10 @@ def test_refusals(tmp_path: Path, small: nn.Module) -> None:
     with pytest.raises(UsageError, match="it is a folder"):
         kruify.save_pretrained(small, tmp_path / "half")
     assert not (tmp_path / "half" / "model.safetensors").exists()
+    kruify.checkpoint.write_safetensors(folder / "model.safetensors", {"out.weight": torch.ones(2, 8)})
+    with pytest.raises(UsageError, match=r"no recurrent layer.*as `into`"):
+        kruify.from_pretrained(folder)
+    kruify.save_pretrained(small, folder)
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "model.safetensors").write_bytes(data)

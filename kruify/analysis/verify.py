@@ -23,6 +23,7 @@ from kruify.errors import CorruptError, PlanError, TargetMissedError
 from kruify.layers import KRU, int8
 from kruify.layers.base import KRUBase
 from kruify.layers.cells import KRUCellBase
+from kruify.progress import Progress
 
 # Largest difference from float64 that rounding explains, relative to the largest output.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
@@ -41,12 +42,19 @@ class Check:
     detail: str
 
 
-def verify(path: str | PathLike[str], source: str | PathLike[str] | None = None, key: str | None = None) -> list[Check]:
+def verify(
+    path: str | PathLike[str],
+    source: str | PathLike[str] | None = None,
+    key: str | None = None,
+    *,
+    progress: Progress | None = None,
+) -> list[Check]:
     """Opens, rebuilds and runs a converted file.
 
     Args:
         source: the dense checkpoint that it should come from.
         key: the nested entry of `source` that holds the state dict, where it has several.
+        progress: told of the layers.
 
     Raises:
         CorruptError: the file is damaged, a tensor is missing, has another shape, or is not finite; it is not made from
@@ -64,7 +72,7 @@ def verify(path: str | PathLike[str], source: str | PathLike[str] | None = None,
     _check_form(checkpoint, plan)
     checks.append(Check("plan", f"{len(list(plan.matrices()))} matrices rebuilt from their factors"))
     checks.append(_finite(checkpoint))
-    checks += _layers(checkpoint)
+    checks += _layers(checkpoint, progress)
     if source is not None:
         checks.append(_source(checkpoint, dense, read(source, key=key)))
     return checks
@@ -88,13 +96,15 @@ def _finite(checkpoint: Checkpoint) -> Check:
     return Check("numbers", f"{numbers:,} in {len(checkpoint.tensors)} tensors, all finite")
 
 
-def _layers(checkpoint: Checkpoint) -> list[Check]:
+def _layers(checkpoint: Checkpoint, progress: Progress | None) -> list[Check]:
     """Runs every converted layer as it would run here, and torch's own dense layer in float64."""
-    checks = []
+    checks = list[Check]()
     layers = layers_of(checkpoint)
     for (layer, _), module in zip(layers.items, layers.modules(), strict=True):
         if layer.name not in layers.planned:
             continue
+        if progress is not None:
+            progress(len(checks), len(layers.planned), f"running layers: {layer.name}")
         if isinstance(module, KRU):
             exact: nn.Module = dense_kru(module, torch.float64)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,8 +45,11 @@ def check_target(path: str | os.PathLike[str], *taken: str | os.PathLike[str]) -
     folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
         raise UsageError(f"there is no folder {path.parent}", path, "Make it first")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"the folder {path.parent} cannot be written to", path, "Name a file in another one")
+    try:  # permissions do not tell: root has them all, in /proc and on a read-only disk, too
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        what = f"the folder {path.parent} cannot be written to ({error.strerror})"
+        raise UsageError(what, path, "Name a file in another one") from None
 
 
 def check_model_target(path: str | os.PathLike[str], *taken: str | os.PathLike[str]) -> None:

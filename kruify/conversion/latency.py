@@ -129,6 +129,14 @@ def timed_plans(
     everything = make_plan(file.layers, "auto", "auto", only, skip)
     kinds = _Kinds(file, everything, moments, {} if searches is None else searches, divided(file.layers, overrides))
     clock, timed = _Clock(file), dict[str, TimedPlan]()
+    gone, steps = 0, 2 * (HALVINGS + FEW_HALVINGS + 2)
+
+    def tell(count: int) -> None:
+        """Of the steps of the four searches so many are over, or need not be gone."""
+        nonlocal gone
+        gone += count
+        if progress is not None:
+            progress(gone, steps, "timing plans")
 
     def fast_enough(found: BudgetPlan | None, stacked: bool) -> bool | None:
         """Of a plan that is new, once timed; None where there is none so small."""
@@ -143,24 +151,27 @@ def timed_plans(
         key = plan.to_json()
         if key not in timed:
             timed[key] = TimedPlan(plan, clock.time(plan), kinds.kept(found), stacked)
-            if progress is not None:
-                progress(len(timed), 2 * (HALVINGS + FEW_HALVINGS + 2), "timing plans")
         return timed[key].milliseconds <= share * clock.dense
 
     def largest(stacked: bool, inputs: bool, low: float, high: float, halvings: int) -> float | None:
         """The largest share between that is fast enough; None where `low` is not."""
         if fast_enough(kinds.plan(stacked, inputs, low), stacked) is False:
+            tell(1 + halvings)
             return None
+        tell(1)
         for _ in range(halvings):
             middle = (low * high) ** 0.5
             slow = fast_enough(kinds.plan(stacked, inputs, middle), stacked) is False
             low, high = (low, middle) if slow else (middle, high)
+            tell(1)
         return low
 
     if not fast_enough(BudgetPlan({}, {}), False):
         for inputs in (True, False):
             most = largest(True, inputs, LEAST_SHARE, 1.0, HALVINGS)
-            if most is not None:  # nothing is faster at as many multiply-adds
+            if most is None:  # nothing is faster at as many multiply-adds
+                tell(1 + FEW_HALVINGS)
+            else:
                 largest(False, inputs, most / 8, most, FEW_HALVINGS)
     return LatencyPlan(1 / share, clock.dense, [*timed.values()])
 

@@ -47,6 +47,7 @@ from kruify.exporting.scan_layer import traceable
 from kruify.exporting.shapes import interface_of, no_kru
 from kruify.graphs import compare_graphs, write_small
 from kruify.layers.base import KRUBase
+from kruify.progress import Progress
 from kruify.tasks.base import Task, to_device
 
 Format = Literal["onnx", "torch"]
@@ -63,6 +64,7 @@ def export_layers(
     batch_first: bool | None = None,
     nonlinearity: str | None = None,
     tolerance: float = TOLERANCE,
+    progress: Progress | None = None,
 ) -> list[Exported]:
     """Each recurrent layer of a checkpoint by itself; with several, the layer's name goes before the ending of `path`.
 
@@ -71,6 +73,7 @@ def export_layers(
             not say.
         nonlinearity: "tanh" or "relu", of plain RNNs where the file does not say, as no state dict does; None takes
             tanh. What was assumed is in `Exported.assumed`.
+        progress: told of the layers.
 
     Raises:
         UsageError: the file has no recurrent layer, or `nonlinearity` contradicts the file or has no RNN to act on.
@@ -83,8 +86,10 @@ def export_layers(
     layers = replace(
         found, items=[(layer, matrices) for layer, (_, matrices) in zip(completed, found.items, strict=True)]
     )
-    exported = []
+    exported = list[Exported]()
     for layer, module in zip(completed, layers.modules(), strict=True):
+        if progress is not None:
+            progress(len(exported), len(completed), f"exporting and comparing: {layer.name}")
         file = path if len(completed) == 1 else path.with_name(f"{path.stem}.{layer.name}{path.suffix}")
         written = WRITERS[to](module, file, dense=dense, name=layer.name, tolerance=tolerance)
         exported.append(replace(written, assumed=(*_assumed(layer, to), *_unsaid(checkpoint, [layer.name]))))
@@ -121,7 +126,12 @@ def _unsaid(checkpoint: Checkpoint, layers: Iterable[str]) -> tuple[str, ...]:
 
 
 def export_dense(
-    checkpoint: Checkpoint, path: Path, *, source: Path | None = None, tolerance: float = TOLERANCE
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    source: Path | None = None,
+    tolerance: float = TOLERANCE,
+    progress: Progress | None = None,
 ) -> Exported:
     """The dense model, for nn.LSTM and friends.
 
@@ -130,6 +140,7 @@ def export_dense(
 
     Args:
         source: the file that was converted; needed where it was more than its tensors (whole module, ONNX, Keras).
+        progress: told of the layers that are compared.
 
     Raises:
         UsageError: kruify did not convert the file, or the ending is unknown.
@@ -148,7 +159,9 @@ def export_dense(
         worst, count = 0.0, 0
         converted, written = layers_of(checkpoint), layers_of(read(file))
         modules = {layer.name: module for (layer, _), module in zip(written.items, written.modules(), strict=True)}
-        for (layer, _), module in zip(converted.items, converted.modules(), strict=True):
+        for place, ((layer, _), module) in enumerate(zip(converted.items, converted.modules(), strict=True)):
+            if progress is not None:
+                progress(place, len(converted.items), f"comparing: {layer.name}")
             if layer.name not in converted.planned:
                 continue
             other = modules.get(layer.name)

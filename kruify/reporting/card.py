@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kruify.conversion.plan import Plan
 from kruify.conversion.result import gates_of
 from kruify.reporting.markdown import body, table
 from kruify.reporting.report import ModelReport, Report
 from kruify.reporting.rows import metric
+
+if TYPE_CHECKING:
+    from kruify.search.graph_compression import GraphCompression
 
 USE = """## Use
 
@@ -59,6 +62,33 @@ def to_plain_card(name: str, plan: Plan, storage: Mapping[str, str], size: int, 
     parts += ["\n".join(table(columns, rows))] if rows else []
     use = USE.format(function="from_pretrained", file=json.dumps(name))
     return "\n\n".join([f"{_front_matter({})}\n# {name}", *parts, use])
+
+
+def to_graph_card(done: GraphCompression, models: Sequence[str]) -> str:
+    """The card of what `compress_graph` wrote.
+
+    Args:
+        models: the graphs that it was made from.
+    """
+    best, names = done.attempts[done.best], ", ".join(f"`{Path(model).name}`" for model in models)
+    parts = [
+        f"Made from {names} by kruify: sums of Kronecker products in place of dense recurrent matrices, constants in "
+        f"fewer bits. {done.before:,} -> {best.bytes:,} bytes, {done.before / best.bytes:.1f}x smaller."
+    ]
+    if best.metric is not None and done.baseline is not None:
+        parts.append(f"Metric: {metric(best.metric)}, of the original {metric(done.baseline)}.")
+    outputs = [
+        [f"`{name}`", f"{found.relative_error:.4f}", f"{found.snr_db:.1f} dB"] for name, found in best.outputs.items()
+    ]
+    layers = [[f"`{one.name}`", f"{one.error_before:.4f}", f"{one.error_after:.4f}"] for one in best.layers]
+    for what, columns, rows in (
+        ("The outputs beside the original's", ["output", "relative error", "SNR"], outputs),
+        ("The outputs of each recurrent layer beside the original's", ["layer", "converted", "trained"], layers),
+    ):
+        if rows:
+            parts.append("\n".join([f"{what}, on samples that were held out:", "", *table(columns, rows)]))
+    parts.append("## Use\n\nONNX Runtime and whatever else reads ONNX runs it like the original.\n")
+    return "\n\n".join([f"{_front_matter({})}\n# {done.output.stem}", *parts])
 
 
 def _front_matter(entries: Mapping[str, Any]) -> str:

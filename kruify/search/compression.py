@@ -21,7 +21,7 @@ from kruify.search.candidate_search import SHARE, CandidateSearch
 from kruify.search.candidates import Candidate, CandidateResult, Choice, Selection
 from kruify.search.job_state import JobState
 from kruify.search.max_drop import allowed_drop
-from kruify.search.workers import Ray
+from kruify.search.workers import Ray, check_ray
 from kruify.tasks.base import Task
 
 GROWTH = 2.0  # a layer that costs too much gets so many times its parameters
@@ -154,6 +154,7 @@ def compress(
         raise UsageError(f"at least one attempt is needed, got {attempts}", "compress")
     parse_budget(budget)
     allowed_drop(max_drop, 0.0)
+    check_ray(ray)
     search = CandidateSearch(
         dense, task, share=share, source=source, seed=seed, device=device, progress=progress, dtype=dtype, keep=keep,
         selection=Selection(tuple(only), tuple(skip), overrides or {}, input_factors), log_dir=log_dir, **recipe,

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from kruify.checkpoint import atomic_file, tensor_bytes
+from kruify.checkpoint import atomic_file, check_target, tensor_bytes
 from kruify.checkpoint.file_bytes import parse_json
 from kruify.errors import CorruptError, PlanError, UsageError
 
@@ -31,7 +31,7 @@ class JobState:
         found: what an earlier process has kept, empty for a job that begins.
 
     Raises:
-        UsageError: the folder cannot be made, or its file is of a job with other settings.
+        UsageError: the folder cannot be made or written to, or its file is of a job with other settings.
         CorruptError: its file cannot be read. UnsafeError: it is nested too deeply.
     """
 
@@ -45,6 +45,7 @@ class JobState:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"the folder cannot be made ({error.strerror})", folder, "Name another one") from None
+        check_target(self.file)
         if not self.file.exists():
             return
         try:

@@ -11,7 +11,7 @@ def allowed_drop(max_drop: float | str | None, value: float) -> float | None:
     """`max_drop` in the units of a metric: of "1%" a hundredth of `value`, the original network's.
 
     Raises:
-        UsageError: it is neither a number nor a percentage.
+        UsageError: it is neither a number nor a percentage, or the percentage is negative.
     """
     if not isinstance(max_drop, str):
         return max_drop
@@ -20,7 +20,7 @@ def allowed_drop(max_drop: float | str | None, value: float) -> float | None:
         found = float(number)
     except ValueError:
         found = math.nan
-    if not math.isfinite(found):
+    if not math.isfinite(found) or found < 0:
         hint = "Write 0.01, in the metric's own units, or 1%, of the original network's value"
         raise UsageError(f"'{max_drop[:40]}' is no drop of a metric", "max_drop", hint)
     return abs(value) * found / 100 if percent else found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -16,6 +17,7 @@ from torch import nn
 from kruify.analysis.contender import int8_network
 from kruify.checkpoint import Checkpoint
 from kruify.checkpoint.file_bytes import parsed
+from kruify.checkpoint.remote import exists, fetch_file, is_remote, send_file
 from kruify.checkpoint.writing import as_lazy
 from kruify.conversion import plan_of
 from kruify.conversion.budget import parse_budget
@@ -27,7 +29,7 @@ from kruify.progress import Progress
 from kruify.search.candidate_search import SHARE, CandidateSearch
 from kruify.search.candidates import CandidateResult, Selection
 from kruify.search.job_state import JobState
-from kruify.search.workers import Ray, spread
+from kruify.search.workers import Ray, check_ray, spread
 from kruify.tasks.base import Task
 
 INT8 = "int8"  # the budget of the rival: no budget is written so
@@ -142,6 +144,8 @@ def sweep(
 
     Args:
         dense: the trained network; it is the teacher, and is left alone.
+        folder: on this machine, or an address that fsspec knows, such as s3://bucket/curve, to which each network goes
+            when it is finished: trainings under way are then begun anew.
         budgets: such as "2x", "4x", "params=10%", "size=8x" (kruify.conversion.budget.parse_budget).
         share: of the epochs for which each candidate structure is trained; 0 takes what keeps the most energy.
         source: the file that holds `dense`, if one does.
@@ -150,7 +154,7 @@ def sweep(
         only, skip, overrides, input_factors, log_dir: as in `search.compression.compress`.
         on_point: called after each network.
         ray: True or the address of a cluster: each budget is a task of Ray, and gives the bits that it gives in this
-            process; the folder must be on all its machines. One that is interrupted goes on, there or here.
+            process; the folder must be an address, or on all its machines, where one that is interrupted goes on.
         recipe: options of kruify.training.Recipe, such as epochs.
 
     Raises:
@@ -161,11 +165,30 @@ def sweep(
         parse_budget(budget)
     if not budgets or len(set(budgets)) != len(budgets):
         raise UsageError(f"a sweep takes different budgets, got {', '.join(budgets) or 'none'}")
+    check_ray(ray)
     search = CandidateSearch(
         dense, task, share=share, source=source, seed=seed, device=device, progress=progress, dtype=dtype, keep=keep,
         selection=Selection(tuple(only), tuple(skip), overrides or {}, input_factors), log_dir=log_dir, **recipe,
     )  # fmt: skip
-    folder = Path(folder)
+    if not is_remote(folder):
+        return _sweep(search, budgets, Path(folder), None, split, on_point, ray)
+    with tempfile.TemporaryDirectory(prefix="kruify-") as name:
+        return _sweep(search, budgets, Path(name), str(folder).rstrip("/"), split, on_point, ray)
+
+
+def _sweep(
+    search: CandidateSearch,
+    budgets: Sequence[str],
+    folder: Path,
+    address: str | None,
+    split: str,
+    on_point: Callable[[Point], None] | None,
+    ray: Ray,
+) -> Sweep:
+    """The sweep in a folder of this machine, whose results go to an address, if there is one."""
+    task = search.task
+    if address is not None:
+        fetch_file(f"{address}/sweep.json", folder / "sweep.json")
     state = JobState(folder, "sweep", {**search.settings, "split": split})
     known = state.read(lambda found: _known(found, task.metric))
     order = ("dense", INT8, *budgets)
@@ -173,6 +196,8 @@ def sweep(
     def done(point: Point) -> None:
         known[point.budget] = point
         state.keep(points=[known[b].to_json() for b in dict.fromkeys((*order, *known)) if b in known])
+        if address is not None:
+            send_file(folder / "sweep.json", f"{address}/sweep.json")
         tell(point)
 
     def tell(point: Point) -> None:
@@ -187,7 +212,8 @@ def sweep(
         elif budget == INT8 and (point := _int8_point(known["dense"], search, split)) is not None:
             done(point)
     missing = [budget for budget in budgets if budget not in known]
-    for _, point in spread(partial(_make, search, folder, split), missing, ray, task, progress):
+    make = partial(_make, search, folder, split) if address is None else partial(_make_there, search, address, split)
+    for _, point in spread(make, missing, ray, task, search.progress):
         done(point)
     points, bend = [known[budget] for budget in ("dense", *budgets)], (task.metric, task.higher_is_better)
     return Sweep(points, *bend, split, knee(points, *bend), known.get(INT8))
@@ -197,7 +223,8 @@ def _known(found: Mapping[str, Any], metric: str) -> dict[str, Point]:
     """The points whose networks are still there, by budget; KeyError for one without the metric."""
     points = list(map(Point.from_json, found.get("points", [])))
     _ = [point.metrics[metric] for point in points]
-    return {p.budget: p for p in points if p.file is None or Path(p.file).exists()}
+    there = [p.file is None or (exists(p.file) if is_remote(p.file) else Path(p.file).exists()) for p in points]
+    return {point.budget: point for point, found in zip(points, there, strict=True) if found}
 
 
 def _dense_point(search: CandidateSearch, split: str) -> Point:
@@ -241,6 +268,16 @@ def _make(search: CandidateSearch, folder: Path, split: str, budget: str) -> Poi
         candidates=choice.results,
         latency=choice.candidate.latency,
     )
+
+
+def _make_there(search: CandidateSearch, address: str, split: str, budget: str) -> Point:
+    """`_make` in a folder that is deleted, and the network sent to the address."""
+    with tempfile.TemporaryDirectory(prefix="kruify-") as name:
+        point = _make(search, Path(name), split, budget)
+        assert point.file is not None
+        target = f"{address}/{Path(point.file).name}"
+        send_file(Path(point.file), target)
+        return replace(point, file=target)
 
 
 def knee(points: Sequence[Point], metric: str, higher_is_better: bool) -> int | None:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,16 @@ Ray = bool | str
 """False for this process, True for the cluster that RAY_ADDRESS names or else one on this machine, or an address."""
 
 
+def check_ray(ray: Ray) -> None:
+    """Fails before hours of work, not after them.
+
+    Raises:
+        UnsupportedError: Ray is asked for, and not installed.
+    """
+    if ray and find_spec("ray") is None:
+        raise UnsupportedError("ray is not installed", "--ray", "Run: pip install 'kruify[ray]'")
+
+
 def spread(
     function: Callable[[Item], Result], items: Sequence[Item], ray: Ray, task: object, progress: Progress | None = None
 ) -> Iterator[tuple[Item, Result]]:
@@ -27,13 +38,14 @@ def spread(
     With Ray each item is a task that takes as many processors as torch has threads here, so that it gives the same
     bits as in this process. One whose worker dies is started again, up to three times, on another machine if need be.
     The working directory, and what is read and written there, must be on all machines.
+    `check_ray` tells before the work begins whether Ray is there.
 
     Args:
         task: the user's; its class goes to the workers with its code, because they do not know his file.
         progress: told how many tasks of Ray are done.
 
     Raises:
-        UnsupportedError: ray is not installed. UsageError: there is no cluster at the address.
+        UsageError: there is no cluster at the address.
         KruifyError: what `function` raises; workers died too often.
     """
     if not ray:
@@ -51,12 +63,14 @@ def _as_tasks(
     remote = cluster.remote(num_cpus=threads, num_gpus=int(torch.cuda.is_available()))(_run)
     shared = cluster.put(function)
     waiting = {remote.remote(shared, item, threads, os.getcwd()): item for item in items}
+    tell = progress or (lambda done, total, text: None)
+    tell(0, len(items), "tasks of Ray")
     try:
         while waiting:
-            if progress is not None:
-                progress(len(items) - len(waiting), len(items), "tasks of Ray")
             done = cluster.wait(list(waiting))[0][0]
-            yield waiting.pop(done), cluster.get(done)
+            result = waiting.pop(done), cluster.get(done)
+            tell(len(items) - len(waiting), len(items), "tasks of Ray")
+            yield result
     except cluster.exceptions.RayTaskError as error:
         raise error.cause from error
     except cluster.exceptions.RayError as error:
@@ -75,10 +89,8 @@ def _run(function: Callable[[Item], Result], item: Item, threads: int, folder: s
 @contextmanager
 def _cluster(address: Ray) -> Iterator[Any]:
     """The module ray, connected; a connection that was there before stays."""
-    try:
-        import ray
-    except ImportError:
-        raise UnsupportedError("ray is not installed", "--ray", "Run: pip install 'kruify[ray]'") from None
+    import ray
+
     before = ray.is_initialized()
     if not before:
         try:

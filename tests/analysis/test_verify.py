@@ -44,7 +44,10 @@ def rewritten(path: Path, **changes: torch.Tensor | None) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_sound_files_of_every_kind(layer, dtype, tmp_path):
     save(convert(nn.ModuleDict({"rnn": layer}).to(dtype), "auto")[0], tmp_path / "x")
-    assert [c.name for c in verify(tmp_path / "x")] == ["file", "plan", "numbers", "layer rnn"]
+    told: list[tuple[float, float, str]] = []
+    checks = verify(tmp_path / "x", progress=lambda *now: told.append(now))
+    assert [c.name for c in checks] == ["file", "plan", "numbers", "layer rnn"]
+    assert told == [(0, 1, "running layers: rnn")]
 
 
 def test_source(files, tmp_path):

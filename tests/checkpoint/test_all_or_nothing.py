@@ -15,7 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from kruify.checkpoint import metadata_for, origin, read, write_original, write_safetensors, write_torch, writing
+from kruify.checkpoint import (
+    check_target,
+    metadata_for,
+    origin,
+    read,
+    write_original,
+    write_safetensors,
+    write_torch,
+    writing,
+)
 from kruify.errors import UsageError
 
 OLD = {"w": torch.zeros(50), "v": torch.zeros(3)}
@@ -125,6 +134,8 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
 def test_a_folder_that_takes_no_files() -> None:
     with pytest.raises(UsageError, match="cannot be written"):
         write_safetensors("/proc/a.safetensors", NEW)
+    with pytest.raises(UsageError, match="folder /proc cannot be written to"):  # root has the permission
+        check_target("/proc/a.safetensors")
 
 
 def test_links(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_within_max_drop(folder, run_json):
 
 def test_out_of_reach(folder, run):
     result = run(
-        "compress", "model.pt", "--task", "task.py:Echo", "--budget", "2x", "--epochs", "0", "--max-drop", "-100",
+        "compress", "model.pt", "--task", "task.py:Echo", "--budget", "2x", "--epochs", "0", "--max-drop", "0",
         "--attempts", "1", "--trial", "0", "-o", "small.kru.safetensors",
     )  # fmt: skip
     assert result.exit_code == 6

@@ -70,6 +70,8 @@ def test_every_number_of_the_recipe_has_bounds(name, value, folder, run):
         ("sweep", ("--budgets", "0x")),
         ("sweep", ("--trial", "1e8")),
         ("compress", ("--trial", "-1")),
+        ("compress", ("--max-drop", "-5%")),
+        ("compress", ("--max-drop", "-0.1")),
         ("convert", ("--max-error", "-1")),
         ("train", ("--steps", "999999999")),
         ("train", ("--cell", "lstm", "--hidden", "16777216")),

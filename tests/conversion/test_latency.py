@@ -63,9 +63,14 @@ def test_every_plan_is_recorded_with_its_time_and_the_energy_it_keeps(net: nn.Mo
 
 
 def test_a_latency_out_of_reach_names_the_fastest_plan(net: nn.ModuleDict) -> None:
+    told: list[tuple[float, float]] = []
     with pytest.raises(TargetMissedError, match=r"the fastest plan that was found takes [\d.]+x less time") as error:
-        kruify.convert(net, budget="latency=100000x", only=["a"])
+        kruify.convert(
+            net, budget="latency=100000x", only=["a"],
+            progress=lambda done, total, phase: told.append((done, total)) if phase == "timing plans" else None,
+        )  # fmt: skip
     assert "Allow latency=" in error.value.hint
+    assert told == sorted(told) and told[-1] == (20, 20)  # also where searches end early
 
 
 def test_tied_matrices_become_the_same_and_patterns_hold(net: nn.ModuleDict) -> None:

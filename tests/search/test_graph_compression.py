@@ -264,7 +264,7 @@ def test_the_command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         np.savez(f"samples/{number}.npz", **sample)
     Path("measure.py").write_text("from pathlib import Path\ndef size(path): return Path(path).stat().st_size\n")
     command = ["compress", str(model), "--inputs", "samples", "--budget", "size=2x", "-o", "small.onnx", "--json"]
-    result = CliRunner().invoke(cli, [*command, "--task", "measure.py:size", "--max-drop", "1"])
+    result = CliRunner().invoke(cli, [*command, "--task", "measure.py:size", "--max-drop", "1", "--card", "card.md"])
     assert result.exit_code == 6, result.output  # a smaller file is worse by this metric
     assert "bytes: metric worse by" in result.stderr
     found = json.loads(result.stdout)
@@ -272,6 +272,9 @@ def test_the_command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found["baseline"] == found["bytes"]["before"] and found["attempts"][0]["metric"] == found["bytes"]["after"]
     assert set(found["attempts"][0]["outputs"]["y"]) == {"relative_error", "snr_db", "agreement"}
     assert found["files"] == ["small.onnx"] and set(found["timing"]) == {"load_ms", "run_ms"}
+    card, sizes = Path("card.md").read_text(), found["bytes"]
+    assert card.startswith("---\nlibrary_name:") and f"{sizes['before']:,} -> {sizes['after']:,} bytes" in card
+    assert f"| `y` | {found['attempts'][0]['outputs']['y']['relative_error']:.4f} | " in card
     refused = CliRunner().invoke(cli, [*command, "--epochs", "3"])
     assert refused.exit_code == 2 and "--epochs does not go with --inputs" in refused.stderr
     nothing = CliRunner().invoke(cli, ["compress", str(model), "--budget", "size=2x", "-o", "small.onnx"])

@@ -16,6 +16,7 @@ from torch.ao.quantization import quantize_dynamic
 import kruify
 from kruify.analysis.latency import measure_latency
 from kruify.checkpoint import read
+from kruify.checkpoint.remote import fetch_file
 from kruify.cli.main import cli
 from kruify.errors import CorruptError, UnsafeError, UsageError
 from kruify.search.trade_off import Point, knee, sweep
@@ -88,6 +89,24 @@ def test_sweep_and_going_on(tmp_path: Path) -> None:
         next(other.parameters()).add_(1e-3)
     with pytest.raises(UsageError, match="other model"):
         sweep(other, task, ["2x"], tmp_path / "s", epochs=1)
+
+
+def test_the_folder_may_be_an_address(tmp_path: Path) -> None:
+    """The same networks, and the same going on, in a file system of fsspec."""
+    address, task = f"memory://{tmp_path}/curve", Toy()
+    here = sweep(Toy().model(), Toy(), ["2x", "4x"], tmp_path / "s", epochs=1)
+    there = sweep(Toy().model(), Toy(), ["2x"], address, epochs=1)
+    assert there.points[1].file == f"{address}/2x.kru.safetensors"
+    there = sweep(task.model(), task, ["2x", "4x"], f"{address}/", epochs=1)
+    assert task.evaluations == 1  # of 4x alone
+    assert json.dumps(there.to_json()) == json.dumps(here.to_json()).replace(str(tmp_path / "s"), address)
+    for name in ("2x", "4x"):
+        assert fetch_file(f"{address}/{name}.kru.safetensors", tmp_path / name)
+        assert (tmp_path / name).read_bytes() == (tmp_path / "s" / f"{name}.kru.safetensors").read_bytes()
+    with pytest.raises(UsageError, match=r"holds another sweep \(other recipe\)"):
+        sweep(Toy().model(), Toy(), ["2x"], address, epochs=2)
+    with pytest.raises(UsageError, match=r"nowhere://a/sweep\.json: it cannot be reached"):
+        sweep(Toy().model(), Toy(), ["2x"], "nowhere://a", epochs=1)
 
 
 def test_refusals(tmp_path: Path) -> None:
