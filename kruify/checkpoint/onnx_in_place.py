@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,8 +23,10 @@ DATA = ".data"
 """What follows the name of a model in that of the file with its other numbers."""
 MOST = 2**31 - 1
 """Bytes of a model's own file: protobuf's limit."""
-ALIGNED = 4096
-"""Where numbers begin in a file of their own, a multiple of a page, which a runtime can map."""
+PAGE = 4096
+"""Numbers of a page or more begin at a multiple of it in a file of their own: a runtime can map them."""
+ALIGNED = 64
+"""Where fewer begin."""
 
 
 @dataclass
@@ -146,7 +148,7 @@ class OnnxCopy:
         Raises:
             UnsupportedError: with `one_file` the model would take more than that.
         """
-        kept = [(proto, place) for proto in self._held() if (place := outside(proto, self.source)) is not None]
+        kept = self.outside()
         if one_file:
             for proto, place in kept:
                 with place.file.open("rb") as held:
@@ -157,17 +159,16 @@ class OnnxCopy:
         if own or (kept and not one_file):
             data = target.with_name(target.name + DATA)
             with atomic_file(data) as file:
-                starts: dict[Outside, int] = {}
+                starts = starts_of(place for _, place in kept)
+                for place, start in starts.items():
+                    file.write(bytes(start - file.tell()))
+                    with place.file.open("rb") as held:
+                        held.seek(place.start)
+                        file.writelines(chunks(held, place.length))
                 for proto, place in kept:
-                    if place not in starts:
-                        file.write(bytes(-file.tell() % ALIGNED))
-                        starts[place] = file.tell()
-                        with place.file.open("rb") as held:
-                            held.seek(place.start)
-                            file.writelines(chunks(held, place.length))
                     _refer(proto, data.name, starts[place], place.length)
                 for proto in own:
-                    file.write(bytes(-file.tell() % ALIGNED))
+                    file.write(bytes(_padding(file.tell(), len(proto.raw_data))))
                     start, length = file.tell(), file.write(proto.raw_data)
                     proto.ClearField("raw_data")
                     _refer(proto, data.name, start, length)
@@ -178,11 +179,15 @@ class OnnxCopy:
         with atomic_file(target) as file:
             file.write(self.model.SerializeToString(deterministic=True))
 
+    def outside(self) -> list[tuple[Proto, Outside]]:
+        """The tensors whose numbers stand in other files, and where."""
+        return [(proto, place) for proto in self._held() if (place := outside(proto, self.source)) is not None]
+
     def _large(self) -> list[Proto]:
         """Initializers with numbers of their own that take a page or more."""
         bodies = (scope.body for scope in self.found.scopes)
         held = {id(proto): proto for body in bodies for proto in getattr(body, "initializer", ())}
-        return [proto for proto in held.values() if len(proto.raw_data) >= ALIGNED]
+        return [proto for proto in held.values() if len(proto.raw_data) >= PAGE]
 
     def _held(self) -> Iterator[Proto]:
         """Every tensor of every graph, once."""
@@ -248,6 +253,22 @@ class OnnxCopy:
             nodes[:0] = [helper.make_node("Constant", [], [proto.name], value=proto) for proto in made.constants]
         for node in reversed(nodes):
             body.node.insert(0, node)
+
+
+def starts_of(places: Iterable[Outside]) -> dict[Outside, int]:
+    """Where the numbers of tensors begin in the file that `OnnxCopy.save` writes beside the model."""
+    starts: dict[Outside, int] = {}
+    end = 0
+    for place in places:
+        if place not in starts:
+            starts[place] = end + _padding(end, place.length)
+            end = starts[place] + place.length
+    return starts
+
+
+def _padding(at: int, length: int) -> int:
+    """Bytes between `at` and where so many bytes may begin."""
+    return -at % (PAGE if length >= PAGE else ALIGNED)
 
 
 def _refer(proto: Proto, location: str, start: int, length: int) -> None:

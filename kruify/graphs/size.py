@@ -14,7 +14,7 @@ from torch import Tensor
 from kruify.checkpoint import LazyTensor
 from kruify.checkpoint.onnx_file import Weight
 from kruify.checkpoint.onnx_graph import Proto
-from kruify.checkpoint.onnx_in_place import Content, OnnxCopy
+from kruify.checkpoint.onnx_in_place import Content, OnnxCopy, starts_of
 from kruify.checkpoint.stored import INDEX
 from kruify.factors import Structure
 from kruify.graphs.writing import Contents, file_bytes, names_in_file, weight_names
@@ -35,6 +35,8 @@ class GraphBytes:
         self.copy = OnnxCopy(Path(original), graph)
         self.before = file_bytes(self.copy)
         self._gains: dict[Hashable, int] = {}
+        self._outside = self.copy.outside()
+        self._sources = self._found_sources()
 
     def of(
         self,
@@ -49,29 +51,47 @@ class GraphBytes:
         in_file = names_in_file(self.copy.found)
         structures, storage = in_file(structures), in_file(storage)
         contents = Contents(self.copy.found.tensors, _zeros(in_file(planned), structures), structures, storage)
-        total = self.before
+        total, gone, small = self.copy.source.stat().st_size, set[int](), set[int]()
         for name, proto in self.copy.found.protos.items():
             if name in storage or name in structures:
                 key: Hashable = name, structures.get(name), storage.get(name)
                 if key not in self._gains:
                     content = contents.constant(name, self.copy.found.tensors[name])
-                    self._gains[key] = _bytes(content, name) - _size(proto)
+                    self._gains[key] = 0 if content is None else _bytes(content, name) - _size(proto)
                 total += self._gains[key]
+                gone |= {id(proto)} if self._gains[key] else set()
         for group in self.copy.groups():
             made: dict[Hashable, int] = {}
             for layer, weight in group:
                 names = weight_names(self.copy.found, layer, weight.part)
                 form = tuple((structures.get(name), storage.get(name)) for name in names)
-                if form in made or form == ((None, None),) * len(names):
+                if form == ((None, None),) * len(names):
                     continue
                 key = (id(weight.node.proto), weight.part, form)
                 if key not in self._gains:
                     content = contents.weight(self.copy, layer, weight)
-                    self._gains[key] = _bytes(content, self._name(weight))
+                    self._gains[key] = 0 if content is None else _bytes(content, self._name(weight))
                 made[form] = self._gains[key]
-            proto = group[0][1].constant.proto
-            total += sum(made.values()) - (_size(proto) if made and proto is not None and group[0][1].own else 0)
-        return total
+                small |= {id(weight)} if made[form] else set()
+            total += sum(made.values())
+        for source, weights in self._sources:
+            if weights <= small:
+                total -= _size(source)
+                gone.add(id(source))
+        starts = starts_of(place for proto, place in self._outside if id(proto) not in gone)
+        return total + max((start + place.length for place, start in starts.items()), default=0)
+
+    def _found_sources(self) -> list[tuple[Proto, set[int]]]:
+        """Constants and nodes that only weights of recurrent nodes are made of, each with the ids of those weights."""
+        found: dict[int, tuple[Proto, set[int]]] = {}
+        for weight in (weight for group in self.copy.groups() for _, weight in group):
+            constant = weight.constant
+            protos = [constant.proto, *(source.made_by for source in constant.leaves)]
+            taken = [proto for proto in protos if id(proto) in self.copy.found.taken]
+            nodes = [node.proto for node in constant.nodes if node.key in self.copy.found.computing]
+            for proto in (*taken, *nodes):
+                found.setdefault(id(proto), (proto, set()))[1].add(id(weight))
+        return list(found.values())
 
     def _name(self, weight: Weight) -> str:
         """What the weight is called, or a name as long as it may get."""
@@ -79,9 +99,7 @@ class GraphBytes:
         return self.copy.home(proto)[1] if proto is not None and weight.own else f"{weight.node.path}.{weight.part}"
 
 
-def _bytes(content: Content | None, name: str) -> int:
-    if content is None:
-        return 0
+def _bytes(content: Content, name: str) -> int:
     names: Counter[str] = Counter()
 
     def fresh(stem: str) -> str:
