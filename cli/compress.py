@@ -79,7 +79,7 @@ OF_GRAPHS = (*OF_PROGRAMS, "attempts", "card", "max_drop")
 @click.option(
     "--run",
     is_flag=True,
-    help="With --inputs: MODEL is a TorchScript archive, a program that runs here with your rights: one you trust.",
+    help="With --inputs: MODEL is a TorchScript or Keras file, a program that runs here with your rights.",
 )
 @share_option
 @selection_options
@@ -122,7 +122,8 @@ def compress(
     in int8; every eighth sample is held out, and the outputs of both graphs are compared on it. Several graphs run one
     after the other, outputs of one being inputs of the next by name; they share one budget, and OUT is a folder.
 
-    With --inputs and --run a TorchScript archive is run, and OUT is the converted file, its layers trained alone.
+    With --inputs and --run a TorchScript archive or a Keras model is run, and OUT is the converted file, its layers
+    trained alone.
     """
     if inputs is not None:
         given_options = {**options, "steps": steps, "card": card, "others": others}

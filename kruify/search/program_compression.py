@@ -1,4 +1,4 @@
-"""A network whose file is its program, made small from samples alone: a TorchScript archive.
+"""A network whose file is its program, made small from samples alone: a TorchScript archive, or a Keras model.
 
 The file is run, which reading it never does. What comes out are converted weights, as `kruify.convert` gives them, each
 layer trained alone to give what it gave in the original; the program stays what it is.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,19 @@ from kruify.errors import UsageError, first_line
 from kruify.graphs.difference import Difference, DifferenceSums
 from kruify.progress import Progress
 from kruify.search.graph_compression import GraphAttempt, GraphCompression
+from kruify.search.keras_program import KerasProgram
 from kruify.search.layer_modules import dense_module, small_module
+from kruify.search.programs import Program
 from kruify.search.samples import Samples, Source
-from kruify.search.scripted import ScriptedNetwork, known_by, load_script
+from kruify.search.scripted import Script
 from kruify.tasks.base import evaluating
 from kruify.training.layerwise import LR, STEPS, HealedLayer, heal, is_held_out
 from kruify.training.together import Together
 
 FilePath = str | os.PathLike[str]
-ALONE = "no gradient comes through the archive"
-COMPUTED = "its weights are computed by the archive"
-HINT = "Name the arrays as the arguments of its forward, in the dtypes that it takes"
+ALONE = "no gradient comes through the file's own program"
+NOT_MET = "it is stateful, or its weights are computed by the file's own program"
+HINT = "Name the arrays as its inputs, in the dtypes that it takes"
 
 
 def compress_program(
@@ -56,11 +57,13 @@ def compress_program(
     progress: Progress | None = None,
     on_layer: Callable[[HealedLayer], None] | None = None,
 ) -> GraphCompression:
-    """Runs a TorchScript archive, which is a program that can do what its author likes, and writes it converted.
+    """Runs a TorchScript archive or a Keras model, which are programs that can do what their authors like, and writes
+    it converted.
 
     Args:
-        model: the archive.
-        samples: arguments of its `forward` by name, as `Samples` takes them; every eighth is held out.
+        model: the file.
+        samples: arguments of its `forward`, or inputs of the model, by name, as `Samples` takes them; every eighth is
+            held out.
         budget: any of `kruify.convert`.
         output: the converted file: safetensors, or .pt.
         dtype: how weights are stored.
@@ -68,31 +71,33 @@ def compress_program(
         on_layer: called of each layer when all are trained.
 
     Raises:
-        UsageError: another kind of file, or samples that do not fit. UnsupportedError: torch cannot load the archive.
+        UsageError: another kind of file, or samples that do not fit. UnsupportedError: torch, or Keras, cannot load it.
     """
     path, output = Path(model), Path(output)
     checkpoint = read(path)
     refuse_converted(checkpoint)
-    if checkpoint.format != "torchscript":
+    if checkpoint.format not in ("torchscript", "keras"):
         raise UsageError("it is no program that runs", path, "Leave --run out, or call kruify.heal with its code")
     check_model_target(output, *checkpoint.files)
     check_budget_target(budget, output)
-    script, located = load_script(path), locate_checkpoint(checkpoint)
-    known = known_by(script, [layer.name for layer in located.layers], checkpoint.prefix)
-    layers = {layer.name: layer for layer in located.layers if layer.name in known}
-    computed = [layer.name for layer in located.layers if layer.name not in known]
-    network = partial(ScriptedNetwork, script, prefix=checkpoint.prefix)
-    tensors = in_float32(checkpoint.tensors.lazy)
-    dense = network({name: dense_module(layer, tensors, path) for name, layer in layers.items()})
+    located, tensors = locate_checkpoint(checkpoint), in_float32(checkpoint.tensors.lazy)
+    layers = {layer.name: layer for layer in located.layers}
+    program: Program
+    if checkpoint.format == "keras":
+        program = KerasProgram(path, located.layers, checkpoint.tensors.lazy)
+    else:
+        program = Script(path, layers, checkpoint.prefix)
+    others = [name for name in layers if name not in program.layers]
+    dense = program.network({name: dense_module(layers[name], tensors, path) for name in program.layers})
     inputs = _Inputs(Samples(samples), path)
     moments = calibrate(dense, inputs, progress=progress)
     with tempfile.TemporaryDirectory(prefix="kruify-") as folder:
         target = Path(folder) / f"small{output.suffix}"
         conversion = convert(
-            checkpoint, budget=budget, moments=moments, dtype=dtype, skip=computed, output=target, seed=seed,
+            checkpoint, budget=budget, moments=moments, dtype=dtype, skip=others, output=target, seed=seed,
             progress=progress,
         )  # fmt: skip
-    small = network({item.layer.name: small_module(item.layer.name, conversion) for item in conversion.plan.layers})
+    small = program.network({x.layer.name: small_module(x.layer.name, conversion) for x in conversion.plan.layers})
     healing = heal(
         small, dense, inputs, forward=inputs.forward, steps=steps, lr=lr, seed=seed, resume=resume, progress=progress
     )
@@ -107,7 +112,7 @@ def compress_program(
     worst = max((found.relative_error for found in outputs.values()), default=0.0)
     together = Together(reason=ALONE)
     attempt = GraphAttempt(output.stat().st_size, list(healing.layers), together, outputs, None, worst)
-    skipped = dict(located.skipped) | dict.fromkeys(computed, COMPUTED)
+    skipped = dict(located.skipped) | dict.fromkeys(others, NOT_MET)
     return GraphCompression(output, [output], checkpoint.size, True, 0, None, [attempt], skipped)
 
 

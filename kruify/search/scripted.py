@@ -6,16 +6,17 @@ are met on their way to torch (`torch.utils._python_dispatch`), wherever they st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kruify.errors import UnsupportedError, first_line
+from kruify.search.programs import place
 
 aten = torch.ops.aten
 PADDED = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
@@ -33,34 +34,44 @@ FIRST = ("weight_ih_l0", "weight_ih")
 """By this weight a layer, or a cell, is known."""
 
 
-class ScriptedNetwork(nn.Module):
-    """What an archive computes, its recurrent layers being modules that can be hooked and replaced.
+class Script:
+    """A `Program`: the archive, ready to run on the CPU. Its code is trusted from here on.
 
     Args:
-        script: `load_script` of the archive; several networks may share it.
-        layers: by their names; those of sequences take (time, batch, features).
-        prefix: what the archive has before these names.
+        layers: that may be met; left out are those whose weights the archive computes.
+        prefix: what the archive has before their names.
+
+    Raises:
+        UnsupportedError: torch cannot load it.
     """
 
-    def __init__(self, script: Any, layers: Mapping[str, nn.Module], prefix: str = "") -> None:
+    def __init__(self, path: Path, layers: Iterable[str], prefix: str = "") -> None:
+        try:
+            self.script = torch.jit.load(path, map_location="cpu").eval()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise UnsupportedError(f"torch cannot load it ({first_line(error)})", path) from error
+        weights = self.script.state_dict()
+        places = {name: [f"{prefix}{name}.{weight}" for weight in FIRST] for name in layers}
+        self._places = {
+            n: weights[place].data_ptr() for n, found in places.items() for place in found if place in weights
+        }
+        self.layers: Collection[str] = self._places.keys()
+
+    def network(self, modules: Mapping[str, nn.Module]) -> nn.Module:
+        """As `Program.network`."""
+        return _Network(self.script, modules, {self._places[name]: module for name, module in modules.items()})
+
+
+class _Network(nn.Module):
+    def __init__(self, script: Any, modules: Mapping[str, nn.Module], met: Mapping[int, nn.Module]) -> None:
         super().__init__()
         self._script = [script]  # not a submodule: its weights are not this network's
-        weights = known_by(script, layers, prefix)
-        self._layers: dict[int, nn.Module] = {}
-        for name, layer in layers.items():
-            place, _, last = name.rpartition(".")
-            home: nn.Module = self
-            for part in place.split(".") if place else ():
-                if part not in home._modules:
-                    home.add_module(part, nn.Module())
-                home = home.get_submodule(part)
-            home.add_module(last, layer)
-            self._layers[weights[name].data_ptr()] = layer
+        self._met = met
+        place(self, modules)
 
     def forward(self, **inputs: Any) -> Any:
-        """The archive's outputs; they are no inference tensors."""
         # Only in inference mode the operators come whole, and not as the products that they are made of.
-        with torch.inference_mode(), _Calls(self._layers):
+        with torch.inference_mode(), _Calls(self._met):
             return self._script[0](**inputs)
 
 
@@ -100,23 +111,3 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else:
                 output, final = layer(x, states)
         return (output, *(final if isinstance(final, tuple) else (final,)))
-
-
-def known_by(script: Any, layers: Iterable[str], prefix: str = "") -> dict[str, Tensor]:
-    """Layers of a script by name -> the weight that tells their calls; those whose weights are computed are left
-    out."""
-    weights = script.state_dict()
-    places = {name: [f"{prefix}{name}.{weight}" for weight in FIRST] for name in layers}
-    return {name: weights[place] for name, found in places.items() for place in found if place in weights}
-
-
-def load_script(path: Path) -> Any:
-    """The archive, ready to run on the CPU: its code is trusted from here on.
-
-    Raises:
-        UnsupportedError: torch cannot load it.
-    """
-    try:
-        return torch.jit.load(path, map_location="cpu").eval()  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        raise UnsupportedError(f"torch cannot load it ({first_line(error)})", path) from error

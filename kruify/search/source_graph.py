@@ -51,8 +51,8 @@ class SourceGraph:
         checkpoint = read(path)
         refuse_converted(checkpoint)
         if checkpoint.format != "onnx":
-            script = checkpoint.format == "torchscript"
-            hint = "Add --run, which runs it, if you trust it" if script else "Give --task, or call kruify.heal"
+            program = checkpoint.format in ("torchscript", "keras")
+            hint = "Add --run, which runs it, if you trust it" if program else "Give --task, or call kruify.heal"
             raise UsageError("samples go with an ONNX graph", path, hint)
         whole = GraphBytes(path, graph=False)
         graph = whole.copy.model.graph

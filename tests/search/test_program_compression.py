@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ import kruify
 from kruify.cli.main import cli
 from kruify.conversion.locate import locate_checkpoint
 from kruify.errors import UnsupportedError, UsageError
+from kruify.search.keras_program import KerasProgram
 from kruify.search.layer_modules import dense_module
 from kruify.search.program_compression import compress_program
-from kruify.search.scripted import ScriptedNetwork, load_script
+from kruify.search.scripted import Script
 
 
 class Parts(nn.Module):
@@ -83,7 +85,7 @@ def test_modules_in_the_place_of_the_layers_give_what_the_archive_gives(tmp_path
     checkpoint = kruify.checkpoint.read(archive)
     layers = {layer.name: layer for layer in locate_checkpoint(checkpoint).layers}
     modules = {name: dense_module(layer, checkpoint.tensors, archive) for name, layer in layers.items()}
-    network, calls = ScriptedNetwork(load_script(archive), modules), dict.fromkeys(modules, 0)
+    network, calls = Script(archive, modules).network(modules), dict.fromkeys(modules, 0)
     for name in modules:
 
         def count(*_: Any, name: str = name) -> None:
@@ -144,9 +146,83 @@ def test_what_cannot_be_run_is_said(archive: Path, tmp_path: Path) -> None:
     output = tmp_path / "small.safetensors"
     with pytest.raises(UsageError, match="no program that runs"):
         compress_program(tmp_path / "state.pt", samples, "4x", output)
-    with pytest.raises(UsageError, match="Name the arrays as the arguments"):
+    with pytest.raises(UsageError, match="Name the arrays as its inputs"):
         compress_program(archive, [{"y": np.zeros(3)}] * 2, "4x", output)
     (tmp_path / "none.pt").write_bytes(b"no archive")
     with pytest.raises(UnsupportedError, match="torch cannot load it"):
-        load_script(tmp_path / "none.pt")
+        Script(tmp_path / "none.pt", [])
     assert not output.exists()
+
+
+@pytest.fixture(scope="module")
+def keras_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two inputs; states handed on; sequences and last steps given; both kinds of direction."""
+    os.environ["KERAS_BACKEND"] = "torch"
+    keras = pytest.importorskip("keras")
+    keras.utils.set_random_seed(0)
+    layers = keras.layers
+    x, start = layers.Input((None, 24), name="x"), layers.Input((16,), name="start")
+    y, h, c = layers.LSTM(16, return_sequences=True, return_state=True)(x)
+    y = layers.Bidirectional(layers.GRU(16, return_sequences=True))(y, initial_state=[h, c])
+    last = layers.Bidirectional(layers.LSTM(8))(y)
+    y = layers.SimpleRNN(16, activation="relu")(y, initial_state=start)
+    path = tmp_path_factory.mktemp("keras") / "model.keras"
+    keras.Model([x, start], [layers.Dense(4)(y), last]).save(path)
+    return path
+
+
+def keras_samples() -> Iterator[dict[str, Any]]:
+    rng = np.random.default_rng(2)
+    for sample in samples():
+        yield {"x": sample["x"], "start": rng.standard_normal((12, 16)).astype(np.float32)}
+
+
+def test_modules_in_the_place_of_the_layers_give_what_a_keras_model_gives(keras_file: Path) -> None:
+    import keras
+
+    checkpoint = kruify.checkpoint.read(keras_file)
+    layers = {layer.name: layer for layer in locate_checkpoint(checkpoint).layers}
+    program = KerasProgram(keras_file, list(layers.values()), checkpoint.tensors.lazy)
+    assert set(program.layers) == set(layers) and len(layers) == 4
+    modules = {name: dense_module(layer, checkpoint.tensors, keras_file) for name, layer in layers.items()}
+    model, sample = keras.saving.load_model(keras_file), next(keras_samples())
+    found = program.network(modules)(**{name: torch.from_numpy(array) for name, array in sample.items()})
+    wanted = model([sample["x"], sample["start"]])
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a.numpy(), keras.ops.convert_to_numpy(b), atol=1e-5)
+    with torch.no_grad():
+        for module in modules.values():
+            module.weight_hh_l0 *= 0
+    silent = program.network(modules)(**{name: torch.from_numpy(array) for name, array in sample.items()})
+    assert all(float((a - b).abs().max()) > 1e-2 for a, b in zip(silent, found, strict=True))  # they did answer
+
+
+def test_a_keras_model_becomes_small(tmp_path: Path) -> None:
+    os.environ["KERAS_BACKEND"] = "torch"
+    keras = pytest.importorskip("keras")
+    keras.utils.set_random_seed(0)
+    original, small, again = (tmp_path / name for name in ("a.keras", "a.kru.safetensors", "b.keras"))
+    keras.Sequential([keras.layers.Input((None, 24), name="x"), keras.layers.GRU(16)]).save(original)
+    found = compress_program(original, samples, "params=40%", small, steps=10, lr=1e-2)
+    (attempt,) = found.attempts
+    assert [layer.name for layer in attempt.layers] == ["gru"] and attempt.layers[0].steps == 10
+    kruify.export(small, "dense", again, original=original)
+    x = list(samples())[1]["x"]  # held out
+    wanted, got = (keras.ops.convert_to_numpy(keras.saving.load_model(path)(x)) for path in (original, again))
+    error = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+    assert attempt.outputs["0"].relative_error == pytest.approx(error, rel=1e-2)
+
+
+def test_masks_and_states_that_are_carried_over_are_not_followed(tmp_path: Path) -> None:
+    os.environ["KERAS_BACKEND"] = "torch"
+    keras = pytest.importorskip("keras")
+    layers, path = keras.layers, tmp_path / "model.keras"
+    stack = [layers.Input((6, 3), batch_size=2), layers.Masking(), layers.GRU(8, return_sequences=True)]
+    keras.Sequential([*stack, layers.LSTM(8, stateful=True)]).save(path)
+    checkpoint = kruify.checkpoint.read(path)
+    found = locate_checkpoint(checkpoint).layers
+    program = KerasProgram(path, found, checkpoint.tensors.lazy)
+    assert [*program.layers] == ["gru"] and len(found) == 2
+    network = program.network({"gru": nn.GRU(3, 8)})
+    with pytest.raises(UnsupportedError, match="a mask reaches"):
+        network(**{program.model.inputs[0].name: torch.ones(2, 6, 3)})
