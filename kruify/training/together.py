@@ -1,15 +1,13 @@
 """Whole-graph distillation: all small layers of one or several graphs are trained together to give the outputs that the
 original graphs give on samples, without labels.
 
-Every output counts alike, by what its error becomes of what it was before: else one that is hard to give, which nobody
-may need, would decide alone. What a sample gives to the layers, and the original outputs, lie in files; of a step only
-`SAMPLES` are in memory.
+What a sample gives to the layers, and the original outputs, lie in files; of a step only `SAMPLES` are in memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +30,6 @@ from kruify.training.rounding import rounded_weights, unmarked
 
 SAMPLES = 4  # of a step
 STEPS, LR = 0.25, 0.05  # of those of a layer that is trained alone
-LEAST = 1e-3  # relative error of an output, below which it is not told from none
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,8 @@ class Together:
     """How all layers were trained together.
 
     Attributes:
-        error_before, error_after: geometric mean, over the outputs, of their relative errors on held-out samples; None
-            where nothing was trained. Weights that are no better are not kept.
+        error_before, error_after: root of the mean, over the outputs, of the squares of their relative errors, on
+            held-out samples; None where nothing was trained. Weights that are no better are not kept.
         steps: of the optimiser.
         reason: why nothing was trained, "" where something was.
     """
@@ -131,38 +128,34 @@ def train_together(
         raise UnsupportedError("no output of real numbers depends on the layers")
     model = nn.ModuleList(layers)
 
-    def squares(numbers: Sequence[int], held_out: bool) -> Tensor:
-        """Of the relative error of each output, mean over some samples."""
-        samples, wrong = [data.sample(number) for number in numbers], []
+    def squares(numbers: Sequence[int], whole: Mapping[Output, float]) -> Tensor:
+        """Of the relative errors, mean over the outputs, for some samples."""
+        samples = [data.sample(number) for number in numbers]
         found = run_chain(graphs, constants, [sample.given for sample in samples])
-        for (at, name), mean in data.mean_square[held_out].items():
+        wrong = []
+        for (at, name), mean in whole.items():
             pairs = [(one[at][name], sample.targets[at][name]) for one, sample in zip(found, samples, strict=True)]
             errors = torch.stack([(output - target).square().sum() for output, target in pairs])
             wrong.append(errors.mean() / mean)
-        return torch.stack(wrong)
-
-    def held_out() -> Tensor:
-        with evaluating(model), rounded_weights(model), unmarked(model):
-            batches = [data.held_out[at : at + SAMPLES] for at in range(0, len(data.held_out), SAMPLES)]
-            total = torch.stack([len(batch) * squares(batch, True) for batch in batches]).sum(0)
-        return (total / len(data.held_out)).clamp_min(LEAST**2)
-
-    before = held_out()
-    steps = steps if bool((before > LEAST**2).any()) else 0
+        return torch.stack(wrong).mean()
 
     def loss(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(derived_seed(seed, "together", step))
         drawn = torch.randperm(len(data.train), generator=generator)[:SAMPLES].tolist()
         model.train()
-        found = squares([data.train[number] for number in drawn], False)
-        return before.mean() * (found / before).mean()  # of the size of an error: gradients are clipped
+        return squares([data.train[number] for number in drawn], data.mean_square[False])
 
     def error() -> float:
-        return math.exp(float(held_out().log().mean()) / 2)
+        with evaluating(model), rounded_weights(model), unmarked(model):
+            batches = [data.held_out[at : at + SAMPLES] for at in range(0, len(data.held_out), SAMPLES)]
+            total = sum(len(batch) * float(squares(batch, data.mean_square[True])) for batch in batches)
+        return math.sqrt(total / len(data.held_out))
 
     settings = {"steps": steps, "lr": lr, "seed": seed, "samples": samples, "weights": fingerprint(*layers)}
-    found = fit(model, loss, error, "whole graph", steps=steps, lr=lr, file=file, settings=settings, progress=progress)
-    return Together(*found)
+    before, after, done = fit(
+        model, loss, error, "whole graph", steps=steps, lr=lr, file=file, settings=settings, progress=progress
+    )
+    return Together(before, after, done)
 
 
 class _Data:
@@ -195,9 +188,9 @@ class _Data:
             if total > RECORDED:
                 break
         counts = {False: len(self.train), True: len(self.held_out)}
-        known = [key for key in names if sums[False][key] and sums[True][key]]
         self.mean_square = {
-            held_out: {key: found[key] / counts[held_out] for key in known} for held_out, found in sums.items()
+            held_out: {key: value / counts[held_out] for key, value in found.items() if value}
+            for held_out, found in sums.items()
         }
 
     def sample(self, number: int) -> Recorded:

@@ -60,30 +60,3 @@ def test_the_outputs_are_learnt(tmp_path: Path) -> None:
     broken = [*recorded[:-1], recorded[-1]._replace(targets=[infinite])]
     with pytest.raises(UnsupportedError, match="NaN or infinite numbers as 'y'"):
         train_together([layer], [small], [{}], broken, tmp_path, **options)
-
-
-def test_an_output_that_is_hard_to_give_does_not_decide_alone(tmp_path: Path) -> None:
-    """One that nothing learns, wrong by 100 %, and one that is learnt: what is learnt is kept, and counts for half."""
-    torch.manual_seed(0)
-    dense = nn.GRU(3, 4)
-    layer = copy.deepcopy(dense)
-    with torch.no_grad():
-        layer.weight_hh_l0 += 0.1 * torch.randn_like(layer.weight_hh_l0)
-    path = tmp_path / "b.onnx"
-    graph(path, layer)
-    model = onnx.load(path)
-    model.graph.node.append(helper.make_node("Sigmoid", ["y"], ["hard"]))
-    model.graph.output.append(onnx.ValueInfoProto(name="hard"))
-    onnx.save(model, path)
-    both = TorchGraph(path, {"h": recurrent(layer, bidirectional=False)})
-    given = [{"x": torch.randn(12, 1, 3)} for _ in range(6)]
-    with torch.no_grad():
-        wanted = graph(tmp_path / "a.onnx", dense).run({}, given)
-    targets = [w | {"hard": 2 * torch.randn(w["y"].shape)} for w in wanted]
-    recorded = [Recorded(n == 1, [given[n]], [targets[n]]) for n in range(6)]
-    found = train_together([layer], [both], [{}], recorded, tmp_path, steps=40, lr=0.02)
-    with torch.no_grad():
-        now = both.run({}, [given[1]])[0]
-    errors = [float((now[n] - targets[1][n]).norm() / targets[1][n].norm()) for n in ("y", "hard")]
-    assert found.error_after == pytest.approx((errors[0] * errors[1]) ** 0.5, rel=1e-3)
-    assert found.error_before is not None and found.error_after < 0.5 * found.error_before
