@@ -100,22 +100,24 @@ def _show(out: Output, model: str, conversion: Conversion) -> None:
     from kruify.factors import stacks
     from kruify.reporting.terminal import table as titled
 
-    specs = {gate.factors for gate in conversion.matrices}
+    specs, shapes = ({getattr(gate, name) for gate in conversion.matrices} for name in ("factors", "shape"))
     title = model
+    if len(shapes) == 1:  # what all have in common takes no column: a terminal may have 80 places
+        title += f": {'x'.join(map(str, shapes.pop()))}"
     if len(specs) == 1:
         title += f": {spec}" if stacks(spec := specs.pop()) else f": {spec} in every gate"
     caption = "null: the energy that an unstructured matrix of this size keeps; error: ||W - K|| / ||W||"
     columns = {"energy kept": "energy", "null": "energy_null", "error": "relative_error"}
     if any(gate.energy_weighted is not None for gate in conversion.matrices):
         columns["kept of W h"] = "energy_weighted"
-    words = ("matrix", "gate", "size", *(["factors"] if specs else []))
+    words = ("matrix", "gate", *(["size"] if shapes else []), *(["factors"] if specs else []))
     table = titled(title, *words, "parameters", *columns, words=len(words), caption=caption)
     for gate in conversion.matrices:
         values = gate.to_json()
         table.add_row(
             gate.name,
             gate.gate,
-            "x".join(map(str, gate.shape)),
+            *(["x".join(map(str, gate.shape))] if shapes else []),
             *([gate.factors] if specs else []),
             f"{gate.parameters_before:,} -> {gate.parameters_after:,}",
             *("" if values[key] is None else f"{values[key]:.3f}" for key in columns.values()),

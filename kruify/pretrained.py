@@ -12,7 +12,7 @@ from typing import overload
 from torch import nn
 
 from kruify.api import FilePath, load, save
-from kruify.checkpoint import atomic_file, check_target
+from kruify.checkpoint import atomic_file, check_target, make_folder
 from kruify.conversion import plan_of
 from kruify.errors import UnsupportedError, UsageError, first_line
 from kruify.layers.storage import marks
@@ -46,10 +46,7 @@ def save_pretrained(model: nn.Module, folder: FilePath, *, metrics: Mapping[str,
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
     except (TypeError, ValueError) as error:
         raise UsageError(f"a metric is no number ({error})", "metrics", "Give a number for each name") from None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the folder cannot be made ({error})", folder, "Name another one") from None
+    make_folder(folder)
     for name in (WEIGHTS, CONFIG):
         check_target(folder / name)
     weights = folder / WEIGHTS

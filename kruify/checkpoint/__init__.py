@@ -5,7 +5,7 @@ from kruify.checkpoint.file_format import NETWORK, ORIGIN, SCHEMA, metadata_for
 from kruify.checkpoint.modules import ModuleHint
 from kruify.checkpoint.original import NEEDS_SOURCE, carried, origin, write_original
 from kruify.checkpoint.reading import read
-from kruify.checkpoint.target import check_model_target, check_target, write_model
+from kruify.checkpoint.target import check_model_target, check_target, make_folder, write_model
 from kruify.checkpoint.tensors import LazyTensor, Tensors
 from kruify.checkpoint.writing import atomic_file, tensor_bytes, write_safetensors, write_torch
 
@@ -22,6 +22,7 @@ __all__ = [
     "carried",
     "check_model_target",
     "check_target",
+    "make_folder",
     "metadata_for",
     "origin",
     "read",

@@ -45,11 +45,36 @@ def check_target(path: str | os.PathLike[str], *taken: str | os.PathLike[str]) -
     folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
         raise UsageError(f"there is no folder {path.parent}", path, "Make it first")
-    try:  # permissions do not tell: root has them all, in /proc and on a read-only disk, too
+    if (reason := _refused(folder)) is not None:
+        what = f"the folder {path.parent} cannot be written to ({reason})"
+        raise UsageError(what, path, "Name a file in another one")
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """A folder to write into, made where it is missing, before hours of work.
+
+    Raises:
+        UsageError: it cannot be made or written to.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"the folder cannot be made ({reason})", folder, "Name another one") from None
+    if (refused := _refused(folder)) is not None:
+        raise UsageError(f"the folder cannot be written to ({refused})", folder, "Name another one")
+    return folder
+
+
+def _refused(folder: Path) -> str | None:
+    """Why no file can be made in a folder. Permissions do not tell: root has them all, in /proc and on a read-only
+    disk, too."""
+    try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        what = f"the folder {path.parent} cannot be written to ({error.strerror})"
-        raise UsageError(what, path, "Name a file in another one") from None
+        return error.strerror or str(error)
+    return None
 
 
 def check_model_target(path: str | os.PathLike[str], *taken: str | os.PathLike[str]) -> None:

@@ -451,9 +451,14 @@ def _allocate(
         raise PlanError(
             f"the smallest structures found take {smallest} parameters and {adds} multiply-adds of {dense}",
             f"budget {budget}",
-            f"Allow at least params={100 * smallest / dense:.2g}% or macs={100 * adds / dense:.2g}%",
+            f"Allow at least params={_percent(smallest, dense)} or macs={_percent(adds, dense)}",
         )
     return [table.candidates[i] for i in table.exchanged(best)]
+
+
+def _percent(part: int, whole: int) -> str:
+    """Never less than the share."""
+    return f"{math.ceil(10_000 * part / whole) / 100:g}%"
 
 
 _Choice = np.ndarray[tuple[int], np.dtype[np.int64]]  # the index of one candidate per gate

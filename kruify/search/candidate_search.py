@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kruify.checkpoint import Checkpoint, carried
+from kruify.checkpoint import Checkpoint, carried, make_folder
 from kruify.conversion import Conversion, convert_module, quantize
 from kruify.conversion.budget import Searches, Slack, parse_budget, slack_of
 from kruify.conversion.calibration import Moments, calibrate
@@ -105,7 +105,7 @@ class CandidateSearch:
         self.source = None if source is None else (carried(source), source.sha256, source.weight_bytes)
         self.selection, self.progress = selection, progress
         self.evaluations = Evaluations(task, progress)
-        self._log_dir = None if log_dir is None else Path(log_dir)
+        self._log_dir = None if log_dir is None else make_folder(log_dir)
         self._epochs = float(settings["epochs"])
         self._training: dict[str, Any] = {"seed": seed, "device": device, **recipe}
         self._searches: Searches = {}  # several budgets have half of their fits in common

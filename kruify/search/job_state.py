@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from kruify.checkpoint import atomic_file, check_target, tensor_bytes
+from kruify.checkpoint import atomic_file, make_folder, tensor_bytes
 from kruify.checkpoint.file_bytes import parse_json
 from kruify.errors import CorruptError, PlanError, UsageError
 
@@ -40,12 +40,7 @@ class JobState:
         self.job, self.settings, self.found = job, dict(settings), dict[str, Any]()
         if self.file is None:
             return
-        folder = self.file.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"the folder cannot be made ({error.strerror})", folder, "Name another one") from None
-        check_target(self.file)
+        folder = make_folder(self.file.parent)
         if not self.file.exists():
             return
         try:

@@ -6,10 +6,9 @@ import csv
 import io
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from kruify.checkpoint.writing import atomic_file
+from kruify.checkpoint import atomic_file, make_folder
 from kruify.errors import UsageError
 from kruify.training.result import Validation
 
@@ -30,11 +29,7 @@ class Logs:
     """
 
     def __init__(self, folder: str | os.PathLike[str], tensorboard: bool = False) -> None:
-        self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError("the folder for logs cannot be made", folder) from error
+        self.folder = make_folder(folder)
         self._writer: Any = None
         if tensorboard:
             try:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from kruify.checkpoint import make_folder
 from kruify.errors import UsageError
 from kruify.layers.storage import marks
 from kruify.progress import Progress
@@ -326,10 +327,7 @@ class Trainer:
     def _restore(self) -> resume.Saved | None:
         if self.folder is None:
             return None
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError("the folder for the state of the run cannot be made", self.folder) from error
+        make_folder(self.folder)
         saved = resume.load(self.folder, self.identity)
         self.processes.wait()  # the main process must not write before all have read
         if saved is None:

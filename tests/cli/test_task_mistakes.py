@@ -201,6 +201,10 @@ def test_a_sweep_that_cannot_make_its_folder(folder, run):
     result = run("sweep", "model.pt", "--task", "task.py:Echo", "--budgets", "2x", "--dir", "task.py")
     assert result.exit_code == 2
     assert "task.py: the folder cannot be made (File exists)" in result.stderr
+    for option in ("--log-dir", "--resume"):
+        command = ("compress", "model.pt", "--task", "task.py:Echo", "--budget", "2x", "-o", "x.pt")
+        result = run(*command, option, "/proc/self")
+        assert result.exit_code == 2 and "/proc/self: the folder cannot be written to" in result.stderr
 
 
 def test_too_little_memory_is_no_bug(folder, run, monkeypatch):

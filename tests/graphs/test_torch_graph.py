@@ -62,12 +62,28 @@ CASES: list[tuple[str, list[Any], dict[str, Any]]] = [
 ]  # fmt: skip
 
 
+EARLIER: list[tuple[int, str, list[Any], dict[str, Any]]] = [
+    (9, "Slice", [X], {"starts": [1, -3], "ends": [2, 99], "axes": [0, 2]}),
+    *((9, "Slice", [X], {"starts": [1], "ends": [-1]}), (9, "Pad", [X], {"pads": [0, 1, 1, 2, 0, 1], "value": 3.0})),
+    *((9, "Clip", [X], {"min": -0.5, "max": 0.5}), (9, "Clip", [X], {"max": 0.0})),
+    *((11, "Squeeze", [X[:, :1]], {"axes": [-2]}), (11, "Unsqueeze", [X], {"axes": [0, -1]})),
+    *((11, "Split", [X], {"axis": 1, "split": [1, 2]}), (12, "ReduceSum", [X], {"axes": [-1], "keepdims": 0})),
+    *((12, "Softmax", [X], {"axis": -1}), (12, "Softmax", [X[0]], {})),
+]
+"""What was an attribute in an opset before 13, or meant something else."""
+
+
 def test_every_operator_is_met() -> None:
     assert {name for name, _, _ in CASES} == set(OPERATORS)
 
 
-@pytest.mark.parametrize(("name", "inputs", "attributes"), CASES)
-def test_operator(name: str, inputs: list[Any], attributes: dict[str, Any]) -> None:
+def test_a_softmax_of_several_axes_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="several axes"):
+        OPERATORS["Softmax"]({"opset": 12, "outputs": 1}, torch.from_numpy(X))
+
+
+@pytest.mark.parametrize(("opset", "name", "inputs", "attributes"), [*((17, *case) for case in CASES), *EARLIER])
+def test_operator(opset: int, name: str, inputs: list[Any], attributes: dict[str, Any]) -> None:
     arrays = {f"x{at}": np.asarray(array) for at, array in enumerate(inputs) if array is not None}
     kinds = {key: helper.np_dtype_to_tensor_dtype(array.dtype) for key, array in arrays.items()}
     given = [helper.make_tensor_value_info(key, kinds[key], array.shape) for key, array in arrays.items()]
@@ -75,11 +91,11 @@ def test_operator(name: str, inputs: list[Any], attributes: dict[str, Any]) -> N
     names = ["" if array is None else f"x{at}" for at, array in enumerate(inputs)]
     one = helper.make_node(name, names, outputs, **attributes)
     graph = helper.make_graph([one], "g", given, [onnx.ValueInfoProto(name=output) for output in outputs])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     wanted = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(
         None, arrays
     )
-    known = {"opset": 17, "outputs": len(outputs), **attributes}
+    known = {"opset": opset, "outputs": len(outputs), **attributes}
     found = OPERATORS[name](
         known, *(None if array is None else torch.from_numpy(np.asarray(array)) for array in inputs)
     )
