@@ -17,7 +17,7 @@ from kruify.checkpoint.file_format import STORAGE
 from kruify.checkpoint.tensors import LazyTensor, derived
 from kruify.checkpoint.writing import as_lazy
 from kruify.errors import CorruptError, UnsupportedError
-from kruify.quantization import DTYPES, dequantize, pays, quantize_groups, quantize_rows, row_dims
+from kruify.quantization import DTYPES, SCALES, dequantize, pays, quantize_groups, quantize_rows, row_dims
 
 SCALE = ".scale"
 """What follows the name of an int8 tensor in that of its scales. No parameter of a torch module has a name that begins
@@ -89,7 +89,7 @@ def _eight_bit(name: str, tensor: LazyTensor, dims: tuple[int, ...]) -> dict[str
     scales = tuple(1 if d in dims else n for d, n in enumerate(tensor.shape))
     return {
         name: LazyTensor(tensor.shape, torch.int8, part(0), derived("int8", dims, tensor.identity)),
-        name + SCALE: LazyTensor(scales, torch.float32, part(1), derived("scale", dims, tensor.identity)),
+        name + SCALE: LazyTensor(scales, SCALES, part(1), derived("scale", dims, tensor.identity)),
     }
 
 
@@ -106,7 +106,7 @@ def _eight_bit_blocks(name: str, values: LazyTensor, index: LazyTensor, rows: in
     both = values.identity, index.identity
     return {
         name: LazyTensor(values.shape, torch.int8, part(0), derived("int8", *both)),
-        name + SCALE: LazyTensor((rows // height, 1), torch.float32, part(1), derived("scale", *both)),
+        name + SCALE: LazyTensor((rows // height, 1), SCALES, part(1), derived("scale", *both)),
     }
 
 
@@ -184,7 +184,7 @@ def _widened(tensor: LazyTensor) -> LazyTensor:
 
 
 def _restored(values: LazyTensor, scale: LazyTensor | None, counts: LazyTensor | None, where: str) -> LazyTensor:
-    if scale is None or scale.dtype != torch.float32:
+    if scale is None or scale.dtype != SCALES:
         raise CorruptError("it is int8 and has no scales", where, AGAIN)
     groups = scale.shape if counts is None else (*counts.shape, 1)
     alike = len(groups) == len(values.shape) and all(

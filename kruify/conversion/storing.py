@@ -23,6 +23,9 @@ from kruify.layers.storage import mark
 from kruify.progress import Progress
 from kruify.quantization import DTYPES
 
+BIAS_DTYPE = "float16"
+"""Of biases of recurrent layers, where matrices are stored as int8."""
+
 
 def check_storage(dtype: str | None, keep: Sequence[str] = ()) -> None:
     """Raises `UsageError` for a dtype that nothing is stored in, and for weights to keep without one."""
@@ -37,8 +40,9 @@ def storage_for(
 ) -> dict[str, str]:
     """The weights that `dtype` is for -> `dtype`; {} where it is None or "float32".
 
-    int8 is for Kronecker matrices (factors, sparse residual) and tensors with two or more dimensions, float16 and
-    bfloat16 for all real numbers.
+    int8 is for Kronecker matrices (factors, sparse residual) and tensors with two or more dimensions; biases of
+    recurrent layers, which are as large as small factors, are float16 then. float16 and bfloat16 are for all real
+    numbers.
 
     Args:
         keep: globs of weights, or of modules with all their weights, that stay float32.
@@ -47,7 +51,7 @@ def storage_for(
         UsageError: no such dtype. PlanError: a pattern matches nothing.
     """
     check_storage(dtype, keep)
-    matrices = matrix_sizes(plan)
+    matrices, biases = matrix_sizes(plan), _biases(plan)
     found: dict[str, str] = {}
     unused = set(keep)
     for name, tensor in as_lazy(tensors).items():
@@ -59,6 +63,8 @@ def storage_for(
             continue
         if dtype != "int8" or eight_bit_dims(name, tensor, matrix) or (matrix and name.endswith(".overlay.values")):
             found[weight] = dtype
+        elif name in biases:
+            found[name] = BIAS_DTYPE
     if unused:
         raise PlanError(f"the pattern '{min(unused)}' to keep matches no weight")
     return found
@@ -167,7 +173,8 @@ def quantize(model: nn.Module, dtype: str, keep: Sequence[str] = ()) -> nn.Modul
     float32. What is computed is computed in float32, or on a CPU in integers (kruify.layers).
 
     Args:
-        dtype: "int8" (symmetric, one float32 scale per row; vectors stay float32), "float16", "bfloat16" or "float32".
+        dtype: "int8" (symmetric, one bfloat16 scale per row; biases of recurrent layers float16, other
+            vectors float32), "float16", "bfloat16" or "float32".
         keep: globs of weights or modules that stay float32.
 
     Raises:
@@ -188,6 +195,16 @@ def store_as(model: nn.Module, storage: Mapping[str, str]) -> nn.Module:
     load_tensors(model, rounded(state, plan, held))
     mark(model, storage)
     return model
+
+
+def _biases(plan: Plan) -> set[str]:
+    """Names that biases of the plan's layers have."""
+    return {
+        item.layer.full_name(f"bias_{part}{suffix}")
+        for item in plan.layers
+        for suffix in item.layer.suffixes
+        for part in ("ih", "hh")
+    }
 
 
 def _prefixes(name: str) -> list[str]:

@@ -82,7 +82,7 @@ def layer_source(module: nn.Module, interface: Interface, file: str, prefix: str
     """
     layer = interface.layer
     stored = encode(state_of(module), marks(module), matrix_sizes(plan_of(module)))
-    writer = _Writer({name: tensor.load().detach().cpu() for name, tensor in stored.items()})
+    writer = _Writer({name: _in_c(tensor.load().detach().cpu()) for name, tensor in stored.items()})
     wide, lstm, gru = len(layer.gates) * layer.hidden_size, layer.kind == "lstm", layer.kind == "gru"
     for k, suffix in enumerate(layer.suffixes):
         x, h = f"state->h[{k - 1}]" if k else "input", f"state->h[{k}]"
@@ -257,6 +257,11 @@ class _Writer:
         self.constants.append(f"static const {kind} {name}[{len(numbers)}] = {{\n{body}}};\n")
         self.flash += len(numbers) * (1 if kind == "int8_t" else 2 if kind == "uint16_t" else 4)
         return name
+
+
+def _in_c(tensor: Tensor) -> Tensor:
+    """Real numbers as float: C has no 16-bit ones."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _name(entry: str) -> str:

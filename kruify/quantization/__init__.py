@@ -2,6 +2,7 @@
 
 from kruify.quantization.rows import (
     DTYPES,
+    SCALES,
     dequantize,
     pays,
     quantize_groups,
@@ -10,4 +11,4 @@ from kruify.quantization.rows import (
     row_dims,
 )
 
-__all__ = ["DTYPES", "dequantize", "pays", "quantize_groups", "quantize_rows", "round_to", "row_dims"]
+__all__ = ["DTYPES", "SCALES", "dequantize", "pays", "quantize_groups", "quantize_rows", "round_to", "row_dims"]

@@ -1,7 +1,8 @@
 """Symmetric quantisation to eight bits, one scale per row: value = scale * integer, the integers from -127 to 127.
 
-A scale is the row's largest magnitude / 127, cut to 17 significant bits, so that scale * integer is exact in float32.
-Quantising what was dequantised therefore gives the same integers and scales, and no scale is kept in memory.
+A scale is the bfloat16 nearest to the row's largest magnitude / 127: near enough for this magnitude to become 127, and
+of few enough bits for scale * integer to be exact in float32. Quantising what was dequantised therefore gives the same
+integers and scales, and no scale is kept in memory.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ DTYPES = {
 }
 """The dtypes that a weight can be stored in; all are computed in float32."""
 
+SCALES = torch.bfloat16
+"""The dtype of scales."""
 LARGEST = 127
 LEAST_SCALE = 2.0**-126  # the smallest normal float32: a row of zeros has a scale, too
-_LOW_BITS = 7  # of the 24 of a float32; an integer has the other seven
 
 
 def row_dims(shape: Sequence[int], factor: bool = False) -> tuple[int, ...]:
@@ -47,15 +49,14 @@ def pays(shape: Sequence[int], dims: Sequence[int]) -> bool:
 
 
 def scale_of(largest: Tensor) -> Tensor:
-    """float32 scales of rows whose largest magnitudes are given, any shape.
+    """bfloat16 scales of rows whose largest magnitudes are given, any shape.
 
     Raises:
         UnsupportedError: one of them is NaN or infinite.
     """
     if not bool(largest.isfinite().all()):
         raise UnsupportedError("entries that are NaN or infinite have no eight-bit form")
-    scale = (largest.float() / LARGEST).clamp(min=LEAST_SCALE)
-    return (scale.view(torch.int32) & -(1 << _LOW_BITS)).view(torch.float32)
+    return (largest.float() / LARGEST).clamp(min=LEAST_SCALE).to(SCALES)
 
 
 def _integers(tensor: Tensor, scale: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ def quantize_rows(tensor: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
         dims: the dimensions that a row runs over (`row_dims`).
 
     Returns:
-        int8 values in the shape of the tensor, and float32 scales in that shape but 1 in `dims`. Their product differs
+        int8 values in the shape of the tensor, and bfloat16 scales in that shape but 1 in `dims`. Their product differs
         from the tensor by at most half a scale.
 
     Raises:
@@ -88,7 +89,7 @@ def quantize_groups(values: Tensor, group: Tensor, groups: int) -> tuple[Tensor,
         values: (rows, any), for instance the blocks of a sparse residual; group: int64 (rows,), the group of each.
 
     Returns:
-        int8 values, and float32 scales (groups, 1).
+        int8 values, and bfloat16 scales (groups, 1).
     """
     values = values.detach().float()
     largest = values.new_zeros(groups).scatter_reduce(0, group, values.abs().amax(1), "amax")
