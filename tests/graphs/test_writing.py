@@ -198,7 +198,7 @@ def test_eight_bits_for_weights_beside_recurrent_nodes_and_nothing_else(tmp_path
     path = save(tmp_path / "a.onnx", nodes, constants, outputs=outputs, check=False)
     target = small(path, "dense", None, dtype="int8")
     dtypes = {proto.name: proto.data_type for proto in onnx.load(target).graph.initializer}
-    assert {name for name in constants if name not in dtypes} == {"W", "R", "head", "table", "kernel", "grouped"}
+    assert {name for name in constants if name not in dtypes} == {"W", "R", "B", "head", "table", "kernel", "grouped"}
     for number, (found, wanted) in enumerate(zip(run(target), run(path), strict=True)):
         assert np.abs(found - wanted).max() < (0.03 * np.abs(wanted).max() if number < 4 else 1e-9)
     assert not {"Cast", "Mul"} & set(folded(target))
