@@ -111,16 +111,20 @@ def compile_all(
     return result
 
 
-def shared_memory() -> list[dict[str, object]]:
-    """What the launches of the templates ask for at a batch of 64, computed by the code that launches them."""
+def planner() -> ctypes.CDLL:
+    """The code that plans launches."""
     source = ROOT / "tests" / "cuda" / "shim" / "plan.cpp"
     library = ROOT / "build" / "cuda-resources" / "plan.so"
     library.parent.mkdir(parents=True, exist_ok=True)
     compiler = next(c for c in ("g++", "c++", "clang++") if shutil.which(c))
     flags = ["-std=c++20", "-O0", "-fPIC", "-shared", f"-I{CSRC}"]
     subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
-    choose = ctypes.CDLL(str(library)).shim_plan
-    rows = []
+    return ctypes.CDLL(str(library))
+
+
+def shared_memory(plan: ctypes.CDLL) -> list[dict[str, object]]:
+    """What the launches of the templates ask for at a batch of 64, computed by the code that launches them."""
+    choose, rows = plan.shim_plan, []
     for chip, (size, processors, clusters) in CHIPS.items():
         for kind in GATES:
             for shape in FIXED_SHAPES:
@@ -139,6 +143,34 @@ def shared_memory() -> list[dict[str, object]]:
                             "tile_columns": found[2], "shared_bytes": found[3],
                         })  # fmt: skip
     return rows
+
+
+# LSTM, gates stacked: hidden size, rank, (products, rows, rows) of a term of two square stages, share of a residual.
+LOW_RANK = (
+    (512, 32, None, 0.0), (1024, 64, None, 0.0), (2048, 128, None, 0.0), (1024, 32, (1, 32, 32), 0.0),
+    (512, 24, None, 0.02), (1024, 40, None, 0.01),
+)  # fmt: skip
+
+
+def low_rank(plan: ctypes.CDLL) -> list[str]:
+    """The table of what the low-rank recurrence is expected to take, by the model that chooses its plans."""
+    heads = ["W_hh", "products", "blocks per cluster", "rows", "shared memory per block"]
+    heads += ["clocks of a step", "of them assumed", "with the dense weight", "ratio"]
+    lines = [f"| {' | '.join(heads)} |", "|--" * len(heads) + "|"]
+    size, processors, clusters = CHIPS["sm_90 (H200)"]
+    for hidden, rank, pair, sparse in LOW_RANK:
+        what = f"stacked:{rank}*({4 * hidden}x1,1x{hidden})"
+        what += f" and {pair[0]}*({pair[1]}x{pair[1]},{pair[2]}x{pair[2]})" if pair else ""
+        what += f"+sparse:{sparse:.0%}" if sparse else ""
+        sizes = (hidden, 4, 1, rank, *(pair or (0, 0, 0)), int(sparse * 4 * hidden * hidden / 8), 8)
+        for wanted, name in enumerate(PRECISIONS):
+            found = (ctypes.c_int64 * 6)()
+            plan.shim_low_rank((ctypes.c_int * 9)(*sizes), 64, 0, wanted, processors, size, clusters, found)
+            cluster, rows, room, clocks, assumed, dense = found
+            columns = [cluster, rows, f"{room / 1024:.0f} KB", clocks, assumed, dense, f"{dense / max(clocks, 1):.1f}"]
+            told = map(str, columns if cluster else ["none fits", *[""] * 4, dense, ""])
+            lines.append(f"| {what} | {name} | {' | '.join(told)} |")
+    return lines
 
 
 def table(result: dict[str, object]) -> str:
@@ -181,7 +213,10 @@ def table(result: dict[str, object]) -> str:
         blocks, threads, size, registers, spilled = (" / ".join(column) for column in zip(*columns, strict=True))
         what = f"| {row['kind']} | {row['stages']} | {row['pass']} "
         lines.append(f"{what}| {blocks} | {threads} | {size} KB | {registers} | {spilled} |")
-    return "\n".join(lines)
+    expected = result["low_rank"]
+    assert isinstance(expected, list)
+    told = "The low-rank recurrence forward on an H200, batch 64, as the model in csrc/cuda/low_rank_plan.h expects it;"
+    return "\n".join([*lines, "", f"{told} nobody has measured it:", "", *expected])
 
 
 CASE = ("chip", "kind", "rank", "stages", "pass")  # of a row of shared_memory
@@ -222,11 +257,13 @@ def main() -> None:
     known = json.loads(target.read_text()) if target.exists() and (only or chosen != "all") else {}
     compiled = known.get("architectures", {}) if known.get("nvcc") == version else {}
     compiled |= compile_all(compiler, folder, architectures, ptx, only, compiled)
+    plan = planner()
     order = [f"sm_{a}" for a in ARCHITECTURES] + ["PTX"]
     result = {
         "nvcc": version,
         "architectures": {name: compiled[name] for name in order if name in compiled},
-        "shared_memory": shared_memory(),
+        "shared_memory": shared_memory(plan),
+        "low_rank": low_rank(plan),
     }
     target.write_text(json.dumps(result) + "\n")
     write_table(table(result))

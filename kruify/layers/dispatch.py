@@ -81,15 +81,16 @@ def _cuda_takes(layer: RecurrentLayer, x: Tensor, batch: int, k: int, d: int) ->
     matrix = layer.weights(k, d)["weight_hh"]
     assert isinstance(matrix, KroneckerMatrix)
     plans, terms = kernel.form_of(matrix).plans, matrix.term_list()
-    if matrix.dtype != torch.float32 or matrix.overlay is not None:
+    if matrix.dtype != torch.float32:
         return False
     wanted, device = precision.of_products(x.device), x.device.index or 0
     low_rank = kernel.low_rank(matrix)
     if low_rank is not None:
         batch = 64 if torch.compiler.is_compiling() else batch  # a program for any batch
-        return kernel.low_rank_pays(matrix.gates, matrix.rows, *low_rank, batch, training(), wanted, device)
+        return kernel.low_rank_pays(matrix.gates, matrix.rows, low_rank, batch, training(), wanted, device)
     if (
-        len(plans) != 1
+        matrix.overlay is not None
+        or len(plans) != 1
         or len(terms[0].gates) != matrix.gates
         or len(plans[0].shapes) != 2
         or any(p != q for p, q in plans[0].shapes)

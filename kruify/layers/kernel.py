@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,15 +105,35 @@ def _outer(p: TermPlan) -> bool:
     return len(p.shapes) == 2 and p.shapes[0][1] == p.shapes[1][0] == 1
 
 
-def low_rank(matrix: KroneckerMatrix) -> tuple[int, int] | None:
-    """Of a matrix of outer products alone: 1 where all gates have their rows in common, else the number of gates; and
-    the rank. None for any other. As `outer_places` in csrc/cuda/outer_products.h counts them."""
-    terms, plans = matrix.term_list(), form_of(matrix).plans
-    if not terms or not all(map(_outer, plans)):
+class LowRank(NamedTuple):
+    """A matrix of outer products, as the low-rank CUDA kernel takes it, and what stands beside them (0: nothing)."""
+
+    sets: int  # 1 where all gates have their rows in common, else the number of gates
+    rank: int
+    pair: int = 0  # products of a term of two square stages of all gates, and the stages' rows
+    rows1: int = 0
+    rows2: int = 0
+    blocks: int = 0  # of the sparse residual, and rows of a block
+    block: int = 0
+
+
+def low_rank(matrix: KroneckerMatrix) -> LowRank | None:
+    """None for any other matrix. As `outer_places` in csrc/cuda/outer_products.h counts outer products, and
+    `low_rank_plan_for` in schedule.h what stands beside."""
+    found = list(zip(matrix.term_list(), form_of(matrix).plans, strict=True))
+    terms = [term for term, p in found if _outer(p)]
+    others = [(term, p.shapes) for term, p in found if not _outer(p)]
+    if not terms or len(others) > 1:
         return None
     ranks = [sum(term.term.rank for term in terms if gate in term.gates) for gate in range(matrix.gates)]
     shared = all(term.stacked and term.scale is None and len(term.gates) == matrix.gates for term in terms)
-    return 1 if shared or matrix.gates == 1 else matrix.gates, max(ranks)
+    beside = (0, 0, 0)
+    for term, shapes in others:
+        if len(shapes) != 2 or len(term.gates) != matrix.gates or any(p != q for p, q in shapes):
+            return None
+        beside = (term.term.rank, shapes[0][0], shapes[1][0])
+    blocks = (0, 0) if matrix.overlay is None else matrix.overlay.values.shape
+    return LowRank(1 if shared or matrix.gates == 1 else matrix.gates, max(ranks), *beside, *blocks)
 
 
 def known_batch(batch: int) -> int:
@@ -170,11 +190,11 @@ def template_fits(gates: int, rank: int, rows1: int, rows2: int, training: bool,
 
 @tracing.constant
 def low_rank_pays(
-    gates: int, hidden: int, sets: int, rank: int, batch: int, training: bool, wanted: int, device: int
+    gates: int, hidden: int, found: LowRank, batch: int, training: bool, wanted: int, device: int
 ) -> bool:
     """Whether the low-rank CUDA kernel takes a recurrence, and is expected to beat torch's with the dense weight: a
     model of bytes and multiply-adds, `low_rank_pays` in csrc/cuda/low_rank_plan.h."""
-    return _asked("low_rank_pays", gates, hidden, sets, rank, batch, training, wanted, device)
+    return _asked("low_rank_pays", gates, hidden, *found, batch, training, wanted, device)
 
 
 @lru_cache(maxsize=256)

@@ -51,7 +51,8 @@ define("instruction_set", "() -> int")
 define("template_fits", "(int gates, int rank, int rows1, int rows2, bool training, int precision, int device) -> bool")
 define(
     "low_rank_pays",
-    "(int gates, int hidden, int sets, int rank, int batch, bool training, int precision, int device) -> bool",
+    "(int gates, int hidden, int sets, int rank, int pair, int rows1, int rows2, int blocks, int block, int batch,"
+    " bool training, int precision, int device) -> bool",
 )
 
 

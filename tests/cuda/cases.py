@@ -33,6 +33,12 @@ def low_rank(kind: str, hidden: int, rank: int, rest: int = 0) -> tuple[Any, ...
     return gates, hidden, hidden, terms + [([gates - 1], rest, [(hidden, 1), (1, hidden)])] * bool(rest)
 
 
+def sums(kind: str, rows1: int, rows2: int, rank: int) -> tuple[Any, ...]:
+    """Arguments of `matrix`: outer products and one term of two square stages, of rank 2, for all gates."""
+    gates, hidden, _, terms = low_rank(kind, rows1 * rows2, rank)
+    return gates, hidden, hidden, [*terms, (range(gates), 2, [(rows1, rows1), (rows2, rows2)])]
+
+
 def everything(kind: str) -> tuple[Any, ...]:
     """Arguments of `matrix` that only the general kernel takes."""
     gates = GATES[kind]

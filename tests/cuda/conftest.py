@@ -122,10 +122,11 @@ class Gpu:
         return bool(getattr(torch.ops, NAMESPACE).template_fits(*question))
 
     def pays(
-        self, gates: int, hidden: int, sets: int, rank: int, batch: int, training: bool, precision: int = 0
-    ) -> bool:
+        self, gates: int, hidden: int, sets: int, rank: int, batch: int, training: bool, precision: int = 0,
+        beside: tuple[int, ...] = (0, 0, 0, 0, 0),
+    ) -> bool:  # fmt: skip
         """The operator `low_rank_pays` on this chip."""
-        question = (gates, hidden, sets, rank, batch, training, precision, self.library.shim_device())
+        question = (gates, hidden, sets, rank, *beside, batch, training, precision, self.library.shim_device())
         return bool(getattr(torch.ops, NAMESPACE).low_rank_pays(*question))
 
     def plan(

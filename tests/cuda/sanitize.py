@@ -62,6 +62,7 @@ def main() -> None:
         run(kind, 24, [(2, [(3, 3), (8, 8)]), (1, [(24, 1), (1, 24)])], [3, 2], torch.float64)
         for products in (precision.FLOAT32, precision.TF32, precision.BF16):
             run(kind, 512, [(40, [(512, 1), (1, 512)])], [20, 9, 1], torch.float32, products)
+        run(kind, 128, [(8, [(128, 1), (1, 128)]), (2, [(32, 32), (4, 4)])], [5, 3], torch.float32)
     factors = [(torch.randn(4, 2, 2, 2, device="cuda")).requires_grad_() for _ in range(4)]
     scale = torch.randn(4, 2, device="cuda", requires_grad=True)
     sum(s.sum() for s in torch.ops.kruify.merge(factors, scale, [1, 3])).backward()

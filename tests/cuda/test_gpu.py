@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import KINDS, LOWER, close, everything, inputs, low_rank, pair, parity, run
+from cases import KINDS, LOWER, close, everything, inputs, low_rank, pair, parity, run, sums
 from torch import Tensor, nn
 
 import kruify
@@ -115,6 +115,13 @@ def test_low_rank_in_every_cluster_size(matrix, hidden, rank, batch) -> None:  #
     parity(m, "lstm", [batch, batch, batch - batch // 2], False, torch.float32, "cuda")
 
 
+@pytest.mark.parametrize(("rows1", "rows2", "rank"), [(16, 16, 8), (32, 32, 20)])
+@pytest.mark.parametrize("batch", [1, 64])
+def test_sums_with_low_rank(matrix, rows1, rows2, rank, batch) -> None:  # type: ignore[no-untyped-def]
+    m = matrix(*sums("lstm", rows1, rows2, rank), diagonal=(0,), shared=(0,), residual=400, block=8)
+    parity(m, "lstm", [batch, batch, batch - batch // 2], False, torch.float32, "cuda")
+
+
 @pytest.mark.parametrize("products", LOWER)
 @pytest.mark.parametrize("batch", [40, 150])
 def test_large_batches_on_tensor_cores(matrix, batch, products) -> None:  # type: ignore[no-untyped-def]
@@ -179,11 +186,20 @@ def test_another_stream(matrix) -> None:  # type: ignore[no-untyped-def]
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+GRAPHS = {
+    "template": (pair("lstm", 16, 16, 1), 0),
+    "general": (everything("lstm"), 30),
+    "sums": (sums("lstm", 16, 16, 8), 30),
+    "step by step": (low_rank("lstm", 2048, 128), 0),
+}
+
+
 @pytest.mark.parametrize("sizes", [[4] * 6, [4, 4, 3, 1]], ids=["equal", "packed"])
-@pytest.mark.parametrize("general", [False, True])
-def test_cuda_graphs(matrix, sizes, general) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("name", GRAPHS)
+def test_cuda_graphs(matrix, sizes, name) -> None:  # type: ignore[no-untyped-def]
     """Forward and backward are captured and replayed on new inputs; packed sizes live in the graph."""
-    m = matrix(*everything("lstm"), residual=30) if general else matrix(*pair("lstm", 16, 16, 1))
+    arguments, residual = GRAPHS[name]
+    m = matrix(*arguments, residual=residual)
     stages, diagonal, residual, index, bias, layout = on_gpu(m, torch.float32)
     x, _, _, batch_sizes, h0, c0 = inputs(m, "lstm", sizes, torch.float32)
     x, h0, c0, leaves = x.cuda().requires_grad_(), h0.cuda(), c0.cuda(), [s.requires_grad_() for s in stages]

@@ -18,6 +18,7 @@ from cases import (
     low_rank,
     pair,
     parity,
+    sums,
 )
 
 from kruify.errors import KruifyError
@@ -75,6 +76,24 @@ def test_low_rank(device, matrix, kind, name, batch) -> None:  # type: ignore[no
     m = matrix(*low_rank(kind, hidden, rank, rest), diagonal=(0,), bias=batch != 3, shared=(0,) if shared else ())
     sizes = [batch, batch, (batch + 1) // 2, 1]
     parity(m, kind, sizes, batch == 5, torch.float32, device, columns=6 if batch == 1 else 0)
+
+
+BESIDE = {  # beside low rank: a term of two stages or none, blocks of a sparse residual and their rows
+    "a pair": ((8, 4), 0, 0),
+    "a residual": (None, 60, 4),
+    "single entries": (None, 90, 1),
+    "both": ((12, 4), 30, 8),
+    "far apart": (None, 2, 8),
+}
+
+
+@pytest.mark.parametrize(("kind", "name", "batch"), all_pairs(kind=KINDS[:4], name=tuple(BESIDE), batch=(1, 3, 5, 17)))
+def test_sums_with_low_rank(device, matrix, kind, name, batch) -> None:  # type: ignore[no-untyped-def]
+    shape, residual, block = BESIDE[name]
+    arguments = sums(kind, *shape, 3) if shape else low_rank(kind, 20, 3)
+    shared = (0,) if batch in (3, 17) else ()
+    m = matrix(*arguments, diagonal=(0,), residual=residual, block=block, shared=shared, bias=batch != 3)
+    parity(m, kind, [batch, batch, (batch + 1) // 2, 1], batch == 5, torch.float32, device)
 
 
 @pytest.mark.parametrize("without", [(0,), (1,), (2,)], ids=str)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kruify.layers import KRULSTM, dispatch, kernel
+from kruify.layers import KRULSTM, dispatch, kernel, storage
 from kruify.ops import library, precision
 from kruify.ops.stages import plan, plan_pair
 
@@ -67,27 +67,34 @@ def test_forms_for_both_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("factors", "wanted"),
     [("4*(16x1,1x16)", (4, 4)), ("4*(1x16,16x1)", (4, 4)), ("2*(16x1,1x16)+3*(16x1,1x16)", (4, 5)),
-     ("stacked:4*(64x1,1x16)", (1, 4)), ("4*(4x4,4x4)", None), ("4*(16x1,1x16)+1*(4x4,4x4)", None)],
+     ("stacked:4*(64x1,1x16)", (1, 4)), ("4*(4x4,4x4)", None), ("4*(16x1,1x16)+2*(4x4,4x4)", (4, 4, 2, 4, 4)),
+     ("4*(16x1,1x16)+2*(4x4,4x4)+3*(2x2,8x8)", None), ("4*(16x1,1x16)+2*(2x4,8x4)", None),
+     ("stacked:4*(64x1,1x16)+sparse:12.5%", (1, 4, 0, 0, 0, 16, 8))],
 )  # fmt: skip
 def test_what_the_low_rank_kernel_is_asked_for(
-    monkeypatch: pytest.MonkeyPatch, factors: str, wanted: tuple[int, int] | None
+    monkeypatch: pytest.MonkeyPatch, factors: str, wanted: tuple[int, ...] | None
 ) -> None:
-    """Sets of rows, and the rank; gates that have rows in common hand them over once on any device."""
+    """Sets of rows, the rank, and what stands beside; gates that have rows in common hand them over once on any
+    device."""
     layer, asked = KRULSTM(8, 16, factors=factors, device="meta"), []
-    assert kernel.low_rank(layer.weight_hh_l0) == wanted
-    if wanted is None:
+    found = kernel.LowRank(*wanted) if wanted else None
+    assert kernel.low_rank(layer.weight_hh_l0) == found
+    if wanted is None or len(wanted) > 2:
         return
     monkeypatch.setattr(kernel, "low_rank_pays", lambda *question: asked.append(question) or True)
     x = torch.empty(3, 8, device="meta")
     with torch.no_grad():
         assert dispatch._cuda_takes(layer, x, 7, 0, 0)
-    assert asked == [(4, 16, *wanted, 7, False, precision.FLOAT32, 0)]
+    assert asked == [(4, 16, found, 7, False, precision.FLOAT32, 0)]
     stages = kernel.parameters_of(layer.weight_hh_l0, kernel.form_of(layer.weight_hh_l0))
     assert stages[1].shape[0] == wanted[0]
 
 
-def test_a_dense_weight_on_a_gpu_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = KRULSTM(8, 16, factors="4x4")
+@pytest.mark.parametrize("factors", ["4x4", None])
+def test_a_dense_weight_on_a_gpu_is_said_once(factors: str | None) -> None:
+    """Also of a layer whose dense weights are stored in eight bits, which the CPU computes in integers."""
+    layer = KRULSTM(8, 16, factors=factors)
+    storage.mark(layer, {"weight_hh_l0": "int8"})
     x = SimpleNamespace(device=torch.device("cuda", 0), is_cuda=True, dtype=torch.float32)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("default")

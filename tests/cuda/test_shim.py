@@ -24,6 +24,7 @@ from cases import (
     pair,
     parity,
     run,
+    sums,
 )
 
 from kruify.layers import kernel
@@ -102,6 +103,37 @@ def test_low_rank_on_tensor_cores(gpu, matrix, kind, products) -> None:  # type:
     assert len(gpu.launches(*LOW_RANK)) == 2 and gpu.tensor_products()
 
 
+SUMS = {1: 113500, 2: 65000, 4: 37000, 8: 25000}  # the same for 128 units as (32 x 32) (x) (4 x 4), 40 sparse blocks
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+@pytest.mark.parametrize(("kind", "cluster"), all_pairs(kind=("lstm", "gru"), cluster=tuple(SUMS)))
+def test_sums_in_every_cluster_size(gpu, matrix, kind, cluster, crowded) -> None:  # type: ignore[no-untyped-def]
+    """The same bits with threads in any order; also where more blocks of the residual fall to one block of the cluster
+    than it has room for."""
+    m = matrix(*sums(kind, 32, 4, 8), diagonal=(0,), residual=40, block=8)
+    if crowded:
+        m.index[:, 0] = torch.arange(40) // 5
+    given, results = inputs(m, kind, [3, 2, 2]), []
+    expected = run(m, kind, given, False, "reference", torch.float64)
+    for order in range(3):
+        gpu.chip(processors=cluster, shared_memory=SUMS[cluster], order=order)
+        results.append(run(m, kind, given, False, "cpu", torch.float32))
+        assert [launch.cluster for launch in gpu.launches(*LOW_RANK)] == [cluster] * 2
+    for first, second, third, wanted in zip(*results, expected, strict=True):
+        assert torch.equal(first, second) and torch.equal(first, third)
+        close("result", first, wanted, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("products", LOWER, ids=lambda p: NAMES[p])
+def test_sums_beside_tensor_cores(gpu, matrix, products) -> None:  # type: ignore[no-untyped-def]
+    """The outer products alone run on them."""
+    gpu.chip(processors=1)
+    m = matrix(*sums("lstm", 12, 4, 33), diagonal=(0,), residual=20, block=8, shared=(0,))
+    parity(m, "lstm", [17, 16, 3], False, torch.float32, "cpu", products=products)
+    assert len(gpu.launches(*LOW_RANK)) == 2 and gpu.tensor_products()
+
+
 STEPS = ("CellStep", "CellStepBackward")
 
 
@@ -171,6 +203,14 @@ def test_the_low_rank_kernel_runs_where_it_is_said_to_pay(gpu, matrix, memory) -
 )
 def test_what_the_low_rank_kernel_cannot_take_does_not_pay(gpu, sizes) -> None:  # type: ignore[no-untyped-def]
     assert not any(gpu.pays(4, *sizes, 1, training) for training in (False, True))
+
+
+def test_what_stands_beside_low_rank_is_asked_for_too(gpu) -> None:  # type: ignore[no-untyped-def]
+    huge = 1 << 40
+    assert gpu.pays(4, 512, 1, 24, 64, True, beside=(1, 32, 16, 200, 8))
+    assert not gpu.pays(4, 512, 1, 24, 64, False, beside=(0, 0, 0, 60000, 8))  # a residual of nearly half of W
+    for wrong in ((huge, 32, 16, 0, 0), (1, 32, 32, 0, 0), (1, huge, huge, 0, 0), (0, 0, 0, huge, huge)):
+        assert not gpu.pays(4, 512, 1, 24, 64, False, beside=wrong)
 
 
 @pytest.mark.parametrize("rank", [1, 7, 8, 15, 16])
@@ -275,13 +315,23 @@ def test_more_sparse_blocks_than_rows_are_checked_too(gpu, matrix) -> None:  # t
 PLANTED = {"a fetch that never arrives": 1, "a fetch one off": 2, "one block's memory for all": 3, "another lane": 4}
 
 
-@pytest.mark.parametrize("structure", ["two factors", "low rank"])
-@pytest.mark.parametrize("bug", PLANTED)
+PLANTED_IN = {  # matrix, sparse blocks, shared memory of a block where tensor cores have no part in it
+    "two factors": (pair("lstm", 16, 32), 0, 232448),
+    "low rank": (low_rank("lstm", 80, 16), 0, 30000),
+    "sums": (sums("lstm", 32, 4, 8), 40, SUMS[4]),
+}
+
+
+@pytest.mark.parametrize(
+    ("structure", "bug"),  # sums with few rows run in float32, no lane has a part in it
+    [(s, b) for s in PLANTED_IN for b in PLANTED if (s, b) != ("sums", "another lane")],
+)
 def test_planted_bugs_show(gpu, matrix, structure, bug) -> None:  # type: ignore[no-untyped-def]
     """NaN and wrong indices: the comparison of the other tests sees them."""
     products = TF32 if bug == "another lane" else FLOAT32
-    gpu.chip(processors=4, shared_memory=30000 if structure == "low rank" and not products else 232448)
-    m = matrix(*(pair("lstm", 16, 32) if structure == "two factors" else low_rank("lstm", 80, 16)))
+    arguments, residual, memory = PLANTED_IN[structure]
+    gpu.chip(processors=4, shared_memory=232448 if products else memory)
+    m = matrix(*arguments, residual=residual, block=8)
     rows = 17 if products else 2
     parity(m, "lstm", [rows, rows], False, torch.float32, "cpu", products=products)
     assert products or {launch.cluster for launch in gpu.launches("PairForward", *LOW_RANK)} != {1}
@@ -309,6 +359,14 @@ def test_low_rank_has_no_races(watched, matrix, kind, cluster, precision) -> Non
     m = matrix(*low_rank(kind, 64, 8), diagonal=(0,), shared=(0,) if kind == "lstm" else ())
     run(m, kind, inputs(m, kind, [17, 16]), False, "cpu", torch.float32, precision)
     assert {launch.cluster for launch in watched.launches(*LOW_RANK)} == {cluster}
+
+
+@pytest.mark.parametrize("cluster", [1, 4])
+def test_sums_have_no_races(watched, matrix, cluster) -> None:  # type: ignore[no-untyped-def]
+    watched.chip(processors=cluster, shared_memory=SUMS[cluster])
+    m = matrix(*sums("lstm", 32, 4, 8), diagonal=(0,), residual=40, block=8)
+    run(m, "lstm", inputs(m, "lstm", [5, 3]), False, "cpu", torch.float32)
+    assert [launch.cluster for launch in watched.launches(*LOW_RANK)] == [cluster] * 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -380,6 +438,16 @@ def test_every_barrier_of_low_rank_is_needed(watched, matrix, kind, name, passes
     forward, backward = both_passes(m, kind, 3, FLOAT32)
     idle, count = idle_barriers(watched, forward if passes == "forward" else backward, cluster)
     # The last state is read by the thread that wrote it: the last barrier of the forward pass is for nobody.
+    assert idle == ([count] if passes == "forward" else [])
+
+
+@pytest.mark.parametrize("passes", ["forward", "backward"])
+@pytest.mark.parametrize(("cluster", "memory"), [(1, 60000), (4, 22000)])
+def test_every_barrier_of_sums_is_needed(watched, matrix, cluster, memory, passes) -> None:  # type: ignore[no-untyped-def]
+    watched.chip(processors=cluster, shared_memory=memory)
+    m = matrix(*sums("lstm", 16, 4, 12), diagonal=(0,), residual=30).to(torch.float32)
+    forward, backward = both_passes(m, "lstm", 3, FLOAT32)
+    idle, count = idle_barriers(watched, forward if passes == "forward" else backward, cluster)
     assert idle == ([count] if passes == "forward" else [])
 
 

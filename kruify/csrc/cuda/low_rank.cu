@@ -8,22 +8,26 @@ namespace kruify::cuda {
 
 namespace {
 
-template <int G, class Numbers>
-__global__ void __launch_bounds__(512, 1)
+template <int G, class Numbers, bool Sums>
+__global__ void __launch_bounds__(low_rank_threads(Sums), 1)
     low_rank_forward_kernel(const __grid_constant__ LowRankPlan p, const __grid_constant__ LowRankForward args) {
   DeviceBlock block = DeviceBlock::here(dynamic_shared_memory());
-  low_rank_recurrence<G, Numbers>(block, p, args, static_cast<int>(blockIdx.x) / p.cluster * p.rows);
+  low_rank_recurrence<G, Numbers, Sums>(block, p, args, static_cast<int>(blockIdx.x) / p.cluster * p.rows);
 }
 
-template <int G, class Numbers>
-__global__ void __launch_bounds__(512, 1)
+template <int G, class Numbers, bool Sums>
+__global__ void __launch_bounds__(low_rank_threads(Sums), 1)
     low_rank_backward_kernel(const __grid_constant__ LowRankPlan p, const __grid_constant__ LowRankBackward args) {
   DeviceBlock block = DeviceBlock::here(dynamic_shared_memory());
-  low_rank_recurrence<G, Numbers>(block, p, args, static_cast<int>(blockIdx.x) / p.cluster * p.rows);
+  low_rank_recurrence<G, Numbers, Sums>(block, p, args, static_cast<int>(blockIdx.x) / p.cluster * p.rows);
 }
 
-template <int G, class Numbers> auto kernel_for(const LowRankForward&) { return low_rank_forward_kernel<G, Numbers>; }
-template <int G, class Numbers> auto kernel_for(const LowRankBackward&) { return low_rank_backward_kernel<G, Numbers>; }
+template <int G, class Numbers, bool Sums> auto kernel_for(const LowRankForward&) {
+  return low_rank_forward_kernel<G, Numbers, Sums>;
+}
+template <int G, class Numbers, bool Sums> auto kernel_for(const LowRankBackward&) {
+  return low_rank_backward_kernel<G, Numbers, Sums>;
+}
 
 }  // namespace
 
@@ -31,8 +35,10 @@ template <class Arguments> void launch_low_rank(const LowRankPlan& p, const Argu
   with_gates(args.kind, [&](auto gates) {
     with_columns(p, [&](auto numbers) {
       const int clusters = (args.rows.batch + p.rows - 1) / p.rows;
-      launch(kernel_for<gates.value, decltype(numbers)>(args), dim3(clusters * p.cluster), p.threads, p.bytes,
-          p.cluster, stream, "the low-rank recurrence", p, args);
+      const auto kernel = p.beside() ? kernel_for<gates.value, decltype(numbers), true>(args)
+                                     : kernel_for<gates.value, decltype(numbers), false>(args);
+      launch(kernel, dim3(clusters * p.cluster), p.threads, p.bytes, p.cluster, stream, "the low-rank recurrence", p,
+          args);
     });
   });
 }

@@ -14,10 +14,11 @@ namespace kruify::cuda {
 struct LowRankBackward : BackwardArrays<float> {
   LowRank<float> low;
   Diagonal<float> diagonal;
+  Beside beside;
 };
 
-template <int G, class Numbers> struct LowRankBackwardPhases : LowRankPhases<Numbers> {
-  using Base = LowRankPhases<Numbers>;
+template <int G, class Numbers, bool Sums> struct LowRankBackwardPhases : BesideBackward<G, Numbers> {
+  using Base = BesideBackward<G, Numbers>;
   using Base::at, Base::p, Base::words;
   const LowRankBackward& args;
 
@@ -44,6 +45,7 @@ template <int G, class Numbers> struct LowRankBackwardPhases : LowRankPhases<Num
       if constexpr (G == 4) at(t, p.c)[e] = there && args.grad_c ? args.grad_c[from] : 0.0f;
       for (int g = 0; g < G; ++g) this->put(t, g, G, r, u, 0.0f);  // for rows that begin later
     }
+    if constexpr (Sums) this->load_beside(t);
     this->load_lengths(t);
   }
 
@@ -57,6 +59,7 @@ template <int G, class Numbers> struct LowRankBackwardPhases : LowRankPhases<Num
       KRUIFY_UNROLL
       for (int g = 0; g < G; ++g) {
         this->put(t, g, G, r, u, product[g]);
+        if constexpr (Sums) this->keep(t, g, r, u, product[g]);
         if (const float* d = args.diagonal.of(g, p.hidden)) carry += d[i] * product[g];
       }
       at(t, p.dh)[e] = carry;
@@ -95,22 +98,38 @@ template <int G, class Numbers> struct LowRankBackwardPhases : LowRankPhases<Num
   }
 };
 
-template <int G, class Numbers, class Block>
+template <int G, class Numbers, bool Sums, class Block>
 KRUIFY_HD void low_rank_recurrence(Block& block, const LowRankPlan& p, const LowRankBackward& args, int sample) {
   const int steps = args.rows.length(sample);
-  const LowRankBackwardPhases<G, Numbers> phases{{p, args.rows, sample}, args};
+  const LowRankBackwardPhases<G, Numbers, Sums> phases{{{{p, args.rows, sample}, args.beside}}, args};
   block.each([&](const Thread& t) { phases.load(t); });
+  if (Sums && p.blocks) {
+    block.barrier();
+    block.each([&](const Thread& t) { phases.load_sparse(t); });
+  }
   block.cluster_barrier();
   for (int n = steps - 1; n >= 0; --n) {
     block.each([&, n](const Thread& t) { phases.cell(t, n); });
     block.barrier();
-    block.each([&](const Thread& t) { phases.first_product(t); });
+    block.each([&](const Thread& t) {
+      phases.first_product(t);
+      if (Sums && p.pair) phases.first_stage(t);
+    });
     block.barrier();
     if (p.cluster > 1) block.each([&, n](const Thread& t) { phases.spread(block, t, n); });
+    if constexpr (Sums)
+      block.each([&, n](const Thread& t) {
+        if (p.pair) phases.second_stage(block, t, n);
+        if (p.blocks) phases.sparse(block, t, n);
+      });
     block.cluster_arrive();
     block.each([&, n](const Thread& t) { phases.ask(t, n); });
     block.cluster_wait();
-    block.each([&, n](const Thread& t) { phases.gather(t, n); });
+    if (Sums && p.cluster == 1) block.barrier();
+    block.each([&, n](const Thread& t) {
+      phases.gather(t, n);
+      if constexpr (Sums) phases.take(t, n);
+    });
     block.barrier();
     block.each([&](const Thread& t) { phases.second_product(t); });
     block.barrier();

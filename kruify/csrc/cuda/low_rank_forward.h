@@ -6,13 +6,11 @@
 //   gate[g][unit] = x + sum_k second[g, unit, k] z[k]                   phase 4
 //   h, c = cell(gates)                                                  phase 5
 //
+// and, with `Sums`, what stands beside (low_rank_beside.h).
 // All sums run in one fixed order. `Numbers` as in pair_forward.h.
 #pragma once
 
-#include "general.h"
-#include "low_rank_plan.h"
-#include "parts.h"
-#include "rows.h"
+#include "low_rank_beside.h"
 
 namespace kruify::cuda {
 
@@ -21,94 +19,11 @@ struct LowRankForward : ForwardArrays<float> {
   LowRank<float> low;
   Diagonal<float> diagonal;
   const float* bias;  // (G * H,), or null
+  Beside beside;
 };
 
-// What both directions have in common.
-template <class Numbers> struct LowRankPhases {
-  static constexpr bool exact = Numbers::precision == kFloat32;
-  const LowRankPlan& p;
-  const Rows& all;
-  int sample;  // the first of the cluster's rows
-
-  KRUIFY_HD float* at(const Thread& t, int offset) const { return reinterpret_cast<float*>(t.memory) + offset; }
-  static KRUIFY_HD int words(int n) { return row_words(Numbers::precision, n); }
-  KRUIFY_HD int units() const { return p.rows * p.share; }
-  // Steps of one of the rows, 0 for one that the batch does not have.
-  KRUIFY_HD int& length(const Thread& t, int row) const { return reinterpret_cast<int*>(at(t, p.lengths))[row]; }
-  KRUIFY_HD int start(const Thread& t) const { return t.rank * p.share; }  // the block's first unit
-  KRUIFY_HD int owned(const Thread& t) const {
-    return static_cast<int>(greatest(0, least(p.share, p.hidden - start(t))));
-  }
-  KRUIFY_HD int64_t row(const Thread& t, int step, int r) const { return all.row(step, sample + r, length(t, r)); }
-
-  KRUIFY_HD void load_lengths(const Thread& t) const {
-    for (int r = t.id; r < p.rows; r += t.count) length(t, r) = sample + r < all.batch ? all.length(sample + r) : 0;
-  }
-  // Calls f(row, unit, element) for the units of the block that take part in this step.
-  template <class F> KRUIFY_HD void each_unit(const Thread& t, int step, const F& f) const {
-    for (int e = t.id; e < units(); e += t.count) {
-      const int r = e / p.share, u = e % p.share;
-      if (u < owned(t) && step < length(t, r)) f(r, u, e);
-    }
-  }
-  // A unit's place in the operand of the first product; G of them backward.
-  KRUIFY_HD void put(const Thread& t, int number, int numbers, int r, int u, float value) const {
-    const int slice = u / p.width() * numbers + number;
-    Numbers::put(at(t, p.in) + (slice * p.rows + r) * words(p.width()), u % p.width(), value);
-  }
-
-  template <class Block> KRUIFY_HD void spread(const Block& block, const Thread& t, int step) const {
-    const int size = p.narrow() * p.rows;
-    for (int e = t.id; e < size; e += t.count) {
-      const float sum = of_block(t, e);
-      for (int rank = 0; rank < t.ranks; ++rank)
-        block.remote(t, rank, at(t, p.parts))[((step & 1) * t.ranks + t.rank) * size + e] = sum;
-    }
-  }
-  KRUIFY_HD void gather(const Thread& t, int step) const {
-    const int size = p.narrow() * p.rows;
-    for (int e = t.id; e < size; e += t.count) {
-      float sum = 0.0f;
-      if (t.ranks == 1) sum = of_block(t, e);
-      else
-        for (int rank = 0; rank < t.ranks; ++rank) sum += at(t, p.parts)[((step & 1) * t.ranks + rank) * size + e];
-      const int k = e / p.rows, r = e % p.rows;
-      Numbers::put(at(t, p.z) + (k / p.depth * p.rows + r) * words(p.depth), k % p.depth, sum);
-    }
-  }
-  KRUIFY_HD float of_block(const Thread& t, int e) const {
-    float sum = 0.0f;
-    for (int k = 0; k < p.partial; ++k) sum += at(t, p.part)[k * p.narrow() * p.rows + e];
-    return sum;
-  }
-
-  // The first product of `count` slices (and gates), `rows` numbers of the narrow vector each.
-  KRUIFY_HD void to_narrow(const Thread& t, int count, int rows) const {
-    products<Numbers, AnyShape>(
-        t, count, rows, p.rows, p.width(),
-        [&](int number, const auto& add) {
-          add(at(t, p.first) + number * rows * words(p.width()), at(t, p.in) + number * p.rows * words(p.width()));
-        },
-        [&](int number, int k, int r, auto... values) {
-          write_values(at(t, p.part) + (number * rows + k) * p.rows + r, false, values...);
-        });
-  }
-  // The second product: to(number, row of the batch, unit) gets its sum, which starts from start(...) of the same.
-  template <class Start, class To>
-  KRUIFY_HD void from_narrow(const Thread& t, int count, const Start& start, const To& to) const {
-    products<Numbers, AnyShape>(
-        t, count, p.share, p.rows, p.depth,
-        [&](int number, const auto& add) {
-          const int set = p.narrow() == p.depth ? 0 : number;
-          add(at(t, p.second) + number * p.share * words(p.depth), at(t, p.z) + set * p.rows * words(p.depth));
-        },
-        [&](int number, int u, int r, auto... values) { ((*to(number, r++, u) = values), ...); }, 0,
-        [&](int number, int u, int r) { return start(number, r, u); });
-  }
-};
-
-template <int G, class Numbers> struct LowRankForwardPhases : LowRankPhases<Numbers> {
-  using Base = LowRankPhases<Numbers>;
+template <int G, class Numbers, bool Sums> struct LowRankForwardPhases : BesideForward<G, Numbers> {
+  using Base = BesideForward<G, Numbers>;
   using Base::at, Base::exact, Base::p, Base::words;
   const LowRankForward& args;
 
@@ -149,14 +64,15 @@ template <int G, class Numbers> struct LowRankForwardPhases : LowRankPhases<Numb
       const float* d = args.diagonal.of(gate, p.hidden);
       if (p.diagonal >= 0) at(t, p.diagonal)[e] = d ? d[first + u] : 0.0f;
     }
+    if constexpr (Sums) this->load_beside(t, args.h0);
     this->load_lengths(t);
   }
 
   // Starts to fetch the input gates of one step.
   KRUIFY_HD void fetch(const Thread& t, int step) const {
-    const int quads = p.share / 4;
-    for (int e = t.id; e < G * p.rows * quads; e += t.count) {
-      const int u = e % quads * 4, r = e / quads % p.rows, gate = e / (quads * p.rows);
+    for (int e = t.id; e < G * p.rows * p.by_quads.size; e += t.count) {
+      const Split of = p.by_quads.split(e), row = p.by_rows.split(of.quotient);
+      const int u = of.remainder * 4, r = row.remainder, gate = row.quotient;
       if (u < this->owned(t) && step < this->length(t, r))
         fetch_quad(
             x(t, step, gate, r) + u, args.x + (this->row(t, step, r) * G + gate) * p.hidden + this->start(t) + u);
@@ -165,19 +81,24 @@ template <int G, class Numbers> struct LowRankForwardPhases : LowRankPhases<Numb
   }
 
   KRUIFY_HD float& state(const Thread& t, int r, int u) const {
-    const int width = p.width();
-    return exact ? at(t, p.in)[(u / width * p.rows + r) * words(width) + u % width] : at(t, p.state)[r * p.share + u];
+    if constexpr (!exact) return at(t, p.state)[r * p.share + u];
+    const Split of = p.by_width.split(u);
+    return at(t, p.in)[(of.quotient * p.rows + r) * words(p.width()) + of.remainder];
+  }
+  // The sums of a gate.
+  KRUIFY_HD float* gates(const Thread& t, int step, int gate, int r) const {
+    return apart(gate) ? at(t, p.y) + r * p.share : x(t, step, gate, r);
   }
 
   KRUIFY_HD void first_product(const Thread& t) const { this->to_narrow(t, p.slices, p.narrow()); }
   KRUIFY_HD void second_product(const Thread& t, int step) const {
     this->from_narrow(
         t, G, [&](int gate, int r, int u) { return apart(gate) ? 0.0f : x(t, step, gate, r)[u]; },
-        [&](int gate, int r, int u) { return (apart(gate) ? at(t, p.y) + r * p.share : x(t, step, gate, r)) + u; });
+        [&](int gate, int r, int u) { return gates(t, step, gate, r) + u; });
   }
 
   // The new state of the block's units; what `store` will need of the gates stands in their place.
-  KRUIFY_HD void cell(const Thread& t, int step) const {
+  template <class Block> KRUIFY_HD void cell(const Block& block, const Thread& t, int step, bool last) const {
     this->each_unit(t, step, [&](int r, int u, int e) {
       const float before = state(t, r, u);
       float gates[G], product[G], saved[5], c = G == 4 ? at(t, p.c)[e] : 0.0f;
@@ -191,6 +112,7 @@ template <int G, class Numbers> struct LowRankForwardPhases : LowRankPhases<Numb
       const float now = cell_forward<G>(gates, product, before, c, args.kind, saved);
       this->put(t, 0, 1, r, u, now);
       if constexpr (!exact) state(t, r, u) = now;
+      if (Sums && !last) this->tell(block, t, step + 1, r, u, now);  // later another block may have ended
       if constexpr (G == 4) at(t, p.c)[e] = c;
       if (G > 1 && args.workspace) {
         KRUIFY_UNROLL
@@ -225,10 +147,10 @@ template <int G, class Numbers> struct LowRankForwardPhases : LowRankPhases<Numb
   }
 };
 
-template <int G, class Numbers, class Block>
+template <int G, class Numbers, bool Sums, class Block>
 KRUIFY_HD void low_rank_recurrence(Block& block, const LowRankPlan& p, const LowRankForward& args, int sample) {
   const int steps = args.rows.length(sample);  // the longest: lengths descend
-  const LowRankForwardPhases<G, Numbers> phases{{p, args.rows, sample}, args};
+  const LowRankForwardPhases<G, Numbers, Sums> phases{{{{p, args.rows, sample}, args.beside}}, args};
   block.each([&](const Thread& t) { phases.load(t); });
   block.cluster_barrier();  // nobody writes into a block that has not started
   block.each([&](const Thread& t) { phases.fetch(t, 0); });
@@ -243,6 +165,7 @@ KRUIFY_HD void low_rank_recurrence(Block& block, const LowRankPlan& p, const Low
     block.cluster_wait();
     block.each([&, n](const Thread& t) {
       phases.gather(t, n);
+      if (Sums && p.pair) phases.first_stage(t, n);
       fetch_wait<0>();
     });
     block.barrier();
@@ -251,7 +174,21 @@ KRUIFY_HD void low_rank_recurrence(Block& block, const LowRankPlan& p, const Low
       phases.second_product(t, n);
     });
     block.barrier();
-    block.each([&, n](const Thread& t) { phases.cell(t, n); });
+    if constexpr (Sums) {
+      if (p.pair) {
+        block.each([&, n](const Thread& t) {
+          phases.second_stage(t, [&](int gate, int r) { return phases.gates(t, n, gate, r); });
+        });
+        block.barrier();
+      }
+      if (p.blocks) {
+        block.each([&, n](const Thread& t) {
+          phases.sparse(t, n, [&](int gate, int r) { return phases.gates(t, n, gate, r); });
+        });
+        block.barrier();
+      }
+    }
+    block.each([&, n](const Thread& t) { phases.cell(block, t, n, n + 1 == steps); });
     block.barrier();
   }
   block.each([&](const Thread& t) {

@@ -208,11 +208,12 @@ bool template_fits(
       precision_of(precision));
 }
 
-bool low_rank_pays_operator(int64_t gates, int64_t hidden, int64_t sets, int64_t rank, int64_t batch, bool training,
-    int64_t precision, int64_t device) {
+bool low_rank_pays_operator(int64_t gates, int64_t hidden, int64_t sets, int64_t rank, int64_t pair, int64_t rows1,
+    int64_t rows2, int64_t blocks, int64_t block, int64_t batch, bool training, int64_t precision, int64_t device) {
   const auto number = [](int64_t n) { return static_cast<int>(least(n, kHuge - 1)); };
-  return low_rank_pays(LowRankSizes{number(hidden), number(gates), number(sets), number(rank)}, number(batch),
-      chip_at(device), training, precision_of(precision));
+  const LowRankSizes sizes{number(hidden), number(gates), number(sets), number(rank), number(pair), number(rows1),
+      number(rows2), number(blocks), number(block)};
+  return low_rank_pays(sizes, number(batch), chip_at(device), training, precision_of(precision));
 }
 
 }  // namespace

@@ -29,15 +29,29 @@ template <class T> bool is_pair_recurrence(const Matrix<T>& m, AnyShape& s) {
   return !m.residual.values && m.terms == 1 && m.term[0].gates == m.gates && is_pair(m.term[0], s) && pair_takes(s);
 }
 
-// The plan of the low-rank kernel, which takes outer products for all gates, and a diagonal. cluster == 0: not this.
+// The plan of the low-rank kernel, and what it takes beside outer products and a diagonal: one term of two square
+// stages for all gates, and a sparse residual. cluster == 0: not this.
 template <class Machine>
 LowRankPlan low_rank_plan_for(
-    Machine& machine, Matrix<float>& m, Kind kind, int batch, bool backward, Precision precision) {
-  const bool all = m.terms && std::all_of(m.begin(), m.end(), is_outer<float>);
-  if (!all || m.residual.values || is_modrelu(kind)) return {};
+    Machine& machine, Matrix<float>& m, Kind kind, int batch, bool backward, Precision precision, Beside& beside) {
+  const Term<float>* pair = nullptr;
+  int others = 0;
+  for (const Term<float>& term : m)
+    if (!is_outer(term)) pair = &term, ++others;
+  AnyShape s{};
+  if (others == m.terms || others > 1 || is_modrelu(kind)) return {};
+  if (pair && (pair->gates != m.gates || !is_pair(*pair, s) || !pair_takes(s))) return {};
   prepare_outer(machine, m);
-  const LowRankSizes sizes{static_cast<int>(m.rows), m.gates, m.low_rank.sets, m.low_rank.rank};
-  return low_rank_plan(sizes, {m.bias != nullptr, m.diagonal != nullptr}, batch, machine.chip, backward, precision);
+  LowRankSizes sizes{static_cast<int>(m.rows), m.gates, m.low_rank.sets, m.low_rank.rank};
+  if (pair) sizes.pair = pair->rank, sizes.P1 = s.P1, sizes.P2 = s.P2;
+  if (m.residual.values) sizes.blocks = m.residual.blocks, sizes.block = m.residual.block;
+  const LowRankPlan plan =
+      low_rank_plan(sizes, {m.bias != nullptr, m.diagonal != nullptr}, batch, machine.chip, backward, precision);
+  if (plan.cluster) {
+    prepare_sparse(machine, m, backward);
+    beside = {pair ? pair->w[0] : nullptr, pair ? pair->w[1] : nullptr, m.residual};
+  }
+  return plan;
 }
 
 // modReLU's bias belongs to the cell: the matrix is left without one. Returns what the cell gets.
@@ -67,10 +81,11 @@ void recurrence(Machine& machine, Matrix<T>& m, Kind kind, ForwardArrays<T> arra
     }
   }
   if constexpr (std::is_same_v<T, float>) {
-    const LowRankPlan plan = low_rank_plan_for(machine, m, kind, arrays.rows.batch, false, precision);
+    Beside beside{};
+    const LowRankPlan plan = low_rank_plan_for(machine, m, kind, arrays.rows.batch, false, precision, beside);
     if (plan.cluster) {
       arrays.x = aligned_rows(machine, arrays.x, starts.back(), height_of(m));
-      return machine.low_rank_recurrence(plan, LowRankForward{arrays, m.low_rank, diagonal_of(m), m.bias});
+      return machine.low_rank_recurrence(plan, LowRankForward{arrays, m.low_rank, diagonal_of(m), m.bias, beside});
     }
   }
   if (stepwise_pays(m, kind, arrays.rows.batch, machine.chip, precision))
@@ -89,14 +104,15 @@ void recurrence_backward(Machine& machine, Matrix<T>& m, Kind kind, BackwardArra
     bool done = false;
     if constexpr (std::is_same_v<T, float>) {
       const int batch = arrays.rows.batch;
+      Beside beside{};
       if (AnyShape s{}; is_pair_recurrence(m, s)) {
         const Term<T>& term = m.term[0];
         const PairPlan plan = pair_plan(s, m.gates, term.rank, batch, machine.chip, true, precision);
         done = plan.cluster > 0;
         if (done) machine.pair_recurrence(s, plan, PairBackward{arrays, term.w[0], term.w[1], diagonal_of(m)});
-      } else if (LowRankPlan plan = low_rank_plan_for(machine, m, kind, batch, true, precision); plan.cluster) {
+      } else if (LowRankPlan plan = low_rank_plan_for(machine, m, kind, batch, true, precision, beside); plan.cluster) {
         done = true;
-        machine.low_rank_recurrence(plan, LowRankBackward{arrays, m.low_rank, diagonal_of(m)});
+        machine.low_rank_recurrence(plan, LowRankBackward{arrays, m.low_rank, diagonal_of(m), beside});
       }
     }
     if (!done && stepwise_pays(m, kind, arrays.rows.batch, machine.chip, precision))
