@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
+
 REPEATS = 7
 
 
@@ -34,6 +36,13 @@ def compress(
     subprocess.run([*command, "--resume", str(state), "-o", str(small)], check=True)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {"wall": time.perf_counter() - start, "processor": used.ru_utime + used.ru_stime}
+
+
+def session(model: str | Path) -> onnxruntime.InferenceSession:
+    """The graph, on one thread."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 
 def least_ms(*runs: Callable[[], Any]) -> list[float]:

@@ -200,6 +200,28 @@ def test_deepfilternet3_data(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(Nothing().enhanced(clip)[data.FFT :], clip[data.FFT :], atol=1e-4)
 
 
+def test_easyocr_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines are printed with their labels, scores are read, and the network has a column for each four pixels."""
+    matplotlib = pytest.importorskip("matplotlib")  # it brings Pillow and a font
+    pytest.importorskip("onnxruntime")
+    monkeypatch.delitem(sys.modules, "data", raising=False)
+    data = loaded(EXAMPLES / "easyocr" / "data.py", monkeypatch)
+    monkeypatch.setattr(data, "ROOT", Path(matplotlib.get_data_path()) / "fonts")
+    monkeypatch.setattr(data, "FONTS", {"train": ["ttf/DejaVuSans.ttf"], "test": ["ttf/DejaVuSerif.ttf"]})
+    monkeypatch.setattr(data, "COUNTS", {"train": 3, "test": 2})
+    given, again = list(data.lines("test")), list(data.lines("test"))
+    assert all((a == b).all() and label == same for (a, label), (b, same) in zip(given, again, strict=True))
+    assert all(0 < len(label) <= data.LONGEST and set(label) <= set(data.CHARACTERS) for _, label in given)
+    assert [sample["image"].shape[:3] for sample in data.samples()] == [(1, 1, 64)] * 3
+    assert all(image.min() >= -1 and image.max() <= 1 and image.std() > 0.05 for image, _ in given)
+    places = [1 + data.CHARACTERS.index(letter) for letter in "helo"]
+    steps = [places[0], places[0], 0, places[1], places[2], 0, places[2], places[3], 0]
+    assert data.text_of(np.eye(97)[steps]) == "hello"
+    assert (data.edits("kitten", "sitting"), data.edits("", "abc"), data.edits(["a", "b"], ["b"])) == (3, 3, 1)
+    with torch.no_grad():
+        assert data.Recogniser().eval()(torch.zeros(2, 1, 64, 100)).shape == (2, 24, 97)
+
+
 def test_every_example_is_run() -> None:
     known = {
         "chorales.py",

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import libdf
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 sys.path.append(str(Path(__file__).parent.parent))
+from showcase import session
 from speech import Signal, Speech
 
 FOLDER = Path("deepfilternet3-out")
@@ -63,19 +63,14 @@ class Enhancer:
     """DeepFilterNet3 from the three graphs of a folder, on one thread."""
 
     def __init__(self, folder: Path) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        self.sessions = [
-            onnxruntime.InferenceSession(str(folder / f"{name}.onnx"), options, providers=["CPUExecutionProvider"])
-            for name in GRAPHS
-        ]
+        self.sessions = [session(folder / f"{name}.onnx") for name in GRAPHS]
 
     def run(self, feed: Feed) -> Feed:
         """Outputs of all three."""
         known = dict(feed)
-        for session in self.sessions:
-            given = {value.name: known[value.name] for value in session.get_inputs()}
-            known |= dict(zip((value.name for value in session.get_outputs()), session.run(None, given), strict=True))
+        for graph in self.sessions:
+            given = {value.name: known[value.name] for value in graph.get_inputs()}
+            known |= dict(zip((value.name for value in graph.get_outputs()), graph.run(None, given), strict=True))
         return known
 
     def enhanced(self, clip: Signal) -> Signal:

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from scipy.signal.windows import hann
 
 sys.path.append(str(Path(__file__).parent.parent))
+from showcase import session
 from speech import Signal, Speech, scale_invariant_sdr
 
 RATE, WINDOW, HOP = 16000, 320, 160
@@ -43,13 +43,6 @@ def enhanced(model: str | Path, noisy: Signal) -> Signal:
         gains = network.run(None, {"input": features(frames)})[0][0]
         found.append(signal(frames * np.clip(gains, 1e-4, 1.0), len(clip)))
     return np.stack(found)
-
-
-def session(model: str | Path) -> onnxruntime.InferenceSession:
-    """The graph, on one thread."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 
 def spectrum(clip: Signal) -> NDArray[np.complex128]:

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from data import FOLDER, RATE, SPEECH, enhanced, features, session, spectrum
+from data import FOLDER, RATE, SPEECH, enhanced, features, spectrum
 from pesq import pesq
-from showcase import compress, keep, least_ms, package
+from showcase import compress, keep, least_ms, package, session
 from speech import scale_invariant_sdr
 
 SMALL = FOLDER / "small.onnx"
