@@ -253,7 +253,7 @@ class Run:
     Attributes:
         times: how many times smaller the recurrent matrices are (1 for methods that stay dense).
         epochs: 0 for the task's own number.
-        changes: further options of the recipe, "name=value,name=value".
+        changes: further options of the recipe, and the `share` of a candidate's trial: "name=value,name=value".
         whole: `times` is of the whole model, W_ih factored as W_hh.
     """
 

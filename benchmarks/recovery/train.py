@@ -23,7 +23,7 @@ from kruify.conversion.locate import RecurrentLayer, locate
 from kruify.conversion.plan import Plan, make_plan
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.progress import Progress
-from kruify.search.candidate_search import SHARE, CandidateSearch
+from kruify.search.candidate_search import CandidateSearch
 from kruify.search.candidates import Candidate, Choice
 from kruify.tasks.base import Task
 from kruify.tasks.loader import load_task
@@ -61,6 +61,7 @@ def train(
         same = known(twin)
         if same and chosen.plan == specified(twin, teacher) and not chosen.moments and same["options"] == run.options:
             return {**same, **row, "run": run.key, "method": run.method, "same_run_as": twin.key}
+        options.pop("share", None)
         options = {**options, "epochs": row.pop("epochs")}
         model = convert_module(teacher, chosen.plan, moments=chosen.moments, seed=run.seed)[0]
         model = quantize(model, method.dtype) if method.dtype else model
@@ -120,7 +121,7 @@ def choose_candidate(run: Run, task: Task, teacher: nn.Module, folder: Path) -> 
         found = search.candidates(budget_of(run))
         epochs = run.options["epochs"]
         if METHODS[run.method].of_file and len(found) > 1:  # their trials and the training after them are one budget
-            epochs /= 1 + SHARE * len(found)
+            epochs /= 1 + search.share * len(found)
             search = CandidateSearch(teacher, task, device="cpu", **{**run.options, "epochs": epochs})
         choice = search.choose(found, folder)
         folder.mkdir(parents=True, exist_ok=True)
