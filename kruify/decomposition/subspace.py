@@ -13,7 +13,7 @@ from torch import Tensor
 from kruify.decomposition.frobenius import Frobenius
 from kruify.decomposition.nearest_sum import nearest
 from kruify.decomposition.rearrangement import rearrange
-from kruify.decomposition.svd import follow, shorter_side, truncated_svd
+from kruify.decomposition.svd import follow, product, shorter_side, truncated_svd
 from kruify.decomposition.vectors import NUMERICALLY_ZERO, VectorSum, normalised
 from kruify.factors import Shape, Term
 
@@ -88,7 +88,7 @@ class SubspaceFrobenius(Frobenius):
         if basis.shape[1] < term.rank:  # an exact fit of the whole matrix says nothing of what is left of it
             return super().term(rest, term, old, seed)
         side = shorter_side(tensor)
-        image = (tensor if side == 1 else tensor.T) @ basis
+        image = product(tensor if side == 1 else tensor.T, basis)
         start = normalised([basis, image] if side == 0 else [image, basis])
         best, captured = float(values[: term.rank].sum()), float(image.square().sum())
         if abs(captured - best) <= WHOLE * best:  # it is the whole matrix that is fitted

@@ -99,8 +99,8 @@ def follow(matrix: Tensor, start: VectorSum) -> VectorSum:
     side = shorter_side(matrix)
     work = matrix if side == 0 else matrix.T
     image = start.vectors[1 - side] * (start.weight / start.weight.max().clamp(min=torch.finfo(matrix.dtype).tiny))
-    basis = torch.linalg.qr(work @ image)[0]
-    image = work.T @ basis
+    basis = torch.linalg.qr(product(work, image))[0]
+    image = product(work.T, basis)
     return normalised([basis, image] if side == 0 else [image, basis])
 
 
@@ -114,12 +114,17 @@ def improve(matrix: Tensor, start: VectorSum) -> VectorSum:
     basis, image = start.vectors[side], start.vectors[1 - side] * (start.weight > 0)
     blocks = [basis]
     for _ in range(KRYLOV):
-        blocks.append(torch.linalg.qr(work @ image)[0])
-        image = work.T @ blocks[-1]
+        blocks.append(torch.linalg.qr(product(work, image))[0])
+        image = product(work.T, blocks[-1])
     basis = torch.linalg.qr(torch.cat(blocks, dim=1))[0]
-    other, weight, turn = torch.linalg.svd(work.T @ basis, full_matrices=False)
+    other, weight, turn = torch.linalg.svd(product(work.T, basis), full_matrices=False)
     vectors = [basis @ turn[:rank].T, other[:, :rank]]
     return VectorSum(weight[:rank], vectors if side == 0 else vectors[::-1])
+
+
+def product(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """M V of few columns, as rows: BLAS may take ten times as long for a transposed M and the columns that QR gives."""
+    return (vectors.T @ matrix.T).T
 
 
 def shorter_side(matrix: Tensor) -> int:
