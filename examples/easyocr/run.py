@@ -2,7 +2,8 @@
 
 Needs `pip install 'kruify[onnx,showcase]'` and fonts of Debian, which it names where they are missing. Writes the
 published checkpoint as an ONNX graph, prints lines of text in easyocr-out/, runs `kruify compress` on the graph, and
-compares it with the original, and with onnxruntime's eight-bit one, on text and fonts that no step has seen.
+compares it with the original and with eight bits alone, onnxruntime's and kruify's, on text and fonts that no step has
+seen.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from data import FOLDER, HEIGHT, Recogniser, error_rates, lines
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from showcase import compress, keep, least_ms, package, session
 
-ORIGINAL, EIGHT_BITS, SMALL = (FOLDER / f"{name}.onnx" for name in ("original", "eight_bits", "small"))
+import kruify
+
+ORIGINAL, THEIRS, DENSE, SMALL = (FOLDER / f"{name}.onnx" for name in ("original", "theirs", "dense", "small"))
 BUDGET, STEPS = "size=8x", 160
 
 
@@ -42,10 +45,11 @@ def main() -> None:
     image, _ = next(lines("test"))
     FOLDER.mkdir(exist_ok=True)
     export()
-    quantize_dynamic(ORIGINAL, EIGHT_BITS, weight_type=QuantType.QInt8)
+    quantize_dynamic(ORIGINAL, THEIRS, weight_type=QuantType.QInt8)
+    kruify.convert(ORIGINAL, "dense", dtype="int8", output=DENSE)
     samples = f"{Path(__file__).parent}/data.py:samples"
     seconds = compress([ORIGINAL], samples, BUDGET, STEPS, FOLDER / "state", SMALL)
-    models = {"original": ORIGINAL, "onnxruntime, int8": EIGHT_BITS, "small": SMALL}
+    models = {"original": ORIGINAL, "onnxruntime, int8": THEIRS, "kruify, int8 alone": DENSE, "small": SMALL}
     loads = least_ms(*(partial(session, model) for model in models.values()))
     runs = least_ms(*(partial(session(model).run, None, {"image": image}) for model in models.values()))
     times = {name: {"load_ms": load, "run_ms": run} for name, load, run in zip(models, loads, runs, strict=True)}
