@@ -15,6 +15,7 @@ from .options import (
     NUMBER,
     device_option,
     dtype_option,
+    form_option,
     given,
     keep_option,
     key_option,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 OF_PROGRAMS = ("budget", "dtype", "lr", "output", "resume", "seed", "steps")
 """Options that go with --run."""
-OF_GRAPHS = (*OF_PROGRAMS, "attempts", "card", "max_drop")
+OF_GRAPHS = (*OF_PROGRAMS, "attempts", "card", "form", "max_drop")
 """Options that go with --inputs."""
 
 
@@ -91,6 +92,7 @@ OF_GRAPHS = (*OF_PROGRAMS, "attempts", "card", "max_drop")
 @device_option
 @dtype_option
 @keep_option
+@form_option
 @output_option
 @click.option("--card", metavar="FILE", help="Write a model card: Markdown with front matter for the Hugging Face Hub.")
 @seed_option
@@ -102,6 +104,7 @@ def compress(
     inputs: str | None,
     steps: int | None,
     run: bool,
+    form: str,
     card: str | None,
     others: tuple[str, ...],
     json_only: bool,
@@ -126,7 +129,8 @@ def compress(
     trained alone.
     """
     if inputs is not None:
-        given_options = {**options, "steps": steps, "card": card, "others": others}
+        of_graphs = {"steps": steps, "form": None if form == "folded" else form, "card": card, "others": others}
+        given_options = {**options, **of_graphs}
         _compress_graph(models, inputs, task, run, json_only, given_options)
         return
     with output(json_only) as out:
@@ -138,9 +142,11 @@ def compress(
         from kruify.tasks.evaluation import Evaluations
         from kruify.tasks.loader import load_task
 
-        if task is None or steps is not None or run:
-            what = "--steps and --run go with --inputs" if task else "it needs a task, or the inputs of an ONNX graph"
+        if task is None:
+            what = "it needs a task, or the inputs of an ONNX graph"
             raise UsageError(what, "compress", "Give --task TASK or --inputs SAMPLES")
+        if steps is not None or run or form != "folded":
+            raise UsageError("--steps, --run and --form go with --inputs", "compress", "Give --inputs SAMPLES")
         if len(models) > 1:
             raise UsageError("several graphs go together only with --inputs", "compress", "Name one MODEL")
         model = models[0]
@@ -269,6 +275,7 @@ def _show_graph(out: Output, done: GraphCompression) -> None:
         out.show(f"metric {best.metric:.4f}, of the original {done.baseline:.4f}")
     ratio = done.before / best.bytes
     out.show(f"wrote {done.output}: {done.before:,} bytes -> {best.bytes:,}, {ratio:.1f}x smaller")
+    out.show(*map(str, done.forms))
     if done.timing is not None:
         out.show(f"on the first sample it {done.timing}")
 

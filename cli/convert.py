@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import Output, json_option, output, progress
-from .options import NUMBER, dtype_option, keep_option, key_option, model_argument, seed_option, selection_options
+from .options import (
+    NUMBER,
+    dtype_option,
+    form_option,
+    keep_option,
+    key_option,
+    model_argument,
+    seed_option,
+    selection_options,
+)
 
 if TYPE_CHECKING:
     from kruify.conversion import Conversion
@@ -46,6 +55,7 @@ g2p-en, low rank at 16x fewer numbers 30 %."""
 @click.option("--plan-out", metavar="FILE", help="Write the plan as JSON, to be edited and given to --plan.")
 @dtype_option
 @keep_option
+@form_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done, with a budget what was found; write nothing.")
 @seed_option
 @key_option
@@ -159,7 +169,7 @@ def _advise(out: Output, model: str, conversion: Conversion) -> None:
 
     out.show(f"wrote {conversion.output}")
     if conversion.graph is not None:
-        out.show(str(conversion.graph))
+        out.show(*map(str, conversion.forms), str(conversion.graph))
     if not conversion.matrices:
         return
     if conversion.parameters.recurrent_ratio <= 1:

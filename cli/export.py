@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import json_option, output, progress
-from .options import NUMBER, given, key_option, model_argument, output_option
+from .options import NUMBER, form_option, given, key_option, model_argument, output_option
 
 if TYPE_CHECKING:
     from kruify.exporting import Exported
@@ -32,6 +32,7 @@ OPTIONS = {
     help="Of plain RNNs, where the file does not tell.  [default: tanh]",
 )
 @click.option("--original", metavar="FILE", help="The file that was converted, to write its kind again (ONNX, Keras).")
+@form_option
 @click.option("--tolerance", type=NUMBER, metavar="X", help="Largest difference allowed.  [default: 1e-5]")
 @key_option
 @json_option
@@ -56,7 +57,7 @@ def export(model: str, json_only: bool, **options: Any) -> None:
     if to == "torch" and options["original"]:
         raise click.UsageError("--original goes with --to dense and --to onnx")
     if to == "onnx" and options["original"] and (options["dense"] or task or layout or options["tolerance"]):
-        raise click.UsageError("--to onnx --original writes the original's graph: no other option goes with it")
+        raise click.UsageError("--to onnx --original writes the original's graph: only --form goes with it")
     if to == "c" and (task or options["original"] or options["batch_first"] is not None):
         raise click.UsageError("--to c writes the recurrent layers: no --task, --original or --batch-first")
     if task and layout:
@@ -67,7 +68,7 @@ def export(model: str, json_only: bool, **options: Any) -> None:
         with progress("exporting and comparing") as advance:
             files = run(model, progress=advance, **given(**{**options, "dense": options["dense"] or None}))
         for file in files:
-            out.show(_sentence(file))
+            out.show(_sentence(file), *map(str, file.forms))
         if assumed := sorted({OPTIONS.get(item, item) for file in files for item in file.assumed}):
             out.note(f"The file does not tell, so it was taken for granted: {'; '.join(assumed)}")
         out.result({"outputs": [file.to_json() for file in files]})

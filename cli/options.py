@@ -117,6 +117,14 @@ dtype_option = click.option(
     type=click.Choice(["float32", "float16", "bfloat16", "int8"]),
     help="How the file stores weights; int8 has one scale a row.  [default: as MODEL does]",
 )
+form_option = click.option(
+    "--form",
+    type=click.Choice(["folded", "scan", "auto"]),
+    default="folded",
+    show_default=True,
+    help="Of recurrent nodes in a whole ONNX graph: dense weights again when it is loaded; factors step by step in a "
+    "Scan; the faster of both here.",
+)
 keep_option = click.option(
     "--keep", metavar="GLOB", multiple=True, help="Weights or modules that --dtype leaves in float32."
 )

@@ -230,6 +230,7 @@ def export(
     *,
     task: Task | str | None = None,
     original: FilePath | None = None,
+    form: str = "folded",
     key: str | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -240,6 +241,7 @@ def export(
         to: a dense state dict, ONNX, a torch.export program, or a C99 file with weights in eight bits.
         task: export its whole network, not layer by layer; a module needs one.
         original: the file that was converted, to write its kind again; with "onnx" its whole graph, small.
+        form: of the recurrent nodes of that graph, as `convert` takes it.
         progress: told of the layers, where they are written or compared one by one.
         options: further arguments of `kruify.exporting`: dense, batch_first, nonlinearity, tolerance.
 
@@ -255,12 +257,14 @@ def export(
             raise UsageError("only recurrent layers are written in C", "export", "Leave the task out")
         task = load_task(task)
         return [export_network(_network(source, task), task, to, path, **options)]
+    if form != "folded" and (to != "onnx" or original is None):
+        raise UsageError("a form is of a whole ONNX graph", "export", "Give original, the graph that was converted")
     if isinstance(source, nn.Module):
         raise UsageError("a module is exported with its task", type(model).__name__, "Give task, or save it to a file")
     if to == "dense":
         return [export_dense(source, path, source=Path(original) if original else None, progress=progress, **options)]
     if original is not None:
-        return [export_graph(source, path, Path(original))]
+        return [export_graph(source, path, Path(original), form)]
     return export_layers(source, to, path, progress=progress, **options)
 
 

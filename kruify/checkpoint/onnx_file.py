@@ -304,14 +304,19 @@ def _refusal(kind: str, attributes: dict[str, Proto], inputs: list[str], lazy: d
         return f"its layout is {attributes['layout'].i}, which ONNX does not define"
     if kind == "gru" and not ("linear_before_reset" in attributes and attributes["linear_before_reset"].i):
         return "it is a GRU that resets before the matmul (linear_before_reset=0), which torch has no equivalent for"
+    return unlike_torch(kind, attributes, inputs, lazy["W"].shape[0])
+
+
+def unlike_torch(kind: str, attributes: dict[str, Proto], inputs: list[str], directions: int) -> str | None:
+    """Why a step of a node is none that torch has, None if it is; how a GRU resets does not matter."""
     if len(inputs) > PEEPHOLES and inputs[PEEPHOLES]:
         return "it has peepholes, which torch has no equivalent for"
     if "clip" in attributes or ("input_forget" in attributes and attributes["input_forget"].i):
         return "it clips its cells or couples its gates, which torch has no equivalent for"
-    return _unlike_torch(ACTIVATIONS[kind], _activations(attributes), lazy["W"].shape[0])
+    return _activations_unlike_torch(ACTIVATIONS[kind], _activations(attributes), directions)
 
 
-def _unlike_torch(known: list[list[str]], names: list[str], directions: int) -> str | None:
+def _activations_unlike_torch(known: list[list[str]], names: list[str], directions: int) -> str | None:
     """Why torch has no layer with these activations, those of the second direction after those of the first."""
     if not names or names in [one * directions for one in known]:
         return None

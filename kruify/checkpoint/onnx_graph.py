@@ -67,6 +67,14 @@ class Scope:
     attributes: dict[str, Proto] = field(default_factory=dict)
     known: dict[str, Source] = field(default_factory=dict)
 
+    @property
+    def root(self) -> Scope:
+        """The main graph, or the call of a function, that it stands in."""
+        scope = self
+        while scope.outer is not None:
+            scope = scope.outer
+        return scope
+
     def find(self, name: str) -> Source:
         """What a name stands for, seen through Identity nodes, calls of functions and bodies."""
         passed: dict[tuple[int, str], Scope] = {}

@@ -14,7 +14,7 @@ from kruify.checkpoint.gates import ONNX_PARTS, onnx_from_torch
 from kruify.checkpoint.in_place import check_fits
 from kruify.checkpoint.onnx_constants import EXTERNAL, Outside, outside, tensor_proto
 from kruify.checkpoint.onnx_file import INPUTS, OnnxFile, Weight, load_model, read_model
-from kruify.checkpoint.onnx_graph import Proto, Scope
+from kruify.checkpoint.onnx_graph import Node, Proto, Scope
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.checkpoint.writing import as_bytes, atomic_file
 from kruify.errors import UnsupportedError
@@ -118,6 +118,14 @@ class OnnxCopy:
             _drop_named(held, {name})
         _drop_nodes(body, {name})
         self._insert(body, made, scope.around is None)
+
+    def replace_node(self, node: Node, made: Made) -> None:
+        """Puts other nodes in the place of one that stands in a graph, and constants beside them."""
+        body = node.scope.body
+        at = next(at for at, proto in enumerate(body.node) if proto is node.proto)
+        self._name_nodes()
+        del body.node[at]
+        self._insert(body, made, body is self.model.graph, at)
 
     def _name_nodes(self) -> None:
         """Nodes without a name are read by the name of their place, which is about to change."""
@@ -226,9 +234,7 @@ class OnnxCopy:
 
     def _root(self, weight: Weight) -> Scope:
         """The main graph, or the call of a function, that a node stands in."""
-        scope: Scope = weight.node.scope
-        while scope.outer is not None:
-            scope = scope.outer
+        scope: Scope = weight.node.scope.root
         if scope.around is not None and sum(other.body is scope.body for other in self.found.scopes) > 1:
             raise UnsupportedError(
                 f"the {weight.part} of {weight.node.path} is computed in a function that is called several times",
@@ -237,8 +243,8 @@ class OnnxCopy:
             )
         return scope
 
-    def _insert(self, body: Proto, made: Made, main: bool) -> None:
-        """Adds constants and nodes to a graph or function, before its nodes."""
+    def _insert(self, body: Proto, made: Made, main: bool, at: int = 0) -> None:
+        """Adds constants and nodes to a graph or function, before the node at a place."""
         from onnx import helper
 
         nodes = list(made.nodes)
@@ -252,7 +258,7 @@ class OnnxCopy:
         else:
             nodes[:0] = [helper.make_node("Constant", [], [proto.name], value=proto) for proto in made.constants]
         for node in reversed(nodes):
-            body.node.insert(0, node)
+            body.node.insert(at, node)
 
 
 def starts_of(places: Iterable[Outside]) -> dict[Outside, int]:

@@ -38,7 +38,7 @@ from kruify.conversion.storing import (
 )
 from kruify.conversion.tensors import convert_tensors
 from kruify.errors import UsageError
-from kruify.graphs import GraphBytes, compare_graphs, kept_constants, write_small
+from kruify.graphs import GraphBytes, SmallGraph, check_form, compare_graphs, kept_constants, write_in_form
 from kruify.progress import Progress
 from kruify.tasks.base import Task
 from kruify.tasks.loader import load_task
@@ -64,6 +64,7 @@ class Options(TypedDict, total=False):
     dtype: str | None
     keep: Sequence[str]
     output: FilePath | None
+    form: str
     dry_run: bool
     key: str | None
     seed: int
@@ -94,6 +95,7 @@ def convert(
     dtype: str | None = None,
     keep: Sequence[str] = (),
     output: FilePath | None = None,
+    form: str = "folded",
     dry_run: bool = False,
     key: str | None = None,
     seed: int = 0,
@@ -124,6 +126,8 @@ def convert(
         keep: globs of weights or modules that stay float32.
         output: file to write; None writes `model.kru.safetensors` beside `model.pt`, and nothing for a module. An
             .onnx file of an .onnx source is its whole graph with small weights (`graphs.write_small`).
+        form: of the recurrent nodes of that graph: "folded" into dense weights when it is loaded, "scan" for their
+            factors step by step, "auto" for whichever of these is faster in onnxruntime here (`graphs.write_in_form`).
         dry_run: choose the factors, count, and write nothing; with a budget or an error bound, which look for factors
             by fitting them, what they keep is told, too.
         key: the entry of a file that holds the state dict, where it has several.
@@ -156,7 +160,10 @@ def convert(
         source = read(path, key=key, graph=to_graph)  # in its graph any recurrent node can stay
     check_storage(dtype, keep)
     graph = source.path if to_graph and isinstance(source, Checkpoint) and source.format == "onnx" else None
-    whole = None if graph is None else GraphBytes(graph)
+    check_form(form)
+    if form != "folded" and graph is None:
+        raise UsageError("a form is of an ONNX graph that is written as one", output, "Write MODEL.onnx to OUT.onnx")
+    whole = None if graph is None else GraphBytes(graph, scan=form != "folded")
     if whole is not None and dtype is not None:
         keep = [*keep, *kept_constants(whole.copy.found)]
     tensors, located, where = _opened(source, subclasses)
@@ -232,11 +239,12 @@ def convert(
     if output is not None:
         conversion = replace(conversion, output=Path(output))
         if graph is not None:
-            written = write_small(graph, conversion.tensors, plan.structures(), storage, output)
+            small = SmallGraph(graph, conversion.tensors, plan.structures(), storage)
+            written, forms = write_in_form(small, output, form)
             counts = replace(counts, before=written.bytes_before, after=written.bytes_after)
             if of_file:
                 counts = replace(counts, file=written.bytes_after)
-            return replace(conversion, bytes=counts, graph=compare_graphs(graph, written.path))
+            return replace(conversion, bytes=counts, graph=compare_graphs(graph, written.path), forms=forms)
         write_converted(
             output, conversion.tensors, plan, storage, source_sha256=sha256, seed=seed, extra=extra, progress=progress
         )

@@ -14,7 +14,7 @@ from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.locate import AnyTensor, Located, RecurrentLayer
 from kruify.conversion.plan import Plan, Structures, by_gate
 from kruify.decomposition import Fit
-from kruify.graphs import Comparison
+from kruify.graphs import Comparison, NodeForm
 from kruify.notebook import html_table
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ class Conversion:
         slack: what the limits of a budget of matrices allow, and how much of it is taken.
         notes: sentences on what the source had and the converted model has not.
         graph: of a whole ONNX graph that was written, how it compares with the original in onnxruntime.
+        forms: of its recurrent nodes with factors, where a form was asked for.
     """
 
     plan: Plan
@@ -140,6 +141,7 @@ class Conversion:
     slack: list[Slack] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     graph: Comparison | None = None
+    forms: list[NodeForm] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The object that `kruify convert --json` prints."""
@@ -152,6 +154,7 @@ class Conversion:
             "budget": [asdict(slack) for slack in self.slack],
             "notes": self.notes,
             **({} if self.graph is None else {"graph": self.graph.to_json()}),
+            **({"forms": [asdict(form) for form in self.forms]} if self.forms else {}),
         }
 
     def _repr_html_(self) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kruify.errors import KruifyError, TargetMissedError, UsageError
 from kruify.exporting.shapes import Interface
-from kruify.graphs import Comparison
+from kruify.graphs import Comparison, NodeForm
 
 TOLERANCE = 1e-5
 ROUNDING = 1e-6
@@ -58,6 +58,7 @@ class Exported:
         bytes: size of the file.
         graph: of a whole ONNX graph, how it compares with the original in onnxruntime; `difference` and `cases` are
             then of its weights.
+        forms: of its recurrent nodes with factors, where a form was asked for.
         embedded: of a C file, what it takes; `difference` is then that from the layer with its weights in eight bits.
         beside_dense: of factors in ONNX, how the file compares with one of dense weights in onnxruntime.
         assumed: what the checkpoint does not tell and was taken for granted.
@@ -73,6 +74,7 @@ class Exported:
     assumed: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     graph: Comparison | None = None
+    forms: tuple[NodeForm, ...] = ()
     embedded: Embedded | None = None
     beside_dense: Comparison | None = None
 
@@ -83,9 +85,10 @@ class Exported:
             **{
                 name: list(value) if isinstance(value, tuple) else value
                 for name, value in vars(self).items()
-                if name not in ("path", "graph", "embedded", "beside_dense")
+                if name not in ("path", "graph", "forms", "embedded", "beside_dense")
             },
             **({} if self.graph is None else {"graph": self.graph.to_json()}),
+            **({"forms": [asdict(form) for form in self.forms]} if self.forms else {}),
             **({} if self.embedded is None else asdict(self.embedded)),
             **({} if self.beside_dense is None else {"beside_dense": self.beside_dense.to_json()}),
         }

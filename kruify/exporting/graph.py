@@ -41,14 +41,3 @@ def make_model(
     helper.set_model_props(model, about)
     onnx.checker.check_model(model)
     return model
-
-
-def scan_body(graph: Graph, dtype: str, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.GraphProto:
-    """The body of a Scan; shapes are left to the run time."""
-    element = ELEMENTS[dtype]
-    return helper.make_graph(
-        graph.nodes,
-        graph.fresh("step"),
-        [helper.make_tensor_value_info(name, element, None) for name in inputs],
-        [helper.make_tensor_value_info(name, element, None) for name in outputs],
-    )

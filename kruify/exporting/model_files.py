@@ -45,7 +45,7 @@ from kruify.exporting.layer_files import (
 )
 from kruify.exporting.scan_layer import traceable
 from kruify.exporting.shapes import interface_of, no_kru
-from kruify.graphs import compare_graphs, write_small
+from kruify.graphs import SmallGraph, compare_graphs, write_in_form
 from kruify.layers.base import KRUBase
 from kruify.progress import Progress
 from kruify.tasks.base import Task, to_device
@@ -174,8 +174,8 @@ def export_dense(
     return Exported(path, "", (), (), worst, count, size, _unsaid(checkpoint, checkpoint.assumed))
 
 
-def export_graph(checkpoint: Checkpoint, path: Path, original: Path) -> Exported:
-    """The ONNX model that was converted, with the small weights in it (`graphs.write_small`).
+def export_graph(checkpoint: Checkpoint, path: Path, original: Path, form: str = "folded") -> Exported:
+    """The ONNX model that was converted, with the small weights in it (`graphs.write_in_form`).
 
     Raises:
         UsageError: kruify did not convert the file, or not from an ONNX model.
@@ -183,9 +183,10 @@ def export_graph(checkpoint: Checkpoint, path: Path, original: Path) -> Exported
     if not checkpoint.is_kruify or _format_of(checkpoint.metadata.get(ORIGIN)) != "onnx":
         raise UsageError("it was not converted from an ONNX model", checkpoint.path, "Leave --original out")
     structures = bounded_plan(checkpoint).structures()
-    made = write_small(original, checkpoint.tensors.lazy, structures, checkpoint.storage, path, graph=False)
-    graph = compare_graphs(original, made.path)
-    return Exported(path, "", (), (), made.max_error, len(structures), made.bytes_after, graph=graph)
+    small = SmallGraph(original, checkpoint.tensors.lazy, structures, checkpoint.storage, graph=False)
+    made, forms = write_in_form(small, path, form)
+    graph, cases = compare_graphs(original, made.path), len(structures)
+    return Exported(path, "", (), (), made.max_error, cases, made.bytes_after, graph=graph, forms=tuple(forms))
 
 
 def rounding(tensors: Mapping[str, Tensor]) -> float:

@@ -87,9 +87,13 @@ class Comparison:
         return {"difference": self.difference, "reason": self.reason, **times}
 
 
-def compare_graphs(original: Path, small: Path, seed: int = 0) -> Comparison:
-    """Runs both on random inputs of the declared shapes: real numbers are standard normal, whole numbers and truth
-    values 1."""
+def compare_graphs(original: Path, small: Path, seed: int = 0, feed: Mapping[str, Any] | None = None) -> Comparison:
+    """Runs both on the same inputs.
+
+    Args:
+        feed: inputs by name; None makes random ones of the declared shapes: real numbers are standard normal, whole
+            numbers and truth values 1.
+    """
     try:
         sessions = [cpu_session(path) for path in (original, small)]
     except ImportError:
@@ -97,15 +101,17 @@ def compare_graphs(original: Path, small: Path, seed: int = 0) -> Comparison:
     except Exception as error:  # onnxruntime's own, of many kinds
         return Comparison(reason=f"onnxruntime cannot load it ({first_line(error)})")
     reason = ""
-    for feed in _feeds(sessions[0], seed):
-        if isinstance(feed, str):
-            return Comparison(reason=feed)
+    for given in _feeds(sessions[0], seed) if feed is None else [feed]:
+        if isinstance(given, str):
+            return Comparison(reason=given)
         try:
-            wanted, found = (session.run(None, feed) for session in sessions)
+            wanted, found = (session.run(None, given) for session in sessions)
         except Exception as error:
-            reason = reason or f"it does not run on random inputs ({first_line(error)})"
+            reason = (
+                reason or f"it does not run on {'random' if feed is None else 'these'} inputs ({first_line(error)})"
+            )
             continue
-        return Comparison(_difference(found, wanted), timing=time_graphs(original, small, feed))
+        return Comparison(_difference(found, wanted), timing=time_graphs(original, small, given))
     return Comparison(reason=reason)
 
 

@@ -10,7 +10,8 @@ not folded and does not appear. Reshape stands for Unsqueeze, whose axes moved f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,67 @@ class Stored(NamedTuple):
         return Stored(self.values.squeeze(dim), None if self.scale is None else self.scale.squeeze(dim))
 
 
+class StoredTerm(NamedTuple):
+    """A sum of products as a file stores it (`layers.matrix.KroneckerTerm`).
+
+    Attributes:
+        gates: torch's gates that it belongs to.
+        factors: (gates, rank, P_f, Q_f) each; what gates share stands there once.
+        scale: (gates, rank), or None.
+    """
+
+    gates: tuple[int, ...]
+    factors: Sequence[Stored]
+    scale: Tensor | None
+
+    def ordered(self, order: Sequence[int]) -> list[Stored]:
+        """The factors, the scale in the first of them, of these places in `gates`."""
+        shared = [len(factor.values) == 1 < len(self.gates) for factor in self.factors]
+        factors = [f if one else take(f, order) for f, one in zip(self.factors, shared, strict=True)]
+        factors[0] = _scaled(factors[0], None if self.scale is None else self.scale[list(order)])
+        return factors
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A Kronecker matrix as a file stores it.
+
+    Attributes:
+        structures: one per gate, or one of stacked gates.
+        entries: by their names in the matrix, as `checkpoint.stored.encode` gives them.
+    """
+
+    structures: Sequence[Structure]
+    entries: Mapping[str, Tensor]
+
+    @property
+    def stacked(self) -> int:
+        """Gates of a structure; 1 where each has its own."""
+        return self.structures[0].gates
+
+    @property
+    def rows(self) -> int:
+        """Of one gate."""
+        return self.structures[0].rows // self.stacked
+
+    @property
+    def cols(self) -> int:
+        return self.structures[0].cols
+
+    @property
+    def diagonal_gates(self) -> tuple[int, ...]:
+        """The gates of the rows of the diagonal."""
+        return tuple(gate for gate, structure in enumerate(self.structures) if structure.diagonal)
+
+    def terms(self) -> Iterator[StoredTerm]:
+        """The sums of products."""
+        for number, ((term, _, _), gates) in enumerate(group_terms(self.structures).items()):
+            names = [f"terms.{number}.factors.{f}" for f in range(len(term.factors))]
+            factors = [Stored(self.entries[name], self.entries.get(name + SCALE)) for name in names]
+            gates = tuple(range(self.stacked)) if self.stacked > 1 else gates
+            yield StoredTerm(gates, factors, self.entries.get(f"terms.{number}{SCALE}"))
+
+
 class Folder:
     """Adds to a graph what computes weights.
 
@@ -54,33 +116,25 @@ class Folder:
     def __init__(self, graph: Graph, opset: int, work: torch.dtype) -> None:
         self.graph, self.opset, self.work = graph, opset, work
 
-    def matrix(self, entries: Mapping[str, Tensor], structures: Sequence[Structure], places: Sequence[int]) -> str:
+    def matrix(self, matrix: Matrix, places: Sequence[int]) -> str:
         """A Kronecker matrix as (1, gates * rows, cols).
 
         Args:
-            entries: of the matrix, as `checkpoint.stored.encode` gives them, by their names in it.
             places: of torch's gates in the result (`checkpoint.gates.ORDER`).
         """
-        stacked, cols = structures[0].gates, structures[0].cols
-        rows = structures[0].rows // stacked
+        stacked, rows, cols, entries = matrix.stacked, matrix.rows, matrix.cols, matrix.entries
         size = (len(places), rows, cols) if stacked == 1 else (1, len(places) * rows, cols)
         parts = []
-        for number, ((term, _, _), gates) in enumerate(group_terms(structures).items()):
-            gates = tuple(range(stacked)) if stacked > 1 else gates
-            order = sorted(range(len(gates)), key=lambda at: places[gates[at]])
-            factors = [_stored(entries, f"terms.{number}.factors.{f}") for f in range(len(term.factors))]
-            factors = [factor if len(factor.values) == 1 < len(gates) else _take(factor, order) for factor in factors]
-            scale = entries.get(f"terms.{number}{SCALE}")
-            factors[0] = _scaled(factors[0], None if scale is None else scale[order])
+        for term in matrix.terms():
+            factors = term.ordered(sorted(range(len(term.gates)), key=lambda at: places[term.gates[at]]))
             if stacked > 1:  # one product of all gates: the rows of the first factor, gate by gate
                 factors[0] = _one_gate(factors[0])
-            part = self._product(factors)
+            part = self.product(factors)
             if stacked == 1:
-                part = self._placed(part, sorted(places[gate] for gate in gates), size)
+                part = self._placed(part, sorted(places[gate] for gate in term.gates), size)
             parts.append(part)
         if "diagonal" in entries:
-            gates = tuple(g for g, s in enumerate(structures) if s.diagonal)
-            parts.append(self._diagonal(entries["diagonal"], [places[gate] for gate in gates], size))
+            parts.append(self._diagonal(entries["diagonal"], [places[gate] for gate in matrix.diagonal_gates], size))
         if "overlay.values" in entries:
             parts.append(self._sparse(entries, places, size))
         total = self.graph.sum(parts)
@@ -92,12 +146,23 @@ class Folder:
         assert values is not None
         return self.value(Stored(values, scale))
 
-    def value(self, stored: Stored) -> str:
-        """Numbers in the dtype of the work."""
-        name = self.graph.constant(stored.values, "stored")
+    def value(self, stored: Stored, name: str = "stored") -> str:
+        """Numbers in the dtype of the work.
+
+        Args: name: what the constant is called.
+        """
+        value = self.graph.constant(stored.values, name)
         if stored.values.dtype != self.work:
-            name = self.add("Cast", name, to=ELEMENTS[self.work])
-        return name if stored.scale is None else self.scaled(name, stored.scale)
+            value = self.add("Cast", value, to=ELEMENTS[self.work])
+        return value if stored.scale is None else self.scaled(value, stored.scale)
+
+    def arranged(self, stored: Stored, order: Sequence[int], shape: Sequence[int], name: str) -> str:
+        """`value` with the dimensions in another order, then in another shape."""
+        stored = stored.permute(*order)
+        if stored.scale is None:
+            return self.value(Stored(stored.values.reshape(*shape)), name)
+        value = self.value(stored, name)
+        return value if tuple(shape) == stored.values.shape else self.reshape(value, shape)
 
     def scaled(self, value: str, scale: Tensor) -> str:
         return self.add("Mul", value, self.graph.constant(scale.to(self.work), "scale"))
@@ -119,7 +184,7 @@ class Folder:
             "Expand", self.graph.constant(torch.zeros(1, dtype=self.work), "zero"), self.graph.ints(shape)
         )
 
-    def _product(self, factors: Sequence[Stored]) -> str:
+    def product(self, factors: Sequence[Stored]) -> str:
         """(gates, rank, P_f, Q_f) each -> (gates, rows, cols), the products summed over the rank.
 
         With A the product of all factors but the last, B, and both flattened, sum_r A_r (x) B_r is one MatMul over the
@@ -189,21 +254,18 @@ class Folder:
         blocks = self.reshape(blocks, (len(counts), size[2], height))
         scale = entries.get(f"overlay.values{SCALE}")
         if scale is not None:  # one for the blocks of a strip
-            blocks = self.scaled(blocks, scale[_moved(places, strips)][:, :, None])
+            gates = sorted(range(len(places)), key=places.__getitem__)
+            blocks = self.scaled(blocks, scale[strips_of(gates, strips)][:, :, None])
         return self.reshape(self.graph.add("Transpose", blocks, perm=[0, 2, 1]), size)
 
 
-def _stored(entries: Mapping[str, Tensor], name: str) -> Stored:
-    return Stored(entries[name], entries.get(name + SCALE))
-
-
-def _moved(places: Sequence[int], strips: int) -> Tensor:
-    """Index of the strips of each gate in the order of their places."""
-    gates = sorted(range(len(places)), key=lambda gate: places[gate])
+def strips_of(gates: Sequence[int], strips: int) -> Tensor:
+    """Index of the strips of each of these gates, of which each has so many."""
     return torch.cat([torch.arange(gate * strips, (gate + 1) * strips) for gate in gates])
 
 
-def _take(stored: Stored, gates: Sequence[int]) -> Stored:
+def take(stored: Stored, gates: Sequence[int]) -> Stored:
+    """The parts along the first dimension at these places."""
     return Stored(*(None if t is None else t[list(gates)] for t in stored))  # type: ignore[arg-type]
 
 

@@ -27,8 +27,8 @@ class Graph:
         self.nodes: list[Any] = []
         self.constants: dict[str, Any] = parent.constants if parent else {}
         self._names: Counter[str] = parent._names if parent else Counter()
-        self._ints: dict[tuple[int, ...], str] = parent._ints if parent else {}
-        self._fresh = fresh
+        self._ints: dict[int | tuple[int, ...], str] = parent._ints if parent else {}
+        self._fresh: Callable[[str], str] | None = parent._fresh if parent else fresh
 
     def fresh(self, stem: str) -> str:
         """A name that no other value has."""
@@ -52,6 +52,12 @@ class Graph:
             stem = "ints_" + "_".join(map(str, values)).replace("-", "m")
             self._ints[key] = self.constant(np.array(values, dtype=np.int64), stem)
         return self._ints[key]
+
+    def scalar(self, value: int) -> str:
+        """A whole number without dimensions; equal ones are stored once."""
+        if value not in self._ints:
+            self._ints[value] = self.constant(torch.tensor(value), f"index_{value}")
+        return self._ints[value]
 
     def add(self, op: str, *inputs: str, out: str | None = None, **attributes: Any) -> str:
         """A node with one output, named `out` or like the operator."""

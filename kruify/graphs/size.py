@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from kruify.checkpoint.onnx_graph import Proto
 from kruify.checkpoint.onnx_in_place import Content, OnnxCopy, starts_of
 from kruify.checkpoint.stored import INDEX
 from kruify.factors import Structure
-from kruify.graphs.writing import Contents, file_bytes, names_in_file, weight_names
+from kruify.graphs.contents import Contents, names_in_file, weight_names
+from kruify.graphs.scan_nodes import refusal, scan_nodes
+from kruify.graphs.writing import file_bytes
 
 FRAME = 6
 """Bytes around a field of a protobuf: its tag and its length."""
@@ -29,9 +31,11 @@ class GraphBytes:
     Args:
         original: the model.
         graph: as for `checkpoint.read`.
+        scan: count every recurrent node that can be a Scan in the larger of its two forms.
     """
 
-    def __init__(self, original: str | os.PathLike[str], *, graph: bool = True) -> None:
+    def __init__(self, original: str | os.PathLike[str], *, graph: bool = True, scan: bool = False) -> None:
+        self.scan = scan
         self.copy = OnnxCopy(Path(original), graph)
         self.before = file_bytes(self.copy)
         self._gains: dict[Hashable, int] = {}
@@ -79,7 +83,28 @@ class GraphBytes:
                 total -= _size(source)
                 gone.add(id(source))
         starts = starts_of(place for proto, place in self._outside if id(proto) not in gone)
+        total += sum(self._scan_gain(layer, contents) for layer in self.copy.found.weights if self.scan)
         return total + max((start + place.length for place, start in starts.items()), default=0)
+
+    def _scan_gain(self, layer: str, contents: Contents) -> int:
+        """By how many bytes a node is larger as a Scan."""
+        found = self.copy.found
+        if refusal(found, layer, contents.structures) is not None:
+            return 0
+        names = [name for part in "WR" for name in weight_names(found, layer, part)]
+        key = (layer, *((contents.structures.get(name), contents.storage.get(name)) for name in names))
+        if key not in self._gains:
+            folded = 0
+            for part in "WR":
+                weight = found.weights[layer][part]
+                content, proto = contents.weight(self.copy, layer, weight), weight.constant.proto
+                if content is not None:
+                    folded += _bytes(content, self._name(weight))
+                elif proto is not None and weight.own:
+                    folded += _size(proto)
+            made = scan_nodes(found, layer, contents, _fresh())
+            self._gains[key] = max(0, sum(map(_size, (*made.constants, *made.nodes))) - folded)
+        return self._gains[key]
 
     def _found_sources(self) -> list[tuple[Proto, set[int]]]:
         """Constants and nodes that only weights of recurrent nodes are made of, each with the ids of those weights."""
@@ -100,14 +125,18 @@ class GraphBytes:
 
 
 def _bytes(content: Content, name: str) -> int:
+    made = content.make(name, 1 << 20, _fresh())
+    return sum(map(_size, (*made.constants, *made.nodes)))
+
+
+def _fresh() -> Callable[[str], str]:
     names: Counter[str] = Counter()
 
     def fresh(stem: str) -> str:
         names[stem] += 1
         return f"{stem}_{names[stem]}" if names[stem] > 1 else stem
 
-    made = content.make(name, 1 << 20, fresh)
-    return sum(map(_size, (*made.constants, *made.nodes)))
+    return fresh
 
 
 def _size(proto: Proto) -> int:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from kruify.checkpoint import check_target
+from kruify.checkpoint.onnx_in_place import DATA
 from kruify.errors import TaskError, UsageError
 from kruify.graphs.comparison import Timing
 from kruify.graphs.difference import Difference
+from kruify.graphs.forms import NodeForm, check_form
 from kruify.progress import Progress
 from kruify.search.graph_job import GraphJob
 from kruify.search.max_drop import allowed_drop
@@ -67,6 +69,7 @@ class GraphCompression:
         baseline: the metric of the original, None without one.
         skipped: recurrent layers that stay dense, and why.
         timing: of the original and of the small graphs on one sample.
+        forms: of the recurrent nodes with factors, where a form was asked for.
     """
 
     output: Path
@@ -78,6 +81,7 @@ class GraphCompression:
     attempts: list[GraphAttempt]
     skipped: dict[str, str]
     timing: Timing | None = None
+    forms: list[NodeForm] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The object that `kruify compress --inputs --json` prints."""
@@ -92,6 +96,7 @@ class GraphCompression:
             "attempts": [asdict(attempt) for attempt in self.attempts],
             "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped.items()],
             "timing": None if self.timing is None else asdict(self.timing),
+            **({"forms": [asdict(form) for form in self.forms]} if self.forms else {}),
         }
 
 
@@ -102,6 +107,7 @@ def compress_graph(
     output: FilePath,
     *,
     dtype: str = "int8",
+    form: str = "folded",
     metric: Metric | None = None,
     max_drop: float | str | None = None,
     attempts: int = 4,
@@ -127,6 +133,7 @@ def compress_graph(
         budget: "size=10x" or "size=600kB" of all files.
         output: the file to write; of several graphs a folder, in which they keep their names.
         dtype: how weights are stored, the other constants of the graphs, too.
+        form: of the recurrent nodes: "folded", "scan" or "auto", as `convert` takes it, timed on the first sample.
         metric: of the whole graph, by the path of its file; of several by that of a folder with them.
         max_drop: bound on `GraphAttempt.drop`, or "1%" of the original's metric; where it is not kept the layer with
             the largest error gets twice the numbers and is trained again. None takes the first attempt.
@@ -143,11 +150,12 @@ def compress_graph(
         raise UsageError(f"at least one attempt is needed, got {attempts}", "compress")
     paths = [Path(model)] if isinstance(model, str | os.PathLike) else list(map(Path, model))
     output = Path(output)
+    check_form(form)
     sign = -1 if getattr(metric, "higher_is_better", True) else 1
     tried: list[GraphAttempt] = []
-    best, healed = 0, dict[str, HealedLayer]()
+    best, healed, forms = 0, dict[str, HealedLayer](), list[NodeForm]()
     with tempfile.TemporaryDirectory(prefix="kruify-") as name:
-        job = GraphJob(paths, Samples(samples), dtype, seed, progress, Path(name))
+        job = GraphJob(paths, Samples(samples), dtype, seed, progress, Path(name), form)
         files = _check_targets(output, paths)
         baseline = None if metric is None else _measured(metric, paths)
         allowed = allowed_drop(max_drop, 1.0 if baseline is None else baseline)
@@ -171,11 +179,14 @@ def compress_graph(
             kept = allowed is None or drop <= allowed
             if kept or len(tried) == 1 or drop < tried[best].drop:
                 best = len(tried) - 1
-                job.write(output)
+                if forms := job.write(output):
+                    tried[-1] = replace(tried[-1], bytes=_bytes(files))
             factored = [healed[name] for name in job.factored()]
             if kept or len(tried) == attempts or not factored:
                 timing = job.timing(files)
-                return GraphCompression(output, files, job.bytes, kept, best, baseline, tried, job.skipped, timing)
+                return GraphCompression(
+                    output, files, job.bytes, kept, best, baseline, tried, job.skipped, timing, forms
+                )
             worst = max(factored, key=lambda layer: (layer.error_after, layer.name)).name
             del healed[worst]
             job.grow(worst)
@@ -197,6 +208,12 @@ def _check_targets(output: Path, paths: Sequence[Path]) -> list[Path]:
     for target in targets if output.is_dir() else ():
         check_target(target, *paths)
     return targets
+
+
+def _bytes(files: Sequence[Path]) -> int:
+    """Of graphs, and of what lies beside them."""
+    beside = [file.with_name(file.name + DATA) for file in files]
+    return sum(file.stat().st_size for file in (*files, *filter(Path.exists, beside)))
 
 
 def _measured(metric: Metric, files: Sequence[Path]) -> float:

@@ -19,6 +19,7 @@ from kruify.conversion.size import allowed_bytes, below_smallest, largest_within
 from kruify.errors import UnsupportedError, UsageError
 from kruify.graphs.comparison import Timing, time_graphs
 from kruify.graphs.difference import Difference, DifferenceSums
+from kruify.graphs.forms import NodeForm
 from kruify.graphs.record import RecordingGraph, run_in_turn
 from kruify.progress import Progress
 from kruify.search.graph_ranks import GraphRanks
@@ -36,11 +37,18 @@ class GraphJob:
     """
 
     def __init__(
-        self, paths: Sequence[Path], samples: Samples, dtype: str, seed: int, progress: Progress | None, folder: Path
+        self,
+        paths: Sequence[Path],
+        samples: Samples,
+        dtype: str,
+        seed: int,
+        progress: Progress | None,
+        folder: Path,
+        form: str = "folded",
     ) -> None:
         self.samples, self.seed, self.progress, self.folder = samples, seed, progress, folder
         titles = [f"{path.stem}: " if len(paths) > 1 else "" for path in paths]
-        self.graphs = [SourceGraph(path, dtype, seed, title) for path, title in zip(paths, titles, strict=True)]
+        self.graphs = [SourceGraph(path, dtype, seed, title, form) for path, title in zip(paths, titles, strict=True)]
         self.layers = {f"{graph.title}{name}": (graph, name) for graph in self.graphs for name in graph.layers}
         self.skipped = {f"{graph.title}{name}": why for graph in self.graphs for name, why in graph.skipped.items()}
         self.bytes = sum(graph.bytes for graph in self.graphs)
@@ -94,17 +102,20 @@ class GraphJob:
         for graph in dict.fromkeys(self.layers[layer][0] for layer in modules):
             graph.write(self.small(graph))
 
-    def write(self, target: Path) -> None:
-        """Writes the small graphs: one to this path, several into this folder."""
+    def write(self, target: Path) -> list[NodeForm]:
+        """Writes the small graphs: one to this path, several into this folder; their forms are timed on the first
+        sample."""
+        feeds = dict.fromkeys(self.graphs) if self.graphs[0].form == "folded" else self._first_inputs()
         if len(self.graphs) == 1:
-            self.graphs[0].write(target)
-            return
+            return self.graphs[0].write(target, self.graphs[0].form, feeds[self.graphs[0]])
+        forms = list[NodeForm]()
         target.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".kruify.", dir=target) as name:
             for graph in self.graphs:
-                graph.write(Path(name) / graph.path.name)
+                forms += graph.write(Path(name) / graph.path.name, graph.form, feeds[graph])
             for file in sorted(Path(name).iterdir()):
                 os.replace(file, target / file.name)
+        return forms
 
     def small(self, graph: SourceGraph) -> Path:
         """The small copy of a graph."""
@@ -126,11 +137,16 @@ class GraphJob:
 
     def timing(self, files: Sequence[Path]) -> Timing | None:
         """How long the graphs and their small copies take on the first sample; None where there is none."""
+        feeds = self._first_inputs()
+        pairs = [(graph.path, small, feed) for (graph, feed), small in zip(feeds.items(), files, strict=True) if feed]
+        return reduce(Timing.__add__, [time_graphs(*pair) for pair in pairs]) if pairs else None
+
+    def _first_inputs(self) -> dict[SourceGraph, Mapping[str, Any] | None]:
+        """The inputs of each graph on the first sample; None where there is none."""
         originals = [RecordingGraph(graph.path) for graph in self.graphs]
         for feed in self.samples:
-            runs = zip(self.graphs, files, run_in_turn(originals, feed), strict=True)
-            return reduce(Timing.__add__, [time_graphs(graph.path, small, run.inputs) for graph, small, run in runs])
-        return None
+            return {graph: run.inputs for graph, run in zip(self.graphs, run_in_turn(originals, feed), strict=True)}
+        return dict.fromkeys(self.graphs)
 
     @cached_property
     def recording(self) -> Recording:

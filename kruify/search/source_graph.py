@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -19,9 +20,10 @@ from kruify.conversion.size import GraphSize
 from kruify.conversion.storing import in_float32, planned, rounded, storage_for, with_dense
 from kruify.conversion.tensors import convert_tensors
 from kruify.errors import UsageError
+from kruify.graphs.forms import NodeForm, SmallGraph, write_in_form
 from kruify.graphs.record import NodeCall, recurrent_nodes
 from kruify.graphs.size import GraphBytes
-from kruify.graphs.writing import kept_constants, write_small
+from kruify.graphs.writing import kept_constants
 from kruify.search.layer_modules import dense_module, small_module
 from kruify.training.pieces import Call
 
@@ -34,6 +36,7 @@ class SourceGraph:
 
     Args:
         title: in front of the names of its layers and outputs, "" where there is one file only.
+        form: of its recurrent nodes in what is written at the end (`graphs.write_in_form`).
 
     Attributes:
         nodes: layer -> output of its node, of all nodes that can be recorded, in the order of execution.
@@ -46,15 +49,15 @@ class SourceGraph:
 
     conversion: Conversion
 
-    def __init__(self, path: Path, dtype: str, seed: int, title: str) -> None:
-        self.path, self.dtype, self.seed, self.title = path, dtype, seed, title
+    def __init__(self, path: Path, dtype: str, seed: int, title: str, form: str) -> None:
+        self.path, self.dtype, self.seed, self.title, self.form = path, dtype, seed, title, form
         checkpoint = read(path)
         refuse_converted(checkpoint)
         if checkpoint.format != "onnx":
             program = checkpoint.format in ("torchscript", "keras")
             hint = "Add --run, which runs it, if you trust it" if program else "Give --task, or call kruify.heal"
             raise UsageError("samples go with an ONNX graph", path, hint)
-        whole = GraphBytes(path, graph=False)
+        whole = GraphBytes(path, graph=False, scan=form != "folded")
         graph = whole.copy.model.graph
         constants = {tensor.name for tensor in graph.initializer}
         self.inputs = [value.name for value in graph.input if value.name not in constants]
@@ -112,10 +115,16 @@ class SourceGraph:
         """Takes the numbers of one layer."""
         self.conversion.tensors.update({f"{name}.{n}": t for n, t in module.state_dict().items()})
 
-    def write(self, file: Path) -> None:
-        """Writes the graph with the numbers of the conversion."""
+    def write(self, file: Path, form: str = "folded", feed: Mapping[str, Any] | None = None) -> list[NodeForm]:
+        """Writes the graph with the numbers of the conversion; returns what its nodes became where a form is wanted.
+
+        Args:
+            feed: inputs that its forms are timed on.
+        """
         made = self.conversion
-        write_small(self.path, made.tensors, made.plan.structures(), made.storage, file, graph=False)
+        small = SmallGraph(self.path, made.tensors, made.plan.structures(), made.storage, graph=False)
+        forms = write_in_form(small, file, form, feed)[1]
+        return [replace(one, name=f"{self.title}{one.name}") for one in forms]
 
     def call(self, name: str, call: NodeCall) -> Call:
         """A call of the node of a layer, zeros for states that are not given."""

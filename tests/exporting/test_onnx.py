@@ -21,7 +21,7 @@ from kruify.conversion import densify
 from kruify.errors import TargetMissedError, UsageError
 from kruify.exporting import export_onnx
 from kruify.exporting.check import compare
-from kruify.exporting.matrix import application_order
+from kruify.graphs.product import application_order
 
 SIZES = ((1, 1), (6, 3), (11, 2))  # (time, batch)
 

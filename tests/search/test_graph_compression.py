@@ -157,6 +157,15 @@ def test_the_file_fills_its_budget(model: Path, tmp_path: Path, times: float) ->
     assert 0.9 * limit < found.attempts[0].bytes <= limit
 
 
+def test_nodes_as_scans_within_the_budget(model: Path, tmp_path: Path) -> None:
+    found = compress_graph(model, samples, "size=2.8x", tmp_path / "small.onnx", steps=0, form="scan")
+    (attempt,) = found.attempts
+    assert [(one.name, one.form) for one in found.forms] == [("first.GRU", "scan"), ("second.LSTM", "scan")]
+    assert all(one.ms is not None for one in found.forms)
+    assert attempt.bytes == (tmp_path / "small.onnx").stat().st_size <= model.stat().st_size / 2.8
+    assert error(model, tmp_path / "small.onnx") == pytest.approx(attempt.outputs["y"].relative_error, rel=0.2)
+
+
 def test_a_graph_that_fits_in_eight_bits_keeps_its_matrices(model: Path, tmp_path: Path) -> None:
     found = compress_graph(model, samples, "size=2x", tmp_path / "small.onnx")
     assert found.attempts[0].layers == [] and found.attempts[0].outputs["y"].relative_error < 0.02
