@@ -119,7 +119,7 @@ class Method:
         spec: structure of the recurrent matrices; None where they stay dense, or where candidates are trained.
         start: "convert" (the trained dense network), "random", "scratch" (the dense network itself), "dense" (trained
             on, not converted), "smaller" (dense with fewer units), "int8" (torch's dynamic quantisation), "int8-own"
-            (kruify's), or "candidates": several conversions are trained for a quarter of the epochs, and the one that
+            (kruify's), or "candidates": several conversions are trained for a short while, and the one that
             validates best is taken, as in `kruify compress`.
         teacher: whether the dense network teaches.
         options: of the recipe, beside those of the task.

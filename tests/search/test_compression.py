@@ -211,7 +211,7 @@ def test_resumed_it_ends_with_the_same_bits(trained: nn.Module, tmp_path: Path) 
         return compress(trained, Delay(), "4x", resume=resume, progress=count, **options), seen
 
     whole, steps = run(resume=None)
-    assert steps == 2 * 7 + 2 * 26  # of two candidates, of two attempts with two epochs each
+    assert steps == 2 * 3 + 2 * 26  # of two candidates, of two attempts with two epochs each
     # In candidate 1 before anything is saved, then in candidate 2, attempt 1, its second epoch, attempt 2: each run
     # goes on where the last epoch or candidate before the stop had ended.
     for stop in (2, 10, 10, 16, 16):
