@@ -184,7 +184,7 @@ def _widened(tensor: LazyTensor) -> LazyTensor:
 
 
 def _restored(values: LazyTensor, scale: LazyTensor | None, counts: LazyTensor | None, where: str) -> LazyTensor:
-    if scale is None or scale.dtype != SCALES:
+    if scale is None or scale.dtype not in (SCALES, torch.float32):  # float32 in schema 2
         raise CorruptError("it is int8 and has no scales", where, AGAIN)
     groups = scale.shape if counts is None else (*counts.shape, 1)
     alike = len(groups) == len(values.shape) and all(

@@ -9,6 +9,7 @@ It writes that schema with that commit only: the files stand for what users have
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,18 +31,18 @@ def network() -> nn.ModuleDict:
     )
 
 
-def main() -> None:
+def main(name: str, stored: Callable[[nn.ModuleDict], nn.ModuleDict]) -> None:
     torch.manual_seed(0)
     folder, net = Path(sys.argv[1]), network()
     for values in (net["lstm"].weight_hh_l0.overlay.values, net["lstm"].weight_ih_l0.overlay.values):
         nn.init.normal_(values)
-    x = torch.randn(5, 3, 4)
+    x, net = torch.randn(5, 3, 4), stored(net)
     with torch.no_grad():
-        outputs = {name: net[name](x)[0] for name in net if name != "out"}
-    kruify.save(net, folder / "schema_1.safetensors", seed=3)
-    kruify.save(net, folder / "schema_1.pt", seed=3)
-    torch.save({"input": x, "outputs": outputs}, folder / "schema_1_outputs.pt")
+        outputs = {layer: net[layer](x)[0] for layer in net if layer != "out"}
+    kruify.save(net, folder / f"{name}.safetensors", seed=3)
+    kruify.save(net, folder / f"{name}.pt", seed=3)
+    torch.save({"input": x, "outputs": outputs}, folder / f"{name}_outputs.pt")
 
 
 if __name__ == "__main__":
-    main()
+    main("schema_1", lambda net: net)

@@ -1,0 +1,31 @@
+"""Files of older schemas load, compute what they did, and are written again as the newest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import kruify
+from kruify.checkpoint import SCHEMA, read
+
+FOLDER = Path(__file__).parent
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+@pytest.mark.parametrize(("schema", "rounding"), [(1, 0.0), (2, 2.0**-8)])
+def test_layers_compute_what_they_did(schema: int, rounding: float, ending: str, tmp_path: Path) -> None:
+    """`rounding`: of scales that had more bits, relative."""
+    file, saved = FOLDER / f"schema_{schema}.{ending}", torch.load(FOLDER / f"schema_{schema}_outputs.pt")
+    assert read(file).metadata["kruify.schema"] == str(schema)
+    kruify.verify(file)
+    net = torch.nn.ModuleDict(kruify.load(file))
+    with torch.no_grad():
+        for name, wanted in saved["outputs"].items():
+            torch.testing.assert_close(net[name](saved["input"])[0], wanted, rtol=1e-5 + rounding, atol=1e-6 + rounding)
+    kruify.save(net, tmp_path / f"new.{ending}", seed=3)
+    new, old = read(tmp_path / f"new.{ending}"), read(file)
+    assert new.metadata["kruify.schema"] == str(SCHEMA)
+    for name, tensor in new.tensors.items():
+        torch.testing.assert_close(tensor, old.tensors[name], rtol=rounding, atol=0.0)
