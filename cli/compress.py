@@ -129,9 +129,8 @@ def compress(
     trained alone.
     """
     if inputs is not None:
-        of_graphs = {"steps": steps, "form": None if form == "folded" else form, "card": card, "others": others}
-        given_options = {**options, **of_graphs}
-        _compress_graph(models, inputs, task, run, json_only, given_options)
+        of_graphs = {"steps": steps, "form": form, "card": card, "others": others}
+        _compress_graph(models, inputs, task, run, json_only, {**options, **of_graphs})
         return
     with output(json_only) as out:
         from kruify.api import compress as compressed
@@ -205,7 +204,7 @@ def _compress_graph(
 
         context, default = click.get_current_context(), click.core.ParameterSource.DEFAULT
         flags = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-        chosen = {n: value for n, value in given(**options).items() if context.get_parameter_source(n) is not default}
+        chosen = given(**{n: value for n, value in options.items() if context.get_parameter_source(n) is not default})
         if others := [name for name in chosen if name not in (OF_PROGRAMS if run else OF_GRAPHS)]:
             what = f"{flags[others[0]]} does not go with {'--run' if run else '--inputs'}"
             raise UsageError(what, "compress", "Leave it out")

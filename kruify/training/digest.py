@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from kruify.checkpoint import tensor_bytes
@@ -21,14 +20,18 @@ class Digest:
 
     def add(self, value: Any) -> None:
         """Of what is none of these only the type counts, but for texts and numbers."""
-        if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-            value = torch.from_numpy(np.ascontiguousarray(value))
-        if isinstance(value, Tensor):
+        if isinstance(value, np.ndarray | np.generic):
+            if value.dtype.hasobject:
+                self.add(value.tolist())
+            else:
+                self._found.update(f"{value.dtype} {value.shape} ".encode())
+                self._found.update(value.tobytes())
+        elif isinstance(value, Tensor):
             self._found.update(f"{value.dtype} {tuple(value.shape)} ".encode())
             self._found.update(tensor_bytes(value))
         elif isinstance(value, Mapping):
             self.add([part for name in sorted(value, key=str) for part in (str(name), value[name])])
-        elif isinstance(value, list | tuple | np.ndarray):
+        elif isinstance(value, list | tuple):
             self._found.update(f"{len(value)} of ".encode())
             for part in value:
                 self.add(part)

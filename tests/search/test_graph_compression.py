@@ -286,6 +286,8 @@ def test_the_command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert f"| `y` | {found['attempts'][0]['outputs']['y']['relative_error']:.4f} | " in card
     refused = CliRunner().invoke(cli, [*command, "--epochs", "3"])
     assert refused.exit_code == 2 and "--epochs does not go with --inputs" in refused.stderr
+    refused = CliRunner().invoke(cli, [*command, "--ray-address", "here"])
+    assert refused.exit_code == 2 and "--ray does not go with --inputs" in refused.stderr
     nothing = CliRunner().invoke(cli, ["compress", str(model), "--budget", "size=2x", "-o", "small.onnx"])
     assert nothing.exit_code == 2 and "Give --task TASK or --inputs SAMPLES" in nothing.stderr
     several = CliRunner().invoke(cli, ["compress", "a.pt", "b.pt", "--task", "x", "--budget", "2x", "-o", "small.pt"])
