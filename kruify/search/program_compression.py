@@ -24,7 +24,7 @@ from kruify.conversion.locate import locate_checkpoint
 from kruify.conversion.pipeline import refuse_converted
 from kruify.conversion.size import check_budget_target
 from kruify.conversion.storing import in_float32, write_converted
-from kruify.errors import UsageError, first_line
+from kruify.errors import KruifyError, UsageError, first_line
 from kruify.graphs.difference import Difference, DifferenceSums
 from kruify.progress import Progress
 from kruify.search.graph_compression import GraphAttempt, GraphCompression
@@ -124,7 +124,17 @@ class _Inputs:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for sample in self.samples:
-            yield {name: torch.from_numpy(np.array(value)) for name, value in sample.items()}
+            yield {name: self._tensor(name, value) for name, value in sample.items()}
+
+    def _tensor(self, name: str, value: Any) -> Tensor:
+        """Raises `UsageError` where torch has no such numbers."""
+        try:
+            array = np.array(value)
+            return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"the array '{name}' of a sample is no tensor ({first_line(error)})", self.path, HINT
+            ) from error
 
     def batches(self, split: str, *, seed: int = 0) -> Iterator[dict[str, Any]]:
         """Those that are not held out."""
@@ -134,8 +144,10 @@ class _Inputs:
         """Raises `UsageError` where the network does not take the sample."""
         try:
             return model(**batch)
-        except (RuntimeError, TypeError, ValueError) as error:  # torch's, for what the archive's code does not take
-            raise UsageError(f"it cannot be run on the sample ({first_line(error)})", self.path, HINT) from error
+        except KruifyError:
+            raise
+        except Exception as error:  # whatever the file's program brings forth
+            raise UsageError(f"it cannot be run on the sample ({_cause(error)})", self.path, HINT) from error
 
 
 def _differences(dense: nn.Module, small: nn.Module, inputs: _Inputs) -> dict[str, Difference]:
@@ -147,7 +159,18 @@ def _differences(dense: nn.Module, small: nn.Module, inputs: _Inputs) -> dict[st
             for network in (dense, small):
                 with evaluating(network):
                     leaves = tree_leaves(inputs.forward(network, batch))
-                arrays = [leaf.numpy(force=True) for leaf in leaves if isinstance(leaf, Tensor)]
+                arrays = [_array(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
                 found.append({str(at): array for at, array in enumerate(arrays)})
             sums.add(*found)
     return sums.differences()
+
+
+def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """numpy has no bfloat16."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy(force=True)
+
+
+def _cause(error: Exception) -> str:
+    """What an error says; TorchScript says it last, after a traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:200] if lines and "TorchScript" in lines[0] else first_line(error)

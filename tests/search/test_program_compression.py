@@ -154,6 +154,47 @@ def test_what_cannot_be_run_is_said(archive: Path, tmp_path: Path) -> None:
     assert not output.exists()
 
 
+class Refuses(Parts):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.shape[1] == 4:
+            raise ValueError("four are too many")
+        return self.parts_of(x)
+
+    @torch.jit.export
+    def parts_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x)[0], x
+
+
+class Rounds(Refuses):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.first(x)[0]
+        return y.to(torch.bfloat16), y
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (np.zeros((12, 4, 24), np.float32), "four are too many"),
+        (np.zeros((12, 3, 25), np.float32), "RuntimeError"),
+        (np.array(["a"]), "'x' of a sample is no tensor"),
+        (np.array(["2020-01-01"], "datetime64[D]"), "'x' of a sample is no tensor"),
+    ],
+)
+def test_whatever_the_program_raises_is_one_error(x: Any, message: str, tmp_path: Path) -> None:
+    archive = saved(Refuses(), tmp_path / "net.pt")
+    with pytest.raises(UsageError, match=message):
+        compress_program(archive, [{"x": x}] * 2, "4x", tmp_path / "small.safetensors")
+    assert [*tmp_path.iterdir()] == [archive]
+
+
+def test_arrays_of_another_byte_order_and_bfloat16_outputs(tmp_path: Path) -> None:
+    archive = saved(Rounds(), tmp_path / "net.pt")
+    swapped = [{"x": sample["x"].astype(">f4")} for sample in samples()]
+    found = compress_program(archive, swapped, "params=60%", tmp_path / "small.safetensors", steps=0)
+    errors = found.attempts[0].outputs
+    assert errors["0"].relative_error == pytest.approx(errors["1"].relative_error, rel=0.05)
+
+
 @pytest.fixture(scope="module")
 def keras_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two inputs; states handed on; sequences and last steps given; both kinds of direction."""
