@@ -41,11 +41,6 @@ class Contents:
         self.stored = encode({**kept, **tensors}, storage, sizes)
         self.rounded = decode(self.stored, storage, sizes, "the converted weights")
 
-    def entries(self, matrix: str) -> dict[str, Tensor]:
-        """The stored tensors of a Kronecker matrix by their names in it."""
-        dot = f"{matrix}."
-        return {name.removeprefix(dot): t.load() for name, t in self.stored.items() if name.startswith(dot)}
-
     def constant(self, name: str, old: LazyTensor) -> Content | None:
         """Of a constant beside the recurrent nodes; None where it stays. A Kronecker matrix is one that a cell written
         out in MatMul or Gemm has under torch's name, in torch's order."""

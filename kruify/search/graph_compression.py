@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kruify.checkpoint import check_target
+from kruify.checkpoint import check_target, make_folder
 from kruify.checkpoint.onnx_in_place import DATA
 from kruify.errors import TaskError, UsageError
 from kruify.graphs.comparison import Timing
@@ -157,6 +157,8 @@ def compress_graph(
     with tempfile.TemporaryDirectory(prefix="kruify-") as name:
         job = GraphJob(paths, Samples(samples), dtype, seed, progress, Path(name), form)
         files = _check_targets(output, paths)
+        if resume is not None:
+            make_folder(resume)
         baseline = None if metric is None else _measured(metric, paths)
         allowed = allowed_drop(max_drop, 1.0 if baseline is None else baseline)
         job.plan(budget)

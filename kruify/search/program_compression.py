@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from kruify.checkpoint import carried, check_model_target, read
+from kruify.checkpoint import carried, check_model_target, make_folder, read
 from kruify.conversion import convert
 from kruify.conversion.calibration import calibrate
 from kruify.conversion.locate import locate_checkpoint
@@ -80,6 +80,8 @@ def compress_program(
         raise UsageError("it is no program that runs", path, "Leave --run out, or call kruify.heal with its code")
     check_model_target(output, *checkpoint.files)
     check_budget_target(budget, output)
+    if resume is not None:
+        make_folder(resume)
     located, tensors = locate_checkpoint(checkpoint), in_float32(checkpoint.tensors.lazy)
     layers = {layer.name: layer for layer in located.layers}
     program: Program

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kruify.checkpoint import make_folder
 from kruify.conversion.build import matrices_of
 from kruify.errors import UsageError
 from kruify.layers.base import KRUBase
@@ -100,7 +101,8 @@ def heal(
             through once more, to tell that they are the same.
 
     Raises:
-        UsageError: no converted layer is run, there are fewer than two batches, or `resume` holds another run.
+        UsageError: no converted layer is run, there are fewer than two batches, or `resume` holds another run or
+            cannot be written to.
     """
     layers = {name: module for name, module in model.named_modules() if _is_converted(module)}
     for name in layers:
@@ -108,6 +110,8 @@ def heal(
             raise UsageError(f"the dense network has no recurrent layer '{name}'", "layer-wise training")
     batches = list(batches) if isinstance(batches, Iterator) else batches
     call = forward or _forward
+    if resume is not None:
+        make_folder(resume)
     order = _in_order(dense, batches, call, layers)
     digest = Digest()
     for batch in batches if resume is not None else ():

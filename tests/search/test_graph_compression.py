@@ -107,6 +107,8 @@ def test_training_brings_the_graph_back(model: Path, tmp_path: Path) -> None:
     others[1] = {"x": 2 * others[1]["x"]}  # held out: what the layers learn from is the same
     with pytest.raises(UsageError, match=r"another run \(other samples\)"):
         compress_graph(model, others, "size=5x", small[0], **options)
+    with pytest.raises(UsageError, match="/proc/self: the folder cannot be written to"):
+        compress_graph(model, others, "size=5x", small[0], **options | {"resume": "/proc/self"})
 
 
 def test_a_dense_layer_behind_a_small_one_is_trained_through(model: Path, tmp_path: Path) -> None:

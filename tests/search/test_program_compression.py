@@ -148,6 +148,8 @@ def test_what_cannot_be_run_is_said(archive: Path, tmp_path: Path) -> None:
         compress_program(tmp_path / "state.pt", samples, "4x", output)
     with pytest.raises(UsageError, match="Name the arrays as its inputs"):
         compress_program(archive, [{"y": np.zeros(3)}] * 2, "4x", output)
+    with pytest.raises(UsageError, match="/proc/self: the folder cannot be written to"):
+        compress_program(archive, samples, "4x", output, resume="/proc/self")
     (tmp_path / "none.pt").write_bytes(b"no archive")
     with pytest.raises(UnsupportedError, match="torch cannot load it"):
         Script(tmp_path / "none.pt", [])

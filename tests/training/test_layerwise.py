@@ -137,6 +137,8 @@ def test_a_run_goes_on_where_it_stopped_and_gives_the_same_bits(tmp_path: Path) 
         other = {"batches": inputs(3), **options, **changed}
         with pytest.raises(UsageError, match=rf"another run \(other {what}\)"):
             heal(kruify.convert(dense, LOW_RANK)[0], dense, **other)
+    with pytest.raises(UsageError, match="/proc/self: the folder cannot be written to"):
+        heal(kruify.convert(dense, LOW_RANK)[0], dense, **{"batches": inputs(3), **options, "resume": "/proc/self"})
 
 
 @pytest.mark.parametrize(
