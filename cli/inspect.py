@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from kruify.conversion.locate import RecurrentLayer
 
 
+OWN = ("torch.", "__torch__.torch.", "collections.", "builtins.")  # code of torch and Python, not the user's
+
+
 @click.command()
 @click.argument("model", metavar="[MODEL]", required=False, type=FILE)
 @click.option("--backend", is_flag=True, help="Say what the layers run on here: compiled kernels, or the reference.")
@@ -85,7 +88,7 @@ def _show_file(out: Output, file: FileFacts) -> None:
         out.show(f"{len(stored)} weights are stored as {dtype}: {', '.join(stored[:10])}")
     for name in file.computed:
         out.show(f"{name} is computed from its parametrisation")
-    if foreign := [name for name in file.globals if not name.startswith(("torch.", "collections.", "builtins."))]:
+    if foreign := [name for name in file.globals if not name.startswith(OWN)]:
         out.show(f"names code that was not run: {', '.join(foreign[:10])}")
     for name, count in file.nonfinite.items():
         out.show(f"{name} has {count:,} {'entry that is' if count == 1 else 'entries that are'} NaN or infinite")

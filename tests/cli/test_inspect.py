@@ -85,3 +85,8 @@ def test_backend(folder, run_json, model):
 
 def test_nothing_to_look_at(run):
     assert run("inspect").exit_code == 2
+
+
+def test_an_archive_names_code_of_the_user_alone(tmp_path, run):
+    torch.jit.trace(torch.nn.Sequential(torch.nn.GRU(2, 2)), torch.zeros(1, 1, 2)).save(tmp_path / "own.ts.pt")
+    assert "names code" not in run("inspect", str(tmp_path / "own.ts.pt")).stdout
