@@ -102,7 +102,7 @@ def convert(
             found = "these factors were found and fitted, nothing was" if searched else "nothing was decomposed or"
             out.show(f"Dry run: {found} written.")
         else:
-            _advise(out, model, done)
+            _advise(out, model, done, options["budget"])
         out.result(done.to_json())
 
 
@@ -164,7 +164,7 @@ def _time(latency: LatencyPlan) -> str:
     return f"{'recurrent layers':19}  {ms}, {data['ratio']:.2f}x less time, {data['wanted']:g}x asked for ({how})"
 
 
-def _advise(out: Output, model: str, conversion: Conversion) -> None:
+def _advise(out: Output, model: str, conversion: Conversion, budget: str | None) -> None:
     from rich.text import Text
 
     out.show(f"wrote {conversion.output}")
@@ -189,7 +189,8 @@ def _advise(out: Output, model: str, conversion: Conversion) -> None:
         )
     again = f"kruify finetune {conversion.output} --task TASK -o OUT"
     if conversion.graph is not None:
-        again = f"kruify compress {model} --inputs SAMPLES --budget size=8x -o OUT.onnx    (docs/onnx.md)"
+        size = budget if budget is not None and budget.startswith("size=") else "size=8x"
+        again = f"kruify compress {model} --inputs SAMPLES --budget {size} -o OUT.onnx    (docs/onnx.md)"
     out.show(
         Text.assemble(
             ("Not ready to use:", "bold"),
