@@ -142,7 +142,7 @@ def compress(
         from kruify.tasks.loader import load_task
 
         if task is None:
-            what = "it needs a task, or the inputs of an ONNX graph"
+            what = "it needs a task, or samples of the inputs of an ONNX, TorchScript or Keras model"
             raise UsageError(what, "compress", "Give --task TASK or --inputs SAMPLES")
         if steps is not None or run or form != "folded":
             raise UsageError("--steps, --run and --form go with --inputs", "compress", "Give --inputs SAMPLES")

@@ -55,8 +55,11 @@ class SourceGraph:
         refuse_converted(checkpoint)
         if checkpoint.format != "onnx":
             program = checkpoint.format in ("torchscript", "keras")
-            hint = "Add --run, which runs it, if you trust it" if program else "Give --task, or call kruify.heal"
-            raise UsageError("samples go with an ONNX graph", path, hint)
+            if program:
+                what = f"a {checkpoint.format} file is a program, and samples need it to run"
+                raise UsageError(what, path, "Add --run if you trust it")
+            what = "samples go with an ONNX graph, a TorchScript archive or a Keras model"
+            raise UsageError(what, path, "Give --task, or call kruify.heal")
         whole = GraphBytes(path, graph=False, scan=form != "folded")
         graph = whole.copy.model.graph
         constants = {tensor.name for tensor in graph.initializer}
