@@ -7,13 +7,12 @@ and a fit that it ends with is a bound from below on what `Frobenius` reaches.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kruify.decomposition.frobenius import Frobenius
 from kruify.decomposition.nearest_sum import nearest
 from kruify.decomposition.rearrangement import rearrange
-from kruify.decomposition.svd import follow, product, shorter_side, truncated_svd
+from kruify.decomposition.svd import eigh, eigvalsh, follow, product, shorter_side, truncated_svd
 from kruify.decomposition.vectors import NUMERICALLY_ZERO, VectorSum, normalised
 from kruify.factors import Shape, Term
 
@@ -44,7 +43,7 @@ class SubspaceFrobenius(Frobenius):
         if shorter > SPECTRUM_LIMIT:
             return float(self.spectrum(shapes, rank)[0][:rank].sum())
         if shapes not in self._kept:
-            values = torch.linalg.eigvalsh(_gram(rearrange(self.matrix, shapes)))
+            values = eigvalsh(_gram(rearrange(self.matrix, shapes)))
             self._kept[shapes] = values.flip(0).clamp(min=0).cumsum(0)
         return float(self._kept[shapes][min(rank, shorter) - 1])
 
@@ -107,7 +106,7 @@ def _spectrum(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if matrix.shape[side] > SPECTRUM_LIMIT:
         found = truncated_svd(matrix, rank)
         return found.weight.square(), found.vectors[side]
-    values, vectors = torch.linalg.eigh(_gram(matrix))
+    values, vectors = eigh(_gram(matrix))
     values = values.flip(0).clamp(min=0)
     live = int((values > NUMERICALLY_ZERO * values[0]).sum())
     return values[:live], vectors.flip(1)[:, :live]

@@ -12,6 +12,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from kruify.decomposition.svd import eigh
 from kruify.decomposition.vectors import NUMERICALLY_ZERO, VectorSum
 
 
@@ -54,9 +55,9 @@ def _split(matrix: Tensor, rank: int) -> list[tuple[Tensor, Tensor]]:
     """
     n, m = matrix.shape
     if n <= m:
-        left = torch.linalg.eigh(matrix @ matrix.T)[1].flip(1)[:, :rank]
+        left = eigh(matrix @ matrix.T)[1].flip(1)[:, :rank]
         return list(zip(left.T, left.T @ matrix, strict=True))
-    right = torch.linalg.eigh(matrix.T @ matrix)[1].flip(1)[:, :rank]
+    right = eigh(matrix.T @ matrix)[1].flip(1)[:, :rank]
     columns = matrix @ right
     pairs = []
     for column, vector in zip(columns.T, right.T, strict=True):
@@ -76,7 +77,7 @@ def higher_order_svd(tensor: Tensor, rank: int) -> VectorSum:
     for mode, size in enumerate(sizes):
         unfolded = tensor.movedim(mode, 0).reshape(size, -1)
         if size <= unfolded.shape[1]:
-            basis = torch.linalg.eigh(unfolded @ unfolded.T)[1].flip(1)
+            basis = eigh(unfolded @ unfolded.T)[1].flip(1)
         else:
             basis = torch.linalg.svd(unfolded, full_matrices=True)[0]
         bases.append(basis)

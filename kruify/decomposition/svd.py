@@ -91,11 +91,35 @@ def _lanczos(matrix: Tensor, rank: int) -> VectorSum | None:
     return VectorSum(weight, [left, right] if work is matrix else [right, left])
 
 
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of a symmetric (n, n) matrix."""
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+        return values, vectors
+    except RuntimeError:  # LAPACK's divide and conquer gives up where many eigenvalues are equal; QR does not
+        import scipy.linalg
+
+        found = scipy.linalg.eigh(matrix.numpy(force=True), driver="ev")
+        values, vectors = (torch.from_numpy(array).to(matrix) for array in found)
+        return values, vectors
+
+
+def eigvalsh(matrix: Tensor) -> Tensor:
+    """The eigenvalues alone, in less time."""
+    try:
+        values: Tensor = torch.linalg.eigvalsh(matrix)
+        return values
+    except RuntimeError:  # as in eigh
+        return eigh(matrix)[0]
+
+
 def follow(matrix: Tensor, start: VectorSum) -> VectorSum:
     """One step of subspace iteration from a sum of products: never further from (m, n) `matrix`.
 
     The vectors on the shorter side of the result are orthonormal.
     """
+    if start.rank == 0:  # of a matrix that is zero
+        return start
     side = shorter_side(matrix)
     work = matrix if side == 0 else matrix.T
     image = start.vectors[1 - side] * (start.weight / start.weight.max().clamp(min=torch.finfo(matrix.dtype).tiny))

@@ -15,7 +15,7 @@ from torch import Tensor
 from kruify.decomposition.nearest_sum import nearest
 from kruify.decomposition.rearrangement import rearrange, restore
 from kruify.decomposition.sparse_residual import Blocks, add_blocks, heaviest
-from kruify.decomposition.svd import follow
+from kruify.decomposition.svd import eigh, follow
 from kruify.decomposition.vectors import VectorSum, normalised
 from kruify.factors import Shape, Term
 
@@ -36,7 +36,7 @@ class Weighted:
         mean = float(covariance.diagonal().mean())
         eye = torch.eye(n, dtype=torch.float64)
         self.c = covariance + DAMPING * mean * eye if mean > 0 else eye
-        values, vectors = torch.linalg.eigh(self.c)
+        values, vectors = eigh(self.c)
         root = values.clamp(min=DAMPING * max(mean, 1e-300) / 2).sqrt()
         self.root = (vectors * root) @ vectors.T
         self.inverse_root = (vectors / root) @ vectors.T
@@ -241,7 +241,7 @@ def _roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
     covariance = (covariance + covariance.T) / 2
     if float(covariance.trace()) < 0:
         covariance = -covariance
-    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = eigh(covariance)
     root = values.clamp(min=1e-8 * float(values.max())).sqrt()
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
 

@@ -194,3 +194,16 @@ def test_gates_without_anything_in_common_are_not():
 def test_every_gate_keeps_an_error_bound_so_that_it_is_not_given_to_a_stack():
     plan = plan_budget({"w": (common_inputs(), 3, None)}, "params=50%", max_error=0.1)
     assert len(plan.structures["w"]) == 3
+
+
+@pytest.mark.parametrize("kind", ["zero", "blocks"])
+@pytest.mark.parametrize("budget", ["4x", "size=4x"])
+def test_matrices_without_a_spectrum_to_speak_of_are_planned(kind: str, budget: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.block_diag(*[torch.randn(8, 8, generator=generator) for _ in range(8)])
+    net = torch.nn.RNN(16, 64)
+    with torch.no_grad():
+        net.weight_hh_l0.copy_(blocks if kind == "blocks" else 0 * blocks)
+    _, report = kruify.convert(net, budget=budget)
+    (found,) = [matrix for matrix in report.matrices if matrix.name == "weight_hh_l0"]
+    assert found.energy > 0.5 and found.parameters_after < 64 * 64
