@@ -97,11 +97,11 @@ def _gemm(a: Attributes, x: Tensor, y: Tensor, c: Tensor | None = None) -> Tenso
     return product if c is None else product + c * a.get("beta", 1.0)
 
 
-def _softmax(a: Attributes, x: Tensor) -> Tensor:
+def _softmax(a: Attributes, x: Tensor, log: bool = False) -> Tensor:
     axis = a.get("axis", -1 if a["opset"] >= 13 else 1)
     if a["opset"] < 13 and axis % x.ndim != x.ndim - 1:
         raise UnsupportedError("a Softmax over several axes, as before opset 13, has no form in torch here")
-    return x.softmax(axis)
+    return x.log_softmax(axis) if log else x.softmax(axis)
 
 
 def _reduced(reduce: Callable[..., Tensor]) -> Operator:
@@ -197,6 +197,7 @@ OPERATORS: dict[str, Operator] = {
     "Elu": lambda a, x: functional.elu(x, a.get("alpha", 1.0)),
     "PRelu": lambda a, x, slope: torch.where(x < 0, slope * x, x),
     **{"Identity": _same, "Dropout": _same, "Cast": _cast, "Clip": _clip, "Gemm": _gemm, "Softmax": _softmax},
+    "LogSoftmax": lambda a, x: _softmax(a, x, log=True),
     "Einsum": lambda a, *inputs: torch.einsum(a["equation"], *inputs),
     "Shape": lambda a, x: torch.tensor(x.shape[a.get("start", 0) : a.get("end")]),
     **{"Reshape": _reshape, "Transpose": _transpose, "Squeeze": _squeeze, "Unsqueeze": _unsqueeze},

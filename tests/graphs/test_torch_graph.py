@@ -54,6 +54,7 @@ CASES: list[tuple[str, list[Any], dict[str, Any]]] = [
     *(("Shape", [X], {"start": 1}), ("ConstantOfShape", [LIST], {})),
     *(("ReduceMean", [X], {}), ("ReduceMean", [X], {"axes": [1], "keepdims": 0})),
     ("ReduceSum", [X, np.array([-1])], {}),
+    ("LogSoftmax", [X], {"axis": 1}),
     *(("Softmax", [X], {"axis": 1}), ("LayerNormalization", [X, PER_CHANNEL, PER_CHANNEL], {"axis": -1})),
     ("BatchNormalization", [IMAGE, *[PER_CHANNEL] * 4], {}),
     ("Conv", [IMAGE, KERNEL, BIAS], {"group": 2, "pads": [1, 0, 2, 1], "strides": [2, 1], "dilations": [1, 2]}),
