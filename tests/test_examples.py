@@ -150,7 +150,7 @@ def test_new_onnx_user(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setattr(example, "run", lambda command, folder, environment, title: titles.append(title))
     example.main(quick=True)
     commands = [title.split()[1] for title in titles if title.startswith("kruify")]
-    assert commands == ["inspect", "convert", "inspect", "compress", "convert", "export"]
+    assert commands == ["inspect", "convert", "inspect", "compress", "convert", "export", "convert"]
     assert titles[0] == "a block of Python" and "in all" in capsys.readouterr().out
 
 

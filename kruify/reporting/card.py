@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kruify.conversion.plan import Plan
 from kruify.conversion.result import gates_of
+from kruify.quantization import DTYPES
 from kruify.reporting.markdown import body, table
 from kruify.reporting.report import ModelReport, Report
 from kruify.reporting.rows import metric
@@ -48,7 +49,8 @@ def to_plain_card(name: str, plan: Plan, storage: Mapping[str, str], size: int, 
         size: of its file, in bytes.
         metrics: what it achieves.
     """
-    dtypes = ", ".join(sorted({*storage.values()})) or "the dtype of the dense network"
+    smallest_first = sorted({*storage.values()}, key=lambda dtype: DTYPES[dtype].itemsize)  # biases are wider
+    dtypes = ", ".join(smallest_first) or "the dtype of the dense network"
     parts = [
         f"Made by kruify: sums of Kronecker products in place of dense matrices. {size:,} bytes, weights in {dtypes}."
     ]
