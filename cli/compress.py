@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,17 +213,15 @@ def _compress_graph(
             check_target(card, *models, options["output"])
         if task is not None:
             chosen["metric"] = load_function(task)
-        if not run:
-            chosen["on_attempt"] = lambda attempt: out.note(_graph_line(attempt))
+        chosen["on_layer"] = lambda layer: out.note(
+            f"layer {layer.name}: relative error {layer.error_before:.4f} -> {layer.error_after:.4f}"
+        )
         with progress(f"reading {models[0]}") as advance:
-            done = (partial(compress_program, models[0]) if run else partial(compress_graph, models))(
-                inputs,
-                progress=advance,
-                on_layer=lambda layer: out.note(
-                    f"layer {layer.name}: relative error {layer.error_before:.4f} -> {layer.error_after:.4f}"
-                ),
-                **chosen,
-            )
+            if run:
+                done = compress_program(models[0], inputs, progress=advance, **chosen)
+            else:
+                chosen["on_attempt"] = lambda attempt: out.note(_graph_line(attempt))
+                done = compress_graph(models, inputs, progress=advance, **chosen)
         _show_graph(out, done)
         if card is not None:
             _write_card(out, card, to_graph_card(done, models))

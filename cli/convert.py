@@ -110,7 +110,8 @@ def _show(out: Output, model: str, conversion: Conversion) -> None:
     from kruify.factors import stacks
     from kruify.reporting.terminal import table as titled
 
-    specs, shapes = ({getattr(gate, name) for gate in conversion.matrices} for name in ("factors", "shape"))
+    specs = {gate.factors for gate in conversion.matrices}
+    shapes = {gate.shape for gate in conversion.matrices}
     title = model
     if len(shapes) == 1:  # what all have in common takes no column: a terminal may have 80 places
         title += f": {'x'.join(map(str, shapes.pop()))}"

@@ -63,7 +63,8 @@ class GraphBytes:
                     content = contents.constant(name, self.copy.found.tensors[name])
                     self._gains[key] = 0 if content is None else _bytes(content, name) - _size(proto)
                 total += self._gains[key]
-                gone |= {id(proto)} if self._gains[key] else set()
+                if self._gains[key]:
+                    gone.add(id(proto))
         for group in self.copy.groups():
             made: dict[Hashable, int] = {}
             for layer, weight in group:
@@ -76,7 +77,8 @@ class GraphBytes:
                     content = contents.weight(self.copy, layer, weight)
                     self._gains[key] = 0 if content is None else _bytes(content, self._name(weight))
                 made[form] = self._gains[key]
-                small |= {id(weight)} if made[form] else set()
+                if made[form]:
+                    small.add(id(weight))
             total += sum(made.values())
         for source, weights in self._sources:
             if weights <= small:

@@ -121,12 +121,18 @@ def test_a_dense_layer_behind_a_small_one_is_trained_through(model: Path, tmp_pa
     assert job.differences()["y"].relative_error == pytest.approx(found.error_after, rel=1e-3)
 
 
+def with_a_small_lstm(model: Path, folder: Path) -> GraphJob:
+    job = GraphJob([model], Samples(samples), "int8", 0, None, folder)
+    (graph,) = job.graphs
+    graph.convert(make_plan([graph.layers["second.LSTM"]], "stacked:4*(128x1,1x32)"), None)
+    graph.write(job.small(graph))
+    return job
+
+
 def test_what_torch_does_not_take_is_said_and_a_bug_is_none_of_it(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = GraphJob([model], Samples(samples), "int8", 0, None, tmp_path)
-    job.graphs[0].convert(make_plan([job.graphs[0].layers["second.LSTM"]], "stacked:4*(128x1,1x32)"), None)
-    job.graphs[0].write(job.small(job.graphs[0]))
+    job = with_a_small_lstm(model, tmp_path)
 
     def fails(error: Exception) -> Any:
         def operator(*_: Any) -> Tensor:
@@ -144,9 +150,7 @@ def test_what_torch_does_not_take_is_said_and_a_bug_is_none_of_it(
 def test_torch_is_compared_with_onnxruntime_on_several_samples(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = GraphJob([model], Samples(samples), "int8", 0, None, tmp_path)
-    job.graphs[0].convert(make_plan([job.graphs[0].layers["second.LSTM"]], "stacked:4*(128x1,1x32)"), None)
-    job.graphs[0].write(job.small(job.graphs[0]))
+    job = with_a_small_lstm(model, tmp_path)
     multiply, calls = OPERATORS["MatMul"], count()
     monkeypatch.setitem(OPERATORS, "MatMul", lambda *given: multiply(*given) * (1 if next(calls) == 0 else 1.1))
     assert "torch computes something else for 'y'" in distil(job, 40, 1e-2, None).reason  # but not for the first
