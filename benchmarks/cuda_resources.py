@@ -3,14 +3,16 @@
     python benchmarks/cuda_resources.py                 sm_90 only
     python benchmarks/cuda_resources.py --arch all      every architecture of setup.py, and PTX (`make cuda-all`)
 
-Needs nvcc and torch's headers, no GPU. Writes build/cuda-resources/resources.json and the first table of
-benchmarks/cuda_layers.md. The shared memory of a template is what its launch asks for; see csrc/cuda/pair_plan.h.
+Needs nvcc and torch's headers, no GPU. Goes on where it stopped, and compiles again what has changed. Writes
+build/cuda-resources/resources.json and the first table of benchmarks/cuda_layers.md. The shared memory of a template is
+what its launch asks for; see csrc/cuda/pair_plan.h.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import hashlib
 import itertools
 import json
 import os
@@ -18,6 +20,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "kruify" / "csrc"
@@ -74,40 +77,51 @@ def readable(names: list[str]) -> dict[str, str]:
     return dict(zip(names, (s.replace("(int)", "") for s in short), strict=True))
 
 
-def compile_all(
-    compiler: str, folder: Path, architectures: list[str], ptx: bool, only: str, known: dict[str, dict[str, object]]
-) -> dict[str, object]:
-    """Compiles every .cu file (or `only` one: the others keep their old rows) for every architecture, one by one."""
+def made_of(dependencies: Path, command: list[str]) -> str:
+    """A hash of a compiler call and of the files that it read by its list of dependencies; empty without one."""
+    if not dependencies.exists():
+        return ""
+    names = dependencies.read_text().replace("\\\n", " ").split()[1:]
+    digest = hashlib.sha256(" ".join(command).replace(str(ROOT), "").encode())
+    for source in (Path(name) for name in names if name.startswith(str(CSRC))):
+        digest.update(source.read_bytes() if source.exists() else b"")
+    return digest.hexdigest()
+
+
+def compile_one(compiler: str, folder: Path, source: Path, architecture: str, code: str) -> dict[str, Any]:
+    """Kernels and CPU seconds of one file for one architecture; compiled again where its sources have changed."""
+    told, dependencies, output = (folder / f"{source.stem}.{architecture}.{end}" for end in ("json", "d", "o"))
+    asked = [*command(compiler, source, output, code), "-MD", "-MF", str(dependencies)]
+    known: dict[str, Any] = json.loads(told.read_text()) if told.exists() else {}
+    if known and known["made_of"] == made_of(dependencies, asked):
+        return known
+    before = os.times()
+    done = subprocess.run(asked, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{source.name} for {architecture}:\n{done.stderr[-4000:]}")
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    found = kernels(done.stdout + done.stderr)
+    names = readable([str(k["kernel"]) for k in found])
+    for k in found:
+        k["kernel"] = names[str(k["kernel"])]
+    made = {"made_of": made_of(dependencies, asked), "cpu_seconds": cpu, "kernels": found}
+    told.write_text(json.dumps(made))
+    print(f"{source.name} for {architecture}: {len(found)} kernels, {cpu:.0f} s of CPU", flush=True)
+    return made
+
+
+def compile_all(compiler: str, folder: Path, architectures: list[str]) -> dict[str, dict[str, Any]]:
+    """Compiles every .cu file for every architecture, and for PTX where they are all of them, one by one."""
     folder.mkdir(parents=True, exist_ok=True)
-    result: dict[str, object] = {}
     codes = {f"sm_{a}": f"arch=compute_{a},code=sm_{a}" for a in architectures}
-    if ptx:
+    if architectures == list(ARCHITECTURES):
         codes["PTX"] = f"arch=compute_{architectures[-1]},code=compute_{architectures[-1]}"
+    result = {}
     for name, code in codes.items():
-        found: list[dict[str, object]] = []
-        children = os.times()
-        for source in sorted((CSRC / "cuda").glob(only or "*.cu")):
-            done = subprocess.run(
-                command(compiler, source, folder / f"{source.stem}.{name}.o", code),
-                check=False, capture_output=True, text=True,
-            )  # fmt: skip
-            if done.returncode:
-                raise SystemExit(f"{source.name} for {name}:\n{done.stderr[-4000:]}")
-            found += [{"file": source.name, **k} for k in kernels(done.stdout + done.stderr)]
-        after = os.times()
-        names = readable([str(k["kernel"]) for k in found])
-        for k in found:
-            k["kernel"] = names[str(k["kernel"])]
-        cpu = after.children_user + after.children_system - children.children_user - children.children_system
-        if only:
-            before = known[name]
-            rest = [k for k in before["kernels"] if k["file"] != only]  # type: ignore[attr-defined]
-            result[name] = before | {"kernels": rest + found}
-        else:
-            result[name] = {"cpu_seconds": round(cpu, 1), "kernels": found}
-        spilling, stacked = (sum(int(str(k[f"{what}_bytes"])) > 0 for k in found) for what in ("spill", "stack"))
-        told = f"{spilling} with spills, {stacked} with a stack"
-        print(f"{name}: {len(found)} kernels, {told}, {cpu:.0f} s of CPU", flush=True)
+        files = [compile_one(compiler, folder, source, name, code) for source in sorted((CSRC / "cuda").glob("*.cu"))]
+        seconds = round(sum(f["cpu_seconds"] for f in files), 1)
+        result[name] = {"cpu_seconds": seconds, "kernels": [k for f in files for k in f["kernels"]]}
     return result
 
 
@@ -239,33 +253,24 @@ def write_table(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--arch", default="90", help="numbers such as 90 or 80,100 (the others keep their old rows), or all"
-    )
-    parser.add_argument("--file", default="", help="one file, for example general.cu: the others keep their old rows")
-    arguments = parser.parse_args()
-    chosen, only = arguments.arch, arguments.file
+    parser.add_argument("--arch", default="90", help="numbers such as 90 or 80,100, or all")
+    chosen = parser.parse_args().arch
     compiler = nvcc()
     if compiler is None:
         raise SystemExit("nvcc was not found; put it on PATH or set CUDA_HOME")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[
         -1
     ]
-    architectures = list(ARCHITECTURES) if chosen == "all" else chosen.split(",")
-    folder, ptx = ROOT / "build" / "cuda-resources", chosen == "all" and not only
-    target = folder / "resources.json"
-    known = json.loads(target.read_text()) if target.exists() and (only or chosen != "all") else {}
-    compiled = known.get("architectures", {}) if known.get("nvcc") == version else {}
-    compiled |= compile_all(compiler, folder, architectures, ptx, only, compiled)
+    folder = ROOT / "build" / "cuda-resources"
+    found = compile_all(compiler, folder, list(ARCHITECTURES) if chosen == "all" else chosen.split(","))
     plan = planner()
-    order = [f"sm_{a}" for a in ARCHITECTURES] + ["PTX"]
     result = {
         "nvcc": version,
-        "architectures": {name: compiled[name] for name in order if name in compiled},
+        "architectures": found,
         "shared_memory": shared_memory(plan),
         "low_rank": low_rank(plan),
     }
-    target.write_text(json.dumps(result) + "\n")
+    (folder / "resources.json").write_text(json.dumps(result) + "\n")
     write_table(table(result))
 
 

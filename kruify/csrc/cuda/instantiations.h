@@ -46,9 +46,10 @@ template <class F> void with_precision(Precision precision, const F& f) {
   else f(Exact<4>{});
 }
 
-// The low-rank recurrence has a column for each row of the batch.
-template <class F> void with_columns(const LowRankPlan& p, const F& f) {
+// The low-rank recurrence has a column for each row of the batch; with `Sums` it is computed in float32 alone.
+template <bool Sums, class F> void with_columns(const LowRankPlan& p, const F& f) {
   if (p.precision == kFloat32 && p.rows == 1) f(Exact<1>{});
+  else if constexpr (Sums) f(Exact<4>{});
   else with_precision(p.precision, f);
 }
 

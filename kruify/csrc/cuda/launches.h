@@ -13,8 +13,11 @@ void launch_pair(AnyShape s, const PairPlan& p, const PairBackward& args, cudaSt
 void launch_tensor(AnyShape s, const PairPlan& p, const PairForward& args, cudaStream_t stream);
 void launch_tensor(AnyShape s, const PairPlan& p, const PairBackward& args, cudaStream_t stream);
 
-// Arguments: LowRankForward or LowRankBackward.
-template <class Arguments> void launch_low_rank(const LowRankPlan& p, const Arguments& args, cudaStream_t stream);
+void launch_low_rank(const LowRankPlan& p, const LowRankForward& args, cudaStream_t stream);
+void launch_low_rank(const LowRankPlan& p, const LowRankBackward& args, cudaStream_t stream);
+// What the two above call where something stands beside the outer products.
+void launch_beside(const LowRankPlan& p, const LowRankForward& args, cudaStream_t stream);
+void launch_beside(const LowRankPlan& p, const LowRankBackward& args, cudaStream_t stream);
 
 // Arrays: ForwardArrays<T> or BackwardArrays<T>. scratch: general_scratch elements per row in global memory, or null
 // where `bytes` of shared memory hold them.

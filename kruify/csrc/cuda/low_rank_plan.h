@@ -207,7 +207,8 @@ inline bool low_rank_takes(const LowRankSizes& s) {
       s.hidden % 4 == 0 && s.hidden <= 1 << 16 && (!s.pair || pair) && s.blocks >= 0 && s.block <= 1 << 16;
 }
 
-// The plan with the fewest clocks; cluster == 0 says that none fits. Tensor cores take 16 rows together.
+// The plan with the fewest clocks; cluster == 0 says that none fits. Tensor cores take 16 rows together, and outer
+// products alone: what stands beside is float32 in any case, and most of the work.
 inline LowRankPlan low_rank_plan(
     const LowRankSizes& s, LowRankExtras extras, int batch, const Chip& chip, bool backward, Precision precision) {
   LowRankPlan best{};
@@ -216,7 +217,7 @@ inline LowRankPlan low_rank_plan(
   for (Precision with : {kFloat32, precision}) {
     for (int cluster = 1; cluster <= 8 && chip.at_once[logarithm(cluster)]; cluster *= 2) {
       for (int rows : {1, 4, 8, 16}) {
-        if (with != kFloat32 && rows != 16) continue;
+        if (with != kFloat32 && (rows != 16 || s.pair || s.blocks)) continue;
         const LowRankPlan p = low_rank_layout(s, extras, cluster, rows, backward, with);
         if (p.bytes > chip.shared_memory || p.bytes == INT32_MAX) continue;
         const int64_t clocks = low_rank_clocks(p, batch, chip);

@@ -1,4 +1,8 @@
-// The low-rank recurrence: one cluster for some rows of the batch, all steps in one launch.
+// One cluster for some rows of the batch, all steps in one launch: the launches of the low-rank recurrence, forward and
+// backward, of outer products alone and with what stands beside them. Each of the four files that include this compiles
+// the templates of one of them.
+#pragma once
+
 #include "block.cuh"
 #include "instantiations.h"
 #include "launch.cuh"
@@ -29,21 +33,17 @@ template <int G, class Numbers, bool Sums> auto kernel_for(const LowRankBackward
   return low_rank_backward_kernel<G, Numbers, Sums>;
 }
 
-}  // namespace
-
-template <class Arguments> void launch_low_rank(const LowRankPlan& p, const Arguments& args, cudaStream_t stream) {
+template <bool Sums, class Arguments>
+void launch_template(const LowRankPlan& p, const Arguments& args, cudaStream_t stream) {
   with_gates(args.kind, [&](auto gates) {
-    with_columns(p, [&](auto numbers) {
+    with_columns<Sums>(p, [&](auto numbers) {
       const int clusters = (args.rows.batch + p.rows - 1) / p.rows;
-      const auto kernel = p.beside() ? kernel_for<gates.value, decltype(numbers), true>(args)
-                                     : kernel_for<gates.value, decltype(numbers), false>(args);
-      launch(kernel, dim3(clusters * p.cluster), p.threads, p.bytes, p.cluster, stream, "the low-rank recurrence", p,
-          args);
+      launch(kernel_for<gates.value, decltype(numbers), Sums>(args), dim3(clusters * p.cluster), p.threads, p.bytes,
+          p.cluster, stream, "the low-rank recurrence", p, args);
     });
   });
 }
 
-template void launch_low_rank(const LowRankPlan&, const LowRankForward&, cudaStream_t);
-template void launch_low_rank(const LowRankPlan&, const LowRankBackward&, cudaStream_t);
+}  // namespace
 
 }  // namespace kruify::cuda
