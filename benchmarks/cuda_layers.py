@@ -5,18 +5,17 @@
 
 Writes benchmarks/results/cuda_layers-<GPU>.jsonl after every measurement, so that a run that is cut short keeps what it
 had, and the next one of the same commit on the same GPU goes on from there (`--fresh`: from the start), and the table
-of benchmarks/cuda_layers.md. Times are medians of CUDA events, in milliseconds, input size = hidden size. Two
-structures: `kruify` is balanced two factors, `low_rank` stacked gates of rank H / 16; W_ih is dense, or factored like
-W_hh (`factored`). `recurrent` is the recurrence alone, on ready gates. TF32 is torch's switch, which kruify's kernels
-follow; bf16 is cuDNN on bf16 weights and input, and kruify on float32 ones under autocast. `--seconds` bounds the whole
-run.
+of benchmarks/cuda_layers.md. Times are medians of CUDA events, in milliseconds, input size = hidden size. Structures:
+`kruify` is balanced two factors, `low_rank` stacked gates of rank H / 16, `sum` the former and low rank of H / 64,
+`sparse` stacked gates of rank H / 32 and a residual of 1 %; W_ih is dense, or factored like W_hh (`factored`).
+`recurrent` is the recurrence alone, on ready gates. TF32 is torch's switch, which kruify's kernels follow; bf16 is
+cuDNN on bf16 weights and input, and kruify on float32 ones under autocast. `--seconds` bounds the whole run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import statistics
 import subprocess
@@ -33,8 +32,10 @@ from torch import Tensor, nn
 from kruify import layers
 from kruify import ops as ops  # registers the operators
 from kruify.errors import KruifyError
-from kruify.ops import backend_info, precision
-from kruify.ops.layout import Layout, TermLayout
+from kruify.layers import kernel
+from kruify.layers.matrix import KroneckerMatrix
+from kruify.ops import backend_info, graphs, precision
+from kruify.ops.recurrence import run_recurrence
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda"
@@ -46,7 +47,8 @@ CASE = ("kind", "hidden", "batch", "steps", "training")  # what tells the rows a
 CEILING = {1024: 3.5, 2048: 2.6, 4096: 2.5}
 WANTED_ALONE = {1024: 6.0, 2048: 9.0, 4096: 15.0}
 WANTED_FACTORED = {1024: 4.0, 2048: 6.0, 4096: 10.0}
-STRUCTURES = ("kruify", "low_rank")
+STRUCTURES = ("kruify", "low_rank", "sum", "sparse")
+ON_TENSOR_CORES = ("kruify", "low_rank")  # the others run in float32 in any case
 
 
 def milliseconds(function: Callable[[], object], budget: float = 1.0) -> float:
@@ -118,18 +120,16 @@ def dense(kind: str, hidden: int) -> nn.Module:
     return layer(hidden, hidden, device=DEVICE)
 
 
-def shapes_of(structure: str, kind: str, hidden: int) -> tuple[int, list[tuple[int, int]]]:
-    """Rank, and the two factors of one gate."""
-    if structure == "low_rank":
-        return hidden // 16, [(hidden, 1), (1, hidden)]
-    rows1, rows2 = PAIRS[hidden]
-    return 1, [(rows1, rows1), (rows2, rows2)]
-
-
 def spec(structure: str, kind: str, hidden: int) -> str:
     """In the factor grammar."""
-    rank, ((p1, q1), (p2, q2)) = shapes_of(structure, kind, hidden)
-    return f"stacked:{rank}*({GATES[kind] * p1}x{q1},{p2}x{q2})" if rank > 1 else f"{p1}x{q1},{p2}x{q2}"
+    gates, (rows1, rows2) = GATES[kind], PAIRS[hidden]
+    pair = f"{rows1}x{rows1},{rows2}x{rows2}"
+    return {
+        "kruify": pair,
+        "low_rank": f"stacked:{hidden // 16}*({gates * hidden}x1,1x{hidden})",
+        "sum": f"{hidden // 64}*({hidden}x1,1x{hidden})+{pair}",
+        "sparse": f"stacked:{hidden // 32}*({gates * hidden}x1,1x{hidden})+sparse:1%",
+    }[structure]
 
 
 def ours(kind: str, hidden: int, backend: str, structure: str = "kruify", factored: bool = False) -> nn.Module:
@@ -161,30 +161,23 @@ def recurrent(
     structure: str, kind: str, hidden: int, batch: int, steps: int, training: bool, budget: float, products: int
 ) -> float:
     """The recurrence alone, on ready-made gates, with products of this precision."""
-    gates, (rank, shapes) = GATES[kind], shapes_of(structure, kind, hidden)
-    name = "rnn_tanh" if kind == "rnn" else kind
-    own = (gates, 1 if structure == "low_rank" else gates)  # stacked gates have their rows in common
-    scale = 1 / math.sqrt(math.sqrt(hidden * rank))
-    stages = [
-        (torch.randn(n, rank, *shape, device=DEVICE) * scale).requires_grad_(training)
-        for n, shape in zip(own, shapes, strict=True)
-    ]
-    layout = Layout(gates, hidden, hidden, (), (TermLayout(2, tuple(range(gates))),)).encode()
+    layer, gates = ours(kind, hidden, "kernel", structure), GATES[kind]
+    matrix = layer.get_submodule("weight_hh_l0")
+    assert isinstance(matrix, KroneckerMatrix)
+    form, name = kernel.form_of(matrix), "rnn_tanh" if kind == "rnn" else kind
     x = torch.randn(steps * batch, gates * hidden, device=DEVICE).requires_grad_(training)
     h0 = torch.zeros(batch, hidden, device=DEVICE)
-    c0, sizes = (h0 if kind == "lstm" else None), torch.full((steps,), batch)
+    first = (x, None, None, torch.full((steps,), batch), h0, h0 if kind == "lstm" else None)
+    parts, parameters = matrix.parts_beside_terms(), kernel.parameters_of(matrix, form)
     bias = torch.zeros(gates * hidden, device=DEVICE, requires_grad=training)
 
     def step() -> None:
-        out = torch.ops.kruify.recurrence(
-            x, None, None, sizes, h0, c0, stages, None, None, None, bias, layout, name, False, training, products
-        )[0]
+        kept = graphs.keeps(x, steps, batch) and kernel.goes_stepwise(matrix, h0, products)
+        out = run_recurrence(form.assembly, name, False, products, first, bias, parts, parameters, kept)[0]
         if training:
-            torch.autograd.grad(out.sum(), [x, *stages, bias])
+            torch.autograd.grad(out.sum(), [x, *matrix.parameters(), bias])
 
-    if training:
-        return milliseconds(step, budget)
-    with torch.no_grad():
+    with torch.set_grad_enabled(training):
         return milliseconds(step, budget)
 
 
@@ -223,7 +216,7 @@ def candidates(
         yield f"{one}_factored", lambda one=one: layer("kernel", False, structure=one, factored=True)
     yield "cudnn_tf32", lambda: cudnn(torch.float32, True)
     yield "cudnn_bf16", lambda: cudnn(torch.bfloat16, True)
-    for one in STRUCTURES:
+    for one in ON_TENSOR_CORES:
         yield f"{one}_tf32", lambda one=one: layer("kernel", True, structure=one)
         yield f"{one}_bf16", lambda one=one: layer("kernel", True, lower=True, structure=one)
         yield f"{one}_recurrent_tf32", lambda one=one: alone(precision.TF32, one)
@@ -302,7 +295,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for hidden in CEILING:
         for training in (False, True):
             ms = by.get(("lstm", hidden, 64, 1024, training), {})
-            for one in STRUCTURES:
+            for one in ON_TENSOR_CORES:
                 cells = [f"LSTM {hidden} ({spec(one, 'lstm', hidden)}), forward{' + backward' if training else ''}"]
                 for name in ("tf32", "bf16"):
                     cells.append(shown(ms.get(f"cudnn_{name}")))

@@ -166,28 +166,52 @@ LOW_RANK = (
 )  # fmt: skip
 
 
+def expected(plan: ctypes.CDLL, case: tuple[Any, ...], batch: int, wanted: int) -> list[int]:
+    """What tests/cuda/shim/plan.cpp tells of the low-rank recurrence forward of one of LOW_RANK on an H200."""
+    hidden, rank, pair, sparse = case
+    sizes = (hidden, 4, 1, rank, *(pair or (0, 0, 0)), int(sparse * 4 * hidden * hidden / 8), 8)
+    found = (ctypes.c_int64 * 9)()
+    size, processors, clusters = CHIPS["sm_90 (H200)"]
+    plan.shim_low_rank((ctypes.c_int * 9)(*sizes), batch, 0, wanted, processors, size, clusters, found)
+    return list(found)
+
+
+def named(case: tuple[Any, ...]) -> str:
+    hidden, rank, pair, sparse = case
+    what = f"stacked:{rank}*({4 * hidden}x1,1x{hidden})"
+    what += f" and {pair[0]}*({pair[1]}x{pair[1]},{pair[2]}x{pair[2]})" if pair else ""
+    return what + (f"+sparse:{sparse:.0%}" if sparse else "")
+
+
 def low_rank(plan: ctypes.CDLL) -> list[str]:
     """The table of what the low-rank recurrence is expected to take, by the model that chooses its plans."""
     heads = ["W_hh", "products", "blocks per cluster", "rows", "shared memory per block"]
     heads += ["clocks of a step", "of them assumed", "with the dense weight", "ratio"]
     lines = [f"| {' | '.join(heads)} |", "|--" * len(heads) + "|"]
-    size, processors, clusters = CHIPS["sm_90 (H200)"]
-    for hidden, rank, pair, sparse in LOW_RANK:
-        what = f"stacked:{rank}*({4 * hidden}x1,1x{hidden})"
-        what += f" and {pair[0]}*({pair[1]}x{pair[1]},{pair[2]}x{pair[2]})" if pair else ""
-        what += f"+sparse:{sparse:.0%}" if sparse else ""
-        sizes = (hidden, 4, 1, rank, *(pair or (0, 0, 0)), int(sparse * 4 * hidden * hidden / 8), 8)
+    for case in LOW_RANK:
         for wanted, name in enumerate(PRECISIONS):
-            found = (ctypes.c_int64 * 6)()
-            plan.shim_low_rank((ctypes.c_int * 9)(*sizes), 64, 0, wanted, processors, size, clusters, found)
-            cluster, rows, room, clocks, assumed, dense = found
+            cluster, rows, room, clocks, assumed, dense = expected(plan, case, 64, wanted)[:6]
             columns = [cluster, rows, f"{room / 1024:.0f} KB", clocks, assumed, dense, f"{dense / max(clocks, 1):.1f}"]
             told = map(str, columns if cluster else ["none fits", *[""] * 4, dense, ""])
-            lines.append(f"| {what} | {name} | {' | '.join(told)} |")
+            lines.append(f"| {named(case)} | {name} | {' | '.join(told)} |")
     return lines
 
 
-def table(result: dict[str, object]) -> str:
+def eight_bits(plan: ctypes.CDLL) -> list[str]:
+    """The table of what eight-bit weights would save: three quarters of what a launch reads of them. A call is the
+    product with W_ih, two launches that pack the thin matrices, and the recurrence."""
+    heads = ["W_hh, batch 1", "clocks to read it", "1 step", "1 step in a CUDA graph", "16 steps", "1024 steps"]
+    lines = [f"| {' | '.join(heads)} |", "|--" * len(heads) + "|"]
+    for case in LOW_RANK[:2]:
+        _, _, _, clocks, _, _, reading, launch, kept = expected(plan, case, 1, 0)
+        calls = [
+            4 * one + reading + steps * clocks for one, steps in ((launch, 1), (kept, 1), (launch, 16), (launch, 1024))
+        ]
+        lines.append(f"| {named(case)} | {reading} | {' | '.join(f'{0.75 * reading / c:.1%}' for c in calls)} |")
+    return lines
+
+
+def table(result: dict[str, Any]) -> str:
     """The table of cuda_layers.md."""
     compiled = result["architectures"]
     assert isinstance(compiled, dict)
@@ -227,10 +251,10 @@ def table(result: dict[str, object]) -> str:
         blocks, threads, size, registers, spilled = (" / ".join(column) for column in zip(*columns, strict=True))
         what = f"| {row['kind']} | {row['stages']} | {row['pass']} "
         lines.append(f"{what}| {blocks} | {threads} | {size} KB | {registers} | {spilled} |")
-    expected = result["low_rank"]
-    assert isinstance(expected, list)
     told = "The low-rank recurrence forward on an H200, batch 64, as the model in csrc/cuda/low_rank_plan.h expects it;"
-    return "\n".join([*lines, "", f"{told} nobody has measured it:", "", *expected])
+    lines += ["", f"{told} nobody has measured it:", "", *result["low_rank"]]
+    told = "What of a call eight-bit weights would save, by the same model; they are not built:"
+    return "\n".join([*lines, "", told, "", *result["eight_bits"]])
 
 
 CASE = ("chip", "kind", "rank", "stages", "pass")  # of a row of shared_memory
@@ -269,6 +293,7 @@ def main() -> None:
         "architectures": found,
         "shared_memory": shared_memory(plan),
         "low_rank": low_rank(plan),
+        "eight_bits": eight_bits(plan),
     }
     (folder / "resources.json").write_text(json.dumps(result) + "\n")
     write_table(table(result))

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from kruify.layers import planar
 from kruify.layers.backend import Sequences, Weights, run_each_direction
 from kruify.layers.computed import computes
-from kruify.layers.kernel import HALVES, form_of, known_batch, parameters_of, project, work
+from kruify.layers.kernel import HALVES, form_of, goes_stepwise, known_batch, parameters_of, project, work
 from kruify.layers.matrix import KroneckerMatrix
-from kruify.ops import precision
+from kruify.ops import graphs, precision
 from kruify.ops.functions import traced, training, transformed
 from kruify.ops.recurrence import run_recurrence
 from kruify.ops.reference import State
@@ -76,7 +76,8 @@ def _run(
     assembly = form.whole if not data.is_cuda and work(matrix, form, kind, batch)[1] else form.assembly
     first = (data, weight_ih, bias_ih, batch_sizes, state[0], state[1] if kind == "lstm" else None)
     rest, parameters = matrix.parts_beside_terms(), parameters_of(matrix, form)
-    out, h, c = run_recurrence(assembly, kind, reverse, exact, first, bias, rest, parameters)
+    kept = graphs.keeps(data, batch_sizes.shape[0], state[0].shape[0]) and goes_stepwise(matrix, state[0], exact)
+    out, h, c = run_recurrence(assembly, kind, reverse, exact, first, bias, rest, parameters, kept)
     return out, (h, c) if kind == "lstm" else (h,)
 
 

@@ -13,7 +13,7 @@ from kruify.layers.backend import Backend, Sequences
 from kruify.layers.compiled import CompiledBackend
 from kruify.layers.matrix import KroneckerMatrix
 from kruify.layers.reference import ReferenceBackend
-from kruify.ops import precision
+from kruify.ops import graphs, precision
 from kruify.ops.functions import training, transformed
 from kruify.ops.reference import State
 
@@ -64,7 +64,8 @@ def pick(layer: RecurrentLayer, steps: int, batch: int, x: Tensor) -> str:
             return "kernel"
         gains = [_gain(matrix, layer.kind, known) for matrix in layer.recurrent_weights()]
         return "kernel" if min(gains) >= _needed_gain(layer, known) else "dense"
-    if served and all(_cuda_takes(layer, x, batch, k, d) for k, d in layer.directions()):
+    kept = graphs.keeps(x, steps, batch)
+    if served and all(_cuda_takes(layer, x, batch, kept, k, d) for k, d in layer.directions()):
         return "kernel"
     if not served and steps == 1 and known <= 8 and layer.hidden_size >= 512:
         return "reference"
@@ -73,7 +74,7 @@ def pick(layer: RecurrentLayer, steps: int, batch: int, x: Tensor) -> str:
     return "dense"
 
 
-def _cuda_takes(layer: RecurrentLayer, x: Tensor, batch: int, k: int, d: int) -> bool:
+def _cuda_takes(layer: RecurrentLayer, x: Tensor, batch: int, kept: bool, k: int, d: int) -> bool:
     """Whether one of the CUDA kernels that keep weights and state on the chip takes this recurrence, and its share of a
     multiprocessor's shared memory suffices (csrc/cuda/README.md has the limits). The general CUDA kernel takes all
     others, but is not expected to beat cuDNN on the dense weight. No GPU has measured this yet:
@@ -87,7 +88,7 @@ def _cuda_takes(layer: RecurrentLayer, x: Tensor, batch: int, k: int, d: int) ->
     low_rank = kernel.low_rank(matrix)
     if low_rank is not None:
         batch = 64 if torch.compiler.is_compiling() else batch  # a program for any batch
-        return kernel.low_rank_pays(matrix.gates, matrix.rows, low_rank, batch, training(), wanted, device)
+        return kernel.low_rank_pays(low_rank, batch, training(), kept, wanted, device)
     if (
         matrix.overlay is not None
         or len(plans) != 1

@@ -106,8 +106,11 @@ def _outer(p: TermPlan) -> bool:
 
 
 class LowRank(NamedTuple):
-    """A matrix of outer products, as the low-rank CUDA kernel takes it, and what stands beside them (0: nothing)."""
+    """A matrix of outer products, as the low-rank CUDA kernel takes it, and what stands beside them (0: nothing):
+    `LowRankSizes` in csrc/cuda/low_rank_plan.h."""
 
+    hidden: int
+    gates: int
     sets: int  # 1 where all gates have their rows in common, else the number of gates
     rank: int
     pair: int = 0  # products of a term of two square stages of all gates, and the stages' rows
@@ -133,7 +136,8 @@ def low_rank(matrix: KroneckerMatrix) -> LowRank | None:
             return None
         beside = (term.term.rank, shapes[0][0], shapes[1][0])
     blocks = (0, 0) if matrix.overlay is None else matrix.overlay.values.shape
-    return LowRank(1 if shared or matrix.gates == 1 else matrix.gates, max(ranks), *beside, *blocks)
+    sets = 1 if shared or matrix.gates == 1 else matrix.gates
+    return LowRank(matrix.rows, matrix.gates, sets, max(ranks), *beside, *blocks)
 
 
 def known_batch(batch: int) -> int:
@@ -189,16 +193,27 @@ def template_fits(gates: int, rank: int, rows1: int, rows2: int, training: bool,
 
 
 @tracing.constant
-def low_rank_pays(
-    gates: int, hidden: int, found: LowRank, batch: int, training: bool, wanted: int, device: int
-) -> bool:
-    """Whether the low-rank CUDA kernel takes a recurrence, and is expected to beat torch's with the dense weight: a
-    model of bytes and multiply-adds, `low_rank_pays` in csrc/cuda/low_rank_plan.h."""
-    return _asked("low_rank_pays", gates, hidden, *found, batch, training, wanted, device)
+def low_rank_fits(found: LowRank, batch: int, wanted: int, device: int) -> bool:
+    """Whether a low-rank recurrence is one launch; else it goes step by step."""
+    return _asked("low_rank_fits", found, batch, wanted, device)
+
+
+@tracing.constant
+def low_rank_pays(found: LowRank, batch: int, training: bool, kept: bool, wanted: int, device: int) -> bool:
+    """Whether a low-rank recurrence on GPU number `device` is expected to beat torch's with the dense weight, by a
+    model of bytes and multiply-adds: `low_rank_pays` in csrc/cuda/low_rank_plan.h. `kept`: a CUDA graph may keep its
+    launches."""
+    return _asked("low_rank_pays", found, batch, training, kept, wanted, device)
+
+
+def goes_stepwise(matrix: KroneckerMatrix, h: Tensor, wanted: int) -> bool:
+    """Whether the recurrence of a matrix on a GPU is one of low rank that fits in no kernel; h (batch, size)."""
+    found = low_rank(matrix)
+    return found is not None and not low_rank_fits(found, h.shape[0], wanted, h.device.index)
 
 
 @lru_cache(maxsize=256)
-def _asked(operator: str, *question: int) -> bool:
+def _asked(operator: str, *question: int | LowRank) -> bool:
     yes = bool(getattr(torch.ops.kruify, operator)(*question))
     if yes:
         warnings.warn(  # once: the text is always the same

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kruify.errors import UsageError
-from kruify.ops import reference
+from kruify.ops import graphs, reference
 from kruify.ops.functions import (
     Assembly,
     Optional,
@@ -37,8 +37,10 @@ def run_recurrence(
     bias: Optional,
     rest: tuple[Optional, Optional, Optional],  # diagonal, residual, residual_index
     parameters: Sequence[Tensor],
+    kept: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # out (S, H), hT (B, H), cT (B, H), empty but for an LSTM
-    """The recurrence, differentiable; W is what the assembly makes of the parameters."""
+    """The recurrence, differentiable; W is what the assembly makes of the parameters. `kept`: a CUDA graph may keep its
+    launches (graphs.py)."""
     if traced():
         wanted, stages, layout = training(), assembly.reference_stages(parameters), assembly.layout
         if assembly.whole is not None:
@@ -51,7 +53,8 @@ def run_recurrence(
         out, h, c, _ = _node(assembly, kind, reverse, precision, *first, bias, *rest, *parameters)
         return out, h, c
     matrix, _ = _prepare(assembly, bias, rest, parameters)
-    out, h, c, _ = _ops.recurrence_forward.default(*first, *matrix, kind, reverse, False, precision)
+    run = graphs.recurrence if kept else _ops.recurrence_forward.default
+    out, h, c, _ = run(*first, *matrix, kind, reverse, False, precision)
     return out, h, c
 
 

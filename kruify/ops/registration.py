@@ -49,11 +49,9 @@ def define(
 
 define("instruction_set", "() -> int")
 define("template_fits", "(int gates, int rank, int rows1, int rows2, bool training, int precision, int device) -> bool")
-define(
-    "low_rank_pays",
-    "(int gates, int hidden, int sets, int rank, int pair, int rows1, int rows2, int blocks, int block, int batch,"
-    " bool training, int precision, int device) -> bool",
-)
+# sizes: hidden, gates, sets, rank, and of what stands beside pair, rows1, rows2, blocks, block.
+define("low_rank_fits", "(int[] sizes, int batch, int precision, int device) -> bool")
+define("low_rank_pays", "(int[] sizes, int batch, bool training, bool kept, int precision, int device) -> bool")
 
 
 def check(condition: bool, message: str) -> None:

@@ -123,11 +123,17 @@ class Gpu:
 
     def pays(
         self, gates: int, hidden: int, sets: int, rank: int, batch: int, training: bool, precision: int = 0,
-        beside: tuple[int, ...] = (0, 0, 0, 0, 0),
+        beside: tuple[int, ...] = (0, 0, 0, 0, 0), kept: bool = False,
     ) -> bool:  # fmt: skip
         """The operator `low_rank_pays` on this chip."""
-        question = (gates, hidden, sets, rank, *beside, batch, training, precision, self.library.shim_device())
+        sizes = (hidden, gates, sets, rank, *beside)
+        question = (sizes, batch, training, kept, precision, self.library.shim_device())
         return bool(getattr(torch.ops, NAMESPACE).low_rank_pays(*question))
+
+    def one_launch(self, gates: int, hidden: int, sets: int, rank: int, batch: int) -> bool:
+        """The operator `low_rank_fits` on this chip."""
+        sizes = (hidden, gates, sets, rank, 0, 0, 0, 0, 0)
+        return bool(getattr(torch.ops, NAMESPACE).low_rank_fits(sizes, batch, 0, self.library.shim_device()))
 
     def plan(
         self, gates: int, rows1: int, rows2: int, rank: int, batch: int, backward: bool, precision: int = 0,
@@ -150,7 +156,7 @@ class Gpu:
 
 NAMESPACE = "kruify_cuda_shim"
 SHIM = Path(__file__).parent / "shim"
-QUESTIONS = ("template_fits", "low_rank_pays")  # of the layers' rule
+QUESTIONS = ("template_fits", "low_rank_fits", "low_rank_pays")  # of the layers' rule
 OPERATORS = (
     *("merge", "merge_backward", "kron_matmul_forward", "kron_matmul_backward"),
     *("recurrence_forward", "recurrence_backward"),

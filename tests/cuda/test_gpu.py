@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import kruify
 from kruify import layers
 from kruify import ops as ops  # registers the operators
-from kruify.ops import backend_info, has_kernel, precision
+from kruify.ops import backend_info, graphs, has_kernel, precision
 
 pytestmark = [
     pytest.mark.gpu,
@@ -225,6 +225,33 @@ def test_cuda_graphs(matrix, sizes, name) -> None:  # type: ignore[no-untyped-de
     graph.replay()
     for got, wanted in zip(captured, step(), strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_graphs_keep_steps(kind, reverse) -> None:  # type: ignore[no-untyped-def]
+    """Without derivatives: the second call of the same sizes records, the third replays; weights and inputs may change;
+    a capture of the caller's gets the launches themselves."""
+    rows = {"LSTM": 8192, "GRU": 6144}[kind]
+    layer = getattr(layers, f"KRU{kind}")(
+        16, 2048, bidirectional=reverse, factors=f"stacked:128*({rows}x1,1x2048)", backend="kernel", device="cuda"
+    )
+    graphs._known.clear()
+    x = torch.randn(70, 3, 16, device="cuda")
+    for _ in range(3):
+        wanted = layer(x)[0].detach()  # with derivatives: no graph
+        with torch.no_grad():
+            close("output", layer(x)[0], wanted, 1e-5)
+            next(iter(layer.parameters())).mul_(0.9)
+            x.normal_()
+    assert graphs._known and all(graphs._known.values())
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        wanted = layer(x)[0]
+        with torch.cuda.graph(graph):
+            captured = layer(x)[0]
+        graph.replay()
+    close("captured", captured, wanted, 1e-5)
 
 
 def test_torch_compile(matrix) -> None:  # type: ignore[no-untyped-def]

@@ -57,11 +57,11 @@ def test_forms_for_both_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         return question[4] is False
 
     monkeypatch.setattr(kernel, "template_fits", fits)
-    assert not dispatch._cuda_takes(layer, x, 1, 0, 0)
+    assert not dispatch._cuda_takes(layer, x, 1, False, 0, 0)
     with torch.no_grad():
-        assert dispatch._cuda_takes(layer, x, 1, 0, 0)
+        assert dispatch._cuda_takes(layer, x, 1, False, 0, 0)
     assert asked == [(4, 1, 16, 16, training, 0, 0) for training in (True, False)]
-    assert not dispatch._cuda_takes(layer.double(), x.double(), 1, 0, 0)
+    assert not dispatch._cuda_takes(layer.double(), x.double(), 1, False, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -77,15 +77,15 @@ def test_what_the_low_rank_kernel_is_asked_for(
     """Sets of rows, the rank, and what stands beside; gates that have rows in common hand them over once on any
     device."""
     layer, asked = KRULSTM(8, 16, factors=factors, device="meta"), []
-    found = kernel.LowRank(*wanted) if wanted else None
+    found = kernel.LowRank(16, 4, *wanted) if wanted else None
     assert kernel.low_rank(layer.weight_hh_l0) == found
     if wanted is None or len(wanted) > 2:
         return
     monkeypatch.setattr(kernel, "low_rank_pays", lambda *question: asked.append(question) or True)
     x = torch.empty(3, 8, device="meta")
     with torch.no_grad():
-        assert dispatch._cuda_takes(layer, x, 7, 0, 0)
-    assert asked == [(4, 16, found, 7, False, precision.FLOAT32, 0)]
+        assert dispatch._cuda_takes(layer, x, 7, True, 0, 0)
+    assert asked == [(found, 7, False, True, precision.FLOAT32, 0)]
     stages = kernel.parameters_of(layer.weight_hh_l0, kernel.form_of(layer.weight_hh_l0))
     assert stages[1].shape[0] == wanted[0]
 

@@ -188,12 +188,15 @@ inline int64_t dense_clocks(const LowRankSizes& s, int batch, const Chip& chip, 
   return greatest(work, weights * (precision == kBf16 ? 2 : 4) / (kCacheBytes * chip.processors)) + kDenseClocks;
 }
 
-// The same step by step (stepwise.h): `launches` of the host, about 5 us each, or of every row `work` multiply-adds,
-// one for each number of the matrix.
-inline int64_t stepwise_clocks(int64_t launches, int64_t work, int batch, const Chip& chip, Precision precision) {
+// The same step by step (stepwise.h): `launches`, or of every row `work` multiply-adds, one for each number of the
+// matrix. A launch of the host is taken for about 5 us, one that a CUDA graph keeps (ops/graphs.py) for 1.5 us.
+constexpr int64_t kLaunchClocks = 8000, kKeptClocks = 2500;
+
+inline int64_t stepwise_clocks(
+    int64_t launches, int64_t work, int batch, const Chip& chip, Precision precision, bool kept = false) {
   const int64_t bytes = 4 * work / (kCacheBytes * chip.processors);
-  return greatest(
-      8000 * launches, greatest(bytes, work * batch / (kMultiplyAdds * speed(precision) * chip.processors)));
+  const int64_t products = greatest(bytes, work * batch / (kMultiplyAdds * speed(precision) * chip.processors));
+  return kept ? kKeptClocks * launches + products : greatest(kLaunchClocks * launches, products);
 }
 
 // The same in the general kernel, a block for each row and its loads one by one.
@@ -228,9 +231,15 @@ inline LowRankPlan low_rank_plan(
   return best;
 }
 
+// Whether a forward recurrence of low rank is one launch; else it goes step by step.
+inline bool low_rank_fits(const LowRankSizes& s, int batch, const Chip& chip, Precision precision) {
+  return chip.shared_memory && low_rank_plan(s, {true, true}, batch, chip, false, precision).cluster;
+}
+
 // Whether a recurrence of low rank is expected to be faster than torch's with the dense weight: in one kernel where it
-// fits, else step by step.
-inline bool low_rank_pays(const LowRankSizes& s, int batch, const Chip& chip, bool training, Precision precision) {
+// fits, else step by step, with launches that a CUDA graph keeps or not.
+inline bool low_rank_pays(
+    const LowRankSizes& s, int batch, const Chip& chip, bool training, bool kept, Precision precision) {
   const int64_t numbers = int64_t{s.gates} * s.hidden * s.hidden;
   if (!chip.shared_memory || s.gates > kMaxGates || s.rank < 1 || s.rank > s.hidden || s.hidden > 1 << 16) return false;
   if (s.pair && (s.pair > s.hidden || int64_t{s.P1} * s.P2 != s.hidden)) return false;
@@ -243,7 +252,8 @@ inline bool low_rank_pays(const LowRankSizes& s, int batch, const Chip& chip, bo
   for (bool backward : {false, true}) {
     if (backward && !training) break;
     const LowRankPlan p = low_rank_plan(s, {true, true}, batch, chip, backward, precision);
-    if ((p.cluster ? low_rank_clocks(p, batch, chip) : stepwise_clocks(launches, work, batch, chip, precision)) > dense)
+    if ((p.cluster ? low_rank_clocks(p, batch, chip) : stepwise_clocks(launches, work, batch, chip, precision, kept)) >
+        dense)
       return false;
   }
   return true;

@@ -208,12 +208,23 @@ bool template_fits(
       precision_of(precision));
 }
 
-bool low_rank_pays_operator(int64_t gates, int64_t hidden, int64_t sets, int64_t rank, int64_t pair, int64_t rows1,
-    int64_t rows2, int64_t blocks, int64_t block, int64_t batch, bool training, int64_t precision, int64_t device) {
-  const auto number = [](int64_t n) { return static_cast<int>(least(n, kHuge - 1)); };
-  const LowRankSizes sizes{number(hidden), number(gates), number(sets), number(rank), number(pair), number(rows1),
-      number(rows2), number(blocks), number(block)};
-  return low_rank_pays(sizes, number(batch), chip_at(device), training, precision_of(precision));
+int number(int64_t n) { return static_cast<int>(least(n, kHuge - 1)); }
+
+// sizes: in the order of LowRankSizes.
+LowRankSizes low_rank_sizes(const std::vector<int64_t>& sizes) {
+  STD_TORCH_CHECK(sizes.size() == 9, "kruify: nine sizes tell of a matrix of low rank, got ", sizes.size());
+  int n[9];
+  std::transform(sizes.begin(), sizes.end(), n, number);
+  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8]};
+}
+
+bool low_rank_fits_operator(const std::vector<int64_t>& sizes, int64_t batch, int64_t precision, int64_t device) {
+  return low_rank_fits(low_rank_sizes(sizes), number(batch), chip_at(device), precision_of(precision));
+}
+
+bool low_rank_pays_operator(
+    const std::vector<int64_t>& sizes, int64_t batch, bool training, bool kept, int64_t precision, int64_t device) {
+  return low_rank_pays(low_rank_sizes(sizes), number(batch), chip_at(device), training, kept, precision_of(precision));
 }
 
 }  // namespace
@@ -240,5 +251,6 @@ STABLE_TORCH_LIBRARY_IMPL(KRUIFY_CUDA_LIBRARY, KRUIFY_CUDA_KEY, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(KRUIFY_CUDA_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("template_fits", TORCH_BOX(&kruify::cuda::template_fits));
+  m.impl("low_rank_fits", TORCH_BOX(&kruify::cuda::low_rank_fits_operator));
   m.impl("low_rank_pays", TORCH_BOX(&kruify::cuda::low_rank_pays_operator));
 }
