@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .compress_inputs import compress_inputs, write_card
 from .console import Output, json_option, output, progress
 from .options import (
     DROP,
@@ -15,7 +16,6 @@ from .options import (
     device_option,
     dtype_option,
     form_option,
-    given,
     keep_option,
     key_option,
     lr_option,
@@ -29,14 +29,7 @@ from .training import log_dir_option, others_option, recipe_options, resume_opti
 if TYPE_CHECKING:
     from kruify.search.candidates import CandidateResult
     from kruify.search.compression import Attempt, Compression
-    from kruify.search.graph_compression import GraphAttempt, GraphCompression
     from kruify.tasks.base import Task
-
-
-OF_PROGRAMS = ("budget", "dtype", "lr", "output", "resume", "seed", "steps")
-"""Options that go with --run."""
-OF_GRAPHS = (*OF_PROGRAMS, "attempts", "card", "form", "max_drop")
-"""Options that go with --inputs."""
 
 
 @click.command()
@@ -81,6 +74,9 @@ OF_GRAPHS = (*OF_PROGRAMS, "attempts", "card", "form", "max_drop")
     is_flag=True,
     help="With --inputs: MODEL is a TorchScript or Keras file, a program that runs here with your rights.",
 )
+@click.option(
+    "--dry-run", is_flag=True, help="With --inputs: say what would be done and how long it takes; write nothing."
+)
 @share_option
 @selection_options
 @lr_option
@@ -103,6 +99,7 @@ def compress(
     inputs: str | None,
     steps: int | None,
     run: bool,
+    dry_run: bool,
     form: str,
     card: str | None,
     others: tuple[str, ...],
@@ -128,8 +125,8 @@ def compress(
     trained alone.
     """
     if inputs is not None:
-        of_graphs = {"steps": steps, "form": form, "card": card, "others": others}
-        _compress_graph(models, inputs, task, run, json_only, {**options, **of_graphs})
+        of_graphs = {"steps": steps, "dry_run": dry_run, "form": form, "card": card, "others": others}
+        compress_inputs(models, inputs, task, run, json_only, {**options, **of_graphs})
         return
     with output(json_only) as out:
         from kruify.api import compress as compressed
@@ -145,6 +142,9 @@ def compress(
             raise UsageError(what, "compress", "Give --task TASK or --inputs SAMPLES")
         if steps is not None or run or form != "folded":
             raise UsageError("--steps, --run and --form go with --inputs", "compress", "Give --inputs SAMPLES")
+        if dry_run:
+            what = "--dry-run goes with --inputs"
+            raise UsageError(what, "compress", f"kruify convert {models[0]} --budget ... --dry-run shows a plan")
         if len(models) > 1:
             raise UsageError("several graphs go together only with --inputs", "compress", "Name one MODEL")
         model = models[0]
@@ -177,7 +177,7 @@ def compress(
                 f"{timed['dense_ms']:.3f} -> {timed['ms']:.3f} ms"
             )
         if card is not None and made is not None:
-            _write_card(out, card, to_card(made))
+            write_card(out, card, to_card(made))
         size = {"before": before, "after": after, "ratio": before / after}
         out.result({"output": options["output"], **done.to_json(), "metrics": metrics, "bytes": size})
         if not done.within:
@@ -188,92 +188,6 @@ def compress(
                 options["output"],
                 "Allow more epochs, more attempts, a smaller reduction or a larger drop",
             )
-
-
-def _compress_graph(
-    models: tuple[str, ...], inputs: str, task: str | None, run: bool, json_only: bool, options: dict[str, Any]
-) -> None:
-    with output(json_only) as out:
-        from kruify.checkpoint import check_target
-        from kruify.errors import TargetMissedError, UsageError
-        from kruify.reporting import to_graph_card
-        from kruify.search.graph_compression import compress_graph
-        from kruify.search.program_compression import compress_program
-        from kruify.tasks.loader import load_function
-
-        context, default = click.get_current_context(), click.core.ParameterSource.DEFAULT
-        flags = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-        chosen = given(**{n: value for n, value in options.items() if context.get_parameter_source(n) is not default})
-        if others := [name for name in chosen if name not in (OF_PROGRAMS if run else OF_GRAPHS)]:
-            what = f"{flags[others[0]]} does not go with {'--run' if run else '--inputs'}"
-            raise UsageError(what, "compress", "Leave it out")
-        if run and (task is not None or len(models) > 1):
-            raise UsageError("--run takes one MODEL and no --task", "compress", "Leave the others out")
-        if (card := chosen.pop("card", None)) is not None:
-            check_target(card, *models, options["output"])
-        if task is not None:
-            chosen["metric"] = load_function(task)
-        chosen["on_layer"] = lambda layer: out.note(
-            f"layer {layer.name}: relative error {layer.error_before:.4f} -> {layer.error_after:.4f}"
-        )
-        with progress(f"reading {models[0]}") as advance:
-            if run:
-                done = compress_program(models[0], inputs, progress=advance, **chosen)
-            else:
-                chosen["on_attempt"] = lambda attempt: out.note(_graph_line(attempt))
-                done = compress_graph(models, inputs, progress=advance, **chosen)
-        _show_graph(out, done)
-        if card is not None:
-            _write_card(out, card, to_graph_card(done, models))
-        out.result(done.to_json())
-        if not done.within:
-            drop = done.attempts[done.best].drop
-            raise TargetMissedError(
-                f"the nearest of {len(done.attempts)} attempts loses {drop:.4f}, more than {options['max_drop']}",
-                options["output"],
-                "Allow more steps, more attempts, a larger file or a larger drop",
-            )
-
-
-def _write_card(out: Output, path: str, card: str) -> None:
-    from kruify.checkpoint import atomic_file
-
-    with atomic_file(path) as file:
-        file.write(card.encode())
-    out.show(f"wrote {path}")
-
-
-def _graph_line(attempt: GraphAttempt) -> str:
-    lost = "outputs differ by" if attempt.metric is None else "metric worse by"
-    return f"{attempt.bytes:,} bytes: {lost} {attempt.drop:.4f}"
-
-
-def _show_graph(out: Output, done: GraphCompression) -> None:
-    from kruify.reporting.terminal import table as titled
-
-    best = done.attempts[done.best]
-    layers = titled("error of each layer's outputs, held-out samples", "layer", "converted", "trained", words=0)
-    for layer in best.layers:
-        layers.add_row(layer.name, f"{layer.error_before:.4f}", f"{layer.error_after:.4f}")
-    outputs = titled("outputs of the graph, held-out samples", "output", "error", "SNR", "same arg max", words=0)
-    for name, found in best.outputs.items():
-        same = "" if found.agreement is None else f"{100 * found.agreement:.2f} %"
-        outputs.add_row(name, f"{found.relative_error:.4f}", f"{found.snr_db:.1f} dB", same)
-    out.show(layers, outputs)
-    if best.together.steps:
-        errors = f"relative error {best.together.error_before:.4f} -> {best.together.error_after:.4f}"
-        out.show(f"all layers trained together on the outputs: {errors}")
-    elif best.layers:
-        out.show(f"layers were not trained together: {best.together.reason}")
-    for name, reason in done.skipped.items():
-        out.show(f"{name} stays dense: {reason}")
-    if best.metric is not None:
-        out.show(f"metric {best.metric:.4f}, of the original {done.baseline:.4f}")
-    ratio = done.before / best.bytes
-    out.show(f"wrote {done.output}: {done.before:,} bytes -> {best.bytes:,}, {ratio:.1f}x smaller")
-    out.show(*map(str, done.forms))
-    if done.timing is not None:
-        out.show(f"on the first sample it {done.timing}")
 
 
 def _candidate(result: CandidateResult, task: Task) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -35,17 +35,12 @@ class Output:
 
     def show(self, *renderables: RenderableType) -> None:
         """Prints lines or tables on stdout. A line is never broken: paths and hashes are there to be copied."""
-        if self.json_only:
-            return
-        from rich.text import Text
+        if not self.json_only:
+            _print(self._stdout, renderables)
 
-        console = _console(self._stdout)
-        for renderable in renderables:
-            console.print(renderable, soft_wrap=isinstance(renderable, str | Text))
-
-    def note(self, text: str) -> None:
-        """Prints one line on stderr."""
-        _console(sys.stderr).print(text, soft_wrap=True)
+    def note(self, *renderables: RenderableType) -> None:
+        """The same on stderr, with `json_only`, too."""
+        _print(sys.stderr, renderables)
 
     def result(self, value: dict[str, Any]) -> None:
         """Prints the JSON object, where it was asked for."""
@@ -107,6 +102,14 @@ def progress(description: str) -> Iterator[Progress]:
     console = _console(sys.stderr)
     with (Bar if console.is_terminal else Lines)(console, description) as shown:
         yield shown.advance
+
+
+def _print(file: TextIO, renderables: Iterable[RenderableType]) -> None:
+    from rich.text import Text
+
+    console = _console(file)
+    for renderable in renderables:
+        console.print(renderable, soft_wrap=isinstance(renderable, str | Text))
 
 
 def _console(file: Any) -> PlainConsole:

@@ -21,7 +21,6 @@ from .options import (
 
 if TYPE_CHECKING:
     from kruify.conversion import Conversion
-    from kruify.conversion.latency import LatencyPlan
 
 LOSSLESS = 1e-3
 """||W-K|| / ||W|| below this is rounding, of half precision at most."""
@@ -84,6 +83,7 @@ def convert(
     with output(json_only) as out:
         from kruify.checkpoint import atomic_file, check_target, read
         from kruify.conversion import pipeline
+        from kruify.reporting.converted import converted
 
         checkpoint = read(model, key=key, graph=(target or "").lower().endswith(".onnx"))
         path = pipeline.default_output(model) if target is None else Path(target)
@@ -96,7 +96,7 @@ def convert(
         if plan_out is not None:
             with atomic_file(plan_out) as file:
                 file.write((done.plan.to_json(indent=2) + "\n").encode())
-        _show(out, model, done)
+        out.show(*converted(model, done))
         if options["dry_run"]:
             searched = options["budget"] is not None or options["max_error"] is not None
             found = "these factors were found and fitted, nothing was" if searched else "nothing was decomposed or"
@@ -104,65 +104,6 @@ def convert(
         else:
             _advise(out, model, done, options["budget"])
         out.result(done.to_json())
-
-
-def _show(out: Output, model: str, conversion: Conversion) -> None:
-    from kruify.factors import stacks
-    from kruify.reporting.terminal import table as titled
-
-    specs = {gate.factors for gate in conversion.matrices}
-    shapes = {gate.shape for gate in conversion.matrices}
-    title = model
-    if len(shapes) == 1:  # what all have in common takes no column: a terminal may have 80 places
-        title += f": {'x'.join(map(str, shapes.pop()))}"
-    if len(specs) == 1:
-        title += f": {spec}" if stacks(spec := specs.pop()) else f": {spec} in every gate"
-    caption = "null: the energy that an unstructured matrix of this size keeps; error: ||W - K|| / ||W||"
-    columns = {"energy kept": "energy", "null": "energy_null", "error": "relative_error"}
-    if any(gate.energy_weighted is not None for gate in conversion.matrices):
-        columns["kept of W h"] = "energy_weighted"
-    words = ("matrix", "gate", *(["size"] if shapes else []), *(["factors"] if specs else []))
-    table = titled(title, *words, "parameters", *columns, words=len(words), caption=caption)
-    for gate in conversion.matrices:
-        values = gate.to_json()
-        table.add_row(
-            gate.name,
-            gate.gate,
-            *(["x".join(map(str, gate.shape))] if shapes else []),
-            *([gate.factors] if specs else []),
-            f"{gate.parameters_before:,} -> {gate.parameters_after:,}",
-            *("" if values[key] is None else f"{values[key]:.3f}" for key in columns.values()),
-        )
-    p, size = conversion.parameters, conversion.bytes
-    lines = [
-        _counts("recurrent matrices", p.recurrent_before, p.recurrent_after, "parameters", p.recurrent_ratio),
-        _counts("whole model", p.total_before, p.total_after, "parameters", p.total_ratio),
-    ]
-    if size is not None:
-        what = "weights in the file" if conversion.graph is None else "whole file"
-        lines.append(_counts(what, size.before, size.after, "bytes", size.ratio))
-        if size.file is not None and size.allowed is not None:
-            if conversion.graph is None:  # of a graph `after` is the whole file already
-                lines.append(_counts("whole file", size.before, size.file, "bytes", size.before / size.file))
-            lines.append(f"the budget allows {size.allowed:,} bytes, {size.allowed - size.file:,} are left")
-    lines += map(str, conversion.slack)
-    if conversion.latency is not None:
-        lines.append(_time(conversion.latency))
-    if size is not None and size.beside > size.before // 10:
-        lines.append(f"{model} holds {size.beside:,} bytes beside its weights, which are not counted")
-    lines += [f"note: {sentence}" for sentence in conversion.notes]
-    out.show(*([table] if conversion.matrices else [title]), *lines)
-
-
-def _counts(words: str, before: int, after: int, of: str, ratio: float) -> str:
-    return f"{words:19}  {before:>12,} -> {after:>12,} {of}, {ratio:.1f}x smaller"
-
-
-def _time(latency: LatencyPlan) -> str:
-    data = latency.to_json()
-    how = f"batch {data['batch']}, {data['steps']} steps, {data['threads']} thread; {len(latency.timed)} plans timed"
-    ms = f"{data['dense_ms']:>12.3f} -> {data['ms']:>12.3f} ms"
-    return f"{'recurrent layers':19}  {ms}, {data['ratio']:.2f}x less time, {data['wanted']:g}x asked for ({how})"
 
 
 def _advise(out: Output, model: str, conversion: Conversion, budget: str | None) -> None:

@@ -216,7 +216,7 @@ def convert(
     beside = source.size - before if isinstance(source, Checkpoint) else 0
     counts = ByteCounts(before, stored_bytes(future, plan, storage), max(0, beside))
     if graph is not None:
-        counts = ByteCounts(file.before, file.of(plan))
+        counts = ByteCounts(file.before, size := file.of(plan), file=size)
     if of_file:
         counts = replace(counts, file=file.of(plan), allowed=file.limit(str(budget)))
     slack = [*slack_of(plan, budget), *slack_of(plan, input_budget, "weight_ih")]
@@ -241,9 +241,8 @@ def convert(
         if graph is not None:
             small = SmallGraph(graph, conversion.tensors, plan.structures(), storage)
             written, forms = write_in_form(small, output, form)
-            counts = replace(counts, before=written.bytes_before, after=written.bytes_after)
-            if of_file:
-                counts = replace(counts, file=written.bytes_after)
+            size = written.bytes_after
+            counts = replace(counts, before=written.bytes_before, after=size, file=size)
             return replace(conversion, bytes=counts, graph=compare_graphs(graph, written.path), forms=forms)
         write_converted(
             output, conversion.tensors, plan, storage, source_sha256=sha256, seed=seed, extra=extra, progress=progress

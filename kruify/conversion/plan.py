@@ -157,9 +157,9 @@ def _read_layer(data: object, where: str) -> LayerPlan:
         raise PlanError(f"layer '{layer.name[:80]}' has an unknown dtype, '{layer.dtype[:40]}'", where)
     matrices = {}
     for weight, entry in data["matrices"].items():
-        if weight not in _weight_names(layer):
+        if weight not in weight_names(layer):
             raise PlanError(
-                f"layer '{layer.name}' has no matrix '{weight}'{_nearest(weight, _weight_names(layer))}", where
+                f"layer '{layer.name}' has no matrix '{weight}'{_nearest(weight, weight_names(layer))}", where
             )
         specs = entry.get("gates") if isinstance(entry, dict) else None
         if (
@@ -228,7 +228,7 @@ def make_plan(
     plans = []
     for layer in layers:
         matrices: dict[str, Structures] = {}
-        for weight in _weight_names(layer):
+        for weight in weight_names(layer):
             names = _names(layer, weight)
             default = factors if weight.startswith("weight_hh") else input_factors
             if (only and not _any_match(names, only)) or _any_match(names, skip):
@@ -252,7 +252,7 @@ def divided(layers: Sequence[RecurrentLayer], overrides: Mapping[str, str] | Non
     return {
         layer.full_name(weight)
         for layer in layers
-        for weight in _weight_names(layer)
+        for weight in weight_names(layer)
         if len({*_overrides_of(layer, weight, overrides or {})}) > 1
     }
 
@@ -293,7 +293,8 @@ def _resolve_one(spec: str, rows: int, cols: int, gates: int, where: str, scaled
     return replace(structure, scaled=scaled)
 
 
-def _weight_names(layer: RecurrentLayer) -> list[str]:
+def weight_names(layer: RecurrentLayer) -> list[str]:
+    """Of its matrices, within it."""
     return [f"weight_{part}{suffix}" for suffix in layer.suffixes for part in ("ih", "hh")]
 
 
@@ -333,7 +334,7 @@ def _all_names(layers: Sequence[RecurrentLayer]) -> list[str]:
     return [
         full
         for layer in layers
-        for weight in _weight_names(layer)
+        for weight in weight_names(layer)
         for name in _names(layer, weight)
         for full in (name, *(f"{name}.{gate}" for gate in layer.gates))
     ]

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from kruify.graphs.forms import NodeForm, check_form
 from kruify.progress import Progress
 from kruify.search.graph_job import GraphJob
 from kruify.search.max_drop import allowed_drop
+from kruify.search.planned import Planned, TrainingTime, seconds_of
 from kruify.search.samples import Samples, Source
 from kruify.search.whole_graph import distil
 from kruify.training.layerwise import LR, STEPS, HealedLayer
@@ -61,13 +63,16 @@ class GraphCompression:
     """What `compress_graph` found.
 
     Attributes:
-        output: the file that was written, or the folder.
+        output: the file that was written, or the folder; in a dry run what would be.
         files: all that were written.
         before: bytes of the originals.
         within: whether `max_drop` is kept.
         best: index of the attempt that was written.
         baseline: the metric of the original, None without one.
-        skipped: recurrent layers that stay dense, and why.
+        attempts: empty in a dry run.
+        planned: what the layers became in what was written.
+        seconds: that the training of a round would take, measured in a dry run on the first layer; None where nothing
+            would be trained.
         timing: of the original and of the small graphs on one sample.
         forms: of the recurrent nodes with factors, where a form was asked for.
     """
@@ -79,22 +84,26 @@ class GraphCompression:
     best: int
     baseline: float | None
     attempts: list[GraphAttempt]
-    skipped: dict[str, str]
+    planned: Planned
+    seconds: float | None = None
     timing: Timing | None = None
     forms: list[NodeForm] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The object that `kruify compress --inputs --json` prints."""
-        after = self.attempts[self.best].bytes
+        told = self.planned.to_json()
+        if self.attempts:
+            after = self.attempts[self.best].bytes
+            told["bytes"] |= {"before": self.before, "after": after, "file": after, "ratio": self.before / after}
         return {
-            "output": str(self.output),
+            "output": str(self.output) if self.attempts else None,
             "files": [str(file) for file in self.files],
-            "bytes": {"before": self.before, "after": after, "ratio": self.before / after},
+            **told,
             "within": self.within,
             "best": self.best,
             "baseline": self.baseline,
             "attempts": [asdict(attempt) for attempt in self.attempts],
-            "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped.items()],
+            "seconds": self.seconds,
             "timing": None if self.timing is None else asdict(self.timing),
             **({"forms": [asdict(form) for form in self.forms]} if self.forms else {}),
         }
@@ -115,7 +124,10 @@ def compress_graph(
     lr: float = LR,
     seed: int = 0,
     resume: FilePath | None = None,
+    dry_run: bool = False,
     progress: Progress | None = None,
+    on_plan: Callable[[Planned], None] | None = None,
+    on_time: Callable[[float], None] | None = None,
     on_layer: Callable[[HealedLayer], None] | None = None,
     on_attempt: Callable[[GraphAttempt], None] | None = None,
 ) -> GraphCompression:
@@ -140,6 +152,9 @@ def compress_graph(
         steps, lr: of the training of each layer; all together take a quarter of the steps, at a twentieth of the
             rate.
         resume: a folder for the trained layers, which are not trained again.
+        dry_run: choose the ranks, begin to train the first layer to see how long it all takes, and write nothing.
+        on_plan: called before the training.
+        on_time: called once with the seconds that the first round still takes, measured on its first layer.
         on_layer, on_attempt: called after each.
 
     Raises:
@@ -157,11 +172,18 @@ def compress_graph(
     with tempfile.TemporaryDirectory(prefix="kruify-") as name:
         job = GraphJob(paths, Samples(samples), dtype, seed, progress, Path(name), form)
         files = _check_targets(output, paths)
-        if resume is not None:
+        if resume is not None and not dry_run:
             make_folder(resume)
-        baseline = None if metric is None else _measured(metric, paths)
+        baseline = None if metric is None or dry_run else _measured(metric, paths)
         allowed = allowed_drop(max_drop, 1.0 if baseline is None else baseline)
         job.plan(budget)
+        if on_plan is not None:
+            on_plan(job.planned())
+        more = job.more() if job.factored() else 0.0
+        if dry_run:
+            seconds = seconds_of(partial(_begin, job, steps, lr), progress, steps, more)
+            return GraphCompression(output, [], job.bytes, True, 0, None, [], job.planned(), seconds)
+        job.progress = TrainingTime(progress, steps, more, on_time)
         while True:
             state = None if resume is None else Path(resume) / f"attempt-{len(tried) + 1}"
             for layer in job.heal([n for n in job.factored() if n not in healed], steps, lr, state):
@@ -181,17 +203,24 @@ def compress_graph(
             kept = allowed is None or drop <= allowed
             if kept or len(tried) == 1 or drop < tried[best].drop:
                 best = len(tried) - 1
+                planned = job.planned()
                 if forms := job.write(output):
                     tried[-1] = replace(tried[-1], bytes=_bytes(files))
             factored = [healed[name] for name in job.factored()]
             if kept or len(tried) == attempts or not factored:
                 timing = job.timing(files)
                 return GraphCompression(
-                    output, files, job.bytes, kept, best, baseline, tried, job.skipped, timing, forms
+                    output, files, job.bytes, kept, best, baseline, tried, planned, timing=timing, forms=forms
                 )
             worst = max(factored, key=lambda layer: (layer.error_after, layer.name)).name
             del healed[worst]
             job.grow(worst)
+
+
+def _begin(job: GraphJob, steps: int, lr: float, progress: Progress) -> None:
+    """Trains the first layer."""
+    job.progress = progress
+    next(job.heal(job.factored(), steps, lr, None), None)
 
 
 def _check_targets(output: Path, paths: Sequence[Path]) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from kruify.conversion.budget import parse_budget
 from kruify.conversion.calibration import Moments
 from kruify.conversion.pipeline import found as layers_of
-from kruify.conversion.plan import Plan
+from kruify.conversion.plan import Plan, weight_names
+from kruify.conversion.result import ByteCounts, Conversion, ParameterCounts
 from kruify.conversion.size import allowed_bytes, below_smallest, largest_within
 from kruify.errors import UnsupportedError, UsageError
 from kruify.graphs.comparison import Timing, time_graphs
@@ -23,11 +25,13 @@ from kruify.graphs.forms import NodeForm
 from kruify.graphs.record import RecordingGraph, run_in_turn
 from kruify.progress import Progress
 from kruify.search.graph_ranks import GraphRanks
+from kruify.search.planned import Planned
 from kruify.search.recording import Recording, recording_chain
 from kruify.search.samples import Samples
 from kruify.search.source_graph import SourceGraph
-from kruify.training.layerwise import HealedLayer, is_held_out, train_layer, within
+from kruify.training.layerwise import STEPS_OF_A_BATCH, HealedLayer, is_held_out, train_layer, within
 from kruify.training.pieces import Call
+from kruify.training.together import SAMPLES, STEPS
 
 
 class GraphJob:
@@ -57,11 +61,18 @@ class GraphJob:
                 layers_of(graph.located, graph.path)
             raise UnsupportedError("no recurrent node stands in its main graph", paths[0], "Convert it without samples")
 
+    def more(self) -> float:
+        """About how long the training of all layers together takes, in units of what they take alone."""
+        graph, name = self.layers[self.factored()[0]]
+        lengths = [self.recording.call(number, graph, name).lengths for number in range(min(8, self.recording.count))]
+        steps = sum(int(found.sum()) for found in lengths) / len(lengths)
+        return STEPS * SAMPLES * steps / STEPS_OF_A_BATCH
+
     def plan(self, budget: str) -> None:
         """Converts the graphs into those whose files come nearest to the budget from below."""
         if not parse_budget(budget).of_file:
             raise UsageError(f"a graph has a budget of bytes, not '{budget}'", hint="Write size=10x or size=600kB")
-        limit = allowed_bytes(budget, self.bytes)
+        limit = self.allowed = allowed_bytes(budget, self.bytes)
         plans: list[Plan] | None = [Plan() for _ in self.graphs]
         if self._size([Plan() for _ in self.graphs]) > limit:
             plans = largest_within(limit, self._size, self.ranks.plans)
@@ -70,6 +81,31 @@ class GraphJob:
         for graph, plan in zip(self.graphs, plans, strict=True):
             graph.convert(plan, self.moments[graph] if plan.layers else None)
             graph.write(self.small(graph))
+
+    def planned(self) -> Planned:
+        """What the graphs are converted into, as one."""
+        made = [(graph, graph.conversion) for graph in self.graphs]
+        matrices = [
+            replace(gate, name=f"{graph.title}{gate.name}", layer=f"{graph.title}{gate.layer}")
+            for graph, conversion in made
+            for gate in conversion.matrices
+        ]
+        counts = zip(*(astuple(conversion.parameters) for _, conversion in made), strict=True)
+        size = self.written_bytes()
+        found = ByteCounts(self.bytes, size, file=size, allowed=self.allowed)
+        return Planned(Conversion(Plan(), matrices, ParameterCounts(*map(sum, counts)), bytes=found), self._dense())
+
+    def _dense(self) -> dict[str, str]:
+        """Layers and matrices that stay dense, and why."""
+        enough = "stored in fewer bits the file is small enough"
+        why = "low rank would save too little in it" if self.factored() else enough
+        found = dict(self.skipped)
+        for graph in self.graphs:
+            factored = graph.conversion.plan.structures()
+            for layer in graph.layers.values():
+                names = [layer.full_name(weight) for weight in weight_names(layer)]
+                found |= {f"{graph.title}{name}": why for name in names if name not in factored}
+        return found
 
     def grow(self, layer: str) -> None:
         """Gives a layer more numbers."""

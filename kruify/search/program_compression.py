@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from kruify.progress import Progress
 from kruify.search.graph_compression import GraphAttempt, GraphCompression
 from kruify.search.keras_program import KerasProgram
 from kruify.search.layer_modules import dense_module, small_module
+from kruify.search.planned import Planned, TrainingTime, seconds_of
 from kruify.search.programs import Program
 from kruify.search.samples import Samples, Source
 from kruify.search.scripted import Script
@@ -54,7 +57,10 @@ def compress_program(
     lr: float = LR,
     seed: int = 0,
     resume: FilePath | None = None,
+    dry_run: bool = False,
     progress: Progress | None = None,
+    on_plan: Callable[[Planned], None] | None = None,
+    on_time: Callable[[float], None] | None = None,
     on_layer: Callable[[HealedLayer], None] | None = None,
 ) -> GraphCompression:
     """Runs a TorchScript archive or a Keras model, which are programs that can do what their authors like, and writes
@@ -68,6 +74,7 @@ def compress_program(
         output: the converted file: safetensors, or .pt.
         dtype: how weights are stored.
         steps, lr, resume: of the training of each layer, as for `kruify.heal`.
+        dry_run, on_plan, on_time: as of `compress_graph`.
         on_layer: called of each layer when all are trained.
 
     Raises:
@@ -80,7 +87,7 @@ def compress_program(
         raise UsageError("it is no program that runs", path, "Leave --run out, or call kruify.heal with its code")
     check_model_target(output, *checkpoint.files)
     check_budget_target(budget, output)
-    if resume is not None:
+    if resume is not None and not dry_run:
         make_folder(resume)
     located, tensors = locate_checkpoint(checkpoint), in_float32(checkpoint.tensors.lazy)
     layers = {layer.name: layer for layer in located.layers}
@@ -99,12 +106,21 @@ def compress_program(
             checkpoint, budget=budget, moments=moments, dtype=dtype, skip=others, output=target, seed=seed,
             progress=progress,
         )  # fmt: skip
+    skipped = dict(located.skipped) | dict.fromkeys(others, NOT_MET)
+    planned = Planned(replace(conversion, tensors={}), skipped)
+    if on_plan is not None:
+        on_plan(planned)
     small = program.network({x.layer.name: small_module(x.layer.name, conversion) for x in conversion.plan.layers})
-    healing = heal(
-        small, dense, inputs, forward=inputs.forward, steps=steps, lr=lr, seed=seed, resume=resume, progress=progress
-    )
+    train = partial(heal, small, dense, inputs, forward=inputs.forward, steps=steps, lr=lr, seed=seed)
+    factored = any(layer.matrices for layer in conversion.plan.layers)
+    if dry_run:
+        seconds = seconds_of(lambda told: train(progress=told), progress, steps, 0.0) if factored else None
+        return GraphCompression(output, [], checkpoint.size, True, 0, None, [], planned, seconds)
+    healed: Sequence[HealedLayer] = ()
+    if factored:
+        healed = train(resume=resume, progress=TrainingTime(progress, steps, 0.0, on_time)).layers
     if on_layer is not None:
-        for layer in healing.layers:
+        for layer in healed:
             on_layer(layer)
     outputs = _differences(dense, small, inputs)
     write_converted(
@@ -113,9 +129,8 @@ def compress_program(
     )  # fmt: skip
     worst = max((found.relative_error for found in outputs.values()), default=0.0)
     together = Together(reason=ALONE)
-    attempt = GraphAttempt(output.stat().st_size, list(healing.layers), together, outputs, None, worst)
-    skipped = dict(located.skipped) | dict.fromkeys(others, NOT_MET)
-    return GraphCompression(output, [output], checkpoint.size, True, 0, None, [attempt], skipped)
+    attempt = GraphAttempt(output.stat().st_size, list(healed), together, outputs, None, worst)
+    return GraphCompression(output, [output], checkpoint.size, True, 0, None, [attempt], planned)
 
 
 class _Inputs:

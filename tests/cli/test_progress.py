@@ -39,7 +39,7 @@ def test_a_line_for_each_phase_that_takes_its_time(clock: Clock) -> None:
         clock.now += 1
     assert file.getvalue().splitlines() == [
         "0:00:02  reading model.pt",
-        "0:01:04  train epoch 1/2: loss 0.300 (75 %)",
+        "0:01:04  train epoch 1/2: loss 0.300 (75 %, 0:00:31 left)",
         "0:01:36  train epoch 1/2: loss 0.300",
         "0:01:36  train epoch 2/2: loss 0.050",
     ]
@@ -50,7 +50,7 @@ def test_the_time_left_is_that_of_the_count_at_hand(clock: Clock) -> None:
         (task,) = shown._bar.tasks
 
         def told() -> str:
-            return bar._Times().render(task).plain.partition(", ")[2]
+            return shown._bar.columns[-1](task).plain.partition(", ")[2]
 
         assert told() == "" and task.total is None  # nothing is known: no time that counts up is called left
         shown.advance(500, 1000, "train epoch 1/2")  # a resumed run

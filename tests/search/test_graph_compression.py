@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -109,6 +110,36 @@ def test_training_brings_the_graph_back(model: Path, tmp_path: Path) -> None:
         compress_graph(model, others, "size=5x", small[0], **options)
     with pytest.raises(UsageError, match="/proc/self: the folder cannot be written to"):
         compress_graph(model, others, "size=5x", small[0], **options | {"resume": "/proc/self"})
+
+
+def test_a_plan_is_told_before_it_is_carried_out(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `--dry-run`, as by `convert`; what is written then is what was planned."""
+    monkeypatch.chdir(tmp_path)
+    Path("samples").mkdir()
+    for number, sample in enumerate(samples(3)):
+        np.savez(f"samples/{number}.npz", **sample)
+    command = ["compress", str(model), "--inputs", "samples", "--budget", "size=3.5x", "--steps", "20", "-o", "a.onnx"]
+    dry = CliRunner().invoke(cli, [*command, "--json", "--dry-run", "--resume", "state"])
+    assert dry.exit_code == 0, dry.output
+    assert [*Path().iterdir()] == [Path("samples")]
+    plan = json.loads(dry.stdout)
+    assert plan["output"] is None and plan["attempts"] == [] and plan["seconds"] > 0
+    stacked = re.compile(r"stacked:\d+\*\(\d+x1,1x\d+\)")
+    assert plan["matrices"] and all(stacked.fullmatch(gate["factors"]) for gate in plan["matrices"])
+    dense = {entry["name"]: entry["reason"] for entry in plan["skipped"]}
+    every = [f"{layer}.weight_{part}_l0" for layer in ("first.GRU", "second.LSTM") for part in ("ih", "hh")]
+    assert sorted([*dense, *(gate["name"] for gate in plan["matrices"])]) == sorted(every)
+    shown = CliRunner().invoke(cli, command)
+    assert "the training takes about 0:00:0" in shown.stderr
+    told = json.loads(CliRunner().invoke(cli, [*command, "--json"]).stdout)
+    assert {key: told[key] for key in ("matrices", "parameters", "skipped")} == {
+        key: plan[key] for key in ("matrices", "parameters", "skipped")
+    }
+    written = Path("a.onnx").stat().st_size
+    assert plan["bytes"]["after"] == told["bytes"]["after"] == written <= plan["bytes"]["allowed"]
+    assert f"the budget allows {plan['bytes']['allowed']:,} bytes" in shown.stderr
+    refused = CliRunner().invoke(cli, ["compress", str(model), "--task", "x", "--budget", "2x", "--dry-run", "-o", "b"])
+    assert refused.exit_code == 2 and "--dry-run goes with --inputs" in refused.stderr
 
 
 def test_a_dense_layer_behind_a_small_one_is_trained_through(model: Path, tmp_path: Path) -> None:

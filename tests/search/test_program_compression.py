@@ -114,6 +114,12 @@ def test_an_archive_becomes_small(parts: Parts, archive: Path, tmp_path: Path) -
     assert max(errors) < 0.3
 
 
+def test_an_archive_that_fits_in_eight_bits_keeps_its_matrices(archive: Path, tmp_path: Path) -> None:
+    found = compress_program(archive, samples, "size=2x", tmp_path / "small.safetensors")
+    assert found.attempts[0].layers == [] and found.attempts[0].outputs["0"].relative_error < 0.02
+    assert compress_program(archive, samples, "size=2x", tmp_path / "dry.safetensors", dry_run=True).seconds is None
+
+
 def test_an_archive_runs_only_where_it_is_asked_for(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +132,10 @@ def test_an_archive_runs_only_where_it_is_asked_for(
         patch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("it was run"))
         refused = CliRunner().invoke(cli, command)
     assert refused.exit_code == 2 and "Add --run" in refused.stderr
+    dry = CliRunner().invoke(cli, [*command, "--run", "--json", "--dry-run"])
+    plan = json.loads(dry.stdout)
+    assert dry.exit_code == 0 and not Path("a.st").exists() and plan["seconds"] > 0
+    assert plan["budget"][0]["used"] == plan["parameters"]["recurrent_after"] <= plan["budget"][0]["allowed"]
     result = CliRunner().invoke(cli, [*command, "--run", "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
