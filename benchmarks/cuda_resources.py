@@ -2,6 +2,7 @@
 
     python benchmarks/cuda_resources.py                 sm_90 only
     python benchmarks/cuda_resources.py --arch all      every architecture of setup.py, and PTX (`make cuda-all`)
+    python benchmarks/cuda_resources.py --arch 80,100 --only "low_rank_*.cu"
 
 Needs nvcc and torch's headers, no GPU. Goes on where it stopped, and compiles again what has changed. Writes
 build/cuda-resources/resources.json and the first table of benchmarks/cuda_layers.md. The shared memory of a template is
@@ -25,6 +26,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "kruify" / "csrc"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+CODES = {f"sm_{a}": f"arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES}
+CODES["PTX"] = f"arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}"
 FIXED_SHAPES = ((16, 16), (32, 16), (32, 32), (64, 32), (64, 64))
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
 PRECISIONS = ("float32", "tf32", "bf16")  # in the order of kruify/ops/precision.py
@@ -88,40 +91,51 @@ def made_of(dependencies: Path, command: list[str]) -> str:
     return digest.hexdigest()
 
 
-def compile_one(compiler: str, folder: Path, source: Path, architecture: str, code: str) -> dict[str, Any]:
-    """Kernels and CPU seconds of one file for one architecture; compiled again where its sources have changed."""
-    told, dependencies, output = (folder / f"{source.stem}.{architecture}.{end}" for end in ("json", "d", "o"))
-    asked = [*command(compiler, source, output, code), "-MD", "-MF", str(dependencies)]
-    known: dict[str, Any] = json.loads(told.read_text()) if told.exists() else {}
-    if known and known["made_of"] == made_of(dependencies, asked):
-        return known
-    before = os.times()
-    done = subprocess.run(asked, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{source.name} for {architecture}:\n{done.stderr[-4000:]}")
-    after = os.times()
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    found = kernels(done.stdout + done.stderr)
-    names = readable([str(k["kernel"]) for k in found])
-    for k in found:
-        k["kernel"] = names[str(k["kernel"])]
-    made = {"made_of": made_of(dependencies, asked), "cpu_seconds": cpu, "kernels": found}
-    told.write_text(json.dumps(made))
-    print(f"{source.name} for {architecture}: {len(found)} kernels, {cpu:.0f} s of CPU", flush=True)
-    return made
+class Job:
+    """One .cu file for one of CODES, and what the compiler said of it when it was last called."""
+
+    def __init__(self, compiler: str, folder: Path, source: Path, architecture: str) -> None:
+        self.source, self.architecture = source, architecture
+        self.told, self.read, output = (folder / f"{source.stem}.{architecture}.{end}" for end in ("json", "d", "o"))
+        self.asked = command(compiler, source, output, CODES[architecture])
+        self.asked += ["-MD", "-MF", str(self.read)]
+
+    def known(self) -> dict[str, Any] | None:
+        """Kernels and CPU seconds; None where the sources have changed since."""
+        found: dict[str, Any] = json.loads(self.told.read_text()) if self.told.exists() else {}
+        return found if found and found["made_of"] == made_of(self.read, self.asked) else None
+
+    def compile(self) -> None:
+        before = os.times()
+        done = subprocess.run(self.asked, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{self.source.name} for {self.architecture}:\n{done.stderr[-4000:]}")
+        after = os.times()
+        cpu = after.children_user + after.children_system - before.children_user - before.children_system
+        found = kernels(done.stdout + done.stderr)
+        names = readable([str(k["kernel"]) for k in found])
+        for k in found:
+            k["kernel"] = names[str(k["kernel"])]
+        made = {"made_of": made_of(self.read, self.asked), "cpu_seconds": cpu, "kernels": found}
+        self.told.write_text(json.dumps(made))
+        print(f"{self.source.name} for {self.architecture}: {len(found)} kernels, {cpu:.0f} s of CPU", flush=True)
 
 
-def compile_all(compiler: str, folder: Path, architectures: list[str]) -> dict[str, dict[str, Any]]:
-    """Compiles every .cu file for every architecture, and for PTX where they are all of them, one by one."""
+def compile_all(compiler: str, folder: Path, architectures: list[str], only: str) -> dict[str, dict[str, Any]]:
+    """Compiles the .cu files that match `only` for these architectures, one by one; what is known of all of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    codes = {f"sm_{a}": f"arch=compute_{a},code=sm_{a}" for a in architectures}
-    if architectures == list(ARCHITECTURES):
-        codes["PTX"] = f"arch=compute_{architectures[-1]},code=compute_{architectures[-1]}"
     result = {}
-    for name, code in codes.items():
-        files = [compile_one(compiler, folder, source, name, code) for source in sorted((CSRC / "cuda").glob("*.cu"))]
-        seconds = round(sum(f["cpu_seconds"] for f in files), 1)
-        result[name] = {"cpu_seconds": seconds, "kernels": [k for f in files for k in f["kernels"]]}
+    for name in CODES:
+        jobs = [Job(compiler, folder, source, name) for source in sorted((CSRC / "cuda").glob("*.cu"))]
+        for job in jobs:
+            if name in architectures and job.source.match(only) and not job.known():
+                job.compile()
+        known = {job.source.stem: found for job in jobs if (found := job.known())}
+        if known:
+            seconds = round(sum(found["cpu_seconds"] for found in known.values()))
+            files = "all" if len(known) == len(jobs) else ", ".join(known)
+            all_kernels = [kernel for found in known.values() for kernel in found["kernels"]]
+            result[name] = {"files": files, "cpu_seconds": seconds, "kernels": all_kernels}
     return result
 
 
@@ -215,16 +229,19 @@ def table(result: dict[str, Any]) -> str:
     """The table of cuda_layers.md."""
     compiled = result["architectures"]
     assert isinstance(compiled, dict)
-    lines = ["| architecture | kernels | with spills | with a stack | most registers | CPU seconds to compile |"]
-    lines.append("|--|--|--|--|--|--|")
+    lines = [
+        "| architecture | files | kernels | with spills | with a stack | most registers | CPU seconds to compile |"
+    ]
+    lines.append("|--|--|--|--|--|--|--|")
     for name, one in compiled.items():
         ks = one["kernels"]
         if name == "PTX":
-            lines.append(f"| {name} | | | | | {one['cpu_seconds']} |")
+            lines.append(f"| {name} | {one['files']} | | | | | {one['cpu_seconds']} |")
         else:
             spilling, stacked = (sum(k[f"{what}_bytes"] > 0 for k in ks) for what in ("spill", "stack"))
             most = max(k["registers"] for k in ks)
-            lines.append(f"| {name} | {len(ks)} | {spilling} | {stacked} | {most} | {one['cpu_seconds']} |")
+            counts = " | ".join(map(str, (len(ks), spilling, stacked, most, one["cpu_seconds"])))
+            lines.append(f"| {name} | {one['files']} | {counts} |")
     lines += ["", "Two-stage templates on sm_90, batch 64, one term; products in float32 / TF32 / bf16:", ""]
     lines.append("| kind | stages | pass | blocks per row | threads | shared memory per block | registers | spilled |")
     lines.append("|--|--|--|--|--|--|--|--|")
@@ -278,7 +295,8 @@ def write_table(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="90", help="numbers such as 90 or 80,100, or all")
-    chosen = parser.parse_args().arch
+    parser.add_argument("--only", default="*.cu", metavar="GLOB", help="these files alone, for example low_rank_*.cu")
+    chosen = parser.parse_args()
     compiler = nvcc()
     if compiler is None:
         raise SystemExit("nvcc was not found; put it on PATH or set CUDA_HOME")
@@ -286,7 +304,8 @@ def main() -> None:
         -1
     ]
     folder = ROOT / "build" / "cuda-resources"
-    found = compile_all(compiler, folder, list(ARCHITECTURES) if chosen == "all" else chosen.split(","))
+    wanted = list(CODES) if chosen.arch == "all" else [f"sm_{a}" for a in chosen.arch.split(",")]
+    found = compile_all(compiler, folder, wanted, chosen.only)
     plan = planner()
     result = {
         "nvcc": version,

@@ -55,10 +55,10 @@ _lock = threading.Lock()  # a graph's inputs belong to one call until it is on i
 
 def _steps_for(call: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor] | None:
     """The results, or None where there is no graph for these sizes."""
-    x, device = call[0], call[0].device
-    sizes = [(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in (*call[4:6], *call[6], *call[7:11])]
-    key = (*sizes, x.shape[1], tuple(call[11]), *call[12:], torch.cuda.current_stream(device))
-    with _lock, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+    x, _, _, _, h0, c0, stages, *rest = call
+    sizes = [None if t is None else (t.shape, t.dtype) for t in (h0, c0, *stages, *rest[:4])]
+    key = (*sizes, x.shape[1], tuple(rest[4]), *rest[5:], torch.cuda.current_stream(x.device))
+    with _lock, torch.cuda.device(x.device), torch.inference_mode(False), torch.no_grad():
         found: Steps | bool = _known.pop(key) or _kept(call) if key in _known else False
         _known[key] = found
         while len(_known) > KEPT:
@@ -78,14 +78,14 @@ class Steps:
     """STEPS steps of a recurrence, recorded once, and replayed for sequences of any length."""
 
     def __init__(self, call: tuple[Any, ...], record: Record) -> None:
-        x, _, _, _, h0, c0, stages, *beside = call
+        x, _, _, _, h0, c0, stages, *rest = call
         self.rows = STEPS * h0.shape[0]
         self.x = x.new_empty(self.rows, x.shape[1])
         self.sizes = torch.full((STEPS,), h0.shape[0], device="cpu")
         self.h, self.c = torch.empty_like(h0), None if c0 is None else torch.empty_like(c0)
         self.stages = [torch.empty_like(stage) for stage in stages]
-        self.beside = [None if t is None else torch.empty_like(t) for t in beside[:4]]
-        self.options = beside[4:]
+        self.beside = [None if t is None else torch.empty_like(t) for t in rest[:4]]
+        self.options = rest[4:]
         self._take(call)
         self.x.zero_()
         self.out, self.replay = record(self._run)
@@ -102,9 +102,9 @@ class Steps:
 
     def _take(self, call: tuple[Any, ...]) -> None:
         """Copies states and weights to where the steps read them."""
-        _, _, _, _, h0, c0, stages, *beside = call
-        pairs = zip([self.h, self.c, *self.stages, *self.beside], [h0, c0, *stages, *beside[:4]], strict=True)
-        for to, given in pairs:
+        _, _, _, _, h0, c0, stages, *rest = call
+        own = self.h, self.c, *self.stages, *self.beside
+        for to, given in zip(own, (h0, c0, *stages, *rest[:4]), strict=True):
             if to is not None:
                 to.copy_(given)
 
@@ -133,12 +133,12 @@ def _record(run: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
     current = torch.cuda.current_stream()
     side = _sides.setdefault(current, torch.cuda.Stream())  # type: ignore[no-untyped-call]
     side.wait_stream(current)
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(side):  # a capture that fails does not leave its stream itself
         run()  # what is made at first use, as cuBLAS' workspace, is not made within the graph
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            out = run()
     current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-        out = run()
     return out, graph.replay
 
 

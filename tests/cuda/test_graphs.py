@@ -3,7 +3,9 @@ test_gpu.py has the graphs."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -39,6 +41,39 @@ def test_steps_give_what_the_whole_sequence_gives(matrix, kind, reverse, steps) 
         wanted = torch.ops.kruify.recurrence_forward.default(*call)
         for got, one in zip(kept(call), wanted, strict=False):
             torch.testing.assert_close(got, one)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_second_call_of_the_same_sizes_records(matrix, monkeypatch, fails) -> None:  # type: ignore[no-untyped-def]
+    """And those of other sizes push it out in the end. Where recording fails a warning says so, and the launches go one
+    by one."""
+    recorded = []
+
+    def record(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        recorded.append(run)
+        if fails:
+            raise RuntimeError("no graph on this machine")
+        return again(run)
+
+    monkeypatch.setattr(graphs, "_record", record)
+    monkeypatch.setattr(graphs, "_known", OrderedDict())
+    for name, found in (("current_stream", 0), ("device", nullcontext()), ("is_current_stream_capturing", False)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, found=found: found)
+    m = matrix(*low_rank("lstm", 8, 2))
+
+    def run(batch: int) -> None:
+        x, w, b, sizes, h0, c0 = inputs(m, "lstm", [batch] * 40, columns=5)
+        call = (x, w, b, sizes, h0, c0, *m.arguments(), "lstm", False, False, 0)
+        for got, wanted in zip(graphs.recurrence(*call)[:3], torch.ops.kruify.recurrence_forward(*call), strict=False):
+            torch.testing.assert_close(got, wanted)
+
+    run(3)
+    assert not recorded
+    with pytest.warns(RuntimeWarning, match="no graph on this machine") if fails else nullcontext():
+        run(3)
+    for batch in (3, *range(4, 4 + graphs.KEPT)):
+        run(batch)
+    assert len(recorded) == 1 and len(graphs._known) == graphs.KEPT and not any(graphs._known.values())
 
 
 @pytest.mark.parametrize(
