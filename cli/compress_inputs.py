@@ -93,11 +93,12 @@ def _plan(models: tuple[str, ...], planned: Planned) -> list[RenderableType]:
     """As `kruify convert` shows it."""
     from kruify.reporting.converted import converted
 
-    return [*converted(", ".join(models), planned.conversion), *_dense(planned)]
+    return [*converted(", ".join(models), planned.conversion), *_not_trained(planned)]
 
 
-def _dense(planned: Planned) -> list[str]:
-    return [f"{name} stays dense: {reason}" for name, reason in planned.skipped.items()]
+def _not_trained(planned: Planned) -> list[str]:
+    alone = [f"{name} is fitted to its weights alone, not trained: {why}" for name, why in planned.untrained.items()]
+    return [*(f"{name} stays dense: {reason}" for name, reason in planned.skipped.items()), *alone]
 
 
 def _time(seconds: float) -> str:
@@ -126,7 +127,7 @@ def _show(out: Output, done: GraphCompression) -> None:
         out.show(f"all layers trained together on the outputs: {errors}")
     elif best.layers:
         out.show(f"layers were not trained together: {best.together.reason}")
-    out.show(*_dense(done.planned))
+    out.show(*_not_trained(done.planned))
     if best.metric is not None:
         out.show(f"metric {best.metric:.4f}, of the original {done.baseline:.4f}")
     ratio = done.before / best.bytes

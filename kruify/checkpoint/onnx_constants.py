@@ -6,6 +6,7 @@ ask for.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import warnings
@@ -57,7 +58,7 @@ class Constant:
     """A tensor that does not depend on the inputs of the graph.
 
     Attributes:
-        tensor: its numbers; equal tensors that come from the same numbers in the same way have one identity.
+        tensor: its numbers; equal tensors that are computed have one identity, in whatever way.
         proto: where the file keeps it as it is; None if it is computed.
         nodes: what computes it, in order.
         leaves: what it is computed from.
@@ -155,7 +156,8 @@ class Folding:
             return error.what
         except Exception as error:  # whatever a graph that is none brings forth
             return f"is computed in a way that onnx cannot follow ({type(error).__name__})"
-        self._tensors[identity] = LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor, identity)
+        numbers = (tuple(tensor.shape), tensor.dtype, hashlib.sha256(tensor_bytes(tensor)).hexdigest())
+        self._tensors[identity] = LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor, numbers)
         return Constant(self._tensors[identity], None, tuple(nodes), tuple(leaves))
 
     def _charge(self, model: Proto) -> None:

@@ -134,11 +134,11 @@ def read_model(model: Proto, path: Path, graph: bool = False) -> OnnxFile:
     folding = Folding(path, {node.key: node for node in nodes}, limits.RATIO * size + limits.SLACK)
     names: Counter[str] = Counter()
     for node in nodes:
-        if _is_recurrent(node.proto):
+        if is_recurrent(node.proto):
             _add_node(_unique(node.path, names), node, folding, found, graph)
         elif not own(node.proto) and _RECURRENT.search(node.proto.op_type) and walk.function(node.proto) is None:
             found.skipped[_unique(node.path, names)] = _foreign(node.proto)
-    recurrent = {around.key for node in nodes if _is_recurrent(node.proto) for around in node.around()}
+    recurrent = {around.key for node in nodes if is_recurrent(node.proto) for around in node.around()}
     for node in nodes:
         if node.key not in recurrent and (reason := _without_node(node, walk)):
             found.skipped[_unique(node.path, names)] = reason
@@ -163,7 +163,7 @@ def _outside(scopes: list[Scope], path: Path) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(place.file for place in places if place is not None))
 
 
-def _is_recurrent(proto: Proto) -> bool:
+def is_recurrent(proto: Proto) -> bool:
     return proto.op_type in KINDS and own(proto)
 
 

@@ -52,6 +52,7 @@ class Scope:
         opset: version of ONNX's own operators.
         path: what the names of its nodes begin with, "" in the main graph.
         around: the node whose body it is, or that calls it.
+        attribute: of that node, whose graph it is.
         outer: the scope around the body of an If, Loop or Scan, whose names are seen in it.
         bound: inputs of a function -> what the call passes.
         attributes: of the call, which the function's nodes refer to.
@@ -62,6 +63,7 @@ class Scope:
     opset: int
     path: str = ""
     around: Node | None = None
+    attribute: str = ""
     outer: Scope | None = None
     bound: dict[str, Source] = field(default_factory=dict)
     attributes: dict[str, Proto] = field(default_factory=dict)
@@ -180,8 +182,9 @@ class Walk:
                 for body in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
                     path = f"{node.path}.{attribute.name[:NAME]}."
                     inside = Scope(
-                        body, self._table(body), scope.opset, path, node, outer=scope, attributes=scope.attributes
-                    )
+                        body, self._table(body), scope.opset, path, node, attribute.name, scope,
+                        attributes=scope.attributes,
+                    )  # fmt: skip
                     yield from self._visit(inside, depth + 1)
 
     def _called(self, function: Proto, node: Node) -> Scope:

@@ -125,6 +125,12 @@ def names_in_file(found: OnnxFile) -> Callable[[Mapping[str, T]], dict[str, T]]:
     return lambda by_name: {rename(name): value for name, value in by_name.items()}
 
 
+def names_as_read(found: OnnxFile) -> dict[str, str]:
+    """Recurrent layers in the file -> what `checkpoint.read` calls them."""
+    short, weight = strip(list(found.tensors))[1], ".weight_hh_l0"
+    return {layer: short[layer + weight].removesuffix(weight) for layer in found.weights}
+
+
 def weight_names(found: OnnxFile, layer: str, part: str) -> list[str]:
     """torch's names of what is in the W, R or B of a recurrent node, one direction after the other."""
     directions = ("_l0", "_l0_reverse")[: 1 + bool(found.hints[layer].options["bidirectional"])]

@@ -12,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kruify.checkpoint.onnx_file import OnnxFile, load_model
-from kruify.checkpoint.onnx_graph import Proto
+from kruify.checkpoint.onnx_file import OnnxFile, is_recurrent, load_model
+from kruify.checkpoint.onnx_graph import Node, Proto, Walk, own
 from kruify.checkpoint.onnx_session import cpu_session
 from kruify.errors import UnsupportedError, UsageError, first_line
+from kruify.graphs.bodies import BODIES, OPSET, handed_out
+from kruify.graphs.contents import names_as_read
 
 Feed = Mapping[str, NDArray[Any]]
 """The inputs of a graph by name: one sample."""
@@ -45,13 +47,14 @@ class Run(NamedTuple):
     Attributes:
         inputs: in the types of the graph.
         outputs: of the graph.
-        calls: by an output of each recorded node.
+        calls: of each recorded node, by its key, in order: one where it stands in the main graph, any number where it
+            stands in the body of an If or Loop.
         values: the further values that were asked for.
     """
 
     inputs: Arrays
     outputs: Arrays
-    calls: dict[str, NodeCall]
+    calls: dict[str, list[NodeCall]]
     values: Arrays
 
 
@@ -60,7 +63,7 @@ class RecordingGraph:
 
     Args:
         path: the model.
-        nodes: outputs of recurrent nodes (`recurrent_nodes`) that are to be recorded.
+        nodes: keys of recurrent nodes (`recurrent_nodes`) that are to be recorded.
         values: further values of the graph that are to be recorded.
         outputs: False for a graph that is run no further than these nodes.
 
@@ -75,17 +78,21 @@ class RecordingGraph:
         self.path = path
         model = load_model(path)
         recorded = list(nodes)
-        made_by = {output: node for node in model.graph.node for output in node.output}
-        if missing := [output for output in recorded if output not in made_by]:
+        by_key = {key: node for node in Walk(model, path) if (key := _key(node)) is not None} if recorded else {}
+        if missing := [key for key in recorded if key not in by_key]:
             raise UsageError(f"the graph has no recurrent node that gives '{missing[0]}'", path)
-        self._nodes = {output: made_by[output] for output in recorded}
         if not outputs:
             del model.graph.output[:]
         self.outputs = [value.name for value in model.graph.output]
-        read = [(node, at) for node in self._nodes.values() for at in GIVEN if at < len(node.input)]
-        self._given = [node.input[at] for node, at in read if node.input[at]]
         self._values = list(values)
-        self._further = _add_outputs(model, [*self._given, *self._values])
+        self._nodes: dict[str, tuple[Proto, dict[str, str]]] = {}
+        for key in recorded:
+            node = by_key[key]
+            read = [node.proto.input[at] for at in GIVEN if at < len(node.proto.input) and node.proto.input[at]]
+            inside = node.scope.around is not None
+            self._nodes[key] = node.proto, handed_out(model, node, read) if inside else {name: name for name in read}
+        given = [name for _, read in self._nodes.values() for name in read.values()]
+        self._further = _add_outputs(model, [*given, *self._values])
         try:
             self._session = cpu_session(model.SerializeToString(), torch.get_num_threads(), path.parent)
         except ImportError as error:
@@ -109,11 +116,20 @@ class RecordingGraph:
         except Exception as error:
             raise UsageError(f"the graph cannot be run on the sample ({first_line(error)})", self.path) from error
         known = inputs | dict(zip(names, found, strict=True))
-        tensors = {name: torch.from_numpy(np.array(known[name])) for name in self._given}
-        calls = {output: node_call(node, tensors) for output, node in self._nodes.items()}
+        calls = {key: list(_calls(node, read, known)) for key, (node, read) in self._nodes.items()}
         return Run(
             inputs, {name: known[name] for name in self.outputs}, calls, {name: known[name] for name in self._values}
         )
+
+
+def _calls(node: Proto, read: Mapping[str, str], known: Mapping[str, Any]) -> Iterator[NodeCall]:
+    """Of one node: of what it reads there is an array, or a list of them, one for each call."""
+    found = {name: known[value] for name, value in read.items()}
+    several = any(isinstance(value, list) for value in found.values())
+    for arrays in zip(*found.values(), strict=True) if several else [found.values()]:
+        tensors = [torch.from_numpy(np.array(array)) for array in arrays]
+        tensors = [tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors]
+        yield node_call(node, dict(zip(found, tensors, strict=True)))
 
 
 def run_in_turn(graphs: Iterable[RecordingGraph], feed: Feed) -> Iterator[Run]:
@@ -130,15 +146,35 @@ def run_in_turn(graphs: Iterable[RecordingGraph], feed: Feed) -> Iterator[Run]:
 
 
 def recurrent_nodes(found: OnnxFile) -> dict[str, str]:
-    """Name of every recurrent node of the main graph, as `checkpoint.read` gives it -> the first output of the node,
-    which is its name in copies of the graph, too; in the order of execution. Nodes in the bodies of others cannot be
-    recorded and are left out."""
-    nodes = {name: weights["W"].node for name, weights in found.weights.items()}
-    return {
-        name: next(filter(None, node.proto.output))
-        for name, node in nodes.items()
-        if node.scope is found.scopes[0] and any(node.proto.output)
-    }
+    """Name of every recurrent node that can be recorded, as `checkpoint.read` gives it -> a key, which is the same in
+    copies of the graph; in the order of execution.
+
+    The key of a node of the main graph is its first output. Nodes in the bodies of If and Loop can be recorded from
+    opset 14 on, those in a Scan or in a function of the model cannot.
+    """
+    names = names_as_read(found)
+    keys = {names[layer]: _key(weights["W"].node) for layer, weights in found.weights.items()}
+    return {name: key for name, key in keys.items() if key is not None}
+
+
+def _key(node: Node) -> str | None:
+    """None where a node is not recurrent, or cannot be recorded."""
+    output, scope = _first_output(node), node.scope
+    if not is_recurrent(node.proto) or not output or scope.root.around is not None:
+        return None
+    if scope.outer is None:
+        return output
+    chain = [output, scope.attribute]
+    for around in node.around():
+        if around.proto.op_type not in BODIES or not own(around.proto) or scope.opset < OPSET:
+            return None
+        chain += [_first_output(around), around.scope.attribute]
+    return " in ".join(filter(None, chain))
+
+
+def _first_output(node: Node) -> str:
+    """ "" where it gives nothing."""
+    return str(next(filter(None, node.proto.output), ""))
 
 
 def _add_outputs(model: Proto, names: Iterable[str]) -> list[str]:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from kruify.checkpoint import LazyTensor
-from kruify.checkpoint.onnx_file import Weight
+from kruify.checkpoint.onnx_file import INPUTS, Weight
 from kruify.checkpoint.onnx_graph import Proto
-from kruify.checkpoint.onnx_in_place import Content, OnnxCopy, starts_of
+from kruify.checkpoint.onnx_in_place import Content, OnnxCopy, dense, starts_of
 from kruify.checkpoint.stored import INDEX
 from kruify.factors import Structure
 from kruify.graphs.contents import Contents, names_in_file, weight_names
@@ -32,10 +32,13 @@ class GraphBytes:
         original: the model.
         graph: as for `checkpoint.read`.
         scan: count every recurrent node that can be a Scan in the larger of its two forms.
+
+    Attributes:
+        owners: layer -> that whose weights it shares, where others that share a tensor with it come apart.
     """
 
     def __init__(self, original: str | os.PathLike[str], *, graph: bool = True, scan: bool = False) -> None:
-        self.scan = scan
+        self.scan, self.owners = scan, dict[str, str]()
         self.copy = OnnxCopy(Path(original), graph)
         self.before = file_bytes(self.copy)
         self._gains: dict[Hashable, int] = {}
@@ -66,19 +69,23 @@ class GraphBytes:
                 if self._gains[key]:
                     gone.add(id(proto))
         for group in self.copy.groups():
-            made: dict[Hashable, int] = {}
-            for layer, weight in group:
-                names = weight_names(self.copy.found, layer, weight.part)
-                form = tuple((structures.get(name), storage.get(name)) for name in names)
-                if form == ((None, None),) * len(names):
+            forms = [self._form(layer, weight, structures, storage) for layer, weight in group]
+            apart = len(set(forms)) > 1
+            name = max((self._name(weight, apart) for _, weight in group), key=len)
+            made = dict[Hashable, int]()
+            for (layer, weight), form in zip(group, forms, strict=True):
+                if not (apart or form[1]):
                     continue
-                key = (id(weight.node.proto), weight.part, form)
+                key = (id(weight.node.proto), weight.part, form, apart)
                 if key not in self._gains:
                     content = contents.weight(self.copy, layer, weight)
-                    self._gains[key] = 0 if content is None else _bytes(content, self._name(weight))
-                made[form] = self._gains[key]
-                if made[form]:
+                    if content is None and apart:
+                        content = dense(torch.zeros(weight.constant.tensor.shape, dtype=weight.constant.tensor.dtype))
+                    self._gains[key] = 0 if content is None else _bytes(content, name)
+                made.setdefault(form, self._gains[key])
+                if self._gains[key]:
                     small.add(id(weight))
+                    total += len(name) - len(weight.node.proto.input[INPUTS[weight.part]])
             total += sum(made.values())
         for source, weights in self._sources:
             if weights <= small:
@@ -108,6 +115,14 @@ class GraphBytes:
             self._gains[key] = max(0, sum(map(_size, (*made.constants, *made.nodes))) - folded)
         return self._gains[key]
 
+    def _form(
+        self, layer: str, weight: Weight, structures: Mapping[str, Sequence[Structure]], storage: Mapping[str, str]
+    ) -> tuple[str | None, tuple[Hashable, ...]]:
+        """Equal for weights that stay one if they were one; the second part is empty where it stays as it is."""
+        names = weight_names(self.copy.found, layer, weight.part)
+        form = tuple((structures.get(name), storage.get(name)) for name in names)
+        return self.owners.get(layer), () if form == ((None, None),) * len(names) else form
+
     def _found_sources(self) -> list[tuple[Proto, set[int]]]:
         """Constants and nodes that only weights of recurrent nodes are made of, each with the ids of those weights."""
         found: dict[int, tuple[Proto, set[int]]] = {}
@@ -120,10 +135,17 @@ class GraphBytes:
                 found.setdefault(id(proto), (proto, set()))[1].add(id(weight))
         return list(found.values())
 
-    def _name(self, weight: Weight) -> str:
-        """What the weight is called, or a name as long as it may get."""
+    def _name(self, weight: Weight, apart: bool = False) -> str:
+        """What the weight is called, or a name as long as it may get.
+
+        Args: apart: from others that it was one tensor with.
+        """
         proto = weight.constant.proto
-        return self.copy.home(proto)[1] if proto is not None and weight.own else f"{weight.node.path}.{weight.part}"
+        return (
+            self.copy.home(proto)[1]
+            if proto is not None and weight.own and not apart
+            else f"{weight.node.path}.{weight.part}"
+        )
 
 
 def _bytes(content: Content, name: str) -> int:

@@ -3,7 +3,7 @@ are given by onnxruntime."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,9 @@ class TorchGraph:
         stored = {proto.name: proto for proto in model.graph.initializer}
         fixed, live = set(stored), set(computed)
         for node in model.graph.node:
-            if live & set(node.input) or layers.keys() & set(node.output):
+            if live & set(_names_read(node)) or layers.keys() & set(node.output):
                 live |= set(node.output)
-            elif fixed.issuperset(filter(None, node.input)):
+            elif fixed.issuperset(filter(None, _names_read(node))):
                 fixed |= set(node.output)
         live.discard("")
         self.outputs = [value.name for value in model.graph.output if value.name in live]
@@ -119,6 +119,14 @@ def run_chain(
             found[number].append(outputs)
             known[number] = {**outputs, **known[number]}
     return found
+
+
+def _names_read(node: Proto) -> Iterator[str]:
+    """What a node reads, its bodies included, which see the values of the graph."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from _names_read(inner)
 
 
 def _results(node: Proto, a: Attributes, output: Tensor, states: tuple[Tensor, ...]) -> Values:

@@ -137,7 +137,8 @@ def compress_graph(
     output of that name of a graph before. They share one budget.
 
     Every eighth sample, from the second on, is held out: it decides which weights are kept, and the differences are
-    measured on it. Recurrent nodes in the bodies of other nodes, and those that torch has no layer for, stay dense.
+    measured on it. Recurrent nodes that torch has no layer for stay dense; those that no sample reaches are fitted to
+    their weights alone.
 
     Args:
         model: the graph, or several of one folder in the order in which they run.
@@ -179,14 +180,14 @@ def compress_graph(
         job.plan(budget)
         if on_plan is not None:
             on_plan(job.planned())
-        more = job.more() if job.factored() else 0.0
+        more = job.more() if job.trained() else 0.0
         if dry_run:
             seconds = seconds_of(partial(_begin, job, steps, lr), progress, steps, more)
             return GraphCompression(output, [], job.bytes, True, 0, None, [], job.planned(), seconds)
         job.progress = TrainingTime(progress, steps, more, on_time)
         while True:
             state = None if resume is None else Path(resume) / f"attempt-{len(tried) + 1}"
-            for layer in job.heal([n for n in job.factored() if n not in healed], steps, lr, state):
+            for layer in job.heal([n for n in job.trained() if n not in healed], steps, lr, state):
                 healed[layer.name] = layer
                 if on_layer is not None:
                     on_layer(layer)
@@ -206,13 +207,13 @@ def compress_graph(
                 planned = job.planned()
                 if forms := job.write(output):
                     tried[-1] = replace(tried[-1], bytes=_bytes(files))
-            factored = [healed[name] for name in job.factored()]
-            if kept or len(tried) == attempts or not factored:
+            trained = [healed[name] for name in job.trained()]
+            if kept or len(tried) == attempts or not trained:
                 timing = job.timing(files)
                 return GraphCompression(
                     output, files, job.bytes, kept, best, baseline, tried, planned, timing=timing, forms=forms
                 )
-            worst = max(factored, key=lambda layer: (layer.error_after, layer.name)).name
+            worst = max(trained, key=lambda layer: (layer.error_after, layer.name)).name
             del healed[worst]
             job.grow(worst)
 
@@ -220,7 +221,7 @@ def compress_graph(
 def _begin(job: GraphJob, steps: int, lr: float, progress: Progress) -> None:
     """Trains the first layer."""
     job.progress = progress
-    next(job.heal(job.factored(), steps, lr, None), None)
+    next(job.heal(job.trained(), steps, lr, None), None)
 
 
 def _check_targets(output: Path, paths: Sequence[Path]) -> list[Path]:

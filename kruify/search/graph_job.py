@@ -59,13 +59,16 @@ class GraphJob:
         if not self.layers:
             for graph in self.graphs:
                 layers_of(graph.located, graph.path)
-            raise UnsupportedError("no recurrent node stands in its main graph", paths[0], "Convert it without samples")
+        if not any(nodes for graph in self.graphs for nodes in graph.nodes.values()):
+            what = "what its recurrent layers are called with cannot be recorded"
+            raise UnsupportedError(what, paths[0], "Convert it without samples")
 
     def more(self) -> float:
         """About how long the training of all layers together takes, in units of what they take alone."""
-        graph, name = self.layers[self.factored()[0]]
-        lengths = [self.recording.call(number, graph, name).lengths for number in range(min(8, self.recording.count))]
-        steps = sum(int(found.sum()) for found in lengths) / len(lengths)
+        graph, name = self.layers[self.trained()[0]]
+        numbers = range(min(8, self.recording.count))
+        calls = [call for number in numbers for call in self.recording.calls(number, graph, name)]
+        steps = sum(int(call.lengths.sum()) for call in calls) / len(numbers)
         return STEPS * SAMPLES * steps / STEPS_OF_A_BATCH
 
     def plan(self, budget: str) -> None:
@@ -93,7 +96,11 @@ class GraphJob:
         counts = zip(*(astuple(conversion.parameters) for _, conversion in made), strict=True)
         size = self.written_bytes()
         found = ByteCounts(self.bytes, size, file=size, allowed=self.allowed)
-        return Planned(Conversion(Plan(), matrices, ParameterCounts(*map(sum, counts)), bytes=found), self._dense())
+        return Planned(
+            Conversion(Plan(), matrices, ParameterCounts(*map(sum, counts)), bytes=found),
+            self._dense(),
+            self._untrained(),
+        )
 
     def _dense(self) -> dict[str, str]:
         """Layers and matrices that stay dense, and why."""
@@ -116,6 +123,15 @@ class GraphJob:
     def factored(self) -> list[str]:
         """Layers that are not dense, in the order of execution."""
         return [f"{graph.title}{name}" for graph in self.graphs for name in graph.factored()]
+
+    def trained(self) -> list[str]:
+        """Layers that are not dense and that samples reach, in the order of execution."""
+        return [layer for layer in self.factored() if self.recording.untrained(*self.layers[layer]) is None]
+
+    def _untrained(self) -> dict[str, str]:
+        """Other layers that are not dense, and why they are not trained."""
+        reasons = {layer: self.recording.untrained(*self.layers[layer]) for layer in self.factored()}
+        return {layer: reason for layer, reason in reasons.items() if reason is not None}
 
     def heal(self, layers: Sequence[str], steps: int, lr: float, state: Path | None) -> Iterator[HealedLayer]:
         """Trains layers alone, in order."""
@@ -199,15 +215,20 @@ class GraphJob:
         return GraphRanks(self.graphs, self.moments)
 
     def _size(self, plans: Iterable[Plan]) -> int:
-        return sum(graph.size.of(plan) for graph, plan in zip(self.graphs, plans, strict=True))
+        return sum(graph.size_of(plan) for graph, plan in zip(self.graphs, plans, strict=True))
 
     def _calls(self, graph: SourceGraph, name: str) -> Iterator[tuple[bool, Call, Tensor]]:
         """What a layer is called with in the original graphs, and the input that it gets in the small ones."""
-        node = graph.nodes[name]
-        chain = recording_chain({g: self.small(g) for g in self.graphs}, {graph: [node]})
+        nodes = graph.nodes[name]
+        chain = recording_chain({g: self.small(g) for g in self.graphs}, {graph: nodes})
         for number, feed in zip(range(self.recording.count), self.samples, strict=False):
             *_, run = run_in_turn(chain.values(), feed)
-            yield is_held_out(number), self.recording.call(number, graph, name), run.calls[node].input
+            originals = self.recording.calls(number, graph, name)
+            given = [call.input for node in nodes for call in run.calls[node]]
+            if len(given) != len(originals):  # the small graph takes another branch, or more turns
+                given = [call.input for call in originals]
+            for original, x in zip(originals, given, strict=True):
+                yield is_held_out(number), original, x
 
     def _outputs(self, graphs: Sequence[RecordingGraph], feed: Mapping[str, Any]) -> dict[str, Any]:
         runs = zip(self.graphs, run_in_turn(graphs, feed), strict=True)

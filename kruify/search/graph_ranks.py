@@ -37,7 +37,7 @@ class GraphRanks:
 
     Attributes:
         spectra: every matrix -> E||W h||^2 that each singular triplet of it keeps on the samples, the heaviest first:
-            pre-activations, whose units are those of all layers.
+            pre-activations, whose units are those of all layers. What no sample reaches counts as if h were white.
     """
 
     def __init__(self, graphs: Sequence[SourceGraph], moments: Mapping[SourceGraph, Mapping[str, Moments]]) -> None:
@@ -46,10 +46,12 @@ class GraphRanks:
             plan = stacked_low_rank(list(graph.layers.values()), 1.0) if graph.layers else None
             for layer, weight, (structure, *_) in plan.matrices() if plan is not None else ():
                 name = layer.full_name(weight)
-                metric = metric_of(moments[graph][name].weight(layer.bias), structure.cols)
-                assert isinstance(metric, Weighted)
                 stack = Stack(graph, name, structure.rows, structure.cols, structure.scaled)
-                weighted = graph.tensors[name].load().double() @ metric.root
+                weighted = graph.tensors[name].load().double()
+                if name in moments[graph]:
+                    metric = metric_of(moments[graph][name].weight(layer.bias), structure.cols)
+                    assert isinstance(metric, Weighted)
+                    weighted = weighted @ metric.root
                 self.spectra[stack] = torch.linalg.svdvals(weighted).square()
 
     def plans(self, share: float) -> list[Plan]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kruify.conversion.result import Conversion
@@ -21,16 +21,21 @@ class Planned:
     Attributes:
         conversion: of all of them, before they are trained; without tensors.
         skipped: recurrent layers, and matrices of the others, that stay dense, and why.
+        untrained: layers that are fitted to their weights alone, and why.
     """
 
     conversion: Conversion
     skipped: dict[str, str]
+    untrained: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As of `kruify convert` and `inspect`."""
         told = self.conversion.to_json()
-        skipped = [{"name": name, "reason": reason} for name, reason in self.skipped.items()]
-        return {name: told[name] for name in ("matrices", "parameters", "bytes", "budget")} | {"skipped": skipped}
+        named = {"skipped": self.skipped, "untrained": self.untrained}
+        return {
+            **{key: told[key] for key in ("matrices", "parameters", "bytes", "budget")},
+            **{key: [{"name": n, "reason": why} for n, why in found.items()] for key, found in named.items()},
+        }
 
 
 class TimeKnown(Exception):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from kruify.checkpoint.writing import save_tree
@@ -39,17 +41,21 @@ class Recording:
         self, graphs: Sequence[SourceGraph], samples: Iterable[Feed], folder: Path, progress: Progress | None
     ) -> None:
         self.graphs, self.progress, self.count = graphs, progress, 0
+        self._reached = defaultdict[tuple[SourceGraph, str], list[int]](list)
         self._folder, digest, total = folder, Digest(), 0
         folder.mkdir()
-        chain = recording_chain({g: g.path for g in graphs}, {g: [g.nodes[n] for n in g.layers] for g in graphs})
+        chain = recording_chain({g: g.path for g in graphs}, {g: g.recorded_nodes() for g in graphs})
         for number, feed in enumerate(samples):
             digest.add(feed)
             runs = zip(chain, run_in_turn(chain.values(), feed), strict=True)
             calls = {
-                (graphs.index(graph), name): tuple(graph.call(name, run.calls[graph.nodes[name]]))
+                (graphs.index(graph), name): [tuple(graph.call(name, call)) for n in nodes for call in run.calls[n]]
                 for graph, run in runs
-                for name in graph.layers
+                for name, nodes in graph.nodes.items()
             }
+            for (at, name), found in calls.items():
+                if found:
+                    self._reached[graphs[at], name].append(number)
             with self._file(number).open("wb") as stream:
                 save_tree(calls, stream)
             self.count, total = number + 1, total + self._file(number).stat().st_size
@@ -59,27 +65,35 @@ class Recording:
                 break
         self.digest = digest.hex()
 
-    def call(self, number: int, graph: SourceGraph, name: str) -> Call:
+    def calls(self, number: int, graph: SourceGraph, name: str) -> list[Call]:
         """Of one layer, on one sample."""
         calls = torch.load(self._file(number), mmap=True, weights_only=True)
-        return Call(*calls[self.graphs.index(graph), name])
+        return [Call(*call) for call in calls.get((self.graphs.index(graph), name), ())]
+
+    def untrained(self, graph: SourceGraph, name: str) -> str | None:
+        """Why a layer cannot be trained, None where it can."""
+        if not graph.nodes[name]:
+            return "its inputs cannot be recorded where it stands"
+        held_out = {is_held_out(number) for number in self._reached[graph, name]}
+        if held_out == {True, False}:
+            return None
+        return (
+            f"no sample that is {'not ' * (True in held_out)}held out reaches it"
+            if held_out
+            else "no sample reaches it"
+        )
 
     def moments(self) -> dict[SourceGraph, dict[str, Moments]]:
-        """Of what the matrices are applied to, on the first `CALIBRATION` samples that are not held out."""
-        numbers = list(islice((n for n in range(self.count) if not is_held_out(n)), CALIBRATION))
-        if not numbers:
+        """Of what the matrices are applied to, on the first `CALIBRATION` samples that reach it, none held out."""
+        if all(map(is_held_out, range(self.count))):
             raise TaskError("there is no sample to calibrate on", "--inputs", "Give at least two samples")
         sums: dict[SourceGraph, dict[str, Moments]] = {graph: {} for graph in self.graphs}
         layers = [(graph, name, layer) for graph in self.graphs for name, layer in graph.dense.items()]
         for done, (graph, name, layer) in enumerate(layers, 1):
             observe = observer(f"{name}.", sums[graph])
-            for number in numbers:
-                call = self.call(number, graph, name)
-                x: Any = call.input
-                if int(call.lengths.min()) < len(x):
-                    x = pack_padded_sequence(x, call.lengths, enforce_sorted=False)
-                with torch.no_grad():
-                    observe(layer, (x, call.states if len(call.states) > 1 else call.states[0]), {})
+            for number in islice((n for n in self._reached[graph, name] if not is_held_out(n)), CALIBRATION):
+                for call in self.calls(number, graph, name):
+                    _observe(observe, layer, call)
             if self.progress is not None:
                 self.progress(done, len(layers), "calibrating")
         for found in sums.values():
@@ -90,6 +104,18 @@ class Recording:
         return self._folder / f"{number}.pt"
 
 
+@torch.no_grad()
+def _observe(observe: Callable[..., None], layer: nn.Module, call: Call) -> None:
+    begun = call.lengths > 0
+    if not begun.any():
+        return
+    x: Any = call.input[:, begun]
+    if int(call.lengths[begun].min()) < len(x):
+        x = pack_padded_sequence(x, call.lengths[begun], enforce_sorted=False)
+    states = tuple(state[:, begun] for state in call.states)
+    observe(layer, (x, states if len(states) > 1 else states[0]), {})
+
+
 def recording_chain(
     files: Mapping[SourceGraph, Path], nodes: Mapping[SourceGraph, Sequence[str]]
 ) -> dict[SourceGraph, RecordingGraph]:
@@ -97,7 +123,7 @@ def recording_chain(
 
     Args:
         files: of each graph the original, or a copy.
-        nodes: of each graph outputs of recurrent nodes.
+        nodes: of each graph keys of recurrent nodes.
     """
     found: dict[SourceGraph, RecordingGraph] = {}
     read: set[str] = set()

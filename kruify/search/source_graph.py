@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from kruify.checkpoint import read
 from kruify.conversion import Conversion
 from kruify.conversion.budget import make_budget_plan
 from kruify.conversion.calibration import Moments
-from kruify.conversion.locate import locate_checkpoint
+from kruify.conversion.locate import RecurrentLayer, locate_checkpoint
 from kruify.conversion.pipeline import refuse_converted
 from kruify.conversion.plan import Plan
 from kruify.conversion.size import GraphSize
 from kruify.conversion.storing import in_float32, planned, rounded, storage_for, with_dense
 from kruify.conversion.tensors import convert_tensors
 from kruify.errors import UsageError
+from kruify.graphs.contents import names_as_read
 from kruify.graphs.forms import NodeForm, SmallGraph, write_in_form
 from kruify.graphs.record import NodeCall, recurrent_nodes
 from kruify.graphs.size import GraphBytes
@@ -39,8 +40,11 @@ class SourceGraph:
         form: of its recurrent nodes in what is written at the end (`graphs.write_in_form`).
 
     Attributes:
-        nodes: layer -> output of its node, of all nodes that can be recorded, in the order of execution.
-        layers: those of them that can be trained, by their names in the file.
+        layers: those that become small, by their names in the file, in the order of execution; of layers that share all
+            of their weights the first one.
+        twins: layer -> all that have its weights, itself the first.
+        nodes: layer -> keys of the nodes with its weights that can be recorded (`recurrent_nodes`).
+        apart: layers that stand elsewhere than in nodes of the main graph.
         skipped: other recurrent layers, and why they stay dense.
         inputs, outputs: of the graph; constants are no inputs.
         bytes: of the file.
@@ -66,31 +70,49 @@ class SourceGraph:
         self.inputs = [value.name for value in graph.input if value.name not in constants]
         self.outputs = [value.name for value in graph.output]
         self.located = locate_checkpoint(checkpoint)
-        self.nodes = recurrent_nodes(whole.copy.found)
-        located = {layer.name: layer for layer in self.located.layers}
-        self.layers = {name: located[name] for name in self.nodes if name in located}
-        inside = [name for name in located if name not in self.nodes]
-        self.skipped = dict(self.located.skipped) | dict.fromkeys(inside, "it stands in the body of another node")
+        found, keys = whole.copy.found, recurrent_nodes(whole.copy.found)
+        self.layers, self.twins = dict[str, RecurrentLayer](), dict[str, list[RecurrentLayer]]()
+        self.nodes, self.apart = dict[str, list[str]](), set[str]()
+        in_file, first = {read: name for name, read in names_as_read(found).items()}, dict[Hashable, str]()
+        for layer in self.located.layers:
+            weights = found.weights.get(in_file.get(layer.name, ""), {})
+            same = layer.kind, layer.nonlinearity, *((p, w.constant.tensor.identity) for p, w in weights.items())
+            name = first.setdefault(same if weights else layer.name, layer.name)
+            whole.owners[in_file.get(layer.name, "")] = name
+            self.layers.setdefault(name, layer)
+            self.twins.setdefault(name, []).append(layer)
+            self.nodes.setdefault(name, []).extend(keys[n] for n in [layer.name] if n in keys)
+            if not weights or weights["W"].node.scope is not found.scopes[0]:
+                self.apart.add(name)
+        self.skipped = dict(self.located.skipped)
         self.keep = kept_constants(whole.copy.found)
         self.tensors = in_float32(checkpoint.tensors.lazy)
         self.bytes = whole.before
-        self.size = GraphSize(
-            self.tensors, list(self.layers.values()), dtype, self.keep, before=whole.before, graph=whole
-        )
+        self.size = GraphSize(self.tensors, self._all_layers(), dtype, self.keep, before=whole.before, graph=whole)
         self.dense = {name: dense_module(layer, self.tensors, path) for name, layer in self.layers.items()}
 
     def convert(self, plan: Plan, moments: Mapping[str, Moments] | None) -> None:
         """Fits what the plan names; everything is rounded to the dtype."""
-        layers = [replace(layer, dtype="float32") for layer in self.layers.values()]
-        plan = with_dense(plan, layers)
+        layers = [replace(layer, dtype="float32") for layer in self._all_layers()]
+        plan = with_dense(self._with_twins(plan), layers)
         storage = storage_for(planned(self.tensors, plan), plan, self.dtype, self.keep)
         made = convert_tensors(self.tensors, plan, self.located.in_float32(), moments=moments, seed=self.seed)
         self.conversion = replace(made, tensors={**rounded(made.tensors, plan, storage)}, storage=storage)
+
+    def recorded_nodes(self) -> list[str]:
+        """Keys of all nodes that can be recorded."""
+        return [node for nodes in self.nodes.values() for node in nodes]
+
+    def size_of(self, plan: Plan) -> int:
+        """Bytes of the graph's files that a plan of `layers` gives."""
+        return self.size.of(self._with_twins(plan))
 
     def grow(self, name: str, moments: Mapping[str, Moments]) -> None:
         """Plans one layer anew for more numbers, or leaves it dense; what the others learnt stays."""
         layer, items = self.layers[name], []
         for item in self.conversion.plan.layers:
+            if item.layer.name not in self.layers:
+                continue
             structures = [s for found in item.matrices.values() for s in found]
             if item.layer.name != name:
                 items.append(item)
@@ -102,13 +124,14 @@ class SourceGraph:
                 items += make_budget_plan(
                     tensors, [layer], budget, input_budget=budget, moments=moments, seed=self.seed
                 ).layers
-        learnt = {n: t for n, t in self.conversion.tensors.items() if not n.startswith(f"{name}.")}
+        anew = tuple(f"{layer.name}." for layer in self.twins[name])
+        learnt = {n: t for n, t in self.conversion.tensors.items() if not n.startswith(anew)}
         self.convert(Plan(items), moments)
         self.conversion.tensors.update(learnt)
 
     def factored(self) -> list[str]:
         """Layers that are not dense, in the order of execution."""
-        return [item.layer.name for item in self.conversion.plan.layers if item.matrices]
+        return [n for item in self.conversion.plan.layers if item.matrices and (n := item.layer.name) in self.layers]
 
     def module(self, name: str) -> nn.Module:
         """One of the layers, with the numbers that it has."""
@@ -116,7 +139,8 @@ class SourceGraph:
 
     def learn(self, name: str, module: nn.Module) -> None:
         """Takes the numbers of one layer."""
-        self.conversion.tensors.update({f"{name}.{n}": t for n, t in module.state_dict().items()})
+        state = module.state_dict()
+        self.conversion.tensors.update({layer.full_name(n): t for layer in self.twins[name] for n, t in state.items()})
 
     def write(self, file: Path, form: str = "folded", feed: Mapping[str, Any] | None = None) -> list[NodeForm]:
         """Writes the graph with the numbers of the conversion; returns what its nodes became where a form is wanted.
@@ -128,6 +152,14 @@ class SourceGraph:
         small = SmallGraph(self.path, made.tensors, made.plan.structures(), made.storage, graph=False)
         forms = write_in_form(small, file, form, feed)[1]
         return [replace(one, name=f"{self.title}{one.name}") for one in forms]
+
+    def _all_layers(self) -> list[RecurrentLayer]:
+        return [layer for twins in self.twins.values() for layer in twins]
+
+    def _with_twins(self, plan: Plan) -> Plan:
+        """A plan of `layers` for all that have their weights."""
+        items = {item.layer.name: item for item in plan.layers}
+        return Plan([replace(items[n], layer=twin) for n, twins in self.twins.items() if n in items for twin in twins])
 
     def call(self, name: str, call: NodeCall) -> Call:
         """A call of the node of a layer, zeros for states that are not given."""

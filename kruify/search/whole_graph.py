@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kruify.errors import UnsupportedError, first_line
 from kruify.graphs.record import RecordingGraph, Run, run_in_turn
-from kruify.graphs.torch_graph import TorchGraph, Values, run_chain
+from kruify.graphs.torch_graph import Recurrent, TorchGraph, Values, run_chain
 from kruify.layers.storage import mark
 from kruify.search.graph_job import GraphJob
 from kruify.search.source_graph import SourceGraph
@@ -34,9 +34,10 @@ def distil(job: GraphJob, steps: int, lr: float, state: Path | None) -> Together
     Where torch cannot run what stands behind the layers nothing is trained, and the result says why.
     """
     steps = int(STEPS * steps)
-    names = job.factored()
+    names = [name for name in job.trained() if job.layers[name][1] not in job.layers[name][0].apart]
     if not (steps and names):
-        return Together(reason="there is nothing to train")
+        inside = steps and job.trained()
+        return Together(reason=f"there is nothing to train{' outside the bodies of other nodes' * bool(inside)}")
     modules = {name: job.layers[name][0].module(job.layers[name][1]) for name in names}
     try:
         chain = _Chain(job, modules)
@@ -65,15 +66,11 @@ class _Chain:
         self.graphs: list[TorchGraph] = []
         live: set[str] = set()
         for graph in job.graphs:
-            layers = {
-                graph.nodes[name]: recurrent(modules[f"{graph.title}{name}"], graph.layers[name].bidirectional)
-                for name in graph.factored()
-            }
-            frozen = {
-                graph.nodes[name]: recurrent(_frozen(graph, name), layer.bidirectional)
-                for name, layer in graph.layers.items()
-                if graph.nodes[name] not in layers
-            }
+            layers, frozen = dict[str, Recurrent](), dict[str, Recurrent]()
+            for name, layer in graph.layers.items():
+                module = modules.get(f"{graph.title}{name}")
+                run = recurrent(_frozen(graph, name) if module is None else module, layer.bidirectional)
+                (frozen if module is None else layers).update(dict.fromkeys(graph.nodes[name], run))
             inputs = RecordingGraph(graph.path).inputs
             computed = [name for name in inputs if name in live and name not in samples[0]]
             self.graphs.append(TorchGraph(job.small(graph), layers, computed, frozen))

@@ -81,8 +81,11 @@ def recurrent(layer: Any, bidirectional: bool) -> Recurrent:
         )
         given = states if len(states) > 1 else states[0]
         if int(lengths.min()) < longest:
-            packed, final = layer(pack_padded_sequence(x, lengths, enforce_sorted=False), given)
+            packed, final = layer(pack_padded_sequence(x, lengths.clamp(min=1), enforce_sorted=False), given)
             output = pad_packed_sequence(packed, total_length=longest)[0]
+            begun = (lengths > 0)[:, None]  # onnxruntime's nodes give zeros for a sequence of no steps
+            output = output * begun
+            final = tuple(s * begun for s in final) if isinstance(final, tuple) else final * begun
         else:
             output, final = layer(x, given)
         parts = [torch.split(s, sizes, 1) for s in (final if isinstance(final, tuple) else (final,))]

@@ -75,14 +75,14 @@ def test_calls_are_recorded_beside_the_outputs(tmp_path: Path) -> None:
     _, outputs, calls, values = RecordingGraph(path, nodes.values(), values=["turned"]).run(feed)
     assert list(outputs) == ["last"] and outputs["last"].shape == (1, 2, H)
     assert list(values) == ["turned"] and values["turned"].shape == (5, 2, D, H)
-    first, second = calls["y"], calls["last"]
+    (first,), (second,) = calls["y"], calls["last"]
     np.testing.assert_allclose(first.input.numpy(), 2 * feed["x"], rtol=1e-6)
     assert first.lengths.tolist() == [3, 5] and second.lengths.tolist() == [5, 5]
     h, c = first.states
     assert h is not None and h.shape == (D, 2, H) and c is None and second.states == (None,)
     assert second.input.shape == (5, 2, D * H) and not second.input[3:, 0].any()  # padding gives zeros
     _, again, calls, _ = RecordingGraph(path, ["y"], outputs=False).run(feed)
-    assert again == {} and calls["y"].input.equal(first.input)
+    assert again == {} and calls["y"][0].input.equal(first.input)
 
 
 @pytest.mark.parametrize(
@@ -115,4 +115,36 @@ def test_a_node_that_is_given_nothing_but_inputs_of_the_graph(tmp_path: Path) ->
     path = small_graphs.save(tmp_path / "a.onnx", [small_graphs.node("LSTM")], small_graphs.weights("LSTM"))
     x = np.ones((5, 2, small_graphs.IN), "f4")
     run = RecordingGraph(path, ["Y"], outputs=False).run({"X": x})
-    assert run.outputs == {} and np.array_equal(run.calls["Y"].input.numpy(), x)
+    assert run.outputs == {} and np.array_equal(run.calls["Y"][0].input.numpy(), x)
+
+
+def test_nodes_in_branches_and_turns_of_a_loop_are_called_as_often_as_they_are_reached(tmp_path: Path) -> None:
+    """The state of turn i is filled with i; an LSTM runs in the second turn of three, a GRU in the others."""
+    lstm = small_graphs.node("LSTM", ["X", "W", "R", "B", "", "state"], "y")
+    gru = small_graphs.node("GRU", ["X", "W2", "R2", "B2", "lengths", "state"], "y")
+    branches = [helper.make_graph([one], "branch", [], [small_graphs.value("y")]) for one in (lstm, gru)]
+    body = helper.make_graph(
+        [
+            helper.make_node("Cast", ["i"], ["number"], to=TensorProto.FLOAT),
+            helper.make_node("Expand", ["number", "shape"], ["state"]),
+            helper.make_node("Equal", ["i", "one"], ["second"]),
+            helper.make_node("If", ["second"], ["z"], then_branch=branches[0], else_branch=branches[1]),
+            helper.make_node("Identity", ["go"], ["on"]),
+        ],
+        "body",
+        [small_graphs.value("i", [], TensorProto.INT64), small_graphs.value("go", [], TensorProto.BOOL)],
+        [small_graphs.value("on", [], TensorProto.BOOL), small_graphs.value("z")],
+    )
+    shape = [1, 2, small_graphs.H]
+    constants = {"turns": np.array(3), "yes": np.array(True), "one": np.array(1), "shape": np.array(shape)}
+    constants |= {"lengths": np.array([5, 3], "i4")} | small_graphs.weights("LSTM")
+    constants |= {f"{name}2": array for name, array in small_graphs.weights("GRU").items()}
+    loop = helper.make_node("Loop", ["turns", "yes"], ["Y"], body=body)
+    path = small_graphs.save(tmp_path / "a.onnx", [loop], constants, check=False)
+    nodes = recurrent_nodes(read_onnx(path, graph=True)).values()
+    run = RecordingGraph(path, nodes).run({"X": np.ones((5, 2, small_graphs.IN))})
+    assert run.outputs["Y"].shape == (3, 5, 1, 2, small_graphs.H)
+    gru_calls, lstm_calls = (run.calls[node] for node in nodes)  # else_branch before then_branch
+    assert [float(call.states[0].mean()) for call in lstm_calls] == [1] and lstm_calls[0].states[1] is None
+    assert [float(call.states[0].mean()) for call in gru_calls] == [0, 2]
+    assert [call.lengths.tolist() for call in (*lstm_calls, *gru_calls)] == [[5, 5], [5, 3], [5, 3]]

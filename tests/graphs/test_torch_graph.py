@@ -133,8 +133,8 @@ def test_what_stands_behind_a_layer(kind: str, tmp_path: Path) -> None:
     assert (graph.outputs, graph.constants, graph.given) == (["Y", "Z"], ["four"], ["doubled", "lengths"])
     recording = RecordingGraph(path, values=[*graph.constants, *graph.given])
     feeds = [
-        {"X": RNG.normal(0, 1, (steps, BATCH, IN)).astype("f4"), "lengths": np.array([steps, steps - 1])}
-        for steps in (STEPS, STEPS + 3)
+        {"X": RNG.normal(0, 1, (steps, BATCH, IN)).astype("f4"), "lengths": np.array([steps, shorter])}
+        for steps, shorter in ((STEPS, STEPS - 1), (STEPS + 3, 0))
     ]
     runs = [recording.run(feed) for feed in feeds]
     values = [{name: torch.from_numpy(array) for name, array in run.values.items()} for run in runs]

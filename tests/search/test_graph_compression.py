@@ -273,7 +273,7 @@ def test_only_graphs_that_a_layer_depends_on_are_run(pair: list[Path], tmp_path:
     job = GraphJob(pair, Samples(samples), "int8", 0, None, tmp_path)
     encoder, decoder = job.graphs
     files = {graph: graph.path for graph in job.graphs}
-    nodes = {graph: list(graph.nodes.values()) for graph in job.graphs}
+    nodes = {graph: graph.recorded_nodes() for graph in job.graphs}
     assert [*recording_chain(files, {encoder: nodes[encoder]})] == [encoder]
     assert [*recording_chain(files, {decoder: nodes[decoder]})] == [encoder, decoder]
     assert [*recording_chain({decoder: decoder.path, encoder: encoder.path}, {encoder: nodes[encoder]})] == [encoder]
@@ -287,6 +287,79 @@ def test_a_graph_that_torch_cannot_run_is_trained_layer_by_layer(model: Path, tm
     found = compress_graph(tmp_path / "model.onnx", samples, "size=5x", tmp_path / "small.onnx", steps=4)
     assert found.attempts[0].layers[0].steps == 4
     assert found.attempts[0].together.steps == 0 and "the operator Acosh" in found.attempts[0].together.reason
+
+
+@pytest.fixture
+def branches(tmp_path: Path) -> Path:
+    """As torch scripts a network with several modes: an LSTM in two branches, whose weights each makes of the same
+    tensors by constants of its own, and a GRU in a third."""
+    make, value, numbers = onnx.helper.make_node, onnx.helper.make_tensor_value_info, np.random.default_rng(3)
+
+    def branch(kind: str, number: int) -> Any:
+        axis = make("Constant", [], [f"axis{number}"], value_ints=[0])
+        parts = [make("Unsqueeze", [f"{part}{kind}", f"axis{number}"], [f"{part}{number}"]) for part in "wr"]
+        node = make(kind, ["x", f"w{number}", f"r{number}"], [f"y{number}"], name="rnn", hidden_size=32)
+        attributes = {"linear_before_reset": 1} if kind == "GRU" else {}
+        node.attribute.extend(onnx.helper.make_attribute(*item) for item in attributes.items())
+        output = value(f"y{number}", onnx.TensorProto.FLOAT, ["time", 1, 4, 32])
+        return onnx.helper.make_graph([axis, *parts, node], "branch", [], [output])
+
+    inner = branch("GRU", 3)
+    choice = make("If", ["second"], ["y23"], name="inner", then_branch=branch("LSTM", 2), else_branch=inner)
+    other = onnx.helper.make_graph([choice], "branch", [], [value("y23", onnx.TensorProto.FLOAT, None)])
+    node = make("If", ["first"], ["y"], name="outer", then_branch=branch("LSTM", 1), else_branch=other)
+    flags = [value(name, onnx.TensorProto.BOOL, []) for name in ("first", "second")]
+    shapes = {"wLSTM": (128, 24), "rLSTM": (128, 32), "wGRU": (96, 24), "rGRU": (96, 32)}
+    weights = {name: numbers.normal(0, 0.3, shape).astype("f4") for name, shape in shapes.items()}
+    graph = onnx.helper.make_graph(
+        [node], "g", [value("x", onnx.TensorProto.FLOAT, ["time", 4, 24]), *flags],
+        [value("y", onnx.TensorProto.FLOAT, None)], [onnx.numpy_helper.from_array(w, n) for n, w in weights.items()],
+    )  # fmt: skip
+    path = tmp_path / "branches.onnx"
+    onnx.save(onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 17)]), path)
+    return path
+
+
+def test_layers_in_branches_are_trained_on_what_reaches_them(branches: Path, tmp_path: Path) -> None:
+    flags = [(n % 2 == 0, True) for n in range(8)]
+    feeds = [
+        {**sample, "first": np.array(a), "second": np.array(b)}
+        for sample, (a, b) in zip(samples(8), flags, strict=True)
+    ]
+    small = tmp_path / "small.onnx"
+    found = compress_graph(branches, feeds, "size=8x", small, steps=20, lr=1e-2)
+    (attempt,) = found.attempts
+    (layer,) = attempt.layers
+    assert layer.error_after < layer.error_before and layer.recorded == 7 * 4 * 30  # of both nodes
+    assert attempt.outputs["y"].relative_error == pytest.approx(layer.error_after, rel=0.05)
+    assert {name.split(".")[-1]: why for name, why in found.planned.untrained.items()} == {
+        "rnn": "no sample reaches it"
+    }
+    assert "else_branch.inner.else_branch" in next(iter(found.planned.untrained))
+    assert small.stat().st_size == attempt.bytes <= branches.stat().st_size / 8
+    outer = onnx.load(small).graph.node[-1]
+    bodies = {attribute.name: attribute.g for attribute in outer.attribute}
+    inner = {attribute.name: attribute.g for attribute in bodies["else_branch"].node[-1].attribute}
+    nodes = [bodies["then_branch"].node[-1], inner["then_branch"].node[-1], inner["else_branch"].node[-1]]
+    assert nodes[0].input[1:] == nodes[1].input[1:] != nodes[2].input[1:]  # one weight, as before
+
+
+def test_sequences_of_no_steps(tmp_path: Path) -> None:
+    make, value, numbers = onnx.helper.make_node, onnx.helper.make_tensor_value_info, np.random.default_rng(4)
+    inputs = [value("x", onnx.TensorProto.FLOAT, [5, 3, 24]), value("n", onnx.TensorProto.INT32, [3])]
+    weights = {"w": (2, 128, 24), "r": (2, 128, 32)}
+    graph = onnx.helper.make_graph(
+        [make("LSTM", ["x", "w", "r", "", "n"], ["y"], hidden_size=32, direction="bidirectional")], "g", inputs,
+        [value("y", onnx.TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(numbers.normal(0, 0.3, shape).astype("f4"), n) for n, shape in weights.items()],
+    )  # fmt: skip
+    onnx.save(
+        onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 17)]),
+        tmp_path / "a.onnx",
+    )
+    feeds = [{"x": numbers.standard_normal((5, 3, 24)), "n": np.array([5, 0, 3])} for _ in range(3)]
+    (attempt,) = compress_graph(tmp_path / "a.onnx", feeds, "size=6x", tmp_path / "b.onnx", steps=8).attempts
+    assert attempt.together.steps == 2 and attempt.layers[0].recorded == 2 * (5 + 3)
 
 
 def test_graphs_that_do_not_go_together(pair: list[Path], model: Path, tmp_path: Path) -> None:
