@@ -118,7 +118,7 @@ def compress(
 
     With --inputs an ONNX graph becomes small without labels or code: its recurrent matrices low rank, each layer
     trained alone to give what it gave on the samples, then all together to give the outputs of the graph, all constants
-    in int8; every eighth sample is held out, and the outputs of both graphs are compared on it. Several graphs run one
+    in int8; one sample in eight is held out, and the outputs of both graphs are compared on it. Several graphs run one
     after the other, outputs of one being inputs of the next by name; they share one budget, and OUT is a folder.
 
     With --inputs and --run a TorchScript archive or a Keras model is run, and OUT is the converted file, its layers

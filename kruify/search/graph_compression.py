@@ -136,7 +136,7 @@ def compress_graph(
     Several graphs run one after the other, as an encoder and its decoders do: an input that a sample lacks is the
     output of that name of a graph before. They share one budget.
 
-    Every eighth sample, from the second on, is held out: it decides which weights are kept, and the differences are
+    Of every eight samples one is held out, the second first: it decides which weights are kept, and the differences are
     measured on it. Recurrent nodes that torch has no layer for stay dense; those that no sample reaches are fitted to
     their weights alone.
 

@@ -2,7 +2,7 @@
 
 Layers are trained in the order in which the network runs them. A layer's inputs are those that the network gives it
 with the converted layers before it, trained already; its targets are the outputs of the dense layer in the dense
-network. Of what is recorded every eighth batch is held out and decides which weights are kept.
+network. Of what is recorded one batch in eight is held out and decides which weights are kept.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from kruify.training.rounding import rounded_weights
 
 STEPS, LR = 600, 4e-3
 STEPS_OF_A_BATCH = 16 * PIECE
-HELD_OUT = 8  # every so many batches one is held out
+HELD_OUT = 8  # of so many batches in a row one is held out
+GOLDEN = (math.sqrt(5) - 1) / 2
 RECORDED = 4 << 30  # bytes of the files of a layer, beyond which no further batches are looked at
 
 
@@ -94,7 +95,7 @@ def heal(
     Args:
         model: a converted copy of `dense`; both run on the device of their weights.
         batches: inputs of the network, gone through once for each layer: tensors, or tuples or dicts of arguments. An
-            iterator is read into a list. Every eighth is held out; they should come in one order each time.
+            iterator is read into a list. One in eight is held out; they should come in one order each time.
         forward: runs a network on a batch; None for `network(batch)`, `network(*batch)`, `network(**batch)`.
         steps: of the optimiser, for each layer.
         resume: a folder for the state; layers that are finished there are not trained again. The batches are gone
@@ -295,5 +296,10 @@ def _recorded(
 
 
 def is_held_out(number: int) -> bool:
-    """Whether batch `number`, counted from 0, is held out: the second, the tenth and so on."""
-    return number % HELD_OUT == 1
+    """Whether batch `number`, counted from 0, is held out: of the first eight the second, of the next ones another.
+
+    The place among the eight moves on by the golden ratio. Were it always the same, samples of which each fourth is of
+    one kind, as they often come, would be held out of that kind alone: it would decide for all, and half of it be lost.
+    """
+    row, place = divmod(number, HELD_OUT)
+    return place == int((1 + HELD_OUT * GOLDEN * row) % HELD_OUT)
