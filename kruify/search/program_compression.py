@@ -68,7 +68,7 @@ def compress_program(
 
     Args:
         model: the file.
-        samples: arguments of its `forward`, or inputs of the model, by name, as `Samples` takes them; of every eight one is
+        samples: arguments of its `forward`, or inputs of the model, by name, as `Samples` takes them; one in eight is
             held out.
         budget: any of `kruify.convert`.
         output: the converted file: safetensors, or .pt.

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import kruify
 from kruify.errors import UsageError
-from kruify.training.layerwise import heal
+from kruify.training.layerwise import HELD_OUT, heal, is_held_out
 from kruify.training.pieces import PIECE, Pieces, call_of, run
 
 LOW_RANK = "3*(8x1,1x8)"
@@ -61,6 +61,14 @@ def test_the_network_comes_nearer_to_the_dense_one_on_batches_never_seen(dtype: 
     if dtype:  # rounded already
         again = kruify.quantize(small, dtype).state_dict()
         assert all(torch.equal(tensor, again[name]) for name, tensor in small.state_dict().items())
+
+
+@pytest.mark.parametrize("kinds", range(2, 13))
+def test_one_batch_in_eight_is_held_out_of_every_kind_that_comes_in_turns(kinds: int) -> None:
+    numbers = [n for n in range(HELD_OUT * 8 * kinds) if is_held_out(n)]
+    assert [n // HELD_OUT for n in numbers] == list(range(8 * kinds)) and numbers[0] == 1
+    found = [sum(n % kinds == kind for n in numbers) for kind in range(kinds)]
+    assert min(found) >= 4 and max(found) <= 14  # 8 on the average
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell])
