@@ -46,14 +46,14 @@ def session(model: str | Path) -> onnxruntime.InferenceSession:
 
 
 def least_ms(*runs: Callable[[], Any]) -> list[float]:
-    """The least time of each in milliseconds, in turns: what else the machine does only adds to it."""
+    """The least processor time of each in milliseconds, in turns: what else the machine does only adds to it."""
     times: list[list[float]] = []
     for _ in range(REPEATS):
         times.append([])
         for run in runs:
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            times[-1].append(1000 * (time.perf_counter() - start))
+            times[-1].append(1000 * (time.process_time() - start))
     return [min(found) for found in zip(*times, strict=True)]
 
 
