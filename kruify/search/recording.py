@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,6 @@ from kruify.search.source_graph import SourceGraph
 from kruify.training.digest import Digest
 from kruify.training.layerwise import RECORDED, is_held_out
 from kruify.training.pieces import Call
-
-CALIBRATION = 16
-"""Samples that the fit is weighted with."""
 
 
 class Recording:
@@ -84,15 +80,15 @@ class Recording:
         )
 
     def moments(self) -> dict[SourceGraph, dict[str, Moments]]:
-        """Of what the matrices are applied to, on the first `CALIBRATION` samples that reach it, none held out."""
+        """Of what the matrices are applied to, on the samples that reach it and are not held out."""
         if all(map(is_held_out, range(self.count))):
             raise TaskError("there is no sample to calibrate on", "--inputs", "Give at least two samples")
         sums: dict[SourceGraph, dict[str, Moments]] = {graph: {} for graph in self.graphs}
         layers = [(graph, name, layer) for graph in self.graphs for name, layer in graph.dense.items()]
         for done, (graph, name, layer) in enumerate(layers, 1):
             observe = observer(f"{name}.", sums[graph])
-            for number in islice((n for n in self._reached[graph, name] if not is_held_out(n)), CALIBRATION):
-                for call in self.calls(number, graph, name):
+            for number in self._reached[graph, name]:
+                for call in () if is_held_out(number) else self.calls(number, graph, name):
                     _observe(observe, layer, call)
             if self.progress is not None:
                 self.progress(done, len(layers), "calibrating")
