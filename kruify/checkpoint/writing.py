@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,6 +76,34 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
     _sync_folder(target.parent)
+
+
+def move_files(files: Iterable[Path], folder: Path) -> None:
+    """Moves files into a folder of the same disk, over those of their names: all of them or, where one cannot be
+    moved, none.
+
+    Raises:
+        UsageError: one cannot be moved.
+    """
+    aside, placed = list[Path](), list[Path]()
+    try:
+        with tempfile.TemporaryDirectory(prefix=".kruify.", dir=folder) as spare:
+            try:
+                for file in files:
+                    target = folder / file.name
+                    if target.is_file():
+                        os.replace(target, Path(spare, target.name))
+                        aside.append(target)
+                    os.replace(file, target)
+                    placed.append(target)
+            except OSError:
+                for target in placed:
+                    target.unlink()
+                for target in aside:
+                    os.replace(Path(spare, target.name), target)
+                raise
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
 
 
 def write_safetensors(

@@ -17,6 +17,7 @@ from kruify.checkpoint.gates import onnx_from_torch
 from kruify.checkpoint.onnx_file import OnnxFile, read_onnx
 from kruify.checkpoint.onnx_in_place import DATA, OnnxCopy, dense
 from kruify.checkpoint.wrapper import strip
+from kruify.checkpoint.writing import move_files
 from kruify.errors import CorruptError, UsageError
 from kruify.factors import Structure
 from kruify.graphs.contents import Contents, names_in_file, weight_names
@@ -104,8 +105,7 @@ def write_small(
             error = _largest_error(copy, written, contents, graph, scan)
             files = sorted(Path(folder).iterdir(), key=lambda file: file == written)  # the model itself last
             after = sum(file.stat().st_size for file in files)
-            for file in files:
-                os.replace(file, target.with_name(file.name))
+            move_files(files, target.parent)
     except OSError as problem:
         raise UsageError(f"it cannot be written ({problem.strerror})", output, "Check the folder") from None
     return Written(output, before, after, error)

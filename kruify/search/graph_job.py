@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kruify.checkpoint.writing import move_files
 from kruify.conversion.budget import parse_budget
 from kruify.conversion.calibration import Moments
 from kruify.conversion.pipeline import found as layers_of
@@ -165,8 +165,7 @@ class GraphJob:
         with tempfile.TemporaryDirectory(prefix=".kruify.", dir=target) as name:
             for graph in self.graphs:
                 forms += graph.write(Path(name) / graph.path.name, graph.form, feeds[graph])
-            for file in sorted(Path(name).iterdir()):
-                os.replace(file, target / file.name)
+            move_files(sorted(Path(name).iterdir()), target)
         return forms
 
     def small(self, graph: SourceGraph) -> Path:

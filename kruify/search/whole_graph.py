@@ -48,7 +48,7 @@ def distil(job: GraphJob, steps: int, lr: float, state: Path | None) -> Together
                 samples=job.recording.digest, progress=job.progress,
             )  # fmt: skip
     except UnsupportedError as error:
-        return Together(reason=str(error))
+        return Together(reason=error.what)  # not the path of a small copy
     job.learn(modules)
     return found
 

@@ -186,3 +186,19 @@ def test_reading_never_changes_the_file(tmp_path: Path) -> None:
         after.st_ctime_ns,
         after.st_ino,
     )
+
+
+def test_files_that_go_together_are_all_replaced_or_none(tmp_path: Path) -> None:
+    """The third one's place is taken by a folder, which no file can be moved over."""
+    new, folder = tmp_path / "new", tmp_path / "folder"
+    for place, names in ((new, "abc"), (folder, "a")):
+        place.mkdir()
+        for name in names:
+            (place / name).write_text(place.name)
+    (folder / "c").mkdir()
+    with pytest.raises(UsageError, match="folder"):
+        writing.move_files([new / name for name in "abc"], folder)
+    assert sorted(file.name for file in folder.iterdir()) == ["a", "c"]
+    assert (folder / "a").read_text() == "folder"
+    writing.move_files([new / "c"], tmp_path)
+    assert (tmp_path / "c").read_text() == "new"

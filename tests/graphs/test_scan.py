@@ -129,6 +129,15 @@ def test_what_stays_folded_is_named(tmp_path: Path, kind: str, attributes: dict,
     np.testing.assert_array_equal(run(tmp_path / "b.onnx")[0].shape, run(path)[0].shape)
 
 
+def test_a_node_stays_folded_where_the_graph_turns_rounding_into_other_outputs(tmp_path: Path) -> None:
+    make = onnx.helper.make_node
+    nodes = [node("LSTM", output="h", name="rnn"), make("Mul", ["h", "large"], ["z"]), make("Sin", ["z"], ["Y"])]
+    path = save(tmp_path / "a.onnx", nodes, weights("LSTM") | {"large": np.array(1e6, "f4")})
+    done = kruify.convert(path, EXACT["LSTM"], output=tmp_path / "b.onnx", form="scan")
+    assert [(one.form, "change by" in one.reason) for one in done.forms] == [("folded", True)]
+    assert "LSTM" in {one.op_type for one in onnx.load(tmp_path / "b.onnx").graph.node}
+
+
 def test_auto_takes_what_is_faster_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [node("RNN", name="one"), node("RNN", ["X", "W2", "R2"], output="Y2", name="two")]
     constants = weights("RNN") | {f"{part}2": array for part, array in weights("RNN", seed=4).items() if part != "B"}
