@@ -83,8 +83,8 @@ def show(out: Output, outcome: FinetuneResult, task: Task, told: dict[str, Any])
     from kruify.reporting.terminal import table
 
     names = list(outcome.metrics)
-    title = f"{outcome.steps} steps in {outcome.seconds:.0f} s, validation split"
-    validations = table(title, "epoch", "step", "training loss", *names, words=0)
+    title = f"{outcome.steps} steps in {outcome.seconds:.0f} s"
+    validations = table(title, "epoch", "step", "training loss", *(f"{name}, valid" for name in names), words=0)
     for entry in outcome.history:
         best = " *" if entry.epoch == outcome.best_epoch else ""
         loss = "" if entry.loss is None else f"{entry.loss:.4f}"
@@ -93,5 +93,7 @@ def show(out: Output, outcome: FinetuneResult, task: Task, told: dict[str, Any])
     value = outcome.metrics.get(task.metric)
     reached = "" if value is None else f"{task.metric} {value:.4f} on the validation split"
     out.show(validations, f"wrote {told['output']}: the weights of epoch {outcome.best_epoch} (*), {reached}")
+    if not outcome.best_epoch and len(outcome.history) > 1:
+        out.show("Nothing was gained: no epoch validates better than the weights that it began with.")
     if "conditioning" in told:
         out.show(f"wrote {told['conditioning']}")

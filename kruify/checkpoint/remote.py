@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kruify.errors import UsageError, first_line
+from kruify.checkpoint.writing import atomic_file
+from kruify.errors import UnsafeError, UsageError, first_line
 
 
 def is_remote(path: object) -> bool:
@@ -15,35 +17,42 @@ def is_remote(path: object) -> bool:
     return "://" in str(path)
 
 
-def fetch_file(address: str, target: Path) -> bool:
-    """Copies a file to this machine; False where there is none.
+def fetch_file(address: str, target: Path, limit: int) -> bool:
+    """Copies a file of at most `limit` bytes to this machine; False where there is none.
 
     Raises:
-        UsageError: the protocol is unknown, its package is missing, or the server refuses.
+        UsageError: the protocol is unknown, its package is missing, the server refuses; `target` cannot be written.
+        UnsafeError: it is larger.
     """
     with _system(address) as (system, path):
         if not system.exists(path):
             return False
-        target.write_bytes(system.cat_file(path))
-        return True
+        with system.open(path, "rb") as file:
+            data = file.read(limit + 1)
+    if len(data) > limit:
+        raise UnsafeError(f"it takes more than {limit:,} bytes", address)
+    with atomic_file(target) as written:
+        written.write(data)
+    return True
 
 
 def send_file(source: Path, address: str) -> None:
     """Copies a file from this machine; folders are made where the protocol has them.
 
     Raises:
-        UsageError: as for `fetch_file`.
+        UsageError: as for `fetch_file`. OSError: `source` cannot be read.
     """
-    with _system(address) as (system, path):
+    with source.open("rb") as file, _system(address) as (system, path):
         system.makedirs(path.rpartition("/")[0], exist_ok=True)
-        system.put_file(str(source), path)
+        with system.open(path, "wb") as target:
+            shutil.copyfileobj(file, target)
 
 
 def exists(address: str) -> bool:
     """Whether there is a file.
 
     Raises:
-        UsageError: as for `fetch_file`.
+        UsageError: the protocol is unknown, its package is missing, the server refuses.
     """
     with _system(address) as (system, path):
         return bool(system.exists(path))

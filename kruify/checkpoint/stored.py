@@ -76,7 +76,7 @@ def _narrow(name: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
         found = tensor.load().detach()
         narrow = found.to(dtype)
         if bool((found.isfinite() & ~narrow.isfinite()).any()):
-            raise UnsupportedError(f"it has numbers beyond {dtype}", name, "Keep it: --keep, or take bfloat16")
+            raise UnsupportedError(f"it has numbers beyond {dtype}", name, "Take --dtype bfloat16, or --keep it")
         return narrow
 
     return LazyTensor(tensor.shape, dtype, load, derived(dtype, tensor.identity))

@@ -179,10 +179,10 @@ def plan_budget(
     if budget is None:
         assert max_error is not None
         chosen = []
-        for i, gate in enumerate(gates):
+        for done, gate in enumerate(gates):
+            _tell(progress, done, len(gates))
             chosen.append(_within_error(gate, max_error))
             gate.search.free()
-            _tell(progress, i + 1, len(gates))
         return _collect(matrices, gates, chosen)
     limits = parse_budget(budget)
     if limits.of_network:
@@ -191,6 +191,7 @@ def plan_budget(
     several = any(count > 1 and name not in apart for name, (_, count, _) in matrices.items())
     stacks = gates_of(matrices, seed, scaled, searches, True, apart) if several and max_error is None else []
     total = len(gates) + len(stacks)
+    _tell(progress, 0, total)
     chosen = _allocated(gates, limits, budget, lambda done: _tell(progress, done, total))
     if max_error is not None:
         _check_error(gates, chosen, max_error, budget)

@@ -333,7 +333,9 @@ def _cheapest(form: Mapping[str, _Form]) -> list[ScoredStructure]:
 
 def _offer(file: FileSize, forms: Sequence[Mapping[str, _Form]], share: Budget, progress: Progress | None) -> None:
     items = [(item, gate) for form in forms for item in form.values() for gate in item.gates]
-    for done, (item, gate) in enumerate(items, 1):
+    for done, (item, gate) in enumerate(items):
+        if progress is not None:
+            progress(done, len(items), "choosing factors")
         pool, dense, least = pool_of(gate, share), dense_of(gate), _smallest(file, gate)
         bounds = file.cost(gate, least)[0], DENSE_FROM * file.cost(gate, dense)[0]
         kept = [c for c in pool if bounds[0] <= file.cost(gate, c)[0] < bounds[1]]
@@ -341,5 +343,3 @@ def _offer(file: FileSize, forms: Sequence[Mapping[str, _Form]], share: Budget, 
         item.cheapest.append(least)
         item.least += bounds[0]
         gate.search.free()
-        if progress is not None:
-            progress(done, len(items), "choosing factors")

@@ -41,7 +41,7 @@ def export_c(
     """Writes a recurrent layer as one C99 file: `NAME_init` and `NAME_step`, one time step of one stream a call.
 
     NAME is that of the file. Weights are stored in eight bits as `kruify.quantize` rounds them, one float32 scale a
-    row; activations, biases and the state are float32, and nothing else is rounded. The factors stay factors.
+    row; activations, biases and the state are float32, and they are not rounded. The factors stay factors.
 
     Args:
         module: a KRULSTM, KRUGRU, KRURNN, one of their cells, or torch.nn's; of one direction.
@@ -58,7 +58,9 @@ def export_c(
     if interface.directions == 2:
         raise UnsupportedError("two directions cannot be computed step by step", name or None, "Export it to ONNX")
     path, compiler, layer = Path(path), _compiler(), interface.layer
-    stored = quantize(densify(given) if dense else given, "int8")
+    whole = densify(given) if dense else given
+    biases = [weight for weight, _ in whole.named_parameters() if weight.startswith("bias_")]  # C has no 16-bit floats
+    stored = quantize(whole, "int8", keep=biases)
     # Dense layers of torch.nn stand for them: a thousand steps through the factors take seconds.
     original, exact = (densify(m.double()) for m in (copy.deepcopy(given), copy.deepcopy(stored)))
     long = next(layer_cases(interface, torch.float32, sizes=LONG))

@@ -41,7 +41,8 @@ class GraphBytes:
         self.scan, self.owners = scan, dict[str, str]()
         self.copy = OnnxCopy(Path(original), graph)
         self.before = file_bytes(self.copy)
-        self._gains: dict[Hashable, int] = {}
+        self._gains: dict[Hashable, int | None] = {}  # None: it stays as it is
+        self._scans: dict[Hashable, int] = {}
         self._outside = self.copy.outside()
         self._sources = self._found_sources()
 
@@ -64,9 +65,9 @@ class GraphBytes:
                 key: Hashable = name, structures.get(name), storage.get(name)
                 if key not in self._gains:
                     content = contents.constant(name, self.copy.found.tensors[name])
-                    self._gains[key] = 0 if content is None else _bytes(content, name) - _size(proto)
-                total += self._gains[key]
-                if self._gains[key]:
+                    self._gains[key] = None if content is None else _bytes(content, name) - _size(proto)
+                if (gain := self._gains[key]) is not None:
+                    total += gain
                     gone.add(id(proto))
         for group in self.copy.groups():
             forms = [self._form(layer, weight, structures, storage) for layer, weight in group]
@@ -81,9 +82,9 @@ class GraphBytes:
                     content = contents.weight(self.copy, layer, weight)
                     if content is None and apart:
                         content = dense(torch.zeros(weight.constant.tensor.shape, dtype=weight.constant.tensor.dtype))
-                    self._gains[key] = 0 if content is None else _bytes(content, name)
-                made.setdefault(form, self._gains[key])
-                if self._gains[key]:
+                    self._gains[key] = None if content is None else _bytes(content, name)
+                if (gain := self._gains[key]) is not None:
+                    made.setdefault(form, gain)
                     small.add(id(weight))
                     total += len(name) - len(weight.node.proto.input[INPUTS[weight.part]])
             total += sum(made.values())
@@ -102,7 +103,7 @@ class GraphBytes:
             return 0
         names = [name for part in "WR" for name in weight_names(found, layer, part)]
         key = (layer, *((contents.structures.get(name), contents.storage.get(name)) for name in names))
-        if key not in self._gains:
+        if key not in self._scans:
             folded = 0
             for part in "WR":
                 weight = found.weights[layer][part]
@@ -112,8 +113,8 @@ class GraphBytes:
                 elif proto is not None and weight.own:
                     folded += _size(proto)
             made = scan_nodes(found, layer, contents, _fresh())
-            self._gains[key] = max(0, sum(map(_size, (*made.constants, *made.nodes))) - folded)
-        return self._gains[key]
+            self._scans[key] = max(0, sum(map(_size, (*made.constants, *made.nodes))) - folded)
+        return self._scans[key]
 
     def _form(
         self, layer: str, weight: Weight, structures: Mapping[str, Sequence[Structure]], storage: Mapping[str, str]

@@ -110,7 +110,7 @@ def _pictures(report: Report, knee: str | None) -> str:
             "Validation split, after each epoch.",
         ),
         (
-            "Training: loss",
+            "Training: loss on the train split",
             training.over_epochs(report, lambda entry: entry.get("loss")),
             "Mean over the train split in each epoch.",
         ),

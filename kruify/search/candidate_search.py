@@ -40,11 +40,11 @@ from kruify.search.candidates import (
     make_latency_candidates,
     make_size_candidates,
 )
-from kruify.search.job_state import fingerprint
 from kruify.search.workers import Ray, spread
 from kruify.tasks.base import Task
 from kruify.tasks.evaluation import Evaluations
 from kruify.training import FinetuneResult, Recipe, finetune
+from kruify.training.digest import fingerprint
 
 SHARE = 1 / 12  # of the epochs, for each candidate: a quarter cost g2p at 16x the file 1.7 points (benchmarks/recovery)
 

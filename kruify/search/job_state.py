@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
-
-from kruify.checkpoint import atomic_file, make_folder, tensor_bytes
+from kruify.checkpoint import atomic_file, limits, make_folder
 from kruify.checkpoint.file_bytes import parse_json
-from kruify.errors import CorruptError, PlanError, UsageError
+from kruify.errors import CorruptError, PlanError, UnsafeError, UsageError
 
 Found = TypeVar("Found")
 AGAIN = "Name another folder"
+SCHEMA = 2  # of the file: raised when what it says means something else
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, PlanError)
 
 
@@ -31,8 +29,9 @@ class JobState:
         found: what an earlier process has kept, empty for a job that begins.
 
     Raises:
-        UsageError: the folder cannot be made or written to, or its file is of a job with other settings.
-        CorruptError: its file cannot be read. UnsafeError: it is nested too deeply.
+        UsageError: the folder cannot be made or written to, or its file is of a job with other settings,
+            or of another version.
+        CorruptError: its file cannot be read. UnsafeError: it is too long, or nested too deeply.
     """
 
     def __init__(self, folder: Path | None, job: str, settings: Mapping[str, Any]) -> None:
@@ -44,13 +43,17 @@ class JobState:
         if not self.file.exists():
             return
         try:
+            if (size := self.file.stat().st_size) > limits.JSON:
+                raise UnsafeError(f"its state takes {size} bytes", self.file, AGAIN)
             data = parse_json(self.file.read_bytes(), "its state", self.file, AGAIN)
-            before = dict(data.pop("settings"))
+            schema, before = data.pop("schema", 1), dict(data.pop("settings"))
         except _UNREADABLE as error:
             raise self._broken(error) from None
+        if schema != SCHEMA:
+            raise UsageError(f"the folder holds a {job} of another version of kruify", folder, AGAIN)
         if different := [name for name, value in self.settings.items() if before.get(name) != value]:
             what = ", ".join(different)
-            raise UsageError(f"the folder holds another {job} (other {what})", folder, "Name another folder")
+            raise UsageError(f"the folder holds another {job} (other {what})", folder, AGAIN)
         self.found = data
 
     def read(self, parse: Callable[[Mapping[str, Any]], Found]) -> Found:
@@ -73,14 +76,4 @@ class JobState:
         if self.file is None:
             return
         with atomic_file(self.file) as file:
-            file.write(json.dumps({"settings": self.settings, **self.found}, indent=2).encode())
-
-
-def fingerprint(state: Mapping[str, Any]) -> str:
-    """sha256 of the tensors in a state dict and their names: what tells a network from another of equal shapes."""
-    digest = hashlib.sha256()
-    for name, tensor in state.items():
-        if isinstance(tensor, Tensor):
-            digest.update(name.encode())
-            digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
+            file.write(json.dumps({"schema": SCHEMA, "settings": self.settings, **self.found}, indent=2).encode())

@@ -23,6 +23,8 @@ from kruify.conversion.locate import RecurrentLayer
 from kruify.errors import UnsupportedError, first_line
 from kruify.search.programs import place
 
+BACKEND = "KERAS_BACKEND"
+
 
 class KerasProgram:
     """A `Program`: the model, ready to run. Its configuration is trusted from here on.
@@ -36,12 +38,7 @@ class KerasProgram:
     """
 
     def __init__(self, path: Path, layers: Sequence[RecurrentLayer], tensors: Mapping[str, LazyTensor]) -> None:
-        os.environ.setdefault("KERAS_BACKEND", "torch")  # Keras's own default, TensorFlow, is another installation
-        try:
-            import keras
-        except ImportError as error:
-            hint = "Install it: pip install keras"
-            raise UnsupportedError(f"to run it needs Keras ({first_line(error)})", path, hint) from error
+        keras = _keras(path)
         try:
             self.model = keras.saving.load_model(path, compile=False, safe_mode=True)
         except Exception as error:  # Keras has no class of its own for what it cannot load
@@ -70,6 +67,26 @@ class KerasProgram:
         for layer in layers:
             if isinstance(layer, keras.layers.RNN) and id(layer) not in inner:
                 yield layer, layer.cell
+
+
+def _keras(path: Path) -> Any:
+    """Keras, which reads its backend from the environment once; its own default, TensorFlow, is another installation.
+
+    Raises:
+        UnsupportedError: it is not installed.
+    """
+    open_to_us = BACKEND not in os.environ
+    if open_to_us:
+        os.environ[BACKEND] = "torch"
+    try:
+        import keras
+    except ImportError as error:
+        hint = "Install it: pip install keras"
+        raise UnsupportedError(f"to run it needs Keras ({first_line(error)})", path, hint) from error
+    finally:
+        if open_to_us:
+            del os.environ[BACKEND]
+    return keras
 
 
 class _Network(nn.Module):

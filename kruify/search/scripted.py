@@ -70,6 +70,12 @@ class _Network(nn.Module):
         place(self, modules)
 
     def forward(self, **inputs: Any) -> Any:
+        _, *arguments = self._script[0].forward.schema.arguments  # after the module itself
+        known = [argument.name for argument in arguments]
+        if missing := [a.name for a in arguments if a.name not in inputs and not a.has_default_value()]:
+            raise ValueError(f"the sample lacks the input '{missing[0]}'")
+        if others := [name for name in inputs if name not in known]:
+            raise ValueError(f"it has no input '{others[0]}': it takes {', '.join(known)}")
         # Only in inference mode the operators come whole, and not as the products that they are made of.
         with torch.inference_mode(), _Calls(self._met):
             return self._script[0](**inputs)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from kruify.analysis.contender import int8_network
-from kruify.checkpoint import Checkpoint
+from kruify.checkpoint import Checkpoint, limits
 from kruify.checkpoint.file_bytes import parsed
 from kruify.checkpoint.remote import exists, fetch_file, is_remote, send_file
 from kruify.checkpoint.writing import as_lazy
@@ -188,7 +188,7 @@ def _sweep(
     """The sweep in a folder of this machine, whose results go to an address, if there is one."""
     task = search.task
     if address is not None:
-        fetch_file(f"{address}/sweep.json", folder / "sweep.json")
+        fetch_file(f"{address}/sweep.json", folder / "sweep.json", limits.JSON)
     state = JobState(folder, "sweep", {**search.settings, "split": split})
     known = state.read(lambda found: _known(found, task.metric))
     order = ("dense", INT8, *budgets)

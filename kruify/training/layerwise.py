@@ -154,7 +154,7 @@ def train_layer(
         UsageError: nothing is held out, or nothing else; `file` is of another run.
     """
     settings = {"layer": name, "steps": steps, "lr": lr, "seed": seed, "samples": samples}
-    settings["weights"] = fingerprint(layer, dense)
+    settings["weights"] = fingerprint(layer.state_dict(), dense.state_dict())
     if file is not None and (kept := kept_state(file, settings)) is not None:
         layer.load_state_dict(kept.pop("weights"))
         return HealedLayer(**kept)

@@ -154,7 +154,8 @@ def train_together(
             total = sum(len(batch) * float(squares(batch, data.mean_square[True])) for batch in batches)
         return math.sqrt(total / len(data.held_out))
 
-    settings = {"steps": steps, "lr": lr, "seed": seed, "samples": samples, "weights": fingerprint(*layers)}
+    settings = {"steps": steps, "lr": lr, "seed": seed, "samples": samples}
+    settings["weights"] = fingerprint(*(layer.state_dict() for layer in layers))
     before, after, done = fit(
         model, loss, error, "whole graph", steps=steps, lr=lr, file=file, settings=settings, progress=progress
     )

@@ -366,7 +366,7 @@ class Trainer:
         state, last = self.state, self.state.history[-1] if self.state.history else None
         loss = state.loss_sum / state.weight_sum if state.weight_sum else last.loss if last else None
         text = f"{phase.name} epoch {max(1, self.epochs_done)}/{sum(self.epochs)}"
-        found = [] if loss is None else [f"loss {loss:.3f}"]
+        found = [] if loss is None else [f"training loss {loss:.3f}"]
         found += [f"{self.task.metric} {last.metrics[self.task.metric]:.3f}"] if last else []
         self.progress(self.steps_done, sum(self.steps), ": ".join([text, *filter(None, [" ".join(found)])]))
 

@@ -140,6 +140,15 @@ def test_finetune_refuses_before_it_trains(arguments, sentence, folder, run):
     assert not (folder / "out.safetensors").exists()
 
 
+def test_a_training_that_gains_nothing_says_so(folder, run):
+    command = ("finetune", "model.pt", "--task", "task.py:Echo", "--epochs", "0.5", "-o", "tuned.pt", "--lr")
+    still = run(*command, "10")
+    assert still.exit_code == 0, still.stderr
+    assert "Nothing was gained: no epoch validates better" in still.stdout
+    assert "training loss" in still.stdout and "loss, valid" in still.stdout  # the metric of this task is a loss, too
+    assert "Nothing was gained" not in run(*command, "0.01").stdout
+
+
 def test_tasks_lists_what_there_is(run, run_json):
     names = [task["name"] for task in run_json("tasks")["tasks"]]
     assert "g2p-en" in names

@@ -33,15 +33,15 @@ def test_a_line_for_each_phase_that_takes_its_time(clock: Clock) -> None:
         lines.advance(1, 10, "choosing factors")  # over in half a second
         clock.now += 0.5
         for step in (1, 2, 3):
-            lines.advance(step, 4, f"train epoch 1/2: loss 0.{step}00")
+            lines.advance(step, 4, f"train epoch 1/2: training loss 0.{step}00")
             clock.now += 31
-        lines.advance(4, 4, "train epoch 2/2: loss 0.050")
+        lines.advance(4, 4, "train epoch 2/2: training loss 0.050")
         clock.now += 1
     assert file.getvalue().splitlines() == [
         "0:00:02  reading model.pt",
-        "0:01:04  train epoch 1/2: loss 0.300 (75 %, 0:00:31 left)",
-        "0:01:36  train epoch 1/2: loss 0.300",
-        "0:01:36  train epoch 2/2: loss 0.050",
+        "0:01:04  train epoch 1/2: training loss 0.300 (75 %, 0:00:31 left)",
+        "0:01:36  train epoch 1/2: training loss 0.300",
+        "0:01:36  train epoch 2/2: training loss 0.050",
     ]
 
 

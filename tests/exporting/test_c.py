@@ -83,6 +83,8 @@ def test_thousand_steps(tmp_path: Path, case: str) -> None:
 
 def test_layer_of_torch_is_rounded_to_eight_bits(tmp_path: Path) -> None:
     layer = nn.LSTM(6, 8)
+    with torch.no_grad():
+        layer.bias_hh_l0[0] = 1e5  # no float16
     exported = export_c(layer, tmp_path / "layer.c")
     x = torch.randn(50, 6)
     got = Compiled(exported.path, layer).run(x)
@@ -91,10 +93,8 @@ def test_layer_of_torch_is_rounded_to_eight_bits(tmp_path: Path) -> None:
         for p in (layer.weight_ih_l0, layer.weight_hh_l0):
             scale = (p.abs().amax(1, keepdim=True) / 127).bfloat16().float()
             p.copy_((p / scale).round() * scale)
-        for p in (layer.bias_ih_l0, layer.bias_hh_l0):
-            p.copy_(p.half())
     assert 0 < (weights[1] - layer.weight_hh_l0).abs().max() < 0.01
-    torch.testing.assert_close(got, layer(x[:, None])[0][:, 0].detach(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(got, layer(x[:, None])[0][:, 0].detach(), atol=1e-6, rtol=0)  # biases as they are
     assert exported.embedded and 1e-4 < exported.embedded.rounding < 0.1
 
 

@@ -156,8 +156,9 @@ def test_what_cannot_be_run_is_said(archive: Path, tmp_path: Path) -> None:
     output = tmp_path / "small.safetensors"
     with pytest.raises(UsageError, match="no program that runs"):
         compress_program(tmp_path / "state.pt", samples, "4x", output)
-    with pytest.raises(UsageError, match="Name the arrays as its inputs"):
-        compress_program(archive, [{"y": np.zeros(3)}] * 2, "4x", output)
+    for names, message in (("y", "the sample lacks the input 'x'"), ("xy", r"it has no input 'y': it takes x\)")):
+        with pytest.raises(UsageError, match=message):
+            compress_program(archive, [dict.fromkeys(names, np.zeros((3, 4, 24), np.float32))] * 2, "4x", output)
     with pytest.raises(UsageError, match="/proc/self: the folder cannot be written to"):
         compress_program(archive, samples, "4x", output, resume="/proc/self")
     (tmp_path / "none.pt").write_bytes(b"no archive")
@@ -250,13 +251,15 @@ def test_modules_in_the_place_of_the_layers_give_what_a_keras_model_gives(keras_
     assert all(float((a - b).abs().max()) > 1e-2 for a, b in zip(silent, found, strict=True))  # they did answer
 
 
-def test_a_keras_model_becomes_small(tmp_path: Path) -> None:
+def test_a_keras_model_becomes_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.environ["KERAS_BACKEND"] = "torch"
     keras = pytest.importorskip("keras")
     keras.utils.set_random_seed(0)
     original, small, again = (tmp_path / name for name in ("a.keras", "a.kru.safetensors", "b.keras"))
     keras.Sequential([keras.layers.Input((None, 24), name="x"), keras.layers.GRU(16)]).save(original)
+    monkeypatch.delenv("KERAS_BACKEND")
     found = compress_program(original, samples, "params=40%", small, steps=10, lr=1e-2)
+    assert "KERAS_BACKEND" not in os.environ
     (attempt,) = found.attempts
     assert [layer.name for layer in attempt.layers] == ["gru"] and attempt.layers[0].steps == 10
     kruify.export(small, "dense", again, original=original)

@@ -16,7 +16,7 @@ from torch.ao.quantization import quantize_dynamic
 import kruify
 from kruify.analysis.latency import measure_latency
 from kruify.checkpoint import read
-from kruify.checkpoint.remote import fetch_file
+from kruify.checkpoint.remote import exists, fetch_file, send_file
 from kruify.cli.main import cli
 from kruify.errors import CorruptError, UnsafeError, UsageError
 from kruify.search.trade_off import Point, knee, sweep
@@ -101,12 +101,30 @@ def test_the_folder_may_be_an_address(tmp_path: Path) -> None:
     assert task.evaluations == 1  # of 4x alone
     assert json.dumps(there.to_json()) == json.dumps(here.to_json()).replace(str(tmp_path / "s"), address)
     for name in ("2x", "4x"):
-        assert fetch_file(f"{address}/{name}.kru.safetensors", tmp_path / name)
+        size = (tmp_path / "s" / f"{name}.kru.safetensors").stat().st_size
+        assert fetch_file(f"{address}/{name}.kru.safetensors", tmp_path / name, size)
         assert (tmp_path / name).read_bytes() == (tmp_path / "s" / f"{name}.kru.safetensors").read_bytes()
     with pytest.raises(UsageError, match=r"holds another sweep \(other recipe\)"):
         sweep(Toy().model(), Toy(), ["2x"], address, epochs=2)
     with pytest.raises(UsageError, match=r"nowhere://a/sweep\.json: it cannot be reached"):
         sweep(Toy().model(), Toy(), ["2x"], "nowhere://a", epochs=1)
+    with pytest.raises(UnsafeError, match="it takes more than 9 bytes"):
+        fetch_file(f"{address}/sweep.json", tmp_path / "a", 9)
+    with pytest.raises(UsageError, match="/nowhere/a: it cannot be written"):  # not the address
+        fetch_file(f"{address}/sweep.json", tmp_path / "nowhere" / "a", 10**6)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        send_file(tmp_path / "nowhere", f"{address}/a")
+    assert not exists(f"{address}/a")
+
+
+def test_a_state_of_another_version_or_of_any_size(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text('{"settings": {"model": "0"}, "points": []}')
+    with pytest.raises(UsageError, match="holds a sweep of another version of kruify"):
+        sweep(Toy().model(), Toy(), ["2x"], tmp_path)
+    with (tmp_path / "sweep.json").open("wb") as file:
+        file.truncate(1 << 40)  # a terabyte of nothing
+    with pytest.raises(UnsafeError, match="its state takes 1099511627776 bytes"):
+        sweep(Toy().model(), Toy(), ["2x"], tmp_path)
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -121,9 +139,9 @@ def test_refusals(tmp_path: Path) -> None:
     "change",
     [
         lambda state: [],
-        lambda state: {"settings": state["settings"], "points": [{}]},
-        lambda state: {"settings": state["settings"], "points": 3},
-        lambda state: {"settings": [1], "points": []},
+        lambda state: {**state, "points": [{}]},
+        lambda state: {**state, "points": 3},
+        lambda state: {**state, "settings": [1]},
         lambda state: {**state, "points": [{**state["points"][0], "metrics": {"other": 1.0}}]},
         lambda state: {**state, "points": [{**state["points"][0], "metrics": [1.0]}]},
         lambda state: {**state, "points": [{**state["points"][0], "recurrent_parameters": "many"}]},
