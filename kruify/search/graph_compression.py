@@ -180,7 +180,7 @@ def compress_graph(
         job.plan(budget)
         if on_plan is not None:
             on_plan(job.planned())
-        more = job.more() if job.trained() else 0.0
+        more = job.more()
         if dry_run:
             seconds = seconds_of(partial(_begin, job, steps, lr), progress, steps, more)
             return GraphCompression(output, [], job.bytes, True, 0, None, [], job.planned(), seconds)

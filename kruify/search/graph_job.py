@@ -65,7 +65,10 @@ class GraphJob:
 
     def more(self) -> float:
         """About how long the training of all layers together takes, in units of what they take alone."""
-        graph, name = self.layers[self.trained()[0]]
+        together = self.trained_together()
+        if not together:
+            return 0.0
+        graph, name = self.layers[together[0]]
         numbers = range(min(8, self.recording.count))
         calls = [call for number in numbers for call in self.recording.calls(number, graph, name)]
         steps = sum(int(call.lengths.sum()) for call in calls) / len(numbers)
@@ -127,6 +130,10 @@ class GraphJob:
     def trained(self) -> list[str]:
         """Layers that are not dense and that samples reach, in the order of execution."""
         return [layer for layer in self.factored() if self.recording.untrained(*self.layers[layer]) is None]
+
+    def trained_together(self) -> list[str]:
+        """Those of them that stand in the main graphs: torch runs no bodies of other nodes."""
+        return [layer for layer in self.trained() if self.layers[layer][1] not in self.layers[layer][0].apart]
 
     def _untrained(self) -> dict[str, str]:
         """Other layers that are not dense, and why they are not trained."""

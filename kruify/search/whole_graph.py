@@ -34,7 +34,7 @@ def distil(job: GraphJob, steps: int, lr: float, state: Path | None) -> Together
     Where torch cannot run what stands behind the layers nothing is trained, and the result says why.
     """
     steps = int(STEPS * steps)
-    names = [name for name in job.trained() if job.layers[name][1] not in job.layers[name][0].apart]
+    names = job.trained_together()
     if not (steps and names):
         inside = steps and job.trained()
         return Together(reason=f"there is nothing to train{' outside the bodies of other nodes' * bool(inside)}")

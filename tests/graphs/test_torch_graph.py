@@ -157,6 +157,19 @@ def test_an_operator_that_torch_has_not_is_named(tmp_path: Path) -> None:
     assert TorchGraph(path, {}).outputs == []
 
 
+def test_what_the_body_of_a_node_reads_is_read_by_the_node(tmp_path: Path) -> None:
+    branches = [
+        helper.make_graph([helper.make_node(name, ["rnn"], ["y"])], "b", [], [value("y")]) for name in ("Neg", "Abs")
+    ]
+    nodes = [
+        node("LSTM", output="rnn"),
+        helper.make_node("If", ["c"], ["Y"], then_branch=branches[0], else_branch=branches[1]),
+    ]
+    path = save(tmp_path / "a.onnx", nodes, weights("LSTM") | {"c": np.array(True)}, check=False)
+    with pytest.raises(UnsupportedError, match="operator If"):
+        TorchGraph(path, {"rnn": recurrent(nn.LSTM(IN, H), bidirectional=False)})
+
+
 def test_a_layer_that_does_not_change(tmp_path: Path) -> None:
     """It is run behind one that does, and is named where it is not given."""
     last = helper.make_node("LSTM", ["flat", "R2", "R"], ["Y"], hidden_size=H)

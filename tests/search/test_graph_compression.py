@@ -343,6 +343,10 @@ def test_layers_in_branches_are_trained_on_what_reaches_them(branches: Path, tmp
     inner = {attribute.name: attribute.g for attribute in bodies["else_branch"].node[-1].attribute}
     nodes = [bodies["then_branch"].node[-1], inner["then_branch"].node[-1], inner["else_branch"].node[-1]]
     assert nodes[0].input[1:] == nodes[1].input[1:] != nodes[2].input[1:]  # one weight, as before
+    (tmp_path / "job").mkdir()
+    job = GraphJob([branches], Samples(feeds), "int8", 0, None, tmp_path / "job")
+    job.plan("size=8x")
+    assert job.trained() and job.more() == 0  # nothing is trained together, and no time is told for it
 
 
 def test_sequences_of_no_steps(tmp_path: Path) -> None:
