@@ -58,7 +58,7 @@ class Constant:
     """A tensor that does not depend on the inputs of the graph.
 
     Attributes:
-        tensor: its numbers; equal tensors that are computed have one identity, in whatever way.
+        tensor: its numbers; computed tensors of equal numbers have one identity, however they are computed.
         proto: where the file keeps it as it is; None if it is computed.
         nodes: what computes it, in order.
         leaves: what it is computed from.

@@ -216,7 +216,8 @@ def convert(
     beside = source.size - before if isinstance(source, Checkpoint) else 0
     counts = ByteCounts(before, stored_bytes(future, plan, storage), max(0, beside))
     if graph is not None:
-        counts = ByteCounts(file.before, size := file.of(plan), file=size)
+        size = file.of(plan)
+        counts = ByteCounts(file.before, size, file=size)
     if of_file:
         counts = replace(counts, file=file.of(plan), allowed=file.limit(str(budget)))
     slack = [*slack_of(plan, budget), *slack_of(plan, input_budget, "weight_ih")]

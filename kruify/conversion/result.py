@@ -91,8 +91,8 @@ class ByteCounts:
         before: of the source's tensors, tied ones once.
         after: of the converted network's.
         beside: what else the source holds (optimizer state, a module's code, a header); 0 for a module.
-        file: of the whole file of the converted network, header included, under a budget of bytes and of a graph; else
-            None.
+        file: of the whole file of the converted network, header included; None but for a graph or under a budget of
+            bytes.
         allowed: what that budget allows.
     """
 

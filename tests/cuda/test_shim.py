@@ -207,7 +207,7 @@ def test_what_the_low_rank_kernel_cannot_take_does_not_pay(gpu, sizes) -> None: 
 
 
 def test_a_cuda_graph_makes_steps_pay(gpu) -> None:  # type: ignore[no-untyped-def]
-    """Of an H200's 1024 units rank 128 fits in no kernel, and 256 pays in no way."""
+    """Of an H200's 1024 units rank 128 fits in no kernel, and rank 512 of each gate pays in no way."""
     assert not gpu.one_launch(4, 1024, 1, 128, 64)
     assert [gpu.pays(4, 1024, 1, 128, 64, False, kept=kept) for kept in (False, True)] == [False, True]
     assert not gpu.pays(4, 1024, 4, 512, 64, False, kept=True)
