@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -80,30 +81,39 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 def move_files(files: Iterable[Path], folder: Path) -> None:
     """Moves files into a folder of the same disk, over those of their names: all of them or, where one cannot be
-    moved, none.
+    moved, none. Each name has its old file until the new one takes its place.
 
     Raises:
         UsageError: one cannot be moved.
     """
-    aside, placed = list[Path](), list[Path]()
+    placed = list[Path]()
     try:
         with tempfile.TemporaryDirectory(prefix=".kruify.", dir=folder) as spare:
             try:
                 for file in files:
                     target = folder / file.name
                     if target.is_file():
-                        os.replace(target, Path(spare, target.name))
-                        aside.append(target)
+                        _keep(target, Path(spare, file.name))
                     os.replace(file, target)
                     placed.append(target)
-            except OSError:
+            except BaseException:  # an interruption, too
                 for target in placed:
-                    target.unlink()
-                for target in aside:
-                    os.replace(Path(spare, target.name), target)
+                    old = Path(spare, target.name)
+                    if old.exists():
+                        os.replace(old, target)
+                    else:
+                        target.unlink()
                 raise
     except OSError as error:
         raise _cannot_write(folder, error) from error
+
+
+def _keep(file: Path, other: Path) -> None:
+    """Gives a file a second name, or a copy where the disk has no hard links."""
+    try:
+        os.link(file, other)
+    except OSError:
+        shutil.copy2(file, other)
 
 
 def write_safetensors(

@@ -188,15 +188,29 @@ def test_reading_never_changes_the_file(tmp_path: Path) -> None:
     )
 
 
-def test_files_that_go_together_are_all_replaced_or_none(tmp_path: Path) -> None:
-    """The third one's place is taken by a folder, which no file can be moved over."""
-    new, folder = tmp_path / "new", tmp_path / "folder"
+@pytest.mark.parametrize(("links", "error"), [(True, UsageError), (False, KeyboardInterrupt)])
+def test_files_that_go_together_are_all_replaced_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool, error: type[BaseException]
+) -> None:
+    """The third one's place is taken by a folder, which no file can be moved over, or the user interrupts there. The
+    first one's place is never empty."""
+    new, folder, replace = tmp_path / "new", tmp_path / "folder", os.replace
     for place, names in ((new, "abc"), (folder, "a")):
         place.mkdir()
         for name in names:
             (place / name).write_text(place.name)
     (folder / "c").mkdir()
-    with pytest.raises(UsageError, match="folder"):
+
+    def moved(source: Path, target: Path) -> None:
+        assert (folder / "a").exists()
+        if error is KeyboardInterrupt and target.name == "c":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(os, "replace", moved)
+        if not links:
+            patch.setattr(os, "link", lambda *_: os.stat(tmp_path / "none"))  # an OSError
         writing.move_files([new / name for name in "abc"], folder)
     assert sorted(file.name for file in folder.iterdir()) == ["a", "c"]
     assert (folder / "a").read_text() == "folder"
