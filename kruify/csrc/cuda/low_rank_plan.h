@@ -199,6 +199,12 @@ inline int64_t stepwise_clocks(
   return kept ? kKeptClocks * launches + products : greatest(kLaunchClocks * launches, products);
 }
 
+inline int64_t stepwise_clocks(const LowRankSizes& s, int batch, const Chip& chip, Precision precision, bool kept) {
+  const int64_t pair = int64_t{s.gates} * s.pair * s.hidden * (int64_t{s.P1} + s.P2);
+  const int64_t work = int64_t{s.hidden} * s.rank * (s.sets + s.gates) + pair + int64_t{s.blocks} * s.block;
+  return stepwise_clocks(2 + s.sets + (s.pair ? s.gates : 0), work, batch, chip, precision, kept);
+}
+
 // The same in the general kernel, a block for each row and its loads one by one.
 inline int64_t general_clocks(int64_t work, int batch, const Chip& chip) {
   return (batch + chip.processors - 1) / chip.processors * (work / 16 + kStepClocks);
@@ -245,16 +251,11 @@ inline bool low_rank_pays(
   if (s.pair && (s.pair > s.hidden || int64_t{s.P1} * s.P2 != s.hidden)) return false;
   if (int64_t{s.blocks} * s.block > numbers) return false;
   const int64_t dense = dense_clocks(s, batch, chip, precision);
-  const int64_t pair = int64_t{s.gates} * s.pair * s.hidden * (int64_t{s.P1} + s.P2),
-                residual = int64_t{s.blocks} * s.block;
-  const int64_t work = int64_t{s.hidden} * s.rank * (s.sets + s.gates) + pair + residual;
-  const int launches = 2 + s.sets + (s.pair ? s.gates : 0);
+  const int64_t steps = stepwise_clocks(s, batch, chip, precision, kept);
   for (bool backward : {false, true}) {
     if (backward && !training) break;
     const LowRankPlan p = low_rank_plan(s, {true, true}, batch, chip, backward, precision);
-    if ((p.cluster ? low_rank_clocks(p, batch, chip) : stepwise_clocks(launches, work, batch, chip, precision, kept)) >
-        dense)
-      return false;
+    if ((p.cluster ? low_rank_clocks(p, batch, chip) : steps) > dense) return false;
   }
   return true;
 }

@@ -24,15 +24,17 @@ extern "C" __attribute__((visibility("default"))) void shim_plan(int gates, int 
 }
 
 // sizes: hidden, gates, sets, rank, pair, P1, P2, blocks, block. found: cluster (0: none fits), rows of the batch,
-// bytes of shared memory; then clocks of a step of all rows by the model, those of them that are taken for barriers,
-// exchange and cell, and clocks with the dense weight; clocks in which a launch reads a block's share of the thin
-// matrices; and what a launch of the host and one of a CUDA graph are taken for.
+// bytes of shared memory; then clocks of a step of all rows by the model (where none fits: step by step in a CUDA
+// graph), those of them that are taken for barriers, exchange and cell, and clocks with the dense weight; clocks in
+// which a launch reads a block's share of the thin matrices; and what a launch of the host and one of a CUDA graph are
+// taken for.
 extern "C" __attribute__((visibility("default"))) void shim_low_rank(const int* sizes, int batch, int backward,
     int precision, int processors, int shared_memory, int clusters, int64_t* found) {
   const Chip chip = chip_like(processors, shared_memory, clusters);
   const LowRankSizes s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8]};
   const LowRankPlan p = low_rank_plan(s, {true, true}, batch, chip, backward != 0, Precision(precision));
   found[0] = p.cluster, found[5] = dense_clocks(s, batch, chip, Precision(precision));
+  found[3] = stepwise_clocks(s, batch, chip, Precision(precision), true);
   if (!p.cluster) return;
   found[1] = p.rows, found[2] = p.bytes, found[3] = low_rank_clocks(p, batch, chip);
   found[4] = turns(p, batch, chip) * assumed_clocks(p);
