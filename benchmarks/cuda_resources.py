@@ -133,7 +133,8 @@ def compile_all(compiler: str, folder: Path, architectures: list[str], only: str
         known = {job.source.stem: found for job in jobs if (found := job.known())}
         if known:
             seconds = round(sum(found["cpu_seconds"] for found in known.values()))
-            files = "all" if len(known) == len(jobs) else ", ".join(known)
+            missing = ", ".join(job.source.stem for job in jobs if job.source.stem not in known)
+            files = f"all but {missing}" if missing else "all"
             all_kernels = [kernel for found in known.values() for kernel in found["kernels"]]
             result[name] = {"files": files, "cpu_seconds": seconds, "kernels": all_kernels}
     return result

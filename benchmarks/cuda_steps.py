@@ -25,10 +25,10 @@ import cuda_resources
 KERNELS = {
     "LSTM 4096 forward, float32": ("pair_forward", "pair_forward_kernel<4, Exact<4>, Square<64, 64> >"),
     "LSTM 4096 backward, float32": ("pair_backward", "pair_backward_kernel<4, Exact<4>, Square<64, 64> >"),
-    "LSTM of low rank, forward, float32": ("low_rank", "low_rank_forward_kernel<4, Exact<4>, false>"),
-    "LSTM of low rank, backward, float32": ("low_rank", "low_rank_backward_kernel<4, Exact<4>, false>"),
-    "the same and what stands beside, forward": ("low_rank", "low_rank_forward_kernel<4, Exact<4>, true>"),
-    "the same and what stands beside, backward": ("low_rank", "low_rank_backward_kernel<4, Exact<4>, true>"),
+    "LSTM of low rank, forward, float32": ("low_rank_forward", "low_rank_forward_kernel<4, Exact<4>, false>"),
+    "LSTM of low rank, backward, float32": ("low_rank_backward", "low_rank_backward_kernel<4, Exact<4>, false>"),
+    "the same and what stands beside, forward": ("beside_forward", "low_rank_forward_kernel<4, Exact<4>, true>"),
+    "the same and what stands beside, backward": ("beside_backward", "low_rank_backward_kernel<4, Exact<4>, true>"),
 }
 BARRIER = r"^BAR\.SYNC"
 COUNTED = {
