@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
 
@@ -23,6 +24,7 @@ from kruify.conversion.modules import convert_module
 from kruify.conversion.network import load_network
 from kruify.conversion.plan import Plan, make_plan
 from kruify.conversion.result import ByteCounts, Conversion, expected
+from kruify.conversion.sensitivity import plan_by_loss
 from kruify.conversion.size import DTYPE, FileSize, GraphSize, check_budget_target, plan_size
 from kruify.conversion.storing import (
     check_storage,
@@ -184,17 +186,17 @@ def convert(
     else:
         file = GraphSize(tensors, layers, dtype or "float32", keep, before=whole.before, graph=whole)
     latency = None
+    planner: Callable[..., Plan] = plan_size
     if task is not None and (by_budget or not dry_run):
         task = load_task(task)
         model = source if isinstance(source, nn.Module) else load_network(source, task)
         moments = calibrate(model, task, seed=seed, progress=progress)
+        planner = partial(plan_by_loss, dense=model, task=task)
     if plan is not None:
         plan = plan if isinstance(plan, Plan) else Plan.read(plan)
         check_plan(plan, located)
     elif of_file:
-        plan = plan_size(
-            file, str(budget), only=only, skip=skip, overrides=overrides, moments=moments, progress=progress
-        )
+        plan = planner(file, str(budget), only=only, skip=skip, overrides=overrides, moments=moments, progress=progress)
     elif limits is not None and limits.latency is not None:
         latency = timed_plans(
             file, str(budget), only=only, skip=skip, overrides=overrides, moments=moments, progress=progress

@@ -191,6 +191,7 @@ def plan_size(
     skip: Sequence[str] = (),
     overrides: Mapping[str, str] | None = None,
     moments: Mapping[str, Moments] | None = None,
+    worth: Mapping[str, float] | None = None,
     searches: Searches | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -204,6 +205,7 @@ def plan_size(
         budget: "size=8x" of the bytes of the source's weights, or "size=600kB" (`parse_budget`).
         only, skip, overrides: patterns as in `make_plan`; overrides are set on top of what the budget gave.
         moments: full weight name -> moments of what it is applied to: energy then counts at the output.
+        worth: full weight name -> what energy of this matrix counts beside that of others, 1 if not said.
         searches: as in `plan_budget`.
 
     Raises:
@@ -220,6 +222,8 @@ def plan_size(
     if size <= limit:
         return dense
     forms = _forms(file, make_plan(file.layers, "auto", "auto", only, skip), moments, searches)
+    for gate in [gate for form in forms for item in form.values() for gate in item.gates]:
+        gate.scale *= (worth or {}).get(gate.name, 1.0)
     if not forms[0]:
         raise below_smallest(budget, limit, size)
     whole = sum(form.dense for form in forms[0].values())

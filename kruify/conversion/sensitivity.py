@@ -1,0 +1,116 @@
+"""A plan from a budget of bytes that counts what an error costs in loss, not the energy of it alone.
+
+Energy, E||(W - K) h||^2, weighs all matrices alike, the loss does not: an error of W_ih costs four to six times what an
+error of W_hh of the same energy does on jsb and fashion-mnist-rows (benchmarks/recovery). No gradient of one step tells
+that: both enter the same sums.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from kruify.checkpoint.tensors import ties
+from kruify.conversion.budget import Matrices, Searches, matrices_of
+from kruify.conversion.calibration import Moments
+from kruify.conversion.modules import convert_module
+from kruify.conversion.plan import Plan, make_plan
+from kruify.conversion.result import GateResult
+from kruify.conversion.size import FileSize, plan_size
+from kruify.progress import Progress
+from kruify.tasks.base import Task, check_weight, evaluating, to_device
+
+BATCHES = 16  # of "train", as many as calibration runs
+LEAST_LOST = 1e-3  # share of a matrix's energy, below which the loss tells nothing of it
+
+
+def plan_by_loss(
+    file: FileSize,
+    budget: str,
+    *,
+    dense: nn.Module,
+    task: Task,
+    moments: Mapping[str, Moments] | None,
+    searches: Searches | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Plan:
+    """Of two plans the one whose network, untrained, has the lower loss: that of `plan_size`, and another one whose
+    matrices count by their sensitivity, the rise of the loss for the energy lost where a matrix alone has the structure
+    that the first plan gives it.
+
+    Args:
+        dense: the network; file, budget and the other options are those of `plan_size`.
+
+    Raises:
+        PlanError: the budget cannot be met.
+        TaskError: a loss is not one number.
+    """
+    options |= {"moments": moments, "searches": {} if searches is None else searches, "progress": progress}
+    planned = plan_size(file, budget, **options)
+    matrices = _matrices(file, planned, moments)
+    if len(matrices) < 2 or moments is None or not moments.keys() >= matrices.keys():
+        return planned
+    done, total = itertools.count(1), len(matrices) + 2
+
+    def loss(plan: Plan) -> tuple[float, Sequence[GateResult]]:
+        network, conversion = convert_module(dense, plan, moments=moments, seed=file.seed)
+        found = mean_loss(network, task, file.seed)
+        if progress is not None:
+            progress(next(done), total, "weighing matrices by the loss")
+        return found, conversion.matrices
+
+    before = mean_loss(dense, task, file.seed)
+    rises, losts = dict[str, float](), dict[str, float]()
+    for name, (weight, _, covariance) in matrices.items():
+        after, gates = loss(_alone(file, planned, name))
+        assert covariance is not None
+        lost, energy = _lost(weight, covariance, gates)
+        if lost > LEAST_LOST * energy:
+            rises[name], losts[name] = max(0.0, after - before), lost
+    rise = sum(rises.values())
+    if not 0 < rise < math.inf:
+        return planned
+    worth = {name: rises[name] / lost * sum(losts.values()) / rise for name, lost in losts.items()}
+    other = plan_size(file, budget, worth=worth, **options)
+    return other if other != planned and loss(other)[0] < loss(planned)[0] else planned
+
+
+def mean_loss(model: nn.Module, task: Task, seed: int = 0) -> float:
+    """Over the first batches of "train", in evaluation mode."""
+    total = weights = 0.0
+    with evaluating(model) as device:
+        for batch in itertools.islice(task.batches("train", seed=seed), BATCHES):
+            weight, batch = check_weight(task.weight(batch), task), to_device(batch, device)
+            total += weight * float(task.loss(task.forward(model, batch), batch))
+            weights += weight
+    return total / weights
+
+
+def _matrices(file: FileSize, plan: Plan, moments: Mapping[str, Moments] | None) -> Matrices:
+    tensors = file.tensors_in_float32
+    second = ties(tensors)
+    return {
+        k: m
+        for part in ("weight_hh", "weight_ih")
+        for k, m in matrices_of(plan, tensors, part, moments, second).items()
+    }
+
+
+def _alone(file: FileSize, plan: Plan, name: str) -> Plan:
+    """The plan of one matrix, whatever names it has; the others stay dense."""
+    second, structures = ties(file.tensors_in_float32), plan.structures()
+    chosen = {own: found for own, found in structures.items() if second.get(own, own) == name}
+    return make_plan(file.layers, "dense", "dense", chosen=chosen)
+
+
+def _lost(weight: Tensor, covariance: Tensor, gates: Sequence[GateResult]) -> tuple[float, float]:
+    """E||(W - K) h||^2 and E||W h||^2 of one matrix."""
+    parts = weight.double().reshape(-1, *gates[0].shape)
+    energy = ((parts @ covariance) * parts).sum((1, 2))
+    kept = energy.new_tensor([gate.energy_weighted or 0.0 for gate in gates[: len(parts)]])
+    return float(((1 - kept) * energy).sum()), float(energy.sum())
