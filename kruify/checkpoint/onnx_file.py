@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from kruify.checkpoint.gates import GATES, onnx_layer
 from kruify.checkpoint.modules import ModuleHint
 from kruify.checkpoint.onnx_constants import Constant, Folding, lazy_tensor, outside
 from kruify.checkpoint.onnx_graph import Key, Node, Proto, Scope, Walk, is_identity, own
+from kruify.checkpoint.onnx_quantized import with_own_lstms
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.errors import CorruptError, UnsafeError, UnsupportedError
 
@@ -88,7 +89,7 @@ class OnnxFile:
 
 
 def load_model(path: Path) -> Proto:
-    """The parsed protobuf.
+    """The parsed protobuf; LSTM nodes of onnxruntime's dynamic quantisation are ONNX's own in it.
 
     Raises: UnsupportedError without the onnx package; CorruptError; UnsafeError beyond 2 GiB, protobuf's own limit.
     """
@@ -106,6 +107,7 @@ def load_model(path: Path) -> Proto:
         raise CorruptError("it is not a checkpoint that kruify knows", path, "Give a model file") from error
     if not (model.ir_version and model.graph.node):
         raise CorruptError("it is not a checkpoint that kruify knows", path, "Give a model file")
+    with_own_lstms(model.graph)
     return model
 
 
@@ -294,6 +296,13 @@ def _misfit(kind: str, attributes: dict[str, Proto], lazy: dict[str, LazyTensor]
 
 def _direction(attributes: dict[str, Proto]) -> str:
     return str(attributes["direction"].s.decode("ascii", "replace")) if "direction" in attributes else "forward"
+
+
+def not_in_torch(weights: Mapping[str, Weight]) -> str | None:
+    """Why torch has no layer like a recurrent node, None if it has; by the node's "W", "R" and "B"."""
+    node = weights["W"].node
+    lazy = {part: weight.constant.tensor for part, weight in weights.items()}
+    return _refusal(KINDS[node.proto.op_type], node.attributes, list(node.proto.input), lazy)
 
 
 def _refusal(kind: str, attributes: dict[str, Proto], inputs: list[str], lazy: dict[str, LazyTensor]) -> str | None:

@@ -41,6 +41,7 @@ class GraphBytes:
         self.scan, self.owners = scan, dict[str, str]()
         self.copy = OnnxCopy(Path(original), graph)
         self.before = file_bytes(self.copy)
+        self._whole = int(self.copy.model.ByteSize())
         self._gains: dict[Hashable, int | None] = {}  # None: it stays as it is
         self._scans: dict[Hashable, int] = {}
         self._outside = self.copy.outside()
@@ -59,7 +60,7 @@ class GraphBytes:
         in_file = names_in_file(self.copy.found)
         structures, storage = in_file(structures), in_file(storage)
         contents = Contents(self.copy.found.tensors, _zeros(in_file(planned), structures), structures, storage)
-        total, gone, small = self.copy.source.stat().st_size, set[int](), set[int]()
+        total, gone, small = self._whole, set[int](), set[int]()
         for name, proto in self.copy.found.protos.items():
             if name in storage or name in structures:
                 key: Hashable = name, structures.get(name), storage.get(name)

@@ -26,7 +26,7 @@ from kruify.graphs.record import RecordingGraph, run_in_turn
 from kruify.progress import Progress
 from kruify.search.graph_ranks import GraphRanks
 from kruify.search.planned import Planned
-from kruify.search.recording import Recording, recording_chain
+from kruify.search.recording import NOT_RECORDED, Recording, recording_chain
 from kruify.search.samples import Samples
 from kruify.search.source_graph import SourceGraph
 from kruify.training.layerwise import STEPS_OF_A_BATCH, HealedLayer, is_held_out, train_layer, within
@@ -60,8 +60,10 @@ class GraphJob:
             for graph in self.graphs:
                 layers_of(graph.located, graph.path)
         if not any(nodes for graph in self.graphs for nodes in graph.nodes.values()):
-            what = "what its recurrent layers are called with cannot be recorded"
-            raise UnsupportedError(what, paths[0], "Convert it without samples")
+            passed = [*self.skipped.items(), *((name, NOT_RECORDED) for name in self.layers)][:3]
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in passed)
+            what = f"none of its recurrent layers can be trained on samples ({reasons})"
+            raise UnsupportedError(what, paths[0], "Convert it without")
 
     def more(self) -> float:
         """About how long the training of all layers together takes, in units of what they take alone."""

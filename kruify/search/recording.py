@@ -21,6 +21,8 @@ from kruify.training.digest import Digest
 from kruify.training.layerwise import RECORDED, is_held_out
 from kruify.training.pieces import Call
 
+NOT_RECORDED = "its inputs cannot be recorded where it stands"
+
 
 class Recording:
     """Calls of all layers of graphs that run one after the other; the numbers stay in files until they are needed.
@@ -69,7 +71,7 @@ class Recording:
     def untrained(self, graph: SourceGraph, name: str) -> str | None:
         """Why a layer cannot be trained, None where it can."""
         if not graph.nodes[name]:
-            return "its inputs cannot be recorded where it stands"
+            return NOT_RECORDED
         held_out = {is_held_out(number) for number in self._reached[graph, name]}
         if held_out == {True, False}:
             return None

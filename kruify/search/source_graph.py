@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from kruify.checkpoint import read
+from kruify.checkpoint.onnx_file import not_in_torch
 from kruify.conversion import Conversion
 from kruify.conversion.budget import make_budget_plan
 from kruify.conversion.calibration import Moments
@@ -55,7 +56,7 @@ class SourceGraph:
 
     def __init__(self, path: Path, dtype: str, seed: int, title: str, form: str) -> None:
         self.path, self.dtype, self.seed, self.title, self.form = path, dtype, seed, title, form
-        checkpoint = read(path)
+        checkpoint = read(path, graph=True)
         refuse_converted(checkpoint)
         if checkpoint.format != "onnx":
             program = checkpoint.format in ("torchscript", "keras")
@@ -64,7 +65,7 @@ class SourceGraph:
                 raise UsageError(what, path, "Add --run if you trust it")
             what = "samples go with an ONNX graph, a TorchScript archive or a Keras model"
             raise UsageError(what, path, "Give --task, or call kruify.heal")
-        whole = GraphBytes(path, graph=False, scan=form != "folded")
+        whole = GraphBytes(path, scan=form != "folded")
         graph = whole.copy.model.graph
         constants = {tensor.name for tensor in graph.initializer}
         self.inputs = [value.name for value in graph.input if value.name not in constants]
@@ -74,8 +75,13 @@ class SourceGraph:
         self.layers, self.twins = dict[str, RecurrentLayer](), dict[str, list[RecurrentLayer]]()
         self.nodes, self.apart = dict[str, list[str]](), set[str]()
         in_file, first = {read: name for name, read in names_as_read(found).items()}, dict[Hashable, str]()
+        self.skipped, self._untouched = dict(self.located.skipped), list[RecurrentLayer]()
         for layer in self.located.layers:
             weights = found.weights.get(in_file.get(layer.name, ""), {})
+            if weights and (reason := not_in_torch(weights)) is not None:
+                self.skipped[layer.name] = reason
+                self._untouched.append(layer)
+                continue
             same = layer.kind, layer.nonlinearity, *((p, w.constant.tensor.identity) for p, w in weights.items())
             name = first.setdefault(same if weights else layer.name, layer.name)
             whole.owners[in_file.get(layer.name, "")] = name
@@ -84,7 +90,6 @@ class SourceGraph:
             self.nodes.setdefault(name, []).extend(keys[n] for n in [layer.name] if n in keys)
             if not weights or weights["W"].node.scope is not found.scopes[0]:
                 self.apart.add(name)
-        self.skipped = dict(self.located.skipped)
         self.keep = kept_constants(whole.copy.found)
         self.tensors = in_float32(checkpoint.tensors.lazy)
         self.bytes = whole.before
@@ -149,12 +154,12 @@ class SourceGraph:
             feed: inputs that its forms are timed on.
         """
         made = self.conversion
-        small = SmallGraph(self.path, made.tensors, made.plan.structures(), made.storage, graph=False)
+        small = SmallGraph(self.path, made.tensors, made.plan.structures(), made.storage)
         forms = write_in_form(small, file, form, feed)[1]
         return [replace(one, name=f"{self.title}{one.name}") for one in forms]
 
     def _all_layers(self) -> list[RecurrentLayer]:
-        return [layer for twins in self.twins.values() for layer in twins]
+        return [*(layer for twins in self.twins.values() for layer in twins), *self._untouched]
 
     def _with_twins(self, plan: Plan) -> Plan:
         """A plan of `layers` for all that have their weights."""

@@ -129,6 +129,27 @@ def test_nodes_that_share_a_weight_share_its_factors(tmp_path: Path) -> None:
     np.testing.assert_array_equal(run(apart)[0], run(target)[0])
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_lstm_nodes_of_onnxruntimes_quantisation_become_lstm_nodes(tmp_path: Path, per_channel: bool) -> None:
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    constants = weights("LSTM", 2)
+    path = save(tmp_path / "a.onnx", [node("LSTM", name="rnn", direction="bidirectional")], constants)
+    quantized = tmp_path / "q.onnx"
+    quantization.quantize_dynamic(str(path), str(quantized), per_channel=per_channel)
+    target = small(quantized)
+    assert folded(target) == ["LSTM"]
+    np.testing.assert_allclose(run(target)[0], run(quantized)[0], atol=0.05)  # whose steps round h and x, too
+    held = {proto.name: onnx.numpy_helper.to_array(proto) for proto in onnx.load(quantized).graph.initializer}
+    for part in "WR":
+        scale, zero = (held[f"{part}_{what}"].reshape(2, 1, -1) for what in ("scale", "zero_point"))
+        constants[part] = ((held[f"{part}_quantized"].astype("f4") - zero) * scale).transpose(0, 2, 1)
+    twin = save(tmp_path / "twin.onnx", [node("LSTM", name="rnn", direction="bidirectional")], constants)
+    np.testing.assert_allclose(run(target)[0], run(twin)[0], atol=1e-5)
+    done = kruify.convert(quantized, "1*(8x1,1x8)", output=target, dtype="int8")
+    counted = GraphBytes(quantized).of(done.tensors, done.plan.structures(), done.storage)
+    assert target.stat().st_size <= counted <= target.stat().st_size + 300
+
+
 @pytest.mark.parametrize("where", ["outside", "inside"])
 def test_nodes_in_the_bodies_of_an_if_and_a_loop(tmp_path: Path, where: str) -> None:
     constants = weights("LSTM")

@@ -349,13 +349,14 @@ def test_layers_in_branches_are_trained_on_what_reaches_them(branches: Path, tmp
     assert job.trained() and job.more() == 0  # nothing is trained together, and no time is told for it
 
 
-def test_sequences_of_no_steps(tmp_path: Path) -> None:
+def test_sequences_of_no_steps_and_a_node_that_torch_has_no_layer_for(tmp_path: Path) -> None:
     make, value, numbers = onnx.helper.make_node, onnx.helper.make_tensor_value_info, np.random.default_rng(4)
     inputs = [value("x", onnx.TensorProto.FLOAT, [5, 3, 24]), value("n", onnx.TensorProto.INT32, [3])]
-    weights = {"w": (2, 128, 24), "r": (2, 128, 32)}
+    weights = {"w": (2, 128, 24), "r": (2, 128, 32), "w2": (1, 96, 24), "r2": (1, 96, 32)}
+    other = make("GRU", ["x", "w2", "r2"], ["z"], name="other", hidden_size=32)  # which resets before the matmul
     graph = onnx.helper.make_graph(
-        [make("LSTM", ["x", "w", "r", "", "n"], ["y"], hidden_size=32, direction="bidirectional")], "g", inputs,
-        [value("y", onnx.TensorProto.FLOAT, None)],
+        [make("LSTM", ["x", "w", "r", "", "n"], ["y"], hidden_size=32, direction="bidirectional"), other], "g", inputs,
+        [value(name, onnx.TensorProto.FLOAT, None) for name in "yz"],
         [onnx.numpy_helper.from_array(numbers.normal(0, 0.3, shape).astype("f4"), n) for n, shape in weights.items()],
     )  # fmt: skip
     onnx.save(
@@ -363,8 +364,14 @@ def test_sequences_of_no_steps(tmp_path: Path) -> None:
         tmp_path / "a.onnx",
     )
     feeds = [{"x": numbers.standard_normal((5, 3, 24)), "n": np.array([5, 0, 3])} for _ in range(3)]
-    (attempt,) = compress_graph(tmp_path / "a.onnx", feeds, "size=6x", tmp_path / "b.onnx", steps=8).attempts
+    found = compress_graph(tmp_path / "a.onnx", feeds, "size=5x", tmp_path / "b.onnx", steps=8)
+    (attempt,) = found.attempts
     assert attempt.together.steps == 2 and attempt.layers[0].recorded == 2 * (5 + 3)
+    assert "resets before the matmul" in found.planned.skipped["other"] and attempt.outputs["z"].relative_error < 0.02
+    stored = {
+        proto.data_type for proto in onnx.load(tmp_path / "b.onnx").graph.initializer if np.prod(proto.dims) > 999
+    }
+    assert stored == {onnx.TensorProto.INT8}
 
 
 def test_graphs_that_do_not_go_together(pair: list[Path], model: Path, tmp_path: Path) -> None:
