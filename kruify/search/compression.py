@@ -20,7 +20,7 @@ from kruify.progress import Progress
 from kruify.search.candidate_search import SHARE, CandidateSearch
 from kruify.search.candidates import Candidate, CandidateResult, Choice, Selection
 from kruify.search.job_state import JobState
-from kruify.search.max_drop import allowed_drop
+from kruify.search.max_drop import allowed_drop, drop_from
 from kruify.search.workers import Ray, check_ray
 from kruify.tasks.base import Task
 
@@ -161,6 +161,7 @@ def compress(
     )  # fmt: skip
     folder = None if resume is None else Path(resume)
     state = JobState(folder, "compression", {**search.settings, "budget": budget})
+    allowed = allowed_drop(max_drop, search.baseline[task.metric])
     if state.found:
         choice = state.read(lambda found: Choice.from_json(found, search.moments))
     else:
@@ -169,7 +170,6 @@ def compress(
         choice = search.choose(found, folder, on_candidate=on_candidate, ray=ray)
         state.keep(**choice.to_json())
     candidate, learnt = choice.candidate, dict[str, Tensor]()
-    allowed = allowed_drop(max_drop, search.baseline[task.metric])
     best, best_run, best_plan, tried = 0, None, candidate.plan, list[Attempt]()
     while True:
         student, conversion = search.convert(candidate)
@@ -213,13 +213,12 @@ def _attempt(search: CandidateSearch, conversion: Conversion, metrics: dict[str,
         if "weight_hh" in matrix.name.rpartition(".")[2]:
             kept[matrix.layer] += matrix.parameters_after - matrix.parameters_before
     after, metric = sum(kept.values()), search.task.metric
-    drop = metrics[metric] - search.baseline[metric]
     return Attempt(
         shares={name: kept[name] / count for name, count in before.items()},
         recurrent_after=after,
         recurrent_ratio=sum(before.values()) / max(1, after),
         metrics=metrics,
-        drop=-drop if search.task.higher_is_better else drop,
+        drop=drop_from(search.baseline[metric], metrics[metric], search.task.higher_is_better),
     )
 
 

@@ -23,7 +23,7 @@ from kruify.graphs.difference import Difference
 from kruify.graphs.forms import NodeForm, check_form
 from kruify.progress import Progress
 from kruify.search.graph_job import GraphJob
-from kruify.search.max_drop import allowed_drop
+from kruify.search.max_drop import allowed_drop, drop_from
 from kruify.search.planned import Planned, TrainingTime, seconds_of
 from kruify.search.samples import Samples, Source
 from kruify.search.whole_graph import distil
@@ -160,14 +160,15 @@ def compress_graph(
 
     Raises:
         UsageError: a budget that is none of bytes, no recurrent layer that can be recorded, samples that do not fit.
-        PlanError: the budget cannot be met.
+        PlanError: the budget cannot be met. TaskError: samples that are not finite, or `max_drop` of a metric
+            that is not.
     """
     if attempts < 1:
         raise UsageError(f"at least one attempt is needed, got {attempts}", "compress")
     paths = [Path(model)] if isinstance(model, str | os.PathLike) else list(map(Path, model))
     output = Path(output)
     check_form(form)
-    sign = -1 if getattr(metric, "higher_is_better", True) else 1
+    higher = getattr(metric, "higher_is_better", True)
     tried: list[GraphAttempt] = []
     best, healed, forms = 0, dict[str, HealedLayer](), list[NodeForm]()
     with tempfile.TemporaryDirectory(prefix="kruify-") as name:
@@ -196,7 +197,7 @@ def compress_graph(
             value = None if metric is None else _measured(metric, [*map(job.small, job.graphs)])
             drop = max((d.relative_error for d in differences.values()), default=0.0)
             if value is not None and baseline is not None:
-                drop = sign * (value - baseline)
+                drop = drop_from(baseline, value, higher)
             layers = [healed[name] for name in job.layers if name in healed]
             tried.append(GraphAttempt(job.written_bytes(), layers, together, differences, value, drop))
             if on_attempt is not None:

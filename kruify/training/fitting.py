@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from kruify.checkpoint import atomic_file
 from kruify.checkpoint.writing import save_tree
 from kruify.conversion.storing import store_as
-from kruify.errors import CorruptError, UsageError
+from kruify.errors import CorruptError, UnsupportedError, UsageError
 from kruify.layers.storage import marks
 from kruify.progress import Progress
 from kruify.training.rounding import ROUNDED_FROM, rounded_weights
 from kruify.training.schedule import lr_factor
 
+Found = TypeVar("Found")
 WARMUP, CLIP = 0.2, 1.0
 VALIDATIONS = 20  # in a run
 LEARNT = 1e-5  # error of what has nothing to learn
@@ -46,20 +47,30 @@ def fit(
 
     Returns:
         The error before and after, and the steps: 0 where there was nothing to learn.
+
+    Raises:
+        UnsupportedError: the error is no number before any step. UsageError, CorruptError: as `kept_state`.
     """
     settings = {} if settings is None else settings
     parameters = [p for p in model.parameters() if p.requires_grad]
     # Not fused: torch's fused step changes parameters without counting a version, on which caches of merged weights
     # rely.
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, foreach=True)
-    kept = None if file is None else kept_state(file, settings)
+
+    def go_on(kept: dict[str, Any]) -> tuple[float, float, dict[str, Tensor], int]:
+        for state in (kept["weights"], kept["latest"]):
+            model.load_state_dict(state)
+        optimizer.load_state_dict(kept["optimizer"])
+        return kept["before"], kept["best"], kept["weights"], kept["step"]
+
+    kept = None if file is None else kept_state(file, settings, go_on)
     if kept is None:
         before = best = error()
         weights, first = _copied(model), 0
     else:
-        before, best, weights, first = kept["before"], kept["best"], kept["weights"], kept["step"]
-        model.load_state_dict(kept["latest"])
-        optimizer.load_state_dict(kept["optimizer"])
+        before, best, weights, first = kept
+    if math.isnan(before):
+        raise UnsupportedError(f"the outputs of the {title} on held-out samples are NaN before it is trained")
     done = 0 if before < LEARNT else steps
     for step in range(first, done):
         optimizer.param_groups[0]["lr"] = lr * lr_factor("onecycle", step / steps, WARMUP)
@@ -91,23 +102,23 @@ def save_state(file: Path, settings: Mapping[str, Any], state: Mapping[str, Any]
         save_tree({"settings": dict(settings), **state}, stream)
 
 
-def kept_state(file: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a run of these settings left; None where there is no file.
+def kept_state(file: Path, settings: Mapping[str, Any], take: Callable[[dict[str, Any]], Found]) -> Found | None:
+    """What `take` makes of what a run of these settings left; None where there is no file.
 
     Raises:
-        UsageError: it is of another run. CorruptError: it cannot be read.
+        UsageError: it is of another run. CorruptError: it cannot be read, or `take` failed.
     """
     if not file.exists():
         return None
     try:
         found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         before = dict(found.pop("settings"))
+        if before == dict(settings):
+            return take(found)
     except Exception as error:  # whatever a file that is none brings forth
         raise CorruptError("the state of the training cannot be read", file, "Name an empty folder") from error
-    if before != dict(settings):
-        different = ", ".join(name for name in settings if before.get(name) != settings[name])
-        raise UsageError(f"the folder holds another run (other {different})", file, "Name an empty folder")
-    return found
+    different = ", ".join(name for name in settings if before.get(name) != settings[name])
+    raise UsageError(f"the folder holds another run (other {different})", file, "Name an empty folder")
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:

@@ -151,13 +151,18 @@ def train_layer(
         samples: the digest of what `calls` come from.
 
     Raises:
-        UsageError: nothing is held out, or nothing else; `file` is of another run.
+        UsageError: nothing is held out, or nothing else; a call of it is not finite; `file` is of another run.
+        CorruptError: `file` cannot be read.
     """
     settings = {"layer": name, "steps": steps, "lr": lr, "seed": seed, "samples": samples}
     settings["weights"] = fingerprint(layer.state_dict(), dense.state_dict())
-    if file is not None and (kept := kept_state(file, settings)) is not None:
+
+    def go_on(kept: dict[str, Any]) -> HealedLayer:
         layer.load_state_dict(kept.pop("weights"))
         return HealedLayer(**kept)
+
+    if file is not None and (done := kept_state(file, settings, go_on)) is not None:
+        return done
     with tempfile.TemporaryDirectory(prefix="kruify-") as folder:
         pieces = Pieces(dense, Path(folder))
         for held_out, original, given in calls:
@@ -167,6 +172,9 @@ def train_layer(
         if not (pieces.train and pieces.held_out):
             what = "nothing" if not pieces.train else "no second batch, to be held out,"
             raise UsageError(f"{what} was recorded", f"layer '{name}'", "Give more batches, of at least one step each")
+        if not pieces.finite:
+            what = "it is called with NaN or infinite numbers, or gives such"
+            raise UsageError(what, f"layer '{name}'", "Check the model and the data")
         found = _trained(layer, name, pieces, steps, lr, seed, progress)
     if file is not None:
         save_state(file, settings, {**asdict(found), "weights": layer.state_dict()})

@@ -84,10 +84,11 @@ class Pieces:
     Attributes:
         train, held_out: numbers of the pieces to train on, and of those that tell how well.
         bytes: in the files.
+        finite: whether all numbers are.
     """
 
     def __init__(self, dense: nn.Module, folder: Path) -> None:
-        self.dense, self.bytes = dense, 0
+        self.dense, self.bytes, self.finite = dense, 0, True
         self.train, self.held_out = list[int](), list[int]()
         self._carries = not (is_cell(dense) or dense.bidirectional)
         self._places: list[tuple[int, int]] = []  # first step, number of steps
@@ -126,6 +127,7 @@ class Pieces:
             for tensor in (given, output)
         ]
         parts.append(torch.cat([s.transpose(0, 1).flatten(1) for s in before], 1))
+        self.finite &= all(bool(tensor.isfinite().all()) for tensor in parts)
         for file, tensor in zip(self._files, parts, strict=True):
             with file.open("ab") as stream:
                 stream.write(tensor.float().contiguous().cpu().numpy().tobytes())

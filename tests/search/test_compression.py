@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import kruify
 from kruify.conversion.locate import locate
 from kruify.conversion.plan import Plan, make_plan
 from kruify.conversion.size import FileSize
-from kruify.errors import CorruptError, PlanError, UsageError
+from kruify.errors import CorruptError, PlanError, TaskError, UsageError
 from kruify.search.candidate_search import CandidateSearch
 from kruify.search.candidates import (
     Candidate,
@@ -26,6 +27,7 @@ from kruify.search.candidates import (
     make_size_candidates,
 )
 from kruify.search.compression import Attempt, Compression, compress
+from kruify.search.max_drop import allowed_drop, drop_from
 from kruify.tasks.base import Task
 from kruify.training import finetune
 
@@ -101,6 +103,13 @@ def test_a_drop_within_max_drop_ends_at_once(trained: nn.Module) -> None:
     done = compress(trained, Delay(), "2x", max_drop=10.0, epochs=0.25, device="cpu")
     assert done.within
     assert len(done.attempts) == 1
+
+
+def test_what_is_nan_is_infinitely_worse_and_never_the_nearest() -> None:
+    assert drop_from(0.5, math.nan, True) == drop_from(0.5, math.nan, False) == math.inf
+    assert (drop_from(3.0, 1.0, True), drop_from(3.0, 1.0, False)) == (2.0, -2.0)
+    with pytest.raises(TaskError, match="the metric of the original network is nan"):
+        allowed_drop(0.1, math.nan)
 
 
 def test_refused(trained: nn.Module) -> None:

@@ -423,6 +423,7 @@ def test_the_command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ({"budget": "size=100"}, PlanError, "the smallest file that was found takes"),
         ({"samples": Samples(lambda: iter([]))}, TaskError, "no sample to calibrate on"),
         ({"samples": [3]}, TaskError, "sample 0 is a int, not a dict"),
+        ({"metric": lambda path: np.nan, "max_drop": "1%"}, TaskError, "the metric of the original network is nan"),
         ({"model": "other.pt"}, UsageError, "samples go with an ONNX graph"),
     ],
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from kruify.errors import UsageError
+from kruify.errors import UnsupportedError, UsageError
 from kruify.training.fitting import fit
 
 STEPS = 12
@@ -54,3 +55,8 @@ def test_weights_that_are_worse_are_not_kept() -> None:
     before, _, _ = setting()
     (first, last, _), model = run(lr=1e3)
     assert first == last and torch.equal(model.weight, before.weight)
+
+
+def test_an_error_that_is_nan_before_any_step_ends_the_run() -> None:
+    with pytest.raises(UnsupportedError, match="of the whole graph on held-out samples are NaN"):
+        fit(nn.Linear(1, 1), lambda step: torch.zeros(()), lambda: math.nan, "whole graph", steps=1, lr=0.1)

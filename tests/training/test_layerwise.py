@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import kruify
-from kruify.errors import UsageError
+from kruify.errors import CorruptError, UsageError
 from kruify.training.layerwise import HELD_OUT, heal, is_held_out
 from kruify.training.pieces import PIECE, Pieces, call_of, run
 
@@ -145,6 +146,10 @@ def test_a_run_goes_on_where_it_stopped_and_gives_the_same_bits(tmp_path: Path) 
         other = {"batches": inputs(3), **options, **changed}
         with pytest.raises(UsageError, match=rf"another run \(other {what}\)"):
             heal(kruify.convert(dense, LOW_RANK)[0], dense, **other)
+    state = torch.load(tmp_path / "state" / "layer-2.pt")
+    torch.save({**state, "weights": {}}, tmp_path / "state" / "layer-2.pt")
+    with pytest.raises(CorruptError, match=r"layer-2\.pt: the state of the training cannot be read"):
+        heal(kruify.convert(dense, LOW_RANK)[0], dense, inputs(3), **options)
     with pytest.raises(UsageError, match="/proc/self: the folder cannot be written to"):
         heal(kruify.convert(dense, LOW_RANK)[0], dense, **{"batches": inputs(3), **options, "resume": "/proc/self"})
 
@@ -155,6 +160,7 @@ def test_a_run_goes_on_where_it_stopped_and_gives_the_same_bits(tmp_path: Path) 
         (lambda small, dense: (small, dense, inputs(1)), "no second batch"),
         (lambda small, dense: (dense, dense, inputs(2)), "no converted layer"),
         (lambda small, dense: (small, nn.Linear(2, 2), inputs(2)), "no recurrent layer"),
+        (lambda small, dense: (small, dense, [*inputs(1), torch.full((4, 12, 8), math.nan)]), "with NaN"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(change: Any, message: str) -> None:
