@@ -22,20 +22,23 @@ def with_own_lstms(graph: Proto) -> None:
 
     An LSTM computes in float32 what the node computed in eight bits.
     """
-    for at in reversed(range(len(graph.node))):
-        node = graph.node[at]
+    nodes = list[Proto]()
+    for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 with_own_lstms(attribute.g)
-        if (node.domain, node.op_type) != (DOMAIN, OPERATOR) or not _is_whole(node):
-            continue
-        node.domain, node.op_type = "", "LSTM"
-        for place, (scale, zero) in WEIGHTS.items():
-            name = f"{next(filter(None, node.output))}.{'WR'[place - 1]}"
-            for made in reversed(_weight(name, node.input[place], node.input[scale], node.input[zero])):
-                graph.node.insert(at, made)
-            node.input[place] = name
-        del node.input[WEIGHTS[1][0] :]
+        if (node.domain, node.op_type) == (DOMAIN, OPERATOR) and _is_whole(node):
+            node.domain, node.op_type = "", "LSTM"
+            for place, (scale, zero) in WEIGHTS.items():
+                name = f"{next(filter(None, node.output))}.{'WR'[place - 1]}"
+                nodes += _weight(name, node.input[place], node.input[scale], node.input[zero])
+                node.input[place] = name
+            del node.input[WEIGHTS[1][0] :]
+        nodes.append(node)
+    if len(nodes) > len(graph.node):
+        whole = type(graph)(node=nodes)  # copies, as the nodes of a graph are its own
+        del graph.node[:]
+        graph.node.MergeFrom(whole.node)
 
 
 def _is_whole(node: Proto) -> bool:
