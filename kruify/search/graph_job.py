@@ -63,7 +63,7 @@ class GraphJob:
             passed = [*self.skipped.items(), *((name, NOT_RECORDED) for name in self.layers)][:3]
             reasons = "; ".join(f"{name}: {reason}" for name, reason in passed)
             what = f"none of its recurrent layers can be trained on samples ({reasons})"
-            raise UnsupportedError(what, paths[0], "Convert it without")
+            raise UnsupportedError(what, paths[0], "Convert it without samples")
 
     def more(self) -> float:
         """About how long the training of all layers together takes, in units of what they take alone."""
