@@ -1,8 +1,8 @@
 """A plan from a budget of bytes that counts what an error costs in loss, not the energy of it alone.
 
-Energy, E||(W - K) h||^2, weighs all matrices alike, the loss does not: on jsb and fashion-mnist-rows an error of W_ih
-costs four times and more what one of W_hh of the same energy does (benchmarks/recovery). No gradient of one step tells
-that: both enter the same sums.
+Energy, E||(W - K) h||^2, weighs all matrices alike, the loss does not: an error of W_ih costs three times and more
+what an error of W_hh of the same energy does on jsb and fashion-mnist-rows (benchmarks/recovery/errors.py). No gradient
+of one step tells that: both enter the same sums.
 """
 
 from __future__ import annotations
