@@ -136,7 +136,7 @@ def _advise(out: Output, model: str, conversion: Conversion, budget: str | None)
     out.show(
         Text.assemble(
             ("Not ready to use:", "bold"),
-            " trained recurrent matrices have little Kronecker structure: conversion alone\n"
-            f"destroys accuracy, and fine-tuning brings it back:\n  {again}",
+            " conversion alone destroys accuracy, because trained recurrent\n"
+            f"matrices have little Kronecker structure. Training brings it back:\n  {again}",
         )
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -81,8 +82,8 @@ def _show_file(out: Output, file: FileFacts) -> None:
         out.show(f"the state dict stands under {file.key}")
     if file.prefix:
         out.show(f"names begin with {file.prefix}, which is put back in what is written")
-    for second, first in file.ties.items():
-        out.show(f"{second} is tied to {first}")
+    for line in _ties(file.ties):
+        out.show(line)
     for dtype in sorted(set(file.storage.values())):
         stored = [name for name, kind in file.storage.items() if kind == dtype]
         out.show(f"{len(stored)} weights are stored as {dtype}: {', '.join(stored[:10])}")
@@ -92,6 +93,22 @@ def _show_file(out: Output, file: FileFacts) -> None:
         out.show(f"names code that was not run: {', '.join(foreign[:10])}")
     for name, count in file.nonfinite.items():
         out.show(f"{name} has {count:,} {'entry that is' if count == 1 else 'entries that are'} NaN or infinite")
+
+
+def _ties(ties: Mapping[str, str]) -> Iterator[str]:
+    """What is tied; the weights that one layer has from another are named once, together."""
+    layers: dict[tuple[str, str], list[str]] = {}
+    for second, first in ties.items():
+        (owner, _, weight), (other, _, same) = second.rpartition("."), first.rpartition(".")
+        if owner and other and weight == same:
+            layers.setdefault((owner, other), []).append(weight)
+        else:
+            yield f"{second} is tied to {first}"
+    for (owner, other), weights in layers.items():
+        if len(weights) > 1:
+            yield f"tied are {', '.join(weights)} of\n  {owner} to those of\n  {other}"
+        else:
+            yield f"{owner}.{weights[0]} is tied to {other}.{weights[0]}"
 
 
 def _sizes(layer: RecurrentLayer) -> str:

@@ -11,6 +11,8 @@ from kruify.conversion.latency import LatencyPlan
 from kruify.factors import stacks
 from kruify.reporting.terminal import table
 
+LONG = 32
+"""Characters; where a matrix has a longer name, layers have numbers in the table, and their names stand below."""
 CAPTION = "null: the energy that an unstructured matrix of this size keeps; error: ||W - K|| / ||W||"
 
 
@@ -30,20 +32,32 @@ def converted(title: str, conversion: Conversion) -> Sequence[RenderableType]:
     columns = {"energy kept": "energy", "null": "energy_null", "error": "relative_error"}
     if any(gate.energy_weighted is not None for gate in conversion.matrices):
         columns["kept of W h"] = "energy_weighted"
-    words = ("matrix", "gate", *(["size"] if shapes else []), *(["factors"] if specs else []))
-    made = table(title, *words, "parameters", *columns, words=len(words), caption=CAPTION)
+    gates = {gate.gate for gate in conversion.matrices} != {"all"}
+    words = ("matrix", *(["gate"] if gates else []), *(["size"] if shapes else []), *(["factors"] if specs else []))
+    layers = dict.fromkeys(gate.layer for gate in conversion.matrices)
+    numbers = {layer: number for number, layer in enumerate(layers, 1)}
+    long = any(len(gate.name) > LONG for gate in conversion.matrices)
+    made = table(
+        title,
+        *words,
+        "parameters",
+        *(head.replace(" ", "\n", 1) for head in columns),
+        words=len(words),
+        caption=CAPTION,
+    )
     for gate in conversion.matrices:
         values = gate.to_json()
         made.add_row(
-            gate.name,
-            gate.gate,
+            f"{numbers[gate.layer]}: {gate.name.removeprefix(f'{gate.layer}.')}" if long else gate.name,
+            *([gate.gate] if gates else []),
             *(["x".join(map(str, gate.shape))] if shapes else []),
             *([gate.factors] if specs else []),
             f"{gate.parameters_before:,} -> {gate.parameters_after:,}",
             *("" if values[key] is None else f"{values[key]:.3f}" for key in columns.values()),
         )
     p, size = conversion.parameters, conversion.bytes
-    lines = [
+    lines = [f"{number}: {layer}" for layer, number in numbers.items()] if long else []
+    lines += [
         _counts("recurrent matrices", p.recurrent_before, p.recurrent_after, "parameters"),
         _counts("whole model", p.total_before, p.total_after, "parameters"),
     ]

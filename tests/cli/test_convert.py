@@ -159,7 +159,7 @@ def test_calibrated_by_a_task(folder, run, run_json):
     assert all(m["energy_weighted"] is None for m in plain["matrices"])
     assert all(f["energy"] <= p["energy"] + 1e-9 for f, p in zip(fitted["matrices"], plain["matrices"], strict=True))
     assert all(0 < m["energy_weighted"] <= 1 for m in fitted["matrices"])
-    assert "kept of W h" in run("convert", "model.pt", "--factors", "2x2", "--task", "task.py:Echo").stdout
+    assert "of W h" in run("convert", "model.pt", "--factors", "2x2", "--task", "task.py:Echo").stdout
 
 
 def test_converting_twice_is_refused(folder, run):
@@ -172,7 +172,7 @@ def test_converting_twice_is_refused(folder, run):
 def test_table_warns_that_conversion_alone_is_not_enough(folder, run):
     result = run("convert", "model.pt", "--factors", "2x2")
     assert "destroys accuracy" in result.stdout
-    assert "energy kept" in result.stdout
+    assert "energy" in result.stdout and "kept" in result.stdout
     assert "null" in result.stdout
 
 
@@ -193,3 +193,14 @@ def test_usage_errors(arguments, folder, run):
     assert result.exit_code == 2
     assert result.stdout == ""
     assert sorted(folder.rglob("*")) == before
+
+
+def test_long_names_stand_below_the_table(tmp_path, run):
+    layers = [f"decoder.If_1.{branch}.model.decoder.rnn.LSTM" for branch in ("then_branch", "else_branch")]
+    state = {f"{layer}.{name}": tensor for layer in layers for name, tensor in nn.LSTM(8, 16).state_dict().items()}
+    torch.save(state, tmp_path / "long.pt")
+    for factors, gate in (("stacked:2*(64x1,1x16)", False), ("2*(16x1,1x16)", True)):
+        lines = run("convert", str(tmp_path / "long.pt"), "--factors", factors, "--dry-run").stdout.splitlines()
+        assert {f"1: {layers[0]}", f"2: {layers[1]}"} < set(lines)
+        assert any("2: weight_hh_l0" in line for line in lines)
+        assert any("gate" in line for line in lines) is gate  # not where all rows have "all"

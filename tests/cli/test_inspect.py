@@ -31,6 +31,14 @@ def test_wrapper_ties_and_broken_numbers(tmp_path, run, run_json):
         assert words in text
 
 
+def test_layers_that_share_their_weights_are_named_once(tmp_path, run):
+    rnn = nn.GRU(3, 4)
+    torch.save(nn.ModuleDict({"a": rnn, "b": rnn}).state_dict(), tmp_path / "shared.pt")
+    lines = run("inspect", str(tmp_path / "shared.pt")).stdout.splitlines()
+    at = lines.index("tied are weight_ih_l0, weight_hh_l0, bias_ih_l0, bias_hh_l0 of")
+    assert lines[at + 1 :] == ["  b to those of", "  a"]
+
+
 def test_code_that_is_named_is_said_and_not_run(tmp_path, run, run_json):
     class Mine(nn.Module):
         def __init__(self):
