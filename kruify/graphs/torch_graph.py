@@ -3,10 +3,11 @@ are given by onnxruntime."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kruify.checkpoint.onnx_constants import lazy_tensor
@@ -75,12 +76,12 @@ class TorchGraph:
             raise UnsupportedError(f"the operator {unknown[0]} has no form in torch here", path)
 
     def run(self, constants: Values, samples: Sequence[Values]) -> list[Values]:
-        """The outputs for each sample.
+        """The outputs for each sample; numbers of 16 bits are computed in float32, as the layers are.
 
         Args:
             constants, samples: what `constants`, `given` and `computed` name.
         """
-        values = [{**self._stored, **constants, **sample} for sample in samples]
+        values = [_in_float32({**self._stored, **constants, **sample}.items()) for sample in samples]
         for node, attributes in self._nodes:
             if (layer := self._layer(node)) is not None:
                 calls = [node_call(node, known) for known in values]
@@ -89,7 +90,8 @@ class TorchGraph:
                 continue
             for known in values:
                 found = OPERATORS[node.op_type](attributes, *(known[name] if name else None for name in node.input))
-                known |= zip(node.output, found if isinstance(found, tuple) else (found,), strict=False)
+                outputs = found if isinstance(found, tuple) else (found,)
+                known |= _in_float32(zip(node.output, outputs, strict=False))
         return [{name: known[name] for name in self.outputs} for known in values]
 
     def _layer(self, node: Proto) -> Recurrent | None:
@@ -119,6 +121,12 @@ def run_chain(
             found[number].append(outputs)
             known[number] = {**outputs, **known[number]}
     return found
+
+
+def _in_float32(values: Iterable[tuple[str, Tensor]]) -> Values:
+    """Those of 16 bits."""
+    short = torch.float16, torch.bfloat16
+    return {name: value.float() if value.dtype in short else value for name, value in values}
 
 
 def _names_read(node: Proto) -> Iterator[str]:

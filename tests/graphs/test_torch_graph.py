@@ -157,6 +157,23 @@ def test_an_operator_that_torch_has_not_is_named(tmp_path: Path) -> None:
     assert TorchGraph(path, {}).outputs == []
 
 
+def test_a_layer_of_16_bits_is_run_in_float32(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Cast", ["X"], ["short"], to=onnx.TensorProto.FLOAT16),
+        node("LSTM", ("short", "W", "R", "B"), "rnn"),
+        helper.make_node("Mul", ["rnn", "two"], ["twice"]),
+        helper.make_node("Cast", ["twice"], ["Y"], to=onnx.TensorProto.FLOAT),
+    ]
+    constants = {name: array.astype("f2") for name, array in {**weights("LSTM"), "two": np.array(2.0)}.items()}
+    path = save(tmp_path / "a.onnx", nodes, constants, check=False)
+    layer = nn.LSTM(IN, H)
+    (found,) = TorchGraph(path, {"rnn": recurrent(layer, bidirectional=False)}).run(
+        {}, [{"short": torch.zeros(STEPS, BATCH, IN, dtype=torch.float16)}]
+    )
+    assert found["Y"].dtype == torch.float32
+    torch.testing.assert_close(found["Y"][:, 0], 2 * layer(torch.zeros(STEPS, BATCH, IN))[0])
+
+
 def test_what_the_body_of_a_node_reads_is_read_by_the_node(tmp_path: Path) -> None:
     branches = [
         helper.make_graph([helper.make_node(name, ["rnn"], ["y"])], "b", [], [value("y")]) for name in ("Neg", "Abs")
