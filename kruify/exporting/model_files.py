@@ -333,7 +333,8 @@ def _calls(model: nn.Module, task: Task, split: str, count: int = 3) -> Iterator
         leaves, spec = torch.utils._pytree.tree_flatten(caught[0])
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise UnsupportedError("its forward takes something other than tensors", type(model).__name__, ONE_BY_ONE)
-        yield leaves, spec
+        # torch.export would take the sizes of what a view is a part of (tokens[:, :-1]) for conditions on the input.
+        yield [leaf.clone(memory_format=torch.contiguous_format) for leaf in leaves], spec
 
 
 def _trace(
