@@ -21,8 +21,9 @@ from kruify.conversion.modules import convert_module
 from kruify.conversion.plan import Plan, make_plan
 from kruify.conversion.result import GateResult
 from kruify.conversion.size import FileSize, plan_size
+from kruify.errors import TaskError
 from kruify.progress import Progress
-from kruify.tasks.base import Task, check_weight, evaluating, to_device
+from kruify.tasks.base import Task, check_weight, evaluating, one_number, to_device
 
 BATCHES = 16  # of "train", as many as calibration runs
 LEAST_LOST = 1e-3  # share of a matrix's energy, below which the loss tells nothing of it
@@ -48,7 +49,7 @@ def plan_by_loss(
 
     Raises:
         PlanError: the budget cannot be met.
-        TaskError: a loss is not one number.
+        TaskError: as `mean_loss`.
     """
     options |= {"moments": moments, "searches": {} if searches is None else searches, "progress": progress}
     planned = plan_size(file, budget, **options)
@@ -81,13 +82,19 @@ def plan_by_loss(
 
 
 def mean_loss(model: nn.Module, task: Task, seed: int = 0) -> float:
-    """Over the first batches of "train", in evaluation mode."""
+    """Over the first batches of "train", in evaluation mode.
+
+    Raises:
+        TaskError: there is no batch, or a loss is not one number.
+    """
     total = weights = 0.0
     with evaluating(model) as device:
         for batch in itertools.islice(task.batches("train", seed=seed), BATCHES):
             weight, batch = check_weight(task.weight(batch), task), to_device(batch, device)
-            total += weight * float(task.loss(task.forward(model, batch), batch))
+            total += weight * float(one_number(task.loss(task.forward(model, batch), batch), task))
             weights += weight
+    if not weights:
+        raise TaskError('split "train" has no batches', where=type(task).__name__)
     return total / weights
 
 

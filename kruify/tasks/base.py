@@ -78,7 +78,7 @@ class Task(ABC):
         with evaluating(model) as device:
             for batch in check_batches(self.batches(split), self):
                 batch = to_device(batch, device)
-                losses.append(float(_one_number(self.loss(self.forward(model, batch), batch), self)))
+                losses.append(float(one_number(self.loss(self.forward(model, batch), batch), self)))
         if not losses:
             raise TaskError(f'split "{split}" has no batches', where=type(self).__name__)
         return {"loss": sum(losses) / len(losses)}
@@ -179,7 +179,7 @@ def check_weight(weight: Any, task: Task) -> float:
 
 def check_loss(loss: Any, task: Task) -> Tensor:
     """Return `loss` if training can use it: one number with a gradient; TaskError otherwise."""
-    if not _one_number(loss, task).requires_grad:
+    if not one_number(loss, task).requires_grad:
         raise TaskError(
             "loss() gave a number without a gradient",
             where=type(task).__name__,
@@ -188,7 +188,8 @@ def check_loss(loss: Any, task: Task) -> Tensor:
     return cast(Tensor, loss)
 
 
-def _one_number(loss: Any, task: Task) -> Tensor:
+def one_number(loss: Any, task: Task) -> Tensor:
+    """Return `loss` if it is one real number in a tensor; TaskError otherwise."""
     if isinstance(loss, Tensor) and loss.is_complex():
         raise TaskError("loss() gave a complex number", where=type(task).__name__, hint="Take its real part or abs()")
     if not isinstance(loss, Tensor) or loss.numel() != 1:

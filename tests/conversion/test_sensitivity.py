@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +13,9 @@ import kruify
 from kruify.conversion.calibration import calibrate
 from kruify.conversion.locate import locate
 from kruify.conversion.plan import Plan
+from kruify.conversion.sensitivity import mean_loss
 from kruify.conversion.size import FileSize, plan_size
+from kruify.errors import TaskError
 from kruify.tasks.base import Task
 
 
@@ -71,3 +74,17 @@ def test_the_bytes_go_where_the_loss_needs_them() -> None:
     assert file.of(conversion.plan) <= file.limit(budget)
     other, _ = kruify.convert(net, plan=by_energy, task=task)
     assert task.evaluate(small, "test")["error"] < 0.5 * task.evaluate(other, "test")["error"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"loss": lambda outputs, batch: outputs.mean((1, 2, 3))}, r"of shape \(2,\), not one number"),
+        ({"batches": lambda split, seed: iter(())}, 'split "train" has no batches'),
+    ],
+)
+def test_a_task_without_a_mean_loss(changed: dict[str, Any], message: str) -> None:
+    task = Hear(Two())
+    vars(task).update(changed)
+    with pytest.raises(TaskError, match=message):
+        mean_loss(Two(), task)
