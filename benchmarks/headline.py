@@ -29,7 +29,7 @@ TASKS = {  # in recovery/: what is done by what, its metric
     "fashion": "Fashion-MNIST by rows, LSTM of 128: accuracy",
     "jsb": "Bach chorales, GRU of 256: nats per frame",
 }
-DENSE, INT8, KRUIFY = "dense, float32", "dense, int8", "kruify, int8"
+DENSE, INT8, OWN_INT8, KRUIFY = "dense, float32", "dense, int8", "dense, kruify's int8", "kruify, int8"
 PRUNED, SMALLER = "pruned, int8", "smaller dense, int8"
 METHODS = {  # of recovery/grid.py
     DENSE: ("converged", "converged-longer"),
@@ -71,8 +71,9 @@ def points(found: list[Row]) -> dict[str, dict[float, Point]]:
         latency = best[0].get("latency_ms_per_step", {})
         result[series][times] = Point(_bytes(best), _mean(best, "valid"), _mean(best, "test"), latency, len(best))
         if series == DENSE:
-            own = [{**row, **row["int8"]} for row in best]
-            result[INT8][times] = Point(_bytes(own), 0.0, _mean(own, "test"), _faster(own[0]), len(own))
+            for name, key in ((INT8, "int8"), (OWN_INT8, "rounded")):
+                own = [{**row, **row[key]} for row in best]
+                result[name][times] = Point(_bytes(own), 0.0, _mean(own, "test"), _fastest(best[0][key]), len(own))
     return result
 
 
@@ -84,9 +85,9 @@ def _bytes(rows: list[Row]) -> float:
     return statistics.mean(row["bytes"] for row in rows)
 
 
-def _faster(int8: Row) -> dict[str, float]:
-    """Of torch and ONNX Runtime, where that quantises the layer, whichever is faster at a batch size."""
-    forms = [int8["int8"].get(key, {}) for key in ("latency_ms_per_step", "onnxruntime_ms_per_step")]
+def _fastest(int8: Row) -> dict[str, float]:
+    """Of a network in int8, by each of the libraries that ran it: whichever is faster at a batch size."""
+    forms = [int8.get(key, {}) for key in ("latency_ms_per_step", "onnxruntime_ms_per_step")]
     return {batch: min(form[batch] for form in forms if batch in form) for batch in forms[0]}
 
 
@@ -102,7 +103,7 @@ def table() -> str:
     found = measured()
     for task, series in found.items():
         dense = series[DENSE][1]
-        for name, times in ((DENSE, 1), (INT8, 1), (SMALLER, TIMES), (PRUNED, TIMES), (KRUIFY, TIMES)):
+        for name, times in ((DENSE, 1), (INT8, 1), (OWN_INT8, 1), (SMALLER, TIMES), (PRUNED, TIMES), (KRUIFY, TIMES)):
             point = series.get(name, {}).get(times)
             cells = [MISSING, "", "", ""] if point is None else _cells(point, dense)
             if name == KRUIFY:

@@ -30,17 +30,20 @@ from kruify.training.recurrent import recurrent_layers
 BATCHES = (1, 32)
 STEPS, SECONDS = 32, 0.15  # steps of a call, seconds spent on each layer and batch size
 OWN, ONNXRUNTIME = "latency_ms_per_step", "onnxruntime_ms_per_step"  # the second in `int8` of a dense row alone
+ROUNDED = "rounded"  # the network in kruify's int8, as it is
 
 
 def measure(rows: Sequence[Row]) -> None:
     """Puts `latency_ms_per_step`, batch size -> milliseconds, into the rows of one task, and into what a dense one says
-    of its int8 form, there ONNX Runtime's beside it."""
+    of its int8 forms: torch's, ONNX Runtime's beside it, and kruify's."""
     contenders: dict[tuple[str, str], list[nn.Module]] = {}
     for row in rows:
         model = structure(row)
         contenders[row["run"], ""] = list(recurrent_layers(model).values())
         if "int8" in row:
             contenders |= {(row["run"], key): found for key, found in int8_layers(model).items()}
+        if "rounded" in row:
+            contenders[row["run"], ROUNDED] = list(recurrent_layers(quantize(model, "int8")).values())
     inputs = [(x.input_size, x.batch_first) for x in next(iter(contenders.values()))]
     found: dict[tuple[str, str], dict[str, float]] = {key: {} for key in contenders}
     for batch in BATCHES:
@@ -53,10 +56,15 @@ def measure(rows: Sequence[Row]) -> None:
             for key, milliseconds in best.items():
                 found[key][str(batch)] = found[key].get(str(batch), 0.0) + milliseconds / STEPS
     for row in rows:
-        for form, key in ((row, OWN), (row.get("int8"), OWN), (row.get("int8"), ONNXRUNTIME)):
-            name = (row["run"], "" if form is row else key)
-            if form is not None and name in found:
-                form[key] = {batch: round(ms, 4) for batch, ms in found[name].items()}
+        int8 = row.get("int8")
+        for contender, form, key in (
+            ("", row, OWN),
+            (OWN, int8, OWN),
+            (ONNXRUNTIME, int8, ONNXRUNTIME),
+            (ROUNDED, row.get("rounded"), OWN),
+        ):
+            if milliseconds := found.get((row["run"], contender)):
+                form[key] = {batch: round(ms, 4) for batch, ms in milliseconds.items()}
 
 
 def structure(row: Row) -> nn.Module:
