@@ -4,9 +4,9 @@
     python benchmarks/headline.py --check    says whether all are what the results say; exit code 1 if not
 
 The headline is of one network per task: recovery/<task>/runs.jsonl (recovery/run.py), the grid by bytes of the whole
-file. Of several ways to train the dense network, or to prune it, the one that is best on the validation split counts;
-what is shown is the test split, the mean over seeds. The table of one Kronecker product is of layers alone:
-results/cpu_layers.jsonl (cpu_layers.py).
+file. Of several ways to train the dense network or one of low rank, or to prune it, the one that is best on the
+validation split counts; what is shown is the test split, the mean over seeds. The table of one Kronecker product is of
+layers alone: results/cpu_layers.jsonl (cpu_layers.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PRUNED, SMALLER = "pruned, int8", "smaller dense, int8"
 METHODS = {  # of recovery/grid.py
     DENSE: ("converged", "converged-longer"),
     PRUNED: ("bytes-pruned", "bytes-pruned-gradual"),
-    "low rank, int8": ("bytes-low-rank",),
+    "low rank, int8": ("bytes-low-rank", "bytes-low-rank-slow"),
     SMALLER: ("bytes-smaller",),
     KRUIFY: ("bytes",),
 }

@@ -203,6 +203,10 @@ METHODS: dict[str, Method] = {
     "bytes-low-rank": Method(
         "low rank, int8", None, "convert", True, DEFAULT, file_plan=low_rank_of_stack, dtype="int8", **BYTES
     ),
+    "bytes-low-rank-slow": Method(
+        "low rank, int8, at 2e-3", None, "convert", True, {**DEFAULT, **SLOW},
+        file_plan=low_rank_of_stack, dtype="int8", **BYTES,
+    ),
     "bytes-low-rank-float": Method(
         "low rank, rounded afterwards", None, "convert", True, DEFAULT, file_plan=low_rank_of_stack, **BYTES
     ),
