@@ -156,6 +156,7 @@ def train_layer(
     """
     settings = {"layer": name, "steps": steps, "lr": lr, "seed": seed, "samples": samples}
     settings["weights"] = fingerprint(layer.state_dict(), dense.state_dict())
+    settings["held out"] = [number for number in range(HELD_OUT**2) if is_held_out(number)]  # the rule, by its results
 
     def go_on(kept: dict[str, Any]) -> HealedLayer:
         layer.load_state_dict(kept.pop("weights"))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import kruify
+import kruify.training.layerwise
 from kruify.errors import CorruptError, UsageError
 from kruify.training.layerwise import HELD_OUT, heal, is_held_out
 from kruify.training.pieces import PIECE, Pieces, call_of, run
@@ -125,7 +126,9 @@ def test_all_terms_kept_have_nothing_to_learn() -> None:
     assert (second.steps, first.steps) == (0, 0)
 
 
-def test_a_run_goes_on_where_it_stopped_and_gives_the_same_bits(tmp_path: Path) -> None:
+def test_a_run_goes_on_where_it_stopped_and_gives_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dense = net()
     options: dict[str, Any] = {"steps": 5, "resume": tmp_path / "state"}
     runs = [kruify.convert(dense, LOW_RANK)[0] for _ in range(3)]
@@ -146,6 +149,10 @@ def test_a_run_goes_on_where_it_stopped_and_gives_the_same_bits(tmp_path: Path) 
         other = {"batches": inputs(3), **options, **changed}
         with pytest.raises(UsageError, match=rf"another run \(other {what}\)"):
             heal(kruify.convert(dense, LOW_RANK)[0], dense, **other)
+    with monkeypatch.context() as patch:
+        patch.setattr(kruify.training.layerwise, "is_held_out", lambda number: number % 8 == 1)  # as it was once
+        with pytest.raises(UsageError, match=r"another run \(other held out\)"):
+            heal(kruify.convert(dense, LOW_RANK)[0], dense, inputs(3), **options)
     state = torch.load(tmp_path / "state" / "layer-2.pt")
     torch.save({**state, "weights": {}}, tmp_path / "state" / "layer-2.pt")
     with pytest.raises(CorruptError, match=r"layer-2\.pt: the state of the training cannot be read"):
