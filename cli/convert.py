@@ -125,9 +125,12 @@ def _advise(out: Output, model: str, conversion: Conversion, budget: str | None)
         return
     kept = sum(gate.energy for gate in conversion.matrices) / len(conversion.matrices)
     if kept < LITTLE:
+        how = "give it many epochs, and compare with --budget 16x"
+        if conversion.graph is not None:
+            how = "give it many --steps, and compare with a larger budget"
         out.show(
-            f"The factors keep {100 * kept:.1f} % of the energy of these matrices, so that fine-tuning begins almost "
-            "anew:\ngive it many epochs, and compare with --budget 16x."
+            f"The factors keep {100 * kept:.1f} % of the energy of these matrices, so that training begins almost "
+            f"anew:\n{how}."
         )
     again = f"kruify finetune {conversion.output} --task TASK -o OUT"
     if conversion.graph is not None:

@@ -6,6 +6,8 @@ command line: 0 done, 1 a bug, 2 usage, 3 refused as unsafe, 4 corrupt, 5 unsupp
 
 from __future__ import annotations
 
+import re
+
 MOST = 1200
 """Characters of a sentence; what a file holds may be quoted in it."""
 
@@ -39,7 +41,8 @@ def printable(text: str) -> str:
 
 def first_line(error: Exception) -> str:
     """What an error of another library says first, or its name: for a sentence of ours."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+    text = re.sub(r"\x1b\[[\d;]*m", "", str(error))  # colours
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)[:200]
 
 
 class UsageError(KruifyError):

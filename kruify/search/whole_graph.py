@@ -37,7 +37,7 @@ def distil(job: GraphJob, steps: int, lr: float, state: Path | None) -> Together
     names = job.trained_together()
     if not (steps and names):
         inside = steps and job.trained()
-        return Together(reason=f"there is nothing to train{' outside the bodies of other nodes' * bool(inside)}")
+        return Together(reason="all stand in the bodies of If or Loop nodes" if inside else "there is nothing to train")
     modules = {name: job.layers[name][0].module(job.layers[name][1]) for name in names}
     try:
         chain = _Chain(job, modules)
