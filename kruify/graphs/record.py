@@ -93,8 +93,11 @@ class RecordingGraph:
             self._nodes[key] = node.proto, handed_out(model, node, read) if inside else {name: name for name in read}
         given = [name for _, read in self._nodes.values() for name in read.values()]
         self._further = _add_outputs(model, [*given, *self._values])
+        changed = recorded or self._values or not outputs
         try:
-            self._session = cpu_session(model.SerializeToString(), torch.get_num_threads(), path.parent)
+            # as it is, the file may have nodes that load_model reads as others
+            content = model.SerializeToString() if changed else path.read_bytes()
+            self._session = cpu_session(content, torch.get_num_threads(), path.parent)
         except ImportError as error:
             raise UnsupportedError(
                 "running an ONNX model needs an extra", path, "Install it: pip install 'kruify[onnx]'"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from kruify.errors import UsageError
 
@@ -15,6 +16,7 @@ import small_graphs  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from kruify.checkpoint.onnx_file import read_onnx  # noqa: E402
+from kruify.checkpoint.onnx_session import cpu_session  # noqa: E402
 from kruify.graphs.difference import DifferenceSums  # noqa: E402
 from kruify.graphs.record import RecordingGraph, recurrent_nodes  # noqa: E402
 
@@ -148,3 +150,15 @@ def test_nodes_in_branches_and_turns_of_a_loop_are_called_as_often_as_they_are_r
     assert [float(call.states[0].mean()) for call in lstm_calls] == [1] and lstm_calls[0].states[1] is None
     assert [float(call.states[0].mean()) for call in gru_calls] == [0, 2]
     assert [call.lengths.tolist() for call in (*lstm_calls, *gru_calls)] == [[5, 5], [5, 3], [5, 3]]
+
+
+def test_the_outputs_are_those_of_the_file_as_it_is(tmp_path: Path) -> None:
+    """Not those of what its nodes of dynamic quantisation are read as."""
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    path = small_graphs.save(tmp_path / "a.onnx", [small_graphs.node("LSTM")], small_graphs.weights("LSTM"))
+    quantized = tmp_path / "q.onnx"
+    quantization.quantize_dynamic(str(path), str(quantized))
+    x = np.random.default_rng(0).normal(0, 1, (5, 2, small_graphs.IN)).astype("f4")
+    found = RecordingGraph(quantized).run({"X": x}).outputs["Y"]
+    session = cpu_session(quantized, torch.get_num_threads())  # the node's rounding depends on the threads
+    np.testing.assert_array_equal(found, session.run(None, {"X": x})[0])
