@@ -24,7 +24,7 @@ from showcase import session
 
 FOLDER = Path("easyocr-out")
 HEIGHT, LONGEST = 64, 40  # pixels of an image; characters of a line
-COUNTS = {"train": 64, "test": 300}
+COUNTS = {"train": 192, "test": 300}
 ROOT = Path("/usr/share/fonts")
 FONTS = {
     "train": ["liberation/LiberationS*.ttf", "freefont/FreeS*.ttf", "unhinted/RobotoTTF/Roboto-[BIMR]*.ttf"],

@@ -19,7 +19,7 @@ from showcase import compress, keep, least_ms, package, session
 import kruify
 
 ORIGINAL, THEIRS, DENSE, SMALL = (FOLDER / f"{name}.onnx" for name in ("original", "theirs", "dense", "small"))
-BUDGET, STEPS = "size=8x", 160
+BUDGET, STEPS = "size=6x", 800
 
 
 def export() -> None:
