@@ -1,4 +1,4 @@
-"""The English recogniser of easyocr, made 8 times smaller without labels or code: python examples/easyocr/run.py
+"""The English recogniser of easyocr, made 6 times smaller without labels or code: python examples/easyocr/run.py
 
 Needs `pip install 'kruify[onnx,showcase]'` and fonts of Debian, which it names where they are missing. Writes the
 published checkpoint as an ONNX graph, prints lines of text in easyocr-out/, runs `kruify compress` on the graph, and
