@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .bar import clock
 from .console import Output, output, progress
 from .options import given
 
@@ -102,6 +101,8 @@ def _not_trained(planned: Planned) -> list[str]:
 
 
 def _time(seconds: float) -> str:
+    from .bar import clock
+
     return f"the training takes about {clock(seconds)}, measured on the first steps of its first layer"
 
 

@@ -87,7 +87,7 @@ def _tell() -> Progress:
     last = [""]
 
     def progress(done: float, total: float, phase: str) -> None:
-        epoch = phase.partition(" loss")[0]
+        epoch = phase.partition(":")[0]
         if epoch != last[0] or done == total:
             last[0] = epoch
             print(f"  step {done:.0f}/{total:.0f}: {phase}", flush=True)

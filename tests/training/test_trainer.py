@@ -139,7 +139,8 @@ def test_progress_counts_up_to_the_end() -> None:
     )  # fmt: skip
     assert [done for done, _, _ in seen] == [1, 2, 3, 4, 4, 5, 6, 6]  # after every step, and every validation
     assert {total for _, total, _ in seen} == {6}
-    assert all(re.fullmatch(r"train epoch [12]/2: loss \d\.\d{3} accuracy 0\.\d{3}", text) for _, _, text in seen)
+    told = re.compile(r"train epoch [12]/2: training loss \d\.\d{3} accuracy 0\.\d{3}")
+    assert all(told.fullmatch(text) for _, _, text in seen)
     assert "epoch 1/2" in seen[3][2] and "epoch 2/2" in seen[5][2]
 
 
