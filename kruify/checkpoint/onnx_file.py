@@ -15,6 +15,7 @@ from pathlib import Path
 from kruify.checkpoint import limits
 from kruify.checkpoint.gates import GATES, onnx_layer
 from kruify.checkpoint.modules import ModuleHint
+from kruify.checkpoint.onnx_cells import REASON, GateMatrices
 from kruify.checkpoint.onnx_constants import Constant, Folding, lazy_tensor, outside
 from kruify.checkpoint.onnx_graph import Key, Node, Proto, Scope, Walk, is_identity, own
 from kruify.checkpoint.onnx_quantized import with_own_lstms
@@ -40,6 +41,7 @@ EIGHT_BIT = (2, 3)
 LOOPS = ("Scan", "Loop")
 Readers = dict[Key, set[tuple[Key, int]]]
 _RECURRENT = re.compile("lstm|gru|rnn", re.IGNORECASE)
+_TORCHS = re.compile(r"(.*\.)?weight_[ih]h", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class OnnxFile:
 
     Attributes:
         tensors: by torch's names for recurrent nodes, by their own for other constants of real numbers.
-        hints: layer -> what torch would call its options.
+        hints: layer, or matrix of a cell -> what torch would call its options.
         skipped: recurrent nodes that cannot be read, and why.
         dropped: sentences on what is read otherwise than it is stored.
         weights: layer -> "W", "R", "B" -> where they are.
@@ -127,7 +129,8 @@ def read_model(model: Proto, path: Path, graph: bool = False) -> OnnxFile:
 
     Args:
         graph: the recurrent nodes stay in their graph, so read those, too, that torch has no layer for: backward only,
-            a GRU that resets before the matmul, peepholes, clipping, other activations.
+            a GRU that resets before the matmul, peepholes, clipping, other activations; and matrices of cells that are
+            written out in MatMul or Gemm, whose hint has the mode "MATRIX".
     """
     walk = Walk(model, path)
     nodes = list(walk)
@@ -147,6 +150,7 @@ def read_model(model: Proto, path: Path, graph: bool = False) -> OnnxFile:
     found.scopes = walk.scopes
     readers = _mark_read(walk, nodes, found)
     places = {(node.key, at) for node in nodes if own(node.proto) for at in MATRICES.get(node.proto.op_type, ())}
+    cells = GateMatrices((node for node in nodes if walk.function(node.proto) is None), folding)
     for name, proto in _constants(walk.scopes, path):
         lazy = lazy_tensor(proto, path)
         if id(proto) not in found.taken and lazy is not None and lazy.dtype.is_floating_point:
@@ -154,6 +158,11 @@ def read_model(model: Proto, path: Path, graph: bool = False) -> OnnxFile:
             found.tensors[name], found.protos[name] = lazy, proto
             if (read_by := readers.get((0, id(proto)), set())) and read_by <= places:
                 found.matrices.add(name)
+                if not _TORCHS.fullmatch(name) and cells.has(proto, read_by):
+                    if graph:
+                        found.hints[name] = ModuleHint("onnx.MatMul", {"mode": "MATRIX"})
+                    else:
+                        found.skipped[name] = REASON
     return found
 
 

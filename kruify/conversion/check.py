@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kruify.checkpoint import Checkpoint, LazyTensor, limits
 from kruify.conversion.computed import as_sources
-from kruify.conversion.locate import DTYPES, KRU_KINDS, AnyTensor, Located, RecurrentLayer, locate_checkpoint
+from kruify.conversion.locate import DTYPES, KRU_KINDS, MATRIX, AnyTensor, Located, RecurrentLayer, locate_checkpoint
 from kruify.conversion.plan import LayerPlan, Plan, Structures
 from kruify.errors import CorruptError, FactorSpecError, KruifyError, PlanError, UnsafeError, UnsupportedError
 from kruify.layers.matrix import group_terms
@@ -56,6 +56,8 @@ def stored_plan(checkpoint: Checkpoint) -> Plan:
         plan = Plan.from_json(text, f"plan in {checkpoint.path}")
     except (PlanError, FactorSpecError) as error:
         raise CorruptError(error.what, error.where or f"plan in {checkpoint.path}", AGAIN) from None
+    if any(item.layer.kind == MATRIX for item in plan.layers):
+        raise CorruptError("its plan has a matrix that no layer has", checkpoint.path, AGAIN)
     for layer, weight, structures in plan.matrices():
         _check_stored(checkpoint, layer, weight, structures)
     for item in plan.layers:

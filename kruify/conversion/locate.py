@@ -24,6 +24,9 @@ DTYPES = {
 """The dtypes that a layer can have, by name."""
 KRU_KINDS = ("kru", "kru-real")
 """The unit as published (kruify.layers.KRU), its state complex or real. torch.nn has no counterpart."""
+MATRIX = "matrix"
+"""A matrix of a cell that an ONNX graph writes out in MatMul or Gemm, in the layout of the file: its gates are not told
+apart. It stays in its graph; no module is built of it. In a plan it is the weight_hh of a layer of its own name."""
 MODULES: dict[type[nn.Module], tuple[str, bool]] = {
     nn.RNN: ("rnn", False),
     nn.LSTM: ("lstm", False),
@@ -39,7 +42,7 @@ class RecurrentLayer:
     """One nn.RNN, LSTM or GRU, or a cell; None marks what the source cannot tell (a state dict has no batch_first)."""
 
     name: str  # module path, "" for a bare layer
-    kind: str  # "rnn", "lstm" or "gru"; in a plan also one of KRU_KINDS
+    kind: str  # "rnn", "lstm" or "gru"; in a plan also one of KRU_KINDS, or MATRIX
     cell: bool
     input_size: int
     hidden_size: int
@@ -54,6 +57,8 @@ class RecurrentLayer:
 
     @property
     def gates(self) -> tuple[str, ...]:
+        if self.kind == MATRIX:
+            return ("all",)
         return GATES["rnn" if self.kind in KRU_KINDS else self.kind]
 
     @property
@@ -75,13 +80,21 @@ class RecurrentLayer:
 
     def shape(self, weight: str) -> tuple[int, int]:
         """(rows, cols) of one gate of `weight_ih...` or `weight_hh...`."""
-        if weight.startswith("weight_hh"):
+        if weight.startswith("weight_hh") and self.kind != MATRIX:
             return self.hidden_size, self.output_size
         first = self.cell or weight.startswith("weight_ih_l0")
         inputs = self.input_size if first else self.output_size * self.reals * (2 if self.bidirectional else 1)
         return self.hidden_size, inputs
 
+    @property
+    def weights(self) -> list[str]:
+        """Names of its matrices within it."""
+        parts = ("hh",) if self.kind == MATRIX else ("ih", "hh")
+        return [f"weight_{part}{suffix}" for suffix in self.suffixes for part in parts]
+
     def full_name(self, weight: str) -> str:
+        if self.kind == MATRIX and weight in self.weights:
+            return self.name
         return f"{self.name}.{weight}" if self.name else weight
 
     @property
@@ -110,6 +123,10 @@ class Located:
 
     layers: list[RecurrentLayer]
     skipped: list[Skipped]
+
+    def modules(self) -> Located:
+        """Those that a module can be built of."""
+        return Located([layer for layer in self.layers if layer.kind != MATRIX], self.skipped)
 
     def in_float32(self) -> Located:
         """The same layers, their numbers in float32."""
@@ -153,7 +170,17 @@ def locate_checkpoint(checkpoint: Checkpoint, *, subclasses: bool = False) -> Lo
         if layer.name in foreign:
             reason = f"{foreign[layer.name]} is not torch's own: it may compute something else"
             skipped.append(Skipped(layer.name, reason))
-    return Located([layer for layer in found.layers if layer.name not in foreign], skipped)
+    matrices = [
+        _matrix(name, checkpoint.tensors.lazy[name])
+        for name, hint in checkpoint.module_hints.items()
+        if hint.options.get("mode") == MATRIX.upper()
+    ]
+    return Located([*(layer for layer in found.layers if layer.name not in foreign), *matrices], skipped)
+
+
+def _matrix(name: str, tensor: LazyTensor) -> RecurrentLayer:
+    rows, cols = tensor.shape
+    return RecurrentLayer(name, MATRIX, True, cols, rows, bias=False, dtype=_dtype_name(tensor))
 
 
 _WEIGHT_HH = re.compile(r"(?:(?P<prefix>.+)\.)?weight_hh(?P<suffix>_l0)?", re.DOTALL)

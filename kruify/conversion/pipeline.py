@@ -180,6 +180,8 @@ def convert(
         (check_model_target if graph is None else check_target)(output, *inputs)
         if budget is not None:
             check_budget_target(budget, output)
+    if task is not None or (limits is not None and limits.latency is not None):
+        located = located.modules()
     layers = found(located, where)
     if whole is None:
         file = FileSize(tensors, layers, dtype or "float32", keep, seed, extra, sha256, before)

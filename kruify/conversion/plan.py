@@ -157,10 +157,8 @@ def _read_layer(data: object, where: str) -> LayerPlan:
         raise PlanError(f"layer '{layer.name[:80]}' has an unknown dtype, '{layer.dtype[:40]}'", where)
     matrices = {}
     for weight, entry in data["matrices"].items():
-        if weight not in weight_names(layer):
-            raise PlanError(
-                f"layer '{layer.name}' has no matrix '{weight}'{_nearest(weight, weight_names(layer))}", where
-            )
+        if weight not in layer.weights:
+            raise PlanError(f"layer '{layer.name}' has no matrix '{weight}'{_nearest(weight, layer.weights)}", where)
         specs = entry.get("gates") if isinstance(entry, dict) else None
         if (
             not isinstance(specs, dict)
@@ -228,7 +226,7 @@ def make_plan(
     plans = []
     for layer in layers:
         matrices: dict[str, Structures] = {}
-        for weight in weight_names(layer):
+        for weight in layer.weights:
             names = _names(layer, weight)
             default = factors if weight.startswith("weight_hh") else input_factors
             if (only and not _any_match(names, only)) or _any_match(names, skip):
@@ -252,7 +250,7 @@ def divided(layers: Sequence[RecurrentLayer], overrides: Mapping[str, str] | Non
     return {
         layer.full_name(weight)
         for layer in layers
-        for weight in weight_names(layer)
+        for weight in layer.weights
         if len({*_overrides_of(layer, weight, overrides or {})}) > 1
     }
 
@@ -293,11 +291,6 @@ def _resolve_one(spec: str, rows: int, cols: int, gates: int, where: str, scaled
     return replace(structure, scaled=scaled)
 
 
-def weight_names(layer: RecurrentLayer) -> list[str]:
-    """Of its matrices, within it."""
-    return [f"weight_{part}{suffix}" for suffix in layer.suffixes for part in ("ih", "hh")]
-
-
 def _names(layer: RecurrentLayer, weight: str) -> list[str]:
     """What a pattern may match to mean this matrix, most exact first. A bare layer has no name."""
     return [name for name in (layer.full_name(weight), weight, layer.name) if name]
@@ -334,7 +327,7 @@ def _all_names(layers: Sequence[RecurrentLayer]) -> list[str]:
     return [
         full
         for layer in layers
-        for weight in weight_names(layer)
+        for weight in layer.weights
         for name in _names(layer, weight)
         for full in (name, *(f"{name}.{gate}" for gate in layer.gates))
     ]

@@ -223,7 +223,7 @@ def _uniform(
     specs = {
         layer.full_name(weight): spec(layer, *layer.shape(weight), share)
         for layer in layers
-        for weight in (f"weight_{part}{suffix}" for suffix in layer.suffixes for part in ("ih", "hh"))
+        for weight in layer.weights
         if layer.shape(weight)[1] >= NARROW
     }
     return selection.plan(layers, specs)

@@ -15,7 +15,7 @@ from kruify.checkpoint.writing import move_files
 from kruify.conversion.budget import parse_budget
 from kruify.conversion.calibration import Moments
 from kruify.conversion.pipeline import found as layers_of
-from kruify.conversion.plan import Plan, weight_names
+from kruify.conversion.plan import Plan
 from kruify.conversion.result import ByteCounts, Conversion, ParameterCounts
 from kruify.conversion.size import allowed_bytes, below_smallest, largest_within
 from kruify.errors import UnsupportedError, UsageError
@@ -115,7 +115,7 @@ class GraphJob:
         for graph in self.graphs:
             factored = graph.conversion.plan.structures()
             for layer in graph.layers.values():
-                names = [layer.full_name(weight) for weight in weight_names(layer)]
+                names = [layer.full_name(weight) for weight in layer.weights]
                 found |= {f"{graph.title}{name}": why for name in names if name not in factored}
         return found
 

@@ -14,7 +14,7 @@ from kruify.checkpoint.onnx_file import not_in_torch
 from kruify.conversion import Conversion
 from kruify.conversion.budget import make_budget_plan
 from kruify.conversion.calibration import Moments
-from kruify.conversion.locate import RecurrentLayer, locate_checkpoint
+from kruify.conversion.locate import MATRIX, RecurrentLayer, locate_checkpoint
 from kruify.conversion.pipeline import refuse_converted
 from kruify.conversion.plan import Plan
 from kruify.conversion.size import GraphSize
@@ -94,7 +94,7 @@ class SourceGraph:
         self.tensors = in_float32(checkpoint.tensors.lazy)
         self.bytes = whole.before
         self.size = GraphSize(self.tensors, self._all_layers(), dtype, self.keep, before=whole.before, graph=whole)
-        self.dense = {name: dense_module(layer, self.tensors, path) for name, layer in self.layers.items()}
+        self.dense = {name: dense_module(layer, self.tensors, path) for name, layer in self._modules()}
 
     def convert(self, plan: Plan, moments: Mapping[str, Moments] | None) -> None:
         """Fits what the plan names; everything is rounded to the dtype."""
@@ -103,6 +103,9 @@ class SourceGraph:
         storage = storage_for(planned(self.tensors, plan), plan, self.dtype, self.keep)
         made = convert_tensors(self.tensors, plan, self.located.in_float32(), moments=moments, seed=self.seed)
         self.conversion = replace(made, tensors={**rounded(made.tensors, plan, storage)}, storage=storage)
+
+    def _modules(self) -> list[tuple[str, RecurrentLayer]]:
+        return [(name, layer) for name, layer in self.layers.items() if layer.kind != MATRIX]
 
     def recorded_nodes(self) -> list[str]:
         """Keys of all nodes that can be recorded."""
