@@ -37,20 +37,23 @@ def measure(rows: Sequence[Row]) -> None:
     """Puts `latency_ms_per_step`, batch size -> milliseconds, into the rows of one task, and into what a dense one says
     of its int8 forms: torch's, ONNX Runtime's beside it, and kruify's."""
     contenders: dict[tuple[str, str], list[nn.Module]] = {}
+    inputs: dict[str, list[tuple[int, bool]]] = {}  # features of each layer, which a smaller network has fewer of
     for row in rows:
         model = structure(row)
         contenders[row["run"], ""] = list(recurrent_layers(model).values())
+        inputs[row["run"]] = [(layer.input_size, layer.batch_first) for layer in recurrent_layers(model).values()]
         if "int8" in row:
             contenders |= {(row["run"], key): found for key, found in int8_layers(model).items()}
         if "rounded" in row:
             contenders[row["run"], ROUNDED] = list(recurrent_layers(quantize(model, "int8")).values())
-    inputs = [(x.input_size, x.batch_first) for x in next(iter(contenders.values()))]
     found: dict[tuple[str, str], dict[str, float]] = {key: {} for key in contenders}
     for batch in BATCHES:
-        for place, (features, batch_first) in enumerate(inputs):
-            shape = (batch, STEPS, features) if batch_first else (STEPS, batch, features)
-            x = torch.randn(shape)
-            runs = {key: partial(layers[place].eval(), x) for key, layers in contenders.items()}
+        for place in range(len(next(iter(inputs.values())))):
+            runs = {}
+            for (run, form), layers in contenders.items():
+                features, batch_first = inputs[run][place]
+                x = torch.randn((batch, STEPS, features) if batch_first else (STEPS, batch, features))
+                runs[run, form] = partial(layers[place].eval(), x)
             with torch.inference_mode():
                 best = best_times(runs, SECONDS * len(runs))
             for key, milliseconds in best.items():
