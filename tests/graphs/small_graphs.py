@@ -30,6 +30,21 @@ def node(kind: str, inputs: Sequence[str] = ("X", "W", "R", "B"), output: str = 
     return helper.make_node(kind, list(inputs), [output], hidden_size=H, **attributes)
 
 
+def lstm_step(t: int, c: str, candidate: str = "Tanh") -> list[Any]:
+    """Step t of an LSTM behind its products, as torch writes it: h<t + 1> and c<t> of the gates g<t> and a state c."""
+    make = helper.make_node
+    return [
+        make("Split", [f"g{t}"], [f"i{t}", f"f{t}", f"n{t}", f"o{t}"], axis=1),
+        *(make("Sigmoid", [f"{gate}{t}"], [f"s{gate}{t}"]) for gate in "ifo"),
+        make(candidate, [f"n{t}"], [f"tg{t}"]),
+        make("Mul", [f"sf{t}", c], [f"fc{t}"]),
+        make("Mul", [f"si{t}", f"tg{t}"], [f"ig{t}"]),
+        make("Add", [f"fc{t}", f"ig{t}"], [f"c{t}"]),
+        make("Tanh", [f"c{t}"], [f"tc{t}"]),
+        make("Mul", [f"so{t}", f"tc{t}"], [f"h{t + 1}"]),
+    ]
+
+
 def save(
     path: Path,
     nodes: Sequence[Any],

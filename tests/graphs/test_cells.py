@@ -16,7 +16,7 @@ from kruify.search.recording import NOT_RECORDED
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-from small_graphs import BATCH, IN, H, node, run, save, weights  # noqa: E402
+from small_graphs import BATCH, IN, H, lstm_step, node, run, save, weights  # noqa: E402
 
 make = onnx.helper.make_node
 EXACT = {"Wx": f"{IN}*({IN}x1,1x{4 * H})", "Wh": f"{H}*({H}x1,1x{4 * H})", "U": f"{H}*({3 * H}x1,1x{H})"}
@@ -38,14 +38,7 @@ def cells(path: Path, *more: Any, first: str = "X", change: str = "", hidden: in
             make("MatMul", [h, "Wh"], [f"b{t}"]),
             make("Add", [f"a{t}", f"b{t}"], [f"p{t}"]),
             make("Add", [f"p{t}", "b"], [f"g{t}"]),
-            make("Split", [f"g{t}"], [f"i{t}", f"f{t}", f"n{t}", f"o{t}"], axis=1),
-            *(make("Sigmoid", [f"{gate}{t}"], [f"s{gate}{t}"]) for gate in "ifo"),
-            make("Relu" if change == "part" else "Tanh", [f"n{t}"], [f"tg{t}"]),
-            make("Mul", [f"sf{t}", c], [f"fc{t}"]),
-            make("Mul", [f"si{t}", f"tg{t}"], [f"ig{t}"]),
-            make("Add", [f"fc{t}", f"ig{t}"], [f"c{t}"]),
-            make("Tanh", [f"c{t}"], [f"tc{t}"]),
-            make("Mul", [f"so{t}", f"tc{t}"], [f"h{t + 1}"]),
+            *lstm_step(t, c, candidate="Relu" if change == "part" else "Tanh"),
         ]
         h, c = f"h{t + 1}", f"c{t}"
     nodes += [

@@ -22,7 +22,7 @@ from kruify.layers import KroneckerMatrix
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-from small_graphs import BATCH, IN, H, folded, node, run, save, value, weights  # noqa: E402
+from small_graphs import BATCH, IN, H, folded, lstm_step, node, run, save, value, weights  # noqa: E402
 
 EXACT = f"{H}*({H}x1,1x{H})", f"{IN}*({H}x1,1x{IN})"
 """Low rank of full rank, of W_hh and of W_ih."""
@@ -360,14 +360,7 @@ def test_a_cell_written_out_keeps_its_gates_under_the_names_of_torch(
             make("Gemm", [f"x{t}", "cell.weight_ih", "cell.bias_ih"], [f"a{t}"], transB=1),
             make("Gemm", [h, "cell.weight_hh", "cell.bias_hh"], [f"b{t}"], transB=1),
             make("Add", [f"a{t}", f"b{t}"], [f"g{t}"]),
-            make("Split", [f"g{t}"], [f"i{t}", f"f{t}", f"n{t}", f"o{t}"], axis=1),
-            *(make("Sigmoid", [f"{gate}{t}"], [f"s{gate}{t}"]) for gate in "ifo"),
-            make("Tanh", [f"n{t}"], [f"tg{t}"]),
-            make("Mul", [f"sf{t}", c], [f"fc{t}"]),
-            make("Mul", [f"si{t}", f"tg{t}"], [f"ig{t}"]),
-            make("Add", [f"fc{t}", f"ig{t}"], [f"c{t}"]),
-            make("Tanh", [f"c{t}"], [f"tc{t}"]),
-            make("Mul", [f"so{t}", f"tc{t}"], [f"h{t + 1}"]),
+            *lstm_step(t, c),
         ]
         h, c = f"h{t + 1}", f"c{t}"
     nodes.append(make("Unsqueeze", [h, "axis"], ["Y"]))
