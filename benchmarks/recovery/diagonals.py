@@ -16,14 +16,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from grid import CONVERGED, TASKS, Run
 from torch import Tensor
-from train import weights_file
+from train import CACHE, dense_network
 
 from kruify.conversion.calibration import calibrate
 from kruify.conversion.locate import locate
 from kruify.decomposition.weighted import Weighted
 from kruify.tasks.loader import load_task
 
-CACHE = Path.home() / ".cache" / "kruify-recovery"
 SHARES, ROUNDS = (1 / 16, 1 / 8, 1 / 4), 30
 
 
@@ -46,8 +45,7 @@ def kept(w: Tensor, metric: Weighted, share: float) -> tuple[int, float, float, 
 def main() -> None:
     for name in sys.argv[1:] or ("fashion", "jsb", "g2p"):
         task = load_task(TASKS[name].name)
-        dense = task.model()
-        dense.load_state_dict(torch.load(weights_file(Run(name, CONVERGED), CACHE), weights_only=True))
+        dense = dense_network(Run(name, CONVERGED), task, CACHE)
         moments = calibrate(dense, task)
         for layer in locate(dense).layers:
             for weight in (layer.full_name(f"weight_hh{suffix}") for suffix in layer.suffixes):

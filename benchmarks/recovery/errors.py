@@ -10,9 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
 from grid import CONVERGED, TASKS, Run
-from train import weights_file
+from train import CACHE, dense_network
 
 from kruify import convert
 from kruify.conversion.calibration import calibrate
@@ -21,18 +20,16 @@ from kruify.conversion.plan import make_plan
 from kruify.conversion.sensitivity import LEAST_LOST, mean_loss
 from kruify.tasks.loader import load_task
 
-CACHE = Path.home() / ".cache" / "kruify-recovery"
 TIMES = (4, 8, 16)  # fewer numbers
 
 
 def main() -> None:
     for name in sys.argv[1:] or ("fashion", "jsb", "g2p"):
         task = load_task(TASKS[name].name)
-        dense = task.model()
-        dense.load_state_dict(torch.load(weights_file(Run(name, CONVERGED), CACHE), weights_only=True))
+        dense = dense_network(Run(name, CONVERGED), task, CACHE)
         moments, layers, before = calibrate(dense, task), locate(dense).layers, mean_loss(dense, task)
         for layer in layers:
-            for stem in (f"weight_{part}{suffix}" for suffix in layer.suffixes for part in ("ih", "hh")):
+            for stem in layer.weights:
                 weight, (rows, cols) = layer.full_name(stem), layer.shape(stem)
                 rows *= len(layer.gates)
                 w = dense.get_parameter(weight).detach().double()

@@ -43,10 +43,7 @@ def largest_entries(dense: nn.Module, budget: str) -> Plan:
     """The largest entries of every matrix, counted as `PrunedSize` does."""
     file = PrunedSize(dense.state_dict(), locate(dense).layers)
     names = [
-        layer.full_name(weight)
-        for layer in file.layers
-        for weight in (f"weight_{part}{suffix}" for suffix in layer.suffixes for part in ("ih", "hh"))
-        if layer.shape(weight)[1] >= NARROW
+        layer.full_name(weight) for layer in file.layers for weight in layer.weights if layer.shape(weight)[1] >= NARROW
     ]
 
     def pruned(share: float) -> Plan:

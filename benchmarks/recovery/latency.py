@@ -40,8 +40,8 @@ def measure(rows: Sequence[Row]) -> None:
     inputs: dict[str, list[tuple[int, bool]]] = {}  # features of each layer, which a smaller network has fewer of
     for row in rows:
         model = structure(row)
-        contenders[row["run"], ""] = list(recurrent_layers(model).values())
-        inputs[row["run"]] = [(layer.input_size, layer.batch_first) for layer in recurrent_layers(model).values()]
+        contenders[row["run"], ""] = layers = list(recurrent_layers(model).values())
+        inputs[row["run"]] = [(layer.input_size, layer.batch_first) for layer in layers]
         if "int8" in row:
             contenders |= {(row["run"], key): found for key, found in int8_layers(model).items()}
         if "rounded" in row:

@@ -25,7 +25,7 @@ import report  # noqa: E402
 import torch  # noqa: E402
 from grid import CONVERGED, METHODS, TASKS, Run, grid  # noqa: E402
 from measurements import Row, read, store  # noqa: E402
-from train import train, weights_file  # noqa: E402
+from train import CACHE, train, weights_file  # noqa: E402
 
 from kruify.errors import KruifyError  # noqa: E402
 from kruify.progress import Progress  # noqa: E402
@@ -77,7 +77,7 @@ def train_all(runs: list[Run], cache: Path, until: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="task:method:times:seed:epochs:changes; all of the grid if none")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "kruify-recovery")
+    parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run after so long")
     parser.add_argument("--list", action="store_true", help="print the grid and what is done")

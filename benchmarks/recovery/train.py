@@ -30,6 +30,8 @@ from kruify.tasks.loader import load_task
 from kruify.training import finetune
 from kruify.training.recurrent import recurrent_layers
 
+CACHE = Path.home() / ".cache" / "kruify-recovery"  # weights and states, unless run.py is told another
+
 
 def train(
     run: Run,
@@ -46,11 +48,7 @@ def train(
     """
     setup, method = TASKS[run.task], METHODS[run.method]
     task = load_task(setup.name)
-    teacher = None
-    if method.start not in ("scratch", "smaller"):
-        teacher = task.model()
-        trained = weights_file(run.teacher, cache)
-        teacher.load_state_dict(task.published() if setup.published else torch.load(trained, weights_only=True))
+    teacher = None if method.start in ("scratch", "smaller") else dense_network(run, task, cache)
     started = time.monotonic()
     row: Row = {}
     options = run.options
@@ -111,6 +109,16 @@ def train(
         **counts(teacher if teacher is not None and method.start == "int8" else model),
         **where_and_when(),
     }
+
+
+def dense_network(run: Run, task: Task, cache: Path) -> nn.Module:
+    """The trained dense network of a run, published or kept in `cache`."""
+    dense = task.model()
+    published = TASKS[run.task].published
+    dense.load_state_dict(
+        task.published() if published else torch.load(weights_file(run.teacher, cache), weights_only=True)
+    )
+    return dense
 
 
 def choose_candidate(run: Run, task: Task, teacher: nn.Module, folder: Path) -> tuple[Candidate, Row]:
