@@ -18,6 +18,9 @@ from kruify.errors import TaskError
 from kruify.progress import Progress
 from kruify.tasks.base import evaluating, to_device
 
+BATCHES = 16
+"""Of "train", that calibration looks at."""
+
 
 class Calibration(Protocol):
     """The part of a `Task` that calibration needs."""
@@ -89,7 +92,7 @@ def calibrate(
     task: Calibration,
     *,
     split: str = "train",
-    batches: int | None = 16,
+    batches: int | None = BATCHES,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Moments]:

@@ -267,9 +267,8 @@ def _locate_modules(module: nn.Module, subclasses: bool) -> Located:
         cls = type(child).__bases__[0] if is_parametrized(child) else type(child)
         if cls in MODULES or (subclasses and isinstance(child, tuple(MODULES))):
             layer = describe(name, child)
-            names = {f"weight_{part}{suffix}" for suffix in layer.suffixes for part in ("ih", "hh")}
             known = compute_weights({n: LazyTensor.of(tensor) for n, tensor in child.state_dict().items()})[0]
-            if unknown := sorted(names - set(known)):
+            if unknown := sorted(set(layer.weights) - set(known)):
                 reason = f"{unknown[0]} is computed from other parameters in a way that kruify does not know"
                 found.skipped.append(Skipped(name, reason))
             else:

@@ -219,11 +219,11 @@ def convert(
     storage = storage_for(future, plan, dtype, keep)
     beside = source.size - before if isinstance(source, Checkpoint) else 0
     counts = ByteCounts(before, stored_bytes(future, plan, storage), max(0, beside))
-    if graph is not None:
+    if graph is not None or of_file:
         size = file.of(plan)
-        counts = ByteCounts(file.before, size, file=size)
+        counts = replace(counts, file=size) if graph is None else ByteCounts(file.before, size, file=size)
     if of_file:
-        counts = replace(counts, file=file.of(plan), allowed=file.limit(str(budget)))
+        counts = replace(counts, allowed=file.limit(str(budget)))
     slack = [*slack_of(plan, budget), *slack_of(plan, input_budget, "weight_ih")]
     told: dict[str, Any] = {"bytes": counts, "storage": storage, "latency": latency, "slack": slack}
     if dry_run and not by_budget:

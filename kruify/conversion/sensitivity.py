@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kruify.checkpoint.tensors import ties
 from kruify.conversion.budget import Matrices, Searches, matrices_of
-from kruify.conversion.calibration import Moments
+from kruify.conversion.calibration import BATCHES, Moments
 from kruify.conversion.modules import convert_module
 from kruify.conversion.plan import Plan, make_plan
 from kruify.conversion.result import GateResult
@@ -25,7 +25,6 @@ from kruify.errors import TaskError
 from kruify.progress import Progress
 from kruify.tasks.base import Task, check_weight, evaluating, one_number, to_device
 
-BATCHES = 16  # of "train", as many as calibration runs
 LEAST_LOST = 1e-3  # share of a matrix's energy, below which the loss tells nothing of it
 
 

@@ -75,8 +75,8 @@ def _keras(path: Path) -> Any:
     Raises:
         UnsupportedError: it is not installed.
     """
-    open_to_us = BACKEND not in os.environ
-    if open_to_us:
+    unset = BACKEND not in os.environ
+    if unset:
         os.environ[BACKEND] = "torch"
     try:
         import keras
@@ -84,7 +84,7 @@ def _keras(path: Path) -> Any:
         hint = "Install it: pip install keras"
         raise UnsupportedError(f"to run it needs Keras ({first_line(error)})", path, hint) from error
     finally:
-        if open_to_us:
+        if unset:
             del os.environ[BACKEND]
     return keras
 

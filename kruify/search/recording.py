@@ -75,11 +75,8 @@ class Recording:
         held_out = {is_held_out(number) for number in self._reached[graph, name]}
         if held_out == {True, False}:
             return None
-        return (
-            f"no sample that is {'not ' * (True in held_out)}held out reaches it"
-            if held_out
-            else "no sample reaches it"
-        )
+        lacking = " that is not held out" if held_out == {True} else " that is held out" if held_out else ""
+        return f"no sample{lacking} reaches it"
 
     def moments(self) -> dict[SourceGraph, dict[str, Moments]]:
         """Of what the matrices are applied to, on the samples that reach it and are not held out."""

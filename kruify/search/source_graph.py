@@ -77,14 +77,16 @@ class SourceGraph:
         in_file, first = {read: name for name, read in names_as_read(found).items()}, dict[Hashable, str]()
         self.skipped, self._untouched = dict(self.located.skipped), list[RecurrentLayer]()
         for layer in self.located.layers:
-            weights = found.weights.get(in_file.get(layer.name, ""), {})
+            node = in_file.get(layer.name)
+            weights = {} if node is None else found.weights[node]
             if weights and (reason := not_in_torch(weights)) is not None:
                 self.skipped[layer.name] = reason
                 self._untouched.append(layer)
                 continue
             same = layer.kind, layer.nonlinearity, *((p, w.constant.tensor.identity) for p, w in weights.items())
             name = first.setdefault(same if weights else layer.name, layer.name)
-            whole.owners[in_file.get(layer.name, "")] = name
+            if node is not None:
+                whole.owners[node] = name
             self.layers.setdefault(name, layer)
             self.twins.setdefault(name, []).append(layer)
             self.nodes.setdefault(name, []).extend(keys[n] for n in [layer.name] if n in keys)
