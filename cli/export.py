@@ -71,6 +71,8 @@ def export(model: str, json_only: bool, **options: Any) -> None:
             out.show(_sentence(file), *map(str, file.forms))
         if assumed := sorted({OPTIONS.get(item, item) for file in files for item in file.assumed}):
             out.note(f"The file does not tell, so it was taken for granted: {'; '.join(assumed)}")
+        if narrow := sorted({dtype for file in files for dtype in file.widened}):
+            out.show(f"Weights that the model stores as {' and '.join(narrow)} are written in full, as float32.")
         out.result({"outputs": [file.to_json() for file in files]})
 
 

@@ -62,6 +62,7 @@ class Exported:
         embedded: of a C file, what it takes; `difference` is then that from the layer with its weights in eight bits.
         beside_dense: of factors in ONNX, how the file compares with one of dense weights in onnxruntime.
         assumed: what the checkpoint does not tell and was taken for granted.
+        widened: dtypes in which the model stores weights that the file holds in full, as float32 or float64.
     """
 
     path: Path
@@ -77,6 +78,7 @@ class Exported:
     forms: tuple[NodeForm, ...] = ()
     embedded: Embedded | None = None
     beside_dense: Comparison | None = None
+    widened: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """One entry of `outputs` of `kruify export --json`."""

@@ -28,6 +28,7 @@ from kruify.exporting.shapes import LENGTHS, Interface, interface_of
 from kruify.graphs import compare_graphs
 from kruify.layers import KroneckerMatrix
 from kruify.layers.base import KRUBase
+from kruify.layers.storage import marks
 
 HALF = ("float16", "bfloat16")
 
@@ -63,12 +64,13 @@ def export_onnx(
     require_package("onnx", "onnxruntime")
     from kruify.exporting.onnx_layer import layer_model
 
+    narrow = _narrow(module)
     module, interface = prepare(module, name)
 
     def write(file: Path) -> None:
         file.write_bytes(layer_model(module, interface, dense=dense).SerializeToString())
 
-    written = _write(module, interface, Path(path), write, run_onnx, tolerance)
+    written = _write(module, interface, Path(path), write, run_onnx, tolerance, narrow)
     if dense or not any(isinstance(part, KroneckerMatrix) for part in module.modules()):
         return written
     return beside_dense(
@@ -100,6 +102,7 @@ def export_torch(
     Raises:
         UsageError, TargetMissedError: as `export_onnx`.
     """
+    narrow = _narrow(module)
     module, interface = prepare(module, name)
     traced = _Flat(traceable(densify(module) if dense else copy.deepcopy(module)))
 
@@ -112,7 +115,7 @@ def export_torch(
             program = torch.export.export(traced.eval(), tuple(example), dynamic_shapes=(shapes,), strict=False)
             save_program(program, file)
 
-    return _write(module, interface, Path(path), write, run_torch, tolerance)
+    return _write(module, interface, Path(path), write, run_torch, tolerance, narrow)
 
 
 def save_program(program: torch.export.ExportedProgram, file: Path) -> None:
@@ -182,6 +185,12 @@ def prepare(module: nn.Module, name: str) -> tuple[nn.Module, Interface]:
     return module, interface_of(module, name)
 
 
+def _narrow(module: nn.Module) -> set[str]:
+    """Dtypes of fewer than 32 bits that the weights of a layer are stored in."""
+    held = {str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()}
+    return {*marks(module).values(), *(held & {*HALF})}
+
+
 def _write(
     module: nn.Module,
     interface: Interface,
@@ -189,6 +198,7 @@ def _write(
     write: Callable[[Path], None],
     load: Callable[[Path], Run],
     tolerance: float,
+    narrow: set[str],
 ) -> Exported:
     padded = load is run_onnx and not interface.cell
     cases = layer_cases(interface, _dtype(interface), padded=padded)
@@ -196,7 +206,7 @@ def _write(
     written = write_checked(path, write, load, partial(call_layer, module), cases, tolerance, exact)
     optional = (LENGTHS,) if padded else ()
     written = replace(written, inputs=interface.inputs, outputs=interface.outputs, optional=optional)
-    return replace(written, layer=interface.layer.name)
+    return replace(written, layer=interface.layer.name, widened=tuple(sorted(narrow)))
 
 
 def _dtype(interface: Interface) -> torch.dtype:

@@ -47,6 +47,7 @@ from kruify.exporting.scan_layer import traceable
 from kruify.exporting.shapes import interface_of, no_kru
 from kruify.graphs import SmallGraph, compare_graphs, write_in_form
 from kruify.layers.base import KRUBase
+from kruify.layers.storage import marks
 from kruify.progress import Progress
 from kruify.tasks.base import Task, to_device
 
@@ -171,7 +172,8 @@ def export_dense(
             worst, count = max(worst, found), count + cases
         require(worst, max(tolerance, rounding(dense)), path)
         size = file.stat().st_size
-    return Exported(path, "", (), (), worst, count, size, _unsaid(checkpoint, checkpoint.assumed))
+    widened = tuple(sorted({*checkpoint.storage.values()}))
+    return Exported(path, "", (), (), worst, count, size, _unsaid(checkpoint, checkpoint.assumed), widened=widened)
 
 
 def export_graph(checkpoint: Checkpoint, path: Path, original: Path, form: str = "folded") -> Exported:
@@ -271,6 +273,7 @@ def export_network(
     """
     if to == "onnx":
         require_package("onnx", "onnxruntime", "onnxscript")
+    widened = tuple(sorted({*marks(model).values()}))
     model = (densify(model) if dense else copy.deepcopy(model)).cpu().eval()
     for module in model.modules():
         if isinstance(module, KRUBase):
@@ -292,7 +295,8 @@ def export_network(
     load = run_onnx if to == "onnx" else run_torch
     cases = (tensors for tensors, _ in calls)
     written = write_checked(path, write, load, lambda case: original(*case), cases, tolerance)
-    written = replace(written, inputs=tuple(f"input_{i}" for i in range(len(example))), outputs=("output",))
+    inputs = tuple(f"input_{i}" for i in range(len(example)))
+    written = replace(written, inputs=inputs, outputs=("output",), widened=widened)
     if to != "onnx" or dense or not any(isinstance(module, KRUBase) for module in model.modules()):
         return written
     dense_network = partial(export_network, model, task, to, dense=True, split=split, tolerance=tolerance)

@@ -141,8 +141,9 @@ def test_a_nonlinearity_that_cannot_be_is_refused(tmp_path: Path, file: Path) ->
 
 def test_whole_network_with_dynamic_batch_and_time(tmp_path: Path, model: nn.Module) -> None:
     model.decoder = Passing()  # one loop is enough: tracing takes seconds for each
+    model = kruify.quantize(model, "int8")
     exported = export_network(model, Letters(), "torch", tmp_path / "net.pt2")
-    assert exported.cases == 3 and exported.difference < 1e-5
+    assert exported.cases == 3 and exported.difference < 1e-5 and exported.widened == ("float16", "int8")
     program = torch.export.load(exported.path).module()
     x = torch.arange(44).reshape(4, 11) % 7
     torch.testing.assert_close(program(x)[0], densify(model)(x), atol=1e-5, rtol=0)
@@ -201,6 +202,18 @@ def test_command_line(tmp_path: Path, file: Path) -> None:
     write_torch(tmp_path / "plain.pt", nn.RNN(3, 4).state_dict())
     told = run(cli, ["export", str(tmp_path / "plain.pt"), "--to", "onnx", "-o", str(tmp_path / "plain.onnx")])
     assert told.exit_code == 0 and "--nonlinearity relu" in told.stderr and "--batch-first" in told.stderr
+
+
+@pytest.mark.parametrize("to", ["dense", "onnx", "c"])
+def test_weights_of_fewer_bits_that_are_written_in_full_are_named(tmp_path: Path, to: str) -> None:
+    write_torch(tmp_path / "model.pt", nn.LSTM(8, 8).state_dict())
+    file = tmp_path / "small.safetensors"
+    kruify.convert(tmp_path / "model.pt", "2*(4x2,2x4)", output=file, dtype="int8")
+    command = ["export", str(file), "--to", to, "-o", str(tmp_path / "new.pt")]
+    said = [CliRunner().invoke(cli, command), CliRunner().invoke(cli, [*command, "--json"])]
+    assert ("int8 are written in full, as float32" in said[0].stdout) is (to != "c"), said[0].output
+    (written,) = json.loads(said[1].stdout)["outputs"]
+    assert ("int8" in written["widened"]) is (to != "c")
 
 
 def test_what_keras_weights_leave_open_is_named_by_export(tmp_path: Path) -> None:

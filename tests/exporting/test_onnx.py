@@ -190,6 +190,7 @@ def test_float64_keeps_its_precision(tmp_path: Path) -> None:
 def test_half_precision_is_written_in_float32(tmp_path: Path) -> None:
     model, _ = kruify.convert(nn.GRU(6, 8).to(torch.bfloat16), "auto")
     exported = export_onnx(model, tmp_path / "layer.onnx")
+    assert exported.widened == ("bfloat16",)
     check(exported.path, densify(model.float()))
 
 
