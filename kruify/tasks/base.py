@@ -20,6 +20,7 @@ the user, never by a checkpoint.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -113,6 +114,19 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
     finally:
         for module in was_training:
             module.training = True
+
+
+def check_task(task: Task) -> Task:
+    """Return `task` if its methods can be called, `batches` with a seed; TaskError otherwise."""
+    where = type(task).__name__
+    for name in (name for name, held in vars(Task).items() if callable(held)):
+        if not callable(found := getattr(task, name)):
+            hint = f"Write def {name}(self, ...); `pydoc kruify.task` explains it"
+            raise TaskError(f"its {name} is {_a(found)}, not a method", where=where, hint=hint)
+    takes = inspect.signature(task.batches).parameters
+    if "seed" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        raise TaskError("batches() takes no seed", where=where, hint="Write batches(self, split, *, seed=0)")
+    return task
 
 
 def fresh_model(task: Task) -> nn.Module:

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from kruify.errors import KruifyError, TaskError
-from kruify.tasks.base import Task
+from kruify.tasks.base import Task, check_task
 
 # Built-in name -> "module:Class". A table of names, so that nothing is imported before it is asked for.
 BUILTIN: dict[str, str] = {
@@ -48,12 +48,13 @@ def load_task(name: str | Task, **options: object) -> Task:
     `digits.py:Digits:data=/srv/digits`. `options` are added to those, and win. A Task passes through unchanged.
 
     Raises:
-        TaskError: no such name, file or class, not a Task, unknown option, or the user's file failed.
+        TaskError: no such name, file or class, not a Task, unknown option, the user's file failed, or what stands for
+            a method cannot be called.
     """
     if isinstance(name, Task):
-        return name
+        return check_task(name)
     cls, written = _resolve(name)
-    return _construct(cls, written | {key: str(value) for key, value in options.items()}, where=name)
+    return check_task(_construct(cls, written | {key: str(value) for key, value in options.items()}, where=name))
 
 
 def task_class(name: str) -> type[Task]:
@@ -117,11 +118,6 @@ def _from_file(file: Path, cls_name: str) -> type[Task]:
         methods = ", ".join(f"{method}()" for method in missing)
         hint = "Write what is missing; `pydoc kruify.task` explains each"
         raise TaskError(f'"{cls_name}" lacks {methods}', where=file, hint=hint)
-    takes = inspect.signature(found.batches).parameters
-    if "seed" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-        raise TaskError(
-            f'batches() of "{cls_name}" takes no seed', where=file, hint="Write batches(self, split, *, seed=0)"
-        )
     return found
 
 

@@ -110,6 +110,19 @@ class Seedless(Echo):
         yield torch.zeros(5, 4, 3)
 
 
+class NoLoss(Echo):
+    loss = None
+
+
+class NoForward(Echo):
+    def __init__(self):
+        self.forward = 3
+
+
+class NothingToRead(Echo):
+    batches = None
+
+
 class Leaves(Echo):
     def model(self):
         raise SystemExit(3)
@@ -129,7 +142,10 @@ def mistakes(folder: Path) -> Path:
         ("Words", "Words: evaluate() gave a str as 'loss', not a number"),
         ("Other", "Other: evaluate() gave accuracy, but not the metric 'loss'"),
         ("NoModel", "NoModel: model() gave None, not a torch.nn.Module"),
-        ("Seedless", 'batches() of "Seedless" takes no seed. Write batches(self, split, *, seed=0)'),
+        ("Seedless", "Seedless: batches() takes no seed. Write batches(self, split, *, seed=0)"),
+        ("NoLoss", "NoLoss: its loss is None, not a method. Write def loss(self, ...)"),
+        ("NoForward", "NoForward: its forward is a int, not a method. Write def forward(self, ...)"),
+        ("NothingToRead", "NothingToRead: its batches is None, not a method. Write def batches(self, ...)"),
         ("Leaves", "the task failed: SystemExit: 3"),
         ("ComplexLoss", "ComplexLoss: loss() gave a complex number"),
         ("NoBatches", "NoBatches: batches() gave None, nothing to iterate over"),
