@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kruify.conversion.locate import RecurrentLayer
 
 
+STORED = {"sum": "in the bias_ih beside them", "sum+n": "in the bias_ih beside them, but for b_hn"}
 OWN = ("torch.", "__torch__.torch.", "collections.", "builtins.")  # code of torch and Python, not the user's
 
 
@@ -86,7 +87,7 @@ def _show_file(out: Output, file: FileFacts) -> None:
         out.show(line)
     for dtype in sorted(set(file.storage.values())):
         stored = [name for name, kind in file.storage.items() if kind == dtype]
-        out.show(f"{len(stored)} weights are stored as {dtype}: {', '.join(stored[:10])}")
+        out.show(f"{len(stored)} weights are stored {STORED.get(dtype, f'as {dtype}')}: {', '.join(stored[:10])}")
     for name in file.computed:
         out.show(f"{name} is computed from its parametrisation")
     if foreign := [name for name in file.globals if not name.startswith(OWN)]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kruify.analysis.int8_arithmetic import exact_step
 from kruify.analysis.layers import layers_of
-from kruify.checkpoint import SCHEMA, Checkpoint, read
+from kruify.checkpoint import Checkpoint, read
 from kruify.checkpoint.stored import encode
 from kruify.conversion import dense_kru, densify, densify_tensors
 from kruify.conversion.check import bounded_plan
@@ -79,9 +79,8 @@ def verify(
 
 
 def _check_form(checkpoint: Checkpoint, plan: Plan) -> None:
-    """Raises `CorruptError` unless a file of the newest schema holds what is written for its tensors: dtypes, scales,
-    compressed index."""
-    if int(checkpoint.metadata["kruify.schema"]) < SCHEMA:
+    """Raises `CorruptError` unless a file holds what is written for its tensors: dtypes, scales, compressed index."""
+    if int(checkpoint.metadata["kruify.schema"]) < 3:  # other dtypes of scales and indices
         return
     wanted = encode(checkpoint.tensors, checkpoint.storage, matrix_sizes(plan))
     for name in {**wanted, **checkpoint.stored}:

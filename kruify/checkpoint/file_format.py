@@ -19,9 +19,9 @@ from kruify.checkpoint.parametrised import SOURCES, Computed
 from kruify.checkpoint.writing import TIES
 from kruify.errors import CorruptError, UnsupportedError
 
-SCHEMA = 3
-"""The schema that this version writes: 2 stores weights in fewer bits and sparse indices by rows, 3 scales as bfloat16.
-All older ones can be read."""
+SCHEMA = 4
+"""The schema that this version writes: 2 stores weights in fewer bits and sparse indices by rows, 3 scales as bfloat16,
+4 the sum of two biases as one. All older ones can be read."""
 
 STORAGE = "kruify.storage"
 """The metadata entry that names the weights which are stored in fewer bits than they are computed in."""

@@ -71,7 +71,8 @@ def sources_for(weight: Tensor, how: Computed) -> dict[str, Tensor]:
     """
     if how.how == "weight_norm":
         norm = _norm(weight, how.dim)
-        return dict(zip(how.sources, (norm, weight), strict=True))
+        direction = torch.where(norm == 0, 1, weight)  # zeros have none, and torch would divide by their norm
+        return dict(zip(how.sources, (norm, direction), strict=True))
     if how.how == "pruning":
         return dict(zip(how.sources, (weight, torch.ones_like(weight)), strict=True))
     if how.how == "spectral_norm":
@@ -152,6 +153,8 @@ def _lazy(how: Computed, tensors: Mapping[str, LazyTensor]) -> LazyTensor:
 
 def _norm(tensor: Tensor, dim: int | None) -> Tensor:
     dims = None if dim is None else [d for d in range(tensor.dim()) if d != dim]
+    if dims == []:  # a vector has a norm for each entry; torch takes no dimension for all of them
+        return tensor.abs()
     norm: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=dim is not None)
     return norm
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Container, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ with another parameter's and a dot."""
 INDEX, COUNTS, COLUMNS, VALUES = (f".overlay.{part}" for part in ("index", "counts", "columns", "values"))
 AGAIN = "Convert the source again"
 _MOST_SCALE = torch.finfo(torch.float32).max / 128
+SUM, SUM_BUT_N = "sum", "sum+n"
+SUMS = (SUM, SUM_BUT_N)
+"""What `storage` says of a b_hh that stands in b_ih: the file holds b_ih + b_hh in place of b_ih, and nothing more; of
+a GRU, whose b_hn is inside of r * (...), that of r and z, b_in, and b_hn alone in place of b_hh. A model gets zeros for
+what is in the sum."""
 
 Sizes = Mapping[str, tuple[int, int]]
 """Full names of the Kronecker matrices -> (rows of all gates, columns)."""
@@ -37,17 +43,23 @@ def encode(
 
     Args:
         tensors: by name.
-        storage: weight (a tensor, or a Kronecker matrix with all its entries) -> dtype, a key of `quantization.DTYPES`.
+        storage: weight (a tensor, or a Kronecker matrix with all its entries) -> dtype, a key of `quantization.DTYPES`;
+            a b_hh -> one of `SUMS`, where its b_ih has one of 16 bits.
         matrices: the Kronecker matrices among them.
 
     Raises:
         UnsupportedError: the name of a scale is taken; on loading, a number has no form in the dtype.
     """
     lazy, stored = as_lazy(tensors), dict[str, LazyTensor]()
+    summed = _summed(storage)
     for name, tensor in lazy.items():
         matrix = _owner(name, matrices)
         dtype = storage.get(matrix or name, "")
-        if matrix and name == matrix + INDEX:
+        if dtype in SUMS:
+            continue
+        if second := summed.get(name):
+            stored |= _sum(name, second, lazy, storage)
+        elif matrix and name == matrix + INDEX:
             stored |= _compressed(matrix, tensor, lazy[matrix + VALUES], matrices[matrix])
         elif matrix and name == matrix + VALUES and dtype == "int8":
             stored |= _eight_bit_blocks(name, tensor, lazy[matrix + INDEX], matrices[matrix][0])
@@ -69,6 +81,48 @@ def eight_bit_dims(name: str, tensor: LazyTensor, matrix: str | None) -> tuple[i
         return ()  # of a Kronecker matrix, diagonal and scales have one vector a gate
     dims = row_dims(tensor.shape, factor=matrix is not None)
     return dims if pays(tensor.shape, dims) else ()
+
+
+def first_bias(second: str) -> str:
+    """The full name of the b_ih beside a b_hh."""
+    owner, dot, name = second.rpartition(".")
+    return owner + dot + name.replace("bias_hh", "bias_ih", 1)
+
+
+def in_full(storage: Mapping[str, str]) -> dict[str, str]:
+    """The same for a form that has both biases: a b_hh as its b_ih."""
+    return {name: storage[first_bias(name)] if dtype in SUMS else dtype for name, dtype in storage.items()}
+
+
+def _summed(storage: Mapping[str, str]) -> dict[str, str]:
+    """Full name of every b_ih that is a sum -> that of the b_hh in it."""
+    return {first_bias(name): name for name, dtype in storage.items() if dtype in SUMS}
+
+
+def _inside(how: str, size: int) -> int:
+    """How many entries of a b_hh of this size are in the sum."""
+    return size if how == SUM else size * 2 // 3
+
+
+def _sum(
+    first: str, second: str, tensors: Mapping[str, LazyTensor], storage: Mapping[str, str]
+) -> dict[str, LazyTensor]:
+    b_ih, b_hh, dtype = tensors[first], tensors[second], DTYPES[storage[first]]
+    inside = _inside(storage[second], size := b_hh.numel)
+
+    def total() -> Tensor:
+        found = b_ih.load().detach().clone()
+        found[:inside] += b_hh.load().detach()[:inside]
+        return found
+
+    both = derived("sum", inside, b_ih.identity, b_hh.identity)
+    narrow = _narrow(first, LazyTensor(b_ih.shape, b_ih.dtype, total, both), dtype)
+    stored = {first: replace(narrow, load=lambda: narrow.load() + 0)}  # a sum with zeros, read again, has no -0 either
+    if inside < size:
+        identity = derived("rest", inside, b_hh.identity)
+        rest = LazyTensor((size - inside,), b_hh.dtype, lambda: b_hh.load()[inside:], identity)
+        stored[second] = _narrow(second, rest, dtype)
+    return stored
 
 
 def _narrow(name: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
@@ -149,6 +203,7 @@ def decode(
             that no weight has.
     """
     found: dict[str, LazyTensor] = {}
+    summed = _summed(storage)
     for name, tensor in stored.items():
         matrix = _owner(name, matrices)
         dtype = storage.get(matrix or name, "")
@@ -161,8 +216,12 @@ def decode(
             scale = stored.get(name + SCALE)
             blocks = stored.get(f"{matrix}{COUNTS}") if matrix and name == matrix + VALUES else None
             found[name] = _restored(tensor, scale, blocks, spot)
+        elif dtype in SUMS:
+            continue
         elif dtype in ("float16", "bfloat16") and tensor.dtype == DTYPES[dtype]:
             found[name] = _widened(tensor)
+            if second := summed.get(name):
+                found[second] = _second_bias(tensor, stored.get(second), storage[second], f"{where}: {second}")
         elif matrix and name == matrix + COLUMNS and matrix + COUNTS in stored and matrix + VALUES in stored:
             if matrix + INDEX in stored:
                 raise CorruptError("its index stands in it twice", spot, AGAIN)
@@ -177,6 +236,23 @@ def decode(
     if missing := sorted(set(storage) - weights):
         raise CorruptError(f"the weight '{missing[0][:80]}' is missing", where, AGAIN)
     return found
+
+
+def _second_bias(first: LazyTensor, rest: LazyTensor | None, how: str, where: str) -> LazyTensor:
+    """b_hh from the sum that it is in, and what of it stands beside: nothing, or b_hn."""
+    inside = _inside(how, size := first.numel)
+    beside = None if rest is None else (rest.shape, rest.dtype)
+    if len(first.shape) != 1 or beside != (None if how == SUM else ((size - inside,), first.dtype)):
+        raise CorruptError("it does not fit the bias that it is added to", where, AGAIN)
+
+    def load() -> Tensor:
+        found = torch.zeros_like(first.load(), dtype=torch.float32)
+        if rest:
+            found[inside:] = rest.load()
+        return found
+
+    identity = derived("second", how, first.identity, *([rest.identity] if rest else []))
+    return LazyTensor(first.shape, torch.float32, load, identity)
 
 
 def _widened(tensor: LazyTensor) -> LazyTensor:
@@ -240,10 +316,13 @@ def read_storage(metadata: Mapping[str, str], where: object) -> dict[str, str]:
 
     Raises:
         UnsupportedError: a dtype that this kruify does not know.
+        CorruptError: a sum that no bias is in.
     """
     table: dict[str, str] = json.loads(metadata.get(STORAGE, "{}"))
     for name, dtype in table.items():
-        if dtype not in DTYPES:
+        if dtype in SUMS and (first_bias(name) == name or table.get(first_bias(name)) not in ("float16", "bfloat16")):
+            raise CorruptError(f"it has no sum that {name[:80]} is in", where, AGAIN)
+        if dtype not in DTYPES and dtype not in SUMS:
             raise UnsupportedError(f"it stores {name[:80]} as '{dtype[:20]}'", where, "Update kruify")
     return table
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kruify.checkpoint import LazyTensor, metadata_for, write_model
-from kruify.checkpoint.stored import decode, eight_bit_dims, encode
+from kruify.checkpoint.stored import SUM, SUM_BUT_N, SUMS, decode, eight_bit_dims, encode, first_bias
 from kruify.checkpoint.tensors import derived, ties
 from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.build import plan_of
@@ -41,8 +41,8 @@ def storage_for(
     """The weights that `dtype` is for -> `dtype`; {} where it is None or "float32".
 
     int8 is for Kronecker matrices (factors, sparse residual) and tensors with two or more dimensions; biases of
-    recurrent layers, which are as large as small factors, are float16 then. float16 and bfloat16 are for all real
-    numbers.
+    recurrent layers, which are as large as small factors, are float16 then, and one vector where they are only added
+    (`checkpoint.stored.SUMS`). float16 and bfloat16 are for all real numbers.
 
     Args:
         keep: globs of weights, or of modules with all their weights, that stay float32.
@@ -51,10 +51,11 @@ def storage_for(
         UsageError: no such dtype. PlanError: a pattern matches nothing.
     """
     check_storage(dtype, keep)
-    matrices, biases = matrix_sizes(plan), _biases(plan)
+    matrices, seconds, lazy = matrix_sizes(plan), _second_biases(plan), as_lazy(tensors)
+    biases = {*seconds, *map(first_bias, seconds)}
     found: dict[str, str] = {}
     unused = set(keep)
-    for name, tensor in as_lazy(tensors).items():
+    for name, tensor in lazy.items():
         matrix = next((m for m in _prefixes(name) if m in matrices), None)
         weight = matrix or name
         matching = {pattern for pattern in keep if any(matches(prefix, pattern) for prefix in _prefixes(weight))}
@@ -67,6 +68,25 @@ def storage_for(
             found[name] = BIAS_DTYPE
     if unused:
         raise PlanError(f"the pattern '{min(unused)}' to keep matches no weight")
+    return found | (_sums(seconds, lazy, found) if dtype == "int8" else {})
+
+
+def _sums(seconds: Mapping[str, str], tensors: Mapping[str, LazyTensor], storage: Mapping[str, str]) -> dict[str, str]:
+    """Those of the second biases that are only added to the first ones, also under the other names that the two have:
+    a tensor that has another partner there, or is kept, cannot become a sum."""
+    names: dict[Hashable, set[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(name if tensor.identity is None else tensor.identity, set()).add(name)
+    same = {name: others for others in names.values() for name in others}
+    found = {}
+    for second, how in seconds.items():
+        first = first_bias(second)
+        if second in storage and first in storage:
+            alike = same[first] == set(map(first_bias, same[second])) and all(
+                seconds.get(n) == how for n in same[second]
+            )
+            if alike and {*same[first], *same[second]} <= storage.keys():
+                found[second] = how
     return found
 
 
@@ -189,21 +209,30 @@ def quantize(model: nn.Module, dtype: str, keep: Sequence[str] = ()) -> nn.Modul
 def store_as(model: nn.Module, storage: Mapping[str, str]) -> nn.Module:
     """Rounds the weights of a network in place and marks them; returns the network. A weight that is computed from
     others (pruning, weight norm) is marked alone: it is rounded when it is written."""
-    state, plan = model.state_dict(), plan_of(model)
-    known = {*state, *matrix_sizes(plan)}
-    held = {name: dtype for name, dtype in storage.items() if name in known}
-    load_tensors(model, rounded(state, plan, held))
+    load_tensors(model, rounded_state(model, storage))
     mark(model, storage)
     return model
 
 
-def _biases(plan: Plan) -> set[str]:
-    """Names that biases of the plan's layers have."""
+def rounded_state(model: nn.Module, storage: Mapping[str, str]) -> dict[str, LazyTensor]:
+    """The state dict of a network in the numbers that storing it so keeps, but for weights that are computed from
+    others: those are rounded when they are written.
+
+    Raises:
+        UnsupportedError: on loading, a number has no form in the dtype.
+    """
+    state, plan = model.state_dict(), plan_of(model)
+    known = {*state, *matrix_sizes(plan)}
+    held = {n: dtype for n, dtype in storage.items() if n in known and (dtype not in SUMS or first_bias(n) in known)}
+    return rounded(state, plan, held)
+
+
+def _second_biases(plan: Plan) -> dict[str, str]:
+    """Full names that the b_hh of the plan's layers have -> how much of them is only added to b_ih."""
     return {
-        item.layer.full_name(f"bias_{part}{suffix}")
+        item.layer.full_name(f"bias_hh{suffix}"): SUM_BUT_N if item.layer.kind == "gru" else SUM
         for item in plan.layers
         for suffix in item.layer.suffixes
-        for part in ("ih", "hh")
     }
 
 

@@ -13,7 +13,7 @@ from kruify.checkpoint import LazyTensor
 from kruify.checkpoint.gates import ONNX_PARTS, ORDER
 from kruify.checkpoint.onnx_file import OnnxFile, Weight
 from kruify.checkpoint.onnx_in_place import Content, Made, OnnxCopy, dense, dense_weight
-from kruify.checkpoint.stored import SCALE, decode, encode
+from kruify.checkpoint.stored import SCALE, decode, encode, in_full
 from kruify.checkpoint.wrapper import strip
 from kruify.checkpoint.writing import as_bytes, tensor_bytes
 from kruify.factors import Structure
@@ -35,6 +35,7 @@ class Contents:
         structures: Mapping[str, Sequence[Structure]],
         storage: Mapping[str, str],
     ) -> None:
+        storage = in_full(storage)  # a node's B holds both biases
         self.structures, self.storage = structures, storage
         sizes = {name: (sum(s.rows for s in found), found[0].cols) for name, found in structures.items()}
         kept = {name: tensor for name, tensor in original.items() if name not in structures}

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from kruify.conversion import plan_of
-from kruify.conversion.storing import rounded
+from kruify.conversion.storing import rounded_state
 from kruify.layers.storage import mark, marks
 
 ROUNDED_FROM = 0.75
@@ -31,7 +30,7 @@ def rounded_weights(model: nn.Module) -> Iterator[None]:
     if not storage:
         yield
         return
-    found = rounded(model.state_dict(), plan_of(model), storage)
+    found = rounded_state(model, storage)
     stored = [(p, found[name]) for name, p in model.named_parameters() if name in found]
     exact = [(p, p.detach().clone()) for p, _ in stored]
     try:
