@@ -7,10 +7,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from kruify.conversion.locate import DTYPES, KRU_KINDS, MODULES, RecurrentLayer
-from kruify.conversion.plan import LayerPlan, Plan, Structures
+from kruify.conversion.locate import DTYPES, KRU_KINDS, LINEAR, MODULES, RecurrentLayer
+from kruify.conversion.plan import LayerPlan, Plan, Structures, plan_from
 from kruify.errors import PlanError
-from kruify.layers import KRU, KRUGRU, KRULSTM, KRURNN, KroneckerMatrix, KRUGRUCell, KRULSTMCell, KRURNNCell
+from kruify.layers import (
+    KRU,
+    KRUGRU,
+    KRULSTM,
+    KRURNN,
+    KroneckerLinear,
+    KroneckerMatrix,
+    KRUGRUCell,
+    KRULSTMCell,
+    KRURNNCell,
+)
 from kruify.layers.base import KRUBase
 from kruify.layers.cells import KRUCellBase
 
@@ -22,7 +32,7 @@ KRU_CLASSES: dict[tuple[str, bool], type[KRUBase] | type[KRUCellBase]] = {
     ("lstm", True): KRULSTMCell,
     ("gru", True): KRUGRUCell,
 }
-Factored = KRUBase | KRUCellBase | KRU
+Factored = KRUBase | KRUCellBase | KRU | KroneckerLinear
 
 
 def build_layer(
@@ -35,6 +45,8 @@ def build_layer(
         if len(specs) != 1:
             raise PlanError(f"all layers of a KRU have the same factors, got {len(specs)} specs", layer.name)
         return build_kru(layer, specs.pop(), device, dtype)
+    if layer.kind == LINEAR:
+        return KroneckerLinear(item.matrices["weight"], layer.bias, device, dtype or DTYPES[layer.dtype])
     kru = KRU_CLASSES[layer.kind, layer.cell]
     return kru(layer.input_size, layer.hidden_size, factors=item.matrices, **_options(layer, device, dtype))
 
@@ -62,6 +74,9 @@ def build_dense(
     layer: RecurrentLayer, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
     """The torch.nn layer of a description, its numbers still random."""
+    if layer.kind == LINEAR:
+        dtype = dtype or DTYPES[layer.dtype]
+        return nn.Linear(layer.input_size, layer.hidden_size, layer.bias, device=device, dtype=dtype)
     dense = next(cls for cls, key in MODULES.items() if key == (layer.kind, layer.cell))
     return dense(layer.input_size, layer.hidden_size, **_options(layer, device, dtype))
 
@@ -84,12 +99,12 @@ def _options(layer: RecurrentLayer, device: torch.device | str | None, dtype: to
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """The plan that the KRU layers of a module embody."""
+    """The plan that the converted layers of a module embody."""
     plans = []
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Factored):
             plans.append(LayerPlan(describe_kru(name, module), matrices_of(module)))
-    return Plan(plans)
+    return plan_from(plans)
 
 
 def matrices_of(module: Factored) -> dict[str, Structures]:
@@ -106,9 +121,12 @@ def describe_kru(name: str, module: Factored) -> RecurrentLayer:
             module.num_layers, bias=module.bias, batch_first=module.batch_first, dropout=module.dropout,
             nonlinearity=module.nonlinearity, dtype=dtype,
         )  # fmt: skip
+    dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
+    if isinstance(module, KroneckerLinear):
+        sizes, bias = (module.in_features, module.out_features), module.bias is not None
+        return RecurrentLayer(name, LINEAR, True, *sizes, bias=bias, dtype=dtype)
     cell = isinstance(module, KRUCellBase)
     nonlinearity = module.nonlinearity if module.kind == "rnn" else None
-    dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
     layer = RecurrentLayer(
         name, module.kind, cell, module.input_size, module.hidden_size, bias=module.bias,
         nonlinearity=nonlinearity, dtype=dtype,

@@ -6,7 +6,7 @@ They weigh the decomposition (`decompose.fit(covariance=...)`) and correct the b
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -94,6 +94,7 @@ def calibrate(
     split: str = "train",
     batches: int | None = BATCHES,
     seed: int = 0,
+    linear: Collection[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Moments]:
     """Runs the dense model over batches of the task and collects the moments of every recurrent layer.
@@ -105,6 +106,7 @@ def calibrate(
         model: the dense model; run in eval mode, left in the mode it was in.
         task: gives batches and the forward pass.
         batches: number of batches to run; None for all.
+        linear: names of linear layers to collect those of, too.
         progress: told of the batches done.
 
     Returns:
@@ -116,7 +118,9 @@ def calibrate(
     """
     found: dict[str, Moments] = {}
     layers = {
-        n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.RNNBase | nn.RNNCellBase)
+        n: m
+        for n, m in model.named_modules(remove_duplicate=False)
+        if isinstance(m, nn.RNNBase | nn.RNNCellBase) or n in linear
     }
     handles = [
         module.register_forward_pre_hook(observer(f"{name}." if name else "", found), with_kwargs=True)
@@ -155,7 +159,9 @@ def observer(prefix: str, found: dict[str, Moments]) -> Callable[..., None]:
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
-        if isinstance(module, nn.RNNCellBase):
+        if isinstance(module, nn.Linear):
+            add("weight", given["input"].reshape(-1, module.in_features))
+        elif isinstance(module, nn.RNNCellBase):
             _observe_cell(module, given["input"], given.get("hx"), add)
         elif isinstance(module, nn.RNNBase):
             _observe_layers(module, given["input"], given.get("hx"), add)

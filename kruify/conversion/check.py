@@ -22,7 +22,7 @@ _OWN = re.compile(r"(weight_(ih|hh|hr)|bias_(ih|hh))(_l\d+)?(_reverse)?")  # ten
 def check_plan(plan: Plan, located: Located) -> None:
     """Raises `PlanError` unless every layer of the plan is there and has the sizes that the plan was made for."""
     found = {layer.name: layer for layer in located.layers}
-    for item in plan.layers:
+    for item in (*plan.layers, *plan.linear):
         layer, actual = item.layer, found.get(item.layer.name)
         if actual is None:
             raise PlanError(f"the plan names layer '{layer.name}', which the model does not have: {sorted(found)}")
@@ -30,8 +30,7 @@ def check_plan(plan: Plan, located: Located) -> None:
             raise PlanError(f"the plan's {layer.kind} '{layer.name}' does not fit the {actual.kind} in the model")
     for layer, weight, structures in plan.matrices():
         actual = found[layer.name]
-        suffix = weight.removeprefix("weight_ih").removeprefix("weight_hh")
-        if suffix not in actual.suffixes:
+        if weight not in actual.weights:
             raise PlanError(f"the plan's '{layer.full_name(weight)}' does not fit the {actual.kind} in the model")
         rows, cols = structures[0].rows // structures[0].gates, structures[0].cols
         if (rows, cols) != actual.shape(weight):

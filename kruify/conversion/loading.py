@@ -12,7 +12,7 @@ from kruify.checkpoint.wrapper import is_counter, renaming
 from kruify.conversion.check import load_tensors, stored_plan
 from kruify.conversion.locate import AnyTensor
 from kruify.conversion.modules import swap
-from kruify.conversion.plan import Plan
+from kruify.conversion.plan import Plan, plan_from
 from kruify.conversion.renaming import renamed
 from kruify.layers.storage import mark
 
@@ -35,9 +35,10 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]
     def rename(name: str) -> str:
         return unwrap(new(name))
 
-    layers = [replace(item.layer, name=rename(item.layer.name)) for item in plan.layers]
-    items = [replace(item, layer=layer) for item, layer in zip(plan.layers, layers, strict=True)]
-    model = swap(model, Plan(items))
+    items = [
+        replace(item, layer=replace(item.layer, name=rename(item.layer.name))) for item in (*plan.layers, *plan.linear)
+    ]
+    model = swap(model, plan_from(items))
     own = model.state_dict()
     tensors: dict[str, AnyTensor] = {name: tensor for name, tensor in own.items() if is_counter(name)}
     tensors |= {rename(name): tensor for name, tensor in checkpoint.tensors.lazy.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -27,6 +27,9 @@ KRU_KINDS = ("kru", "kru-real")
 MATRIX = "matrix"
 """A matrix of a cell that an ONNX graph writes out in MatMul or Gemm, in the layout of the file: its gates are not told
 apart. It stays in its graph; no module is built of it. In a plan it is the weight_hh of a layer of its own name."""
+LINEAR = "linear"
+"""An nn.Linear beside the recurrent layers, whose weight counts where the bytes of the whole file do: `hidden_size` are
+its outputs, `input_size` its inputs (conversion.linear)."""
 MODULES: dict[type[nn.Module], tuple[str, bool]] = {
     nn.RNN: ("rnn", False),
     nn.LSTM: ("lstm", False),
@@ -42,7 +45,7 @@ class RecurrentLayer:
     """One nn.RNN, LSTM or GRU, or a cell; None marks what the source cannot tell (a state dict has no batch_first)."""
 
     name: str  # module path, "" for a bare layer
-    kind: str  # "rnn", "lstm" or "gru"; in a plan also one of KRU_KINDS, or MATRIX
+    kind: str  # "rnn", "lstm" or "gru"; in a plan also one of KRU_KINDS, MATRIX, or LINEAR
     cell: bool
     input_size: int
     hidden_size: int
@@ -57,7 +60,7 @@ class RecurrentLayer:
 
     @property
     def gates(self) -> tuple[str, ...]:
-        if self.kind == MATRIX:
+        if self.kind in (MATRIX, LINEAR):
             return ("all",)
         return GATES["rnn" if self.kind in KRU_KINDS else self.kind]
 
@@ -79,7 +82,7 @@ class RecurrentLayer:
         return self.proj_size or self.hidden_size
 
     def shape(self, weight: str) -> tuple[int, int]:
-        """(rows, cols) of one gate of `weight_ih...` or `weight_hh...`."""
+        """(rows, cols) of one gate of `weight_ih...` or `weight_hh...`, or of `weight`."""
         if weight.startswith("weight_hh") and self.kind != MATRIX:
             return self.hidden_size, self.output_size
         first = self.cell or weight.startswith("weight_ih_l0")
@@ -89,6 +92,8 @@ class RecurrentLayer:
     @property
     def weights(self) -> list[str]:
         """Names of its matrices within it."""
+        if self.kind == LINEAR:
+            return ["weight"]
         parts = ("hh",) if self.kind == MATRIX else ("ih", "hh")
         return [f"weight_{part}{suffix}" for suffix in self.suffixes for part in parts]
 
@@ -127,6 +132,10 @@ class Located:
     def modules(self) -> Located:
         """Those that a module can be built of."""
         return Located([layer for layer in self.layers if layer.kind != MATRIX], self.skipped)
+
+    def beside(self, linear: Iterable[RecurrentLayer]) -> Located:
+        """Those, and linear layers."""
+        return Located([*self.layers, *linear], self.skipped)
 
     def in_float32(self) -> Located:
         """The same layers, their numbers in float32."""
@@ -281,7 +290,12 @@ def _locate_modules(module: nn.Module, subclasses: bool) -> Located:
 
 
 def describe(name: str, module: nn.Module) -> RecurrentLayer:
-    """The description of a torch.nn recurrent module."""
+    """The description of a torch.nn recurrent module, or of an nn.Linear."""
+    if isinstance(module, nn.Linear):
+        rows, cols = module.out_features, module.in_features
+        return RecurrentLayer(
+            name, LINEAR, True, cols, rows, bias=module.bias is not None, dtype=_dtype_name(module.weight)
+        )
     kind, cell = next(value for base, value in MODULES.items() if isinstance(module, base))
     get = module.__dict__.get
     weight = next(module.parameters())

@@ -20,8 +20,8 @@ from kruify.conversion.calibration import Moments
 from kruify.conversion.check import check_plan, load_tensors
 from kruify.conversion.computed import copied, state_of
 from kruify.conversion.keeping import keep_additions
-from kruify.conversion.locate import KRU_KINDS, MODULES, Located, describe, locate
-from kruify.conversion.plan import LayerPlan, Plan, Structures
+from kruify.conversion.locate import KRU_KINDS, LINEAR, MODULES, Located, describe, locate
+from kruify.conversion.plan import LayerPlan, Plan, Structures, plan_from
 from kruify.conversion.result import Conversion
 from kruify.conversion.tensors import convert_tensors
 from kruify.errors import PlanError
@@ -44,7 +44,7 @@ def swap(model: nn.Module, plan: Plan) -> nn.Module:
     swapped: list[tuple[nn.Module, LayerPlan, nn.Module]] = []  # dense layer, its entry of the plan, what stands for it
     placed: dict[str, nn.Module] = {}  # set at the end: what is refused leaves the model as it was
     matrices: dict[tuple[int, Structures], KroneckerMatrix] = {}  # (id of the dense weight, structures) -> its factors
-    for item in plan.layers:
+    for item in (*plan.layers, *plan.linear):
         try:
             dense = model.get_submodule(item.layer.name)
         except AttributeError:
@@ -59,14 +59,15 @@ def swap(model: nn.Module, plan: Plan) -> nn.Module:
             if matrices_of(dense) != item.matrices:
                 raise PlanError(f"layer '{item.layer.name}' holds other factors than the plan", type(model).__name__)
             continue
-        if not isinstance(dense, tuple(MODULES)):
-            raise PlanError(f"layer '{item.layer.name}' is a {type(dense).__name__}, not a recurrent layer of torch.nn")
+        if not isinstance(dense, nn.Linear if item.layer.kind == LINEAR else tuple(MODULES)):
+            wanted = "linear" if item.layer.kind == LINEAR else "recurrent"
+            raise PlanError(f"layer '{item.layer.name}' is a {type(dense).__name__}, not a {wanted} layer of torch.nn")
         same = (layer for old, known, layer in swapped if old is dense and known.matrices == item.matrices)
         if (shared := next(same, None)) is not None:
             placed[item.layer.name] = shared
             continue
         actual = describe(item.layer.name, dense)
-        check_plan(Plan([item]), Located([actual], []))
+        check_plan(plan_from([item]), Located([actual], []))
         weight = next(dense.parameters())
         layer = build_layer(LayerPlan(actual, item.matrices), weight.device, weight.dtype)
         for name, parameter in dense.named_parameters(remove_duplicate=False):
@@ -95,7 +96,7 @@ def convert_module(
 ) -> tuple[nn.Module, Conversion]:
     """A copy of `model` with the plan's layers decomposed and swapped; the original is untouched."""
     converted = swap(copied(model), plan)  # first, because it may refuse
-    located = locate(model, subclasses=True)
+    located = locate(model, subclasses=True).beside(item.layer for item in plan.linear)
     conversion = convert_tensors(state_of(model), plan, located, moments=moments, seed=seed, progress=progress)
     load_tensors(converted, conversion.tensors)
     return converted, conversion

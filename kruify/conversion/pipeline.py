@@ -19,6 +19,7 @@ from kruify.conversion.calibration import Moments, calibrate
 from kruify.conversion.check import check_plan
 from kruify.conversion.computed import copied, state_of
 from kruify.conversion.latency import timed_plans
+from kruify.conversion.linear import linear_layers, linear_of
 from kruify.conversion.locate import AnyTensor, Located, RecurrentLayer, locate, locate_checkpoint
 from kruify.conversion.modules import convert_module
 from kruify.conversion.network import load_network
@@ -183,19 +184,23 @@ def convert(
     if task is not None or (limits is not None and limits.latency is not None):
         located = located.modules()
     layers = found(located, where)
+    planner: Callable[..., Plan] = plan_size
+    if task is not None and (by_budget or not dry_run):
+        task = load_task(task)
+        model = source if isinstance(source, nn.Module) else load_network(source, task)
+        linear = [x for x in linear_layers(model, task, seed) if x.full_name("weight") in tensors] if of_file else []
+        located = located.beside(linear).in_float32() if linear else located
+        layers = located.layers
+        moments = calibrate(model, task, seed=seed, linear=[layer.name for layer in linear], progress=progress)
+        planner = partial(plan_by_loss, dense=model, task=task)
     if whole is None:
         file = FileSize(tensors, layers, dtype or "float32", keep, seed, extra, sha256, before)
     else:
         file = GraphSize(tensors, layers, dtype or "float32", keep, before=whole.before, graph=whole)
     latency = None
-    planner: Callable[..., Plan] = plan_size
-    if task is not None and (by_budget or not dry_run):
-        task = load_task(task)
-        model = source if isinstance(source, nn.Module) else load_network(source, task)
-        moments = calibrate(model, task, seed=seed, progress=progress)
-        planner = partial(plan_by_loss, dense=model, task=task)
     if plan is not None:
         plan = plan if isinstance(plan, Plan) else Plan.read(plan)
+        located = located.beside(linear_of(tensors, item.layer) for item in plan.linear)
         check_plan(plan, located)
     elif of_file:
         plan = planner(file, str(budget), only=only, skip=skip, overrides=overrides, moments=moments, progress=progress)

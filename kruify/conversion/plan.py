@@ -15,11 +15,11 @@ from pathlib import Path
 
 from kruify.checkpoint import limits
 from kruify.checkpoint.file_bytes import parse_json
-from kruify.conversion.locate import DTYPES, RecurrentLayer
+from kruify.conversion.locate import DTYPES, LINEAR, RecurrentLayer
 from kruify.errors import CorruptError, FactorSpecError, PlanError, UnsafeError, UnsupportedError, UsageError
 from kruify.factors import Structure, parse, stacks
 
-SCHEMA = 3  # with stacked gates; a plan without is written as 1, and 2 (relabelled hidden units) is no longer read
+SCHEMA = 4  # with linear layers; a plan without is written as 3, without stacked gates as 1; 2 is no longer read
 BOUNDS = {
     "input_size": (1, 1 << 24),
     "hidden_size": (1, 1 << 24),
@@ -47,7 +47,10 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
+    """Recurrent layers, and linear layers beside them."""
+
     layers: list[LayerPlan] = field(default_factory=list)
+    linear: list[LayerPlan] = field(default_factory=list)
 
     def structures(self) -> dict[str, Structures]:
         """Full name of every matrix -> its structures."""
@@ -55,7 +58,7 @@ class Plan:
 
     def matrices(self) -> Iterator[tuple[RecurrentLayer, str, Structures]]:
         """(layer, weight name within it, its structures), in order."""
-        for item in self.layers:
+        for item in (*self.layers, *self.linear):
             for weight, structures in item.matrices.items():
                 yield item.layer, weight, structures
 
@@ -71,10 +74,10 @@ class Plan:
                     for weight, structures in item.matrices.items()
                 },
             }
-            for item in self.layers
+            for item in (*self.layers, *self.linear)
         ]
         stacked = any(s.gates > 1 for _, _, structures in self.matrices() for s in structures)
-        return json.dumps({"schema": 3 if stacked else 1, "layers": layers}, indent=indent)
+        return json.dumps({"schema": 4 if self.linear else 3 if stacked else 1, "layers": layers}, indent=indent)
 
     @staticmethod
     def from_json(text: str, where: str = "plan") -> Plan:
@@ -101,7 +104,7 @@ class Plan:
         layers = [_read_layer(item, where) for item in data["layers"]]
         if len({item.layer.name for item in layers}) < len(layers):
             raise PlanError("it has a layer twice", where)
-        return Plan(layers)
+        return plan_from(layers)
 
     @staticmethod
     def read(file: str | os.PathLike[str]) -> Plan:
@@ -120,6 +123,12 @@ class Plan:
         except (OSError, ValueError) as error:
             raise UsageError(f"the plan cannot be read ({error})", file) from None
         return Plan.from_json(text, str(file))
+
+
+def plan_from(items: Sequence[LayerPlan]) -> Plan:
+    """The plan of recurrent and linear layers."""
+    linear = [item for item in items if item.layer.kind == LINEAR]
+    return Plan([item for item in items if item not in linear], linear)
 
 
 def keeps_scales(layer: RecurrentLayer) -> bool:
@@ -242,7 +251,7 @@ def make_plan(
             matrices[weight] = _resolve(written, layer, weight, keeps_scales(layer))
         if matrices:
             plans.append(LayerPlan(layer, matrices))
-    return Plan(plans)
+    return plan_from(plans)
 
 
 def divided(layers: Sequence[RecurrentLayer], overrides: Mapping[str, str] | None) -> set[str]:
@@ -257,9 +266,15 @@ def divided(layers: Sequence[RecurrentLayer], overrides: Mapping[str, str] | Non
 
 def _overrides_of(layer: RecurrentLayer, weight: str, overrides: Mapping[str, str]) -> list[str | None]:
     """One spec a gate, None where nothing is said."""
-    # A pattern for a layer means its recurrent matrices; input matrices must be named, as in '*weight_ih*'.
-    meant = {p: s for p, s in overrides.items() if weight.startswith("weight_hh") or "weight_ih" in p}
+    meant = {p: s for p, s in overrides.items() if _means(p, layer, weight)}
     return [_override(_names(layer, weight), gate, meant) for gate in layer.gates]
+
+
+def _means(pattern: str, layer: RecurrentLayer, weight: str) -> bool:
+    """A pattern for a layer means its recurrent matrices; others must be named, as in '*weight_ih*' or 'fc.weight'."""
+    if layer.kind == LINEAR:
+        return pattern == layer.name or pattern.endswith("weight")
+    return weight.startswith("weight_hh") or "weight_ih" in pattern
 
 
 def _gate_spec(spec: str | None, layer: RecurrentLayer, weight: str) -> str:

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from kruify.checkpoint.tensors import ties
 from kruify.conversion.budget import Matrices, Searches, matrices_of
 from kruify.conversion.calibration import BATCHES, Moments
+from kruify.conversion.locate import LINEAR
 from kruify.conversion.modules import convert_module
 from kruify.conversion.plan import Plan, make_plan
 from kruify.conversion.result import GateResult
 from kruify.conversion.size import FileSize, plan_size
 from kruify.errors import TaskError
+from kruify.factors import Structure
 from kruify.progress import Progress
 from kruify.tasks.base import Task, check_weight, evaluating, one_number, to_device
 
@@ -52,7 +54,8 @@ def plan_by_loss(
     """
     options |= {"moments": moments, "searches": {} if searches is None else searches, "progress": progress}
     planned = plan_size(file, budget, **options)
-    matrices = _matrices(file, planned, moments)
+    probe = _probe(file, planned)
+    matrices = _matrices(file, probe, moments)
     if len(matrices) < 2 or moments is None or not moments.keys() >= matrices.keys():
         return planned
     done, total = itertools.count(1), len(matrices) + 2
@@ -67,7 +70,7 @@ def plan_by_loss(
     before = mean_loss(dense, task, file.seed)
     rises, losts = dict[str, float](), dict[str, float]()
     for name, (weight, _, covariance) in matrices.items():
-        after, gates = loss(_alone(file, planned, name))
+        after, gates = loss(_alone(file, probe, name))
         assert covariance is not None
         lost, energy = _lost(weight, covariance, gates)
         if lost > LEAST_LOST * energy:
@@ -102,9 +105,21 @@ def _matrices(file: FileSize, plan: Plan, moments: Mapping[str, Moments] | None)
     second = ties(tensors)
     return {
         k: m
-        for part in ("weight_hh", "weight_ih")
+        for part in ("weight_hh", "weight_ih", "weight")
         for k, m in matrices_of(plan, tensors, part, moments, second).items()
     }
+
+
+def _probe(file: FileSize, plan: Plan) -> Plan:
+    """The plan, with low rank of half of the numbers for linear layers that it leaves dense: energy is not a number by
+    which outputs and the inputs of gates compare, so that it may have left out what costs the loss the least."""
+    known, low_rank = plan.structures(), dict[str, Sequence[Structure | str]]()
+    for layer in file.layers:
+        if layer.kind == LINEAR and layer.full_name("weight") not in known:
+            rows, cols = layer.shape("weight")
+            rank = rows * cols // (2 * (rows + cols))
+            low_rank[layer.full_name("weight")] = [f"{rank}*({rows}x1,1x{cols})"]
+    return make_plan(file.layers, "dense", "dense", chosen={**known, **low_rank})
 
 
 def _alone(file: FileSize, plan: Plan, name: str) -> Plan:

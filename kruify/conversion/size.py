@@ -35,7 +35,7 @@ from kruify.conversion.budget import (
     smallest_of,
 )
 from kruify.conversion.calibration import Moments
-from kruify.conversion.locate import AnyTensor, RecurrentLayer
+from kruify.conversion.locate import LINEAR, AnyTensor, RecurrentLayer
 from kruify.conversion.plan import Plan, Structures, make_plan
 from kruify.conversion.storing import (
     in_float32,
@@ -49,7 +49,7 @@ from kruify.conversion.storing import (
 )
 from kruify.decomposition.structure_search import ScoredStructure
 from kruify.errors import FactorSpecError, PlanError, UsageError
-from kruify.factors import Structure
+from kruify.factors import Structure, Term
 from kruify.graphs import GraphBytes
 from kruify.progress import Progress
 
@@ -72,7 +72,7 @@ class FileSize:
 
     Attributes:
         tensors: of the dense network.
-        layers: its recurrent layers.
+        layers: its recurrent layers, and the linear ones that may be factored.
         dtype, keep: how the file stores weights (`kruify.quantize`).
         seed, extra, source_sha256: what else the file says.
         before: bytes of the source's weights, if not those of `tensors`.
@@ -195,7 +195,8 @@ def plan_size(
     searches: Searches | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """Structures of W_hh and W_ih that keep the most (weighted) energy in a file of at most so many bytes.
+    """Structures of W_hh and W_ih, and of linear layers, that keep the most (weighted) energy in a file of at most so
+    many bytes.
 
     Every gate, and every matrix with its gates stacked, is tried at several sizes. The bytes go, step by step, to the
     gate that gains the most energy a byte, and each matrix takes the form, by gates or stacked, that keeps more. A
@@ -313,6 +314,7 @@ def _forms(
     matrices = {
         **matrices_of(everything, tensors, "weight_hh", moments, second),
         **matrices_of(everything, tensors, "weight_ih", moments, second),
+        **matrices_of(everything, tensors, "weight", moments, second),  # of linear layers
     }
     scaled = {layer.full_name(weight) for layer, weight, found in everything.matrices() if found[0].scaled}
     searches = {} if searches is None else searches
@@ -331,16 +333,28 @@ def _smallest(file: FileSize, gate: Gate) -> ScoredStructure:
     return min([*smallest_of(gate), dense_of(gate)], key=lambda c: file.cost(gate, c))
 
 
+def _low_ranks(gate: Gate) -> list[ScoredStructure]:
+    """The only structures of a linear layer, from the largest to rank 1: two products of matrices on any device."""
+    one = Structure(gate.search.rows, gate.search.cols, (Term(gate.search.low_rank()),))
+    return gate.search.ranks(ScoredStructure(one, 0.0), gate.dense)
+
+
 def _cheapest(form: Mapping[str, _Form]) -> list[ScoredStructure]:
     return [candidate for item in form.values() for candidate in item.cheapest]
 
 
 def _offer(file: FileSize, forms: Sequence[Mapping[str, _Form]], share: Budget, progress: Progress | None) -> None:
     items = [(item, gate) for form in forms for item in form.values() for gate in item.gates]
+    linear = {layer.full_name("weight") for layer in file.layers if layer.kind == LINEAR}
     for done, (item, gate) in enumerate(items):
         if progress is not None:
             progress(done, len(items), "choosing factors")
-        pool, dense, least = pool_of(gate, share), dense_of(gate), _smallest(file, gate)
+        dense = dense_of(gate)
+        if gate.name in linear:
+            pool = _low_ranks(gate)
+            least = pool[-1]
+        else:
+            pool, least = pool_of(gate, share), _smallest(file, gate)
         bounds = file.cost(gate, least)[0], DENSE_FROM * file.cost(gate, dense)[0]
         kept = [c for c in pool if bounds[0] <= file.cost(gate, c)[0] < bounds[1]]
         item.pools.append([*kept, *dict.fromkeys([least, dense])])

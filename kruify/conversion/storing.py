@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.build import plan_of
 from kruify.conversion.check import load_tensors, stored_shapes
 from kruify.conversion.computed import copied, state_of
-from kruify.conversion.locate import AnyTensor, RecurrentLayer, locate
+from kruify.conversion.locate import LINEAR, AnyTensor, RecurrentLayer, locate
 from kruify.conversion.modules import swap
 from kruify.conversion.plan import LayerPlan, Plan, Structures, matches
 from kruify.errors import PlanError, UsageError
@@ -103,10 +104,11 @@ def in_float32(tensors: Mapping[str, AnyTensor]) -> dict[str, LazyTensor]:
 
 
 def with_dense(plan: Plan, layers: Sequence[RecurrentLayer]) -> Plan:
-    """The plan for `layers`, with those that it does not name as dense ones: kruify's layers have integer kernels,
-    torch's have none."""
+    """The plan for `layers`, with recurrent ones that it does not name as dense ones: kruify's layers have integer
+    kernels, torch's have none."""
     matrices = {item.layer.name: item.matrices for item in plan.layers}
-    return Plan([LayerPlan(layer, matrices.get(layer.name, {})) for layer in layers])
+    recurrent = [layer for layer in layers if layer.kind != LINEAR]
+    return replace(plan, layers=[LayerPlan(layer, matrices.get(layer.name, {})) for layer in recurrent])
 
 
 def planned(tensors: Mapping[str, AnyTensor], plan: Plan) -> dict[str, LazyTensor]:

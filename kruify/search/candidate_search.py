@@ -23,8 +23,10 @@ from kruify.checkpoint import Checkpoint, carried, make_folder
 from kruify.conversion import Conversion, convert_module, quantize
 from kruify.conversion.budget import Searches, Slack, parse_budget, slack_of
 from kruify.conversion.calibration import Moments, calibrate
-from kruify.conversion.locate import locate
+from kruify.conversion.linear import linear_layers
+from kruify.conversion.locate import RecurrentLayer, locate
 from kruify.conversion.plan import Plan
+from kruify.conversion.sensitivity import plan_by_loss
 from kruify.conversion.size import DTYPE, FileSize
 from kruify.conversion.storing import check_storage
 from kruify.errors import UsageError
@@ -113,7 +115,13 @@ class CandidateSearch:
     @cached_property
     def moments(self) -> dict[str, Moments]:
         """Of what the dense network's matrices are applied to, on the task."""
-        return calibrate(self.dense, self.task, seed=self.seed, progress=self.progress)
+        names = [layer.name for layer in self.linear]
+        return calibrate(self.dense, self.task, seed=self.seed, linear=names, progress=self.progress)
+
+    @cached_property
+    def linear(self) -> list[RecurrentLayer]:
+        """The linear layers that a budget of bytes may factor, too."""
+        return linear_layers(self.dense, self.task, self.seed)
 
     @cached_property
     def baseline(self) -> dict[str, float]:
@@ -129,7 +137,10 @@ class CandidateSearch:
         options: dict[str, Any] = {"moments": self.moments, "searches": self._searches}
         options |= {"selection": self.selection, "progress": self.progress}
         if limits.of_file:
-            return make_size_candidates(self.file(self.dtype or DTYPE), budget, **options)
+            planner = partial(plan_by_loss, dense=self.dense, task=self.task)
+            file = self.file(self.dtype or DTYPE)
+            file = replace(file, layers=[*file.layers, *self.linear])
+            return make_size_candidates(file, budget, planner=planner, **options)
         if limits.latency is not None:
             return make_latency_candidates(self.file(self.dtype or "float32"), self.dtype, budget, **options)
         return make_candidates(self.tensors, self.layers, budget, seed=self.seed, dtype=self.dtype, **options)

@@ -161,6 +161,7 @@ def make_size_candidates(
     moments: Mapping[str, Moments] | None = None,
     searches: Searches | None = None,
     selection: Selection = EVERYTHING,
+    planner: Callable[..., Plan] = plan_size,
     progress: Progress | None = None,
 ) -> list[Candidate]:
     """Candidates under a budget of bytes: what keeps the most energy (kruify.conversion.size), low rank of stacked
@@ -171,7 +172,7 @@ def make_size_candidates(
         PlanError: the budget cannot be met.
     """
     options = {"moments": moments, "searches": searches, "progress": progress, **selection.patterns()}
-    planned = Candidate(plan_size(file, budget, **options), moments, file.dtype)
+    planned = Candidate(planner(file, budget, **options), moments, file.dtype)
     if not planned.plan.layers:
         return [planned]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kruify.checkpoint import Checkpoint
 from kruify.conversion import Conversion
 from kruify.conversion.budget import Slack, make_budget_plan, parse_budget
-from kruify.conversion.plan import LayerPlan, Plan, make_plan, matching
+from kruify.conversion.plan import LayerPlan, make_plan, matching
 from kruify.errors import UsageError
 from kruify.progress import Progress
 from kruify.search.candidate_search import SHARE, CandidateSearch
@@ -225,7 +225,8 @@ def _attempt(search: CandidateSearch, conversion: Conversion, metrics: dict[str,
 def _most_lost(conversion: Conversion) -> str:
     """The layer whose matrices lost the largest share of their output when they were decomposed."""
     lost: dict[str, list[float]] = {}
-    for matrix in conversion.matrices:
+    recurrent = {item.layer.name for item in conversion.plan.layers}
+    for matrix in (matrix for matrix in conversion.matrices if matrix.layer in recurrent):
         kept = matrix.energy if matrix.energy_weighted is None else matrix.energy_weighted
         lost.setdefault(matrix.layer, []).append(1 - kept)
     return max(lost, key=lambda name: (sum(lost[name]) / len(lost[name]), name))
@@ -248,4 +249,4 @@ def _grown(search: CandidateSearch, candidate: Candidate, name: str, share: floa
             ).layers  # fmt: skip
         elif fixed:
             layers += make_plan([item.layer], "dense", "dense", overrides=fixed).layers
-    return replace(candidate, plan=Plan(layers))
+    return replace(candidate, plan=replace(candidate.plan, layers=layers))

@@ -6,6 +6,7 @@ is, so the penalty looks at the factors alone and costs O(sum P_f Q_f min(P_f, Q
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -14,17 +15,18 @@ from torch import Tensor, nn
 
 from kruify.layers.matrix import KroneckerMatrix
 
+STATELESS = re.compile(r"weight(_(ih|hr).*)?")
 DEFAULT_WEIGHT = 1e-2  # lambda where the penalty is on by default
 
 
 def recurrent_matrices(model: nn.Module) -> Iterator[tuple[str, KroneckerMatrix]]:
     """The (name, matrix) pairs that carry a state from step to step.
 
-    Converted input weights (`weight_ih*`) and projections (`weight_hr*`) are left out: nothing is multiplied by them
-    repeatedly.
+    Converted input weights (`weight_ih*`), projections (`weight_hr*`) and weights of linear layers are left out:
+    nothing is multiplied by them repeatedly.
     """
     for name, module in model.named_modules():
-        if isinstance(module, KroneckerMatrix) and not name.rpartition(".")[2].startswith(("weight_ih", "weight_hr")):
+        if isinstance(module, KroneckerMatrix) and not STATELESS.fullmatch(name.rpartition(".")[2]):
             yield name, module
 
 
