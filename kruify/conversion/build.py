@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kruify.conversion.locate import DTYPES, KRU_KINDS, LINEAR, MODULES, RecurrentLayer
+from kruify.conversion.locate import BESIDE, DTYPES, EMBEDDING, KRU_KINDS, LINEAR, MODULES, RecurrentLayer
 from kruify.conversion.plan import LayerPlan, Plan, Structures, plan_from
 from kruify.errors import PlanError
 from kruify.layers import (
@@ -15,6 +15,7 @@ from kruify.layers import (
     KRUGRU,
     KRULSTM,
     KRURNN,
+    KroneckerEmbedding,
     KroneckerLinear,
     KroneckerMatrix,
     KRUGRUCell,
@@ -32,7 +33,7 @@ KRU_CLASSES: dict[tuple[str, bool], type[KRUBase] | type[KRUCellBase]] = {
     ("lstm", True): KRULSTMCell,
     ("gru", True): KRUGRUCell,
 }
-Factored = KRUBase | KRUCellBase | KRU | KroneckerLinear
+Factored = KRUBase | KRUCellBase | KRU | KroneckerLinear | KroneckerEmbedding
 
 
 def build_layer(
@@ -45,8 +46,11 @@ def build_layer(
         if len(specs) != 1:
             raise PlanError(f"all layers of a KRU have the same factors, got {len(specs)} specs", layer.name)
         return build_kru(layer, specs.pop(), device, dtype)
-    if layer.kind == LINEAR:
-        return KroneckerLinear(item.matrices["weight"], layer.bias, device, dtype or DTYPES[layer.dtype])
+    if layer.kind in BESIDE:
+        dtype, structures = dtype or DTYPES[layer.dtype], item.matrices["weight"]
+        if layer.kind == EMBEDDING:
+            return KroneckerEmbedding(structures, device=device, dtype=dtype)
+        return KroneckerLinear(structures, layer.bias, device, dtype)
     kru = KRU_CLASSES[layer.kind, layer.cell]
     return kru(layer.input_size, layer.hidden_size, factors=item.matrices, **_options(layer, device, dtype))
 
@@ -74,9 +78,11 @@ def build_dense(
     layer: RecurrentLayer, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
     """The torch.nn layer of a description, its numbers still random."""
-    if layer.kind == LINEAR:
-        dtype = dtype or DTYPES[layer.dtype]
-        return nn.Linear(layer.input_size, layer.hidden_size, layer.bias, device=device, dtype=dtype)
+    if layer.kind in BESIDE:
+        rows, cols, dtype = layer.hidden_size, layer.input_size, dtype or DTYPES[layer.dtype]
+        if layer.kind == EMBEDDING:
+            return nn.Embedding(rows, cols, device=device, dtype=dtype)
+        return nn.Linear(cols, rows, layer.bias, device=device, dtype=dtype)
     dense = next(cls for cls, key in MODULES.items() if key == (layer.kind, layer.cell))
     return dense(layer.input_size, layer.hidden_size, **_options(layer, device, dtype))
 
@@ -122,9 +128,12 @@ def describe_kru(name: str, module: Factored) -> RecurrentLayer:
             nonlinearity=module.nonlinearity, dtype=dtype,
         )  # fmt: skip
     dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
-    if isinstance(module, KroneckerLinear):
-        sizes, bias = (module.in_features, module.out_features), module.bias is not None
-        return RecurrentLayer(name, LINEAR, True, *sizes, bias=bias, dtype=dtype)
+    if isinstance(module, KroneckerLinear | KroneckerEmbedding):
+        kind = LINEAR if isinstance(module, KroneckerLinear) else EMBEDDING
+        rows, cols = module.weight.shape
+        return RecurrentLayer(
+            name, kind, True, cols, rows, bias=kind == LINEAR and module.bias is not None, dtype=dtype
+        )
     cell = isinstance(module, KRUCellBase)
     nonlinearity = module.nonlinearity if module.kind == "rnn" else None
     layer = RecurrentLayer(

@@ -94,7 +94,7 @@ def calibrate(
     split: str = "train",
     batches: int | None = BATCHES,
     seed: int = 0,
-    linear: Collection[str] = (),
+    beside: Collection[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Moments]:
     """Runs the dense model over batches of the task and collects the moments of every recurrent layer.
@@ -106,7 +106,7 @@ def calibrate(
         model: the dense model; run in eval mode, left in the mode it was in.
         task: gives batches and the forward pass.
         batches: number of batches to run; None for all.
-        linear: names of linear layers to collect those of, too.
+        beside: names of linear layers to collect those of, too, and of embeddings, whose weights count alike.
         progress: told of the batches done.
 
     Returns:
@@ -120,7 +120,7 @@ def calibrate(
     layers = {
         n: m
         for n, m in model.named_modules(remove_duplicate=False)
-        if isinstance(m, nn.RNNBase | nn.RNNCellBase) or n in linear
+        if isinstance(m, nn.RNNBase | nn.RNNCellBase) or n in beside
     }
     handles = [
         module.register_forward_pre_hook(observer(f"{name}." if name else "", found), with_kwargs=True)
@@ -161,6 +161,10 @@ def observer(prefix: str, found: dict[str, Moments]) -> Callable[..., None]:
         given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
         if isinstance(module, nn.Linear):
             add("weight", given["input"].reshape(-1, module.in_features))
+        elif isinstance(module, nn.Embedding):
+            size = module.embedding_dim
+            alike = Moments(1, torch.zeros(size, dtype=torch.float64), torch.eye(size, dtype=torch.float64))
+            found.setdefault(f"{prefix}weight", alike)
         elif isinstance(module, nn.RNNCellBase):
             _observe_cell(module, given["input"], given.get("hx"), add)
         elif isinstance(module, nn.RNNBase):

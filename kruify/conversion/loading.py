@@ -36,7 +36,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]
         return unwrap(new(name))
 
     items = [
-        replace(item, layer=replace(item.layer, name=rename(item.layer.name))) for item in (*plan.layers, *plan.linear)
+        replace(item, layer=replace(item.layer, name=rename(item.layer.name))) for item in (*plan.layers, *plan.beside)
     ]
     model = swap(model, plan_from(items))
     own = model.state_dict()

@@ -27,9 +27,10 @@ KRU_KINDS = ("kru", "kru-real")
 MATRIX = "matrix"
 """A matrix of a cell that an ONNX graph writes out in MatMul or Gemm, in the layout of the file: its gates are not told
 apart. It stays in its graph; no module is built of it. In a plan it is the weight_hh of a layer of its own name."""
-LINEAR = "linear"
-"""An nn.Linear beside the recurrent layers, whose weight counts where the bytes of the whole file do: `hidden_size` are
-its outputs, `input_size` its inputs (conversion.linear)."""
+LINEAR, EMBEDDING = "linear", "embedding"
+BESIDE = (LINEAR, EMBEDDING)
+"""An nn.Linear or nn.Embedding beside the recurrent layers, whose weight counts where the bytes of the whole file do
+(conversion.beside); `hidden_size` and `input_size` are the rows and columns of its weight."""
 MODULES: dict[type[nn.Module], tuple[str, bool]] = {
     nn.RNN: ("rnn", False),
     nn.LSTM: ("lstm", False),
@@ -45,7 +46,7 @@ class RecurrentLayer:
     """One nn.RNN, LSTM or GRU, or a cell; None marks what the source cannot tell (a state dict has no batch_first)."""
 
     name: str  # module path, "" for a bare layer
-    kind: str  # "rnn", "lstm" or "gru"; in a plan also one of KRU_KINDS, MATRIX, or LINEAR
+    kind: str  # "rnn", "lstm" or "gru"; in a plan also one of KRU_KINDS, MATRIX, or of BESIDE
     cell: bool
     input_size: int
     hidden_size: int
@@ -60,7 +61,7 @@ class RecurrentLayer:
 
     @property
     def gates(self) -> tuple[str, ...]:
-        if self.kind in (MATRIX, LINEAR):
+        if self.kind in (MATRIX, *BESIDE):
             return ("all",)
         return GATES["rnn" if self.kind in KRU_KINDS else self.kind]
 
@@ -92,7 +93,7 @@ class RecurrentLayer:
     @property
     def weights(self) -> list[str]:
         """Names of its matrices within it."""
-        if self.kind == LINEAR:
+        if self.kind in BESIDE:
             return ["weight"]
         parts = ("hh",) if self.kind == MATRIX else ("ih", "hh")
         return [f"weight_{part}{suffix}" for suffix in self.suffixes for part in parts]
@@ -133,9 +134,9 @@ class Located:
         """Those that a module can be built of."""
         return Located([layer for layer in self.layers if layer.kind != MATRIX], self.skipped)
 
-    def beside(self, linear: Iterable[RecurrentLayer]) -> Located:
-        """Those, and linear layers."""
-        return Located([*self.layers, *linear], self.skipped)
+    def with_beside(self, beside: Iterable[RecurrentLayer]) -> Located:
+        """Those, and layers beside them."""
+        return Located([*self.layers, *beside], self.skipped)
 
     def in_float32(self) -> Located:
         """The same layers, their numbers in float32."""
@@ -290,12 +291,10 @@ def _locate_modules(module: nn.Module, subclasses: bool) -> Located:
 
 
 def describe(name: str, module: nn.Module) -> RecurrentLayer:
-    """The description of a torch.nn recurrent module, or of an nn.Linear."""
-    if isinstance(module, nn.Linear):
-        rows, cols = module.out_features, module.in_features
-        return RecurrentLayer(
-            name, LINEAR, True, cols, rows, bias=module.bias is not None, dtype=_dtype_name(module.weight)
-        )
+    """The description of a torch.nn recurrent module, or of one of `BESIDE`."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        kind = LINEAR if isinstance(module, nn.Linear) else EMBEDDING
+        return beside(name, kind, module.weight, getattr(module, "bias", None) is not None)
     kind, cell = next(value for base, value in MODULES.items() if isinstance(module, base))
     get = module.__dict__.get
     weight = next(module.parameters())
@@ -317,6 +316,12 @@ def describe(name: str, module: nn.Module) -> RecurrentLayer:
         nonlinearity=nonlinearity,
         dtype=_dtype_name(weight),
     )
+
+
+def beside(name: str, kind: str, weight: AnyTensor, bias: bool) -> RecurrentLayer:
+    """The description of a layer of `BESIDE`."""
+    rows, cols = weight.shape
+    return RecurrentLayer(name, kind, True, cols, rows, bias=bias, dtype=_dtype_name(weight))
 
 
 def _dtype_name(tensor: AnyTensor) -> str:

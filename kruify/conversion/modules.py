@@ -20,12 +20,12 @@ from kruify.conversion.calibration import Moments
 from kruify.conversion.check import check_plan, load_tensors
 from kruify.conversion.computed import copied, state_of
 from kruify.conversion.keeping import keep_additions
-from kruify.conversion.locate import KRU_KINDS, LINEAR, MODULES, Located, describe, locate
+from kruify.conversion.locate import BESIDE, KRU_KINDS, MODULES, Located, describe, locate
 from kruify.conversion.plan import LayerPlan, Plan, Structures, plan_from
 from kruify.conversion.result import Conversion
 from kruify.conversion.tensors import convert_tensors
 from kruify.errors import PlanError
-from kruify.layers import KRU, KroneckerMatrix
+from kruify.layers import KRU, KroneckerEmbedding, KroneckerMatrix
 from kruify.progress import Progress
 
 
@@ -44,7 +44,7 @@ def swap(model: nn.Module, plan: Plan) -> nn.Module:
     swapped: list[tuple[nn.Module, LayerPlan, nn.Module]] = []  # dense layer, its entry of the plan, what stands for it
     placed: dict[str, nn.Module] = {}  # set at the end: what is refused leaves the model as it was
     matrices: dict[tuple[int, Structures], KroneckerMatrix] = {}  # (id of the dense weight, structures) -> its factors
-    for item in (*plan.layers, *plan.linear):
+    for item in (*plan.layers, *plan.beside):
         try:
             dense = model.get_submodule(item.layer.name)
         except AttributeError:
@@ -59,8 +59,8 @@ def swap(model: nn.Module, plan: Plan) -> nn.Module:
             if matrices_of(dense) != item.matrices:
                 raise PlanError(f"layer '{item.layer.name}' holds other factors than the plan", type(model).__name__)
             continue
-        if not isinstance(dense, nn.Linear if item.layer.kind == LINEAR else tuple(MODULES)):
-            wanted = "linear" if item.layer.kind == LINEAR else "recurrent"
+        if not isinstance(dense, (nn.Linear, nn.Embedding) if item.layer.kind in BESIDE else tuple(MODULES)):
+            wanted = item.layer.kind if item.layer.kind in BESIDE else "recurrent"
             raise PlanError(f"layer '{item.layer.name}' is a {type(dense).__name__}, not a {wanted} layer of torch.nn")
         same = (layer for old, known, layer in swapped if old is dense and known.matrices == item.matrices)
         if (shared := next(same, None)) is not None:
@@ -77,6 +77,8 @@ def swap(model: nn.Module, plan: Plan) -> nn.Module:
                 setattr(layer, name, matrices.setdefault((id(parameter), target.structures), target))
             elif isinstance(target, nn.Parameter):
                 setattr(layer, name, parameter)
+        if isinstance(layer, KroneckerEmbedding):
+            layer.padding_idx = getattr(dense, "padding_idx", None)
         keep_additions(dense, build_dense(actual, "meta"), layer, item.layer.name)
         layer.train(dense.training)
         swapped.append((dense, item, layer))
@@ -96,7 +98,7 @@ def convert_module(
 ) -> tuple[nn.Module, Conversion]:
     """A copy of `model` with the plan's layers decomposed and swapped; the original is untouched."""
     converted = swap(copied(model), plan)  # first, because it may refuse
-    located = locate(model, subclasses=True).beside(item.layer for item in plan.linear)
+    located = locate(model, subclasses=True).with_beside(item.layer for item in plan.beside)
     conversion = convert_tensors(state_of(model), plan, located, moments=moments, seed=seed, progress=progress)
     load_tensors(converted, conversion.tensors)
     return converted, conversion
@@ -130,6 +132,8 @@ def densify(model: nn.Module) -> nn.Module:
 def _dense_layer(name: str, module: Factored, weights: dict[KroneckerMatrix, nn.Parameter]) -> nn.Module:
     layer, first = describe_kru(name, module), next(module.parameters())
     dense = build_dense(layer, first.device, first.dtype)
+    if isinstance(dense, nn.Embedding):
+        dense.padding_idx = getattr(module, "padding_idx", None)
     for parameter_name in dict(dense.named_parameters()):
         value = getattr(module, parameter_name)
         if isinstance(value, KroneckerMatrix):

@@ -14,12 +14,12 @@ from torch import nn
 from kruify.checkpoint import Checkpoint, carried, check_model_target, check_target, read
 from kruify.checkpoint.target import FOREIGN, TORCH
 from kruify.checkpoint.writing import as_lazy
+from kruify.conversion.beside import layers_beside, stored_beside
 from kruify.conversion.budget import make_budget_plan, parse_budget, slack_of
 from kruify.conversion.calibration import Moments, calibrate
 from kruify.conversion.check import check_plan
 from kruify.conversion.computed import copied, state_of
 from kruify.conversion.latency import timed_plans
-from kruify.conversion.linear import linear_layers, linear_of
 from kruify.conversion.locate import AnyTensor, Located, RecurrentLayer, locate, locate_checkpoint
 from kruify.conversion.modules import convert_module
 from kruify.conversion.network import load_network
@@ -188,10 +188,11 @@ def convert(
     if task is not None and (by_budget or not dry_run):
         task = load_task(task)
         model = source if isinstance(source, nn.Module) else load_network(source, task)
-        linear = [x for x in linear_layers(model, task, seed) if x.full_name("weight") in tensors] if of_file else []
-        located = located.beside(linear).in_float32() if linear else located
+        found_beside = layers_beside(model, task, seed) if of_file else []
+        found_beside = [layer for layer in found_beside if layer.full_name("weight") in tensors]
+        located = located.with_beside(found_beside).in_float32() if found_beside else located
         layers = located.layers
-        moments = calibrate(model, task, seed=seed, linear=[layer.name for layer in linear], progress=progress)
+        moments = calibrate(model, task, seed=seed, beside=[layer.name for layer in found_beside], progress=progress)
         planner = partial(plan_by_loss, dense=model, task=task)
     if whole is None:
         file = FileSize(tensors, layers, dtype or "float32", keep, seed, extra, sha256, before)
@@ -200,7 +201,7 @@ def convert(
     latency = None
     if plan is not None:
         plan = plan if isinstance(plan, Plan) else Plan.read(plan)
-        located = located.beside(linear_of(tensors, item.layer) for item in plan.linear)
+        located = located.with_beside(stored_beside(tensors, item.layer) for item in plan.beside)
         check_plan(plan, located)
     elif of_file:
         plan = planner(file, str(budget), only=only, skip=skip, overrides=overrides, moments=moments, progress=progress)

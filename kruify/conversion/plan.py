@@ -15,11 +15,11 @@ from pathlib import Path
 
 from kruify.checkpoint import limits
 from kruify.checkpoint.file_bytes import parse_json
-from kruify.conversion.locate import DTYPES, LINEAR, RecurrentLayer
+from kruify.conversion.locate import BESIDE, DTYPES, RecurrentLayer
 from kruify.errors import CorruptError, FactorSpecError, PlanError, UnsafeError, UnsupportedError, UsageError
 from kruify.factors import Structure, parse, stacks
 
-SCHEMA = 4  # with linear layers; a plan without is written as 3, without stacked gates as 1; 2 is no longer read
+SCHEMA = 4  # with layers beside the recurrent ones; without them 3, without stacked gates 1; 2 is no longer read
 BOUNDS = {
     "input_size": (1, 1 << 24),
     "hidden_size": (1, 1 << 24),
@@ -47,10 +47,10 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Recurrent layers, and linear layers beside them."""
+    """Recurrent layers, and linear layers and embeddings beside them."""
 
     layers: list[LayerPlan] = field(default_factory=list)
-    linear: list[LayerPlan] = field(default_factory=list)
+    beside: list[LayerPlan] = field(default_factory=list)
 
     def structures(self) -> dict[str, Structures]:
         """Full name of every matrix -> its structures."""
@@ -58,7 +58,7 @@ class Plan:
 
     def matrices(self) -> Iterator[tuple[RecurrentLayer, str, Structures]]:
         """(layer, weight name within it, its structures), in order."""
-        for item in (*self.layers, *self.linear):
+        for item in (*self.layers, *self.beside):
             for weight, structures in item.matrices.items():
                 yield item.layer, weight, structures
 
@@ -74,10 +74,10 @@ class Plan:
                     for weight, structures in item.matrices.items()
                 },
             }
-            for item in (*self.layers, *self.linear)
+            for item in (*self.layers, *self.beside)
         ]
         stacked = any(s.gates > 1 for _, _, structures in self.matrices() for s in structures)
-        return json.dumps({"schema": 4 if self.linear else 3 if stacked else 1, "layers": layers}, indent=indent)
+        return json.dumps({"schema": 4 if self.beside else 3 if stacked else 1, "layers": layers}, indent=indent)
 
     @staticmethod
     def from_json(text: str, where: str = "plan") -> Plan:
@@ -126,9 +126,9 @@ class Plan:
 
 
 def plan_from(items: Sequence[LayerPlan]) -> Plan:
-    """The plan of recurrent and linear layers."""
-    linear = [item for item in items if item.layer.kind == LINEAR]
-    return Plan([item for item in items if item not in linear], linear)
+    """The plan of layers of all kinds."""
+    beside = [item for item in items if item.layer.kind in BESIDE]
+    return Plan([item for item in items if item.layer.kind not in BESIDE], beside)
 
 
 def keeps_scales(layer: RecurrentLayer) -> bool:
@@ -272,7 +272,7 @@ def _overrides_of(layer: RecurrentLayer, weight: str, overrides: Mapping[str, st
 
 def _means(pattern: str, layer: RecurrentLayer, weight: str) -> bool:
     """A pattern for a layer means its recurrent matrices; others must be named, as in '*weight_ih*' or 'fc.weight'."""
-    if layer.kind == LINEAR:
+    if layer.kind in BESIDE:
         return pattern == layer.name or pattern.endswith("weight")
     return weight.startswith("weight_hh") or "weight_ih" in pattern
 

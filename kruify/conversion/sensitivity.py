@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kruify.checkpoint.tensors import ties
 from kruify.conversion.budget import Matrices, Searches, matrices_of
 from kruify.conversion.calibration import BATCHES, Moments
-from kruify.conversion.locate import LINEAR
+from kruify.conversion.locate import BESIDE
 from kruify.conversion.modules import convert_module
 from kruify.conversion.plan import Plan, make_plan
 from kruify.conversion.result import GateResult
@@ -111,11 +111,11 @@ def _matrices(file: FileSize, plan: Plan, moments: Mapping[str, Moments] | None)
 
 
 def _probe(file: FileSize, plan: Plan) -> Plan:
-    """The plan, with low rank of half of the numbers for linear layers that it leaves dense: energy is not a number by
-    which outputs and the inputs of gates compare, so that it may have left out what costs the loss the least."""
+    """The plan, with low rank of half of the numbers for layers beside the recurrent ones that it leaves dense: energy
+    does not compare outputs with the inputs of gates, so that it may have left out what costs the loss the least."""
     known, low_rank = plan.structures(), dict[str, Sequence[Structure | str]]()
     for layer in file.layers:
-        if layer.kind == LINEAR and layer.full_name("weight") not in known:
+        if layer.kind in BESIDE and layer.full_name("weight") not in known:
             rows, cols = layer.shape("weight")
             rank = rows * cols // (2 * (rows + cols))
             low_rank[layer.full_name("weight")] = [f"{rank}*({rows}x1,1x{cols})"]

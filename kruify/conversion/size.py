@@ -35,7 +35,7 @@ from kruify.conversion.budget import (
     smallest_of,
 )
 from kruify.conversion.calibration import Moments
-from kruify.conversion.locate import LINEAR, AnyTensor, RecurrentLayer
+from kruify.conversion.locate import BESIDE, AnyTensor, RecurrentLayer
 from kruify.conversion.plan import Plan, Structures, make_plan
 from kruify.conversion.storing import (
     in_float32,
@@ -72,7 +72,7 @@ class FileSize:
 
     Attributes:
         tensors: of the dense network.
-        layers: its recurrent layers, and the linear ones that may be factored.
+        layers: its recurrent layers, and those beside them that may be factored.
         dtype, keep: how the file stores weights (`kruify.quantize`).
         seed, extra, source_sha256: what else the file says.
         before: bytes of the source's weights, if not those of `tensors`.
@@ -195,7 +195,7 @@ def plan_size(
     searches: Searches | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """Structures of W_hh and W_ih, and of linear layers, that keep the most (weighted) energy in a file of at most so
+    """Structures of W_hh and W_ih, and of layers beside, that keep the most (weighted) energy in a file of at most so
     many bytes.
 
     Every gate, and every matrix with its gates stacked, is tried at several sizes. The bytes go, step by step, to the
@@ -314,7 +314,7 @@ def _forms(
     matrices = {
         **matrices_of(everything, tensors, "weight_hh", moments, second),
         **matrices_of(everything, tensors, "weight_ih", moments, second),
-        **matrices_of(everything, tensors, "weight", moments, second),  # of linear layers
+        **matrices_of(everything, tensors, "weight", moments, second),  # of those beside
     }
     scaled = {layer.full_name(weight) for layer, weight, found in everything.matrices() if found[0].scaled}
     searches = {} if searches is None else searches
@@ -334,7 +334,7 @@ def _smallest(file: FileSize, gate: Gate) -> ScoredStructure:
 
 
 def _low_ranks(gate: Gate) -> list[ScoredStructure]:
-    """The only structures of a linear layer, from the largest to rank 1: two products of matrices on any device."""
+    """The only structures of a layer beside the recurrent ones, from the largest to rank 1: fast on any device."""
     one = Structure(gate.search.rows, gate.search.cols, (Term(gate.search.low_rank()),))
     return gate.search.ranks(ScoredStructure(one, 0.0), gate.dense)
 
@@ -345,12 +345,12 @@ def _cheapest(form: Mapping[str, _Form]) -> list[ScoredStructure]:
 
 def _offer(file: FileSize, forms: Sequence[Mapping[str, _Form]], share: Budget, progress: Progress | None) -> None:
     items = [(item, gate) for form in forms for item in form.values() for gate in item.gates]
-    linear = {layer.full_name("weight") for layer in file.layers if layer.kind == LINEAR}
+    beside = {layer.full_name("weight") for layer in file.layers if layer.kind in BESIDE}
     for done, (item, gate) in enumerate(items):
         if progress is not None:
             progress(done, len(items), "choosing factors")
         dense = dense_of(gate)
-        if gate.name in linear:
+        if gate.name in beside:
             pool = _low_ranks(gate)
             least = pool[-1]
         else:

@@ -16,7 +16,7 @@ from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.build import plan_of
 from kruify.conversion.check import load_tensors, stored_shapes
 from kruify.conversion.computed import copied, state_of
-from kruify.conversion.locate import LINEAR, AnyTensor, RecurrentLayer, locate
+from kruify.conversion.locate import BESIDE, AnyTensor, RecurrentLayer, locate
 from kruify.conversion.modules import swap
 from kruify.conversion.plan import LayerPlan, Plan, Structures, matches
 from kruify.errors import PlanError, UsageError
@@ -107,7 +107,7 @@ def with_dense(plan: Plan, layers: Sequence[RecurrentLayer]) -> Plan:
     """The plan for `layers`, with recurrent ones that it does not name as dense ones: kruify's layers have integer
     kernels, torch's have none."""
     matrices = {item.layer.name: item.matrices for item in plan.layers}
-    recurrent = [layer for layer in layers if layer.kind != LINEAR]
+    recurrent = [layer for layer in layers if layer.kind not in BESIDE]
     return replace(plan, layers=[LayerPlan(layer, matrices.get(layer.name, {})) for layer in recurrent])
 
 

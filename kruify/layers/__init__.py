@@ -3,7 +3,7 @@
 from kruify.layers.cells import KRUGRUCell, KRULSTMCell, KRURNNCell
 from kruify.layers.gru import KRUGRU
 from kruify.layers.kru import KRU
-from kruify.layers.linear import KroneckerLinear
+from kruify.layers.linear import KroneckerEmbedding, KroneckerLinear
 from kruify.layers.lstm import KRULSTM
 from kruify.layers.matrix import KroneckerMatrix, KroneckerTerm, SparseResidual
 from kruify.layers.rnn import KRURNN
@@ -16,6 +16,7 @@ __all__ = [
     "KRUGRUCell",
     "KRULSTMCell",
     "KRURNNCell",
+    "KroneckerEmbedding",
     "KroneckerLinear",
     "KroneckerMatrix",
     "KroneckerTerm",

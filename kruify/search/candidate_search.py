@@ -21,9 +21,9 @@ from torch import nn
 
 from kruify.checkpoint import Checkpoint, carried, make_folder
 from kruify.conversion import Conversion, convert_module, quantize
+from kruify.conversion.beside import layers_beside
 from kruify.conversion.budget import Searches, Slack, parse_budget, slack_of
 from kruify.conversion.calibration import Moments, calibrate
-from kruify.conversion.linear import linear_layers
 from kruify.conversion.locate import RecurrentLayer, locate
 from kruify.conversion.plan import Plan
 from kruify.conversion.sensitivity import plan_by_loss
@@ -115,13 +115,13 @@ class CandidateSearch:
     @cached_property
     def moments(self) -> dict[str, Moments]:
         """Of what the dense network's matrices are applied to, on the task."""
-        names = [layer.name for layer in self.linear]
-        return calibrate(self.dense, self.task, seed=self.seed, linear=names, progress=self.progress)
+        names = [layer.name for layer in self.beside]
+        return calibrate(self.dense, self.task, seed=self.seed, beside=names, progress=self.progress)
 
     @cached_property
-    def linear(self) -> list[RecurrentLayer]:
-        """The linear layers that a budget of bytes may factor, too."""
-        return linear_layers(self.dense, self.task, self.seed)
+    def beside(self) -> list[RecurrentLayer]:
+        """Linear layers and embeddings, which a budget of bytes may factor, too."""
+        return layers_beside(self.dense, self.task, self.seed)
 
     @cached_property
     def baseline(self) -> dict[str, float]:
@@ -139,7 +139,7 @@ class CandidateSearch:
         if limits.of_file:
             planner = partial(plan_by_loss, dense=self.dense, task=self.task)
             file = self.file(self.dtype or DTYPE)
-            file = replace(file, layers=[*file.layers, *self.linear])
+            file = replace(file, layers=[*file.layers, *self.beside])
             return make_size_candidates(file, budget, planner=planner, **options)
         if limits.latency is not None:
             return make_latency_candidates(self.file(self.dtype or "float32"), self.dtype, budget, **options)

@@ -1,0 +1,144 @@
+"""Linear layers and embeddings beside the recurrent ones, which a budget of the whole file factors, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import weight_norm
+
+import kruify
+from kruify.conversion.beside import layers_beside
+from kruify.conversion.plan import Plan
+from kruify.errors import PlanError
+from kruify.tasks.base import Task
+
+WORDS = 40
+
+
+class Words(nn.Module):
+    def __init__(self, outputs: int = WORDS, tied: bool = False, direct: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, 32, padding_idx=0)
+        self.rnn = nn.GRU(32, 32, batch_first=True)
+        self.out = nn.Linear(32, outputs)
+        self.direct = direct
+        if tied:
+            self.out.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.rnn(self.embedding(x))[0]
+        return F.linear(h, self.out.weight * 2) if self.direct else self.out(h)
+
+
+class Echo(Task):
+    """Say each word again."""
+
+    def __init__(self, made: Callable[[], nn.Module] = Words) -> None:
+        self.made = made
+
+    def model(self) -> nn.Module:
+        return self.made()
+
+    def batches(self, split: str, *, seed: int = 0) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(4):
+            yield torch.randint(WORDS, (8, 12), generator=generator)
+
+    def forward(self, model: nn.Module, batch: Any) -> Tensor:
+        found: Tensor = model(batch)
+        return found
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs.flatten(0, 1), batch.flatten())
+
+
+def names(net: nn.Module) -> list[str]:
+    return [layer.name for layer in layers_beside(net, Echo())]
+
+
+def test_what_only_a_call_uses_can_be_factored() -> None:
+    assert names(Words()) == ["embedding", "out"]
+    assert names(Words(tied=True)) == []
+    assert names(Words(outputs=10)) == ["embedding"]
+    normed = Words()
+    weight_norm(normed.out)
+    assert names(normed) == ["embedding"]
+    assert names(Words(direct=True)) == ["embedding"]
+
+
+def test_not_inside_of_a_layer_of_torch() -> None:
+    class Attending(Words):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.TransformerEncoderLayer(32, 2, 32, batch_first=True), nn.Linear(32, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.out(self.layers(self.rnn(self.embedding(x))[0]))
+            return found
+
+    assert names(Attending()) == ["embedding", "out", "layers.1"]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> tuple[Words, nn.Module, Plan, Path]:
+    torch.manual_seed(0)
+    dense, file = Words(), tmp_path / "small.safetensors"
+    model, conversion = kruify.convert(dense, budget="size=6x", task=Echo())
+    kruify.save(model, file)
+    return dense, model, conversion.plan, file
+
+
+def test_a_budget_of_the_file_factors_them_and_every_form_of_it_computes_the_same(
+    small: tuple[Words, nn.Module, Plan, Path], tmp_path: Path
+) -> None:
+    dense, model, plan, file = small
+    assert [item.layer.name for item in plan.beside] == ["embedding", "out"]
+    assert file.stat().st_size <= sum(4 * p.numel() for p in dense.parameters()) / 6
+    x = next(Echo().batches("test"))
+    loaded = kruify.load(file, into=Words())
+    assert isinstance(loaded.embedding, nn.Module) and loaded.embedding.padding_idx == 0
+    plain = kruify.densify(loaded)
+    assert type(plain.out) is nn.Linear and type(plain.embedding) is nn.Embedding and plain.embedding.padding_idx == 0
+    with torch.no_grad():
+        for other in (loaded, plain):
+            torch.testing.assert_close(other(x), model(x), atol=1e-4, rtol=1e-3)
+    assert kruify.unitary_penalty(model).isfinite()
+    written = tmp_path / "dense.safetensors"
+    kruify.export(file, "dense", written)
+    again = kruify.load(written, into=Words())
+    torch.testing.assert_close(again(x), plain(x), atol=1e-4, rtol=1e-3)
+
+
+def test_their_plan_can_be_read_edited_and_used_without_the_task(
+    small: tuple[Words, nn.Module, Plan, Path], tmp_path: Path
+) -> None:
+    dense, _, plan, _ = small
+    assert Plan.from_json(plan.to_json()) == plan
+    torch.save(dense.state_dict(), tmp_path / "dense.pt")
+    found = kruify.convert(tmp_path / "dense.pt", plan=plan, output=tmp_path / "again.safetensors", dtype="int8")
+    assert found.output is not None and found.plan.structures() == plan.structures()
+    torch.save({"rnn." + n: t for n, t in dense.rnn.state_dict().items()}, tmp_path / "alone.pt")
+    with pytest.raises(PlanError, match="'embedding', which the model does not have"):
+        kruify.convert(tmp_path / "alone.pt", plan=plan, output=tmp_path / "no.safetensors")
+
+
+def test_they_can_be_left_out_or_set(small: tuple[Words, nn.Module, Plan, Path]) -> None:
+    _, conversion = kruify.convert(
+        small[0], budget="size=5x", task=Echo(), skip=["embedding"], overrides={"out": "2*(40x1,1x32)"}
+    )
+    assert [item.layer.name for item in conversion.plan.beside] == ["out"]
+    assert str(conversion.plan.structures()["out.weight"][0]) == "2*(40x1,1x32)"
+
+
+def test_fine_tuning_trains_them(small: tuple[Words, nn.Module, Plan, Path]) -> None:
+    dense, model, _, _ = small
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    kruify.finetune(model, Echo(), teacher=dense, epochs=1)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert {"embedding.weight.terms.0.factors.0", "out.weight.terms.0.factors.1"} <= moved
