@@ -71,6 +71,8 @@ def _show(out: Output, model: str, inspection: Inspection) -> None:
     for row in inspection.summaries:
         for weight, gates in row.factors.items():
             out.show(f"{row.layer.name}.{weight}: " + ", ".join(f"{gate} = {spec}" for gate, spec in gates.items()))
+    for item in inspection.beside:
+        out.show(f"{item['name']}: {item['kind']} {item['rows']}x{item['columns']}, {item['factors']}")
     for name, reason in inspection.skipped:
         out.show(f"passed over {name}: {reason}")
     if inspection.file is not None:

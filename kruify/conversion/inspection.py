@@ -89,10 +89,20 @@ class Inspection:
         dense = [LayerSummary(layer, layer.recurrent_parameters, layer.input_parameters, {}) for layer in self.layers]
         return dense + [_summary(item) for item in (self.plan.layers if self.plan else [])]
 
+    @property
+    def beside(self) -> list[dict[str, Any]]:
+        """Factored linear layers and embeddings beside the recurrent ones: name, kind, sizes of the weight, its spec."""
+        return [
+            {"name": layer.name, "kind": layer.kind, "rows": s.rows, "columns": s.cols, "factors": str(s)}
+            for item in (self.plan.beside if self.plan else [])
+            for layer, (s,) in [(item.layer, item.matrices["weight"])]
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """The object that `kruify inspect --json` prints."""
         return {
             "layers": [summary.to_json() for summary in self.summaries],
+            "beside": self.beside,
             "skipped": [item._asdict() for item in self.skipped],
             "parameters": self.parameters,
             "format": self.format,
