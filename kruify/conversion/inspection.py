@@ -91,7 +91,7 @@ class Inspection:
 
     @property
     def beside(self) -> list[dict[str, Any]]:
-        """Factored linear layers and embeddings beside the recurrent ones: name, kind, sizes of the weight, its spec."""
+        """Factored linear layers and embeddings: name, kind, sizes of the weight, its spec."""
         return [
             {"name": layer.name, "kind": layer.kind, "rows": s.rows, "columns": s.cols, "factors": str(s)}
             for item in (self.plan.beside if self.plan else [])
