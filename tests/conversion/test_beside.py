@@ -18,14 +18,14 @@ from kruify.conversion.plan import Plan
 from kruify.errors import PlanError
 from kruify.tasks.base import Task
 
-WORDS = 40
+WORDS = 96
 
 
 class Words(nn.Module):
     def __init__(self, outputs: int = WORDS, tied: bool = False, direct: bool = False) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(WORDS, 32, padding_idx=0)
-        self.rnn = nn.GRU(32, 32, batch_first=True)
+        self.embedding = nn.Embedding(WORDS, 48, padding_idx=0)
+        self.rnn = nn.GRU(48, 32, batch_first=True)
         self.out = nn.Linear(32, outputs)
         self.direct = direct
         if tied:
@@ -89,7 +89,7 @@ def test_not_inside_of_a_layer_of_torch() -> None:
 def small(tmp_path: Path) -> tuple[Words, nn.Module, Plan, Path]:
     torch.manual_seed(0)
     dense, file = Words(), tmp_path / "small.safetensors"
-    model, conversion = kruify.convert(dense, budget="size=6x", task=Echo())
+    model, conversion = kruify.convert(dense, budget="size=9x", task=Echo())
     kruify.save(model, file)
     return dense, model, conversion.plan, file
 
@@ -99,7 +99,7 @@ def test_a_budget_of_the_file_factors_them_and_every_form_of_it_computes_the_sam
 ) -> None:
     dense, model, plan, file = small
     assert [item.layer.name for item in plan.beside] == ["embedding", "out"]
-    assert file.stat().st_size <= sum(4 * p.numel() for p in dense.parameters()) / 6
+    assert file.stat().st_size <= sum(4 * p.numel() for p in dense.parameters()) / 9
     x = next(Echo().batches("test"))
     loaded = kruify.load(file, into=Words())
     assert isinstance(loaded.embedding, nn.Module) and loaded.embedding.padding_idx == 0
@@ -130,10 +130,10 @@ def test_their_plan_can_be_read_edited_and_used_without_the_task(
 
 def test_they_can_be_left_out_or_set(small: tuple[Words, nn.Module, Plan, Path]) -> None:
     _, conversion = kruify.convert(
-        small[0], budget="size=5x", task=Echo(), skip=["embedding"], overrides={"out": "2*(40x1,1x32)"}
+        small[0], budget="size=5x", task=Echo(), skip=["embedding"], overrides={"out": "2*(96x1,1x32)"}
     )
     assert [item.layer.name for item in conversion.plan.beside] == ["out"]
-    assert str(conversion.plan.structures()["out.weight"][0]) == "2*(40x1,1x32)"
+    assert str(conversion.plan.structures()["out.weight"][0]) == "2*(96x1,1x32)"
 
 
 def test_fine_tuning_trains_them(small: tuple[Words, nn.Module, Plan, Path]) -> None:
