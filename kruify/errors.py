@@ -39,7 +39,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error of another library says first, or its name: for a sentence of ours."""
     text = re.sub(r"\x1b\[[\d;]*m", "", str(error))  # colours
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)[:200]

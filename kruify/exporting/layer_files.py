@@ -9,7 +9,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -216,12 +216,12 @@ def _dtype(interface: Interface) -> torch.dtype:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """torch.export's warnings and log lines are about its own workings."""
+    """torch.export's warnings and log lines, and the graph that it prints when it fails, are about its own workings."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

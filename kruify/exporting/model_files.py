@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from kruify.conversion import densify, densify_tensors
 from kruify.conversion.check import bounded_plan
 from kruify.conversion.locate import KRU_KINDS, RecurrentLayer
 from kruify.conversion.network import dense_note
-from kruify.errors import UnsupportedError, UsageError, first_line
+from kruify.errors import KruifyError, UnsupportedError, UsageError, first_line
 from kruify.exporting.c_file import export_c
 from kruify.exporting.check import TOLERANCE, Exported, compare, layer_cases, require, staged, write_checked
 from kruify.exporting.layer_files import (
@@ -290,11 +291,13 @@ def export_network(
     traced, original = _Network(prepared, spec).eval(), _Network(model, spec).eval()
 
     def write(file: Path) -> None:
-        _trace(traced, layers, example, to, file, type(model).__name__)
+        with _failing("torch cannot trace the whole network", model):
+            _trace(traced, layers, example, to, file)
 
     load = run_onnx if to == "onnx" else run_torch
     cases = (tensors for tensors, _ in calls)
-    written = write_checked(path, write, load, lambda case: original(*case), cases, tolerance)
+    with _failing("what torch wrote does not run on the first batches", model):
+        written = write_checked(path, write, load, lambda case: original(*case), cases, tolerance)
     inputs = tuple(f"input_{i}" for i in range(len(example)))
     written = replace(written, inputs=inputs, outputs=("output",), widened=widened)
     if to != "onnx" or dense or not any(isinstance(module, KRUBase) for module in model.modules()):
@@ -341,22 +344,28 @@ def _calls(model: nn.Module, task: Task, split: str, count: int = 3) -> Iterator
         yield [leaf.clone(memory_format=torch.contiguous_format) for leaf in leaves], spec
 
 
-def _trace(
-    network: nn.Module, layers: Sequence[nn.Module], example: Sequence[Tensor], to: Format, file: Path, name: str
-) -> None:
+def _trace(network: nn.Module, layers: Sequence[nn.Module], example: Sequence[Tensor], to: Format, file: Path) -> None:
     dynamic = tuple({axis: torch.export.Dim.AUTO for axis in range(tensor.dim())} for tensor in example)
-    try:
-        with quiet(), torch.no_grad():
-            if to == "onnx":
-                from kruify.exporting.onnx_network import network_model
+    with quiet(), torch.no_grad():
+        if to == "onnx":
+            from kruify.exporting.onnx_network import network_model
 
-                file.write_bytes(network_model(network, layers, example).SerializeToString())
-                return
-            program = torch.export.export(network, tuple(example), dynamic_shapes=(dynamic,), strict=False)
-            save_program(program, file)
-    except (UnsupportedError, OSError):
+            file.write_bytes(network_model(network, layers, example).SerializeToString())
+            return
+        program = torch.export.export(network, tuple(example), dynamic_shapes=(dynamic,), strict=False)
+        save_program(program, file)
+
+
+@contextmanager
+def _failing(what: str, model: nn.Module) -> Iterator[None]:
+    """Errors of torch and onnxruntime as `UnsupportedError`, with what was at the bottom of them."""
+    try:
+        yield
+    except (KruifyError, OSError):
         raise
     except Exception as error:
-        raise UnsupportedError(
-            f"torch cannot trace the whole network ({type(error).__name__}: {first_line(error)})", name, ONE_BY_ONE
-        ) from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        sentence = f"{what} ({type(cause).__name__}: {first_line(cause)})"
+        raise UnsupportedError(sentence, type(model).__name__, ONE_BY_ONE) from error

@@ -187,6 +187,38 @@ def test_a_network_that_is_not_called_as_a_whole_is_unsupported(tmp_path: Path, 
     assert not (tmp_path / "net.pt2").exists()
 
 
+class Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if x.sum() > 30 else x
+
+
+class Operator(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.eigvals(x.float() @ x.float().transpose(0, 1)).real
+
+
+class Loop(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(x[:, step : step + 1] for step in range(x.shape[1]))
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        (Branch(), r"^Branch: torch cannot trace .*\(GuardOnDataDependentSymNode: Could not guard"),
+        (Operator(), r"^Operator: torch cannot trace .*\(DispatchError: No ONNX function found for .*aten.linalg_eig"),
+        (Loop(), r"^Loop: what torch wrote does not run on the first batches \("),  # of another length than the example
+    ],
+)
+def test_a_network_that_cannot_be_traced_is_told_the_innermost_cause(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], network: nn.Module, said: str
+) -> None:
+    pytest.importorskip("onnxscript")
+    with pytest.raises(UnsupportedError, match=said):
+        export_network(network, Letters(), "onnx", tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().err  # where torch prints its graph
+
+
 def test_command_line(tmp_path: Path, file: Path) -> None:
     run = CliRunner().invoke
     arguments = ["export", str(file), "--to", "onnx", "-o", str(tmp_path / "net.onnx"), "--json"]
