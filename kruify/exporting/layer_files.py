@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from kruify.checkpoint.onnx_session import cpu_session
+from kruify.checkpoint.stored import in_full
 from kruify.conversion import densify
 from kruify.errors import UnsupportedError
 from kruify.exporting.check import TOLERANCE, Exported, Run, layer_cases, write_checked
@@ -188,7 +189,7 @@ def prepare(module: nn.Module, name: str) -> tuple[nn.Module, Interface]:
 def _narrow(module: nn.Module) -> set[str]:
     """Dtypes of fewer than 32 bits that the weights of a layer are stored in."""
     held = {str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()}
-    return {*marks(module).values(), *(held & {*HALF})}
+    return {*in_full(marks(module)).values(), *(held & {*HALF})}
 
 
 def _write(

@@ -25,6 +25,7 @@ from kruify.checkpoint import (
     write_safetensors,
     write_torch,
 )
+from kruify.checkpoint.stored import in_full
 from kruify.checkpoint.target import TORCH
 from kruify.conversion import densify, densify_tensors
 from kruify.conversion.check import bounded_plan
@@ -173,7 +174,7 @@ def export_dense(
             worst, count = max(worst, found), count + cases
         require(worst, max(tolerance, rounding(dense)), path)
         size = file.stat().st_size
-    widened = tuple(sorted({*checkpoint.storage.values()}))
+    widened = tuple(sorted({*in_full(checkpoint.storage).values()}))
     return Exported(path, "", (), (), worst, count, size, _unsaid(checkpoint, checkpoint.assumed), widened=widened)
 
 
@@ -274,7 +275,7 @@ def export_network(
     """
     if to == "onnx":
         require_package("onnx", "onnxruntime", "onnxscript")
-    widened = tuple(sorted({*marks(model).values()}))
+    widened = tuple(sorted({*in_full(marks(model)).values()}))
     model = (densify(model) if dense else copy.deepcopy(model)).cpu().eval()
     for module in model.modules():
         if isinstance(module, KRUBase):
