@@ -109,7 +109,11 @@ seed_option = click.option(
     show_default=True,
     help="Seed of everything random; same seed, threads and machine, same bytes.",
 )
-lr_option = click.option("--lr", type=NUMBER, help="Peak learning rate of AdamW.  [default: 0.006; from scratch 0.002]")
+lr_option = click.option(
+    "--lr",
+    type=NUMBER,
+    help="Peak learning rate of AdamW.  [default: 0.006; from scratch 0.002; compress and sweep try 0.006 and 0.002]",
+)
 device_option = click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1.  [default: a GPU if there is one]")
 
 dtype_option = click.option(

@@ -63,8 +63,8 @@ def sweep(
 ) -> None:
     """Draw the trade-off curve of MODEL under several budgets.
 
-    For each budget MODEL is converted, with the candidate structure that validates best after a short training, and
-    fine-tuned. The knee is where more compression begins to cost.
+    For each budget MODEL is converted, with the structure and at the learning rate that validate best after a short
+    training, and fine-tuned. The knee is where more compression begins to cost.
     An interrupted sweep goes on where it stopped when the same command is given again.
     """
     with output(json_only) as out:

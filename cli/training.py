@@ -28,7 +28,7 @@ share_option = click.option(
     "share",
     type=NUMBER,
     metavar="SHARE",
-    help="Share of the epochs for which each candidate structure is trained first; 0 for none.  [default: 0.083]",
+    help="Share of the epochs for which each candidate is trained first; 0 for none.  [default: 0.083]",
 )
 log_dir_option = click.option("--log-dir", metavar="DIR", help="Write history.csv there, one line per validation.")
 # Of a run, which every command that trains takes.

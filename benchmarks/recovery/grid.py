@@ -283,8 +283,10 @@ class Run:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options of the recipe: the task's, the method's, the run's own."""
+        """Options of the recipe: the task's, the method's, the run's own; no rate where trials choose it."""
         usual = METHODS[self.method].options_on(TASKS[self.task])
+        if METHODS[self.method].start == "candidates":
+            del usual["lr"]
         epochs = {"epochs": self.epochs} if self.epochs else {}
         own = dict(item.split("=") for item in self.changes.split(",")) if self.changes else {}
         own = {name: number(value) for name, value in own.items()}

@@ -57,7 +57,8 @@ def train(
         chosen, row = choose_candidate(run, task, teacher, cache / run.key)
         twin = replace(run, method=PER_GATE)
         same = known(twin)
-        if same and chosen.plan == specified(twin, teacher) and not chosen.moments and same["options"] == run.options:
+        options |= {"lr": chosen.lr}
+        if same and chosen.plan == specified(twin, teacher) and not chosen.moments and same["options"] == options:
             return {**same, **row, "run": run.key, "method": run.method, "same_run_as": twin.key}
         options.pop("share", None)
         options = {**options, "epochs": row.pop("epochs")}
@@ -128,8 +129,8 @@ def choose_candidate(run: Run, task: Task, teacher: nn.Module, folder: Path) -> 
     if not file.exists():
         found = search.candidates(budget_of(run))
         epochs = run.options["epochs"]
-        if METHODS[run.method].of_file and len(found) > 1:  # their trials and the training after them are one budget
-            epochs /= 1 + search.share * len(found)
+        if METHODS[run.method].of_file:  # the trials and the training after them are one budget
+            epochs /= 1 + search.share * search.trials(found)
             search = CandidateSearch(teacher, task, device="cpu", **{**run.options, "epochs": epochs})
         choice = search.choose(found, folder)
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""What `compress` and `sweep` do with one network: make candidates, choose the one that recovers best, train it.
+"""What `compress` and `sweep` do with one network: make candidates, choose the one that recovers best and the rate at
+which it does, train it.
 
 The energy that a structure keeps tells how good it is before fine-tuning, not how well it learns. A network that moves
 far from its teacher does better with few large parts (low rank), one that stays near it with single entries beside
@@ -49,6 +50,7 @@ from kruify.training import FinetuneResult, Recipe, finetune
 from kruify.training.digest import fingerprint
 
 SHARE = 1 / 12  # of the epochs, for each candidate: a quarter cost g2p at 16x the file 1.7 points (benchmarks/recovery)
+LOWER = 1 / 3  # of the recipe's rate, which the best candidate is tried at, too: g2p at 8x the file gains 2.1 points
 
 
 class CandidateSearch:
@@ -63,10 +65,11 @@ class CandidateSearch:
             budget of bytes, else as they are computed.
         selection: which matrices may be factored.
         log_dir: a folder for `history.csv` of every training, each in a folder of its own there.
-        recipe: options of kruify.training.Recipe, such as epochs.
+        recipe: options of kruify.training.Recipe, such as epochs. With `lr` among them no other rate is tried.
 
     Attributes:
         layers: the recurrent layers of the network.
+        rates: peak learning rates to try, the usual one first.
         settings: what may not differ between a job and its continuation (JobState).
         source: of the file: the metadata that is carried on, its sha256, bytes of its weights.
 
@@ -98,9 +101,12 @@ class CandidateSearch:
         if not self.layers:
             raise UsageError("there is no RNN, LSTM or GRU layer to convert", type(dense).__name__)
         self.dense, self.task, self.share, self.seed = dense, task, share, seed
+        usual = float(settings["lr"])
+        self.rates = [usual] if "lr" in recipe else [usual, LOWER * usual]
         self.tensors = dense.state_dict()
         self.settings: dict[str, Any] = {"model": fingerprint(self.tensors), "task": type(task).__name__}
-        self.settings |= {"share": share, "recipe": settings, "dtype": dtype, "keep": sorted(keep) or None}
+        self.settings |= {"share": share, "recipe": settings, "rates": self.rates}
+        self.settings |= {"dtype": dtype, "keep": sorted(keep) or None}
         for name, value in asdict(selection).items():
             self.settings[name] = (list(value) if isinstance(value, tuple) else value) or None
         self.dtype, self.keep = dtype, tuple(keep)
@@ -140,10 +146,12 @@ class CandidateSearch:
             planner = partial(plan_by_loss, dense=self.dense, task=self.task)
             file = self.file(self.dtype or DTYPE)
             file = replace(file, layers=[*file.layers, *self.beside])
-            return make_size_candidates(file, budget, planner=planner, **options)
-        if limits.latency is not None:
-            return make_latency_candidates(self.file(self.dtype or "float32"), self.dtype, budget, **options)
-        return make_candidates(self.tensors, self.layers, budget, seed=self.seed, dtype=self.dtype, **options)
+            found = make_size_candidates(file, budget, planner=planner, **options)
+        elif limits.latency is not None:
+            found = make_latency_candidates(self.file(self.dtype or "float32"), self.dtype, budget, **options)
+        else:
+            found = make_candidates(self.tensors, self.layers, budget, seed=self.seed, dtype=self.dtype, **options)
+        return [replace(candidate, lr=self.rates[0]) for candidate in found]
 
     def file(self, dtype: str) -> FileSize:
         """The network, and how its files will be stored."""
@@ -153,23 +161,24 @@ class CandidateSearch:
         student, conversion = convert_module(self.dense, candidate.plan, moments=candidate.moments, seed=self.seed)
         return student if candidate.dtype is None else quantize(student, candidate.dtype, self.keep), conversion
 
-    def train(self, student: nn.Module, state: Path | None, name: str, **changes: Any) -> FinetuneResult:
+    def train(self, student: nn.Module, lr: float, state: Path | None, name: str, **changes: Any) -> FinetuneResult:
         """Fine-tunes `student` in place with the dense network as teacher, and goes on from what `state` holds.
 
         Args:
+            lr: that of its candidate.
             name: what progress calls the training, and the folder of its log.
         """
-        options = {**self._training, **changes, "progress": named(self.progress, name)}
+        options = {**self._training, "lr": lr, **changes, "progress": named(self.progress, name)}
         if self._log_dir is not None:
             options["log_dir"] = self._log_dir / name.replace(" ", "-")
         return finetune(student, self.task, teacher=copy.deepcopy(self.dense), resume=state, **options)
 
-    def notes(self, plan: Plan, outcome: FinetuneResult, budget: str) -> dict[str, str]:
+    def notes(self, candidate: Candidate, outcome: FinetuneResult, budget: str) -> dict[str, str]:
         """What a file says of its training, as far as a budget of bytes leaves room for it."""
-        history = json.dumps(outcome.to_json()["history"])
-        notes = {"kruify.history": history, "kruify.recipe": json.dumps(self.settings["recipe"])}
-        within = all(slack.used <= slack.allowed for slack in self.slack(plan, budget, notes) if slack.of == "bytes")
-        return notes if within else {}
+        history, recipe = outcome.to_json()["history"], {**self.settings["recipe"], "lr": candidate.lr}
+        notes = {"kruify.history": json.dumps(history), "kruify.recipe": json.dumps(recipe)}
+        slack = self.slack(candidate.plan, budget, notes)
+        return notes if all(s.used <= s.allowed for s in slack if s.of == "bytes") else {}
 
     def slack(self, plan: Plan, budget: str, notes: Mapping[str, str]) -> list[Slack]:
         """What the limits of a budget allow, and how much of it a plan takes, in a file with these notes."""
@@ -186,7 +195,8 @@ class CandidateSearch:
         on_candidate: Callable[[CandidateResult], None] | None = None,
         ray: Ray = False,
     ) -> Choice:
-        """The candidate that validates best after its short training; the first of those that come near it.
+        """The candidate that validates best after its short training, the first of those that come near it; then the
+        rate at which that one does.
 
         Args:
             folder: for the states of the short trainings, which go on where they stopped.
@@ -194,27 +204,39 @@ class CandidateSearch:
             on_candidate: called after each of them.
             ray: where they run (search.workers).
         """
-        if len(found) == 1 or not self.share:
+        if not self.trials(found):
             return Choice(found[0])
-        results: dict[int, CandidateResult] = {}
-        tried = spread(partial(self._try, found, folder, name), range(len(found)), ray, self.task, self.progress)
-        for place, result in tried:
-            results[place] = result
-            if on_candidate is not None:
-                on_candidate(result)
-        ordered = [results[place] for place in range(len(found))]
         sign, metric = -1 if self.task.higher_is_better else 1, self.task.metric
-        losses = [sign * result.metrics[metric] for result in ordered]
-        return Choice(found[first_of_the_best(losses, sign * self.baseline[metric])], ordered)
+        candidates, results = list(found), dict[int, CandidateResult]()
+
+        def best_of(places: Sequence[int]) -> int:
+            missing = [place for place in places if place not in results]
+            job = partial(self._try, candidates, folder, name)
+            for place, result in spread(job, missing, ray, self.task, self.progress):
+                results[place] = result
+                if on_candidate is not None:
+                    on_candidate(result)
+            losses = [sign * results[place].metrics[metric] for place in places]
+            return places[first_of_the_best(losses, sign * self.baseline[metric])]
+
+        best = best_of(range(len(candidates)))
+        candidates += [replace(found[best], lr=rate) for rate in self.rates[1:]]
+        best = best_of([best, *range(len(found), len(candidates))])
+        return Choice(candidates[best], [results[place] for place in range(len(candidates))])
+
+    def trials(self, found: Sequence[Candidate]) -> int:
+        """How many short trainings `choose` takes."""
+        count = len(found) + len(self.rates) - 1
+        return count if self.share and count > 1 else 0
 
     def _try(self, found: Sequence[Candidate], folder: Path | None, name: str, place: int) -> CandidateResult:
         """The short training of one candidate."""
         candidate, label = found[place], f"candidate {place + 1}"
         state = None if folder is None else folder / label.replace(" ", "-")
-        student = self.convert(candidate)[0]
-        student = self.train(student, state, name + label, epochs=self._epochs * self.share, evaluate_first=False).model
+        student, epochs = self.convert(candidate)[0], self._epochs * self.share
+        student = self.train(student, candidate.lr, state, name + label, epochs=epochs, evaluate_first=False).model
         specs = dict.fromkeys(str(s) for _, _, structures in candidate.plan.matrices() for s in structures)
-        return CandidateResult(list(specs), self.evaluations.measure(student, "valid"))
+        return CandidateResult(list(specs), self.evaluations.measure(student, "valid"), candidate.lr)
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process, which cannot tell this one how far it is."""

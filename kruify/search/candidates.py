@@ -17,8 +17,8 @@ from kruify.conversion.locate import RecurrentLayer
 from kruify.conversion.plan import Plan, keeps_scales, make_plan
 from kruify.conversion.size import FileSize, largest_within, plan_size
 from kruify.errors import FactorSpecError
-from kruify.factors import BLOCK_HEIGHTS
 from kruify.progress import Progress
+from kruify.training import Recipe
 
 NARROW = 16  # columns below which a matrix is small beside the others, and stays dense
 CLEAR_LEAD = 0.1  # of what the best one still lacks to the dense network: a smaller lead is none
@@ -63,13 +63,15 @@ EVERYTHING = Selection()
 
 @dataclass(frozen=True)
 class Candidate:
-    """A conversion to try: a plan, the moments that its fit is weighted with (None: unweighted), how its weights are
-    stored (None: as they are computed), and what was timed under a budget of time (`LatencyPlan.to_json`)."""
+    """What to try: a plan, the moments that its fit is weighted with (None: unweighted), how its weights are stored
+    (None: as they are computed), what was timed under a budget of time (`LatencyPlan.to_json`), and the peak learning
+    rate of its training."""
 
     plan: Plan
     moments: Mapping[str, Moments] | None = None
     dtype: str | None = None
     latency: dict[str, Any] | None = None
+    lr: float = Recipe.lr
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,12 @@ class CandidateResult:
     Attributes:
         factors: its specs, each named once.
         metrics: on the validation split.
+        lr: peak learning rate of the training.
     """
 
     factors: list[str]
     metrics: dict[str, float]
+    lr: float
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -100,18 +104,18 @@ class Choice:
         weighted = self.candidate.moments is not None
         results = [result.to_json() for result in self.results]
         plan, dtype = self.candidate.plan.to_json(), self.candidate.dtype
-        latency = self.candidate.latency
-        return {"plan": plan, "weighted": weighted, "dtype": dtype, "latency": latency, "candidates": results}
+        more = {"latency": self.candidate.latency, "lr": self.candidate.lr, "candidates": results}
+        return {"plan": plan, "weighted": weighted, "dtype": dtype, **more}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], moments: Mapping[str, Moments]) -> Choice:
         """The inverse; TypeError, KeyError, PlanError where `data` holds something else."""
-        plan, dtype, latency = Plan.from_json(parsed(str, data["plan"])), data["dtype"], data.get("latency")
         candidate = Candidate(
-            plan,
+            Plan.from_json(parsed(str, data["plan"])),
             moments if data["weighted"] else None,
-            None if dtype is None else parsed(str, dtype),
-            None if latency is None else parsed(dict[str, Any], latency),
+            parsed(str | None, data["dtype"]),
+            parsed(dict[str, Any] | None, data["latency"]),
+            parsed(float, data["lr"]),
         )
         return cls(candidate, parsed(list[CandidateResult], data["candidates"]))
 
@@ -164,9 +168,11 @@ def make_size_candidates(
     planner: Callable[..., Plan] = plan_size,
     progress: Progress | None = None,
 ) -> list[Candidate]:
-    """Candidates under a budget of bytes: what keeps the most energy (kruify.conversion.size), low rank of stacked
-    gates, and half low rank, half blocks of entries per gate, fitted without weights. The last two factor all but
-    narrow matrices, at the same share; where every matrix can stay dense there is only the first.
+    """Candidates under a budget of bytes: what keeps the most energy (kruify.conversion.size), and low rank of stacked
+    gates, of all but narrow matrices at the same share; where every matrix can stay dense there is only the first.
+
+    Half low rank, half blocks of entries per gate was a third one. It led in one of nine cells of benchmarks/recovery,
+    not at the rate that ends better there; the trial of a lower rate takes the passes that its own took.
 
     Raises:
         PlanError: the budget cannot be met.
@@ -178,10 +184,7 @@ def make_size_candidates(
 
     limit, layers = file.limit(budget), file.layers
     stacked = largest_within(limit, file.of, lambda share: stacked_low_rank(layers, share, selection))
-    mixed = largest_within(limit, file.of, lambda share: _uniform(layers, _half_blocks, share, selection))
-    found = [planned]
-    found += [Candidate(stacked, moments, file.dtype)] if stacked and stacked != planned.plan else []
-    return [*found, *([Candidate(mixed, None, file.dtype)] if mixed else [])]
+    return [planned, *([Candidate(stacked, moments, file.dtype)] if stacked and stacked != planned.plan else [])]
 
 
 def make_latency_candidates(
@@ -212,17 +215,8 @@ def make_latency_candidates(
 def stacked_low_rank(layers: Sequence[RecurrentLayer], share: float, selection: Selection = EVERYTHING) -> Plan | None:
     """Low rank of stacked gates that keeps this share of the numbers of every matrix that is not narrow; None where
     not even rank 1 does."""
-    return _uniform(layers, _stacked_low_rank, share, selection)
-
-
-def _uniform(
-    layers: Sequence[RecurrentLayer],
-    spec: Callable[[RecurrentLayer, int, int, float], str | None],
-    share: float,
-    selection: Selection,
-) -> Plan | None:
     specs = {
-        layer.full_name(weight): spec(layer, *layer.shape(weight), share)
+        layer.full_name(weight): _stacked_low_rank(layer, *layer.shape(weight), share)
         for layer in layers
         for weight in layer.weights
         if layer.shape(weight)[1] >= NARROW
@@ -237,27 +231,19 @@ def _stacked_low_rank(layer: RecurrentLayer, rows: int, cols: int, share: float)
     return f"stacked:{rank}*({rows}x1,1x{cols})" if rank else None
 
 
-def _half_blocks(layer: RecurrentLayer, rows: int, cols: int, share: float) -> str | None:
-    return half_and_half(rows, cols, share, keeps_scales(layer), BLOCK_HEIGHTS)
-
-
-def half_and_half(
-    rows: int, cols: int, share: float, scaled: bool = False, heights: Sequence[int] = (1,)
-) -> str | None:
-    """A spec of one gate, half of its numbers low rank and half entries, in blocks of the first of `heights` that
-    divides its rows; None where not even rank 1 fits."""
+def half_and_half(rows: int, cols: int, share: float, scaled: bool = False) -> str | None:
+    """A spec of one gate, half of its numbers low rank and half single entries; None where not even rank 1 fits."""
     numbers, one = int(share * rows * cols), rows + cols + scaled
     rank = numbers // (2 * one)
     percent = 100 * (numbers - rank * one) / (rows * cols)
-    height = next(h for h in heights if rows % h == 0)
-    return f"{rank}*({rows}x1,1x{cols})+sparse:{percent:.8f}%:{height}" if rank else None
+    return f"{rank}*({rows}x1,1x{cols})+sparse:{percent:.8f}%:1" if rank else None
 
 
 def first_of_the_best(losses: Sequence[float], dense: float) -> int:
     """The first that is as good as the best but for `CLEAR_LEAD` of what that one lacks to the dense network.
 
-    Single entries learn faster at first and take more time per step (benchmarks/recovery): where they stand behind low
-    rank in the list of candidates, their lead must be a clear one.
+    Single entries and low rates learn faster at first, entries take more time per step (benchmarks/recovery): they
+    stand behind in the lists of what is tried, and their lead must be a clear one.
     """
     known = [math.inf if math.isnan(loss) else loss for loss in losses]
     least = min(known)

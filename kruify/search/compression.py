@@ -23,6 +23,7 @@ from kruify.search.job_state import JobState
 from kruify.search.max_drop import allowed_drop, drop_from
 from kruify.search.workers import Ray, check_ray
 from kruify.tasks.base import Task
+from kruify.training import Recipe
 
 GROWTH = 2.0  # a layer that costs too much gets so many times its parameters
 DENSE_FROM = 0.5  # a layer that would keep more than this share of its parameters is left dense
@@ -61,6 +62,7 @@ class Compression:
         latency: what was timed under a budget of time, of the first attempt.
         allowed: the drop that was allowed, in the metric's units; None without a bound.
         slack: what the limits of the budget allow, one of time left out, and how much of it `model` takes.
+        lr: peak learning rate of the training.
         history: the validations of the training that gave `model`, as `FinetuneResult.to_json` has them.
         notes: metadata of a file of `model`: its history and recipe, where a budget of bytes leaves room.
     """
@@ -74,6 +76,7 @@ class Compression:
     latency: dict[str, Any] | None = None
     allowed: float | None = None
     slack: list[Slack] = field(default_factory=list)
+    lr: float = Recipe.lr
     history: list[dict[str, Any]] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
 
@@ -87,6 +90,7 @@ class Compression:
             "attempts": [asdict(attempt) for attempt in self.attempts],
             "allowed_drop": self.allowed,
             "budget": [asdict(slack) for slack in self.slack],
+            "lr": self.lr,
             "history": self.history,
             **({} if self.latency is None else {"latency": self.latency}),
         }
@@ -120,8 +124,8 @@ def compress(
     """A converted and fine-tuned copy of `dense` that loses at most `max_drop` of the task's metric.
 
     The budget is planned over all recurrent matrices, one of bytes or of time over the input matrices, too, weighed by
-    the activations on the task, and the structures that recover best in a short training are taken
-    (search.candidate_search). If the network validates worse than allowed
+    the activations on the task, and the structures and the learning rate that recover best in a short training are
+    taken (search.candidate_search). If the network validates worse than allowed
     after fine-tuning, the layer whose matrices lost most of their output gets twice the parameters (or stays dense),
     the other layers keep what they learnt, and fine-tuning starts again.
 
@@ -170,19 +174,20 @@ def compress(
         choice = search.choose(found, folder, on_candidate=on_candidate, ray=ray)
         state.keep(**choice.to_json())
     candidate, learnt = choice.candidate, dict[str, Tensor]()
-    best, best_run, best_plan, tried = 0, None, candidate.plan, list[Attempt]()
+    best, best_run, best_candidate, tried = 0, None, candidate, list[Attempt]()
     while True:
         student, conversion = search.convert(candidate)
         student.load_state_dict({**student.state_dict(), **learnt})
         number = len(tried) + 1
-        run = search.train(student, None if folder is None else folder / f"attempt-{number}", f"attempt {number}")
+        kept_in = None if folder is None else folder / f"attempt-{number}"
+        run = search.train(student, candidate.lr, kept_in, f"attempt {number}")
         attempt = _attempt(search, conversion, search.evaluations.measure(run.model, "valid"))
         tried.append(attempt)
         if on_attempt is not None:
             on_attempt(attempt)
         within = allowed is None or attempt.drop <= allowed
         if within or best_run is None or attempt.drop < tried[best].drop:
-            best, best_run, best_plan = len(tried) - 1, run, candidate.plan
+            best, best_run, best_candidate = len(tried) - 1, run, candidate
         before, stop = candidate.plan, within or len(tried) == attempts or not conversion.matrices
         if not stop:
             worst = _most_lost(conversion)
@@ -190,7 +195,7 @@ def compress(
         if stop or not candidate.plan.layers or candidate.plan == before:
             break
         learnt = {n: t for n, t in run.model.state_dict().items() if not n.startswith(f"{worst}.")} if worst else {}
-    notes = search.notes(best_plan, best_run, budget)
+    notes = search.notes(best_candidate, best_run, budget)
     return Compression(
         model=best_run.model,
         within=within,
@@ -200,7 +205,8 @@ def compress(
         attempts=tried,
         latency=choice.candidate.latency,
         allowed=allowed,
-        slack=search.slack(best_plan, budget, notes),
+        slack=search.slack(best_candidate.plan, budget, notes),
+        lr=best_candidate.lr,
         history=best_run.to_json()["history"],
         notes=notes,
     )

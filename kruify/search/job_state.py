@@ -13,7 +13,7 @@ from kruify.errors import CorruptError, PlanError, UnsafeError, UsageError
 
 Found = TypeVar("Found")
 AGAIN = "Name another folder"
-SCHEMA = 2  # of the file: raised when what it says means something else
+SCHEMA = 3  # of the file: raised when what it says means something else
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, PlanError)
 
 

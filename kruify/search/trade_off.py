@@ -47,6 +47,7 @@ class Point:
         metrics: on the split of the sweep.
         candidates: results of the candidates that were tried for this budget.
         latency: what was timed under a budget of time.
+        lr: peak learning rate of the training.
     """
 
     budget: str
@@ -57,6 +58,7 @@ class Point:
     bytes: int = 0
     candidates: list[CandidateResult] = field(default_factory=list)
     latency: dict[str, Any] | None = None
+    lr: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Every attribute but a latency that was not asked for; the candidates stand under `trials`."""
@@ -250,9 +252,9 @@ def _make(search: CandidateSearch, folder: Path, split: str, budget: str) -> Poi
     run, file = Path(f"{stem}.run"), Path(f"{stem}.kru.safetensors")
     choice = search.choose(search.candidates(budget), run, f"{stem.name} ")
     student, conversion = search.convert(choice.candidate)
-    outcome = search.train(student, run, stem.name)
+    outcome = search.train(student, choice.candidate.lr, run, stem.name)
     model = outcome.model.cpu()
-    sha256, extra = "", search.notes(choice.candidate.plan, outcome, budget)
+    sha256, extra = "", search.notes(choice.candidate, outcome, budget)
     if search.source is not None:
         carried, sha256, _ = search.source
         extra = {**carried, **extra}
@@ -267,6 +269,7 @@ def _make(search: CandidateSearch, folder: Path, split: str, budget: str) -> Poi
         bytes=file.stat().st_size,
         candidates=choice.results,
         latency=choice.candidate.latency,
+        lr=choice.candidate.lr,
     )
 
 

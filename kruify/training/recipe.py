@@ -20,7 +20,7 @@ class Recipe:
         epochs: passes over the train split, end to end; fractions are allowed.
         lr: peak learning rate of AdamW. A converted network has a long way to go: 6e-3 with an annealed teacher ended
             better than 2e-3 (factors at 6e-3) with a constant one on all four tasks of benchmarks/recovery. In fewer
-            than about five epochs the latter is better.
+            than about five epochs the latter is better. `compress` and `sweep` try a third of it, too.
         schedule: "onecycle", "cosine", "linear" or "constant".
         warmup: share of the run in which the learning rate rises.
         weight_decay: of dense matrices; factors, sparse residuals, biases, diagonals and scales are never decayed.

@@ -15,7 +15,7 @@ def test_within_max_drop(folder, run_json):
     )  # fmt: skip
     assert result["within"] is True
     assert result["attempts"][0]["recurrent_ratio"] >= 2
-    assert [set(candidate) for candidate in result["trials"]] == [{"factors", "metrics"}] * 2
+    assert [set(candidate) for candidate in result["trials"]] == [{"factors", "metrics", "lr"}] * 3
     (slack,) = result["budget"]
     assert slack["allowed"] == 192 // 2 and slack["used"] == result["attempts"][0]["recurrent_after"]
     file = read("small.kru.safetensors")
@@ -72,7 +72,7 @@ def test_the_card_of_what_was_compressed(folder, run, monkeypatch):
     assert result.exit_code == 0, result.stderr
     card = (folder / "card.md").read_text()
     assert card.startswith("---\nlibrary_name: ") and "## Training of small" in card
-    assert result.stderr.count("candidate ") == 2 and "candidate" not in result.stdout  # told once each
+    assert result.stderr.count("candidate ") == 3 and "candidate" not in result.stdout  # told once each
 
 
 def test_a_size_is_of_the_file_and_in_int8(folder, run_json):

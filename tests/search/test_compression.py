@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from kruify.search.candidate_search import CandidateSearch
 from kruify.search.candidates import (
     Candidate,
     CandidateResult,
+    Choice,
     first_of_the_best,
     half_and_half,
     make_candidates,
@@ -166,14 +168,25 @@ def test_the_plan_that_validates_best_is_taken(trained: nn.Module, higher: bool)
     layers = locate(trained).layers
     found = [Candidate(make_plan(layers, spec)) for spec in ("16x1,1x16", "16*(16x1,1x16)", "2x2")]
     before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
-    choice = CandidateSearch(trained, Either(), share=0.2, epochs=2.0, device="cpu").choose(found)
+    choice = CandidateSearch(trained, Either(), share=0.2, epochs=2.0, lr=6e-3, device="cpu").choose(found)
     torch.testing.assert_close(dict(trained.state_dict()), before, rtol=0, atol=0)
     losses = [result.metrics["loss"] for result in choice.results]
     assert [result.factors for result in choice.results] == [["16x1,1x16"], ["16*(16x1,1x16)"], ["2x2,2x2,2x2,2x2"]]
     assert choice.candidate is found[losses.index((max if higher else min)(losses))]
     assert losses[1] == min(losses)  # nothing was lost
-    alone = CandidateSearch(trained, Either()).choose(found[:1])
+    alone = CandidateSearch(trained, Either(), lr=6e-3).choose(found[:1])
     assert alone.candidate is found[0] and alone.results == []
+
+
+@pytest.mark.parametrize("rates", [[1.0, 1e-3], [1e-3, 1.0]])
+def test_the_rate_that_validates_best_is_taken(trained: nn.Module, rates: list[float]) -> None:
+    search = CandidateSearch(trained, Delay(), share=0.2, epochs=2.0, device="cpu")
+    assert search.rates == [6e-3, 2e-3]
+    search.rates = rates
+    choice = search.choose([Candidate(make_plan(search.layers, "16*(16x1,1x16)"), lr=rates[0])])
+    assert [result.lr for result in choice.results] == rates
+    assert choice.candidate.lr == 1e-3
+    assert Choice.from_json(json.loads(json.dumps(choice.to_json())), {}) == choice
 
 
 def test_a_small_lead_is_none() -> None:
@@ -190,10 +203,14 @@ def test_a_small_lead_is_none() -> None:
 def test_compress_tries_before_it_trains(trained: nn.Module) -> None:
     told: list[CandidateResult] = []
     done = compress(trained, Delay(), "4x", epochs=1, device="cpu", on_candidate=told.append)
-    assert len(done.candidates) == 2 and told == done.candidates
-    best = first_of_the_best([result.metrics["loss"] for result in done.candidates], done.baseline["loss"])
+    assert [result.lr for result in done.candidates] == [6e-3, 6e-3, 2e-3] and told == done.candidates
+    losses = [result.metrics["loss"] for result in done.candidates]
+    best = first_of_the_best(losses[:2], done.baseline["loss"])
+    assert done.candidates[2].factors == done.candidates[best].factors
     built = {str(s) for m in done.model.modules() for s in getattr(m, "structures", ())}
     assert built == set(done.candidates[best].factors)
+    slower = first_of_the_best([losses[best], losses[2]], done.baseline["loss"])
+    assert done.lr == json.loads(done.notes["kruify.recipe"])["lr"] == [6e-3, 2e-3][slower]
     assert compress(trained, Delay(), "4x", epochs=0.5, share=0, device="cpu").candidates == []
     with pytest.raises(UsageError, match="share of the epochs"):
         compress(trained, Delay(), "4x", share=2)
@@ -220,10 +237,10 @@ def test_resumed_it_ends_with_the_same_bits(trained: nn.Module, tmp_path: Path) 
         return compress(trained, Delay(), "4x", resume=resume, progress=count, **options), seen
 
     whole, steps = run(resume=None)
-    assert steps == 2 * 3 + 2 * 26  # of two candidates, of two attempts with two epochs each
-    # In candidate 1 before anything is saved, then in candidate 2, attempt 1, its second epoch, attempt 2: each run
-    # goes on where the last epoch or candidate before the stop had ended.
-    for stop in (2, 10, 10, 16, 16):
+    assert steps == 3 * 3 + 2 * 26  # of two candidates and a rate, of two attempts with two epochs each
+    # In candidate 1 before anything is saved, then in candidate 2, the rate, attempt 1, its second epoch, attempt 2:
+    # each run goes on where the last epoch or candidate before the stop had ended.
+    for stop in (2, 5, 5, 10, 16, 16):
         with pytest.raises(Stop):
             run(stop=stop)
         torch.rand(5)
@@ -254,7 +271,7 @@ def test_the_state_of_another_compression_is_refused(trained: nn.Module, tmp_pat
         compress(other, Delay(), "4x", **options)
     with pytest.raises(UsageError, match="other budget"):
         compress(trained, Delay(), "8x", **options)
-    with pytest.raises(UsageError, match="other share, recipe"):
+    with pytest.raises(UsageError, match="other share, recipe, rates"):
         compress(trained, Delay(), "4x", share=0, lr=1e-3, **options)
     file = tmp_path / "compression.json"
     good = file.read_text()
@@ -265,20 +282,18 @@ def test_the_state_of_another_compression_is_refused(trained: nn.Module, tmp_pat
 
 
 def test_candidates_under_a_size() -> None:
-    """What keeps the most, stacked low rank, low rank and blocks: all within the bytes, of W_ih, too; or all dense."""
+    """What keeps the most, and stacked low rank: both within the bytes, of W_ih, too; or all dense."""
     torch.manual_seed(0)
     net = nn.ModuleDict({"first": nn.GRU(2, 32), "second": nn.GRU(32, 32), "out": nn.Linear(32, 2)})
     file = FileSize(net.state_dict(), locate(net).layers)
     limit = int(0.8 * file.of(Plan()))
-    planned, stacked, mixed = make_size_candidates(file, f"size={limit}", moments={})
-    for candidate in (planned, stacked, mixed):
+    planned, stacked = make_size_candidates(file, f"size={limit}", moments={})
+    for candidate in (planned, stacked):
         assert 0.9 * limit < file.of(candidate.plan) <= limit
         assert candidate.dtype == "int8"
     assert {str(s)[:8] for _, _, (s,) in stacked.plan.matrices()} == {"stacked:"}
-    assert {s.block for _, _, found in mixed.plan.matrices() for s in found} == {8}
-    for candidate in (stacked, mixed):
-        names = [layer.full_name(weight) for layer, weight, _ in candidate.plan.matrices()]
-        assert sorted(names) == ["first.weight_hh_l0", "second.weight_hh_l0", "second.weight_ih_l0"]
+    names = [layer.full_name(weight) for layer, weight, _ in stacked.plan.matrices()]
+    assert sorted(names) == ["first.weight_hh_l0", "second.weight_hh_l0", "second.weight_ih_l0"]
     (dense,) = make_size_candidates(file, f"size={file.of(Plan())}")
     assert dense.plan == Plan()
     floats = FileSize(net.state_dict(), locate(net).layers, "float32", keep=["out"])

@@ -147,7 +147,10 @@ def test_refusals(tmp_path: Path) -> None:
         lambda state: {**state, "points": [{**state["points"][0], "recurrent_parameters": "many"}]},
         lambda state: {**state, "points": [{**state["points"][0], "file": 3}]},
         lambda state: {**state, "points": [{**state["points"][0], "trials": [[]]}]},
-        lambda state: {**state, "points": [{**state["points"][0], "trials": [{"factors": 3, "metrics": {}}]}]},
+        lambda state: {
+            **state,
+            "points": [{**state["points"][0], "trials": [{"factors": 3, "metrics": {}, "lr": 0.1}]}],
+        },
     ],
 )
 def test_a_damaged_state_is_refused_and_kept(change, tmp_path: Path) -> None:

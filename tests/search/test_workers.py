@@ -130,7 +130,7 @@ def test_candidates_of_compress(tmp_path: Path, cluster: None, one_thread: None)
         return done.candidates, done.model.state_dict()
 
     here, there = run(Sums(), "here"), run(Sums(tmp_path / "killed"), "there", ray=True)
-    assert (tmp_path / "killed").exists() and len(here[0]) == 2 and here[0] == there[0]  # type: ignore[arg-type]
+    assert (tmp_path / "killed").exists() and len(here[0]) == 3 and here[0] == there[0]  # type: ignore[arg-type]
     assert all(tensor.equal(there[1][name]) for name, tensor in here[1].items())
 
 
