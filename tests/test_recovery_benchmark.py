@@ -11,10 +11,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from torch import nn
 
 from kruify.conversion.locate import locate
 from kruify.errors import PlanError
+from kruify.tasks.loader import load_task
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "recovery"
 
@@ -82,13 +82,14 @@ def test_runs_are_trained_recorded_once_and_reported(
 
 @pytest.mark.parametrize("kind", ["low_rank_of_stack", "low_rank_and_blocks", "largest_entries"])
 def test_a_structure_takes_the_bytes_that_it_may(modules: dict[str, ModuleType], kind: str) -> None:
-    files, dense = modules["files"], nn.GRU(64, 64)
-    plan = getattr(files, kind)(dense, "size=6x")
+    files, task = modules["files"], load_task("copy-memory:T=5,cell=gru,hidden=128,train_examples=64")
+    dense = task.model()
+    plan = getattr(files, kind)(dense, task, "size=6x")
     size = (files.PrunedSize if kind == "largest_entries" else files.FileSize)(dense.state_dict(), locate(dense).layers)
     limit = size.limit("size=6x")
     assert 0.95 * limit < size.of(plan) <= limit
     with pytest.raises(PlanError, match="no file of this kind is so small"):
-        getattr(files, kind)(dense, "size=100x")
+        getattr(files, kind)(dense, task, "size=200x")
 
 
 def test_a_method_whose_code_is_gone_is_refused(modules: dict[str, ModuleType]) -> None:

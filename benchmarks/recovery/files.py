@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import nn
 
-from kruify.conversion.locate import locate
+from kruify import convert
+from kruify.conversion.beside import layers_beside
+from kruify.conversion.locate import RecurrentLayer, locate
 from kruify.conversion.plan import Plan, make_plan
+from kruify.conversion.sensitivity import mean_loss
 from kruify.conversion.size import FileSize, largest_within
 from kruify.errors import PlanError
 from kruify.search.candidates import NARROW, stacked_low_rank
+from kruify.tasks.base import Task
 
-FilePlan = Callable[[nn.Module, str], Plan]  # the dense network, the budget
+FilePlan = Callable[[nn.Module, Task, str], Plan]  # the dense network, its task, the budget
 
 
-def low_rank_of_stack(dense: nn.Module, budget: str) -> Plan:
+def low_rank_of_stack(dense: nn.Module, task: Task, budget: str) -> Plan:
     """Every matrix as torch holds it, gates above each other, by its truncated SVD."""
-    file = file_of(dense)
-    return _largest(file, budget, lambda share: stacked_low_rank(file.layers, share))
+
+    def plan_of(layers: Sequence[RecurrentLayer]) -> Plan:
+        file = FileSize(dense.state_dict(), layers)
+        return _largest(file, budget, lambda share: stacked_low_rank(file.layers, share))
+
+    return _better(dense, task, plan_of)
 
 
-def low_rank_and_blocks(dense: nn.Module, budget: str) -> Plan:
+def low_rank_and_blocks(dense: nn.Module, task: Task, budget: str) -> Plan:
     """The same, and 4 % of the recurrent matrices in blocks of eight entries: the structure of `make demo`."""
     file = file_of(dense)
 
@@ -39,18 +48,33 @@ def low_rank_and_blocks(dense: nn.Module, budget: str) -> Plan:
     return _largest(file, budget, ranked)
 
 
-def largest_entries(dense: nn.Module, budget: str) -> Plan:
+def largest_entries(dense: nn.Module, task: Task, budget: str) -> Plan:
     """The largest entries of every matrix, counted as `PrunedSize` does."""
-    file = PrunedSize(dense.state_dict(), locate(dense).layers)
-    names = [
-        layer.full_name(weight) for layer in file.layers for weight in layer.weights if layer.shape(weight)[1] >= NARROW
-    ]
 
-    def pruned(share: float) -> Plan:
-        specs = {name: f"stacked:sparse:{100 * share:.6f}%:1" for name in names}
-        return make_plan(file.layers, "dense", "dense", overrides=specs)
+    def plan_of(layers: Sequence[RecurrentLayer]) -> Plan:
+        names = [
+            layer.full_name(weight) for layer in layers for weight in layer.weights if layer.shape(weight)[1] >= NARROW
+        ]
 
-    return _largest(file, budget, pruned)
+        def pruned(share: float) -> Plan:
+            specs = {name: f"stacked:sparse:{100 * share:.6f}%:1" for name in names}
+            return make_plan(layers, "dense", "dense", overrides=specs)
+
+        return _largest(PrunedSize(dense.state_dict(), layers), budget, pruned)
+
+    return _better(dense, task, plan_of)
+
+
+def _better(dense: nn.Module, task: Task, plan_of: Callable[[Sequence[RecurrentLayer]], Plan]) -> Plan:
+    """Of the recurrent layers alone, or linear layers and embeddings, too: what has the lower loss, untrained."""
+    recurrent = locate(dense).layers
+    plans = []
+    for layers in (recurrent, [*recurrent, *layers_beside(dense, task)]):
+        with suppress(PlanError):
+            plans.append(plan_of(layers))
+    if not plans:
+        raise PlanError("no file of this kind is so small")
+    return min(plans, key=lambda plan: mean_loss(convert(dense, plan=plan)[0], task))
 
 
 def file_of(dense: nn.Module) -> FileSize:

@@ -58,7 +58,8 @@ def train(
         twin = replace(run, method=PER_GATE)
         same = known(twin)
         options |= {"lr": chosen.lr}
-        if same and chosen.plan == specified(twin, teacher) and not chosen.moments and same["options"] == options:
+        planned = specified(twin, teacher, task)
+        if same and chosen.plan == planned and not chosen.moments and same["options"] == options:
             return {**same, **row, "run": run.key, "method": run.method, "same_run_as": twin.key}
         options.pop("share", None)
         options = {**options, "epochs": row.pop("epochs")}
@@ -165,17 +166,17 @@ def build(run: Run, task: Task, teacher: nn.Module | None) -> tuple[nn.Module, T
         model = task.model()
         model.load_state_dict(teacher.state_dict())
         return model, task
-    plan = specified(run, teacher)
+    plan = specified(run, teacher, task)
     if method.start == "random":
         return swap(task.model(), plan), task
     return convert(teacher, plan=plan, seed=run.seed, dtype=method.dtype)[0], task
 
 
-def specified(run: Run, dense: nn.Module) -> Plan:
+def specified(run: Run, dense: nn.Module, task: Task) -> Plan:
     """The structure of every matrix that the run's method and budget ask for."""
     method = METHODS[run.method]
     if method.file_plan is not None:
-        return method.file_plan(dense, budget_of(run))
+        return method.file_plan(dense, task, budget_of(run))
     spec = method.spec
     assert spec is not None
 
