@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import RenderableType
+from rich.table import Table
 
 from kruify.conversion import Conversion
 from kruify.conversion.latency import LatencyPlan
+from kruify.conversion.result import GateResult
 from kruify.factors import stacks
-from kruify.reporting.terminal import table
+from kruify.reporting.terminal import Fitting, table
 
 LONG = 32
 """Characters; where a matrix has a longer name, layers have numbers in the table, and their names stand below."""
-CAPTION = "null: the energy that an unstructured matrix of this size keeps; error: ||W - K|| / ||W||"
+NULL = "null: the energy that an unstructured matrix of this size keeps"
+OF_WH = "kept of W h: the energy kept of what the matrix gives on the task's data"
 
 
 def converted(title: str, conversion: Conversion) -> Sequence[RenderableType]:
@@ -22,39 +25,18 @@ def converted(title: str, conversion: Conversion) -> Sequence[RenderableType]:
     Args:
         title: the model's name.
     """
-    specs = {gate.factors for gate in conversion.matrices}
-    shapes = {gate.shape for gate in conversion.matrices}
-    source = title
-    if len(shapes) == 1:  # what all have in common takes no column: a terminal may have 80 places
-        title += f": {'x'.join(map(str, shapes.pop()))}"
-    if len(specs) == 1:
-        title += f": {spec}" if stacks(spec := specs.pop()) else f": {spec} in every gate"
-    columns = {"energy kept": "energy", "null": "energy_null", "error": "relative_error"}
-    if any(gate.energy_weighted is not None for gate in conversion.matrices):
-        columns["kept of W h"] = "energy_weighted"
-    gates = {gate.gate for gate in conversion.matrices} != {"all"}
-    words = ("matrix", *(["gate"] if gates else []), *(["size"] if shapes else []), *(["factors"] if specs else []))
-    layers = dict.fromkeys(gate.layer for gate in conversion.matrices)
-    numbers = {layer: number for number, layer in enumerate(layers, 1)}
-    long = any(len(gate.name) > LONG for gate in conversion.matrices)
-    made = table(
-        title,
-        *words,
-        "parameters",
-        *(head.replace(" ", "\n", 1) for head in columns),
-        words=len(words),
-        caption=CAPTION,
-    )
-    for gate in conversion.matrices:
-        values = gate.to_json()
-        made.add_row(
-            f"{numbers[gate.layer]}: {gate.name.removeprefix(f'{gate.layer}.')}" if long else gate.name,
-            *([gate.gate] if gates else []),
-            *(["x".join(map(str, gate.shape))] if shapes else []),
-            *([gate.factors] if specs else []),
-            f"{gate.parameters_before:,} -> {gate.parameters_after:,}",
-            *("" if values[key] is None else f"{values[key]:.3f}" for key in columns.values()),
-        )
+    gates = conversion.matrices
+    numbers = {layer: number for number, layer in enumerate(dict.fromkeys(gate.layer for gate in gates), 1)}
+    long = any(len(gate.name) > LONG for gate in gates)
+    names = [f"{numbers[g.layer]}: {g.name.removeprefix(f'{g.layer}.')}" if long else g.name for g in gates]
+    structures = dict.fromkeys((g.shape, g.factors, g.parameters_before, g.parameters_after) for g in gates)
+    marks = {structure: f"#{number}" for number, structure in enumerate(structures, 1)}
+    marked = [marks[g.shape, g.factors, g.parameters_before, g.parameters_after] for g in gates]
+    below = [
+        f"{mark}: {'x'.join(map(str, shape))} as {spec}, {before:,} -> {after:,} parameters"
+        for (shape, spec, before, after), mark in marks.items()
+    ]
+    made = Fitting(_table(title, gates, names), [_table(title, gates, names, marked), *below])
     p, size = conversion.parameters, conversion.bytes
     lines = [f"{number}: {layer}" for layer, number in numbers.items()] if long else []
     lines += [
@@ -72,9 +54,47 @@ def converted(title: str, conversion: Conversion) -> Sequence[RenderableType]:
     if conversion.latency is not None:
         lines.append(_time(conversion.latency))
     if size is not None and size.beside > size.before // 10:
-        lines.append(f"{source} holds {size.beside:,} bytes beside its weights, which are not counted")
+        lines.append(f"{title} holds {size.beside:,} bytes beside its weights, which are not counted")
     lines += [f"note: {sentence}" for sentence in conversion.notes]
-    return [*([made] if conversion.matrices else [title]), *lines]
+    return [*([made] if gates else [title]), *lines]
+
+
+def _table(title: str, gates: Sequence[GateResult], names: Sequence[str], marked: Sequence[str] = ()) -> Table:
+    """A row for each gate; what all have in common takes no column: a terminal may have 80 places.
+
+    Args:
+        marked: what stands for the structure of each gate, which is told elsewhere; if empty it is told here.
+    """
+    specs, shapes = {gate.factors for gate in gates}, {gate.shape for gate in gates}
+    if len(shapes) == 1:
+        title += f": {'x'.join(map(str, next(iter(shapes))))}"
+    if len(specs) == 1:
+        title += f": {spec}" if stacks(spec := next(iter(specs))) else f": {spec} in every gate"
+    columns = [("matrix", names)]
+    if {gate.gate for gate in gates} != {"all"}:
+        columns.append(("gate", [gate.gate for gate in gates]))
+    if marked:
+        columns.append(("factors", marked))
+    else:
+        if len(shapes) > 1:
+            columns.append(("size", ["x".join(map(str, gate.shape)) for gate in gates]))
+        if len(specs) > 1:
+            columns.append(("factors", [gate.factors for gate in gates]))
+    words, caption = len(columns), [NULL]
+    if not marked:
+        columns.append(("parameters", [f"{g.parameters_before:,} -> {g.parameters_after:,}" for g in gates]))
+    columns += [("energy\nkept", _shares(g.energy for g in gates)), ("null", _shares(g.energy_null for g in gates))]
+    if any(gate.energy_weighted is not None for gate in gates):
+        columns.append(("kept\nof W h", _shares(gate.energy_weighted for gate in gates)))
+        caption.append(OF_WH)
+    made = table(title, *(head for head, _ in columns), words=words, caption="\n".join(caption))
+    for cells in zip(*(cells for _, cells in columns), strict=True):
+        made.add_row(*cells)
+    return made
+
+
+def _shares(values: Iterable[float | None]) -> list[str]:
+    return ["" if value is None or value != value else f"{value:.3f}" for value in values]
 
 
 def _counts(words: str, before: int, after: int, of: str) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rich.console import RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from kruify.analysis.matrices import MatrixHealth
 from kruify.reporting.report import ModelReport, Report
 from kruify.reporting.rows import (
     GATE_COLUMNS,
@@ -25,6 +26,7 @@ from kruify.reporting.rows import (
     validations,
 )
 
+WIDEST = 10_000  # columns, of a table that nothing bounds
 IN_PLAN = "factors"  # of GATE_COLUMNS: too wide for a terminal, and the plan has them
 
 
@@ -47,6 +49,17 @@ def tables(report: Report, details: bool = False) -> list[RenderableType]:
     return [*parts, _models("in short", found.models, found.rows), *found.notes]
 
 
+class Fitting:
+    """A table, or what stands for it where it is wider than the terminal."""
+
+    def __init__(self, whole: Table, parts: Sequence[RenderableType]) -> None:
+        self.whole, self.parts = whole, parts
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        fits = console.measure(self.whole, options=options.update(width=WIDEST)).maximum <= options.max_width
+        yield from [self.whole] if fits else self.parts
+
+
 def table(title: str, *columns: str, words: int = 1, caption: str | None = None) -> Table:
     """A table whose first `words` columns hold words, the others figures."""
     made = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
@@ -66,14 +79,21 @@ def _made(report: Report) -> Table:
     return table
 
 
-def _gates(model: ModelReport) -> Table:
+def _gates(model: ModelReport) -> Fitting:
+    names = dict.fromkeys(entry.name for entry in model.recurrent_matrices)
+    parts = [(name, [e for e in model.recurrent_matrices if e.name == name]) for name in names]
+    return Fitting(_matrices(model, model.recurrent_matrices), [_matrices(model, found, name) for name, found in parts])
+
+
+def _matrices(model: ModelReport, entries: Sequence[MatrixHealth], name: str = "") -> Table:
+    """Gates; `name` is that of the one matrix that they belong to."""
     kept = [place for place, column in enumerate(GATE_COLUMNS) if column != IN_PLAN]
     heads = [GATE_COLUMNS[place].replace(" ", "\n") for place in kept]  # leaves more room for names
-    made = table(f"{model.name}: recurrent matrices", "gate", *heads, "singular\nvalues")
-    for entry in model.recurrent_matrices:
+    made = table(f"{model.name}: {name or 'recurrent matrices'}", "gate", *heads, "singular\nvalues")
+    for entry in entries:
         cells = gate_cells(entry)
         curve = sparkline_of_spectrum(entry.singular_values)
-        made.add_row(f"{entry.name} {entry.gate}", *(cells[place] for place in kept), curve)
+        made.add_row(entry.gate if name else f"{entry.name} {entry.gate}", *(cells[place] for place in kept), curve)
     return made
 
 
@@ -88,8 +108,17 @@ def _training(report: Report) -> Table:
     return made
 
 
-def _models(title: str, models: Sequence[ModelReport], rows: Sequence[Row], caption: str | None = None) -> Table:
-    made = table(title, "", *(model.name for model in models), caption=caption)
+def _models(title: str, models: Sequence[ModelReport], rows: Sequence[Row], caption: str | None = None) -> Fitting:
+    """All models side by side, or each beside the first."""
+    pairs = [_beside(title, models, rows, [0, other]) for other in range(1, len(models))]
+    whole = _beside(title, models, rows, range(len(models)))
+    whole.caption = pairs[-1].caption = caption
+    return Fitting(whole, pairs)
+
+
+def _beside(title: str, models: Sequence[ModelReport], rows: Sequence[Row], places: Sequence[int]) -> Table:
+    made = table(title, "", *(models[place].name for place in places))
     for row in rows:
-        made.add_row(Text(row.label, "bold") if row.main else row.label, *row.cells)
+        label = Text(row.label, "bold") if row.main else row.label
+        made.add_row(label, *(row.cells[place] for place in places))
     return made

@@ -195,6 +195,19 @@ def test_usage_errors(arguments, folder, run):
     assert sorted(folder.rglob("*")) == before
 
 
+def test_structures_stand_below_a_table_that_would_be_too_wide(tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({f"encoder.{name}": tensor for name, tensor in nn.LSTM(16, 16, 2).state_dict().items()}, "deep.pt")
+    spec = "3*(4x4,4x4)+2*(16x1,1x16)"
+    command = ("convert", "deep.pt", "--factors", "4x4,4x4", "--set", f"*.weight_hh_l?.f={spec}", "--dry-run")
+    for columns, rows, below in (("80", 0, 1), ("140", 2, 0)):
+        monkeypatch.setenv("COLUMNS", columns)
+        lines = run(*command).stdout.splitlines()
+        assert sum("encoder.weight_hh_l" in line for line in lines) == 8  # no name is cut in two
+        assert sum(spec in line and line.startswith("│") for line in lines) == rows
+        assert lines.count(f"#2: 16x16 as {spec}, 256 -> 160 parameters") == below
+
+
 def test_long_names_stand_below_the_table(tmp_path, run):
     layers = [f"decoder.If_1.{branch}.model.decoder.rnn.LSTM" for branch in ("then_branch", "else_branch")]
     state = {f"{layer}.{name}": tensor for layer in layers for name, tensor in nn.LSTM(8, 16).state_dict().items()}

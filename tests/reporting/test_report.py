@@ -68,6 +68,15 @@ def text_of(report: Report) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_comparison_that_is_too_wide_has_each_model_beside_the_first(files):
+    made = tables(build(*files, task=Size(), latency_seconds=0.0))[0]
+    for width, found in ((60, 3), (200, 1)):
+        console = Console(file=io.StringIO(), width=width)
+        console.print(made)
+        text = console.file.getvalue()
+        assert text.count("All parameters") == found and text.count("Latency and peak memory:") == 1
+
+
 def test_report_compares_with_the_first(files):
     report = build(*files, task=Size(), latency_seconds=0.0)
     first, exact, small, _ = report.models
