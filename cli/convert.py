@@ -132,6 +132,12 @@ def _advise(out: Output, model: str, conversion: Conversion, budget: str | None)
             f"The factors keep {100 * kept:.1f} % of the energy of these matrices, so that training begins almost "
             f"anew:\n{how}."
         )
+    if all(gate.terms == 1 and "+" not in gate.factors for gate in conversion.matrices):
+        fewest = min(conversion.matrices, key=lambda gate: gate.parameters_after / gate.parameters_before)
+        out.show(
+            f"One product stands for each gate, {fewest.parameters_after:,} numbers for {fewest.parameters_before:,}: "
+            "trained, too, it may stay behind the dense\nnetwork (README.md, Which factors)."
+        )
     again = f"kruify finetune {conversion.output} --task TASK -o OUT"
     if conversion.graph is not None:
         size = budget if budget is not None and budget.startswith("size=") else "size=8x"

@@ -195,6 +195,13 @@ def test_usage_errors(arguments, folder, run):
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("spec", "said"), [("2x2", True), ("auto", True), ("2*(4x2,2x4)", False), ("4x4,2x2+diag", False)]
+)
+def test_what_to_expect_of_one_product_is_said(folder, run, spec, said):
+    assert ("One product stands for each gate" in run("convert", "model.pt", "--factors", spec).stdout) is said
+
+
 def test_structures_stand_below_a_table_that_would_be_too_wide(tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({f"encoder.{name}": tensor for name, tensor in nn.LSTM(16, 16, 2).state_dict().items()}, "deep.pt")
