@@ -72,8 +72,9 @@ def _integers(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _packed(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows as weights are rounded."""
-    scales = weights.abs().amax(1) / 127
+    """Rows as weights are rounded; those of such integers stay."""
+    largest, whole = weights.abs().amax(1), (weights == weights.round()).all(1)
+    scales = torch.where(whole & (largest > 0) & (largest <= 127), 1.0, largest / 127)
     return (weights / torch.where(scales > 0, scales, 1.0)[:, None]).round().double(), scales
 
 

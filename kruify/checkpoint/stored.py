@@ -63,7 +63,7 @@ def encode(
             stored |= _compressed(matrix, tensor, lazy[matrix + VALUES], matrices[matrix])
         elif matrix and name == matrix + VALUES and dtype == "int8":
             stored |= _eight_bit_blocks(name, tensor, lazy[matrix + INDEX], matrices[matrix][0])
-        elif dtype == "int8" and (dims := eight_bit_dims(name, tensor, matrix)):
+        elif dtype == "int8" and (dims := eight_bit_dims(name, tensor, matrix, lazy)):
             stored |= _eight_bit(name, tensor, dims)
         elif dtype in ("float16", "bfloat16") and tensor.dtype.is_floating_point:
             stored[name] = _narrow(name, tensor, DTYPES[dtype])
@@ -74,13 +74,23 @@ def encode(
     return stored
 
 
-def eight_bit_dims(name: str, tensor: LazyTensor, matrix: str | None) -> tuple[int, ...]:
+def eight_bit_dims(
+    name: str, tensor: LazyTensor, matrix: str | None, others: Mapping[str, LazyTensor]
+) -> tuple[int, ...]:
     """The dimensions that a row of a tensor runs over if it is stored as int8, () where int8 is not for it: vectors,
-    complex and whole numbers, rows of one entry. `matrix` is the Kronecker matrix that it is an entry of."""
+    complex and whole numbers, rows of one entry. `matrix` is the Kronecker matrix that it is an entry of, among the
+    `others` are the factors beside it."""
     if not tensor.dtype.is_floating_point or len(tensor.shape) < 2 or (matrix and len(tensor.shape) != 4):
         return ()  # of a Kronecker matrix, diagonal and scales have one vector a gate
-    dims = row_dims(tensor.shape, factor=matrix is not None)
+    dims = row_dims(tensor.shape, matrix is not None, matrix is not None and _shares(name, tensor, others))
     return dims if pays(tensor.shape, dims) else ()
+
+
+def _shares(name: str, factor: LazyTensor, others: Mapping[str, LazyTensor]) -> bool:
+    """Whether the gates of a factor share another one of their term."""
+    term = name.rpartition(".")[0]
+    beside = (others.get(f"{term}.{f}") for f in range(2))
+    return any(other is not None and other.shape[0] < factor.shape[0] for other in beside)
 
 
 def first_bias(second: str) -> str:

@@ -63,7 +63,11 @@ def storage_for(
         unused -= matching
         if dtype in (None, "float32") or matching or not tensor.dtype.is_floating_point:
             continue
-        if dtype != "int8" or eight_bit_dims(name, tensor, matrix) or (matrix and name.endswith(".overlay.values")):
+        if (
+            dtype != "int8"
+            or eight_bit_dims(name, tensor, matrix, lazy)
+            or (matrix and name.endswith(".overlay.values"))
+        ):
             found[weight] = dtype
         elif name in biases:
             found[name] = BIAS_DTYPE

@@ -60,13 +60,17 @@ const Int8Kernels& int8_kernels() {
 namespace {
 
 // Rounds w (rows, columns of it) to eight bits: a row's scale is its largest element / 127, NaN where an element is not
-// finite.
+// finite, and 1 where all elements are such integers already.
 void pack(const Int8Panels& p, int64_t columns, const float* w, int64_t ld) {
   const int64_t lanes = int8_kernels().lanes;
   for (int64_t row = 0; row < p.rows; ++row, w += ld) {
     float largest = 0, faults = 0;
-    for (int64_t k = 0; k < columns; ++k) largest = std::max(largest, std::abs(w[k])), faults += 0 * w[k];
-    const float scale = largest / 127;
+    bool whole = true;
+    for (int64_t k = 0; k < columns; ++k) {
+      largest = std::max(largest, std::abs(w[k])), faults += 0 * w[k];
+      whole &= w[k] == std::nearbyint(w[k]);
+    }
+    const float scale = whole && largest > 0 && largest <= 127 ? 1 : largest / 127;
     p.scale[row] = scale + faults;
     if (!(p.scale[row] > 0)) continue;  // also NaN
     int8_t* panel = p.weights + row / lanes * lanes * p.groups * 4 + row % lanes * 4;

@@ -199,13 +199,15 @@ class _Writer:
         shapes = [values.shape[2:] for values, _ in parts]
         if len(parts) == 2:
             for left, right in ((0, 1), (1, 0)):
-                if shapes[left][1] == shapes[right][0] == 1 and parts[left][1].shape[1] == 1:
-                    # Low rank: all products at once, (P, rank) times (rank, Q).
+                columns, scale = parts[left]
+                if shapes[left][1] == shapes[right][0] == 1 and scale.shape[2] == 1:
+                    # Low rank: all products at once, (P, rank) times (rank, Q), both scales of a product together.
                     values, scales = parts[right]
-                    scales = scales.expand(-1, values.shape[1], -1, -1)
+                    scales = (scales * scale).expand(-1, values.shape[1], -1, -1)
                     first = _Step(_name(f"{name}.right"), values.transpose(1, 2), scales.transpose(1, 2))
-                    values, scales = parts[left]
-                    return [first, _Step(_name(f"{name}.left"), values.transpose(1, 3), scales)]
+                    ones = torch.ones(len(columns), 1, columns.shape[2], 1)
+                    return [first, _Step(_name(f"{name}.left"), columns.transpose(1, 3), ones)]
+        parts = [(values, scales.expand(*values.shape[:3], 1)) for values, scales in parts]
         sizes, steps = [q for _, q in shapes], []
         for f in contraction_order([(p, q) for p, q in shapes]):
             before, after = math.prod(sizes[:f]), math.prod(sizes[f + 1 :])

@@ -265,8 +265,9 @@ def strips_of(gates: Sequence[int], strips: int) -> Tensor:
 
 
 def take(stored: Stored, gates: Sequence[int]) -> Stored:
-    """The parts along the first dimension at these places."""
-    return Stored(*(None if t is None else t[list(gates)] for t in stored))  # type: ignore[arg-type]
+    """The parts along the first dimension at these places; what all have in common is one."""
+    values, scale = stored
+    return Stored(values[list(gates)], scale if scale is None or len(scale) < len(values) else scale[list(gates)])
 
 
 def _one_gate(stored: Stored) -> Stored:

@@ -18,6 +18,7 @@ from kruify.layers.storage import dense_stored_as
 from kruify.ops import Layout, has_kernel, precision
 from kruify.ops.functions import traced
 from kruify.ops.reference import GATES, MODRELU, State
+from kruify.quantization import quantize_rows, row_dims
 
 if TYPE_CHECKING:
     from kruify.layers.cells import KRUCellBase
@@ -120,11 +121,17 @@ def _shares_rows(term: KroneckerTerm) -> bool:
 
 
 def _outer_products(term: KroneckerTerm) -> tuple[Tensor, Tensor]:
-    """Of each gate, or of all gates, their columns (1 or gates, rank, rows) and rows (1 or gates, rank, cols)."""
+    """Of each gate, or of all gates, their columns (1 or gates, rank, rows), whole numbers, and rows (1 or gates, rank,
+    cols) with the scales of both."""
     places = _outer(term)
     assert places is not None
     (left, right), (factors, scale) = places, term.held()
-    columns, wide = factors[left].squeeze(3), factors[right]
+    columns, wide = factors[left], factors[right]
+    if bool(columns.isfinite().all()):
+        shared = len(columns) > len(wide)
+        columns, scales = quantize_rows(columns, row_dims(columns.shape, True, shared))
+        columns, wide = columns.to(wide.dtype), wide * scales
+    columns = columns.squeeze(3)
     if scale is not None and _shares_rows(term):
         columns = columns * scale[..., None]
     elif scale is not None:

@@ -29,17 +29,18 @@ LARGEST = 127
 LEAST_SCALE = 2.0**-126  # the smallest normal float32: a row of zeros has a scale, too
 
 
-def row_dims(shape: Sequence[int], factor: bool = False) -> tuple[int, ...]:
+def row_dims(shape: Sequence[int], factor: bool = False, shared: bool = False) -> tuple[int, ...]:
     """The dimensions that one row runs over.
 
     Args:
         shape: of a dense weight, whose rows are those of its first dimension (outputs of a matrix, entries of an
             embedding, output channels of a convolution); with `factor`, (gates, rank, P, Q), one factor of `rank`
             Kronecker products: its rows are those of each factor, and where the factor has a single column, as the
-            left one of low rank, those of the (P, rank) matrix of all its terms.
+            left one of low rank, that column: these are far fewer.
+        shared: of a factor: the gates share the other factors of the term, so that their columns are one.
     """
     if factor:
-        return (3,) if shape[3] > 1 else (1,)
+        return (3,) if shape[3] > 1 else (0, 2) if shared else (2,)
     return tuple(range(1, len(shape)))
 
 

@@ -201,11 +201,8 @@ def test_rows_of_factors(tmp_path: Path) -> None:
         }
     first, second = "terms.0.factors.0.scale", "terms.0.factors.1.scale"
     assert shapes["kron"] == {first: (4, 2, 6, 1), second: (4, 2, 6, 1)}
-    assert shapes["low rank"] == {
-        first: (3, 1, 36, 1),
-        second: (3, 8, 1, 1),
-    }  # one a row of U (36 x 8), one a term of V
-    assert shapes["stacked"] == {first: (4, 1, 36, 1), second: (1, 8, 1, 1), "overlay.values.scale": (36, 1)}
+    assert shapes["low rank"] == {first: (3, 8, 1, 1), second: (3, 8, 1, 1)}  # one a term of U and of V
+    assert shapes["stacked"] == {first: (1, 8, 1, 1), second: (1, 8, 1, 1), "overlay.values.scale": (36, 1)}
 
 
 def test_dense_layers_become_kruifys_and_compute_the_same(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ def rounded(rows: Array) -> tuple[Array, Array]:
 
 def packed(rows: Array) -> tuple[Array, Array]:
     """(n, k) float32 -> integers (n, k) and scales (n,), as weights are."""
-    scale = (np.abs(rows).max(1) / F32(127)).astype(F32)
+    largest, whole = np.abs(rows).max(1), (rows == np.rint(rows)).all(1)
+    scale = np.where(whole & (largest > 0) & (largest <= 127), F32(1), largest / F32(127)).astype(F32)
     return np.rint(rows / np.where(scale > 0, scale, F32(1))[:, None]).astype(np.int64), scale
 
 

@@ -52,7 +52,8 @@ def test_what_was_rounded_has_the_same_integers_and_scales(values: np.ndarray) -
 def test_rows() -> None:
     assert row_dims((3, 5)) == (1,) and row_dims((3, 5, 2, 2)) == (1, 2, 3)  # outputs, output channels
     assert row_dims((4, 8, 16, 4), factor=True) == (3,)
-    assert row_dims((4, 8, 16, 1), factor=True) == (1,)  # low rank: the terms of one row
+    assert row_dims((4, 8, 16, 1), factor=True) == (2,)  # low rank: the column of a term
+    assert row_dims((4, 8, 16, 1), factor=True, shared=True) == (0, 2)  # in all gates
     assert row_dims((1, 8, 1, 16), factor=True) == (3,)
     assert pays((3, 2), (1,)) and not pays((3, 1), (1,)) and not pays((0, 2), (1,))
 
