@@ -106,8 +106,8 @@ def test_a_budget_of_the_file_factors_them_and_every_form_of_it_computes_the_sam
     plain = kruify.densify(loaded)
     assert type(plain.out) is nn.Linear and type(plain.embedding) is nn.Embedding and plain.embedding.padding_idx == 0
     with torch.no_grad():
-        for other in (loaded, plain):
-            torch.testing.assert_close(other(x), model(x), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(loaded(x), model(x))
+        torch.testing.assert_close(plain(x), model(x), atol=5e-3, rtol=0)  # which rounds activations, too
     assert kruify.unitary_penalty(model).isfinite()
     written = tmp_path / "dense.safetensors"
     kruify.export(file, "dense", written)
