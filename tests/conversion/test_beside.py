@@ -16,6 +16,7 @@ import kruify
 from kruify.conversion.beside import layers_beside
 from kruify.conversion.plan import Plan
 from kruify.errors import PlanError
+from kruify.search.candidate_search import CandidateSearch
 from kruify.tasks.base import Task
 
 WORDS = 96
@@ -142,3 +143,11 @@ def test_fine_tuning_trains_them(small: tuple[Words, nn.Module, Plan, Path]) -> 
     kruify.finetune(model, Echo(), teacher=dense, epochs=1)
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert {"embedding.weight.terms.0.factors.0", "out.weight.terms.0.factors.1"} <= moved
+
+
+def test_both_candidates_agree_on_them() -> None:
+    torch.manual_seed(0)
+    search = CandidateSearch(Words(), Echo(), device="cpu")
+    planned, stacked = search.candidates("size=8x")
+    assert planned.plan.beside == stacked.plan.beside != []
+    assert all(str(found[0]).startswith("stacked:") for _, weight, found in stacked.plan.matrices() if "_" in weight)
