@@ -80,7 +80,7 @@ def verify(
 
 def _check_form(checkpoint: Checkpoint, plan: Plan) -> None:
     """Raises `CorruptError` unless a file holds what is written for its tensors: dtypes, scales, compressed index."""
-    if int(checkpoint.metadata["kruify.schema"]) < 3:  # other dtypes of scales and indices
+    if int(checkpoint.metadata["kruify.schema"]) < 4:  # other scales
         return
     wanted = encode(checkpoint.tensors, checkpoint.storage, matrix_sizes(plan))
     for name in {**wanted, **checkpoint.stored}:

@@ -36,6 +36,11 @@ def read_at(path: Path, file: BinaryIO, start: int, count: int) -> bytearray:
     return data
 
 
+def to_text(value: Any) -> str:
+    """JSON for the header of a file: no space between its parts."""
+    return json.dumps(value, separators=(",", ":"))
+
+
 def parse_json(data: bytes | str, what: str, path: object, hint: str = AGAIN) -> Any:
     """JSON in UTF-8 in which no table has a key twice.
 

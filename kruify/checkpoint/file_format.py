@@ -5,7 +5,6 @@ The metadata is strings only and nothing in it names something to import. No tim
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from types import NoneType
@@ -14,17 +13,19 @@ from typing import Any
 import torch
 
 from kruify.checkpoint.extras import from_json
-from kruify.checkpoint.file_bytes import fits, parse_json
+from kruify.checkpoint.file_bytes import fits, parse_json, to_text
 from kruify.checkpoint.parametrised import SOURCES, Computed
 from kruify.checkpoint.writing import TIES
 from kruify.errors import CorruptError, UnsupportedError
 
 SCHEMA = 4
 """The schema that this version writes: 2 stores weights in fewer bits and sparse indices by rows, 3 scales as bfloat16,
-4 the sum of two biases as one. All older ones can be read."""
+4 the sum of two biases as one, a compact plan, and `STORAGE` only where dtypes do not tell it. All older ones can be
+read."""
 
 STORAGE = "kruify.storage"
-"""The metadata entry that names the weights which are stored in fewer bits than they are computed in."""
+"""The metadata entry that names the weights which are stored in fewer bits than they are computed in. Without it, up
+to schema 3 none are; from 4 on all that have fewer bits."""
 
 ORIGIN = "kruify.origin"
 """The metadata entry for `origin(...)`."""
@@ -93,7 +94,8 @@ def metadata_for(
         plan: the plan as JSON.
         source_sha256: hash of the file that was converted.
         seed: the seed of everything random on the way.
-        storage: weight -> dtype, of those that are not stored as they are computed.
+        storage: weight -> dtype, of those that are not stored as they are computed; None where the dtypes of the
+            stored tensors tell it (`stored.told_storage`).
         extra: more strings, for instance what is needed to write the original kind of file again.
     """
     metadata = {
@@ -104,8 +106,8 @@ def metadata_for(
         "kruify.torch": str(torch.__version__),
         "kruify.seed": str(seed),
     }
-    if storage:
-        metadata[STORAGE] = json.dumps(dict(sorted(storage.items())))
+    if storage is not None:
+        metadata[STORAGE] = to_text(dict(sorted(storage.items())))
     return {**metadata, **(extra or {})}
 
 

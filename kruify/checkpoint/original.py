@@ -20,6 +20,7 @@ from torch import Tensor
 from kruify.checkpoint import in_place
 from kruify.checkpoint.checkpoint import Checkpoint
 from kruify.checkpoint.extras import to_json
+from kruify.checkpoint.file_bytes import to_text
 from kruify.checkpoint.file_format import NETWORK, ORIGIN, parse_origin
 from kruify.checkpoint.onnx_in_place import replace_in_onnx
 from kruify.checkpoint.parametrised import Computed, sources_for
@@ -49,7 +50,7 @@ def origin(checkpoint: Checkpoint) -> str:
         "shards": shards,
         "assumed": dict(checkpoint.assumed),
     }
-    return json.dumps({name: value for name, value in table.items() if value})
+    return to_text({name: value for name, value in table.items() if value})
 
 
 def carried(source: Checkpoint) -> dict[str, str]:

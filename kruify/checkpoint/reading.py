@@ -206,7 +206,7 @@ def _finish(path: Path, contents: Contents) -> Checkpoint:
     if schema is None:
         tensors, computed, unknown = compute_weights(stored)
     else:
-        computed, unknown, storage = {}, {}, read_storage(contents.metadata, path)
+        computed, unknown, storage = {}, {}, read_storage(contents.metadata, stored, schema, path)
         tensors = decode(stored, storage, matrix_names(contents.metadata), path)
     return Checkpoint(
         path=path,

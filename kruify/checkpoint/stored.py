@@ -26,6 +26,7 @@ with another parameter's and a dot."""
 INDEX, COUNTS, COLUMNS, VALUES = (f".overlay.{part}" for part in ("index", "counts", "columns", "values"))
 AGAIN = "Convert the source again"
 _MOST_SCALE = torch.finfo(torch.float32).max / 128
+_NARROW = {torch_dtype: dtype for dtype, torch_dtype in DTYPES.items() if dtype != "float32"}
 SUM, SUM_BUT_N = "sum", "sum+n"
 SUMS = (SUM, SUM_BUT_N)
 """What `storage` says of a b_hh that stands in b_ih: the file holds b_ih + b_hh in place of b_ih, and nothing more; of
@@ -94,9 +95,13 @@ def _shares(name: str, factor: LazyTensor, others: Mapping[str, LazyTensor]) -> 
 
 
 def first_bias(second: str) -> str:
-    """The full name of the b_ih beside a b_hh."""
-    owner, dot, name = second.rpartition(".")
-    return owner + dot + name.replace("bias_hh", "bias_ih", 1)
+    """The full name of the b_ih beside a b_hh; another name as it is."""
+    return _renamed(second, "bias_hh", "bias_ih")
+
+
+def _renamed(full: str, before: str, after: str) -> str:
+    owner, dot, name = full.rpartition(".")
+    return owner + dot + after + name.removeprefix(before) if name.startswith(before) else full
 
 
 def in_full(storage: Mapping[str, str]) -> dict[str, str]:
@@ -321,14 +326,37 @@ def _checked(counts: LazyTensor, blocks: int, where: str) -> Tensor:
     return found
 
 
-def read_storage(metadata: Mapping[str, str], where: object) -> dict[str, str]:
-    """The weights that checked metadata name in `STORAGE`, with their dtypes.
+def told_storage(stored: Mapping[str, LazyTensor], matrices: Container[str]) -> dict[str, str]:
+    """What the dtypes of a file's tensors tell of how its weights are stored: those of fewer bits than float32 are
+    computed in float32, and what is missing of a b_hh is in the b_ih."""
+    found = {}
+    for name, tensor in stored.items():
+        base = name.removesuffix(SCALE)
+        is_scale = base != name and base in stored and stored[base].dtype == torch.int8
+        if tensor.dtype in _NARROW and not is_scale:
+            found[_owner(name, matrices) or name] = _NARROW[tensor.dtype]
+    for first in [name for name, dtype in found.items() if dtype != "int8"]:
+        second = _renamed(first, "bias_ih", "bias_hh")
+        if second not in stored:
+            found[second] = SUM
+        elif stored[second].shape != stored[first].shape:
+            found[second] = SUM_BUT_N
+    return found
+
+
+def read_storage(
+    metadata: Mapping[str, str], stored: Mapping[str, LazyTensor], schema: int, where: object
+) -> dict[str, str]:
+    """The weights that are stored in fewer bits, with their dtypes: those that checked metadata name in `STORAGE`, or
+    from schema 4 on `told_storage`.
 
     Raises:
         UnsupportedError: a dtype that this kruify does not know.
         CorruptError: a sum that no bias is in.
     """
-    table: dict[str, str] = json.loads(metadata.get(STORAGE, "{}"))
+    if STORAGE not in metadata:
+        return told_storage(stored, matrix_names(metadata)) if schema > 3 else {}
+    table: dict[str, str] = json.loads(metadata[STORAGE])
     for name, dtype in table.items():
         if dtype in SUMS and (first_bias(name) == name or table.get(first_bias(name)) not in ("float16", "bfloat16")):
             raise CorruptError(f"it has no sum that {name[:80]} is in", where, AGAIN)

@@ -6,7 +6,6 @@ A reader sees the old file whole or the new one whole, also after a crash or a f
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from kruify.checkpoint.file_bytes import to_text
 from kruify.checkpoint.tensors import LazyTensor, Tensors, ties
 from kruify.errors import UnsupportedError, UsageError
 from kruify.progress import Progress
@@ -252,7 +252,7 @@ def _held(
     if "kruify.schema" not in strings:
         return lazy, strings
     if second := ties(lazy):
-        strings[TIES] = json.dumps(second)
+        strings[TIES] = to_text(second)
     return {name: tensor for name, tensor in lazy.items() if name not in second}, {**strings, CHECKSUM: "0" * 64}
 
 
@@ -276,7 +276,7 @@ def _header(lazy: Mapping[str, LazyTensor], metadata: Mapping[str, str], path: o
     table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     for name, tensor in lazy.items():
         table[name] = {"dtype": DTYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": offsets[name]}
-    text = json.dumps(table, separators=(",", ":")).encode()
+    text = to_text(table).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, order
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from kruify.checkpoint import NETWORK, Checkpoint, limits
+from kruify.checkpoint.file_bytes import to_text
 from kruify.conversion.loading import load_into
 from kruify.errors import CorruptError, FactorSpecError, TaskError
 from kruify.tasks._cells import recurrent_numbers
@@ -86,4 +87,4 @@ def dense_note(metadata: Mapping[str, str]) -> dict[str, str]:
     cell = options.get("cell")
     if cell in ("kru-rnn", "kru-lstm", "kru-gru"):
         options = {**options, "cell": cell.removeprefix("kru-")}
-    return {NETWORK: json.dumps(options)} if options else {}
+    return {NETWORK: to_text(options)} if options else {}

@@ -9,17 +9,17 @@ import difflib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from kruify.checkpoint import limits
-from kruify.checkpoint.file_bytes import parse_json
+from kruify.checkpoint.file_bytes import parse_json, to_text
 from kruify.conversion.locate import BESIDE, DTYPES, RecurrentLayer
 from kruify.errors import CorruptError, FactorSpecError, PlanError, UnsafeError, UnsupportedError, UsageError
 from kruify.factors import Structure, parse, stacks
 
-SCHEMA = 4  # with layers beside the recurrent ones; without them 3, without stacked gates 1; 2 is no longer read
+SCHEMA = 4  # compact, or with layers beside the recurrent ones; else 3, without stacked gates 1; 2 is no longer read
 BOUNDS = {
     "input_size": (1, 1 << 24),
     "hidden_size": (1, 1 << 24),
@@ -28,7 +28,9 @@ BOUNDS = {
 }
 """The least and the most that the sizes of a layer may be."""
 HOW = "Write one with 'kruify convert --plan-out'"
-ALL = "all"  # the name of all gates of a matrix stacked
+ALL = "all"  # the name of all gates of a matrix, stacked where the spec says so
+DEFAULTS = {"cell": False} | {f.name: f.default for f in fields(RecurrentLayer) if f.default is not MISSING}
+"""What a layer is where a plan does not say it."""
 Structures = tuple[Structure, ...]  # one per gate, or one of all gates stacked
 
 
@@ -79,9 +81,24 @@ class Plan:
         stacked = any(s.gates > 1 for _, _, structures in self.matrices() for s in structures)
         return json.dumps({"schema": 4 if self.beside else 3 if stacked else 1, "layers": layers}, indent=indent)
 
+    def to_compact_json(self) -> str:
+        """The form for the header of a file: no field that has its default, and where all gates have one spec, this
+        spec in place of theirs."""
+        data = json.loads(self.to_json())
+        for layer in data["layers"]:
+            for name, default in DEFAULTS.items():
+                if layer[name] == default:
+                    del layer[name]
+            for weight, entry in layer["matrices"].items():
+                specs = {*entry["gates"].values()}
+                gates = {ALL: specs.pop()} if len(specs) == 1 else entry["gates"]
+                scaled = {"scale": True} if entry["scale"] else {}
+                layer["matrices"][weight] = gates[ALL] if ALL in gates and not scaled else {**scaled, "gates": gates}
+        return to_text({**data, "schema": SCHEMA})
+
     @staticmethod
     def from_json(text: str, where: str = "plan") -> Plan:
-        """Reads what `to_json` wrote, or a person edited.
+        """Reads what `to_json` or `to_compact_json` wrote, or a person edited.
 
         Raises:
             PlanError: not JSON, a key missing, unknown or twice, a size out of bounds, a layer twice, a spec that does
@@ -155,7 +172,7 @@ def _read_layer(data: object, where: str) -> LayerPlan:
         if not _is_of(value, wanted):
             raise PlanError(f"'{key}' of layer '{values.get('name')}' must be {wanted}, got {value!r}", where)
     try:
-        layer = RecurrentLayer(**values)
+        layer = RecurrentLayer(**{**DEFAULTS, **values})
         gates = layer.gates
     except (TypeError, KeyError) as error:
         raise PlanError(f"layer '{values.get('name')}' is incomplete ({error})", where) from None
@@ -168,6 +185,7 @@ def _read_layer(data: object, where: str) -> LayerPlan:
     for weight, entry in data["matrices"].items():
         if weight not in layer.weights:
             raise PlanError(f"layer '{layer.name}' has no matrix '{weight}'{_nearest(weight, layer.weights)}", where)
+        entry = {"gates": {ALL: entry}} if isinstance(entry, str) else entry
         specs = entry.get("gates") if isinstance(entry, dict) else None
         if (
             not isinstance(specs, dict)

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-from kruify.checkpoint import LazyTensor, metadata_for
+from kruify.checkpoint import LazyTensor
 from kruify.checkpoint.stored import encode
 from kruify.checkpoint.target import TORCH
 from kruify.checkpoint.tensors import ties
@@ -38,8 +38,8 @@ from kruify.conversion.calibration import Moments
 from kruify.conversion.locate import BESIDE, AnyTensor, RecurrentLayer
 from kruify.conversion.plan import Plan, Structures, make_plan
 from kruify.conversion.storing import (
+    as_file,
     in_float32,
-    matrix_sizes,
     no_numbers,
     planned,
     planned_matrix,
@@ -93,10 +93,8 @@ class FileSize:
         plan = with_dense(plan, [replace(layer, dtype="float32") for layer in self.layers])
         future = planned(self.tensors_in_float32, plan)
         storage = storage_for(future, plan, self.dtype, self.keep)
-        metadata = metadata_for(
-            plan.to_json(), source_sha256=self.source_sha256, seed=self.seed, storage=storage, extra=self.extra
-        )
-        return safetensors_bytes(encode(future, storage, matrix_sizes(plan)), metadata)
+        file = as_file(future, plan, storage, source_sha256=self.source_sha256, seed=self.seed, extra=self.extra)
+        return safetensors_bytes(*file)
 
     def limit(self, budget: str) -> int:
         """The bytes that "size=8x" of the source's weights, or "size=600kB", allows."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kruify.checkpoint import LazyTensor, metadata_for, write_model
-from kruify.checkpoint.stored import SUM, SUM_BUT_N, SUMS, decode, eight_bit_dims, encode, first_bias
+from kruify.checkpoint.stored import SUM, SUM_BUT_N, SUMS, decode, eight_bit_dims, encode, first_bias, told_storage
 from kruify.checkpoint.tensors import derived, ties
 from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.build import plan_of
@@ -186,8 +186,25 @@ def write_converted(
     Raises:
         UsageError: the file cannot be written. UnsupportedError: a number has no form in its dtype.
     """
-    metadata = metadata_for(plan.to_json(), source_sha256=source_sha256, seed=seed, storage=storage, extra=extra)
-    write_model(path, encode(tensors, storage, matrix_sizes(plan)), metadata, progress=progress)
+    stored, metadata = as_file(tensors, plan, storage, source_sha256=source_sha256, seed=seed, extra=extra)
+    write_model(path, stored, metadata, progress=progress)
+
+
+def as_file(
+    tensors: Mapping[str, AnyTensor],
+    plan: Plan,
+    storage: Mapping[str, str],
+    *,
+    source_sha256: str = "",
+    seed: int = 0,
+    extra: Mapping[str, str] | None = None,
+) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """Tensors and metadata of the file of a converted network."""
+    matrices = matrix_sizes(plan)
+    stored = encode(tensors, storage, matrices)
+    said = None if told_storage(stored, matrices) == storage else storage
+    plan_text = plan.to_compact_json()
+    return stored, metadata_for(plan_text, source_sha256=source_sha256, seed=seed, storage=said, extra=extra)
 
 
 def quantize(model: nn.Module, dtype: str, keep: Sequence[str] = ()) -> nn.Module:

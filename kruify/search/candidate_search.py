@@ -9,7 +9,6 @@ them: on g2p-en and King James the ranking by energy is the same, the one after 
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from kruify.checkpoint import Checkpoint, carried, make_folder
+from kruify.checkpoint.file_bytes import to_text
 from kruify.conversion import Conversion, convert_module, quantize
 from kruify.conversion.beside import layers_beside
 from kruify.conversion.budget import Searches, Slack, parse_budget, slack_of
@@ -176,7 +176,7 @@ class CandidateSearch:
     def notes(self, candidate: Candidate, outcome: FinetuneResult, budget: str) -> dict[str, str]:
         """What a file says of its training, as far as a budget of bytes leaves room for it."""
         history, recipe = outcome.to_json()["history"], {**self.settings["recipe"], "lr": candidate.lr}
-        notes = {"kruify.history": json.dumps(history), "kruify.recipe": json.dumps(recipe)}
+        notes = {"kruify.history": to_text(history), "kruify.recipe": to_text(recipe)}
         slack = self.slack(candidate.plan, budget, notes)
         return notes if all(s.used <= s.allowed for s in slack if s.of == "bytes") else {}
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kruify.checkpoint import NETWORK, ORIGIN, Checkpoint, write_model
+from kruify.checkpoint.file_bytes import to_text
 from kruify.conversion import plan_of
 from kruify.conversion.check import loaded
 from kruify.conversion.computed import state_of
@@ -37,17 +38,17 @@ def write_trained(
     plan = plan_of(outcome.model)
     state = {name: loaded(tensor).cpu() for name, tensor in state_of(outcome.model).items()}
     history = [entry.to_json() for entry in outcome.history]
-    told = {"kruify.history": json.dumps(history), "kruify.recipe": json.dumps(recipe.to_json())}
+    told = {"kruify.history": to_text(history), "kruify.recipe": to_text(recipe.to_json())}
     before = source.metadata if source is not None else {}
     if network is not None or NETWORK in before:
-        told[NETWORK] = json.dumps(network) if network is not None else before[NETWORK]
+        told[NETWORK] = to_text(network) if network is not None else before[NETWORK]
     if not plan.layers:
         write_model(path, state, told)
         return
     dense = before.get("kruify.source_sha256", "")
     if source is not None:
         parents = [*(earlier_files(source) or [dense]), source.sha256]
-        told |= {"kruify.parents": json.dumps(parents), ORIGIN: before.get(ORIGIN, "")}
+        told |= {"kruify.parents": to_text(parents), ORIGIN: before.get(ORIGIN, "")}
     write_converted(path, state, plan, marks(outcome.model), source_sha256=dense, seed=recipe.seed, extra=told)
 
 

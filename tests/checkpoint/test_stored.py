@@ -111,6 +111,8 @@ NOTES: dict[str, tuple[Any, int]] = {
     "newer dtype": ({"out.weight": "int4"}, 5),
     "other dtype": ({"out.weight": "float16"}, 4),
     "left out": ({}, 4),
+    "no such sum": ({"rnn.bias_hh_l0": "sum"}, 4),
+    "sum of a matrix": ({"out.weight": "sum", "rnn.bias_ih_l0": "float16"}, 4),
     "a factor": ({f"{NAME}.terms.0.factors.0": "int8"}, 4),
 }
 

@@ -88,8 +88,24 @@ def test_json_round_trip() -> None:
         overrides={"decoder.weight_hh_l0.n": "dense"},
     )
     again = Plan.from_json(plan.to_json(indent=2))
-    assert again == plan
+    assert again == plan == Plan.from_json(plan.to_compact_json())
     assert all(s.scaled == (layer.kind == "rnn") for layer, _, structures in again.matrices() for s in structures)
+
+
+def test_the_compact_form_says_what_is_no_default() -> None:
+    net = nn.ModuleDict({"a": nn.LSTM(3, 4), "b": nn.GRUCell(4, 4), "c": nn.RNN(4, 4)})
+    plan = make_plan(locate(net).layers, "2x2", overrides={"a": "stacked:auto", "b.weight_hh.n": "dense"})
+    a, b, c = json.loads(plan.to_compact_json())["layers"]
+    sizes, options = {"input_size": 4, "hidden_size": 4}, {"batch_first": False, "dropout": 0.0}
+    of_a, of_b = (
+        {"weight_hh_l0": "stacked:8x2,2x2"},
+        {"weight_hh": {"gates": {"r": "2x2,2x2", "z": "2x2,2x2", "n": "4x4"}}},
+    )
+    of_c = {"weight_hh_l0": {"scale": True, "gates": {"all": "2x2,2x2"}}}
+    assert a == {"name": "a", "kind": "lstm", "input_size": 3, "hidden_size": 4, **options, "matrices": of_a}
+    assert b == {"name": "b", "kind": "gru", "cell": True, **sizes, "matrices": of_b}
+    assert c == {"name": "c", "kind": "rnn", **sizes, **options, "nonlinearity": "tanh", "matrices": of_c}
+    assert Plan.from_json(plan.to_compact_json()) == plan
 
 
 def broken(change: Any) -> str:
@@ -122,6 +138,8 @@ def broken(change: Any) -> str:
         (lambda d: d["layers"][0].update(colour="red"), PlanError, "unknown key 'colour'"),
         (lambda d: d["layers"][1]["matrices"].update(weight_hh_l7={}), PlanError, "nearest name is 'weight_hh_l0'"),
         (lambda d: d["layers"][1]["matrices"]["weight_hh_l0"]["gates"].pop("r"), PlanError, "one spec for each gate"),
+        (lambda d: d["layers"][1]["matrices"].update(weight_hh_l0=["2x2"]), PlanError, "one spec for each gate"),
+        (lambda d: d["layers"][1]["matrices"].update(weight_hh_l0="3x3"), FactorSpecError, "gate r (8x8)"),
         (
             lambda d: d["layers"][1]["matrices"]["weight_hh_l0"]["gates"].update(r=""),
             FactorSpecError,

@@ -124,7 +124,7 @@ SPECS = [
 @pytest.mark.parametrize("spec", SPECS, ids=range(len(SPECS)))
 def test_specs_in_a_plan_allocate_nothing(tmp_path: Path, good: tuple[Tensors, dict[str, str]], spec: str) -> None:
     plan = json.loads(good[1]["kruify.plan"])
-    plan["layers"][0]["matrices"][NAME]["gates"] = dict.fromkeys("ifgo", spec)
+    plan["layers"][0]["matrices"][NAME] = {"gates": dict.fromkeys("ifgo", spec)}
     write_safetensors(tmp_path / "a.safetensors", good[0], {**good[1], "kruify.plan": json.dumps(plan)})
     with pytest.raises(KruifyError):
         stored_plan(read(tmp_path / "a.safetensors"))

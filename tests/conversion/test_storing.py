@@ -239,7 +239,21 @@ def test_float32_takes_the_marks_off(tmp_path: Path) -> None:
 def test_complex_numbers_stay(tmp_path: Path) -> None:
     net = nn.ModuleDict({"kru": KRU(4, 8, factors="2x2"), "out": nn.Linear(16, 3)})
     kruify.save(kruify.quantize(net, "int8"), tmp_path / "a.safetensors")
-    assert json.loads(read(tmp_path / "a.safetensors").metadata["kruify.storage"]) == {"out.weight": "int8"}
+    assert read(tmp_path / "a.safetensors").storage == {"out.weight": "int8"}
+
+
+@pytest.mark.parametrize("change", [lambda net: net, nn.Module.half])
+def test_how_weights_are_stored_is_said_only_where_dtypes_do_not_tell_it(
+    change: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    net = network("sparse")
+    small, half = kruify.quantize(net, "int8", keep=["embedding"]), change(net)
+    half.register_buffer("steps", torch.ones(2, 2, dtype=torch.int8))
+    for model, said in ((small, False), (half, True)):
+        kruify.save(model, tmp_path / "a.safetensors")
+        found = read(tmp_path / "a.safetensors")
+        assert found.storage == marks(model) and ("kruify.storage" in found.metadata) == said
+        assert all(found.tensors[n].dtype == t.dtype for n, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize(("dtype", "value"), [("int8", float("inf")), ("float16", 1e6)])
@@ -301,7 +315,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], d
     path = tmp_path_factory.mktemp("storing") / "a.safetensors"
     kruify.save(kruify.quantize(network("stacked"), "int8"), path)
     kruify.verify(path)
-    return tensors_of(path), read(path).metadata
+    checkpoint = read(path)
+    return tensors_of(path), {**checkpoint.metadata, "kruify.storage": json.dumps(checkpoint.storage)}
 
 
 @pytest.mark.parametrize("how", DAMAGES)
