@@ -57,7 +57,7 @@ TASKS: dict[str, TaskSetup] = {
         "jsb:hidden=256,cell=gru,dropout=0.4",
         256,
         {"epochs": 300, "lr": 4e-3},
-        {"epochs": 100, "lr": 2e-3, "factor_lr": 3.0},
+        {"epochs": 30, "lr": 2e-3, "factor_lr": 3.0},
         {"epochs": 300, "lr": 4e-3},
         lambda h: f"jsb:hidden={h},cell=gru,dropout=0.4",
     ),

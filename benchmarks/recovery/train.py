@@ -67,6 +67,8 @@ def train(
         model = quantize(model, method.dtype) if method.dtype else model
     else:
         model, task = build(run, task, teacher)
+        if method.file_plan is not None:  # which the trained weights decided
+            row["plan"] = plan_of(model).to_json()
     untrained = method.start.startswith("int8") or (setup.published and method.start == "scratch")
     if untrained:
         row["valid"] = task.evaluate(model, "valid")
