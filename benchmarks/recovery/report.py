@@ -17,8 +17,8 @@ def write(runs: list[Row], page: Path) -> None:
     lines = ["# Accuracy back: results", ""]
     lines += ["Made by `python benchmarks/recovery/run.py --report` from the `runs.jsonl` of each task.", ""]
     for task in TASKS:
-        if mine := [r for r in runs if r["task"] == task]:
-            lines += table(task, [r for r in mine if METHODS[r["method"]].dense != CONVERGED])
+        if mine := [r for r in runs if r["task"] == task and METHODS[r["method"]].dense != CONVERGED]:
+            lines += table(task, mine)
     lines += by_bytes(runs)
     lines += ablations({r["run"]: r for r in runs})
     lines += ["", *eight_bits(runs)]
