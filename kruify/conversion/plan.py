@@ -200,6 +200,8 @@ def _read_layer(data: object, where: str) -> LayerPlan:
         matrices[weight] = _resolve([specs[ALL if ALL in specs else g] for g in gates], layer, weight, scaled)
         if "units" in entry:
             raise _relabelled(where)
+    if layer.kind in BESIDE and not matrices:
+        raise PlanError(f"layer '{layer.name}' needs the factors of its weight; left out it stays dense", where)
     return LayerPlan(layer, matrices)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kruify.checkpoint import Checkpoint
 from kruify.conversion import Conversion
 from kruify.conversion.budget import Slack, make_budget_plan, parse_budget
-from kruify.conversion.plan import LayerPlan, make_plan, matching
+from kruify.conversion.plan import LayerPlan, Plan, make_plan, matching
 from kruify.errors import UsageError
 from kruify.progress import Progress
 from kruify.search.candidate_search import SHARE, CandidateSearch
@@ -191,8 +191,8 @@ def compress(
         before, stop = candidate.plan, within or len(tried) == attempts or not conversion.matrices
         if not stop:
             worst = _most_lost(conversion)
-            candidate = _grown(search, candidate, worst, attempt.shares[worst] * GROWTH)
-        if stop or not candidate.plan.layers or candidate.plan == before:
+            candidate = _grown(search, candidate, worst, attempt.shares.get(worst, 1.0) * GROWTH)
+        if stop or candidate.plan == Plan() or candidate.plan == before:
             break
         learnt = {n: t for n, t in run.model.state_dict().items() if not n.startswith(f"{worst}.")} if worst else {}
     notes = search.notes(best_candidate, best_run, budget)
@@ -229,18 +229,23 @@ def _attempt(search: CandidateSearch, conversion: Conversion, metrics: dict[str,
 
 
 def _most_lost(conversion: Conversion) -> str:
-    """The layer whose matrices lost the largest share of their output when they were decomposed."""
+    """The layer whose matrices lost the largest share of their output when they were decomposed; one beside the
+    recurrent ones, whose outputs do not compare with gates, where no other is left."""
     lost: dict[str, list[float]] = {}
     recurrent = {item.layer.name for item in conversion.plan.layers}
-    for matrix in (matrix for matrix in conversion.matrices if matrix.layer in recurrent):
+    for matrix in [m for m in conversion.matrices if m.layer in recurrent] or conversion.matrices:
         kept = matrix.energy if matrix.energy_weighted is None else matrix.energy_weighted
         lost.setdefault(matrix.layer, []).append(1 - kept)
     return max(lost, key=lambda name: (sum(lost[name]) / len(lost[name]), name))
 
 
 def _grown(search: CandidateSearch, candidate: Candidate, name: str, share: float) -> Candidate:
-    """The candidate with layer `name` planned anew for a larger share of its parameters, or left dense."""
-    layers, selection = list[LayerPlan](), search.selection
+    """The candidate with layer `name` planned anew for a larger share of its parameters, or left dense, as one beside
+    the recurrent ones is."""
+    layers, beside, selection = list[LayerPlan](), list[LayerPlan](), search.selection
+    for item in candidate.plan.beside:
+        if item.layer.name != name or matching(item.layer, selection.overrides):
+            beside.append(item)
     for item in candidate.plan.layers:
         fixed = matching(item.layer, selection.overrides)
         if item.layer.name != name:
@@ -255,4 +260,4 @@ def _grown(search: CandidateSearch, candidate: Candidate, name: str, share: floa
             ).layers  # fmt: skip
         elif fixed:
             layers += make_plan([item.layer], "dense", "dense", overrides=fixed).layers
-    return replace(candidate, plan=replace(candidate.plan, layers=layers))
+    return replace(candidate, plan=Plan(layers, beside))

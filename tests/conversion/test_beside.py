@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def test_what_only_a_call_uses_can_be_factored() -> None:
     normed = Words()
     weight_norm(normed.out)
     assert names(normed) == ["embedding"]
+    weight_norm(normed.embedding)
+    assert names(normed) == []
     assert names(Words(direct=True)) == ["embedding"]
 
 
@@ -121,6 +124,10 @@ def test_their_plan_can_be_read_edited_and_used_without_the_task(
 ) -> None:
     dense, _, plan, _ = small
     assert Plan.from_json(plan.to_json()) == plan
+    empty = json.loads(plan.to_json())
+    empty["layers"][-1]["matrices"] = {}
+    with pytest.raises(PlanError, match="'out' needs the factors of its weight"):
+        Plan.from_json(json.dumps(empty))
     torch.save(dense.state_dict(), tmp_path / "dense.pt")
     found = kruify.convert(tmp_path / "dense.pt", plan=plan, output=tmp_path / "again.safetensors", dtype="int8")
     assert found.output is not None and found.plan.structures() == plan.structures()

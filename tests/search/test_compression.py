@@ -313,6 +313,22 @@ def test_a_network_within_a_size(trained: nn.Module, tmp_path: Path, share: floa
     assert again.to_json() == done.to_json()
 
 
+def test_layers_beside_back_off_where_no_recurrent_layer_can() -> None:
+    """One after the other, until all is dense."""
+
+    class Wide(Delay):
+        def model(self) -> nn.Module:
+            net = super().model()
+            net.out = nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 64), nn.Linear(64, 2))
+            return net
+
+    dense = Wide().model()
+    limit = FileSize(dense.state_dict(), locate(dense).layers).of(Plan()) - 4000
+    options: dict[str, Any] = {"skip": ["first", "second"], "max_drop": -1.0, "epochs": 0.1, "device": "cpu"}
+    done = compress(dense, Wide(), f"size={limit}", share=0, attempts=9, **options)
+    assert not done.within and len(done.attempts) == 2
+
+
 def test_a_layer_grows_beyond_a_size(trained: nn.Module) -> None:
     """With its input matrices."""
     file = FileSize(trained.state_dict(), locate(trained).layers)
