@@ -110,8 +110,8 @@ def _training(report: Report) -> Table:
 
 def _models(title: str, models: Sequence[ModelReport], rows: Sequence[Row], caption: str | None = None) -> Fitting:
     """All models side by side, or each beside the first."""
-    pairs = [_beside(title, models, rows, [0, other]) for other in range(1, len(models))]
     whole = _beside(title, models, rows, range(len(models)))
+    pairs = [_beside(title, models, rows, [0, other]) for other in range(1, len(models))] or [whole]
     whole.caption = pairs[-1].caption = caption
     return Fitting(whole, pairs)
 

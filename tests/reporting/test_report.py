@@ -77,6 +77,12 @@ def test_a_comparison_that_is_too_wide_has_each_model_beside_the_first(files):
         assert text.count("All parameters") == found and text.count("Latency and peak memory:") == 1
 
 
+def test_a_converted_file_beside_its_source_alone(files):
+    """What the first file was made from is left out of the summary, which has one model then."""
+    report = build(files[1], files[0], latency_seconds=0.0)
+    assert text_of(report).count("in short") == 1
+
+
 def test_report_compares_with_the_first(files):
     report = build(*files, task=Size(), latency_seconds=0.0)
     first, exact, small, _ = report.models
