@@ -302,8 +302,8 @@ def load(
     """Loads a dense or a converted checkpoint into the user's own model, or its recurrent layers alone.
 
     Args:
-        into: the dense model (its recurrent layers are swapped in place) or one that was converted the same way. None
-            for a file whose code is lost.
+        into: the dense model (the layers of the file's plan are swapped in place) or one that was converted the same
+            way. None for a file whose code is lost.
         rename: name in the file, or what stands before a dot there -> name in the model; ONNX calls the layer `rnn`
             of a network `rnn.LSTM`.
 

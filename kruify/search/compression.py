@@ -123,11 +123,11 @@ def compress(
 ) -> Compression:
     """A converted and fine-tuned copy of `dense` that loses at most `max_drop` of the task's metric.
 
-    The budget is planned over all recurrent matrices, one of bytes or of time over the input matrices, too, weighed by
-    the activations on the task, and the structures and the learning rate that recover best in a short training are
-    taken (search.candidate_search). If the network validates worse than allowed
-    after fine-tuning, the layer whose matrices lost most of their output gets twice the parameters (or stays dense),
-    the other layers keep what they learnt, and fine-tuning starts again.
+    The budget is planned over all recurrent matrices, one of bytes or of time over the input matrices, too, one of
+    bytes also over linear layers and embeddings, weighed by the activations on the task, and the structures and the
+    learning rate that recover best in a short training are taken (search.candidate_search). If the network validates
+    worse than allowed after fine-tuning, the layer whose matrices lost most of their output gets twice the parameters
+    (or stays dense), the other layers keep what they learnt, and fine-tuning starts again.
 
     Args:
         dense: the trained network; it is the teacher, and is left alone.
