@@ -51,9 +51,13 @@ def layers_beside(model: nn.Module, task: Calibration, seed: int = 0) -> list[Re
 
 
 def _is_plain(module: nn.Module) -> bool:
-    if type(module) is nn.Embedding and (module.max_norm is not None or module.sparse or module.scale_grad_by_freq):
+    if "weight" not in module._parameters:  # it is computed
         return False
-    return type(module) in (nn.Linear, nn.Embedding) and "weight" in module._parameters  # else it is computed
+    if type(module) is nn.Embedding:
+        # Of letters, fewer than columns, it stays dense: the bytes that it gave to other matrices were worth less.
+        words = module.num_embeddings > module.embedding_dim
+        return words and module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
+    return type(module) is nn.Linear
 
 
 def stored_beside(tensors: Mapping[str, AnyTensor], wanted: RecurrentLayer) -> RecurrentLayer:
