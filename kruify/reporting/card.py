@@ -24,7 +24,7 @@ USE = """## Use
 ```python
 import kruify
 
-model = kruify.{function}({file}, into=dense)  # `dense`: your network, whose recurrent layers are replaced
+model = kruify.{function}({file}, into=dense)  # `dense`: your network, in which layers are replaced
 layers = kruify.{function}({file})  # without its code: the recurrent layers by name
 ```
 """
