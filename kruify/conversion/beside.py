@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from kruify.checkpoint.tensors import ties
@@ -25,7 +26,7 @@ from kruify.tasks.base import evaluating, to_device
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NARROW = 16
 """Rows or columns below which a weight has next to nothing to save."""
-TOLERANCE = 1e-3  # relative to the largest output
+TOLERANCE = 1e-3  # relative to the largest finite output
 
 
 def layers_beside(model: nn.Module, task: Calibration, seed: int = 0) -> list[RecurrentLayer]:
@@ -80,12 +81,13 @@ def _same_function(model: nn.Module, layers: Sequence[RecurrentLayer], task: Cal
         for name in whole:
             factor = swapped.get_parameter(f"{name}.terms.0.factors.0")
             factor.data.copy_(model.get_parameter(name)[None, None])
+        (batch,) = itertools.islice(task.batches("train", seed=seed), 1)  # once: a data set may add noise of its own
         outputs = []
         for network in (model, swapped):
             with evaluating(network) as device:
-                (batch,) = itertools.islice(task.batches("train", seed=seed), 1)
                 outputs.append(task.forward(network, to_device(batch, device)))
         ours, theirs = outputs
-        return bool((ours - theirs).abs().max() <= TOLERANCE * ours.abs().max().clamp_min(1e-6))
+        largest = float(ours.nan_to_num(0, 0, 0).abs().max().clamp_min(1e-6))  # what is masked is -inf
+        return torch.allclose(ours, theirs, rtol=0, atol=TOLERANCE * largest, equal_nan=True)
     except Exception:  # whatever the network does with what is no tensor any more
         return False

@@ -89,6 +89,18 @@ def test_not_inside_of_a_layer_of_torch() -> None:
     assert names(Attending()) == ["embedding", "out", "layers.1"]
 
 
+def test_a_noisy_data_set_and_masked_outputs_hide_none() -> None:
+    class Noisy(Echo):
+        def batches(self, split: str, *, seed: int = 0) -> Iterator[Tensor]:
+            yield torch.randint(WORDS, (8, 12))
+
+        def forward(self, model: nn.Module, batch: Any) -> Tensor:
+            return super().forward(model, batch).masked_fill(torch.arange(WORDS) == 0, -torch.inf)
+
+    assert [layer.name for layer in layers_beside(Words(), Noisy())] == ["embedding", "out"]
+    assert [layer.name for layer in layers_beside(Words(direct=True), Noisy())] == ["embedding"]
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> tuple[Words, nn.Module, Plan, Path]:
     torch.manual_seed(0)
