@@ -31,6 +31,7 @@ LINEAR, EMBEDDING = "linear", "embedding"
 BESIDE = (LINEAR, EMBEDDING)
 """An nn.Linear or nn.Embedding beside the recurrent layers, whose weight counts where the bytes of the whole file do
 (conversion.beside); `hidden_size` and `input_size` are the rows and columns of its weight."""
+KINDS = (*GATES, *KRU_KINDS, MATRIX, *BESIDE)
 MODULES: dict[type[nn.Module], tuple[str, bool]] = {
     nn.RNN: ("rnn", False),
     nn.LSTM: ("lstm", False),
@@ -46,7 +47,7 @@ class RecurrentLayer:
     """One nn.RNN, LSTM or GRU, or a cell; None marks what the source cannot tell (a state dict has no batch_first)."""
 
     name: str  # module path, "" for a bare layer
-    kind: str  # "rnn", "lstm" or "gru"; in a plan also one of KRU_KINDS, MATRIX, or of BESIDE
+    kind: str  # "rnn", "lstm" or "gru"; in a plan any of KINDS
     cell: bool
     input_size: int
     hidden_size: int

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kruify.checkpoint import limits
 from kruify.checkpoint.file_bytes import parse_json, to_text
-from kruify.conversion.locate import BESIDE, DTYPES, RecurrentLayer
+from kruify.conversion.locate import BESIDE, DTYPES, KINDS, RecurrentLayer
 from kruify.errors import CorruptError, FactorSpecError, PlanError, UnsafeError, UnsupportedError, UsageError
 from kruify.factors import Structure, parse, stacks
 
@@ -171,11 +171,13 @@ def _read_layer(data: object, where: str) -> LayerPlan:
         wanted = str(known[key].type)
         if not _is_of(value, wanted):
             raise PlanError(f"'{key}' of layer '{values.get('name')}' must be {wanted}, got {value!r}", where)
-    try:
-        layer = RecurrentLayer(**{**DEFAULTS, **values})
-        gates = layer.gates
-    except (TypeError, KeyError) as error:
-        raise PlanError(f"layer '{values.get('name')}' is incomplete ({error})", where) from None
+    values = {**DEFAULTS, **values}
+    if missing := [key for key in known if key not in values]:
+        raise PlanError(f"layer '{values.get('name')}' has no '{missing[0]}'", where)
+    layer = RecurrentLayer(**values)
+    if layer.kind not in KINDS:
+        raise PlanError(f"layer '{layer.name[:80]}' is of an unknown kind, '{layer.kind[:40]}'", where)
+    gates = layer.gates
     for key, (least, most) in BOUNDS.items():
         if not least <= getattr(layer, key) <= most:
             raise PlanError(f"'{key}' of layer '{layer.name}' must be from {least} to {most}", where)
