@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from kruify.conversion.build import (
     Factored,
@@ -59,9 +60,12 @@ def swap(model: nn.Module, plan: Plan) -> nn.Module:
             if matrices_of(dense) != item.matrices:
                 raise PlanError(f"layer '{item.layer.name}' holds other factors than the plan", type(model).__name__)
             continue
-        if not isinstance(dense, (nn.Linear, nn.Embedding) if item.layer.kind in BESIDE else tuple(MODULES)):
+        own = type(dense).__bases__[0] if is_parametrized(dense) else type(dense)  # a subclass may compute anything
+        if not (own in (nn.Linear, nn.Embedding) if item.layer.kind in BESIDE else isinstance(dense, tuple(MODULES))):
             wanted = item.layer.kind if item.layer.kind in BESIDE else "recurrent"
             raise PlanError(f"layer '{item.layer.name}' is a {type(dense).__name__}, not a {wanted} layer of torch.nn")
+        if isinstance(dense, nn.Embedding) and dense.max_norm is not None:
+            raise PlanError(f"layer '{item.layer.name}' has max_norm, which shortens rows that no factors hold")
         same = (layer for old, known, layer in swapped if old is dense and known.matrices == item.matrices)
         if (shared := next(same, None)) is not None:
             placed[item.layer.name] = shared

@@ -148,6 +148,21 @@ def test_their_plan_can_be_read_edited_and_used_without_the_task(
         kruify.convert(tmp_path / "alone.pt", plan=plan, output=tmp_path / "no.safetensors")
 
 
+def test_a_plan_cannot_name_what_computes_something_else(small: tuple[Words, nn.Module, Plan, Path]) -> None:
+    class Doubling(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(2 * x)
+
+    net = Words()
+    net.out = Doubling(32, WORDS)
+    with pytest.raises(PlanError, match="'out' is a Doubling, not a linear layer"):
+        kruify.convert(net, plan=small[2])
+    net = Words()
+    net.embedding.max_norm = 1.0
+    with pytest.raises(PlanError, match="'embedding' has max_norm"):
+        kruify.load(small[3], into=net)
+
+
 def test_they_can_be_left_out_or_set(small: tuple[Words, nn.Module, Plan, Path]) -> None:
     _, conversion = kruify.convert(
         small[0], budget="size=5x", task=Echo(), skip=["embedding"], overrides={"out": "2*(96x1,1x32)"}
