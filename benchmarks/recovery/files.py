@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from kruify import convert
-from kruify.conversion.beside import layers_beside
+from kruify.conversion.beside import NARROW, layers_beside
 from kruify.conversion.locate import RecurrentLayer, locate
 from kruify.conversion.plan import Plan, make_plan
 from kruify.conversion.sensitivity import mean_loss
 from kruify.conversion.size import FileSize, largest_within
 from kruify.errors import PlanError
-from kruify.search.candidates import NARROW, stacked_low_rank
+from kruify.search.candidates import stacked_low_rank
 from kruify.tasks.base import Task
 
 FilePlan = Callable[[nn.Module, Task, str], Plan]  # the dense network, its task, the budget

@@ -25,13 +25,18 @@ from kruify.tasks.base import evaluating, to_device
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NARROW = 16
-"""Rows or columns below which a weight has next to nothing to save."""
+"""Rows or columns below which a weight has next to nothing to save beside others, and stays dense."""
+WIDE = 4096  # columns up to which a weight is fitted: memory grows with their square, time with their cube
 TOLERANCE = 1e-3  # relative to the largest finite output
 
 
 def layers_beside(model: nn.Module, task: Calibration, seed: int = 0) -> list[RecurrentLayer]:
     """The linear layers and embeddings of a network that can be factored: torch's own, not inside of another layer of
-    torch.nn, their weights not tied to another tensor, and used by a call of the layer alone, as a batch shows."""
+    torch.nn, their weights not tied to another tensor, and used by a call of the layer alone, as a batch shows.
+
+    An embedding of fewer rows than columns, as of letters, is left out: on g2p-en, 32 times smaller, the bytes that
+    that of 74 sounds gave to other matrices were worth less, a word error of 0.483 (0.474 before).
+    """
     tied = ties(as_lazy(state_of(model)))
     shared = {*tied, *tied.values()}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -44,7 +49,7 @@ def layers_beside(model: nn.Module, task: Calibration, seed: int = 0) -> list[Re
     found = [
         describe(name, module)
         for name, module in modules.items()
-        if name and _is_plain(module) and free(name) and min(module.get_parameter("weight").shape) >= NARROW
+        if name and _is_plain(module) and free(name) and _has_size(*module.get_parameter("weight").shape)
     ]
     if not found or _same_function(model, found, task, seed):
         return found
@@ -55,10 +60,13 @@ def _is_plain(module: nn.Module) -> bool:
     if "weight" not in module._parameters:  # it is computed
         return False
     if type(module) is nn.Embedding:
-        # Of letters, fewer than columns, it stays dense: the bytes that it gave to other matrices were worth less.
         words = module.num_embeddings > module.embedding_dim
         return words and module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
     return type(module) is nn.Linear
+
+
+def _has_size(rows: int, cols: int) -> bool:
+    return min(rows, cols) >= NARROW and cols <= WIDE
 
 
 def stored_beside(tensors: Mapping[str, AnyTensor], wanted: RecurrentLayer) -> RecurrentLayer:

@@ -162,9 +162,10 @@ def observer(prefix: str, found: dict[str, Moments]) -> Callable[..., None]:
         if isinstance(module, nn.Linear):
             add("weight", given["input"].reshape(-1, module.in_features))
         elif isinstance(module, nn.Embedding):
-            size = module.embedding_dim
-            alike = Moments(1, torch.zeros(size, dtype=torch.float64), torch.eye(size, dtype=torch.float64))
-            found.setdefault(f"{prefix}weight", alike)
+            if f"{prefix}weight" not in found:
+                size = module.embedding_dim
+                alike = torch.zeros(size, dtype=torch.float64), torch.eye(size, dtype=torch.float64)
+                found[f"{prefix}weight"] = Moments(1, *alike)
         elif isinstance(module, nn.RNNCellBase):
             _observe_cell(module, given["input"], given.get("hx"), add)
         elif isinstance(module, nn.RNNBase):

@@ -44,7 +44,8 @@ MODULES: dict[type[nn.Module], tuple[str, bool]] = {
 
 @dataclass(frozen=True)
 class RecurrentLayer:
-    """One nn.RNN, LSTM or GRU, or a cell; None marks what the source cannot tell (a state dict has no batch_first)."""
+    """One nn.RNN, LSTM or GRU, or a cell, or in a plan a layer of `BESIDE` or a `MATRIX`; None marks what the source
+    cannot tell (a state dict has no batch_first)."""
 
     name: str  # module path, "" for a bare layer
     kind: str  # "rnn", "lstm" or "gru"; in a plan any of KINDS

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from kruify.checkpoint.file_bytes import parsed
+from kruify.conversion.beside import NARROW
 from kruify.conversion.budget import Searches, make_budget_plan, parse_budget
 from kruify.conversion.calibration import Moments
 from kruify.conversion.latency import timed_plans
@@ -20,7 +21,6 @@ from kruify.errors import FactorSpecError
 from kruify.progress import Progress
 from kruify.training import Recipe
 
-NARROW = 16  # columns below which a matrix is small beside the others, and stays dense
 CLEAR_LEAD = 0.1  # of what the best one still lacks to the dense network: a smaller lead is none
 
 

@@ -68,6 +68,9 @@ def test_what_only_a_call_uses_can_be_factored() -> None:
     assert names(Words()) == ["embedding", "out"]
     assert names(Words(tied=True)) == []
     assert names(Words(outputs=10)) == ["embedding"]
+    letters = Words()  # fewer of them than columns
+    letters.embedding, letters.rnn = nn.Embedding(WORDS, 128), nn.GRU(128, 32, batch_first=True)
+    assert names(letters) == ["out"]
     normed = Words()
     weight_norm(normed.out)
     assert names(normed) == ["embedding"]
