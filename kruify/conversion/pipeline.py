@@ -185,6 +185,8 @@ def convert(
         located = located.modules()
     layers = found(located, where)
     planner: Callable[..., Plan] = plan_size
+    if plan is not None and not isinstance(plan, Plan):
+        plan = Plan.read(plan)
     if task is not None and (by_budget or not dry_run):
         task = load_task(task)
         model = source if isinstance(source, nn.Module) else load_network(source, task)
@@ -192,7 +194,8 @@ def convert(
         found_beside = [layer for layer in found_beside if layer.full_name("weight") in tensors]
         located = located.with_beside(found_beside).in_float32() if found_beside else located
         layers = located.layers
-        moments = calibrate(model, task, seed=seed, beside=[layer.name for layer in found_beside], progress=progress)
+        named = found_beside if plan is None else [item.layer for item in plan.beside]
+        moments = calibrate(model, task, seed=seed, beside=[layer.name for layer in named], progress=progress)
         planner = partial(plan_by_loss, dense=model, task=task)
     if whole is None:
         file = FileSize(tensors, layers, dtype or "float32", keep, seed, extra, sha256, before)
@@ -200,7 +203,6 @@ def convert(
         file = GraphSize(tensors, layers, dtype or "float32", keep, before=whole.before, graph=whole)
     latency = None
     if plan is not None:
-        plan = plan if isinstance(plan, Plan) else Plan.read(plan)
         located = located.with_beside(stored_beside(tensors, item.layer) for item in plan.beside)
         check_plan(plan, located)
     elif of_file:

@@ -151,6 +151,12 @@ def test_their_plan_can_be_read_edited_and_used_without_the_task(
         kruify.convert(tmp_path / "alone.pt", plan=plan, output=tmp_path / "no.safetensors")
 
 
+def test_their_plan_with_the_task_gives_what_the_budget_gave(small: tuple[Words, nn.Module, Plan, Path]) -> None:
+    dense, model, plan, _ = small
+    again, _ = kruify.convert(dense, plan=plan, task=Echo(), dtype="int8")
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_plan_cannot_name_what_computes_something_else(small: tuple[Words, nn.Module, Plan, Path]) -> None:
     class Doubling(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
