@@ -33,7 +33,9 @@ from kruify.conversion.storing import check_storage
 from kruify.errors import UsageError
 from kruify.progress import Progress, named
 from kruify.search.candidates import (
+    CLEAR_LEAD,
     EVERYTHING,
+    HALVED,
     Candidate,
     CandidateResult,
     Choice,
@@ -209,7 +211,7 @@ class CandidateSearch:
         sign, metric = -1 if self.task.higher_is_better else 1, self.task.metric
         candidates, results = list(found), dict[int, CandidateResult]()
 
-        def best_of(places: Sequence[int]) -> int:
+        def best_of(places: Sequence[int], lead: float = CLEAR_LEAD) -> int:
             missing = [place for place in places if place not in results]
             job = partial(self._try, candidates, folder, name)
             for place, result in spread(job, missing, ray, self.task, self.progress):
@@ -217,11 +219,11 @@ class CandidateSearch:
                 if on_candidate is not None:
                     on_candidate(result)
             losses = [sign * results[place].metrics[metric] for place in places]
-            return places[first_of_the_best(losses, sign * self.baseline[metric])]
+            return places[first_of_the_best(losses, sign * self.baseline[metric], lead)]
 
         best = best_of(range(len(candidates)))
         candidates += [replace(found[best], lr=rate) for rate in self.rates[1:]]
-        best = best_of([best, *range(len(found), len(candidates))])
+        best = best_of([best, *range(len(found), len(candidates))], HALVED)
         return Choice(candidates[best], [results[place] for place in range(len(candidates))])
 
     def trials(self, found: Sequence[Candidate]) -> int:

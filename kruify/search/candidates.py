@@ -21,7 +21,8 @@ from kruify.errors import FactorSpecError
 from kruify.progress import Progress
 from kruify.training import Recipe
 
-CLEAR_LEAD = 0.1  # of what the best one still lacks to the dense network: a smaller lead is none
+CLEAR_LEAD = 0.1  # of what the best one still lacks to the dense network: a smaller lead is none,
+HALVED = 1.0  # and of a lower rate, which leads at first, one that is no larger than what it lacks
 
 
 @dataclass(frozen=True)
@@ -253,13 +254,13 @@ def half_and_half(rows: int, cols: int, share: float, scaled: bool = False) -> s
     return f"{rank}*({rows}x1,1x{cols})+sparse:{percent:.8f}%:1" if rank else None
 
 
-def first_of_the_best(losses: Sequence[float], dense: float) -> int:
-    """The first that is as good as the best but for `CLEAR_LEAD` of what that one lacks to the dense network.
+def first_of_the_best(losses: Sequence[float], dense: float, lead: float = CLEAR_LEAD) -> int:
+    """The first that is as good as the best but for the share `lead` of what that one lacks to the dense network.
 
     Single entries and low rates learn faster at first, entries take more time per step (benchmarks/recovery): they
     stand behind in the lists of what is tried, and their lead must be a clear one.
     """
     known = [math.inf if math.isnan(loss) else loss for loss in losses]
     least = min(known)
-    bound = least + CLEAR_LEAD * max(0.0, least - dense)
+    bound = least + lead * max(0.0, least - dense)
     return next(i for i, loss in enumerate(known) if loss <= bound)

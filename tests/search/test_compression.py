@@ -20,6 +20,7 @@ from kruify.conversion.size import FileSize
 from kruify.errors import CorruptError, PlanError, TaskError, UsageError
 from kruify.search.candidate_search import CandidateSearch
 from kruify.search.candidates import (
+    HALVED,
     Candidate,
     CandidateResult,
     Choice,
@@ -196,6 +197,8 @@ def test_a_small_lead_is_none() -> None:
     assert first_of_the_best([1.90, 2.00], dense=1.5) == 0
     assert first_of_the_best([2.00, 1.98], dense=2.5) == 1  # both are better than the dense network
     assert first_of_the_best([-0.88, -0.90], dense=-0.91) == 1  # accuracies
+    assert first_of_the_best([2.00, 1.80], dense=1.5, lead=HALVED) == 0  # a lower rate has to halve what is lacking
+    assert first_of_the_best([2.00, 1.74], dense=1.5, lead=HALVED) == 1
     assert first_of_the_best([nan, 1.0, nan], dense=0.5) == 1
     assert first_of_the_best([nan, inf], dense=nan) == 0
 
@@ -209,7 +212,7 @@ def test_compress_tries_before_it_trains(trained: nn.Module) -> None:
     assert done.candidates[2].factors == done.candidates[best].factors
     built = {str(s) for m in done.model.modules() for s in getattr(m, "structures", ())}
     assert built == set(done.candidates[best].factors)
-    slower = first_of_the_best([losses[best], losses[2]], done.baseline["loss"])
+    slower = first_of_the_best([losses[best], losses[2]], done.baseline["loss"], HALVED)
     assert done.lr == json.loads(done.notes["kruify.recipe"])["lr"] == [6e-3, 2e-3][slower]
     assert compress(trained, Delay(), "4x", epochs=0.5, share=0, device="cpu").candidates == []
     with pytest.raises(UsageError, match="share of the epochs"):
