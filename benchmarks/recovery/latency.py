@@ -81,8 +81,12 @@ def structure(row: Row) -> nn.Module:
 
 
 def int8_layers(dense: nn.Module) -> dict[str, list[nn.Module]]:
-    """`OWN` and `ONNXRUNTIME` -> the recurrent layers as torch and that quantise them; the latter leaves GRUs alone."""
-    found = {OWN: [dynamic_int8(layer) for layer in recurrent_layers(dense).values()]}
+    """`OWN` and `ONNXRUNTIME` -> the recurrent layers as torch and that quantise them. Both leave plain RNNs alone, the
+    latter GRUs, too."""
+    try:
+        found = {OWN: [dynamic_int8(layer) for layer in recurrent_layers(dense).values()]}
+    except UnsupportedError:
+        return {}
     with tempfile.TemporaryDirectory() as folder:
         torch.save(dense.state_dict(), Path(folder) / "dense.pt")
         try:
