@@ -190,7 +190,7 @@ def convert(
     if task is not None and (by_budget or not dry_run):
         task = load_task(task)
         model = source if isinstance(source, nn.Module) else load_network(source, task)
-        found_beside = layers_beside(model, task, seed) if of_file else []
+        found_beside = layers_beside(model, task, seed) if of_file and whole is None else []
         found_beside = [layer for layer in found_beside if layer.full_name("weight") in tensors]
         located = located.with_beside(found_beside).in_float32() if found_beside else located
         layers = located.layers
