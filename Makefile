@@ -1,4 +1,4 @@
-# make demo   a published network made 17x smaller, the whole file: converted, fine-tuned, reported
+# make demo   a published network made 19x smaller, the whole file: converted, fine-tuned, reported
 # make test   lint, types, tests
 # make setup  .venv alone, for work of your own
 # Both make .venv when it is missing, with Python 3.11 or newer, gcc and pip; a second run starts at once.
