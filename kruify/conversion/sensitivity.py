@@ -15,13 +15,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from kruify.checkpoint.tensors import ties
-from kruify.conversion.budget import Matrices, Searches, matrices_of
+from kruify.conversion.budget import Searches
 from kruify.conversion.calibration import BATCHES, Moments
 from kruify.conversion.locate import BESIDE
 from kruify.conversion.modules import convert_module
 from kruify.conversion.plan import Plan, make_plan
 from kruify.conversion.result import GateResult
-from kruify.conversion.size import FileSize, plan_size
+from kruify.conversion.size import FileSize, matrices_in, plan_size
 from kruify.errors import TaskError
 from kruify.factors import Structure
 from kruify.progress import Progress
@@ -55,7 +55,7 @@ def plan_by_loss(
     options |= {"moments": moments, "searches": {} if searches is None else searches, "progress": progress}
     planned = plan_size(file, budget, **options)
     probe = _probe(file, planned)
-    matrices = _matrices(file, probe, moments)
+    matrices = matrices_in(file, probe, moments)
     if len(matrices) < 2 or moments is None or not moments.keys() >= matrices.keys():
         return planned
     done, total = itertools.count(1), len(matrices) + 2
@@ -98,16 +98,6 @@ def mean_loss(model: nn.Module, task: Task, seed: int = 0) -> float:
     if not weights:
         raise TaskError('split "train" has no batches', where=type(task).__name__)
     return total / weights
-
-
-def _matrices(file: FileSize, plan: Plan, moments: Mapping[str, Moments] | None) -> Matrices:
-    tensors = file.tensors_in_float32
-    second = ties(tensors)
-    return {
-        k: m
-        for part in ("weight_hh", "weight_ih", "weight")
-        for k, m in matrices_of(plan, tensors, part, moments, second).items()
-    }
 
 
 def _probe(file: FileSize, plan: Plan) -> Plan:

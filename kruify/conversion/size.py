@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from kruify.checkpoint import LazyTensor
 from kruify.checkpoint.stored import encode
@@ -26,6 +27,7 @@ from kruify.conversion.budget import (
     Budget,
     Candidates,
     Gate,
+    Matrices,
     Searches,
     dense_of,
     gates_of,
@@ -303,17 +305,20 @@ class _Form:
     least: int = 0
 
 
+def matrices_in(file: FileSize, plan: Plan, moments: Mapping[str, Moments] | None) -> Matrices:
+    """Those of the plan, as `budget.matrices_of` has them: W_hh, then W_ih, then those of layers beside."""
+    tensors = file.tensors_in_float32
+    second, found = ties(tensors), dict[str, tuple[Tensor, int, Tensor | None]]()
+    for part, of in (("weight_hh", plan), ("weight_ih", plan), ("weight", Plan(beside=plan.beside))):
+        found |= matrices_of(of, tensors, part, moments, second)
+    return found
+
+
 def _forms(
     file: FileSize, everything: Plan, moments: Mapping[str, Moments] | None, searches: Searches | None
 ) -> list[dict[str, _Form]]:
     """Both forms of every matrix, by its name, nothing offered yet."""
-    tensors = file.tensors_in_float32
-    second = ties(tensors)
-    matrices = {
-        **matrices_of(everything, tensors, "weight_hh", moments, second),
-        **matrices_of(everything, tensors, "weight_ih", moments, second),
-        **matrices_of(everything, tensors, "weight", moments, second),  # of those beside
-    }
+    matrices = matrices_in(file, everything, moments)
     scaled = {layer.full_name(weight) for layer, weight, found in everything.matrices() if found[0].scaled}
     searches = {} if searches is None else searches
     several = any(count > 1 for _, count, _ in matrices.values())
