@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -176,18 +177,18 @@ def write_converted(
     plan: Plan,
     storage: Mapping[str, str],
     *,
-    source_sha256: str = "",
-    seed: int = 0,
-    extra: Mapping[str, str] | None = None,
     progress: Progress | None = None,
+    **about: Any,
 ) -> None:
     """Writes the tensors of a converted network as `storage` says, with its plan: safetensors, or a .pt file.
+
+    Args:
+        about: what else the file says (`as_file`).
 
     Raises:
         UsageError: the file cannot be written. UnsupportedError: a number has no form in its dtype.
     """
-    stored, metadata = as_file(tensors, plan, storage, source_sha256=source_sha256, seed=seed, extra=extra)
-    write_model(path, stored, metadata, progress=progress)
+    write_model(path, *as_file(tensors, plan, storage, **about), progress=progress)
 
 
 def as_file(
