@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kruify.conversion.locate import BESIDE, DTYPES, EMBEDDING, KRU_KINDS, LINEAR, MODULES, RecurrentLayer
+from kruify.conversion.locate import BESIDE, DTYPES, EMBEDDING, KRU_KINDS, LINEAR, MODULES, RecurrentLayer, beside
 from kruify.conversion.plan import LayerPlan, Plan, Structures, plan_from
 from kruify.errors import PlanError
 from kruify.layers import (
@@ -127,15 +127,13 @@ def describe_kru(name: str, module: Factored) -> RecurrentLayer:
             module.num_layers, bias=module.bias, batch_first=module.batch_first, dropout=module.dropout,
             nonlinearity=module.nonlinearity, dtype=dtype,
         )  # fmt: skip
-    dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
-    if isinstance(module, KroneckerLinear | KroneckerEmbedding):
-        kind = LINEAR if isinstance(module, KroneckerLinear) else EMBEDDING
-        rows, cols = module.weight.shape
-        return RecurrentLayer(
-            name, kind, True, cols, rows, bias=kind == LINEAR and module.bias is not None, dtype=dtype
-        )
+    if isinstance(module, KroneckerLinear):
+        return beside(name, LINEAR, module.weight, module.bias is not None)
+    if isinstance(module, KroneckerEmbedding):
+        return beside(name, EMBEDDING, module.weight, False)
     cell = isinstance(module, KRUCellBase)
     nonlinearity = module.nonlinearity if module.kind == "rnn" else None
+    dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
     layer = RecurrentLayer(
         name, module.kind, cell, module.input_size, module.hidden_size, bias=module.bias,
         nonlinearity=nonlinearity, dtype=dtype,

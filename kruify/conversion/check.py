@@ -22,7 +22,7 @@ _OWN = re.compile(r"(weight_(ih|hh|hr)|bias_(ih|hh))(_l\d+)?(_reverse)?")  # ten
 def check_plan(plan: Plan, located: Located) -> None:
     """Raises `PlanError` unless every layer of the plan is there and has the sizes that the plan was made for."""
     found = {layer.name: layer for layer in located.layers}
-    for item in (*plan.layers, *plan.beside):
+    for item in plan.items:
         layer, actual = item.layer, found.get(item.layer.name)
         if actual is None:
             raise PlanError(f"the plan names layer '{layer.name}', which the model does not have: {sorted(found)}")

@@ -35,9 +35,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]
     def rename(name: str) -> str:
         return unwrap(new(name))
 
-    items = [
-        replace(item, layer=replace(item.layer, name=rename(item.layer.name))) for item in (*plan.layers, *plan.beside)
-    ]
+    items = [replace(item, layer=replace(item.layer, name=rename(item.layer.name))) for item in plan.items]
     model = swap(model, plan_from(items))
     own = model.state_dict()
     tensors: dict[str, AnyTensor] = {name: tensor for name, tensor in own.items() if is_counter(name)}

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from kruify.checkpoint import Checkpoint, LazyTensor
 from kruify.checkpoint.parametrised import compute_weights
 from kruify.layers.base import GATES
+from kruify.layers.matrix import KroneckerMatrix
 
 AnyTensor = Tensor | LazyTensor  # shape and dtype are all that is asked of it
 _KIND_OF_GATES = {len(names): kind for kind, names in GATES.items()}
@@ -320,11 +321,11 @@ def describe(name: str, module: nn.Module) -> RecurrentLayer:
     )
 
 
-def beside(name: str, kind: str, weight: AnyTensor, bias: bool) -> RecurrentLayer:
-    """The description of a layer of `BESIDE`."""
+def beside(name: str, kind: str, weight: AnyTensor | KroneckerMatrix, bias: bool) -> RecurrentLayer:
+    """The description of a layer of `BESIDE`, dense or factored."""
     rows, cols = weight.shape
     return RecurrentLayer(name, kind, True, cols, rows, bias=bias, dtype=_dtype_name(weight))
 
 
-def _dtype_name(tensor: AnyTensor) -> str:
+def _dtype_name(tensor: AnyTensor | KroneckerMatrix) -> str:
     return str(tensor.dtype).removeprefix("torch.")

@@ -45,7 +45,7 @@ def swap(model: nn.Module, plan: Plan) -> nn.Module:
     swapped: list[tuple[nn.Module, LayerPlan, nn.Module]] = []  # dense layer, its entry of the plan, what stands for it
     placed: dict[str, nn.Module] = {}  # set at the end: what is refused leaves the model as it was
     matrices: dict[tuple[int, Structures], KroneckerMatrix] = {}  # (id of the dense weight, structures) -> its factors
-    for item in (*plan.layers, *plan.beside):
+    for item in plan.items:
         try:
             dense = model.get_submodule(item.layer.name)
         except AttributeError:

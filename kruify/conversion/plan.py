@@ -54,13 +54,18 @@ class Plan:
     layers: list[LayerPlan] = field(default_factory=list)
     beside: list[LayerPlan] = field(default_factory=list)
 
+    @property
+    def items(self) -> list[LayerPlan]:
+        """Layers of all kinds."""
+        return [*self.layers, *self.beside]
+
     def structures(self) -> dict[str, Structures]:
         """Full name of every matrix -> its structures."""
         return {layer.full_name(weight): structures for layer, weight, structures in self.matrices()}
 
     def matrices(self) -> Iterator[tuple[RecurrentLayer, str, Structures]]:
         """(layer, weight name within it, its structures), in order."""
-        for item in (*self.layers, *self.beside):
+        for item in self.items:
             for weight, structures in item.matrices.items():
                 yield item.layer, weight, structures
 
@@ -76,7 +81,7 @@ class Plan:
                     for weight, structures in item.matrices.items()
                 },
             }
-            for item in (*self.layers, *self.beside)
+            for item in self.items
         ]
         stacked = any(s.gates > 1 for _, _, structures in self.matrices() for s in structures)
         return json.dumps({"schema": 4 if self.beside else 3 if stacked else 1, "layers": layers}, indent=indent)
