@@ -7,7 +7,7 @@ put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,8 +98,8 @@ def strip(names: Sequence[str]) -> tuple[str, dict[str, str]]:
         stripped = {name: name for name in names}
     counters = {name: short for name, short in stripped.items() if is_counter(name)}
     stripped = {name: short for name, short in stripped.items() if name not in counters}
-    while lead := next((p for p in LEADING if stripped and all(_has(n, p) for n in stripped.values())), None):
-        stripped = {name: short.removeprefix(lead) for name, short in stripped.items()}
+    lead = _lead(stripped.values())
+    stripped = {name: short.removeprefix(lead) for name, short in stripped.items()}
     prefixes = {name[: -len(short)] if name.endswith(short) else "" for name, short in stripped.items()}
     stripped = {name: (counters | stripped)[name] for name in names}
     return (prefixes.pop() if len(prefixes) == 1 else ""), stripped
@@ -110,16 +110,18 @@ def is_counter(name: str) -> bool:
     return name.rpartition(".")[2] == COUNTER
 
 
-def renaming(modules: Sequence[str], state: Container[str]) -> Callable[[str], str]:
+def renaming(names: Iterable[str], modules: Iterable[str], state: Collection[str]) -> Callable[[str], str]:
     """What names of a file, of tensors or of modules, are in a model that other wrappers may be around.
 
     Args:
+        names: those of the tensors of the file.
         modules: names of all modules of the model, outer ones first.
         state: names of its state dict; these stay as they are.
     """
+    ours, theirs = _lead(map(_bare, names)), _lead(map(_bare, state))
     places: dict[str, str] = {}
     for module in modules:
-        bare = _bare(module)
+        bare = _bare(module, theirs)
         if bare in places and not module.startswith(places[bare]):
             return lambda name: name  # two modules that only the name of a wrapper tells apart
         places[bare] = module
@@ -129,7 +131,7 @@ def renaming(modules: Sequence[str], state: Container[str]) -> Callable[[str], s
         if name in state:
             return name
         for n in range(len(parts), -1, -1):
-            place = places.get(_bare(".".join(parts[:n])))
+            place = places.get(_bare(".".join(parts[:n]), ours))
             if place is not None:
                 return ".".join([*filter(None, [place]), *parts[n:]])
         return name
@@ -137,8 +139,18 @@ def renaming(modules: Sequence[str], state: Container[str]) -> Callable[[str], s
     return rename
 
 
-def _bare(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+def _lead(names: Iterable[str]) -> str:
+    """The `LEADING` that stand before every name."""
+    found, names = "", [name for name in names if not is_counter(name)]
+    while lead := next((p for p in LEADING if names and all(_has(n, found + p) for n in names)), ""):
+        found += lead
+    return found
+
+
+def _bare(name: str, lead: str = "") -> str:
+    """The name of a tensor or a module without parts of wrappers and without what stands before every name."""
+    bare = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    return f"{bare}.".removeprefix(lead).removesuffix(".")
 
 
 def _has(name: str, prefix: str) -> bool:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from torch import nn
 
 from kruify.checkpoint import Checkpoint
-from kruify.checkpoint.wrapper import is_counter, renaming
+from kruify.checkpoint.wrapper import is_counter
 from kruify.conversion.check import load_tensors, stored_plan
 from kruify.conversion.locate import AnyTensor
 from kruify.conversion.modules import swap
-from kruify.conversion.plan import Plan, plan_from
-from kruify.conversion.renaming import renamed
+from kruify.conversion.plan import Plan
+from kruify.conversion.renaming import names_in, renamed
 from kruify.layers.storage import mark
 
 
@@ -30,13 +29,12 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]
     """
     plan = stored_plan(checkpoint) if checkpoint.is_kruify else Plan()
     new = renamed(checkpoint, names or {})
-    unwrap = renaming([name for name, _ in model.named_modules(remove_duplicate=False)], model.state_dict())
+    unwrap = names_in(model, map(new, checkpoint.tensors))
 
     def rename(name: str) -> str:
         return unwrap(new(name))
 
-    items = [replace(item, layer=replace(item.layer, name=rename(item.layer.name))) for item in plan.items]
-    model = swap(model, plan_from(items))
+    model = swap(model, plan.renamed(rename))
     own = model.state_dict()
     tensors: dict[str, AnyTensor] = {name: tensor for name, tensor in own.items() if is_counter(name)}
     tensors |= {rename(name): tensor for name, tensor in checkpoint.tensors.lazy.items()}

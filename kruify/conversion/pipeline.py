@@ -20,10 +20,11 @@ from kruify.conversion.calibration import Moments, calibrate
 from kruify.conversion.check import check_plan
 from kruify.conversion.computed import copied, state_of
 from kruify.conversion.latency import timed_plans
-from kruify.conversion.locate import AnyTensor, Located, RecurrentLayer, locate, locate_checkpoint
+from kruify.conversion.locate import BESIDE, AnyTensor, Located, RecurrentLayer, locate, locate_checkpoint
 from kruify.conversion.modules import convert_module
 from kruify.conversion.network import load_network
 from kruify.conversion.plan import Plan, make_plan
+from kruify.conversion.renaming import names_in
 from kruify.conversion.result import ByteCounts, Conversion, expected
 from kruify.conversion.sensitivity import plan_by_loss
 from kruify.conversion.size import DTYPE, FileSize, GraphSize, check_budget_target, plan_size
@@ -40,7 +41,7 @@ from kruify.conversion.storing import (
     write_converted,
 )
 from kruify.conversion.tensors import convert_tensors
-from kruify.errors import UsageError
+from kruify.errors import TaskError, UsageError
 from kruify.graphs import GraphBytes, SmallGraph, check_form, compare_graphs, kept_constants, write_in_form
 from kruify.progress import Progress
 from kruify.tasks.base import Task
@@ -122,7 +123,8 @@ def convert(
         plan: a plan or its JSON file, instead of all options above.
         task: a task or its name: the dense model runs on its calibration batches first, and the fit minimises the
             error of what the matrices give on them.
-        moments: what `kruify.conversion.calibration` finds of the matrices' inputs, instead of a task.
+        moments: what `kruify.conversion.calibration` finds of the matrices' inputs, by their names in `source`, instead
+            of a task.
         subclasses: convert subclasses of torch's layers, too, taking them for what they derive from.
         dtype: how all weights are stored, as `kruify.quantize` says; None leaves them in the source's dtypes, under a
             size it is "int8".
@@ -142,6 +144,7 @@ def convert(
         UsageError: options that exclude each other, no recurrent layer, patterns that leave nothing to convert, or a
             file that cannot be read or written.
         PlanError, FactorSpecError, TargetMissedError: a plan, spec or budget does not fit.
+        TaskError: the task cannot be loaded or does not run the recurrent layers.
     """
     by_budget = budget is not None or max_error is not None
     by_spec = factors is not None or input_factors is not None
@@ -190,13 +193,25 @@ def convert(
     if task is not None and (by_budget or not dry_run):
         task = load_task(task)
         model = source if isinstance(source, nn.Module) else load_network(source, task)
+        name_in = names_in(model, tensors)
+        own = {name_in(name): name for name in tensors}
         found_beside = layers_beside(model, task, seed) if of_file and whole is None else []
-        found_beside = [layer for layer in found_beside if layer.full_name("weight") in tensors]
+        found_beside = [
+            replace(layer, name=own[weight].removesuffix(".weight"))
+            for layer in found_beside
+            if (weight := layer.full_name("weight")) in own
+        ]
         located = located.with_beside(found_beside).in_float32() if found_beside else located
         layers = located.layers
         named = found_beside if plan is None else [item.layer for item in plan.beside]
-        moments = calibrate(model, task, seed=seed, beside=[layer.name for layer in named], progress=progress)
+        seen = calibrate(model, task, seed=seed, beside=[name_in(layer.name) for layer in named], progress=progress)
+        moments = {own[name]: found for name, found in seen.items() if name in own}
         planner = partial(plan_by_loss, dense=model, task=task)
+    if moments is not None and not any(name in moments for name in _recurrent(layers)):
+        if task is None:
+            raise UsageError("none of its matrices has one of the names of the moments", where, "Use its own names")
+        what = "its forward pass calls none of the recurrent layers"
+        raise TaskError(what, type(task).__name__, "Convert without a task")
     if whole is None:
         file = FileSize(tensors, layers, dtype or "float32", keep, seed, extra, sha256, before)
     else:
@@ -281,6 +296,11 @@ def found(located: Located, where: object) -> list[RecurrentLayer]:
         where,
         "Look inside with 'kruify inspect'",
     )
+
+
+def _recurrent(layers: Sequence[RecurrentLayer]) -> list[str]:
+    """Full names of the matrices of the recurrent layers among them."""
+    return [layer.full_name(weight) for layer in layers if layer.kind not in BESIDE for weight in layer.weights]
 
 
 def refuse_converted(checkpoint: Checkpoint) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -68,6 +68,10 @@ class Plan:
         for item in self.items:
             for weight, structures in item.matrices.items():
                 yield item.layer, weight, structures
+
+    def renamed(self, name: Callable[[str], str]) -> Plan:
+        """The plan for the same layers where they have other names."""
+        return plan_from([replace(item, layer=replace(item.layer, name=name(item.layer.name))) for item in self.items])
 
     def to_json(self, indent: int | None = None) -> str:
         layers = [

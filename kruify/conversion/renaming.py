@@ -1,11 +1,15 @@
-"""Names of a file that differ from those of the user's model: ONNX names a layer after its node."""
+"""Names of a file that differ from those of the user's model: ONNX names a layer after its node, and either side may be
+wrapped."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import nn
 
 from kruify.checkpoint import Checkpoint
+from kruify.checkpoint.wrapper import renaming
 from kruify.errors import UsageError
 
 
@@ -35,3 +39,9 @@ def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Callable[[str],
     if twice:
         raise UsageError(f"two tensors would be named '{twice[0][:80]}'", checkpoint.path, "Give each its own name")
     return new
+
+
+def names_in(model: nn.Module, names: Iterable[str]) -> Callable[[str], str]:
+    """What the tensors and layers of a file, whose tensors have these names, are called in a model that may be wrapped
+    in another way."""
+    return renaming(names, [name for name, _ in model.named_modules(remove_duplicate=False)], model.state_dict())

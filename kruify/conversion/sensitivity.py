@@ -20,6 +20,7 @@ from kruify.conversion.calibration import BATCHES, Moments
 from kruify.conversion.locate import BESIDE
 from kruify.conversion.modules import convert_module
 from kruify.conversion.plan import Plan, make_plan
+from kruify.conversion.renaming import names_in
 from kruify.conversion.result import GateResult
 from kruify.conversion.size import FileSize, matrices_in, plan_size
 from kruify.errors import TaskError
@@ -46,7 +47,8 @@ def plan_by_loss(
     that the first plan gives it.
 
     Args:
-        dense: the network; file, budget and the other options are those of `plan_size`.
+        dense: the network, which may be wrapped in another way than that of the file.
+        file, budget, options: those of `plan_size`.
 
     Raises:
         PlanError: the budget cannot be met.
@@ -59,9 +61,11 @@ def plan_by_loss(
     if len(matrices) < 2 or moments is None or not moments.keys() >= matrices.keys():
         return planned
     done, total = itertools.count(1), len(matrices) + 2
+    name_in = names_in(dense, file.tensors)
+    known = {name_in(name): found for name, found in moments.items()}
 
     def loss(plan: Plan) -> tuple[float, Sequence[GateResult]]:
-        network, conversion = convert_module(dense, plan, moments=moments, seed=file.seed)
+        network, conversion = convert_module(dense, plan.renamed(name_in), moments=known, seed=file.seed)
         found = mean_loss(network, task, file.seed)
         if progress is not None:
             progress(next(done), total, "weighing matrices by the loss")

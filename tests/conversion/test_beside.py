@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch.nn.utils import weight_norm
 
 import kruify
 from kruify.conversion.beside import layers_beside
+from kruify.conversion.calibration import calibrate
 from kruify.conversion.plan import Plan
-from kruify.errors import PlanError
+from kruify.errors import PlanError, TaskError, UsageError
 from kruify.search.candidate_search import CandidateSearch
 from kruify.tasks.base import Task
 
@@ -104,10 +106,11 @@ def test_a_noisy_data_set_and_masked_outputs_hide_none() -> None:
     assert [layer.name for layer in layers_beside(Words(direct=True), Noisy())] == ["embedding"]
 
 
-@pytest.fixture
-def small(tmp_path: Path) -> tuple[Words, nn.Module, Plan, Path]:
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Words, nn.Module, Plan, Path]:
+    """A dense network, the same under a budget of its file, the plan of that, and the file; not to be changed."""
     torch.manual_seed(0)
-    dense, file = Words(), tmp_path / "small.safetensors"
+    dense, file = Words(), tmp_path_factory.mktemp("small") / "small.safetensors"
     model, conversion = kruify.convert(dense, budget="size=9x", task=Echo())
     kruify.save(model, file)
     return dense, model, conversion.plan, file
@@ -157,6 +160,56 @@ def test_their_plan_with_the_task_gives_what_the_budget_gave(small: tuple[Words,
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
+class Held(nn.Module):
+    """All its names begin with one that wrappers put there, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Words()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.model(x)
+        return found
+
+
+@pytest.mark.parametrize("made", [lambda: nn.DataParallel(Words()), Held])
+@pytest.mark.parametrize("by_plan", [False, True])
+def test_a_task_whose_network_is_wrapped_weighs_what_the_plain_one_weighs(
+    small: tuple[Words, nn.Module, Plan, Path], made: Callable[[], nn.Module], by_plan: bool, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"plan": small[2]} if by_plan else {"factors": "stacked:4*(96x1,1x32)"}
+    torch.save(small[0].state_dict(), tmp_path / "dense.pt")
+    files = []
+    for model in (made, Words):
+        found = kruify.convert(tmp_path / "dense.pt", task=Echo(model), output=tmp_path / "new.safetensors", **options)
+        assert all(gate.energy_weighted is not None for gate in found.matrices)
+        files.append((tmp_path / "new.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_under_a_budget_of_the_file_a_wrapped_network_is_planned_whole(
+    small: tuple[Words, nn.Module, Plan, Path], tmp_path: Path
+) -> None:
+    torch.save(nn.DataParallel(small[0]).state_dict(), tmp_path / "dense.pt")
+    task = Echo(lambda: nn.DataParallel(Words()))
+    found = kruify.convert(tmp_path / "dense.pt", budget="size=9x", task=task, output=tmp_path / "new.safetensors")
+    assert [item.layer.name for item in found.plan.beside] == ["embedding", "out"]
+    assert all(gate.energy_weighted is not None for gate in found.matrices)
+
+
+def test_moments_and_tasks_that_weigh_nothing_are_refused(tmp_path: Path) -> None:
+    class Unheard(Echo):
+        def forward(self, model: nn.Module, batch: Any) -> Tensor:
+            found: Tensor = model.out(model.embedding(batch)[..., :32])
+            return found
+
+    dense, wrapped = Words(), nn.DataParallel(Words())
+    with pytest.raises(UsageError, match="names of the moments"):
+        kruify.convert(dense, "2x2", moments=calibrate(wrapped, Echo()))
+    with pytest.raises(TaskError, match="calls none of the recurrent layers"):
+        kruify.convert(dense, "2x2", task=Unheard())
+
+
 def test_a_plan_cannot_name_what_computes_something_else(small: tuple[Words, nn.Module, Plan, Path]) -> None:
     class Doubling(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -181,7 +234,7 @@ def test_they_can_be_left_out_or_set(small: tuple[Words, nn.Module, Plan, Path])
 
 
 def test_fine_tuning_trains_them(small: tuple[Words, nn.Module, Plan, Path]) -> None:
-    dense, model, _, _ = small
+    dense, model = small[0], copy.deepcopy(small[1])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     kruify.finetune(model, Echo(), teacher=dense, epochs=1)
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}

@@ -1,5 +1,5 @@
-"""Networks saved by DataParallel, torch.compile and AveragedModel, as state dicts or converted, load into the plain
-class and into one that is wrapped in another way."""
+"""Networks saved by DataParallel, torch.compile and AveragedModel, or held as `model`, as state dicts or converted,
+load into the plain class and into one that is wrapped in another way."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ def compiled(module):
     return torch.compile(module, backend="eager")
 
 
+class Held(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.model = net
+
+    def forward(self, x):
+        return self.model(x)
+
+
 def inside(wrap):
     def wrapped(net):
         net.rnn = wrap(net.rnn)
@@ -41,6 +50,8 @@ WRAPPERS = {
     "averaged": AveragedModel,
     "averaged compiled": lambda net: AveragedModel(compiled(net)),
     "averaged averaged": lambda net: AveragedModel(AveragedModel(net)),
+    "held": Held,
+    "held parallel": lambda net: nn.DataParallel(Held(net)),
     "compiled parallel": lambda net: compiled(nn.DataParallel(net)),
     "parallel inside": inside(nn.DataParallel),
     "compiled inside": inside(compiled),
@@ -52,7 +63,7 @@ WRAPPERS = {
     ("saved", "into", "way"),
     all_pairs(
         saved=tuple(WRAPPERS),
-        into=("plain", "parallel", "averaged", "compiled inside"),
+        into=("plain", "parallel", "averaged", "compiled inside", "held", "held parallel"),
         way=("dense", "file", "live"),
     ),
 )
