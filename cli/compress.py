@@ -109,9 +109,9 @@ def compress(
     """Plan, convert, fine-tune and evaluate in one go.
 
     Two candidates, the structure that keeps the most energy and one that is half low rank, half single entries, are
-    each trained for a short while; the one that validates better is taken. Under a size the second is low rank of
-    stacked gates, and both factor the input matrices, too. Then the better one is tried at a third of the learning
-    rate, unless --lr is given.
+    each trained for a short while; the one that validates better is taken. Under a size one is stored in int8, the
+    other, with more numbers, in int4, and both factor the input matrices, too. Then the better one is tried at a third
+    of the learning rate, unless --lr is given.
 
     With --max-drop, layers that cost too much get more parameters, or stay dense, until the network loses no more than
     that on the validation split. If it cannot be reached the nearest network is written all the same, and the exit
@@ -193,7 +193,8 @@ def compress(
 
 def _candidate(result: CandidateResult, task: Task) -> str:
     factors = ", ".join(result.factors) or "dense"
-    return f"candidate {factors} at rate {result.lr:g}: {task.metric} {result.metrics[task.metric]:.4f}"
+    stored = f" in {result.dtype}" if result.dtype else ""
+    return f"candidate {factors}{stored} at rate {result.lr:g}: {task.metric} {result.metrics[task.metric]:.4f}"
 
 
 def _line(attempt: Attempt, task: Task) -> str:

@@ -164,8 +164,8 @@ def convert(
     if not isinstance(source, nn.Module) and (to_graph or not isinstance(source, Checkpoint)):
         path = source.path if isinstance(source, Checkpoint) else source
         source = read(path, key=key, graph=to_graph)  # in its graph any recurrent node can stay
-    check_storage(dtype, keep)
     graph = source.path if to_graph and isinstance(source, Checkpoint) and source.format == "onnx" else None
+    check_storage(dtype, keep, graph is not None)
     check_form(form)
     if form != "folded" and graph is None:
         raise UsageError("a form is of an ONNX graph that is written as one", output, "Write MODEL.onnx to OUT.onnx")

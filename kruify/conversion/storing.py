@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kruify.checkpoint import LazyTensor, metadata_for, write_model
-from kruify.checkpoint.stored import SUM, SUM_BUT_N, SUMS, decode, eight_bit_dims, encode, first_bias, told_storage
+from kruify.checkpoint.integers import integer_dims
+from kruify.checkpoint.sparse_index import VALUES
+from kruify.checkpoint.stored import decode, encode, told_storage
+from kruify.checkpoint.summed_biases import SUM, SUM_BUT_N, SUMS, first_bias
 from kruify.checkpoint.tensors import derived, ties
 from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.build import plan_of
@@ -23,16 +26,18 @@ from kruify.conversion.plan import LayerPlan, Plan, Structures, matches
 from kruify.errors import PlanError, UsageError
 from kruify.layers.storage import mark
 from kruify.progress import Progress
-from kruify.quantization import DTYPES
+from kruify.quantization import DTYPES, INTEGERS
 
 BIAS_DTYPE = "float16"
 """Of biases of recurrent layers, where matrices are stored as int8."""
 
 
-def check_storage(dtype: str | None, keep: Sequence[str] = ()) -> None:
-    """Raises `UsageError` for a dtype that nothing is stored in, and for weights to keep without one."""
+def check_storage(dtype: str | None, keep: Sequence[str] = (), graph: bool = False) -> None:
+    """Raises `UsageError` for a dtype that nothing, or no graph, is stored in, and for weights to keep without one."""
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"there is no storage as '{dtype}'", hint=f"Choose from {', '.join(DTYPES)}")
+    if graph and dtype == "int4":
+        raise UsageError("factors in four bits are for kruify's own files", "int4", "Take int8 for an ONNX graph")
     if keep and dtype is None:
         raise UsageError("weights are kept from a dtype, and none is given", hint="Give --dtype, too")
 
@@ -44,7 +49,8 @@ def storage_for(
 
     int8 is for Kronecker matrices (factors, sparse residual) and tensors with two or more dimensions; biases of
     recurrent layers, which are as large as small factors, are float16 then, and one vector where they are only added
-    (`checkpoint.stored.SUMS`). float16 and bfloat16 are for all real numbers.
+    (`checkpoint.summed_biases.SUMS`). int4 is the same, but for the factors. float16 and bfloat16 are for all real
+    numbers.
 
     Args:
         keep: globs of weights, or of modules with all their weights, that stay float32.
@@ -64,17 +70,15 @@ def storage_for(
         unused -= matching
         if dtype in (None, "float32") or matching or not tensor.dtype.is_floating_point:
             continue
-        if (
-            dtype != "int8"
-            or eight_bit_dims(name, tensor, matrix, lazy)
-            or (matrix and name.endswith(".overlay.values"))
-        ):
+        if dtype not in INTEGERS:
             found[weight] = dtype
+        elif integer_dims(name, tensor, matrix, lazy) or (matrix and name == matrix + VALUES):
+            found[weight] = dtype if matrix else "int8"
         elif name in biases:
             found[name] = BIAS_DTYPE
     if unused:
         raise PlanError(f"the pattern '{min(unused)}' to keep matches no weight")
-    return found | (_sums(seconds, lazy, found) if dtype == "int8" else {})
+    return found | (_sums(seconds, lazy, found) if dtype in INTEGERS else {})
 
 
 def _sums(seconds: Mapping[str, str], tensors: Mapping[str, LazyTensor], storage: Mapping[str, str]) -> dict[str, str]:
@@ -168,7 +172,7 @@ def rounded(tensors: Mapping[str, AnyTensor], plan: Plan, storage: Mapping[str, 
         UnsupportedError: on loading, a number has no form in the dtype.
     """
     matrices = matrix_sizes(plan)
-    return decode(encode(tensors, storage, matrices), storage, matrices, "storage")
+    return decode(encode(tensors, storage, matrices, packed=False), storage, matrices, "storage")
 
 
 def write_converted(
@@ -218,7 +222,7 @@ def quantize(model: nn.Module, dtype: str, keep: Sequence[str] = ()) -> nn.Modul
 
     Args:
         dtype: "int8" (symmetric, one bfloat16 scale per row; biases of recurrent layers float16, other
-            vectors float32), "float16", "bfloat16" or "float32".
+            vectors float32), "int4" (the same, factors in four bits), "float16", "bfloat16" or "float32".
         keep: globs of weights or modules that stay float32.
 
     Raises:

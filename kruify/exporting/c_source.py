@@ -15,7 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kruify.checkpoint.stored import COLUMNS, COUNTS, SCALE, VALUES, encode, in_full
+from kruify.checkpoint.integers import SCALE
+from kruify.checkpoint.sparse_index import COLUMNS, COUNTS, VALUES
+from kruify.checkpoint.stored import encode
+from kruify.checkpoint.summed_biases import in_full
 from kruify.conversion import plan_of
 from kruify.conversion.computed import state_of
 from kruify.conversion.storing import matrix_sizes
@@ -81,7 +84,7 @@ def layer_source(module: nn.Module, interface: Interface, file: str, prefix: str
         UnsupportedError: a number is NaN or infinite.
     """
     layer = interface.layer
-    stored = encode(state_of(module), in_full(marks(module)), matrix_sizes(plan_of(module)))
+    stored = encode(state_of(module), in_full(marks(module)), matrix_sizes(plan_of(module)), packed=False)
     writer = _Writer({name: _in_c(tensor.load().detach().cpu()) for name, tensor in stored.items()})
     wide, lstm, gru = len(layer.gates) * layer.hidden_size, layer.kind == "lstm", layer.kind == "gru"
     for k, suffix in enumerate(layer.suffixes):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from kruify.checkpoint.onnx_session import cpu_session
-from kruify.checkpoint.stored import in_full
+from kruify.checkpoint.summed_biases import in_full
 from kruify.conversion import densify
 from kruify.errors import UnsupportedError
 from kruify.exporting.check import TOLERANCE, Exported, Run, layer_cases, write_checked

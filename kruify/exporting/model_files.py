@@ -25,7 +25,7 @@ from kruify.checkpoint import (
     write_safetensors,
     write_torch,
 )
-from kruify.checkpoint.stored import in_full
+from kruify.checkpoint.summed_biases import in_full
 from kruify.checkpoint.target import TORCH
 from kruify.conversion import densify, densify_tensors
 from kruify.conversion.check import bounded_plan

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from kruify.checkpoint import LazyTensor
 from kruify.checkpoint.gates import ONNX_PARTS, ORDER
+from kruify.checkpoint.integers import SCALE
 from kruify.checkpoint.onnx_file import OnnxFile, Weight
 from kruify.checkpoint.onnx_in_place import Content, Made, OnnxCopy, dense, dense_weight
-from kruify.checkpoint.stored import SCALE, decode, encode, in_full
+from kruify.checkpoint.stored import decode, encode
+from kruify.checkpoint.summed_biases import in_full
 from kruify.checkpoint.wrapper import strip
 from kruify.checkpoint.writing import as_bytes, tensor_bytes
 from kruify.factors import Structure
@@ -39,7 +41,7 @@ class Contents:
         self.structures, self.storage = structures, storage
         sizes = {name: (sum(s.rows for s in found), found[0].cols) for name, found in structures.items()}
         kept = {name: tensor for name, tensor in original.items() if name not in structures}
-        self.stored = encode({**kept, **tensors}, storage, sizes)
+        self.stored = encode({**kept, **tensors}, storage, sizes, packed=False)
         self.rounded = decode(self.stored, storage, sizes, "the converted weights")
 
     def constant(self, name: str, old: LazyTensor) -> Content | None:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from kruify.checkpoint.gates import from_torch
+from kruify.checkpoint.integers import SCALE
 from kruify.checkpoint.onnx_constants import DTYPES
-from kruify.checkpoint.stored import SCALE
 from kruify.errors import UnsupportedError
 from kruify.factors import Structure
 from kruify.graphs.nodes import Graph

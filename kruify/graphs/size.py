@@ -15,7 +15,7 @@ from kruify.checkpoint import LazyTensor
 from kruify.checkpoint.onnx_file import INPUTS, Weight
 from kruify.checkpoint.onnx_graph import Proto
 from kruify.checkpoint.onnx_in_place import Content, OnnxCopy, dense, starts_of
-from kruify.checkpoint.stored import INDEX
+from kruify.checkpoint.sparse_index import INDEX
 from kruify.factors import Structure
 from kruify.graphs.contents import Contents, names_in_file, weight_names
 from kruify.graphs.scan_nodes import refusal, scan_nodes

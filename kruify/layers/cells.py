@@ -14,6 +14,7 @@ from kruify.layers.recurrent import check_device, not_a_tensor
 from kruify.layers.storage import storage_of
 from kruify.ops.functions import transformed
 from kruify.ops.reference import State
+from kruify.quantization import INTEGERS
 
 
 class KRUCellBase(nn.Module):
@@ -76,7 +77,7 @@ class KRUCellBase(nn.Module):
         reset_like_torch(self, self.hidden_size)
 
     def _step(self, input: Tensor, state: State | None) -> State:
-        if storage_of(self, "weight_hh") != "int8":
+        if storage_of(self, "weight_hh") not in INTEGERS:
             streamed = compiled.stream(self, input, state)
             if streamed is not None:
                 return streamed

@@ -18,7 +18,7 @@ from kruify.layers.storage import dense_stored_as
 from kruify.ops import Layout, has_kernel, precision
 from kruify.ops.functions import traced
 from kruify.ops.reference import GATES, MODRELU, State
-from kruify.quantization import quantize_rows, row_dims
+from kruify.quantization import INTEGERS, quantize_rows, row_dims
 
 if TYPE_CHECKING:
     from kruify.layers.cells import KRUCellBase
@@ -75,7 +75,7 @@ def _is_int8(weight: Weight | None, dense: list[Tensor]) -> bool:
     """Whether the kernels take the weight in eight bits; `dense` are the dense ones that are stored so."""
     if not isinstance(weight, KroneckerMatrix):
         return any(weight is stored and weight.shape[1] <= _DEPTH for stored in dense)
-    if weight.storage != "int8":
+    if weight.storage not in INTEGERS:
         return False
     form = form_of(weight)
     if form.low_rank is None:

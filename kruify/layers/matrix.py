@@ -124,8 +124,8 @@ class KroneckerMatrix(nn.Module):
     Attributes:
         rows, cols: of one gate.
         structures: as given.
-        storage: dtype in which a file holds the factors and the sparse residual, "float32", "float16", "bfloat16" or
-            "int8" (kruify.quantization); the parameters are on its grid when they were stored or loaded.
+        storage: dtype in which a file holds the factors and the sparse residual, a key of `quantization.DTYPES`; the
+            parameters are on its grid when they were stored or loaded.
 
     Raises:
         UsageError: the structures differ in size, or their sparse residuals in block height.

@@ -12,8 +12,8 @@ _DENSE = "_kruify_storage"  # of a module: name of its parameter -> dtype
 
 
 def storage_of(module: nn.Module, name: str) -> str:
-    """Dtype in which `name` of a module is stored, a dense parameter or a `KroneckerMatrix`: "int8", "float16",
-    "bfloat16", or "float32" where nothing is marked."""
+    """Dtype in which `name` of a module is stored, a dense parameter or a `KroneckerMatrix`: a key of
+    `quantization.DTYPES`, "float32" where nothing is marked."""
     matrix = module._modules.get(name)
     if isinstance(matrix, KroneckerMatrix):
         return matrix.storage

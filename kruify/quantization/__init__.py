@@ -2,13 +2,30 @@
 
 from kruify.quantization.rows import (
     DTYPES,
+    INTEGERS,
     SCALES,
     dequantize,
+    in_pairs,
+    pack,
     pays,
     quantize_groups,
     quantize_rows,
     round_to,
     row_dims,
+    unpack,
 )
 
-__all__ = ["DTYPES", "SCALES", "dequantize", "pays", "quantize_groups", "quantize_rows", "round_to", "row_dims"]
+__all__ = [
+    "DTYPES",
+    "INTEGERS",
+    "SCALES",
+    "dequantize",
+    "in_pairs",
+    "pack",
+    "pays",
+    "quantize_groups",
+    "quantize_rows",
+    "round_to",
+    "row_dims",
+    "unpack",
+]

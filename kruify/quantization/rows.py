@@ -1,8 +1,10 @@
-"""Symmetric quantisation to eight bits, one scale per row: value = scale * integer, the integers from -127 to 127.
+"""Symmetric quantisation to eight or four bits, one scale per row: value = scale * integer, the integers from -127 to
+127 or from -7 to 7.
 
-A scale is the bfloat16 nearest to the row's largest magnitude / 127: near enough for this magnitude to become 127, and
-of few enough bits for scale * integer to be exact in float32. Quantising what was dequantised therefore gives the same
-integers and scales, and no scale is kept in memory.
+A scale of eight bits is the bfloat16 nearest to the row's largest magnitude / 127: near enough for this magnitude to
+become 127, and of few enough bits for scale * integer to be exact in float32. One of four bits may be smaller: the
+largest magnitudes become 7, where that leaves the smaller sum of squared errors. Quantising what was dequantised
+therefore gives the same integers and scales, and no scale is kept in memory.
 """
 
 from __future__ import annotations
@@ -20,12 +22,17 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
+    "int4": torch.uint8,
 }
-"""The dtypes that a weight can be stored in; all are computed in float32."""
+"""The dtypes that a weight can be stored in, and those of what a file holds: two int4 share a byte. All are computed in
+float32."""
+
+INTEGERS = {"int8": 127, "int4": 7}
+"""The dtypes that have scales, and their largest integers."""
 
 SCALES = torch.bfloat16
 """The dtype of scales."""
-LARGEST = 127
+CLIPPED = [1 - 0.07 * step for step in range(10)]  # of a row's largest magnitude, what can become 7
 LEAST_SCALE = 2.0**-126  # the smallest normal float32: a row of zeros has a scale, too
 
 
@@ -49,38 +56,75 @@ def pays(shape: Sequence[int], dims: Sequence[int]) -> bool:
     return prod(shape[d] for d in dims) > 1 and prod(shape) > 0
 
 
-def scale_of(largest: Tensor) -> Tensor:
+def scale_of(largest: Tensor, dtype: str = "int8") -> Tensor:
     """bfloat16 scales of rows whose largest magnitudes are given, any shape.
 
     Raises:
         UnsupportedError: one of them is NaN or infinite.
     """
     if not bool(largest.isfinite().all()):
-        raise UnsupportedError("entries that are NaN or infinite have no eight-bit form")
-    return (largest.float() / LARGEST).clamp(min=LEAST_SCALE).to(SCALES)
+        raise UnsupportedError("entries that are NaN or infinite cannot be integers with a scale")
+    return (largest.float() / INTEGERS[dtype]).clamp(min=LEAST_SCALE).to(SCALES)
 
 
-def _integers(tensor: Tensor, scale: Tensor) -> Tensor:
+def _integers(tensor: Tensor, scale: Tensor, dtype: str = "int8") -> Tensor:
     """int8: tensor / scale, to the nearest, half to even."""
-    return (tensor.float() / scale).round().clamp(-LARGEST, LARGEST).to(torch.int8)
+    return (tensor.float() / scale).round().clamp(-INTEGERS[dtype], INTEGERS[dtype]).to(torch.int8)
 
 
-def quantize_rows(tensor: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+def quantize_rows(tensor: Tensor, dims: Sequence[int], dtype: str = "int8") -> tuple[Tensor, Tensor]:
     """A real tensor as integers and scales.
 
     Args:
         dims: the dimensions that a row runs over (`row_dims`).
+        dtype: a key of `INTEGERS`.
 
     Returns:
         int8 values in the shape of the tensor, and bfloat16 scales in that shape but 1 in `dims`. Their product differs
-        from the tensor by at most half a scale.
+        from the tensor by at most half a scale, but for what is clipped in four bits.
 
     Raises:
         UnsupportedError: an entry is NaN or infinite, or beyond float32.
     """
     tensor = tensor.detach().float()
-    scale = scale_of(tensor.abs().amax(tuple(dims), keepdim=True))
-    return _integers(tensor, scale), scale
+    largest = tensor.abs().amax(tuple(dims), keepdim=True)
+    scale = scale_of(largest, dtype)
+    values = _integers(tensor, scale, dtype)
+    if dtype == "int8":
+        return values, scale
+
+    def error(values: Tensor, scale: Tensor) -> Tensor:
+        return (dequantize(values, scale) - tensor).square().sum(tuple(dims), keepdim=True)
+
+    least = error(values, scale)
+    for share in CLIPPED[1:]:
+        other = scale_of(share * largest, dtype)
+        clipped = _integers(tensor, other, dtype)
+        found = error(clipped, other)
+        less = found < least
+        least, scale = torch.where(less, found, least), torch.where(less, other, scale)
+        values = torch.where(less, clipped, values)
+    return values, scale
+
+
+def in_pairs(shape: Sequence[int], dims: Sequence[int]) -> bool:
+    """Whether four-bit integers of rows over `dims` (of a factor) are stored two to a byte: along the last one, which
+    has an even number of entries, more than two. Others take a byte each."""
+    return shape[dims[-1]] > 2 and shape[dims[-1]] % 2 == 0
+
+
+def pack(values: Tensor, dim: int) -> Tensor:
+    """int8 values from -8 to 7 as uint8, two to a byte: the first of two neighbours along `dim` in the lower half."""
+    shape = values.shape
+    first, second = values.reshape(*shape[:dim], -1, 2, *shape[dim + 1 :]).unbind(dim + 1)
+    both: Tensor = first & 15 | second << 4
+    return both.view(torch.uint8)
+
+
+def unpack(packed: Tensor, dim: int) -> Tensor:
+    """The inverse of `pack`."""
+    both = packed.view(torch.int8)
+    return torch.stack([both << 4 >> 4, both >> 4], dim + 1).flatten(dim, dim + 1)
 
 
 def quantize_groups(values: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -107,8 +151,8 @@ def round_to(tensor: Tensor, dtype: str, dims: Sequence[int]) -> Tensor:
     """A tensor in its own dtype whose numbers are those that storing it as one of `DTYPES` keeps.
 
     Raises:
-        UnsupportedError: an entry is NaN or infinite, or beyond float32 (int8 only).
+        UnsupportedError: an entry is NaN or infinite, or beyond float32 (integers only).
     """
-    if dtype == "int8":
-        return dequantize(*quantize_rows(tensor, dims)).to(tensor.dtype)
+    if dtype in INTEGERS:
+        return dequantize(*quantize_rows(tensor, dims, dtype)).to(tensor.dtype)
     return tensor.detach().to(DTYPES[dtype]).to(tensor.dtype)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kruify.checkpoint.stored import in_full
+from kruify.checkpoint.summed_biases import in_full
 from kruify.conversion.plan import Plan
 from kruify.conversion.result import gates_of
 from kruify.quantization import DTYPES
@@ -50,7 +50,7 @@ def to_plain_card(name: str, plan: Plan, storage: Mapping[str, str], size: int, 
         size: of its file, in bytes.
         metrics: what it achieves.
     """
-    smallest_first = sorted({*in_full(storage).values()}, key=lambda dtype: DTYPES[dtype].itemsize)  # biases are wider
+    smallest_first = sorted({*in_full(storage).values()}, key=list(DTYPES).index, reverse=True)  # biases are wider
     dtypes = ", ".join(smallest_first) or "the dtype of the dense network"
     parts = [
         f"Made by kruify: sums of Kronecker products in place of dense matrices. {size:,} bytes, weights in {dtypes}."

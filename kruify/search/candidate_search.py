@@ -26,9 +26,8 @@ from kruify.conversion.beside import layers_beside
 from kruify.conversion.budget import Searches, Slack, parse_budget, slack_of
 from kruify.conversion.calibration import Moments, calibrate
 from kruify.conversion.locate import RecurrentLayer, locate
-from kruify.conversion.plan import Plan
 from kruify.conversion.sensitivity import plan_by_loss
-from kruify.conversion.size import DTYPE, FileSize
+from kruify.conversion.size import FileSize
 from kruify.conversion.storing import check_storage
 from kruify.errors import UsageError
 from kruify.progress import Progress, named
@@ -51,6 +50,7 @@ from kruify.tasks.evaluation import Evaluations
 from kruify.training import FinetuneResult, Recipe, finetune
 from kruify.training.digest import fingerprint
 
+DTYPES = ("int8", "int4")  # in which a network is tried under a budget of bytes, if none is said
 SHARE = 1 / 12  # of the epochs, for each candidate: a quarter cost g2p at 16x the file 1.7 points (benchmarks/recovery)
 LOWER = 1 / 3  # of the recipe's rate, which the best candidate is tried at, too: g2p at 8x the file gains 2.1 points
 
@@ -63,8 +63,8 @@ class CandidateSearch:
         share: of the recipe's epochs, for which each candidate is trained; 0 takes the first candidate untried.
         source: the file that holds `dense`, if one does: files made from it carry some of its metadata.
         seed: of everything random.
-        dtype, keep: how the weights of the converted network are stored (kruify.quantize); None is int8 under a
-            budget of bytes, else as they are computed.
+        dtype, keep: how the weights of the converted network are stored (kruify.quantize); None is the better one of
+            `DTYPES` under a budget of bytes, else as they are computed.
         selection: which matrices may be factored.
         log_dir: a folder for `history.csv` of every training, each in a folder of its own there.
         recipe: options of kruify.training.Recipe, such as epochs. With `lr` among them no other rate is tried.
@@ -146,9 +146,9 @@ class CandidateSearch:
         options |= {"selection": self.selection, "progress": self.progress}
         if limits.of_file:
             planner = partial(plan_by_loss, dense=self.dense, task=self.task)
-            file = self.file(self.dtype or DTYPE)
-            file = replace(file, layers=[*file.layers, *self.beside])
-            found = make_size_candidates(file, budget, planner=planner, **options)
+            files = [self.file(dtype) for dtype in ([self.dtype] if self.dtype else DTYPES)]
+            files = [replace(file, layers=[*file.layers, *self.beside]) for file in files]
+            found = make_size_candidates(files, budget, planner=planner, **options)
         elif limits.latency is not None:
             found = make_latency_candidates(self.file(self.dtype or "float32"), self.dtype, budget, **options)
         else:
@@ -179,15 +179,16 @@ class CandidateSearch:
         """What a file says of its training, as far as a budget of bytes leaves room for it."""
         history, recipe = outcome.to_json()["history"], {**self.settings["recipe"], "lr": candidate.lr}
         notes = {"kruify.history": to_text(history), "kruify.recipe": to_text(recipe)}
-        slack = self.slack(candidate.plan, budget, notes)
+        slack = self.slack(candidate, budget, notes)
         return notes if all(s.used <= s.allowed for s in slack if s.of == "bytes") else {}
 
-    def slack(self, plan: Plan, budget: str, notes: Mapping[str, str]) -> list[Slack]:
-        """What the limits of a budget allow, and how much of it a plan takes, in a file with these notes."""
+    def slack(self, candidate: Candidate, budget: str, notes: Mapping[str, str]) -> list[Slack]:
+        """What the limits of a budget allow, and how much of it a candidate takes, in a file with these notes."""
         if not parse_budget(budget).of_file:
-            return slack_of(plan, budget)
-        file = self.file(self.dtype or DTYPE)
-        return [Slack("bytes", file.limit(budget), replace(file, extra={**file.extra, **notes}).of(plan))]
+            return slack_of(candidate.plan, budget)
+        assert candidate.dtype is not None
+        file = self.file(candidate.dtype)
+        return [Slack("bytes", file.limit(budget), replace(file, extra={**file.extra, **notes}).of(candidate.plan))]
 
     def choose(
         self,
@@ -238,7 +239,7 @@ class CandidateSearch:
         student, epochs = self.convert(candidate)[0], self._epochs * self.share
         student = self.train(student, candidate.lr, state, name + label, epochs=epochs, evaluate_first=False).model
         specs = dict.fromkeys(str(s) for _, _, structures in candidate.plan.matrices() for s in structures)
-        return CandidateResult(list(specs), self.evaluations.measure(student, "valid"), candidate.lr)
+        return CandidateResult(list(specs), self.evaluations.measure(student, "valid"), candidate.lr, candidate.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process, which cannot tell this one how far it is."""

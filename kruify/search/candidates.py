@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -14,9 +14,9 @@ from kruify.conversion.beside import NARROW
 from kruify.conversion.budget import Searches, make_budget_plan, parse_budget
 from kruify.conversion.calibration import Moments
 from kruify.conversion.latency import timed_plans
-from kruify.conversion.locate import BESIDE, RecurrentLayer
-from kruify.conversion.plan import LayerPlan, Plan, keeps_scales, make_plan
-from kruify.conversion.size import FileSize, largest_within, plan_size
+from kruify.conversion.locate import RecurrentLayer
+from kruify.conversion.plan import Plan, keeps_scales, make_plan
+from kruify.conversion.size import FileSize, plan_size
 from kruify.errors import FactorSpecError
 from kruify.progress import Progress
 from kruify.training import Recipe
@@ -83,11 +83,13 @@ class CandidateResult:
         factors: its specs, each named once.
         metrics: on the validation split.
         lr: peak learning rate of the training.
+        dtype: how its weights are stored (None: as they are computed).
     """
 
     factors: list[str]
     metrics: dict[str, float]
     lr: float
+    dtype: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -160,7 +162,7 @@ def make_candidates(
 
 
 def make_size_candidates(
-    file: FileSize,
+    files: Sequence[FileSize],
     budget: str,
     *,
     moments: Mapping[str, Moments] | None = None,
@@ -169,27 +171,22 @@ def make_size_candidates(
     planner: Callable[..., Plan] = plan_size,
     progress: Progress | None = None,
 ) -> list[Candidate]:
-    """Candidates under a budget of bytes: what keeps the most energy (kruify.conversion.size), and low rank of stacked
-    gates, of all but narrow matrices at the same share, the layers beside as in the first; where every matrix can stay
-    dense there is only that. (At the same share as recurrent matrices embeddings of few words lose too much: on g2p-en
-    at 32x one epoch ended at a word error of 0.94 instead of 0.66.)
+    """Candidates under a budget of bytes: what the planner finds (kruify.conversion.size) for each way to store the
+    network, such as twice the numbers in four bits as in eight; where every matrix can stay dense there is only that.
 
-    Half low rank, half blocks of entries per gate was a third one. It led in one of nine cells of benchmarks/recovery,
-    not at the rate that ends better there; the trial of a lower rate takes the passes that its own took.
+    Low rank of stacked gates at one share was another one, and half low rank, half blocks of entries per gate: the
+    former led in no cell of benchmarks/recovery once plans went by the loss, the latter in one of nine.
 
     Raises:
         PlanError: the budget cannot be met.
     """
     options = {"moments": moments, "searches": searches, "progress": progress, **selection.patterns()}
-    planned = Candidate(planner(file, budget, **options), moments, file.dtype)
-    if not planned.plan.layers:
-        return [planned]
-
-    def low_rank(share: float) -> Plan | None:
-        return stacked_low_rank(file.layers, share, selection, planned.plan.beside)
-
-    stacked = largest_within(file.limit(budget), file.of, low_rank)
-    return [planned, *([Candidate(stacked, moments, file.dtype)] if stacked and stacked != planned.plan else [])]
+    found: list[Candidate] = []
+    for file in files:
+        found.append(Candidate(planner(file, budget, **options), moments, file.dtype))
+        if not found[-1].plan.layers:
+            break
+    return found
 
 
 def make_latency_candidates(
@@ -217,26 +214,16 @@ def make_latency_candidates(
     return [Candidate(timed.plan, moments, dtype, result.to_json()) for timed in found]
 
 
-def stacked_low_rank(
-    layers: Sequence[RecurrentLayer],
-    share: float,
-    selection: Selection = EVERYTHING,
-    beside: list[LayerPlan] | None = None,
-) -> Plan | None:
+def stacked_low_rank(layers: Sequence[RecurrentLayer], share: float, selection: Selection = EVERYTHING) -> Plan | None:
     """Low rank of stacked gates that keeps this share of the numbers of every matrix that is not narrow; None where
-    not even rank 1 does.
-
-    Args:
-        beside: what becomes of the layers beside the recurrent ones, if not the same.
-    """
+    not even rank 1 does."""
     specs = {
         layer.full_name(weight): _stacked_low_rank(layer, *layer.shape(weight), share)
         for layer in layers
         for weight in layer.weights
-        if layer.shape(weight)[1] >= NARROW and not (layer.kind in BESIDE and beside is not None)
+        if layer.shape(weight)[1] >= NARROW
     }
-    plan = selection.plan(layers, specs)
-    return plan if plan is None or beside is None else replace(plan, beside=beside)
+    return selection.plan(layers, specs)
 
 
 def _stacked_low_rank(layer: RecurrentLayer, rows: int, cols: int, share: float) -> str | None:

@@ -141,7 +141,7 @@ def compress(
         input_factors: spec of the input matrices under a budget of the recurrent ones.
         source: the file that holds `dense`, if one does.
         progress: told of the calibration, the search for factors, and the steps of each training.
-        dtype, keep: how the weights are stored (kruify.quantize), int8 if not said under a budget of bytes.
+        dtype, keep: how the weights are stored (kruify.quantize); if not said under a budget of bytes, int8 or int4.
         on_candidate, on_attempt: called after each short training, after each round.
         resume: a folder for the state of candidates and rounds. If it is empty or missing compression begins, else it
             goes on and ends with the same bits as if it had never been interrupted; `max_drop` and `attempts` may
@@ -205,7 +205,7 @@ def compress(
         attempts=tried,
         latency=choice.candidate.latency,
         allowed=allowed,
-        slack=search.slack(best_candidate.plan, budget, notes),
+        slack=search.slack(best_candidate, budget, notes),
         lr=best_candidate.lr,
         history=best_run.to_json()["history"],
         notes=notes,

@@ -17,6 +17,7 @@ from typing import Any
 
 from kruify.checkpoint import check_target, make_folder
 from kruify.checkpoint.onnx_in_place import DATA
+from kruify.conversion.storing import check_storage
 from kruify.errors import TaskError, UsageError
 from kruify.graphs.comparison import Timing
 from kruify.graphs.difference import Difference
@@ -168,6 +169,7 @@ def compress_graph(
     paths = [Path(model)] if isinstance(model, str | os.PathLike) else list(map(Path, model))
     output = Path(output)
     check_form(form)
+    check_storage(dtype, graph=True)
     higher = getattr(metric, "higher_is_better", True)
     tried: list[GraphAttempt] = []
     best, healed, forms = 0, dict[str, HealedLayer](), list[NodeForm]()

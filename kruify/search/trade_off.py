@@ -152,7 +152,7 @@ def sweep(
         share: of the epochs for which each candidate structure is trained; 0 takes what keeps the most energy.
         source: the file that holds `dense`, if one does.
         progress: told of the calibration, the search for factors, and the steps of each training.
-        dtype, keep: how the weights are stored (kruify.quantize), int8 if not said under a budget of bytes.
+        dtype, keep: how the weights are stored (kruify.quantize); if not said under a budget of bytes, int8 or int4.
         only, skip, overrides, input_factors, log_dir: as in `search.compression.compress`.
         on_point: called after each network.
         ray: True or the address of a cluster: each budget is a task of Ray, and gives the bits that it gives in this

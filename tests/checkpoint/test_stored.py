@@ -72,6 +72,50 @@ def test_eight_bit_blocks_have_one_scale_for_all_that_begin_in_a_row(
     assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
 
 
+def test_four_bits_of_any_factor() -> None:
+    """Two to a byte along rows of an even number of entries, a byte each where it is odd; the same in float32 again."""
+    rows = {
+        (1, 3, 1, 8): (1, 3, 1, 4),
+        (2, 3, 8, 1): (2, 3, 4, 1),
+        (2, 3, 4, 6): (2, 3, 4, 3),
+        (1, 3, 1, 7): (1, 3, 1, 7),
+    }
+    for shape, held in rows.items():
+        name, tensor = f"{NAME}.terms.0.factors.0", torch.randn(shape)
+        stored = loaded(encode({name: tensor}, {NAME: "int4"}, {NAME: (16, 16)}))
+        assert (stored[name].shape, stored[name].dtype) == (held, torch.int8 if shape[3] == 7 else torch.uint8)
+        again = encode({name: tensor}, {NAME: "int4"}, {NAME: (16, 16)}, packed=False)
+        assert again[name].shape == shape and again[name].dtype == torch.int8
+        for form in (encode({name: tensor}, {NAME: "int4"}, {NAME: (16, 16)}), again):
+            back = loaded(decode(form, {NAME: "int4"}, {NAME}, "here"))[name]
+            assert torch.equal(back, loaded(decode(again, {NAME: "int4"}, {NAME}, "here"))[name])
+            scale = stored[f"{name}.scale"].float()
+            assert torch.equal((back / scale).round() * scale, back)
+            assert float((back / scale).abs().max()) == (127 if shape[3] == 7 else 7)
+
+
+def test_a_file_in_four_bits(tmp_path: Path) -> None:
+    """Bytes of a network of its own stay what they are, and a half byte that stands for no integer is refused."""
+    net = nn.ModuleDict({"rnn": nn.GRU(4, 16), "out": nn.Linear(16, 3)})
+    net["out"].register_buffer("bytes", torch.arange(8, dtype=torch.uint8).view(1, 1, 2, 4))
+    small = kruify.convert(net, "2*(4x4,4x4)+sparse:5%:4", dtype="int4")[0]
+    kruify.save(small, tmp_path / "a")
+    kruify.verify(tmp_path / "a")
+    checkpoint = read(tmp_path / "a")
+    assert checkpoint.storage[NAME] == "int4" and checkpoint.storage["out.weight"] == "int8"
+    assert torch.equal(checkpoint.tensors["out.bytes"], net["out"].bytes)
+    back = kruify.load(tmp_path / "a", net)
+    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), small.state_dict().values(), strict=True))
+    stored = {name: tensor.load() for name, tensor in checkpoint.stored.items()}
+    factor = f"{NAME}.terms.0.factors.0"
+    for value, words in ((0x80, "outside of -7 to 7"), (0x08, "outside of -7 to 7")):
+        stored[factor] = stored[factor].clone()
+        stored[factor].view(-1)[0] = value
+        write_safetensors(tmp_path / "b", stored, checkpoint.metadata)
+        with pytest.raises(CorruptError, match=words):
+            kruify.verify(tmp_path / "b")
+
+
 def test_wide_matrices_have_wide_columns() -> None:
     tensors = {
         f"{NAME}.overlay.values": torch.ones(2, 1),
@@ -108,7 +152,8 @@ NOTES: dict[str, tuple[Any, int]] = {
     "nested": ({"out.weight": {"dtype": "int8"}}, 4),
     "no such weight": ({"out.weight": "int8", "nobody": "int8"}, 4),
     "layer": ({"rnn": "int8"}, 4),
-    "newer dtype": ({"out.weight": "int4"}, 5),
+    "newer dtype": ({"out.weight": "int3"}, 5),
+    "four bits of no factor": ({"out.weight": "int4", NAME: "int8"}, 4),
     "other dtype": ({"out.weight": "float16"}, 4),
     "left out": ({}, 4),
     "no such sum": ({"rnn.bias_hh_l0": "sum"}, 4),

@@ -15,7 +15,7 @@ def test_within_max_drop(folder, run_json):
     )  # fmt: skip
     assert result["within"] is True
     assert result["attempts"][0]["recurrent_ratio"] >= 2
-    assert [set(candidate) for candidate in result["trials"]] == [{"factors", "metrics", "lr"}] * 3
+    assert [set(candidate) for candidate in result["trials"]] == [{"factors", "metrics", "lr", "dtype"}] * 3
     (slack,) = result["budget"]
     assert slack["allowed"] == 192 // 2 and slack["used"] == result["attempts"][0]["recurrent_after"]
     file = read("small.kru.safetensors")

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])
-@pytest.mark.parametrize(("schema", "rounding"), [(1, 0.0), (2, 2.0**-8), (3, 2.0**-8)])
+@pytest.mark.parametrize(("schema", "rounding"), [(1, 0.0), (2, 2.0**-8), (3, 2.0**-8), (4, 0.0)])
 def test_layers_compute_what_they_did(schema: int, rounding: float, ending: str, tmp_path: Path) -> None:
     """`rounding`: relative, of what had more scales or scales of more bits."""
     file, saved = FOLDER / f"schema_{schema}.{ending}", torch.load(FOLDER / f"schema_{schema}_outputs.pt")

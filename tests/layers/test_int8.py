@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import kruify
+from kruify.conversion.storing import store_as
 from kruify.factors import parse
 from kruify.layers import KRUGRU, KRULSTM, KRURNN, KRUGRUCell, KRULSTMCell, KRURNNCell
 from kruify.layers.dispatch import BACKENDS, choose
@@ -159,6 +160,16 @@ def test_a_cell_is_one_step_of_the_layer(kind: str, factors: str | None) -> None
             assert torch.equal(a, b[0])
         for a, b in zip(flat(cell(x[0])), flat(cell(x[:1])), strict=True):
             assert torch.equal(a, b[0])
+
+
+def test_factors_in_four_bits_are_computed_in_integers() -> None:
+    layer, x = make("gru", "5*(24x1,1x24)+sparse:3%", "3*(24x1,1x11)"), torch.randn(7, 3, 11)
+    store_as(layer, {"weight_hh_l0": "int4", "weight_ih_l0": "int4"})
+    with torch.no_grad():
+        found = layer(x)
+    for a, b in zip(flat(found), flat(unmarked(layer, x, None)), strict=True):
+        assert not torch.equal(a, b)
+        torch.testing.assert_close(a, b, atol=0.02, rtol=0.02)
 
 
 def test_where_integers_do_not_serve_float32_does() -> None:

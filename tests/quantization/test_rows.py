@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from kruify.errors import UnsupportedError
-from kruify.quantization import dequantize, pays, quantize_rows, round_to, row_dims
+from kruify.quantization import dequantize, in_pairs, pack, pays, quantize_rows, round_to, row_dims, unpack
 
 MATRICES = arrays.arrays(
     np.float32,
@@ -37,16 +37,42 @@ def test_integers_and_scales_are_those_of_numpy(values: np.ndarray) -> None:
     np.testing.assert_array_equal(scale.float().numpy(), wanted_scale)
 
 
-@given(MATRICES)
-def test_what_was_rounded_has_the_same_integers_and_scales(values: np.ndarray) -> None:
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@given(values=MATRICES)
+def test_what_was_rounded_has_the_same_integers_and_scales(values: np.ndarray, dtype: str) -> None:
     tensor = torch.from_numpy(values)
-    found, scale = quantize_rows(tensor, (-1,))
+    found, scale = quantize_rows(tensor, (-1,), dtype)
     rounded = dequantize(found, scale)
     exact = found.double() * scale.double()
     assert torch.equal(rounded.double(), exact)
-    again, scale_again = quantize_rows(rounded, (-1,))
+    again, scale_again = quantize_rows(rounded, (-1,), dtype)
     assert torch.equal(again, found) and torch.equal(scale_again, scale)
-    assert bool(((tensor.double() - exact).abs() <= scale.double() / 2).all())
+    within = (tensor.double() - exact).abs() <= scale.double() / 2
+    assert bool((within | (found.abs() == 7) if dtype == "int4" else within).all())
+
+
+def test_four_bits_clip_where_that_leaves_the_smaller_error() -> None:
+    rows = np.random.default_rng(0).laplace(size=(200, 32)).astype(np.float32)
+    found, scale = quantize_rows(torch.from_numpy(rows), (1,), "int4")
+    scales = np.abs(rows).max(1, keepdims=True) * np.arange(1, 0.36, -0.07, dtype=np.float32)[:, None, None] / 7
+    scales = torch.from_numpy(scales).bfloat16().float().numpy()
+    tried = np.clip(np.rint(rows / scales), -7, 7) * scales  # (scales, rows, columns)
+    errors = np.square(tried - rows).sum(2)
+    best = errors.argmin(0)
+    assert 0 < best.mean() < 9  # neither bound is always taken
+    np.testing.assert_array_equal(scale.float().numpy()[:, 0], scales[best, range(200), 0])
+    np.testing.assert_array_equal(dequantize(found, scale).numpy(), tried[best, range(200)])
+
+
+@given(st.lists(st.integers(1, 4), min_size=4, max_size=4), st.integers(0, 3), st.integers(0, 99))
+def test_two_integers_share_a_byte(shape: list[int], dim: int, seed: int) -> None:
+    shape[dim] *= 2
+    values = torch.from_numpy(np.random.default_rng(seed).integers(-8, 8, shape).astype(np.int8))
+    packed = pack(values, dim)
+    low, high = (values.numpy().take(range(first, shape[dim], 2), dim) for first in (0, 1))
+    np.testing.assert_array_equal(packed.numpy(), (low % 16 + 16 * (high % 16)).astype(np.uint8))
+    assert torch.equal(unpack(packed, dim), values)
+    assert in_pairs((3, 4, 5), (0, 1)) and not in_pairs((3, 4, 5), (2,)) and not in_pairs((3, 2), (1,))
 
 
 def test_rows() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import kruify
 from kruify.conversion.locate import locate
+from kruify.conversion.modules import convert_module
 from kruify.conversion.plan import Plan, make_plan
 from kruify.conversion.size import FileSize
 from kruify.errors import CorruptError, PlanError, TaskError, UsageError
@@ -284,23 +285,26 @@ def test_the_state_of_another_compression_is_refused(trained: nn.Module, tmp_pat
             compress(trained, Delay(), "4x", **options)
 
 
-def test_candidates_under_a_size() -> None:
-    """What keeps the most, and stacked low rank: both within the bytes, of W_ih, too; or all dense."""
+def test_candidates_under_a_size(tmp_path: Path) -> None:
+    """What keeps the most in eight and in four bits: both within the bytes, of W_ih, too; or all dense."""
     torch.manual_seed(0)
     net = nn.ModuleDict({"first": nn.GRU(2, 32), "second": nn.GRU(32, 32), "out": nn.Linear(32, 2)})
-    file = FileSize(net.state_dict(), locate(net).layers)
-    limit = int(0.8 * file.of(Plan()))
-    planned, stacked = make_size_candidates(file, f"size={limit}", moments={})
-    for candidate in (planned, stacked):
-        assert 0.9 * limit < file.of(candidate.plan) <= limit
-        assert candidate.dtype == "int8"
-    assert {str(s)[:8] for _, _, (s,) in stacked.plan.matrices()} == {"stacked:"}
-    names = [layer.full_name(weight) for layer, weight, _ in stacked.plan.matrices()]
-    assert sorted(names) == ["first.weight_hh_l0", "second.weight_hh_l0", "second.weight_ih_l0"]
-    (dense,) = make_size_candidates(file, f"size={file.of(Plan())}")
+    file, narrow = (FileSize(net.state_dict(), locate(net).layers, dtype) for dtype in ("int8", "int4"))
+    limit = int(0.6 * file.of(Plan()))
+    found = make_size_candidates([file, narrow], f"size={limit}", moments={})
+    assert [candidate.dtype for candidate in found] == ["int8", "int4"]
+    numbers = []
+    for candidate, size in zip(found, (file, narrow), strict=True):
+        assert 0.9 * limit < size.of(candidate.plan) <= limit
+        names = {layer.full_name(weight) for layer, weight, _ in candidate.plan.matrices()}
+        assert names >= {"second.weight_hh_l0", "second.weight_ih_l0"}
+        small, _ = convert_module(net, candidate.plan)
+        kruify.save(kruify.quantize(small, candidate.dtype or ""), tmp_path / "a.safetensors")
+        assert 0 <= size.of(candidate.plan) - (tmp_path / "a.safetensors").stat().st_size < 200  # of its source's hash
+        numbers.append(sum(p.numel() for p in small.parameters()))
+    assert numbers[1] > 1.2 * numbers[0]
+    (dense,) = make_size_candidates([file, narrow], f"size={file.of(Plan())}")
     assert dense.plan == Plan()
-    floats = FileSize(net.state_dict(), locate(net).layers, "float32", keep=["out"])
-    assert {c.dtype for c in make_size_candidates(floats, "size=60kB")} == {"float32"}
 
 
 @pytest.mark.parametrize("share", [0.85, 1.0])
