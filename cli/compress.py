@@ -135,6 +135,7 @@ def compress(
         from kruify.errors import TargetMissedError, UsageError
         from kruify.reporting import to_card
         from kruify.reporting.build import report
+        from kruify.reporting.converted import counts
         from kruify.tasks.evaluation import Evaluations
         from kruify.tasks.loader import load_task
 
@@ -160,7 +161,7 @@ def compress(
                 found,
                 progress=advance,
                 on_candidate=lambda result: out.note(_candidate(result, found)),
-                on_attempt=lambda attempt: out.note(_line(attempt, found)),
+                on_attempt=lambda attempt: out.note(_line(attempt, checkpoint.weight_bytes, found)),
                 **recipe_options(others, options),
             )
             if card is None:
@@ -168,10 +169,14 @@ def compress(
             else:
                 made = report(model, options["output"], task=task, key=options["key"], progress=advance)
                 metrics = made.models[1].metrics
-        _show(out, done, found, metrics, options["output"])
         before, after = checkpoint.weight_bytes, Path(options["output"]).stat().st_size
-        out.show(f"weights of {before:,} bytes -> a file of {after:,}, {before / after:.1f}x smaller")
-        out.show(*map(str, done.slack))
+        sizes = [counts("whole file", before, after, "bytes"), *map(str, done.slack)]
+        of_file = done.attempts[done.best].bytes is not None
+        if of_file:
+            out.show(*sizes)
+        _show(out, done, before, found, metrics, options["output"])
+        if not of_file:
+            out.show(*sizes)
         if (timed := done.latency) is not None:
             out.show(
                 f"its layers take {timed['ratio']:.1f}x less time, {timed['wanted']:g}x asked for: "
@@ -185,7 +190,7 @@ def compress(
             nearest = done.attempts[done.best]
             raise TargetMissedError(
                 f"the nearest of {len(done.attempts)} attempts loses {nearest.drop:.4f} {found.metric} at "
-                f"{nearest.recurrent_ratio:.1f}x, more than {done.allowed:.4g}",
+                f"{_smaller(nearest, before):.1f}x, more than {done.allowed:.4g}",
                 options["output"],
                 "Allow more epochs, more attempts, a smaller reduction or a larger drop",
             )
@@ -197,21 +202,28 @@ def _candidate(result: CandidateResult, task: Task) -> str:
     return f"candidate {factors}{stored} at rate {result.lr:g}: {task.metric} {result.metrics[task.metric]:.4f}"
 
 
-def _line(attempt: Attempt, task: Task) -> str:
-    return f"{attempt.recurrent_ratio:.1f}x smaller: {task.metric} worse by {attempt.drop:.4f} on the validation split"
+def _line(attempt: Attempt, before: int, task: Task) -> str:
+    smaller = f"{_smaller(attempt, before):.1f}x smaller"
+    return f"{smaller}: {task.metric} worse by {attempt.drop:.4f} on the validation split"
 
 
-def _show(out: Output, done: Compression, task: Task, metrics: dict[str, float], target: str) -> None:
+def _smaller(attempt: Attempt, before: int) -> float:
+    """How many times: the whole file, of `before` bytes, where the budget is of bytes, else the recurrent matrices."""
+    return attempt.recurrent_ratio if attempt.bytes is None else before / attempt.bytes
+
+
+def _show(out: Output, done: Compression, before: int, task: Task, metrics: dict[str, float], target: str) -> None:
     from kruify.reporting.terminal import table as titled
 
-    columns = ("recurrent parameters", "smaller", task.metric, "worse by")
+    counted = "recurrent parameters" if done.attempts[0].bytes is None else "bytes of the file"
+    columns = (counted, "smaller", task.metric, "worse by")
     table = titled(f"validation split, {task.metric}", "attempt", *columns, words=0)
     table.add_row("dense", "", "", f"{done.baseline[task.metric]:.4f}", "")
     for i, attempt in enumerate(done.attempts):
         table.add_row(
             f"{i + 1}{' *' if i == done.best else ''}",
-            f"{attempt.recurrent_after:,}",
-            f"{attempt.recurrent_ratio:.1f}x",
+            f"{attempt.recurrent_after if attempt.bytes is None else attempt.bytes:,}",
+            f"{_smaller(attempt, before):.1f}x",
             f"{attempt.metrics[task.metric]:.4f}",
             f"{attempt.drop:.4f}",
         )

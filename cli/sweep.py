@@ -105,7 +105,8 @@ def sweep(
 
 
 def _line(point: Point, task: Task) -> str:
-    return f"{point.budget}: {task.metric} {point.metrics[task.metric]:.4f}, {point.recurrent_parameters:,} recurrent"
+    sizes = f"{point.recurrent_parameters:,} recurrent parameters, {point.bytes:,} bytes"
+    return f"{point.budget}: {task.metric} {point.metrics[task.metric]:.4f}, {sizes}"
 
 
 def _show(out: Output, done: Sweep) -> None:
@@ -113,8 +114,10 @@ def _show(out: Output, done: Sweep) -> None:
 
     from kruify.reporting.terminal import table as titled
 
-    columns = ("recurrent parameters", "smaller", "all parameters", "bytes", done.metric)
-    table = titled(f"{done.metric}, {done.split} split", "budget", *columns, words=0)
+    sizes = ["recurrent parameters", "smaller", "all parameters", "bytes"]
+    if done.of_file:
+        sizes = ["bytes", "smaller", "recurrent parameters", "all parameters"]
+    table = titled(f"{done.metric}, {done.split} split", "budget", *sizes, done.metric, words=0)
     table.add_column("")
     dense, *others = done.points
     points = [dense, *([] if done.int8 is None else [done.int8]), *others]
@@ -123,15 +126,17 @@ def _show(out: Output, done: Sweep) -> None:
     known = [value for value in values if math.isfinite(value)]
     low = min([0.0, *known])  # a bar begins at 0, so that a small loss looks small
     span = (max(known, default=0.0) - low) or 1.0
-    first = dense.recurrent_parameters
     for point, value in zip(points, values, strict=True):
         bar = "\u2588" * (1 + round(23 * (value - low) / span)) if math.isfinite(value) else ""
+        told = {
+            "recurrent parameters": f"{point.recurrent_parameters:,}",
+            "all parameters": f"{point.total_parameters:,}",
+            "bytes": f"{point.bytes:,}",
+            "smaller": f"{done.smaller(point):.1f}x",
+        }
         table.add_row(
             point.budget,
-            f"{point.recurrent_parameters:,}",
-            f"{first / max(1, point.recurrent_parameters):.1f}x",
-            f"{point.total_parameters:,}",
-            f"{point.bytes:,}",
+            *(told[size] for size in sizes),
             f"{value:.4f}",
             Text.assemble(bar, " ", ("knee", "bold")) if point is marked else bar,
         )

@@ -40,14 +40,14 @@ def converted(title: str, conversion: Conversion) -> Sequence[RenderableType]:
     p, size = conversion.parameters, conversion.bytes
     lines = [f"{number}: {layer}" for layer, number in numbers.items()] if long else []
     lines += [
-        _counts("recurrent matrices", p.recurrent_before, p.recurrent_after, "parameters"),
-        _counts("whole model", p.total_before, p.total_after, "parameters"),
+        counts("recurrent matrices", p.recurrent_before, p.recurrent_after, "parameters"),
+        counts("whole model", p.total_before, p.total_after, "parameters"),
     ]
     if size is not None:
         if size.file != size.after:
-            lines.append(_counts("weights in the file", size.before, size.after, "bytes"))
+            lines.append(counts("weights in the file", size.before, size.after, "bytes"))
         if size.file is not None:
-            lines.append(_counts("whole file", size.before, size.file, "bytes"))
+            lines.append(counts("whole file", size.before, size.file, "bytes"))
             if size.allowed is not None:
                 lines.append(f"the budget allows {size.allowed:,} bytes, {size.allowed - size.file:,} are left")
     lines += map(str, conversion.slack)
@@ -97,7 +97,8 @@ def _shares(values: Iterable[float | None]) -> list[str]:
     return ["" if value is None or value != value else f"{value:.3f}" for value in values]
 
 
-def _counts(words: str, before: int, after: int, of: str) -> str:
+def counts(words: str, before: int, after: int, of: str) -> str:
+    """A line on what was counted, of what, before and after."""
     return f"{words:19}  {before:>12,} -> {after:>12,} {of}, {before / max(1, after):.1f}x smaller"
 
 

@@ -39,6 +39,7 @@ class Attempt:
         recurrent_ratio: how many times fewer these are than before.
         metrics: on the validation split, after fine-tuning.
         drop: how much worse than the dense network `task.metric` is, in its own units; negative if better.
+        bytes: of its file, under a budget of bytes.
     """
 
     shares: dict[str, float]
@@ -46,6 +47,7 @@ class Attempt:
     recurrent_ratio: float
     metrics: dict[str, float]
     drop: float
+    bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -175,19 +177,24 @@ def compress(
         state.keep(**choice.to_json())
     candidate, learnt = choice.candidate, dict[str, Tensor]()
     best, best_run, best_candidate, tried = 0, None, candidate, list[Attempt]()
+    notes, slack = dict[str, str](), list[Slack]()
     while True:
         student, conversion = search.convert(candidate)
         student.load_state_dict({**student.state_dict(), **learnt})
         number = len(tried) + 1
         kept_in = None if folder is None else folder / f"attempt-{number}"
         run = search.train(student, candidate.lr, kept_in, f"attempt {number}")
-        attempt = _attempt(search, conversion, search.evaluations.measure(run.model, "valid"))
+        own_notes = search.notes(candidate, run, budget)
+        own_slack = search.slack(candidate, budget, own_notes)
+        size = next((limit.used for limit in own_slack if limit.of == "bytes"), None)
+        attempt = _attempt(search, conversion, search.evaluations.measure(run.model, "valid"), size)
         tried.append(attempt)
         if on_attempt is not None:
             on_attempt(attempt)
         within = allowed is None or attempt.drop <= allowed
         if within or best_run is None or attempt.drop < tried[best].drop:
             best, best_run, best_candidate = len(tried) - 1, run, candidate
+            notes, slack = own_notes, own_slack
         before, stop = candidate.plan, within or len(tried) == attempts or not conversion.matrices
         if not stop:
             worst = _most_lost(conversion)
@@ -195,7 +202,6 @@ def compress(
         if stop or candidate.plan == Plan() or candidate.plan == before:
             break
         learnt = {n: t for n, t in run.model.state_dict().items() if not n.startswith(f"{worst}.")} if worst else {}
-    notes = search.notes(best_candidate, best_run, budget)
     return Compression(
         model=best_run.model,
         within=within,
@@ -205,14 +211,14 @@ def compress(
         attempts=tried,
         latency=choice.candidate.latency,
         allowed=allowed,
-        slack=search.slack(best_candidate, budget, notes),
+        slack=slack,
         lr=best_candidate.lr,
         history=best_run.to_json()["history"],
         notes=notes,
     )
 
 
-def _attempt(search: CandidateSearch, conversion: Conversion, metrics: dict[str, float]) -> Attempt:
+def _attempt(search: CandidateSearch, conversion: Conversion, metrics: dict[str, float], size: int | None) -> Attempt:
     before = {layer.name: layer.recurrent_parameters for layer in search.layers}
     kept = dict(before)
     for matrix in conversion.matrices:
@@ -225,6 +231,7 @@ def _attempt(search: CandidateSearch, conversion: Conversion, metrics: dict[str,
         recurrent_ratio=sum(before.values()) / max(1, after),
         metrics=metrics,
         drop=drop_from(search.baseline[metric], metrics[metric], search.task.higher_is_better),
+        bytes=size,
     )
 
 

@@ -80,6 +80,8 @@ class Sweep:
 
     Attributes:
         int8: the dense network by torch's dynamic quantisation; None where torch refuses it.
+        of_file: whether a budget is one of bytes: then these say how much smaller a network is, else its recurrent
+            parameters.
     """
 
     points: list[Point]
@@ -88,6 +90,11 @@ class Sweep:
     split: str
     knee: int | None
     int8: Point | None = None
+    of_file: bool = False
+
+    def smaller(self, point: Point) -> float:
+        """How many times smaller than the dense network one is."""
+        return _size(self.points[0], self.of_file) / max(1, _size(point, self.of_file))
 
     def to_json(self) -> dict[str, Any]:
         """The points, the rival, the budget at the knee, the metric and the split."""
@@ -218,7 +225,8 @@ def _sweep(
     for _, point in spread(make, missing, ray, task, search.progress):
         done(point)
     points, bend = [known[budget] for budget in ("dense", *budgets)], (task.metric, task.higher_is_better)
-    return Sweep(points, *bend, split, knee(points, *bend), known.get(INT8))
+    of_file = any(parse_budget(budget).of_file for budget in budgets)
+    return Sweep(points, *bend, split, knee(points, *bend, of_file), known.get(INT8), of_file)
 
 
 def _known(found: Mapping[str, Any], metric: str) -> dict[str, Point]:
@@ -283,15 +291,15 @@ def _make_there(search: CandidateSearch, address: str, split: str, budget: str) 
         return replace(point, file=target)
 
 
-def knee(points: Sequence[Point], metric: str, higher_is_better: bool) -> int | None:
+def knee(points: Sequence[Point], metric: str, higher_is_better: bool, of_file: bool = False) -> int | None:
     """Index of the point where more compression begins to cost more than it saves; None below 3 points.
 
-    Kneedle's rule (Satopaa et al. 2011): on axes scaled to [0, 1], logarithm of the parameters and loss of the metric,
-    the point farthest below the straight line between the ends.
+    Kneedle's rule (Satopaa et al. 2011): on axes scaled to [0, 1], logarithm of the recurrent parameters, or with
+    `of_file` of the bytes, and loss of the metric, the point farthest below the straight line between the ends.
     """
     if len(points) < 3:
         return None
-    size = [math.log(max(1, p.recurrent_parameters)) for p in points]
+    size = [math.log(max(1, _size(p, of_file))) for p in points]
     cost = [-p.metrics[metric] if higher_is_better else p.metrics[metric] for p in points]
     if not all(map(math.isfinite, cost)):
         return None
@@ -300,6 +308,10 @@ def knee(points: Sequence[Point], metric: str, higher_is_better: bool) -> int | 
         for s, c in zip(size, cost, strict=True)
     ]
     return max(range(len(points)), key=lambda i: gain[i])
+
+
+def _size(point: Point, of_file: bool) -> int:
+    return point.bytes if of_file else point.recurrent_parameters
 
 
 def _scaled(value: float, span: float) -> float:

@@ -74,12 +74,22 @@ def test_the_card_of_what_was_compressed(folder, run, monkeypatch):
     assert result.stderr.count("candidate ") == 3 and "candidate" not in result.stdout  # told once each
 
 
-def test_a_size_is_of_the_file_and_in_int8(folder, run_json):
-    result = run_json(
+def test_a_size_is_of_the_file_and_in_int8(folder, run, run_json):
+    command = (
         "compress", "model.pt", "--task", "task.py:Echo", "--budget", "size=2900", "--epochs", "0.5", "--trial", "0",
         "-o", "small.kru.safetensors",
     )  # fmt: skip
+    result = run_json(*command)
+    told = run(*command)
     written = (folder / "small.kru.safetensors").stat().st_size
     assert result["bytes"]["after"] == written <= 2900
     assert result["bytes"]["ratio"] == result["bytes"]["before"] / written
     assert set(read("small.kru.safetensors").storage.values()) == {"int8", "float16", "sum+n"}  # biases
+    assert result["attempts"][0]["bytes"] == written
+    first, second, *_ = [line for line in told.stdout.splitlines() if line != "building the model"]  # the task prints
+    size = f"{written:,} bytes, {result['bytes']['ratio']:.1f}x smaller"
+    assert first.split() == ["whole", "file", f"{result['bytes']['before']:,}", "->", *size.split()]
+    assert second == f"the budget allows 2,900 bytes, {2900 - written} are left"
+    (row,) = [line for line in told.stdout.splitlines() if "1 *" in line]
+    assert f"{written:,}" in row and "bytes of the file" in told.stdout and "recurrent" not in told.stdout
+    assert f"{result['bytes']['ratio']:.1f}x smaller: loss" in told.stderr

@@ -19,7 +19,7 @@ from kruify.checkpoint import read
 from kruify.checkpoint.remote import exists, fetch_file, send_file
 from kruify.cli.main import cli
 from kruify.errors import CorruptError, UnsafeError, UsageError
-from kruify.search.trade_off import Point, knee, sweep
+from kruify.search.trade_off import Point, Sweep, knee, sweep
 from kruify.tasks.base import Task
 
 
@@ -184,6 +184,14 @@ def test_knee_is_where_the_curve_bends() -> None:
     assert knee(better, "m", True) == 3
     assert knee(bend[:2], "m", False) is None
     assert knee(points((4, 1.0), (2, float("nan")), (1, 2.0)), "m", False) is None
+    in_bytes = [Point(p.budget, None, 7, 0, p.metrics, p.recurrent_parameters) for p in bend]
+    assert knee(in_bytes, "m", False, of_file=True) == 3
+
+
+def test_under_a_budget_of_bytes_these_say_how_much_smaller_a_network_is() -> None:
+    dense, small = Point("dense", None, 100, 400, {"m": 0.1}, 1600), Point("size=4x", "f", 50, 200, {"m": 0.2}, 400)
+    assert Sweep([dense, small], "m", False, "test", None).smaller(small) == 2
+    assert Sweep([dense, small], "m", False, "test", None, of_file=True).smaller(small) == 4
 
 
 def test_command_line_and_marked_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
