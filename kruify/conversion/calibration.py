@@ -114,7 +114,8 @@ def calibrate(
         the forward pass never runs are left out.
 
     Raises:
-        TaskError: the task has no batch in that split, or the model gives NaN or infinite states.
+        TaskError: the task has no batch in that split, it runs none of the recurrent layers, or the model gives NaN or
+            infinite states.
     """
     found: dict[str, Moments] = {}
     layers = {
@@ -139,6 +140,9 @@ def calibrate(
             handle.remove()
     if done == 0:
         raise TaskError(f"the task gave no batch to calibrate on in split '{split}'")
+    if layers.keys() - {*beside} and not found.keys() - {f"{name}.weight" for name in beside}:
+        what = "its forward pass calls none of the recurrent layers, whose errors would be weighed"
+        raise TaskError(what, type(task).__name__, "Convert without it")
     check_finite(found)
     return found
 

@@ -20,7 +20,7 @@ from kruify.conversion.calibration import Moments, calibrate
 from kruify.conversion.check import check_plan
 from kruify.conversion.computed import copied, state_of
 from kruify.conversion.latency import timed_plans
-from kruify.conversion.locate import BESIDE, AnyTensor, Located, RecurrentLayer, locate, locate_checkpoint
+from kruify.conversion.locate import AnyTensor, Located, RecurrentLayer, locate, locate_checkpoint
 from kruify.conversion.modules import convert_module
 from kruify.conversion.network import load_network
 from kruify.conversion.plan import Plan, make_plan
@@ -41,7 +41,7 @@ from kruify.conversion.storing import (
     write_converted,
 )
 from kruify.conversion.tensors import convert_tensors
-from kruify.errors import TaskError, UsageError
+from kruify.errors import UsageError
 from kruify.graphs import GraphBytes, SmallGraph, check_form, compare_graphs, kept_constants, write_in_form
 from kruify.progress import Progress
 from kruify.tasks.base import Task
@@ -207,11 +207,10 @@ def convert(
         seen = calibrate(model, task, seed=seed, beside=[name_in(layer.name) for layer in named], progress=progress)
         moments = {own[name]: found for name, found in seen.items() if name in own}
         planner = partial(plan_by_loss, dense=model, task=task)
-    if moments is not None and not any(name in moments for name in _recurrent(layers)):
-        if task is None:
-            raise UsageError("none of its matrices has one of the names of the moments", where, "Use its own names")
-        what = "its forward pass calls none of the recurrent layers"
-        raise TaskError(what, type(task).__name__, "Convert without a task")
+    elif moments is not None and moments.keys().isdisjoint(
+        layer.full_name(w) for layer in layers for w in layer.weights
+    ):
+        raise UsageError("none of its matrices has one of the names of the moments", where, "Use its own names")
     if whole is None:
         file = FileSize(tensors, layers, dtype or "float32", keep, seed, extra, sha256, before)
     else:
@@ -296,11 +295,6 @@ def found(located: Located, where: object) -> list[RecurrentLayer]:
         where,
         "Look inside with 'kruify inspect'",
     )
-
-
-def _recurrent(layers: Sequence[RecurrentLayer]) -> list[str]:
-    """Full names of the matrices of the recurrent layers among them."""
-    return [layer.full_name(weight) for layer in layers if layer.kind not in BESIDE for weight in layer.weights]
 
 
 def refuse_converted(checkpoint: Checkpoint) -> None:
