@@ -65,8 +65,10 @@ selection_options = group(
     click.option(
         "--input-factors", metavar="SPEC", help="Factors of the input matrices W_ih too; they stay dense without."
     ),
-    click.option("--only", metavar="GLOB", multiple=True, help="Convert only layers or matrices that match."),
-    click.option("--skip", metavar="GLOB", multiple=True, help="Leave layers or matrices that match dense."),
+    click.option("--only", metavar="GLOB", multiple=True, help="Factor only layers or matrices that match."),
+    click.option(
+        "--skip", metavar="GLOB", multiple=True, help="Do not factor what matches; --dtype stores it all the same."
+    ),
     click.option(
         "--set",
         "overrides",
@@ -131,7 +133,7 @@ form_option = click.option(
     "Scan; the faster of both here.",
 )
 keep_option = click.option(
-    "--keep", metavar="GLOB", multiple=True, help="Weights or modules that --dtype leaves in float32."
+    "--keep", metavar="GLOB", multiple=True, help="Store weights or modules that match in float32, factored or not."
 )
 
 

@@ -28,6 +28,7 @@ from kruify.conversion.renaming import names_in
 from kruify.conversion.result import ByteCounts, Conversion, expected
 from kruify.conversion.sensitivity import plan_by_loss
 from kruify.conversion.size import DTYPE, FileSize, GraphSize, check_budget_target, plan_size
+from kruify.conversion.staying_dense import without_dense
 from kruify.conversion.storing import (
     check_storage,
     in_float32,
@@ -211,6 +212,7 @@ def convert(
         layer.full_name(w) for layer in layers for w in layer.weights
     ):
         raise UsageError("none of its matrices has one of the names of the moments", where, "Use its own names")
+    skip, overrides = without_dense(layers, tensors, only, skip, overrides)
     if whole is None:
         file = FileSize(tensors, layers, dtype or "float32", keep, seed, extra, sha256, before)
     else:

@@ -365,10 +365,10 @@ def _override(names: Sequence[str], gate: str, overrides: Mapping[str, str]) -> 
 
 def matching(layer: RecurrentLayer, patterns: Mapping[str, str]) -> dict[str, str]:
     """Those of the patterns that match something of a layer."""
-    return {p: spec for p, spec in patterns.items() if any(matches(name, p) for name in _all_names([layer]))}
+    return {p: spec for p, spec in patterns.items() if any(matches(name, p) for name in all_names([layer]))}
 
 
-def _all_names(layers: Sequence[RecurrentLayer]) -> list[str]:
+def all_names(layers: Sequence[RecurrentLayer]) -> list[str]:
     """All that a pattern may match: layers, matrices, gates."""
     return [
         full
@@ -380,7 +380,7 @@ def _all_names(layers: Sequence[RecurrentLayer]) -> list[str]:
 
 
 def _check_patterns(layers: Sequence[RecurrentLayer], patterns: Sequence[str]) -> None:
-    names = _all_names(layers)
+    names = all_names(layers)
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
             raise PlanError(f"the pattern '{pattern}' matches no layer, matrix or gate{_nearest(pattern, names)}")

@@ -28,6 +28,7 @@ from kruify.conversion.calibration import Moments, calibrate
 from kruify.conversion.locate import RecurrentLayer, locate
 from kruify.conversion.sensitivity import plan_by_loss
 from kruify.conversion.size import FileSize
+from kruify.conversion.staying_dense import without_dense
 from kruify.conversion.storing import check_storage
 from kruify.errors import UsageError
 from kruify.progress import Progress, named
@@ -142,12 +143,15 @@ class CandidateSearch:
         if limits.of_network and self.selection.input_factors is not None:
             what = "a size or a latency chooses the factors of the input matrices, too"
             raise UsageError(what, f"budget {budget}", "Leave the input factors out, or set them for some matrices")
+        beside = self.beside if limits.of_file else []
+        skip, overrides = without_dense([*self.layers, *beside], self.tensors, **self.selection.patterns())
+        selection = replace(self.selection, skip=tuple(skip), overrides=overrides)
         options: dict[str, Any] = {"moments": self.moments, "searches": self._searches}
-        options |= {"selection": self.selection, "progress": self.progress}
+        options |= {"selection": selection, "progress": self.progress}
         if limits.of_file:
             planner = partial(plan_by_loss, dense=self.dense, task=self.task)
             files = [self.file(dtype) for dtype in ([self.dtype] if self.dtype else DTYPES)]
-            files = [replace(file, layers=[*file.layers, *self.beside]) for file in files]
+            files = [replace(file, layers=[*file.layers, *beside]) for file in files]
             found = make_size_candidates(files, budget, planner=planner, **options)
         elif limits.latency is not None:
             found = make_latency_candidates(self.file(self.dtype or "float32"), self.dtype, budget, **options)

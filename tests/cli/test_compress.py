@@ -49,7 +49,7 @@ def test_resumed_with_options_of_the_recipe(folder, run, run_json):
 def test_a_layer_that_is_skipped_and_one_that_is_set(folder, run, run_json):
     result = run_json(
         "compress", "model.pt", "--task", "task.py:Echo", "--budget", "2x", "--epochs", "0.5", "--trial", "0",
-        "--set", "*weight_hh_l0=2*(8x1,1x8)", "--input-factors", "1*(8x1,1x3)", "--max-drop", "500%",
+        "--set", "*weight_hh_l0=2*(8x1,1x8)", "--skip", "out", "--input-factors", "1*(8x1,1x3)", "--max-drop", "500%",
         "--log-dir", "logs", "-o", "small.kru.safetensors",
     )  # fmt: skip
     specs = json.loads(read("small.kru.safetensors").metadata["kruify.plan"])["layers"][0]["matrices"]

@@ -233,6 +233,24 @@ def test_they_can_be_left_out_or_set(small: tuple[Words, nn.Module, Plan, Path])
     assert str(conversion.plan.structures()["out.weight"][0]) == "2*(96x1,1x32)"
 
 
+def test_what_stays_dense_anyway_may_be_skipped_and_not_factored() -> None:
+    dense = Words()
+
+    def plan(**options: Any) -> Plan:
+        return kruify.convert(dense, "2x2", dry_run=True, **options)[1].plan
+
+    for options in ({"skip": ["out", "embed*"]}, {"skip": ["out.weight"]}, {"overrides": {"embedding": "dense"}}):
+        assert plan(**options) == plan()
+    for options in ({"only": ["out"]}, {"overrides": {"out": "2x2"}}):
+        with pytest.raises(
+            PlanError, match=r"'out' means out\.weight \(96x32\), which is not recurrent and stays dense"
+        ):
+            plan(**options)
+    for pattern in ("outt", "rnn.bias_hh_l0"):
+        with pytest.raises(PlanError, match="matches no layer, matrix or gate"):
+            plan(skip=[pattern])
+
+
 def test_fine_tuning_trains_them(small: tuple[Words, nn.Module, Plan, Path]) -> None:
     dense, model = small[0], copy.deepcopy(small[1])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
