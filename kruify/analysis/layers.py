@@ -1,4 +1,4 @@
-"""The recurrent layers of a checkpoint, dense or converted, as modules that can be measured."""
+"""The layers of a checkpoint, dense or converted, as modules that can be measured."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from kruify.layers.storage import mark, within
 
 @dataclass(frozen=True)
 class Layers:
-    """The recurrent layers of a checkpoint, whichever of their matrices are factored.
+    """The recurrent layers of a checkpoint, whichever of their matrices are factored, and factored ones beside them if
+    these were asked for.
 
     Attributes:
         items: layer -> structures of its factored matrices by weight name, empty for a dense layer.
@@ -45,20 +46,23 @@ class Layers:
         return module
 
 
-def layers_of(checkpoint: Checkpoint) -> Layers:
+def layers_of(checkpoint: Checkpoint, *, beside: bool = False) -> Layers:
     """The recurrent layers of a dense or a converted checkpoint.
+
+    Args:
+        beside: whether to take the factored linear layers and embeddings, too.
 
     Raises:
         UsageError: it has none.
     """
     plan = bounded_plan(checkpoint) if checkpoint.is_kruify else Plan()
-    items: list[tuple[RecurrentLayer, dict[str, Structures]]] = [(item.layer, item.matrices) for item in plan.layers]
-    items += [(layer, {}) for layer in dense_layers(checkpoint, plan).layers]
+    made = [(item.layer, item.matrices) for item in (plan.items if beside else plan.layers)]
+    items = [*made, *((layer, {}) for layer in dense_layers(checkpoint, plan).layers)]
     if not items:
         raise UsageError("there is no RNN, LSTM or GRU layer in it", checkpoint.path, "See 'kruify inspect'")
     order = {name: i for i, name in enumerate(checkpoint.tensors)}
     items.sort(key=lambda item: _first(item[0], order))
-    return Layers(checkpoint, items, frozenset(item.layer.name for item in plan.layers))
+    return Layers(checkpoint, items, frozenset(layer.name for layer, _ in made))
 
 
 def _first(layer: RecurrentLayer, order: dict[str, int]) -> int:

@@ -16,7 +16,7 @@ from kruify.checkpoint import Checkpoint, read
 from kruify.checkpoint.stored import encode
 from kruify.conversion import dense_kru, densify, densify_tensors
 from kruify.conversion.check import bounded_plan
-from kruify.conversion.locate import RecurrentLayer
+from kruify.conversion.locate import EMBEDDING, RecurrentLayer
 from kruify.conversion.plan import Plan
 from kruify.conversion.storing import matrix_sizes
 from kruify.errors import CorruptError, PlanError, TargetMissedError
@@ -70,7 +70,9 @@ def verify(
     checks = [Check("file", f"{checkpoint.size:,} bytes, {checksum}, sha256 {checkpoint.sha256}")]
     dense = densify_tensors(checkpoint.tensors, plan)
     _check_form(checkpoint, plan)
-    checks.append(Check("plan", f"{len(list(plan.matrices()))} matrices rebuilt from their factors"))
+    count = len(list(plan.matrices()))
+    rebuilt = "1 matrix rebuilt from its factors" if count == 1 else f"{count} matrices rebuilt from their factors"
+    checks.append(Check("plan", rebuilt))
     checks.append(_finite(checkpoint))
     checks += _layers(checkpoint, progress)
     if source is not None:
@@ -99,7 +101,7 @@ def _finite(checkpoint: Checkpoint) -> Check:
 def _layers(checkpoint: Checkpoint, progress: Progress | None) -> list[Check]:
     """Runs every converted layer as it would run here, and torch's own dense layer in float64."""
     checks = list[Check]()
-    layers = layers_of(checkpoint)
+    layers = layers_of(checkpoint, beside=True)
     for (layer, _), module in zip(layers.items, layers.modules(), strict=True):
         if layer.name not in layers.planned:
             continue
@@ -111,7 +113,7 @@ def _layers(checkpoint: Checkpoint, progress: Progress | None) -> list[Check]:
             exact = densify(copy.deepcopy(module).double()).double()
         x = _input(layer)
         with torch.no_grad():
-            given = x.to(next(module.parameters()).dtype.to_real())
+            given = x.to(next(module.parameters()).dtype.to_real()) if x.is_floating_point() else x
             integers = _in_integers(module, given)
             if integers and not layer.cell:
                 x, given = x[:INT8_STEPS], given[:INT8_STEPS]
@@ -162,7 +164,10 @@ def _in_integers(module: nn.Module, x: Tensor) -> bool:
 
 
 def _input(layer: RecurrentLayer) -> Tensor:
-    """(steps, batch, input_size), (batch, input_size) for a cell, in float64; batch_first merely swaps the names."""
+    """(steps, batch, input_size), (batch, input_size) for a cell or a linear layer, in float64; batch_first merely
+    swaps the names. Of an embedding the numbers of all its rows."""
+    if layer.kind == EMBEDDING:
+        return torch.arange(layer.hidden_size)
     shape = (BATCH,) if layer.cell else (STEPS, BATCH)
     return torch.randn(*shape, layer.input_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

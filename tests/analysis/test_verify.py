@@ -11,8 +11,10 @@ from torch import nn
 from kruify import convert, save
 from kruify.analysis.verify import verify
 from kruify.checkpoint import read, write_safetensors
+from kruify.conversion.locate import describe, locate
+from kruify.conversion.plan import make_plan
 from kruify.errors import CorruptError, PlanError, TargetMissedError
-from kruify.layers import int8
+from kruify.layers import int8, linear
 from kruify.ops import has_kernel
 
 
@@ -98,6 +100,26 @@ def test_layer_that_computes_something_else(files, monkeypatch):
     monkeypatch.setattr("kruify.layers.dispatch.pick", lambda *a, **k: "dense")
     with pytest.raises(TargetMissedError, match="differs by"):
         verify(files[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_layers_beside_are_run_too(dtype, tmp_path, monkeypatch):
+    parts = {"embedding": nn.Embedding(20, 8), "rnn": nn.GRU(8, 8), "out": nn.Linear(8, 20), "last": nn.Linear(8, 6)}
+    net, wanted = nn.ModuleDict(parts), {"embedding.weight": "2*(20x1,1x8)", "out.weight": "3*(20x1,1x8)"}
+    wanted["last.weight"] = "2*(3x4,2x2)"
+    layers = [*locate(net).layers, *(describe(name, parts[name]) for name in ("embedding", "out", "last"))]
+    small, _ = convert(net, plan=make_plan(layers, "2x2", overrides=wanted), dtype=dtype)
+    save(small, tmp_path / "x")
+    checks = verify(tmp_path / "x")[3:]
+    assert [check.name for check in checks] == ["layer embedding", "layer rnn", "layer out", "layer last"]
+    assert all("from the dense one in float64" in check.detail for check in checks)
+    factors, product = linear._low_rank, linear.apply_weight
+    monkeypatch.setattr(linear, "apply_weight", lambda *given: 1.01 * product(*given))
+    with pytest.raises(TargetMissedError, match="x: last: the layer differs by"):
+        verify(tmp_path / "x")
+    monkeypatch.setattr(linear, "_low_rank", lambda weight: (found := factors(weight)) and (1.01 * found[0], found[1]))
+    with pytest.raises(TargetMissedError, match="x: embedding: the layer differs by"):
+        verify(tmp_path / "x")
 
 
 EIGHT_BITS = [
