@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .compress_inputs import compress_inputs, write_card
+from .compress_inputs import compress_inputs, nearest_of, write_card
 from .console import Output, json_option, output, progress
 from .options import (
     DROP,
@@ -189,7 +189,7 @@ def compress(
         if not done.within:
             nearest = done.attempts[done.best]
             raise TargetMissedError(
-                f"the nearest of {len(done.attempts)} attempts loses {nearest.drop:.4f} {found.metric} at "
+                f"{nearest_of(done.attempts)} loses {nearest.drop:.4f} {found.metric} at "
                 f"{_smaller(nearest, before):.1f}x, more than {done.allowed:.4g}",
                 options["output"],
                 "Allow more epochs, more attempts, a smaller reduction or a larger drop",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -73,10 +74,15 @@ def compress_inputs(
         if not done.within:
             drop = done.attempts[done.best].drop
             raise TargetMissedError(
-                f"the nearest of {len(done.attempts)} attempts loses {drop:.4f}, more than {options['max_drop']}",
+                f"{nearest_of(done.attempts)} loses {drop:.4f}, more than {options['max_drop']}",
                 options["output"],
                 "Allow more steps, more attempts, a larger file or a larger drop",
             )
+
+
+def nearest_of(attempts: Sequence[object]) -> str:
+    """What the attempt that missed a bound by the least is called."""
+    return "the only attempt" if len(attempts) == 1 else f"the nearest of {len(attempts)} attempts"
 
 
 def write_card(out: Output, path: str, card: str) -> None:

@@ -89,7 +89,8 @@ def _show_file(out: Output, file: FileFacts) -> None:
         out.show(line)
     for dtype in sorted(set(file.storage.values())):
         stored = [name for name, kind in file.storage.items() if kind == dtype]
-        out.show(f"{len(stored)} weights are stored {STORED.get(dtype, f'as {dtype}')}: {', '.join(stored[:10])}")
+        weights = "1 weight is" if len(stored) == 1 else f"{len(stored)} weights are"
+        out.show(f"{weights} stored {STORED.get(dtype, f'as {dtype}')}: {', '.join(stored[:10])}")
     for name in file.computed:
         out.show(f"{name} is computed from its parametrisation")
     if foreign := [name for name in file.globals if not name.startswith(OWN)]:

@@ -149,7 +149,8 @@ def convert(
     """
     by_budget = budget is not None or max_error is not None
     by_spec = factors is not None or input_factors is not None
-    if plan is not None and (by_spec or by_budget or input_budget is not None or only or skip or overrides):
+    by_plan = plan is not None
+    if by_plan and (by_spec or by_budget or input_budget is not None or only or skip or overrides):
         raise UsageError("a plan names all factors", hint="Leave all other options that choose factors out")
     if by_budget and by_spec:
         raise UsageError("a budget chooses the factors itself", hint="Give factors or a budget, not both")
@@ -237,6 +238,11 @@ def convert(
         plan = make_plan(layers, "auto" if factors is None else factors, input_factors, only, skip, overrides)
     if dtype is not None:
         plan = with_dense(plan, layers)
+    if not plan.layers and by_plan:
+        what = "the plan names no recurrent layer: without factors they are converted with a dtype"
+        raise UsageError(
+            what, where, "Give --dtype float32, or int8, which is smaller, or a plan with recurrent layers"
+        )
     if not plan.layers:
         raise UsageError("nothing is left to convert", where, "Give --only, --skip and --set other patterns")
     future = planned(tensors, plan)

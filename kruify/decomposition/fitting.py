@@ -190,9 +190,9 @@ def checked_covariance(covariance: Tensor, cols: int) -> Tensor:
 def _finite(tensor: Tensor, name: str) -> None:
     bad = tensor.numel() - int(torch.isfinite(tensor).sum())
     if bad:
-        raise UnsupportedError(
-            f"{name} has {bad} entries that are NaN or infinite", hint="Use a checkpoint from before training diverged"
-        )
+        entries = "entry that is" if bad == 1 else "entries that are"
+        hint = "Use a checkpoint from before training diverged"
+        raise UnsupportedError(f"{name} has {bad} {entries} NaN or infinite", hint=hint)
 
 
 def _products(found: VectorSum | None, term: Term, seed: int) -> Products:

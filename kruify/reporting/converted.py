@@ -104,6 +104,7 @@ def counts(words: str, before: int, after: int, of: str) -> str:
 
 def _time(latency: LatencyPlan) -> str:
     data = latency.to_json()
-    how = f"batch {data['batch']}, {data['steps']} steps, {data['threads']} thread; {len(latency.timed)} plans timed"
+    timed = "1 plan" if len(latency.timed) == 1 else f"{len(latency.timed)} plans"
+    how = f"batch {data['batch']}, {data['steps']} steps, {data['threads']} thread; {timed} timed"
     ms = f"{data['dense_ms']:>12.3f} -> {data['ms']:>12.3f} ms"
     return f"{'recurrent layers':19}  {ms}, {data['ratio']:.2f}x less time, {data['wanted']:g}x asked for ({how})"

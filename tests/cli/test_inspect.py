@@ -98,3 +98,9 @@ def test_nothing_to_look_at(run):
 def test_an_archive_names_code_of_the_user_alone(tmp_path, run):
     torch.jit.trace(torch.nn.Sequential(torch.nn.GRU(2, 2)), torch.zeros(1, 1, 2)).save(tmp_path / "own.ts.pt")
     assert "names code" not in run("inspect", str(tmp_path / "own.ts.pt")).stdout
+
+
+def test_one_weight_is_told_as_one(folder, run):
+    kept = ("--keep", "out", "--keep", "rnn.weight_ih_l0")
+    assert run("convert", "model.pt", "--factors", "dense", "--dtype", "int8", *kept).exit_code == 0
+    assert "1 weight is stored as int8: rnn.weight_hh_l0" in run("inspect", "model.kru.safetensors").stdout

@@ -225,6 +225,15 @@ def test_a_plan_cannot_name_what_computes_something_else(small: tuple[Words, nn.
         kruify.load(small[3], into=net)
 
 
+def test_a_plan_of_them_alone_needs_a_dtype(small: tuple[Words, nn.Module, Plan, Path]) -> None:
+    dense, _, plan, _ = small
+    alone = Plan(beside=plan.beside)
+    with pytest.raises(UsageError, match=r"names no recurrent layer.*Give --dtype float32"):
+        kruify.convert(dense, plan=alone)
+    found, _ = kruify.convert(dense, plan=alone, dtype="float32")
+    assert {"out.weight.terms.0.factors.0", "rnn.weight_hh_l0"} <= found.state_dict().keys()
+
+
 def test_they_can_be_left_out_or_set(small: tuple[Words, nn.Module, Plan, Path]) -> None:
     _, conversion = kruify.convert(
         small[0], budget="size=5x", task=Echo(), skip=["embedding"], overrides={"out": "2*(96x1,1x32)"}
