@@ -64,7 +64,7 @@ def train(
         options.pop("share", None)
         options = {**options, "epochs": row.pop("epochs")}
         model = convert_module(teacher, chosen.plan, moments=chosen.moments, seed=run.seed)[0]
-        model = quantize(model, method.dtype) if method.dtype else model
+        model = quantize(model, chosen.dtype) if chosen.dtype else model
     else:
         model, task = build(run, task, teacher)
         if method.file_plan is not None:  # which the trained weights decided

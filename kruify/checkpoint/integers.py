@@ -109,9 +109,8 @@ def restored(values: LazyTensor, scale: LazyTensor | None, counts: LazyTensor | 
         raise CorruptError("it is of integers and has no scales", where, AGAIN)
     shape, dim, most = values.shape, 0, INTEGERS["int8"]
     if packed := values.dtype == torch.uint8:
-        if len(shape) != 4:
-            raise CorruptError("it has two integers to a byte and is no factor", where, AGAIN)
-        dim, most = 3 if shape[3] > 1 else 2, INTEGERS["int4"]
+        dim = max((d for d, n in enumerate(shape) if n > 1), default=0)  # rows are longer than two (`in_pairs`)
+        most = INTEGERS["int4"]
         shape = tuple(2 * n if d == dim else n for d, n in enumerate(shape))
     groups = scale.shape if counts is None else (*counts.shape, 1)
     alike = len(groups) == len(shape) and all(

@@ -20,7 +20,7 @@ from kruify.checkpoint.summed_biases import SUM, SUM_BUT_N, SUMS, first_bias, re
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.checkpoint.writing import as_lazy
 from kruify.errors import CorruptError, UnsupportedError
-from kruify.quantization import DTYPES, INTEGERS
+from kruify.quantization import DTYPES, INTEGERS, SCALES
 
 _DTYPE = {torch_dtype: dtype for dtype, torch_dtype in DTYPES.items() if dtype != "float32"}
 
@@ -119,8 +119,9 @@ def told_storage(stored: Mapping[str, LazyTensor], matrices: Container[str]) -> 
     for name, tensor in stored.items():
         base, matrix = name.removesuffix(SCALE), _owner(name, matrices)
         is_scale = base != name and base in stored and stored[base].dtype in HELD
-        whole = tensor.dtype == torch.uint8 and not matrix  # numbers of a network's own: only factors have int4
-        if tensor.dtype in _DTYPE and not is_scale and not whole and found.get(matrix or name) != "int4":
+        scale = stored.get(name + SCALE)
+        own = tensor.dtype == torch.uint8 and (scale is None or scale.dtype != SCALES)  # bytes of the network's
+        if tensor.dtype in _DTYPE and not is_scale and not own and found.get(matrix or name) != "int4":
             found[matrix or name] = _DTYPE[tensor.dtype]
     for first in [name for name, dtype in found.items() if dtype not in INTEGERS]:
         second = renamed(first, "bias_ih", "bias_hh")

@@ -104,9 +104,7 @@ class FileSize:
 
     def cost(self, gate: Gate, candidate: ScoredStructure) -> tuple[int, int]:
         """Bytes of the tensors of one gate, or stacked gates; the second number is for `Candidates`, which has two."""
-        stored = self._storage.get(gate.name, "float32")
-        factored = stored != "float32" and not _is_dense(candidate.structure)
-        key = (candidate.structure, self.dtype if factored else stored)  # int4 is for factors alone
+        key = (candidate.structure, self._storage.get(gate.name, "float32"))
         if key not in self._costs:
             self._costs[key] = _tensor_bytes(*key)
         return self._costs[key], 0

@@ -26,7 +26,7 @@ from kruify.conversion.plan import LayerPlan, Plan, Structures, matches
 from kruify.errors import PlanError, UsageError
 from kruify.layers.storage import mark
 from kruify.progress import Progress
-from kruify.quantization import DTYPES, INTEGERS
+from kruify.quantization import DTYPES, INTEGERS, in_pairs
 
 BIAS_DTYPE = "float16"
 """Of biases of recurrent layers, where matrices are stored as int8."""
@@ -37,7 +37,7 @@ def check_storage(dtype: str | None, keep: Sequence[str] = (), graph: bool = Fal
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"there is no storage as '{dtype}'", hint=f"Choose from {', '.join(DTYPES)}")
     if graph and dtype == "int4":
-        raise UsageError("factors in four bits are for kruify's own files", "int4", "Take int8 for an ONNX graph")
+        raise UsageError("four bits are for kruify's own files", "int4", "Take int8 for an ONNX graph")
     if keep and dtype is None:
         raise UsageError("weights are kept from a dtype, and none is given", hint="Give --dtype, too")
 
@@ -49,8 +49,8 @@ def storage_for(
 
     int8 is for Kronecker matrices (factors, sparse residual) and tensors with two or more dimensions; biases of
     recurrent layers, which are as large as small factors, are float16 then, and one vector where they are only added
-    (`checkpoint.summed_biases.SUMS`). int4 is the same, but for the factors. float16 and bfloat16 are for all real
-    numbers.
+    (`checkpoint.summed_biases.SUMS`). int4 is for the same, but dense tensors whose rows are of an odd number of
+    entries stay int8. float16 and bfloat16 are for all real numbers.
 
     Args:
         keep: globs of weights, or of modules with all their weights, that stay float32.
@@ -70,10 +70,10 @@ def storage_for(
         unused -= matching
         if dtype in (None, "float32") or matching or not tensor.dtype.is_floating_point:
             continue
-        if dtype not in INTEGERS:
+        if dtype not in INTEGERS or (matrix and name == matrix + VALUES):
             found[weight] = dtype
-        elif integer_dims(name, tensor, matrix, lazy) or (matrix and name == matrix + VALUES):
-            found[weight] = dtype if matrix else "int8"
+        elif dims := integer_dims(name, tensor, matrix, lazy):
+            found[weight] = dtype if matrix or in_pairs(tensor.shape, dims) else "int8"
         elif name in biases:
             found[name] = BIAS_DTYPE
     if unused:
@@ -222,7 +222,7 @@ def quantize(model: nn.Module, dtype: str, keep: Sequence[str] = ()) -> nn.Modul
 
     Args:
         dtype: "int8" (symmetric, one bfloat16 scale per row; biases of recurrent layers float16, other
-            vectors float32), "int4" (the same, factors in four bits), "float16", "bfloat16" or "float32".
+            vectors float32), "int4" (the same in four bits), "float16", "bfloat16" or "float32".
         keep: globs of weights or modules that stay float32.
 
     Raises:

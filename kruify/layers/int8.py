@@ -33,7 +33,7 @@ class Int8Backend:
     """See the module."""
 
     def run(self, layer: RecurrentLayer, input: Sequences, state: State) -> tuple[Tensor, State]:
-        one = partial(_run_direction, layer.kernel_kind, input.batch_sizes, dense_stored_as(layer, "int8"))
+        one = partial(_run_direction, layer.kernel_kind, input.batch_sizes, dense_stored_as(layer, INTEGERS))
         return run_each_direction(layer, input.packed(), state, one)
 
 
@@ -45,13 +45,13 @@ def run_step(cell: KRUCellBase, x: Tensor, state: State) -> State:
 def step(layer: RecurrentLayer | KRUCellBase, weights: Weights, x: Tensor, state: State) -> State:
     """One time step of a cell, or with its weights of a layer and direction; x (batch, features)."""
     sizes = torch.full((1,), x.shape[0], device="cpu")
-    return _run_direction(layer.kernel_kind, sizes, dense_stored_as(layer, "int8"), weights, x, state, False)[1]
+    return _run_direction(layer.kernel_kind, sizes, dense_stored_as(layer, INTEGERS), weights, x, state, False)[1]
 
 
 def names_in_integers(layer: RecurrentLayer | KRUCellBase, weights: Weights) -> list[str]:
     """Of what the kernels serve (`serves`) the weights that they multiply with in integers: weight_hh, and weight_ih
     where it is stored so and has no diagonal."""
-    return ["weight_hh", *["weight_ih"] * _input_in_integers(weights, dense_stored_as(layer, "int8"))]
+    return ["weight_hh", *["weight_ih"] * _input_in_integers(weights, dense_stored_as(layer, INTEGERS))]
 
 
 def serves(layer: RecurrentLayer | KRUCellBase, x: Tensor, state: State = ()) -> bool:
@@ -60,7 +60,7 @@ def serves(layer: RecurrentLayer | KRUCellBase, x: Tensor, state: State = ()) ->
     asks for derivatives."""
     if traced() or torch.is_autocast_enabled("cpu"):
         return False
-    dense, recurrent = dense_stored_as(layer, "int8"), layer.recurrent_weights()
+    dense, recurrent = dense_stored_as(layer, INTEGERS), layer.recurrent_weights()
     if not all([_is_int8(weight, dense) for weight in recurrent]):
         return False
     if getattr(layer, "proj_size", 0) or layer.kernel_kind in MODRELU or not has_kernel("cpu"):

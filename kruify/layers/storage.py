@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from torch import Tensor, nn
 
@@ -21,10 +21,10 @@ def storage_of(module: nn.Module, name: str) -> str:
     return found.get(name, "float32")
 
 
-def dense_stored_as(module: nn.Module, dtype: str) -> list[Tensor]:
-    """The dense parameters of a module that are marked with a dtype. Asked in every call of a layer."""
+def dense_stored_as(module: nn.Module, dtypes: Container[str]) -> list[Tensor]:
+    """The dense parameters of a module that are marked with one of these dtypes. Asked in every call of a layer."""
     found: dict[str, str] = vars(module).get(_DENSE, {})
-    return [p for n, p in module._parameters.items() if p is not None and found.get(n) == dtype] if found else []
+    return [p for n, p in module._parameters.items() if p is not None and found.get(n) in dtypes] if found else []
 
 
 def mark(model: nn.Module, storage: Mapping[str, str]) -> None:

@@ -108,8 +108,8 @@ def quantize_rows(tensor: Tensor, dims: Sequence[int], dtype: str = "int8") -> t
 
 
 def in_pairs(shape: Sequence[int], dims: Sequence[int]) -> bool:
-    """Whether four-bit integers of rows over `dims` (of a factor) are stored two to a byte: along the last one, which
-    has an even number of entries, more than two. Others take a byte each."""
+    """Whether integers of rows over `dims` can be stored two to a byte: along the last one, which has an even number of
+    entries, more than two."""
     return shape[dims[-1]] > 2 and shape[dims[-1]] % 2 == 0
 
 

@@ -102,7 +102,8 @@ def test_a_file_in_four_bits(tmp_path: Path) -> None:
     kruify.save(small, tmp_path / "a")
     kruify.verify(tmp_path / "a")
     checkpoint = read(tmp_path / "a")
-    assert checkpoint.storage[NAME] == "int4" and checkpoint.storage["out.weight"] == "int8"
+    assert checkpoint.storage[NAME] == checkpoint.storage["out.weight"] == "int4"
+    assert checkpoint.stored["out.weight"].shape == (3, 8) and "kruify.storage" not in checkpoint.metadata
     assert torch.equal(checkpoint.tensors["out.bytes"], net["out"].bytes)
     back = kruify.load(tmp_path / "a", net)
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), small.state_dict().values(), strict=True))
@@ -153,7 +154,7 @@ NOTES: dict[str, tuple[Any, int]] = {
     "no such weight": ({"out.weight": "int8", "nobody": "int8"}, 4),
     "layer": ({"rnn": "int8"}, 4),
     "newer dtype": ({"out.weight": "int3"}, 5),
-    "four bits of no factor": ({"out.weight": "int4", NAME: "int8"}, 4),
+    "four bits": ({"out.weight": "int4", NAME: "int8"}, 4),
     "other dtype": ({"out.weight": "float16"}, 4),
     "left out": ({}, 4),
     "no such sum": ({"rnn.bias_hh_l0": "sum"}, 4),

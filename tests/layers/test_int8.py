@@ -162,8 +162,9 @@ def test_a_cell_is_one_step_of_the_layer(kind: str, factors: str | None) -> None
             assert torch.equal(a, b[0])
 
 
-def test_factors_in_four_bits_are_computed_in_integers() -> None:
-    layer, x = make("gru", "5*(24x1,1x24)+sparse:3%", "3*(24x1,1x11)"), torch.randn(7, 3, 11)
+@pytest.mark.parametrize("factors", [None, "5*(24x1,1x24)+sparse:3%"])
+def test_four_bits_are_computed_in_integers(factors: str | None) -> None:
+    layer, x = make("gru", factors, "3*(24x1,1x11)"), torch.randn(7, 3, 11)
     store_as(layer, {"weight_hh_l0": "int4", "weight_ih_l0": "int4"})
     with torch.no_grad():
         found = layer(x)

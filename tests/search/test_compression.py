@@ -290,7 +290,7 @@ def test_candidates_under_a_size(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nn.ModuleDict({"first": nn.GRU(2, 32), "second": nn.GRU(32, 32), "out": nn.Linear(32, 2)})
     file, narrow = (FileSize(net.state_dict(), locate(net).layers, dtype) for dtype in ("int8", "int4"))
-    limit = int(0.6 * file.of(Plan()))
+    limit = int(0.4 * file.of(Plan()))
     found = make_size_candidates([file, narrow], f"size={limit}", moments={})
     assert [candidate.dtype for candidate in found] == ["int8", "int4"]
     numbers = []
