@@ -73,7 +73,7 @@ def measure(rows: Sequence[Row]) -> None:
 def structure(row: Row) -> nn.Module:
     """A network of the row's structure, its weights arbitrary."""
     run = Run(row["task"], row["method"], row["times"], row["seed"], whole=row["whole"])
-    task, dtype = load_task(TASKS[run.task].name), METHODS[run.method].dtype
+    task, dtype = load_task(TASKS[run.task].name), row.get("dtype", METHODS[run.method].dtype)
     if "plan" not in row:
         return build(run, task, task.model())[0]
     model = swap(task.model(), Plan.from_json(row["plan"]))
