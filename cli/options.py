@@ -67,7 +67,7 @@ selection_options = group(
     ),
     click.option("--only", metavar="GLOB", multiple=True, help="Factor only layers or matrices that match."),
     click.option(
-        "--skip", metavar="GLOB", multiple=True, help="Do not factor what matches; --dtype stores it all the same."
+        "--skip", metavar="GLOB", multiple=True, help="Do not factor what matches; --dtype still applies to it."
     ),
     click.option(
         "--set",
@@ -132,7 +132,10 @@ form_option = click.option(
     "Scan; the faster of both here.",
 )
 keep_option = click.option(
-    "--keep", metavar="GLOB", multiple=True, help="Store weights or modules that match in float32, factored or not."
+    "--keep",
+    metavar="GLOB",
+    multiple=True,
+    help="Store in float32 what matches, whatever --dtype says, factored or not.",
 )
 
 
