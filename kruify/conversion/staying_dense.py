@@ -1,4 +1,4 @@
-"""Patterns that name what stays dense anyway: what is neither recurrent nor factored beside."""
+"""Patterns that name what stays dense anyway: no recurrent layer that can be converted, and none factored beside."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from kruify.conversion.plan import all_names, matches
 from kruify.errors import PlanError
 
 HINT = (
-    "Weights of nn.Linear and nn.Embedding become low rank only with a task under a budget of bytes, where they are "
-    "large enough and the network uses them by calling their layer alone"
+    "'kruify inspect' lists the recurrent layers and why one cannot be converted; weights of nn.Linear and "
+    "nn.Embedding become low rank only with a task under a budget of bytes, where they are large enough and the "
+    "network uses them by calling their layer alone"
 )
 
 
@@ -45,7 +46,7 @@ def without_dense(
     for pattern in [*only, *(overrides or {})]:
         if pattern not in needless and (tensor := named(pattern)) is not None:
             size = "x".join(map(str, tensors[tensor].shape))
-            raise PlanError(f"'{pattern}' means {tensor} ({size}), which is not recurrent and stays dense", hint=HINT)
+            raise PlanError(f"'{pattern}' means {tensor} ({size}), which stays dense", hint=HINT)
     left = {pattern: spec for pattern, spec in (overrides or {}).items() if pattern not in needless}
     return [pattern for pattern in skip if pattern not in needless], left
 

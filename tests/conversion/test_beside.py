@@ -251,10 +251,11 @@ def test_what_stays_dense_anyway_may_be_skipped_and_not_factored() -> None:
     for options in ({"skip": ["out", "embed*"]}, {"skip": ["out.weight"]}, {"overrides": {"embedding": "dense"}}):
         assert plan(**options) == plan()
     for options in ({"only": ["out"]}, {"overrides": {"out": "2x2"}}):
-        with pytest.raises(
-            PlanError, match=r"'out' means out\.weight \(96x32\), which is not recurrent and stays dense"
-        ):
+        with pytest.raises(PlanError, match=r"'out' means out\.weight \(96x32\), which stays dense"):
             plan(**options)
+    foreign = nn.ModuleDict({"rnn": nn.GRU(4, 8), "own": type("Own", (nn.GRU,), {})(4, 8)})
+    with pytest.raises(PlanError, match=r"'own' means own\.weight_ih_l0 \(24x4\), which stays dense.*'kruify inspect'"):
+        kruify.convert(foreign, "2x2", only=["own"])
     for pattern in ("outt", "rnn.bias_hh_l0"):
         with pytest.raises(PlanError, match="matches no layer, matrix or gate"):
             plan(skip=[pattern])
