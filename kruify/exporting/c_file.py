@@ -25,6 +25,7 @@ from kruify.exporting.c_source import identifier, layer_source
 from kruify.exporting.check import TOLERANCE, Embedded, Exported, Run, difference, layer_cases, write_checked
 from kruify.exporting.layer_files import call_layer, prepare
 from kruify.exporting.shapes import Interface
+from kruify.layers.storage import marks
 
 SIZES, LONG = ((1, 1), (7, 2)), ((1000, 1),)  # (time, batch)
 FLAGS = ("-x", "c", "-std=c99", "-O2", "-shared", "-fPIC")
@@ -60,7 +61,8 @@ def export_c(
     path, compiler, layer = Path(path), _compiler(), interface.layer
     whole = densify(given) if dense else given
     biases = [weight for weight, _ in whole.named_parameters() if weight.startswith("bias_")]  # C has no 16-bit floats
-    stored = quantize(whole, "int8", keep=biases)
+    dtype = "int4" if "int4" in marks(whole).values() else "int8"  # its own integers, each in a byte
+    stored = quantize(whole, dtype, keep=biases)
     # Dense layers of torch.nn stand for them: a thousand steps through the factors take seconds.
     original, exact = (densify(m.double()) for m in (copy.deepcopy(given), copy.deepcopy(stored)))
     long = next(layer_cases(interface, torch.float32, sizes=LONG))

@@ -63,13 +63,14 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "rnn, scales apart": (nn.RNN(5, 8), "2*(4x4,2x2)+3*(8x1,1x8)+diag", {}),
     "rnn, relu": (nn.RNN(5, 8, 2, nonlinearity="relu"), "2*(1x8,8x1)", {}),
     "rnn, a column a factor": (nn.RNN(5, 8), "2*(2x1,2x8,2x1)", {}),
+    "lstm, int4": (nn.LSTM(6, 8), "stacked:3*(32x1,1x8)", {}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_thousand_steps(tmp_path: Path, case: str) -> None:
     layer, factors, options = CASES[case]
-    small = kruify.quantize(kruify.convert(layer, factors, **options)[0], "int8")
+    small = kruify.quantize(kruify.convert(layer, factors, **options)[0], "int4" if "int4" in case else "int8")
     exported = export_c(small, tmp_path / "layer.c")
     assert exported.difference < 1e-5 and exported.embedded and exported.embedded.rounding < 1e-6
     dense, compiled = densify(small), Compiled(exported.path, layer)
