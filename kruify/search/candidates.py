@@ -17,7 +17,7 @@ from kruify.conversion.latency import timed_plans
 from kruify.conversion.locate import RecurrentLayer
 from kruify.conversion.plan import Plan, keeps_scales, make_plan
 from kruify.conversion.size import FileSize, plan_size
-from kruify.errors import FactorSpecError
+from kruify.errors import FactorSpecError, PlanError
 from kruify.progress import Progress
 from kruify.training import Recipe
 
@@ -172,19 +172,25 @@ def make_size_candidates(
     progress: Progress | None = None,
 ) -> list[Candidate]:
     """Candidates under a budget of bytes: what the planner finds (kruify.conversion.size) for each way to store the
-    network, such as twice the numbers in four bits as in eight; where every matrix can stay dense there is only that.
+    network, such as twice the numbers in four bits as in eight. Where every matrix can stay dense there is only that,
+    and a way in which not even the smallest file is within the budget is left out.
 
     Low rank of stacked gates at one share was another one, and half low rank, half blocks of entries per gate: the
     former led in no cell of benchmarks/recovery once plans went by the loss, the latter in one of nine.
 
     Raises:
-        PlanError: the budget cannot be met.
+        PlanError: the budget cannot be met in any of them.
     """
     options = {"moments": moments, "searches": searches, "progress": progress, **selection.patterns()}
     found: list[Candidate] = []
     for file in files:
-        found.append(Candidate(planner(file, budget, **options), moments, file.dtype))
-        if not found[-1].plan.layers:
+        try:
+            found.append(Candidate(planner(file, budget, **options), moments, file.dtype))
+        except PlanError:
+            if not found and file is files[-1]:
+                raise
+            continue
+        if not found[-1].plan.items:
             break
     return found
 

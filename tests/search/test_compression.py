@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import kruify
-from kruify.conversion.locate import locate
+from kruify.conversion.locate import describe, locate
 from kruify.conversion.modules import convert_module
 from kruify.conversion.plan import Plan, make_plan
 from kruify.conversion.size import FileSize
@@ -25,6 +26,7 @@ from kruify.search.candidates import (
     Candidate,
     CandidateResult,
     Choice,
+    Selection,
     first_of_the_best,
     half_and_half,
     make_candidates,
@@ -305,6 +307,30 @@ def test_candidates_under_a_size(tmp_path: Path) -> None:
     assert numbers[1] > 1.2 * numbers[0]
     (dense,) = make_size_candidates([file, narrow], f"size={file.of(Plan())}")
     assert dense.plan == Plan()
+
+
+def test_candidates_under_a_size_that_only_four_bits_meet() -> None:
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"rnn": nn.GRU(64, 64), "out": nn.Linear(64, 512)})
+    files = [FileSize(net.state_dict(), locate(net).layers, dtype) for dtype in ("int8", "int4")]
+    limit = files[0].of(Plan()) // 2
+    with pytest.raises(PlanError, match="smallest file"):
+        make_size_candidates(files[:1], f"size={limit}")
+    (found,) = make_size_candidates(files, f"size={limit}")
+    assert found.dtype == "int4" and files[1].of(found.plan) <= limit
+    with pytest.raises(PlanError, match="smallest file") as caught:
+        make_size_candidates(files, "size=1000")
+    with pytest.raises(PlanError, match=re.escape(caught.value.what)):
+        make_size_candidates(files[1:], "size=1000")
+
+
+def test_layers_beside_alone_are_candidates_in_both_dtypes() -> None:
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"rnn": nn.GRU(2, 8), "out": nn.Linear(64, 64)})
+    layers = [*locate(net).layers, describe("out", net["out"])]
+    files = [FileSize(net.state_dict(), layers, dtype) for dtype in ("int8", "int4")]
+    found = make_size_candidates(files, f"size={files[0].of(Plan()) - 500}", selection=Selection(skip=("rnn",)))
+    assert [candidate.dtype for candidate in found] == ["int8", "int4"]
 
 
 @pytest.mark.parametrize("share", [0.85, 1.0])
