@@ -53,22 +53,23 @@ def storage_for(
     entries stay int8. float16 and bfloat16 are for all real numbers.
 
     Args:
-        keep: globs of weights, or of modules with all their weights, that stay float32.
+        keep: globs of weights, or of modules with all their weights, that stay float32, under all names that they have.
 
     Raises:
         UsageError: no such dtype. PlanError: a pattern matches nothing.
     """
     check_storage(dtype, keep)
     matrices, seconds, lazy = matrix_sizes(plan), _second_biases(plan), as_lazy(tensors)
-    biases = {*seconds, *map(first_bias, seconds)}
+    biases, same = {*seconds, *map(first_bias, seconds)}, _names_of_each(lazy)
+    weights = {name: next((m for m in _prefixes(name) if m in matrices), name) for name in lazy}
+    matching = {w: [p for p in keep if any(matches(prefix, p) for prefix in _prefixes(w))] for w in weights.values()}
+    if unused := set(keep).difference(*matching.values()):
+        raise PlanError(f"the pattern '{min(unused)}' to keep matches no weight")
+    kept = {weights[other] for name in lazy if matching[weights[name]] for other in same[name]}
     found: dict[str, str] = {}
-    unused = set(keep)
     for name, tensor in lazy.items():
-        matrix = next((m for m in _prefixes(name) if m in matrices), None)
-        weight = matrix or name
-        matching = {pattern for pattern in keep if any(matches(prefix, pattern) for prefix in _prefixes(weight))}
-        unused -= matching
-        if dtype in (None, "float32") or matching or not tensor.dtype.is_floating_point:
+        weight, matrix = weights[name], weights[name] if weights[name] in matrices else None
+        if dtype in (None, "float32") or weight in kept or not tensor.dtype.is_floating_point:
             continue
         if dtype not in INTEGERS or (matrix and name == matrix + VALUES):
             found[weight] = dtype
@@ -76,18 +77,20 @@ def storage_for(
             found[weight] = dtype if matrix or in_pairs(tensor.shape, dims) else "int8"
         elif name in biases:
             found[name] = BIAS_DTYPE
-    if unused:
-        raise PlanError(f"the pattern '{min(unused)}' to keep matches no weight")
-    return found | (_sums(seconds, lazy, found) if dtype in INTEGERS else {})
+    return found | (_sums(seconds, same, found) if dtype in INTEGERS else {})
 
 
-def _sums(seconds: Mapping[str, str], tensors: Mapping[str, LazyTensor], storage: Mapping[str, str]) -> dict[str, str]:
-    """Those of the second biases that are only added to the first ones, also under the other names that the two have:
-    a tensor that has another partner there, or is kept, cannot become a sum."""
+def _names_of_each(tensors: Mapping[str, LazyTensor]) -> dict[str, set[str]]:
+    """Name -> all names that its tensor has."""
     names: dict[Hashable, set[str]] = {}
     for name, tensor in tensors.items():
         names.setdefault(name if tensor.identity is None else tensor.identity, set()).add(name)
-    same = {name: others for others in names.values() for name in others}
+    return {name: others for others in names.values() for name in others}
+
+
+def _sums(seconds: Mapping[str, str], same: Mapping[str, set[str]], storage: Mapping[str, str]) -> dict[str, str]:
+    """Those of the second biases that are only added to the first ones, also under the other names that the two have:
+    a tensor that has another partner there, or is kept, cannot become a sum. `same` is that of `_names_of_each`."""
     found = {}
     for second, how in seconds.items():
         first = first_bias(second)

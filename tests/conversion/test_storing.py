@@ -229,6 +229,19 @@ def test_keep(tmp_path: Path) -> None:
         kruify.quantize(network("kron"), "int3")
 
 
+@pytest.mark.parametrize("name", ["tokens.weight", "out"])
+def test_what_is_kept_under_one_name_is_kept_under_all(name: str, tmp_path: Path) -> None:
+    net = nn.ModuleDict({"tokens": nn.Embedding(5, 8), "rnn": nn.GRU(8, 8), "out": nn.Linear(8, 5)})
+    net["out"].weight = net["tokens"].weight
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    kruify.convert(tmp_path / "a.pt", "dense", dtype="int4", keep=[name], output=tmp_path / "b.safetensors")
+    kruify.save(kruify.quantize(net, "int4", keep=[name]), tmp_path / "c.safetensors")
+    for file in ("b.safetensors", "c.safetensors"):
+        assert len([n for n in tensors_of(tmp_path / file) if n in ("tokens.weight", "out.weight")]) == 1
+        back = kruify.load(tmp_path / file, into=copy.deepcopy(net))
+        assert torch.equal(back["tokens"].weight, net["tokens"].weight)
+
+
 def test_float32_takes_the_marks_off(tmp_path: Path) -> None:
     small = kruify.quantize(kruify.quantize(network("kron"), "int8"), "float32")
     assert not marks(small)
