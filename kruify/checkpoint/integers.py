@@ -30,7 +30,6 @@ SCALE = ".scale"
 begins with another parameter's and a dot."""
 HELD = (torch.int8, torch.uint8)
 """The dtypes of integers in a file: one or two to a byte."""
-_MOST_SCALE = torch.finfo(torch.float32).max / 128
 
 
 def integer_dims(
@@ -122,7 +121,7 @@ def restored(values: LazyTensor, scale: LazyTensor | None, counts: LazyTensor | 
     def load() -> Tensor:
         numbers, factor = values.load(), scale.load()
         numbers = unpack(numbers, dim) if packed else numbers
-        if not bool(((factor > 0) & (factor < _MOST_SCALE)).all()):
+        if not bool(((factor > 0) & (factor.float() * most).isfinite()).all()):
             raise CorruptError("it has scales that are not positive and finite", where, AGAIN)
         if bool((numbers < -most).any()):
             raise CorruptError(f"it has integers outside of -{most} to {most}", where, AGAIN)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kruify.checkpoint.file_bytes import fits
-from kruify.checkpoint.file_format import AGAIN, STORAGE
+from kruify.checkpoint.file_format import AGAIN, SCHEMA, STORAGE
 from kruify.checkpoint.integers import HELD, SCALE, integer_blocks, integer_dims, integers, restored
 from kruify.checkpoint.narrow import narrow, widened
 from kruify.checkpoint.sparse_index import COLUMNS, COUNTS, INDEX, VALUES, compressed, index_of
@@ -112,22 +112,24 @@ def decode(
     return found
 
 
-def told_storage(stored: Mapping[str, LazyTensor], matrices: Container[str]) -> dict[str, str]:
+def told_storage(stored: Mapping[str, LazyTensor], matrices: Container[str], schema: int = SCHEMA) -> dict[str, str]:
     """What the dtypes of a file's tensors tell of how its weights are stored: those of fewer bits than float32 are
     computed in float32, and what is missing of a b_hh is in the b_ih."""
     found: dict[str, str] = {}
+    held = HELD if schema > 4 else (torch.int8,)
     for name, tensor in stored.items():
         base, matrix = name.removesuffix(SCALE), _owner(name, matrices)
-        is_scale = base != name and base in stored and stored[base].dtype in HELD
+        is_scale = base != name and base in stored and stored[base].dtype in held
         scale = stored.get(name + SCALE)
-        own = tensor.dtype == torch.uint8 and (scale is None or scale.dtype != SCALES)  # bytes of the network's
+        packed = torch.uint8 in held and scale is not None and scale.dtype == SCALES
+        own = tensor.dtype == torch.uint8 and not packed  # bytes of the network's
         if tensor.dtype in _DTYPE and not is_scale and not own and found.get(matrix or name) != "int4":
             found[matrix or name] = _DTYPE[tensor.dtype]
     for first in [name for name, dtype in found.items() if dtype not in INTEGERS]:
         second = renamed(first, "bias_ih", "bias_hh")
-        if second not in stored:
+        if second != first and second not in stored:
             found[second] = SUM
-        elif stored[second].shape != stored[first].shape:
+        elif second != first and stored[second].shape != stored[first].shape:
             found[second] = SUM_BUT_N
     return found
 
@@ -143,7 +145,7 @@ def read_storage(
         CorruptError: a sum that no bias is in.
     """
     if STORAGE not in metadata:
-        return told_storage(stored, matrix_names(metadata)) if schema > 3 else {}
+        return told_storage(stored, matrix_names(metadata), schema) if schema > 3 else {}
     table: dict[str, str] = json.loads(metadata[STORAGE])
     for name, dtype in table.items():
         if dtype in SUMS and (first_bias(name) == name or table.get(first_bias(name)) not in ("float16", "bfloat16")):

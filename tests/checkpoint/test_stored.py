@@ -117,6 +117,26 @@ def test_a_file_in_four_bits(tmp_path: Path) -> None:
             kruify.verify(tmp_path / "b")
 
 
+def test_bytes_of_an_older_file_are_the_networks(tmp_path: Path) -> None:
+    """Schema 4 has no integers of four bits: bytes with a scale beside them were a tensor of the network's then."""
+    extra = {"side": torch.arange(8, dtype=torch.uint8).view(2, 4), "side.scale": torch.rand(2, 1)}
+    torch.save({**{f"rnn.{n}": t for n, t in nn.GRU(4, 8).state_dict().items()}, **extra}, tmp_path / "a.pt")
+    kruify.convert(tmp_path / "a.pt", "auto", dtype="bfloat16", output=tmp_path / "b")
+    checkpoint = read(tmp_path / "b")
+    older = {n: text for n, text in checkpoint.metadata.items() if n != "kruify.storage"} | {"kruify.schema": "4"}
+    write_safetensors(tmp_path / "b", {name: tensor.load() for name, tensor in checkpoint.stored.items()}, older)
+    assert read(tmp_path / "b").storage == checkpoint.storage
+    assert torch.equal(read(tmp_path / "b").tensors["side"], extra["side"])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_large_weights_have_scales(dtype: str) -> None:
+    """Whatever times its scale is a number of float32."""
+    weight = {"w": torch.tensor([[3e38, 1e38, -2e38, 0.0]])}
+    back = loaded(decode(encode(weight, {"w": dtype}, {}), {"w": dtype}, set(), "here"))["w"]
+    torch.testing.assert_close(back, weight["w"], rtol=0, atol=3e37)
+
+
 def test_wide_matrices_have_wide_columns() -> None:
     tensors = {
         f"{NAME}.overlay.values": torch.ones(2, 1),

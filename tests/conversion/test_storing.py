@@ -260,9 +260,10 @@ def test_how_weights_are_stored_is_said_only_where_dtypes_do_not_tell_it(
     change: Callable[[nn.Module], nn.Module], tmp_path: Path
 ) -> None:
     net = network("sparse")
-    small, half = kruify.quantize(net, "int8", keep=["embedding"]), change(net)
+    small, narrow = kruify.quantize(net, "int8", keep=["embedding"]), kruify.quantize(net, "bfloat16")
+    half = change(net)
     half.register_buffer("steps", torch.ones(2, 2, dtype=torch.int8))
-    for model, said in ((small, False), (half, True)):
+    for model, said in ((small, False), (narrow, False), (half, True)):
         kruify.save(model, tmp_path / "a.safetensors")
         found = read(tmp_path / "a.safetensors")
         assert found.storage == marks(model) and ("kruify.storage" in found.metadata) == said
