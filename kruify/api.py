@@ -333,7 +333,7 @@ def load(
         if missing:
             raise CorruptError(f"the tensor '{missing[0]}' is missing", checkpoint.path, "Convert the source again")
         load_tensors(module, {n: checkpoint.tensors[full] for full, n in tensors.items()}, checkpoint.path)
-        mark(module, within(checkpoint.storage, name))
+        mark(module, within(checkpoint.storage, name, module))
     return layers
 
 

@@ -42,7 +42,7 @@ class Layers:
         wanted = module.state_dict()
         tensors = self.checkpoint.tensors
         load_tensors(module, {n: tensors[prefix + n] for n in wanted if prefix + n in tensors}, self.checkpoint.path)
-        mark(module, within(self.checkpoint.storage, layer.name))
+        mark(module, within(self.checkpoint.storage, layer.name, module))
         return module
 
 

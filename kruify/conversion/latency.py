@@ -258,7 +258,7 @@ class _Clock:
         for layer in file.layers:
             item = items.get(layer.name)
             module: nn.Module = build_dense(layer) if item is None else build_layer(item)
-            runs.append(_run(layer, store_as(module, within(storage, layer.name))))
+            runs.append(_run(layer, store_as(module, within(storage, layer.name, module))))
         return self._best([together(runs), self._dense], SECONDS)
 
     def _best(self, runs: list[Run], seconds: float) -> float:

@@ -54,7 +54,10 @@ def marks(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def within(storage: Mapping[str, str], name: str) -> dict[str, str]:
-    """The part of `storage` that belongs to a submodule, by the names within it."""
+def within(storage: Mapping[str, str], name: str, layer: nn.Module) -> dict[str, str]:
+    """The part of `storage` that belongs to the layer of this name, by the names in it. What a subclass of torch's
+    layer has beside, such as a linear layer, the layer itself has not."""
     dot = f"{name}." if name else ""
-    return {full.removeprefix(dot): dtype for full, dtype in storage.items() if full.startswith(dot)}
+    known = {*layer.state_dict(), *(n for n, module in layer.named_modules() if isinstance(module, KroneckerMatrix))}
+    own = {full.removeprefix(dot): dtype for full, dtype in storage.items() if full.startswith(dot)}
+    return {full: dtype for full, dtype in own.items() if full in known}

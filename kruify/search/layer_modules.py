@@ -33,6 +33,6 @@ def small_module(name: str, conversion: Conversion) -> nn.Module:
     if not item.layer.cell:
         module.batch_first = False
     load_tensors(module, {n: conversion.tensors[item.layer.full_name(n)] for n in module.state_dict()})
-    mark(module, within(conversion.storage, name))
+    mark(module, within(conversion.storage, name, module))
     small: nn.Module = module
     return small

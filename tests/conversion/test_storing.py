@@ -242,6 +242,23 @@ def test_what_is_kept_under_one_name_is_kept_under_all(name: str, tmp_path: Path
         assert torch.equal(back["tokens"].weight, net["tokens"].weight)
 
 
+@pytest.mark.parametrize("owner", ["", "net"])
+def test_what_a_subclass_of_a_layer_has_beside_is_not_the_layers(owner: str, tmp_path: Path) -> None:
+    class Tagger(nn.LSTM):
+        def __init__(self) -> None:
+            super().__init__(4, 8)
+            self.out, self.table = nn.Linear(8, 6), nn.Parameter(torch.randn(2, 4))
+
+    net = nn.ModuleDict({owner: Tagger()}) if owner else Tagger()
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    kruify.convert(tmp_path / "a.pt", "2x2", dtype="int4", output=tmp_path / "b.safetensors")
+    kruify.verify(tmp_path / "b.safetensors")
+    layer = kruify.load(tmp_path / "b.safetensors")[owner]
+    assert marks(layer)["weight_hh_l0"] == marks(layer)["weight_ih_l0"] == "int4"
+    kruify.save(layer, tmp_path / "c.safetensors")
+    kruify.verify(tmp_path / "c.safetensors")
+
+
 def test_float32_takes_the_marks_off(tmp_path: Path) -> None:
     small = kruify.quantize(kruify.quantize(network("kron"), "int8"), "float32")
     assert not marks(small)
