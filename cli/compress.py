@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     "--budget",
     metavar="B",
     required=True,
-    help="size=8x or size=600kB: the whole file, in int8; latency=3x: the time of the layers here; or 16x, params=10%, "
-    "macs=10%, params=8x,macs=50% of recurrent matrices.",
+    help="size=8x or size=600kB: the whole file, in int8 or int4; latency=3x: the time of the layers here; or 16x, "
+    "params=10%, macs=10%, params=8x,macs=50% of recurrent matrices.",
 )
 @click.option(
     "--max-drop",
@@ -109,9 +109,9 @@ def compress(
     """Plan, convert, fine-tune and evaluate in one go.
 
     Two candidates, the structure that keeps the most energy and one that is half low rank, half single entries, are
-    each trained for a short while; the one that validates better is taken. Under a size one is stored in int8, the
-    other, with more numbers, in int4, and both factor the input matrices, too. Then the better one is tried at a third
-    of the learning rate, unless --lr is given.
+    each trained for a short while; the one that validates better is taken. Under a size both keep the
+    most energy, one in int8, one with more numbers in int4, and factor the input matrices, too. Then the better one is
+    tried at a third of the learning rate, unless --lr is given.
 
     With --max-drop, layers that cost too much get more parameters, or stay dense, until the network loses no more than
     that on the validation split. If it cannot be reached the nearest network is written all the same, and the exit

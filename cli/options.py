@@ -121,7 +121,7 @@ device_option = click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16", "int8", "int4"]),
-    help="How the file stores weights; int8 has one scale a row, int4 is int8 in four bits.  [default: as MODEL does]",
+    help="How the file stores weights; int8 and int4 have one scale a row.  [default: as MODEL does]",
 )
 form_option = click.option(
     "--form",
