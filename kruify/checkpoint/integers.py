@@ -69,7 +69,7 @@ def integers(
 
     values, scales = part(0), tuple(1 if d in dims else n for d, n in enumerate(tensor.shape))
     shape = tuple(n // 2 if packed and d == dims[-1] else n for d, n in enumerate(tensor.shape))
-    held = HELD[packed]
+    held = torch.uint8 if packed else torch.int8
     return {
         name: LazyTensor(
             shape,

@@ -10,6 +10,12 @@ from kruify.errors import UnsupportedError
 
 
 def narrow(name: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    """A real tensor, called `name` in errors, as `dtype` of 16 bits.
+
+    Raises:
+        UnsupportedError: on loading, a finite number is beyond `dtype`.
+    """
+
     def load() -> Tensor:
         found = tensor.load().detach()
         low = found.to(dtype)
@@ -21,4 +27,5 @@ def narrow(name: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
 
 
 def widened(tensor: LazyTensor) -> LazyTensor:
+    """The tensor in float32."""
     return LazyTensor(tensor.shape, torch.float32, lambda: tensor.load().float(), derived("float32", tensor.identity))

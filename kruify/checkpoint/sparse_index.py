@@ -14,7 +14,16 @@ INDEX, COUNTS, COLUMNS, VALUES = (f".overlay.{part}" for part in ("index", "coun
 
 def compressed(matrix: str, index: LazyTensor, values: LazyTensor, size: tuple[int, int]) -> dict[str, LazyTensor]:
     """Row and column of every block -> how many blocks begin in each row that is a multiple of their height, and the
-    columns."""
+    columns (blocks,), by their names in a file.
+
+    Args:
+        matrix: full name of the Kronecker matrix.
+        index, values: of its residual, (blocks, 2) and (blocks, height).
+        size: rows of all gates, columns.
+
+    Raises:
+        UnsupportedError: on loading, the rows do not ascend.
+    """
     (blocks, height), (rows, cols) = values.shape, size
     dtype = torch.uint16 if cols < 1 << 16 else torch.int32
 
@@ -35,6 +44,11 @@ def compressed(matrix: str, index: LazyTensor, values: LazyTensor, size: tuple[i
 
 
 def index_of(columns: LazyTensor, counts: LazyTensor, values: LazyTensor, where: str) -> LazyTensor:
+    """Row and column of every block, (blocks, 2) int32, of what `compressed` gave and the values (blocks, height).
+
+    Raises:
+        CorruptError: they do not fit each other; the counts, on loading.
+    """
     if len(counts.shape) != 1 or len(values.shape) != 2 or columns.shape != values.shape[:1]:
         raise CorruptError("the parts of its index do not fit each other", where, AGAIN)
     if {columns.dtype, counts.dtype} not in ({torch.uint16}, {torch.int32}):

@@ -16,7 +16,7 @@ from kruify.checkpoint.file_format import AGAIN, SCHEMA, STORAGE
 from kruify.checkpoint.integers import HELD, SCALE, integer_blocks, integer_dims, integers, restored
 from kruify.checkpoint.narrow import narrow, widened
 from kruify.checkpoint.sparse_index import COLUMNS, COUNTS, INDEX, VALUES, compressed, index_of
-from kruify.checkpoint.summed_biases import SUM, SUM_BUT_N, SUMS, first_bias, renamed, second_bias, sum_of, summed
+from kruify.checkpoint.summed_biases import SUM, SUM_BUT_N, SUMS, first_bias, renamed, second_from_sum, sum_of, summed
 from kruify.checkpoint.tensors import LazyTensor
 from kruify.checkpoint.writing import as_lazy
 from kruify.errors import CorruptError, UnsupportedError
@@ -95,7 +95,7 @@ def decode(
         elif dtype in ("float16", "bfloat16") and tensor.dtype == DTYPES[dtype]:
             found[name] = widened(tensor)
             if second := sums.get(name):
-                found[second] = second_bias(tensor, stored.get(second), storage[second], f"{where}: {second}")
+                found[second] = second_from_sum(tensor, stored.get(second), storage[second], f"{where}: {second}")
         elif matrix and name == matrix + COLUMNS and matrix + COUNTS in stored and matrix + VALUES in stored:
             if matrix + INDEX in stored:
                 raise CorruptError("its index stands in it twice", spot, AGAIN)
@@ -116,20 +116,22 @@ def told_storage(stored: Mapping[str, LazyTensor], matrices: Container[str], sch
     """What the dtypes of a file's tensors tell of how its weights are stored: those of fewer bits than float32 are
     computed in float32, and what is missing of a b_hh is in the b_ih."""
     found: dict[str, str] = {}
-    held = HELD if schema > 4 else (torch.int8,)
+    held = HELD if schema > 4 else HELD[:1]
     for name, tensor in stored.items():
-        base, matrix = name.removesuffix(SCALE), _owner(name, matrices)
-        is_scale = base != name and base in stored and stored[base].dtype in held
-        scale = stored.get(name + SCALE)
-        packed = torch.uint8 in held and scale is not None and scale.dtype == SCALES
-        own = tensor.dtype == torch.uint8 and not packed  # bytes of the network's
-        if tensor.dtype in _DTYPE and not is_scale and not own and found.get(matrix or name) != "int4":
-            found[matrix or name] = _DTYPE[tensor.dtype]
+        weight, base, scale = _owner(name, matrices) or name, name.removesuffix(SCALE), stored.get(name + SCALE)
+        if base != name and base in stored and stored[base].dtype in held:
+            continue
+        if tensor.dtype == torch.uint8 and (schema < 5 or scale is None or scale.dtype != SCALES):
+            continue  # bytes of the network's own
+        if tensor.dtype in _DTYPE and found.get(weight) != "int4":  # some of its factors have eight bits
+            found[weight] = _DTYPE[tensor.dtype]
     for first in [name for name, dtype in found.items() if dtype not in INTEGERS]:
         second = renamed(first, "bias_ih", "bias_hh")
-        if second != first and second not in stored:
+        if second == first:
+            continue
+        if second not in stored:
             found[second] = SUM
-        elif second != first and stored[second].shape != stored[first].shape:
+        elif stored[second].shape != stored[first].shape:
             found[second] = SUM_BUT_N
     return found
 

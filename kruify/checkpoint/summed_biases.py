@@ -27,6 +27,7 @@ def first_bias(second: str) -> str:
 
 
 def renamed(full: str, before: str, after: str) -> str:
+    """A full name with `after` where the tensor's own name begins with `before`; another name as it is."""
     owner, dot, name = full.rpartition(".")
     return owner + dot + after + name.removeprefix(before) if name.startswith(before) else full
 
@@ -49,6 +50,15 @@ def _inside(how: str, size: int) -> int:
 def sum_of(
     first: str, second: str, tensors: Mapping[str, LazyTensor], storage: Mapping[str, str]
 ) -> dict[str, LazyTensor]:
+    """The vectors of two biases as a file holds them: the sum, and what of b_hh is not in it, by their names.
+
+    Args:
+        first, second: full names of b_ih and b_hh, both (gates * hidden,).
+        storage: dtype of the first, which of `SUMS` the second is.
+
+    Raises:
+        UnsupportedError: on loading, a number is beyond the dtype.
+    """
     b_ih, b_hh, dtype = tensors[first], tensors[second], DTYPES[storage[first]]
     inside = _inside(storage[second], size := b_hh.numel)
 
@@ -67,8 +77,12 @@ def sum_of(
     return stored
 
 
-def second_bias(first: LazyTensor, rest: LazyTensor | None, how: str, where: str) -> LazyTensor:
-    """b_hh from the sum that it is in, and what of it stands beside: nothing, or b_hn."""
+def second_from_sum(first: LazyTensor, rest: LazyTensor | None, how: str, where: str) -> LazyTensor:
+    """b_hh, float32 of the shape of b_ih, from the sum that it is in, and what of it stands beside: nothing, or b_hn.
+
+    Raises:
+        CorruptError: what stands beside does not fit the sum.
+    """
     inside = _inside(how, size := first.numel)
     beside = None if rest is None else (rest.shape, rest.dtype)
     if len(first.shape) != 1 or beside != (None if how == SUM else ((size - inside,), first.dtype)):

@@ -24,15 +24,15 @@ DTYPES = {
     "int8": torch.int8,
     "int4": torch.uint8,
 }
-"""The dtypes that a weight can be stored in, and those of what a file holds: two int4 share a byte. All are computed in
-float32."""
+"""The dtypes that a weight can be stored in, the widest first, and those of what a file holds: two int4 share a byte.
+All are computed in float32."""
 
 INTEGERS = {"int8": 127, "int4": 7}
 """The dtypes that have scales, and their largest integers."""
 
 SCALES = torch.bfloat16
 """The dtype of scales."""
-CLIPPED = [1 - 0.07 * step for step in range(10)]  # of a row's largest magnitude, what can become 7
+CLIPPED = [1 - 0.07 * step for step in range(10)]  # shares of a row's largest magnitude that can become 7
 LEAST_SCALE = 2.0**-126  # the smallest normal float32: a row of zeros has a scale, too
 
 
@@ -88,23 +88,19 @@ def quantize_rows(tensor: Tensor, dims: Sequence[int], dtype: str = "int8") -> t
     """
     tensor = tensor.detach().float()
     largest = tensor.abs().amax(tuple(dims), keepdim=True)
-    scale = scale_of(largest, dtype)
-    values = _integers(tensor, scale, dtype)
-    if dtype == "int8":
-        return values, scale
+    scale = _clipping_scale(tensor, dims, largest) if dtype == "int4" else scale_of(largest, dtype)
+    return _integers(tensor, scale, dtype), scale
 
-    def error(values: Tensor, scale: Tensor) -> Tensor:
-        return (dequantize(values, scale) - tensor).square().sum(tuple(dims), keepdim=True)
 
-    least = error(values, scale)
-    for share in CLIPPED[1:]:
-        other = scale_of(share * largest, dtype)
-        clipped = _integers(tensor, other, dtype)
-        found = error(clipped, other)
-        less = found < least
-        least, scale = torch.where(less, found, least), torch.where(less, other, scale)
-        values = torch.where(less, clipped, values)
-    return values, scale
+def _clipping_scale(tensor: Tensor, dims: Sequence[int], largest: Tensor) -> Tensor:
+    """The scales of four bits, one of `CLIPPED` for each row, that leave the smallest sum of squared errors."""
+    best, least = scale_of(largest, "int4"), torch.full_like(largest, torch.inf)
+    for share in CLIPPED:
+        scale = scale_of(share * largest, "int4")
+        found = dequantize(_integers(tensor, scale, "int4"), scale)
+        error = (found - tensor).square().sum(tuple(dims), keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
 
 
 def in_pairs(shape: Sequence[int], dims: Sequence[int]) -> bool:

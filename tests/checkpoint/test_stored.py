@@ -109,11 +109,11 @@ def test_a_file_in_four_bits(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), small.state_dict().values(), strict=True))
     stored = {name: tensor.load() for name, tensor in checkpoint.stored.items()}
     factor = f"{NAME}.terms.0.factors.0"
-    for value, words in ((0x80, "outside of -7 to 7"), (0x08, "outside of -7 to 7")):
+    for value in (0x80, 0x08):
         stored[factor] = stored[factor].clone()
         stored[factor].view(-1)[0] = value
         write_safetensors(tmp_path / "b", stored, checkpoint.metadata)
-        with pytest.raises(CorruptError, match=words):
+        with pytest.raises(CorruptError, match="outside of -7 to 7"):
             kruify.verify(tmp_path / "b")
 
 
