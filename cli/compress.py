@@ -170,13 +170,8 @@ def compress(
                 made = report(model, options["output"], task=task, key=options["key"], progress=advance)
                 metrics = made.models[1].metrics
         before, after = checkpoint.weight_bytes, Path(options["output"]).stat().st_size
-        sizes = [counts("whole file", before, after, "bytes"), *map(str, done.slack)]
-        of_file = done.attempts[done.best].bytes is not None
-        if of_file:
-            out.show(*sizes)
+        out.show(counts("whole file", before, after, "bytes"), *map(str, done.slack))
         _show(out, done, before, found, metrics, options["output"])
-        if not of_file:
-            out.show(*sizes)
         if (timed := done.latency) is not None:
             out.show(
                 f"its layers take {timed['ratio']:.1f}x less time, {timed['wanted']:g}x asked for: "

@@ -98,7 +98,13 @@ def _shares(values: Iterable[float | None]) -> list[str]:
 
 
 def counts(words: str, before: int, after: int, of: str) -> str:
-    """A line on what was counted, of what, before and after."""
+    """A line such as "whole file  1,000 -> 100 bytes, 10.0x smaller", in columns.
+
+    Args:
+        words: what was counted.
+        before, after: how many.
+        of: their unit.
+    """
     return f"{words:19}  {before:>12,} -> {after:>12,} {of}, {before / max(1, after):.1f}x smaller"
 
 

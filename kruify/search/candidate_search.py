@@ -51,7 +51,7 @@ from kruify.tasks.evaluation import Evaluations
 from kruify.training import FinetuneResult, Recipe, finetune
 from kruify.training.digest import fingerprint
 
-DTYPES = ("int8", "int4")  # in which a network is tried under a budget of bytes, if none is said
+TRIED = ("int8", "int4")  # dtypes of the candidates under a budget of bytes, if none is given
 SHARE = 1 / 12  # of the epochs, for each candidate: a quarter cost g2p at 16x the file 1.7 points (benchmarks/recovery)
 LOWER = 1 / 3  # of the recipe's rate, which the best candidate is tried at, too: g2p at 8x the file gains 2.1 points
 
@@ -65,7 +65,7 @@ class CandidateSearch:
         source: the file that holds `dense`, if one does: files made from it carry some of its metadata.
         seed: of everything random.
         dtype, keep: how the weights of the converted network are stored (kruify.quantize); None is the better one of
-            `DTYPES` under a budget of bytes, else as they are computed.
+            `TRIED` under a budget of bytes, else as they are computed.
         selection: which matrices may be factored.
         log_dir: a folder for `history.csv` of every training, each in a folder of its own there.
         recipe: options of kruify.training.Recipe, such as epochs. With `lr` among them no other rate is tried.
@@ -150,7 +150,7 @@ class CandidateSearch:
         options |= {"selection": selection, "progress": self.progress}
         if limits.of_file:
             planner = partial(plan_by_loss, dense=self.dense, task=self.task)
-            files = [self.file(dtype) for dtype in ([self.dtype] if self.dtype else DTYPES)]
+            files = [self.file(dtype) for dtype in ([self.dtype] if self.dtype else TRIED)]
             files = [replace(file, layers=[*file.layers, *beside]) for file in files]
             found = make_size_candidates(files, budget, planner=planner, **options)
         elif limits.latency is not None:

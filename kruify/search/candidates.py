@@ -171,15 +171,18 @@ def make_size_candidates(
     planner: Callable[..., Plan] = plan_size,
     progress: Progress | None = None,
 ) -> list[Candidate]:
-    """Candidates under a budget of bytes: what the planner finds (kruify.conversion.size) for each way to store the
-    network, such as twice the numbers in four bits as in eight. Where every matrix can stay dense there is only that,
-    and a way in which not even the smallest file is within the budget is left out.
+    """Candidates under a budget of bytes: what the planner finds (kruify.conversion.size) for each of the files, which
+    store the network in different dtypes. One whose dtype cannot meet the budget is left out; where every matrix can
+    stay dense the next ones are.
 
     Low rank of stacked gates at one share was another one, and half low rank, half blocks of entries per gate: the
     former led in no cell of benchmarks/recovery once plans went by the loss, the latter in one of nine.
 
+    Args:
+        files: in the order of their candidates.
+
     Raises:
-        PlanError: the budget cannot be met in any of them.
+        PlanError: the budget cannot be met in any dtype.
     """
     options = {"moments": moments, "searches": searches, "progress": progress, **selection.patterns()}
     found: list[Candidate] = []
@@ -220,7 +223,7 @@ def make_latency_candidates(
     return [Candidate(timed.plan, moments, dtype, result.to_json()) for timed in found]
 
 
-def stacked_low_rank(layers: Sequence[RecurrentLayer], share: float, selection: Selection = EVERYTHING) -> Plan | None:
+def stacked_low_rank(layers: Sequence[RecurrentLayer], share: float) -> Plan | None:
     """Low rank of stacked gates that keeps this share of the numbers of every matrix that is not narrow; None where
     not even rank 1 does."""
     specs = {
@@ -229,7 +232,7 @@ def stacked_low_rank(layers: Sequence[RecurrentLayer], share: float, selection: 
         for weight in layer.weights
         if layer.shape(weight)[1] >= NARROW
     }
-    return selection.plan(layers, specs)
+    return EVERYTHING.plan(layers, specs)
 
 
 def _stacked_low_rank(layer: RecurrentLayer, rows: int, cols: int, share: float) -> str | None:

@@ -176,25 +176,23 @@ def compress(
         choice = search.choose(found, folder, on_candidate=on_candidate, ray=ray)
         state.keep(**choice.to_json())
     candidate, learnt = choice.candidate, dict[str, Tensor]()
-    best, best_run, best_candidate, tried = 0, None, candidate, list[Attempt]()
-    notes, slack = dict[str, str](), list[Slack]()
+    best, tried = 0, list[Attempt]()
     while True:
         student, conversion = search.convert(candidate)
         student.load_state_dict({**student.state_dict(), **learnt})
         number = len(tried) + 1
         kept_in = None if folder is None else folder / f"attempt-{number}"
         run = search.train(student, candidate.lr, kept_in, f"attempt {number}")
-        own_notes = search.notes(candidate, run, budget)
-        own_slack = search.slack(candidate, budget, own_notes)
-        size = next((limit.used for limit in own_slack if limit.of == "bytes"), None)
+        notes = search.notes(candidate, run, budget)
+        slack = search.slack(candidate, budget, notes)
+        size = next((limit.used for limit in slack if limit.of == "bytes"), None)
         attempt = _attempt(search, conversion, search.evaluations.measure(run.model, "valid"), size)
         tried.append(attempt)
         if on_attempt is not None:
             on_attempt(attempt)
         within = allowed is None or attempt.drop <= allowed
-        if within or best_run is None or attempt.drop < tried[best].drop:
-            best, best_run, best_candidate = len(tried) - 1, run, candidate
-            notes, slack = own_notes, own_slack
+        if within or len(tried) == 1 or attempt.drop < tried[best].drop:
+            best, best_run, best_notes, best_slack = len(tried) - 1, run, notes, slack
         before, stop = candidate.plan, within or len(tried) == attempts or not conversion.matrices
         if not stop:
             worst = _most_lost(conversion)
@@ -211,10 +209,10 @@ def compress(
         attempts=tried,
         latency=choice.candidate.latency,
         allowed=allowed,
-        slack=slack,
-        lr=best_candidate.lr,
+        slack=best_slack,
+        lr=candidate.lr,
         history=best_run.to_json()["history"],
-        notes=notes,
+        notes=best_notes,
     )
 
 
