@@ -17,8 +17,8 @@ from kruify.layers.storage import mark, within
 
 @dataclass(frozen=True)
 class Layers:
-    """The recurrent layers of a checkpoint, whichever of their matrices are factored, and factored ones beside them if
-    these were asked for.
+    """The recurrent layers of a checkpoint, factored or not, and beside them, where `layers_of` is asked for these,
+    the factored linear layers and embeddings.
 
     Attributes:
         items: layer -> structures of its factored matrices by weight name, empty for a dense layer.

@@ -141,8 +141,8 @@ def calibrate(
     if done == 0:
         raise TaskError(f"the task gave no batch to calibrate on in split '{split}'")
     if layers.keys() - {*beside} and not found.keys() - {f"{name}.weight" for name in beside}:
-        what = "its forward pass calls none of the recurrent layers, whose errors would be weighed"
-        raise TaskError(what, type(task).__name__, "Convert without it")
+        what = "its forward pass calls none of the recurrent layers, so that their errors cannot be weighed"
+        raise TaskError(what, type(task).__name__, "Let it run the model as a whole, or convert without a task")
     check_finite(found)
     return found
 

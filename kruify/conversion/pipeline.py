@@ -212,7 +212,8 @@ def convert(
     elif moments is not None and moments.keys().isdisjoint(
         layer.full_name(w) for layer in layers for w in layer.weights
     ):
-        raise UsageError("none of its matrices has one of the names of the moments", where, "Use its own names")
+        what = "the moments name none of its recurrent or input matrices"
+        raise UsageError(what, where, "Name them as its state dict does")
     skip, overrides = without_dense(layers, tensors, only, skip, overrides)
     if whole is None:
         file = FileSize(tensors, layers, dtype or "float32", keep, seed, extra, sha256, before)
@@ -239,10 +240,8 @@ def convert(
     if dtype is not None:
         plan = with_dense(plan, layers)
     if not plan.layers and by_plan:
-        what = "the plan names no recurrent layer: without factors they are converted with a dtype"
-        raise UsageError(
-            what, where, "Give --dtype float32, or int8, which is smaller, or a plan with recurrent layers"
-        )
+        what = "the plan names no recurrent layer, and one without factors is converted only with a dtype"
+        raise UsageError(what, where, "Give --dtype float32 or a smaller one, or a plan with recurrent layers")
     if not plan.layers:
         raise UsageError("nothing is left to convert", where, "Give --only, --skip and --set other patterns")
     future = planned(tensors, plan)

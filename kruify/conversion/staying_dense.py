@@ -1,4 +1,5 @@
-"""Patterns that name what stays dense anyway: no recurrent layer that can be converted, and none factored beside."""
+"""Patterns for what stays dense anyway: neither a recurrent layer that can be converted nor a layer that is factored
+beside these."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def without_dense(
     overrides: Mapping[str, str] | None,
 ) -> tuple[list[str], dict[str, str]]:
     """`skip` and `overrides` without patterns that leave dense what stays dense anyway: `make_plan`, which knows only
-    `layers`, refuses them as matching nothing.
+    `layers`, would refuse them as matching nothing.
 
     Args:
         layers: what may be factored.
@@ -31,12 +32,12 @@ def without_dense(
         only, skip, overrides: patterns as in `conversion.plan.make_plan`.
 
     Raises:
-        PlanError: a pattern is to factor only what stays dense.
+        PlanError: a pattern asks for factors, and all that it matches stays dense.
     """
     known, dense = all_names(layers), _dense(layers, tensors)
 
     def named(pattern: str) -> str | None:
-        """A tensor that the pattern means, where it means only such as stay dense."""
+        """A tensor that the pattern matches; None where it matches nothing or what may be factored."""
         if any(matches(name, pattern) for name in known):
             return None
         return next((tensor for name, tensor in dense.items() if matches(name, pattern)), None)

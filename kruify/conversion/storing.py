@@ -29,7 +29,7 @@ from kruify.progress import Progress
 from kruify.quantization import DTYPES, INTEGERS, in_pairs
 
 BIAS_DTYPE = "float16"
-"""Of biases of recurrent layers, where matrices are stored as int8."""
+"""Of biases of recurrent layers, where matrices are stored as integers."""
 
 
 def check_storage(dtype: str | None, keep: Sequence[str] = (), graph: bool = False) -> None:
@@ -49,8 +49,8 @@ def storage_for(
 
     int8 is for Kronecker matrices (factors, sparse residual) and tensors with two or more dimensions; biases of
     recurrent layers, which are as large as small factors, are float16 then, and one vector where they are only added
-    (`checkpoint.summed_biases.SUMS`). int4 is for the same, but dense tensors whose rows are of an odd number of
-    entries stay int8. float16 and bfloat16 are for all real numbers.
+    (`checkpoint.summed_biases.SUMS`). int4 is for the same, but dense tensors whose rows are not `in_pairs` stay
+    int8. float16 and bfloat16 are for all real numbers.
 
     Args:
         keep: globs of weights, or of modules with all their weights, that stay float32, under all names that they have.
@@ -68,7 +68,8 @@ def storage_for(
     kept = {weights[other] for name in lazy if matching[weights[name]] for other in same[name]}
     found: dict[str, str] = {}
     for name, tensor in lazy.items():
-        weight, matrix = weights[name], weights[name] if weights[name] in matrices else None
+        weight = weights[name]
+        matrix = weight if weight in matrices else None
         if dtype in (None, "float32") or weight in kept or not tensor.dtype.is_floating_point:
             continue
         if dtype not in INTEGERS or (matrix and name == matrix + VALUES):

@@ -20,7 +20,7 @@ from kruify.ops.reference import State
 if TYPE_CHECKING:
     from kruify.layers.recurrent import RecurrentLayer
 
-BACKENDS: dict[str, Backend] = {  # by the name that users give, but for int8: what is stored so is computed so
+BACKENDS: dict[str, Backend] = {  # by the name that users give, but for int8: of what is stored as integers
     "int8": int8.Int8Backend(),
     "kernel": CompiledBackend(),
     "dense": dense.TorchBackend(),

@@ -1,4 +1,4 @@
-"""The eight-bit backend: layers whose weights are stored as int8 are computed in integers. CPU, inference."""
+"""The eight-bit backend: layers whose weights are stored as integers are computed in integers. CPU, inference."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def names_in_integers(layer: RecurrentLayer | KRUCellBase, weights: Weights) -> 
 
 
 def serves(layer: RecurrentLayer | KRUCellBase, x: Tensor, state: State = ()) -> bool:
-    """Whether the eight-bit kernels compute the layer or cell: its recurrent matrices are stored as int8, dense or
-    of low rank (`_is_low_rank`; with a diagonal and a sparse residual, if any), all is float32 on the CPU, and nobody
-    asks for derivatives."""
+    """Whether the eight-bit kernels compute the layer or cell: its recurrent matrices are stored as integers, dense
+    or of low rank (`_is_low_rank`; with a diagonal and a sparse residual, if any), all is float32 on the CPU, and
+    nobody asks for derivatives."""
     if traced() or torch.is_autocast_enabled("cpu"):
         return False
     dense, recurrent = dense_stored_as(layer, INTEGERS), layer.recurrent_weights()
@@ -144,7 +144,7 @@ def _outer_products(term: KroneckerTerm) -> tuple[Tensor, Tensor]:
 def _run_direction(
     kind: str,  # a key of kruify.ops.reference.GATES
     batch_sizes: Tensor,  # (steps,) int64 on the CPU, descending
-    dense: list[Tensor],  # the dense weights that are stored as int8
+    dense: list[Tensor],  # the dense weights that are stored as integers
     weights: Weights,
     data: Tensor,  # (sum of batch_sizes, features)
     state: State,  # each (batch_sizes[0], size)

@@ -204,7 +204,7 @@ def test_moments_and_tasks_that_weigh_nothing_are_refused(tmp_path: Path) -> Non
             return found
 
     dense, wrapped = Words(), nn.DataParallel(Words())
-    with pytest.raises(UsageError, match="names of the moments"):
+    with pytest.raises(UsageError, match="moments name none"):
         kruify.convert(dense, "2x2", moments=calibrate(wrapped, Echo()))
     with pytest.raises(TaskError, match="calls none of the recurrent layers"):
         kruify.convert(dense, "2x2", task=Unheard())
