@@ -102,7 +102,7 @@ def restored(values: LazyTensor, scale: LazyTensor | None, counts: LazyTensor | 
     """The float32 tensor of what `integers` gave, or with the `counts` of its index `integer_blocks`.
 
     Raises:
-        CorruptError: scales or counts do not fit; on loading, numbers that none of them gives.
+        CorruptError: scales or counts do not fit; on loading, numbers that neither gives.
     """
     if scale is None or scale.dtype not in (SCALES, torch.float32):  # float32 in schema 2
         raise CorruptError("it is of integers and has no scales", where, AGAIN)

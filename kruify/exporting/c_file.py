@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kruify.conversion import densify, quantize
+from kruify.conversion.storing import store_as
 from kruify.errors import UnsupportedError, UsageError
 from kruify.exporting.c_source import identifier, layer_source
 from kruify.exporting.check import TOLERANCE, Embedded, Exported, Run, difference, layer_cases, write_checked
@@ -61,8 +62,9 @@ def export_c(
     path, compiler, layer = Path(path), _compiler(), interface.layer
     whole = densify(given) if dense else given
     biases = [weight for weight, _ in whole.named_parameters() if weight.startswith("bias_")]  # C has no 16-bit floats
-    dtype = "int4" if "int4" in marks(whole).values() else "int8"  # its own integers, each in a byte
-    stored = quantize(whole, dtype, keep=biases)
+    four = {weight: dtype for weight, dtype in marks(whole).items() if dtype == "int4"}  # these stay, each in a byte
+    stored = quantize(whole, "int8", keep=[*biases, *four])
+    stored = store_as(stored, {**marks(stored), **four})
     # Dense layers of torch.nn stand for them: a thousand steps through the factors take seconds.
     original, exact = (densify(m.double()) for m in (copy.deepcopy(given), copy.deepcopy(stored)))
     long = next(layer_cases(interface, torch.float32, sizes=LONG))

@@ -99,6 +99,12 @@ def test_layer_of_torch_is_rounded_to_eight_bits(tmp_path: Path) -> None:
     assert exported.embedded and 1e-4 < exported.embedded.rounding < 0.1
 
 
+def test_what_int4_keeps_is_rounded_to_eight_bits(tmp_path: Path) -> None:
+    small = kruify.quantize(nn.LSTM(6, 8), "int4", keep=["weight_ih_l0"])
+    exported = export_c(small, tmp_path / "layer.c")
+    assert exported.embedded and 1e-5 < exported.embedded.rounding < 0.01  # in four bits about 0.05
+
+
 def test_cell_and_dense(tmp_path: Path) -> None:
     cell, x = nn.GRUCell(3, 4), torch.randn(9, 3)
     small = kruify.quantize(kruify.convert(cell, "2x2")[0], "int8")
