@@ -22,7 +22,7 @@ from kruify.layers import KroneckerMatrix
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-from small_graphs import BATCH, IN, H, folded, lstm_step, node, run, save, value, weights  # noqa: E402
+from small_graphs import BATCH, IN, STEPS, H, folded, lstm_step, node, run, save, value, weights  # noqa: E402
 
 EXACT = f"{H}*({H}x1,1x{H})", f"{IN}*({H}x1,1x{IN})"
 """Low rank of full rank, of W_hh and of W_ih."""
@@ -239,6 +239,21 @@ def test_the_graph_of_a_converted_file(tmp_path: Path) -> None:
     assert made.bytes == (tmp_path / "b.onnx").stat().st_size and made.graph.difference > 0
     with pytest.raises(UsageError, match="not converted from an ONNX model"):
         kruify.export(path, "onnx", tmp_path / "d.onnx", original=path)
+
+
+def test_integers_of_four_bits_have_a_byte_each_in_a_graph(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.onnx", [node("LSTM")], weights("LSTM"))
+    kruify.convert(path, "2*(8x1,1x8)", dtype="int4", output=tmp_path / "a.kru.safetensors")
+    kruify.export(tmp_path / "a.kru.safetensors", "onnx", tmp_path / "b.onnx", original=path)
+    made = [onnx.numpy_helper.to_array(p) for p in onnx.load(tmp_path / "b.onnx").graph.initializer]
+    assert {np.abs(array).max() for array in made if array.dtype == np.int8} == {7}
+    [layer] = kruify.load(tmp_path / "a.kru.safetensors").values()
+    x = torch.from_numpy(np.random.default_rng(1).normal(0, 1, (STEPS, BATCH, IN)).astype("f4"))
+    with torch.no_grad():
+        wanted = kruify.densify(layer)(x)[0]
+    np.testing.assert_allclose(run(tmp_path / "b.onnx")[0][:, 0], wanted, atol=1e-5)
+    with pytest.raises(UsageError, match="Take int8 for an ONNX graph"):
+        kruify.convert(path, "2*(8x1,1x8)", dtype="int4", output=tmp_path / "d.onnx")
 
 
 def test_both_graphs_are_run_and_compared(tmp_path: Path) -> None:

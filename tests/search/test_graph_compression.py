@@ -420,6 +420,7 @@ def test_the_command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("change", "kind", "message"),
     [
         ({"budget": "8x"}, UsageError, "a budget of bytes"),
+        ({"dtype": "int4"}, UsageError, "Take int8 for an ONNX graph"),
         ({"budget": "size=100"}, PlanError, "the smallest file that was found takes"),
         ({"samples": Samples(lambda: iter([]))}, TaskError, "no sample to calibrate on"),
         ({"samples": [3]}, TaskError, "sample 0 is a int, not a dict"),
