@@ -152,7 +152,7 @@ class CandidateSearch:
             planner = partial(plan_by_loss, dense=self.dense, task=self.task)
             files = [self.file(dtype) for dtype in ([self.dtype] if self.dtype else TRIED)]
             files = [replace(file, layers=[*file.layers, *beside]) for file in files]
-            found = make_size_candidates(files, budget, planner=planner, **options)
+            found = make_size_candidates(files, budget, planner=planner, first=not self.share, **options)
         elif limits.latency is not None:
             found = make_latency_candidates(self.file(self.dtype or "float32"), self.dtype, budget, **options)
         else:

@@ -169,6 +169,7 @@ def make_size_candidates(
     searches: Searches | None = None,
     selection: Selection = EVERYTHING,
     planner: Callable[..., Plan] = plan_size,
+    first: bool = False,
     progress: Progress | None = None,
 ) -> list[Candidate]:
     """Candidates under a budget of bytes: what the planner finds (kruify.conversion.size) for each of the files, which
@@ -180,6 +181,7 @@ def make_size_candidates(
 
     Args:
         files: in the order of their candidates.
+        first: stop at the first candidate, where none is to be tried.
 
     Raises:
         PlanError: the budget cannot be met in any dtype.
@@ -193,7 +195,7 @@ def make_size_candidates(
             if not found and file is files[-1]:
                 raise
             continue
-        if not found[-1].plan.items:
+        if first or not found[-1].plan.items:
             break
     return found
 

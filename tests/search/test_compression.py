@@ -329,8 +329,10 @@ def test_layers_beside_alone_are_candidates_in_both_dtypes() -> None:
     net = nn.ModuleDict({"rnn": nn.GRU(2, 8), "out": nn.Linear(64, 64)})
     layers = [*locate(net).layers, describe("out", net["out"])]
     files = [FileSize(net.state_dict(), layers, dtype) for dtype in ("int8", "int4")]
-    found = make_size_candidates(files, f"size={files[0].of(Plan()) - 500}", selection=Selection(skip=("rnn",)))
+    budget, options = f"size={files[0].of(Plan()) - 500}", {"selection": Selection(skip=("rnn",))}
+    found = make_size_candidates(files, budget, **options)
     assert [candidate.dtype for candidate in found] == ["int8", "int4"]
+    assert make_size_candidates(files, budget, first=True, **options) == found[:1]
 
 
 @pytest.mark.parametrize("share", [0.85, 1.0])
