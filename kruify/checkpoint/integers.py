@@ -121,13 +121,15 @@ def restored(values: LazyTensor, scale: LazyTensor | None, counts: LazyTensor | 
     def load() -> Tensor:
         numbers, factor = values.load(), scale.load()
         numbers = unpack(numbers, dim) if packed else numbers
-        if not bool(((factor > 0) & (factor.float() * most).isfinite()).all()):
-            raise CorruptError("it has scales that are not positive and finite", where, AGAIN)
         if bool((numbers < -most).any()):
             raise CorruptError(f"it has integers outside of -{most} to {most}", where, AGAIN)
+        positive = bool((factor > 0).all())
         if counts is not None:
             factor = factor.repeat_interleave(checked_counts(counts, shape[0], where), dim=0)
-        return dequantize(numbers, factor)
+        found = dequantize(numbers, factor)
+        if not (positive and bool(found.isfinite().all())):
+            raise CorruptError("it has scales that are not positive and finite", where, AGAIN)
+        return found
 
     parts = [part.identity for part in (values, scale, counts) if part is not None]
     return LazyTensor(shape, torch.float32, load, derived("float32", *parts))

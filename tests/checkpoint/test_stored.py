@@ -133,8 +133,9 @@ def test_bytes_of_an_older_file_are_the_networks(tmp_path: Path) -> None:
 def test_large_weights_have_scales(dtype: str) -> None:
     """Whatever times its scale is a number of float32."""
     weight = {"w": torch.tensor([[3e38, 1e38, -2e38, 0.0]])}
-    back = loaded(decode(encode(weight, {"w": dtype}, {}), {"w": dtype}, set(), "here"))["w"]
-    torch.testing.assert_close(back, weight["w"], rtol=0, atol=3e37)
+    for packed in (True, False):
+        back = loaded(decode(encode(weight, {"w": dtype}, {}, packed), {"w": dtype}, set(), "here"))["w"]
+        torch.testing.assert_close(back, weight["w"], rtol=0, atol=3e37)
 
 
 def test_wide_matrices_have_wide_columns() -> None:
