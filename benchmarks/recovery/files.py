@@ -15,7 +15,7 @@ from kruify.conversion.plan import Plan, make_plan
 from kruify.conversion.sensitivity import mean_loss
 from kruify.conversion.size import FileSize, largest_within
 from kruify.errors import PlanError
-from kruify.search.candidates import stacked_low_rank
+from kruify.search.graph_ranks import stacked_low_rank
 from kruify.tasks.base import Task
 
 FilePlan = Callable[[nn.Module, Task, str], Plan]  # the dense network, its task, the budget

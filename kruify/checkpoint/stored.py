@@ -121,7 +121,7 @@ def told_storage(stored: Mapping[str, LazyTensor], matrices: Container[str], sch
         weight, base, scale = _owner(name, matrices) or name, name.removesuffix(SCALE), stored.get(name + SCALE)
         if base != name and base in stored and stored[base].dtype in held:
             continue
-        if tensor.dtype == torch.uint8 and (schema < 5 or scale is None or scale.dtype != SCALES):
+        if tensor.dtype == torch.uint8 and (tensor.dtype not in held or scale is None or scale.dtype != SCALES):
             continue  # bytes of the network's own
         if tensor.dtype in _DTYPE and found.get(weight) != "int4":  # some of its factors have eight bits
             found[weight] = _DTYPE[tensor.dtype]

@@ -179,14 +179,17 @@ class CandidateSearch:
             options["log_dir"] = self._log_dir / name.replace(" ", "-")
         return finetune(student, self.task, teacher=copy.deepcopy(self.dense), resume=state, **options)
 
-    def notes(self, candidate: Candidate, outcome: FinetuneResult, budget: str) -> dict[str, str]:
-        """What a file says of its training, as far as a budget of bytes leaves room for it."""
+    def notes(self, candidate: Candidate, outcome: FinetuneResult, budget: str) -> tuple[dict[str, str], list[Slack]]:
+        """What a file says of its training, as far as a budget of bytes leaves room for it, and what the limits of the
+        budget allow and the candidate takes with that."""
         history, recipe = outcome.to_json()["history"], {**self.settings["recipe"], "lr": candidate.lr}
         notes = {"kruify.history": to_text(history), "kruify.recipe": to_text(recipe)}
-        slack = self.slack(candidate, budget, notes)
-        return notes if all(s.used <= s.allowed for s in slack if s.of == "bytes") else {}
+        slack = self._slack(candidate, budget, notes)
+        if all(s.used <= s.allowed for s in slack if s.of == "bytes"):
+            return notes, slack
+        return {}, self._slack(candidate, budget, {})
 
-    def slack(self, candidate: Candidate, budget: str, notes: Mapping[str, str]) -> list[Slack]:
+    def _slack(self, candidate: Candidate, budget: str, notes: Mapping[str, str]) -> list[Slack]:
         """What the limits of a budget allow, and how much of it a candidate takes, in a file with these notes."""
         if not parse_budget(budget).of_file:
             return slack_of(candidate.plan, budget)

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from kruify.checkpoint.file_bytes import parsed
-from kruify.conversion.beside import NARROW
 from kruify.conversion.budget import Searches, make_budget_plan, parse_budget
 from kruify.conversion.calibration import Moments
 from kruify.conversion.latency import timed_plans
@@ -223,25 +222,6 @@ def make_latency_candidates(
     if found[0].plan.layers and others:
         found.append(max(others, key=lambda other: other.energy))
     return [Candidate(timed.plan, moments, dtype, result.to_json()) for timed in found]
-
-
-def stacked_low_rank(layers: Sequence[RecurrentLayer], share: float) -> Plan | None:
-    """Low rank of stacked gates that keeps this share of the numbers of every matrix that is not narrow; None where
-    not even rank 1 does."""
-    specs = {
-        layer.full_name(weight): _stacked_low_rank(layer, *layer.shape(weight), share)
-        for layer in layers
-        for weight in layer.weights
-        if layer.shape(weight)[1] >= NARROW
-    }
-    return EVERYTHING.plan(layers, specs)
-
-
-def _stacked_low_rank(layer: RecurrentLayer, rows: int, cols: int, share: float) -> str | None:
-    """A spec of all gates of one matrix, (rows, cols) each; None where not even rank 1 fits."""
-    rows *= len(layer.gates)
-    rank = int(share * rows * cols) // (rows + cols + keeps_scales(layer))
-    return f"stacked:{rank}*({rows}x1,1x{cols})" if rank else None
 
 
 def half_and_half(rows: int, cols: int, share: float, scaled: bool = False) -> str | None:

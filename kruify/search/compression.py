@@ -183,8 +183,7 @@ def compress(
         number = len(tried) + 1
         kept_in = None if folder is None else folder / f"attempt-{number}"
         run = search.train(student, candidate.lr, kept_in, f"attempt {number}")
-        notes = search.notes(candidate, run, budget)
-        slack = search.slack(candidate, budget, notes)
+        notes, slack = search.notes(candidate, run, budget)
         size = next((limit.used for limit in slack if limit.of == "bytes"), None)
         attempt = _attempt(search, conversion, search.evaluations.measure(run.model, "valid"), size)
         tried.append(attempt)

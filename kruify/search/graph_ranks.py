@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kruify.conversion.beside import NARROW
 from kruify.conversion.calibration import Moments
-from kruify.conversion.plan import Plan, make_plan
+from kruify.conversion.locate import RecurrentLayer
+from kruify.conversion.plan import Plan, keeps_scales, make_plan
 from kruify.decomposition.fitting import metric_of
 from kruify.decomposition.weighted import Weighted
-from kruify.search.candidates import stacked_low_rank
+from kruify.search.candidates import EVERYTHING
 from kruify.search.source_graph import SourceGraph
 
 
@@ -73,3 +75,22 @@ class GraphRanks:
         return [
             make_plan(list(graph.layers.values()), "dense", "dense", chosen=found) for graph, found in specs.items()
         ]
+
+
+def stacked_low_rank(layers: Sequence[RecurrentLayer], share: float) -> Plan | None:
+    """Low rank of stacked gates that keeps this share of the numbers of every matrix that is not narrow; None where
+    not even rank 1 does."""
+    specs = {
+        layer.full_name(weight): _stacked_low_rank(layer, *layer.shape(weight), share)
+        for layer in layers
+        for weight in layer.weights
+        if layer.shape(weight)[1] >= NARROW
+    }
+    return EVERYTHING.plan(layers, specs)
+
+
+def _stacked_low_rank(layer: RecurrentLayer, rows: int, cols: int, share: float) -> str | None:
+    """A spec of all gates of one matrix, (rows, cols) each; None where not even rank 1 fits."""
+    rows *= len(layer.gates)
+    rank = int(share * rows * cols) // (rows + cols + keeps_scales(layer))
+    return f"stacked:{rank}*({rows}x1,1x{cols})" if rank else None

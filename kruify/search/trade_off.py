@@ -262,7 +262,7 @@ def _make(search: CandidateSearch, folder: Path, split: str, budget: str) -> Poi
     student, conversion = search.convert(choice.candidate)
     outcome = search.train(student, choice.candidate.lr, run, stem.name)
     model = outcome.model.cpu()
-    sha256, extra = "", search.notes(choice.candidate, outcome, budget)
+    sha256, (extra, _) = "", search.notes(choice.candidate, outcome, budget)
     if search.source is not None:
         carried, sha256, _ = search.source
         extra = {**carried, **extra}

@@ -24,9 +24,9 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from kruify.graphs.operators import OPERATORS  # noqa: E402
-from kruify.search.candidates import stacked_low_rank  # noqa: E402
 from kruify.search.graph_compression import compress_graph  # noqa: E402
 from kruify.search.graph_job import GraphJob  # noqa: E402
+from kruify.search.graph_ranks import stacked_low_rank  # noqa: E402
 from kruify.search.recording import recording_chain  # noqa: E402
 from kruify.search.samples import Samples  # noqa: E402
 from kruify.search.whole_graph import distil  # noqa: E402
