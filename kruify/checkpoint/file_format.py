@@ -18,10 +18,10 @@ from kruify.checkpoint.parametrised import SOURCES, Computed
 from kruify.checkpoint.writing import TIES
 from kruify.errors import CorruptError, UnsupportedError
 
-SCHEMA = 5
+SCHEMA = 6
 """The schema that this version writes: 2 stores weights in fewer bits and sparse indices by rows, 3 scales as bfloat16,
 4 the sum of two biases as one, one scale for each column of low rank, a compact plan, and `STORAGE` only where dtypes
-do not tell it, 5 integers of four bits. All older ones can be read."""
+do not tell it, 5 integers of four bits, 6 with steps that are not equal. All older ones can be read."""
 
 STORAGE = "kruify.storage"
 """The metadata entry that names the weights which are stored in fewer bits than they are computed in. Without it, up

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from kruify.checkpoint.sparse_index import checked_counts
 from kruify.checkpoint.tensors import LazyTensor, derived
 from kruify.errors import CorruptError, UnsupportedError
 from kruify.quantization import (
-    INTEGERS,
+    EQUAL_LEVELS,
+    LARGEST,
+    LEVELS,
     SCALES,
     dequantize,
     in_pairs,
@@ -52,20 +54,32 @@ def _shares(name: str, factor: LazyTensor, others: Mapping[str, LazyTensor]) -> 
 
 
 def integers(
-    name: str, tensor: LazyTensor, dims: tuple[int, ...], dtype: str, packed: bool = True
+    name: str,
+    tensor: LazyTensor,
+    dims: tuple[int, ...],
+    dtype: str,
+    packed: bool,
+    known: MutableMapping[str, Tensor],
 ) -> dict[str, LazyTensor]:
-    """A tensor, and its scales, stored as `dtype`, a key of `INTEGERS`; four bits are for rows of an even number of
+    """A tensor, and its scales, stored as `dtype`, one of `INTEGERS`; four bits are for rows of an even number of
     entries (`in_pairs`), others get eight.
 
     Args:
         packed: two integers of four bits share a byte.
+        known: the scales to take for four bits, by name; where there are none, those that are found are added.
     """
     if not in_pairs(tensor.shape, dims):
         dtype = "int8"
     packed = packed and dtype == "int4"
 
     def part(which: int) -> Callable[[], Tensor]:
-        return lambda: _named(name, lambda: quantize_rows(tensor.load(), dims, dtype))[which]
+        def quantized() -> tuple[Tensor, Tensor]:
+            both = quantize_rows(tensor.load(), dims, dtype, known.get(name))
+            if dtype == "int4":  # a search; the scales of eight bits follow the largest magnitudes
+                known[name] = both[1]
+            return both
+
+        return lambda: _named(name, quantized)[which]
 
     values, scales = part(0), tuple(1 if d in dims else n for d, n in enumerate(tensor.shape))
     shape = tuple(n // 2 if packed and d == dims[-1] else n for d, n in enumerate(tensor.shape))
@@ -98,18 +112,23 @@ def integer_blocks(name: str, values: LazyTensor, index: LazyTensor, rows: int) 
     }
 
 
-def restored(values: LazyTensor, scale: LazyTensor | None, counts: LazyTensor | None, where: str) -> LazyTensor:
+def restored(
+    values: LazyTensor, scale: LazyTensor | None, counts: LazyTensor | None, where: str, equal: bool = False
+) -> LazyTensor:
     """The float32 tensor of what `integers` gave, or with the `counts` of its index `integer_blocks`.
+
+    Args:
+        equal: integers of four bits are `EQUAL_LEVELS`.
 
     Raises:
         CorruptError: scales or counts do not fit; on loading, numbers that neither gives.
     """
     if scale is None or scale.dtype not in (SCALES, torch.float32):  # float32 in schema 2
         raise CorruptError("it is of integers and has no scales", where, AGAIN)
-    shape, dim, most = values.shape, 0, INTEGERS["int8"]
+    shape, dim, least = values.shape, 0, -LARGEST
     if packed := values.dtype == torch.uint8:
         dim = max((d for d, n in enumerate(shape) if n > 1), default=0)  # rows are longer than two (`in_pairs`)
-        most = INTEGERS["int4"]
+        least = -7 if equal else least
         shape = tuple(2 * n if d == dim else n for d, n in enumerate(shape))
     groups = scale.shape if counts is None else (*counts.shape, 1)
     alike = len(groups) == len(shape) and all(
@@ -120,9 +139,9 @@ def restored(values: LazyTensor, scale: LazyTensor | None, counts: LazyTensor | 
 
     def load() -> Tensor:
         numbers, factor = values.load(), scale.load()
-        numbers = unpack(numbers, dim) if packed else numbers
-        if bool((numbers < -most).any()):
-            raise CorruptError(f"it has integers outside of -{most} to {most}", where, AGAIN)
+        numbers = unpack(numbers, dim, EQUAL_LEVELS if equal else LEVELS) if packed else numbers
+        if bool((numbers < least).any()):
+            raise CorruptError(f"it has integers outside of {least} to {-least}", where, AGAIN)
         positive = bool((factor > 0).all())
         if counts is not None:
             factor = factor.repeat_interleave(checked_counts(counts, shape[0], where), dim=0)

@@ -207,7 +207,7 @@ def _finish(path: Path, contents: Contents) -> Checkpoint:
         tensors, computed, unknown = compute_weights(stored)
     else:
         computed, unknown, storage = {}, {}, read_storage(contents.metadata, stored, schema, path)
-        tensors = decode(stored, storage, matrix_names(contents.metadata), path)
+        tensors = decode(stored, storage, matrix_names(contents.metadata), path, schema)
     return Checkpoint(
         path=path,
         format=contents.format,

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, MutableMapping
 
 import torch
 from torch import Tensor
@@ -29,7 +29,11 @@ Sizes = Mapping[str, tuple[int, int]]
 
 
 def encode(
-    tensors: Mapping[str, Tensor | LazyTensor], storage: Mapping[str, str], matrices: Sizes, packed: bool = True
+    tensors: Mapping[str, Tensor | LazyTensor],
+    storage: Mapping[str, str],
+    matrices: Sizes,
+    packed: bool = True,
+    scales: MutableMapping[str, Tensor] | None = None,
 ) -> dict[str, LazyTensor]:
     """The tensors as a file stores them.
 
@@ -39,12 +43,14 @@ def encode(
             a b_hh -> one of `SUMS`, where its b_ih has one of 16 bits.
         matrices: the Kronecker matrices among them.
         packed: two integers of four bits share a byte, as in a file; else each has its own.
+        scales: tensor -> the scales to take for its integers of four bits; where there are none, those that are found
+            are added.
 
     Raises:
         UnsupportedError: the name of a scale is taken; on loading, a number has no form in the dtype.
     """
     lazy, stored = as_lazy(tensors), dict[str, LazyTensor]()
-    sums = summed(storage)
+    sums, scales = summed(storage), {} if scales is None else scales
     for name, tensor in lazy.items():
         matrix = _owner(name, matrices)
         dtype = storage.get(matrix or name, "")
@@ -57,7 +63,7 @@ def encode(
         elif matrix and name == matrix + VALUES and dtype in INTEGERS:
             stored |= integer_blocks(name, tensor, lazy[matrix + INDEX], matrices[matrix][0])
         elif dtype in INTEGERS and (dims := integer_dims(name, tensor, matrix, lazy)):
-            stored |= integers(name, tensor, dims, dtype, packed)
+            stored |= integers(name, tensor, dims, dtype, packed, scales)
         elif dtype in ("float16", "bfloat16") and tensor.dtype.is_floating_point:
             stored[name] = narrow(name, tensor, DTYPES[dtype])
         else:
@@ -68,7 +74,11 @@ def encode(
 
 
 def decode(
-    stored: Mapping[str, LazyTensor], storage: Mapping[str, str], matrices: Container[str], where: object
+    stored: Mapping[str, LazyTensor],
+    storage: Mapping[str, str],
+    matrices: Container[str],
+    where: object,
+    schema: int = SCHEMA,
 ) -> dict[str, LazyTensor]:
     """The tensors of a model from those of a file, the weights of `storage` in float32: the inverse of `encode`.
 
@@ -89,7 +99,7 @@ def decode(
         if (tensor.dtype == torch.int8 and dtype in INTEGERS) or (tensor.dtype == torch.uint8 and dtype == "int4"):
             scale = stored.get(name + SCALE)
             blocks = stored.get(f"{matrix}{COUNTS}") if matrix and name == matrix + VALUES else None
-            found[name] = restored(tensor, scale, blocks, spot)
+            found[name] = restored(tensor, scale, blocks, spot, equal=schema < 6)
         elif dtype in SUMS:
             continue
         elif dtype in ("float16", "bfloat16") and tensor.dtype == DTYPES[dtype]:

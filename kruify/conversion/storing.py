@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -169,14 +169,22 @@ def matrix_sizes(plan: Plan) -> dict[str, tuple[int, int]]:
     return {name: (sum(s.rows for s in found), found[0].cols) for name, found in plan.structures().items()}
 
 
-def rounded(tensors: Mapping[str, AnyTensor], plan: Plan, storage: Mapping[str, str]) -> dict[str, LazyTensor]:
+def rounded(
+    tensors: Mapping[str, AnyTensor],
+    plan: Plan,
+    storage: Mapping[str, str],
+    scales: MutableMapping[str, Tensor] | None = None,
+) -> dict[str, LazyTensor]:
     """The tensors as they will be when a file that stores them so is read.
+
+    Args:
+        scales: those of `encode`.
 
     Raises:
         UnsupportedError: on loading, a number has no form in the dtype.
     """
     matrices = matrix_sizes(plan)
-    return decode(encode(tensors, storage, matrices, packed=False), storage, matrices, "storage")
+    return decode(encode(tensors, storage, matrices, False, scales), storage, matrices, "storage")
 
 
 def write_converted(
@@ -246,9 +254,14 @@ def store_as(model: nn.Module, storage: Mapping[str, str]) -> nn.Module:
     return model
 
 
-def rounded_state(model: nn.Module, storage: Mapping[str, str]) -> dict[str, LazyTensor]:
+def rounded_state(
+    model: nn.Module, storage: Mapping[str, str], scales: MutableMapping[str, Tensor] | None = None
+) -> dict[str, LazyTensor]:
     """The state dict of a network in the numbers that storing it so keeps, but for weights that are computed from
     others: those are rounded when they are written.
+
+    Args:
+        scales: those of `checkpoint.stored.encode`.
 
     Raises:
         UnsupportedError: on loading, a number has no form in the dtype.
@@ -256,7 +269,7 @@ def rounded_state(model: nn.Module, storage: Mapping[str, str]) -> dict[str, Laz
     state, plan = model.state_dict(), plan_of(model)
     known = {*state, *matrix_sizes(plan)}
     held = {n: dtype for n, dtype in storage.items() if n in known and (dtype not in SUMS or first_bias(n) in known)}
-    return rounded(state, plan, held)
+    return rounded(state, plan, held, scales)
 
 
 def _second_biases(plan: Plan) -> dict[str, str]:

@@ -2,7 +2,10 @@
 
 from kruify.quantization.rows import (
     DTYPES,
+    EQUAL_LEVELS,
     INTEGERS,
+    LARGEST,
+    LEVELS,
     SCALES,
     dequantize,
     in_pairs,
@@ -17,7 +20,10 @@ from kruify.quantization.rows import (
 
 __all__ = [
     "DTYPES",
+    "EQUAL_LEVELS",
     "INTEGERS",
+    "LARGEST",
+    "LEVELS",
     "SCALES",
     "dequantize",
     "in_pairs",

@@ -40,6 +40,7 @@ class RunState:
         loss_sum, weight_sum: over the current epoch, of the batches' losses by their weights.
         skipped: steps in a row, up to now, without a finite gradient.
         alone: whether the network is better than its teacher and learns without it.
+        scales: of `rounded_weights`, {} before rounding begins.
         seconds: time spent.
     """
 
@@ -54,6 +55,7 @@ class RunState:
     seconds: float = 0.0
     stopped_early: bool = False
     alone: bool = False
+    scales: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass

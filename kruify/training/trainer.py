@@ -240,7 +240,7 @@ class Trainer:
         for parameter in trained:
             parameter.grad = None
         rounding = phase is self.phases[-1] and progress >= ROUNDED_FROM
-        with rounded_weights(self.model) if rounding else nullcontext():
+        with rounded_weights(self.model, state.scales) if rounding else nullcontext():
             weight_sum, loss_sum = self._gradients(phase, batches, progress, trained)
         norm = torch.nn.utils.clip_grad_norm_(trained, self.recipe.clip or math.inf)
         if not math.isfinite(loss_sum) or not math.isfinite(float(norm)):
@@ -287,7 +287,7 @@ class Trainer:
     def _validate(self, phase: str, lr: float) -> None:
         """Evaluate on "valid", add to the history, keep the weights if they are the best so far: all of them rounded as
         they are stored."""
-        with rounded_weights(self.model):
+        with rounded_weights(self.model, self.state.scales or None):
             self._validate_rounded(phase, lr)
 
     def _validate_rounded(self, phase: str, lr: float) -> None:

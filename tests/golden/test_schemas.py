@@ -14,9 +14,12 @@ FOLDER = Path(__file__).parent
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])
-@pytest.mark.parametrize(("schema", "rounding"), [(1, 0.0), (2, 2.0**-8), (3, 2.0**-8), (4, 0.0)])
-def test_layers_compute_what_they_did(schema: int, rounding: float, ending: str, tmp_path: Path) -> None:
-    """`rounding`: relative, of what had more scales or scales of more bits."""
+@pytest.mark.parametrize(
+    ("schema", "rounding", "anew"), [(1, 0.0, 0.0), (2, 2.0**-8, 0.0), (3, 2.0**-8, 0.0), (4, 0.0, 0.0), (5, 0.0, 0.14)]
+)
+def test_layers_compute_what_they_did(schema: int, rounding: float, anew: float, ending: str, tmp_path: Path) -> None:
+    """`rounding`: relative, of what had more scales or scales of more bits; `anew`: to the largest number, of what has
+    other integers when it is saved."""
     file, saved = FOLDER / f"schema_{schema}.{ending}", torch.load(FOLDER / f"schema_{schema}_outputs.pt")
     assert read(file).metadata["kruify.schema"] == str(schema)
     kruify.verify(file)
@@ -29,4 +32,4 @@ def test_layers_compute_what_they_did(schema: int, rounding: float, ending: str,
     assert new.metadata["kruify.schema"] == str(SCHEMA)
     for name, tensor in new.tensors.items():
         largest = float(old.tensors[name].abs().max())
-        torch.testing.assert_close(tensor, old.tensors[name], rtol=rounding, atol=rounding * largest)
+        torch.testing.assert_close(tensor, old.tensors[name], rtol=rounding, atol=(rounding + anew) * largest)

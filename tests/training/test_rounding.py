@@ -15,7 +15,9 @@ import kruify
 from kruify.conversion.storing import store_as
 from kruify.errors import UsageError
 from kruify.layers.storage import marks
+from kruify.quantization import LEVELS
 from kruify.training import FinetuneResult, finetune, trainer
+from kruify.training.rounding import rounded_weights
 
 SPECS = ["2*(4x4,2x2)+sparse:6%:1", "stacked:2*(24x1,1x8)", "dense"]
 CALM: dict[str, Any] = {
@@ -110,10 +112,11 @@ def test_metrics_are_those_of_the_file(spec: str, tmp_path: Path) -> None:
     assert task.evaluate(again, "valid") == result.metrics
 
 
-def test_a_run_stopped_among_rounded_steps_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_run_stopped_among_rounded_steps_goes_on_to_the_same_bits(dtype: str, tmp_path: Path) -> None:
     def run(**options: Any) -> FinetuneResult:
         task = Recording()
-        return finetune(task.small(SPECS[0]), task, epochs=2, lr=1e-2, device="cpu", save_seconds=0, **options)
+        return finetune(task.small(SPECS[0], dtype), task, epochs=2, lr=1e-2, device="cpu", save_seconds=0, **options)
 
     def stop(done: float, total: float, text: str) -> None:
         if done == 7:
@@ -125,6 +128,22 @@ def test_a_run_stopped_among_rounded_steps_goes_on_to_the_same_bits(tmp_path: Pa
     resumed = run(resume=tmp_path)
     assert same(state_of(resumed.model), state_of(whole.model))
     assert resumed.to_json()["history"] == whole.to_json()["history"]
+
+
+def test_four_bits_keep_the_scales_that_they_are_given() -> None:
+    model, scales = Recording().small(SPECS[0], "int4"), dict[str, Tensor]()
+    with rounded_weights(model, scales):
+        pass
+    kept = {name: scale.clone() for name, scale in scales.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * parameter.abs().max() * torch.randn_like(parameter)
+    with rounded_weights(model, scales):
+        found = dict(model.named_parameters())
+        for name, scale in kept.items():
+            integers = found[name] / scale.float()
+            assert set(integers.flatten().tolist()) <= set(LEVELS.tolist()) and torch.equal(scales[name], scale)
+    assert any("factors" in name for name in kept)
 
 
 def test_a_run_is_not_continued_for_another_dtype(tmp_path: Path) -> None:
