@@ -103,6 +103,16 @@ def test_given_scales_are_taken() -> None:
     found, same = quantize_rows(rows, (1,), "int4", scale)
     assert found.tolist() == [[10, 127], [0, 20]]
     assert same is scale
+    with pytest.raises(UnsupportedError, match="NaN or infinite"):
+        quantize_rows(rows * torch.nan, (1,), "int4", scale)
+
+
+@pytest.mark.parametrize("power", [-100, 110])
+def test_rows_of_any_magnitude_get_the_same_integers(power: int) -> None:
+    """Squares of their errors are beyond what float32 holds."""
+    rows = torch.from_numpy(np.random.default_rng(0).laplace(size=(200, 32)).astype(np.float32))
+    (found, scale), (same, other) = (quantize_rows(r, (1,), "int4") for r in (rows, rows * 2.0**power))
+    assert torch.equal(found, same) and torch.equal(scale * 2.0**power, other)
 
 
 @given(st.lists(st.integers(1, 4), min_size=4, max_size=4), st.integers(0, 3), st.integers(0, 99))

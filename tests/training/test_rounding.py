@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import kruify
 from kruify.conversion.storing import store_as
-from kruify.errors import UsageError
+from kruify.errors import CorruptError, UsageError
 from kruify.layers.storage import marks
 from kruify.quantization import LEVELS
 from kruify.training import FinetuneResult, finetune, trainer
@@ -144,6 +144,20 @@ def test_four_bits_keep_the_scales_that_they_are_given() -> None:
             integers = found[name] / scale.float()
             assert set(integers.flatten().tolist()) <= set(LEVELS.tolist()) and torch.equal(scales[name], scale)
     assert any("factors" in name for name in kept)
+
+
+def test_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    def go_on() -> None:
+        finetune(task.small("dense", "int4"), task, epochs=1, device="cpu", resume=tmp_path)
+
+    task = Recording()
+    go_on()
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    scales = saved["state"]["scales"]
+    scales[min(scales)] = torch.ones(2, 1, dtype=torch.bfloat16)
+    torch.save(saved, tmp_path / "state.pt")
+    with pytest.raises(CorruptError, match="cannot be read"):
+        go_on()
 
 
 def test_a_run_is_not_continued_for_another_dtype(tmp_path: Path) -> None:
