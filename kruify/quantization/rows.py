@@ -35,8 +35,8 @@ LARGEST = 127
 
 LEVELS = torch.tensor([-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127], dtype=torch.int8)
 """The integers of int4, by the four bits that stand for them: 127 times the levels of NF4 (Dettmers et al. 2023,
-appendix E), as near to each other as weights of a normal distribution are. A quarter less squared error than
-fifteen equal steps, and a file at 32x of g2p loses half as much (benchmarks/recovery)."""
+appendix E), as near to each other as weights of a normal distribution are, with a third less squared error than fifteen
+equal steps (benchmarks/recovery)."""
 
 EQUAL_LEVELS = torch.tensor([*range(8), *range(-8, 0)], dtype=torch.int8)
 """Those of files of schema 5; -8 stood for nothing there."""
