@@ -339,9 +339,10 @@ class Trainer:
             if _shapes(weights) != _shapes(self.model.state_dict()):
                 raise ValueError("the best weights are of another network")
             self._load(saved.model)
-            state.scales = to_device(state.scales, self.processes.device)
-            with rounded_weights(self.model, state.scales or None):
-                pass  # scales that do not fit the network raise
+            if state.scales:
+                state.scales = to_device(state.scales, self.processes.device)
+                with rounded_weights(self.model, state.scales):
+                    pass  # scales that do not fit the network raise
         self.state = state
         return saved
 
