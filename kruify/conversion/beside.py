@@ -56,6 +56,13 @@ def layers_beside(model: nn.Module, task: Calibration, seed: int = 0) -> list[Re
     return [layer for layer in found if _same_function(model, [layer], task, seed)]
 
 
+def linear_layers(model: nn.Module) -> list[str]:
+    """Those whose inputs the rounding to four bits wants to know (conversion.four_bits): whatever their rows are, and
+    whatever else their weights are used for."""
+    modules = model.named_modules(remove_duplicate=False)
+    return [name for name, module in modules if name and type(module) is nn.Linear and module.in_features <= WIDE]
+
+
 def _is_plain(module: nn.Module) -> bool:
     if "weight" not in module._parameters:  # it is computed
         return False

@@ -97,13 +97,20 @@ def convert_module(
     plan: Plan,
     *,
     moments: Mapping[str, Moments] | None = None,
+    storage: Mapping[str, str] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, Conversion]:
-    """A copy of `model` with the plan's layers decomposed and swapped; the original is untouched."""
+    """A copy of `model` with the plan's layers decomposed and swapped; the original is untouched.
+
+    Args:
+        moments, storage: as `convert_tensors`.
+    """
     converted = swap(copied(model), plan)  # first, because it may refuse
     located = locate(model, subclasses=True).with_beside(item.layer for item in plan.beside)
-    conversion = convert_tensors(state_of(model), plan, located, moments=moments, seed=seed, progress=progress)
+    conversion = convert_tensors(
+        state_of(model), plan, located, moments=moments, storage=storage, seed=seed, progress=progress
+    )
     load_tensors(converted, conversion.tensors)
     return converted, conversion
 

@@ -14,7 +14,7 @@ from torch import nn
 from kruify.checkpoint import Checkpoint, carried, check_model_target, check_target, read
 from kruify.checkpoint.target import FOREIGN, TORCH
 from kruify.checkpoint.writing import as_lazy
-from kruify.conversion.beside import layers_beside, stored_beside
+from kruify.conversion.beside import layers_beside, linear_layers, stored_beside
 from kruify.conversion.budget import make_budget_plan, parse_budget, slack_of
 from kruify.conversion.calibration import Moments, calibrate
 from kruify.conversion.check import check_plan
@@ -122,8 +122,8 @@ def convert(
         max_error: bound on ||W - K|| / ||W|| of every gate; without a budget, the smallest structures that keep it.
         only, skip, overrides: patterns (conversion.plan.make_plan).
         plan: a plan or its JSON file, instead of all options above.
-        task: a task or its name: the dense model runs on its calibration batches first, and the fit minimises the
-            error of what the matrices give on them.
+        task: a task or its name: the dense model runs on its calibration batches first, and the fit, and the rounding
+            to four bits, minimise the error of what the matrices give on them. Only a size asks for its loss.
         moments: what `kruify.conversion.calibration` finds of the matrices' inputs, by their names in `source`, instead
             of a task.
         subclasses: convert subclasses of torch's layers, too, taking them for what they derive from.
@@ -206,7 +206,8 @@ def convert(
         located = located.with_beside(found_beside).in_float32() if found_beside else located
         layers = located.layers
         named = found_beside if plan is None else [item.layer for item in plan.beside]
-        seen = calibrate(model, task, seed=seed, beside=[name_in(layer.name) for layer in named], progress=progress)
+        observed = {*(name_in(layer.name) for layer in named), *(linear_layers(model) if dtype == "int4" else ())}
+        seen = calibrate(model, task, seed=seed, beside=observed, progress=progress)
         moments = {own[name]: found for name, found in seen.items() if name in own}
         planner = partial(plan_by_loss, dense=model, task=task)
     elif moments is not None and moments.keys().isdisjoint(
@@ -258,13 +259,14 @@ def convert(
     if dry_run and not by_budget:
         conversion = replace(expected(tensors, plan, located), **told)
         return (source, conversion) if isinstance(source, nn.Module) else conversion
+    fit: dict[str, Any] = {"moments": moments, "storage": storage, "seed": seed, "progress": progress}
     converted = source
     if isinstance(source, nn.Module):
         dense = source if dtype is None else copied(source).float()
-        converted, conversion = convert_module(dense, plan, moments=moments, seed=seed, progress=progress)
+        converted, conversion = convert_module(dense, plan, **fit)
         converted = store_as(converted, storage) if storage else converted
     else:
-        conversion = convert_tensors(tensors, plan, located, moments=moments, seed=seed, progress=progress)
+        conversion = convert_tensors(tensors, plan, located, **fit)
     if dry_run:
         conversion = replace(conversion, tensors={}, **told)
         return (source, conversion) if isinstance(source, nn.Module) else conversion

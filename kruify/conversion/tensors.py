@@ -14,6 +14,7 @@ from kruify.checkpoint.tensors import ties
 from kruify.checkpoint.writing import as_lazy
 from kruify.conversion.calibration import Moments, bias_correction
 from kruify.conversion.check import check_plan, load_tensors, loaded
+from kruify.conversion.four_bits import round_matrix, round_weight
 from kruify.conversion.locate import AnyTensor, Located
 from kruify.conversion.plan import Plan, Structures
 from kruify.conversion.result import Conversion, GateResult, gates_of, summed_up
@@ -32,10 +33,12 @@ def convert_tensors(
     located: Located,
     *,
     moments: Mapping[str, Moments] | None = None,
+    storage: Mapping[str, str] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Decomposes every matrix that the plan names; all other tensors are handed on untouched.
+    """Decomposes every matrix that the plan names; all other tensors are handed on untouched, but for those of known
+    moments that will be stored in four bits.
 
     Names of one and the same tensor that become the same factors are decomposed once, and share them.
 
@@ -43,6 +46,7 @@ def convert_tensors(
         moments: full weight name -> moments of what the matrix is applied to (conversion.calibration). With them the
             fit minimises the error of the output, E||(W - K) h||^2, and the bias beside the matrix takes up
             (W - K) E[h]; a layer without bias gets none. Matrices that are not named are fitted unweighted.
+        storage: weight -> dtype. With moments, four bits are rounded here (conversion.four_bits), dense ones, too.
 
     Raises:
         PlanError: a layer or a matrix of the plan is not in the tensors, or has another size.
@@ -55,9 +59,21 @@ def convert_tensors(
     first_of = ties(as_lazy(tensors))
     wanted = {layer.full_name(weight): structures for layer, weight, structures in todo}
     shared: dict[tuple[str, Structures | None], tuple[KroneckerMatrix, list[Fit]]] = {}
+    four_bits = {name for name, dtype in (storage or {}).items() if dtype == "int4"}
 
     def key_of(name: str) -> tuple[str, Structures | None]:
         return first_of.get(name, name), wanted.get(name)
+
+    def names_of(name: str) -> list[str]:
+        return [n for n in tensors if first_of.get(n, n) == first_of.get(name, name)]
+
+    def correct_bias(name: str, dense: Tensor, after: Tensor, mean: Tensor) -> None:
+        names = names_of(_bias_of(name))
+        partners = {key_of(_weight_of(n)) for n in names}
+        if partners == {key_of(name)} and converted[names[0]] is tensors[names[0]]:  # else it is another matrix's, too
+            bias = loaded(tensors[names[0]])
+            correction = bias_correction(dense, after, mean)
+            converted.update(dict.fromkeys(names, (bias.double() + correction.to(bias.device)).to(bias.dtype)))
 
     moments = _joined(moments or {}, first_of)
     for done, (layer, weight, structures) in enumerate(todo, 1):
@@ -69,22 +85,34 @@ def convert_tensors(
         if key not in shared:
             covariance = None if known is None else known.weight(layer.bias)
             shared[key] = decompose_matrix(dense, structures, name, covariance=covariance, seed=seed)
+            if covariance is not None and name in four_bits:
+                round_matrix(shared[key][0], dense, covariance)
         matrix, fits = shared[key]
         if known is not None and layer.bias:
-            bias_name = layer.full_name(weight.replace("weight", "bias"))
-            names = [n for n in tensors if first_of.get(n, n) == first_of.get(bias_name, bias_name)]
-            partners = {key_of(_weight_of(n)) for n in names}
-            if partners == {key} and converted[bias_name] is tensors[bias_name]:  # else it is another matrix's, too
-                bias = loaded(tensors[bias_name])
-                correction = bias_correction(dense, matrix.to_dense(), known.mean)
-                converted |= dict.fromkeys(names, (bias.double() + correction.to(bias.device)).to(bias.dtype))
+            correct_bias(name, dense, matrix.to_dense(), known.mean)
         for entry, value in matrix.state_dict().items():
             converted[f"{name}.{entry}"] = value
         results += gates_of(layer, weight, structures, fits)
         if progress:
             progress(done, len(todo), f"decomposing: {name}")
+    for name in [n for n in tensors if n in four_bits and n in moments and n not in first_of]:
+        names = names_of(name)
+        if wanted.keys().isdisjoint(names):
+            dense, known = loaded(tensors[name]), moments[name]
+            _check_finite(dense, name)
+            biased = _bias_of(name) in tensors
+            after = round_weight(dense, known.weight(biased))
+            converted |= dict.fromkeys(names, after)
+            if biased:
+                correct_bias(name, dense, after, known.mean)
     converted = {name: converted[name] for name in _in_order(tensors, converted)}
     return replace(summed_up(tensors, plan, results, located), tensors=converted)
+
+
+def _bias_of(weight: str) -> str:
+    """Name of the bias beside a matrix."""
+    head, dot, name = weight.rpartition(".")
+    return head + dot + name.replace("weight", "bias")
 
 
 def _weight_of(bias: str) -> str:

@@ -1,5 +1,6 @@
 """How weights are stored in fewer bits: integers with one scale per row, 16-bit floats. Tensors only."""
 
+from kruify.quantization.compensation import compensated
 from kruify.quantization.rows import (
     DTYPES,
     EQUAL_LEVELS,
@@ -25,6 +26,7 @@ __all__ = [
     "LARGEST",
     "LEVELS",
     "SCALES",
+    "compensated",
     "dequantize",
     "in_pairs",
     "pack",

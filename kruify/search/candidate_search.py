@@ -21,8 +21,8 @@ from torch import nn
 
 from kruify.checkpoint import Checkpoint, carried, make_folder
 from kruify.checkpoint.file_bytes import to_text
-from kruify.conversion import Conversion, convert_module, quantize
-from kruify.conversion.beside import layers_beside
+from kruify.conversion import Conversion, convert
+from kruify.conversion.beside import layers_beside, linear_layers
 from kruify.conversion.budget import Searches, Slack, parse_budget, slack_of
 from kruify.conversion.calibration import Moments, calibrate
 from kruify.conversion.locate import RecurrentLayer, locate
@@ -124,7 +124,7 @@ class CandidateSearch:
     @cached_property
     def moments(self) -> dict[str, Moments]:
         """Of what the dense network's matrices are applied to, on the task."""
-        names = [layer.name for layer in self.beside]
+        names = {*(layer.name for layer in self.beside), *linear_layers(self.dense)}
         return calibrate(self.dense, self.task, seed=self.seed, beside=names, progress=self.progress)
 
     @cached_property
@@ -164,8 +164,10 @@ class CandidateSearch:
         return FileSize(self.tensors, self.layers, dtype, self.keep, self.seed, *(self.source or ()))
 
     def convert(self, candidate: Candidate) -> tuple[nn.Module, Conversion]:
-        student, conversion = convert_module(self.dense, candidate.plan, moments=candidate.moments, seed=self.seed)
-        return student if candidate.dtype is None else quantize(student, candidate.dtype, self.keep), conversion
+        return convert(
+            self.dense, plan=candidate.plan, moments=candidate.moments, dtype=candidate.dtype, keep=self.keep,
+            seed=self.seed,
+        )  # fmt: skip
 
     def train(self, student: nn.Module, lr: float, state: Path | None, name: str, **changes: Any) -> FinetuneResult:
         """Fine-tunes `student` in place with the dense network as teacher, and goes on from what `state` holds.

@@ -1,0 +1,48 @@
+"""Four bits whose errors make up for each other: what rounding one column leaves out, the columns that are still exact
+take up, as far as what the matrix is applied to lets them (GPTQ, Frantar et al. 2023; its base is OBS, Hassibi and
+Stork 1993)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kruify.quantization.rows import dequantize, quantize_rows
+
+DAMPING = 0.01  # of the mean of the moments' diagonal: what was seen tells little of directions that were hardly seen
+BLOCK = 64  # columns whose errors are handed on together: a product of matrices in place of one for each column
+
+
+def compensated(weight: Tensor, second: Tensor, scale: Tensor) -> Tensor:
+    """A matrix W rounded to four bits, Q, so that E||(W - Q) h||^2 is small, not ||W - Q||^2.
+
+    Args:
+        weight: (rows, cols), finite.
+        second: (cols, cols), E[h h^T] of the vectors h that it is applied to, or their covariance.
+        scale: of the integers of each row (rows, 1), or of each column (1, cols).
+
+    Returns:
+        float32 (rows, cols), scales times integers of `rows.LEVELS`.
+    """
+    weight, second = weight.detach().double(), second.to(weight.device, torch.float64)
+    cols, mean = weight.shape[1], float(second.diagonal().mean())
+    damped = second + (DAMPING * mean if mean > 0 else 1.0) * torch.eye(cols, dtype=torch.float64, device=weight.device)
+    order = damped.diagonal().argsort(descending=True)  # the columns that count most while all others are exact
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
+    # Row i: how the columns after i take up an error of column i, once those before it are fixed.
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    scale = scale.expand(weight.shape)[:, order]
+    left, found = weight[:, order], torch.empty_like(weight, dtype=torch.float32)
+    for start in range(0, cols, BLOCK):
+        stop = min(start + BLOCK, cols)
+        errors = torch.empty_like(left[:, start:stop])
+        for at in range(start, stop):
+            column, own = left[:, at : at + 1], scale[:, at : at + 1]
+            values, _ = quantize_rows(column, (1,), "int4", own)
+            found[:, at : at + 1] = dequantize(values, own)
+            errors[:, at - start] = (column - found[:, at : at + 1])[:, 0] / upper[at, at]
+            left[:, at + 1 : stop] -= errors[:, at - start, None] * upper[at, at + 1 : stop]
+        left[:, stop:] -= errors @ upper[start:stop, stop:]
+    back = torch.empty_like(found)
+    back[:, order] = found
+    return back
