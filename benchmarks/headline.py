@@ -30,14 +30,17 @@ TASKS = {  # in recovery/: what is done by what, its metric
     "jsb": "Bach chorales, GRU of 256: nats per frame",
 }
 DENSE, INT8, OWN_INT8, KRUIFY = "dense, float32", "dense, int8", "dense, kruify's int8", "kruify"
+OWN_INT4 = "dense, kruify's int4"
 PRUNED, SMALLER = "pruned, int8", "smaller dense, int8"
 METHODS = {  # of recovery/grid.py, and what their runs have otherwise
     DENSE: ("converged", "converged-longer"),
     PRUNED: ("bytes-pruned", "bytes-pruned-gradual"),
     "low rank, int8": ("bytes-low-rank", "bytes-low-rank-slow"),
     SMALLER: ("bytes-smaller",),
+    OWN_INT4: ("bytes-int4",),
     KRUIFY: ("bytes", "bytes-12ep-share0.0277778"),  # the latter on King James, whose dense network has 12 passes, too
 }
+DRAWN = ((DENSE,), (INT8, OWN_INT4), *((name,) for name in METHODS if name not in (DENSE, OWN_INT4)))
 TIMES = 16  # how many times smaller the file in the table is
 MISSING = "not run yet"
 
@@ -104,7 +107,8 @@ def table() -> str:
     found = measured()
     for task, series in found.items():
         dense = series[DENSE][1]
-        for name, times in ((DENSE, 1), (INT8, 1), (OWN_INT8, 1), (SMALLER, TIMES), (PRUNED, TIMES), (KRUIFY, TIMES)):
+        dense_forms = [(name, 1) for name in (DENSE, INT8, OWN_INT8, OWN_INT4)]
+        for name, times in (*dense_forms, (SMALLER, TIMES), (PRUNED, TIMES), (KRUIFY, TIMES)):
             point = series.get(name, {}).get(times)
             cells = [MISSING, "", "", ""] if point is None else _cells(point, dense)
             if name == KRUIFY:
@@ -152,12 +156,12 @@ def draw() -> str:
     from kruify.reporting import pictures
 
     def panel(axes: Any, task: str, series: dict[str, dict[float, Point]]) -> None:
-        for place, name in enumerate((DENSE, INT8, *list(METHODS)[1:])):
-            known = sorted(series.get(name, {}).values())
+        for place, (name, *more) in enumerate(DRAWN):
+            known = sorted(point for one in (name, *more) for point in series.get(one, {}).values())
             if known:
                 axes.plot(
                     [p.bytes / 1000 for p in known], [p.test for p in known], marker="o", markersize=6,
-                    color=pictures.SERIES[place], label=name, zorder=3 + (name == KRUIFY),
+                    color=pictures.SERIES[place], label=" and ".join([name, *more]), zorder=3 + (name == KRUIFY),
                 )  # fmt: skip
         axes.axhline(series[DENSE][1].test, color=pictures.SERIES[0], linewidth=1, linestyle=":")
         sizes = sorted({round(p.bytes / 1000) for name in (DENSE, INT8, KRUIFY) for p in series.get(name, {}).values()})

@@ -50,6 +50,7 @@ RUNS = [
     run_of("bytes", 0, 0.5, 0.43, 249_000),
     run_of("bytes", 1, 0.5, 0.45, 251_000),
     {**run_of("bytes", 0, 0.1, 0.1, 250_000), "run": "g2p/16x/bytes-3ep-s0"},  # trained otherwise
+    run_of("bytes-int4", 0, 0.45, 0.41, 500_000, 1),
     run_of("bytes-pruned", 0, 0.52, 0.46, 250_000),
     run_of("bytes-pruned-gradual", 0, 0.51, 0.47, 250_000),
     run_of("bytes-low-rank-float", 0, 0.1, 0.1, 250_000),  # no series
@@ -64,6 +65,7 @@ def test_what_is_best_on_valid_is_shown_on_test_as_the_mean_of_its_seeds(
         "| spelling to sound, GRUs of 256: word error | dense, float32 | 4000 kB | 0.02 | 0.3 | 0.4200 |",
         "|  | dense, int8 | 1000 kB (4x smaller) | 0.01 | 0.2 | 0.4300 |",  # at each batch size the faster of two
         "|  | dense, kruify's int8 | 800 kB (5x smaller) | 0.03 | 0.1 | 0.4400 |",
+        "|  | dense, kruify's int4 | 500 kB (8x smaller) | 0.02 | 0.3 | 0.4100 |",
         "|  | smaller dense, int8 | not run yet |  |  |  |",
         "|  | pruned, int8 | 250 kB (16x smaller) | 0.02 | 0.3 | 0.4700 |",
         "|  | **kruify** | **250 kB (16x smaller)** | **0.02** | **0.3** | **0.4400 (2 seeds)** |",

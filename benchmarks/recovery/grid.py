@@ -119,8 +119,8 @@ class Method:
         spec: structure of the recurrent matrices; None where they stay dense, or where candidates are trained.
         start: "convert" (the trained dense network), "random", "scratch" (the dense network itself), "dense" (trained
             on, not converted), "smaller" (dense with fewer units), "int8" (torch's dynamic quantisation), "int8-own"
-            (kruify's), or "candidates": several conversions are trained for a short while, and the one that
-            validates best is taken, as in `kruify compress`.
+            (kruify's, or its int4), or "candidates": several conversions are trained for a short while, and the one
+            that validates best is taken, as in `kruify compress`.
         teacher: whether the dense network teaches.
         options: of the recipe, beside those of the task.
         stacked: `spec` is of the gates of a matrix as one.
@@ -199,6 +199,7 @@ METHODS: dict[str, Method] = {
     # the grid by bytes of the whole file
     CONVERGED: Method("dense, converged", None, "scratch", dense=CONVERGED),
     "converged-longer": Method("dense, trained on as long", None, "dense", False, SLOW, dense=CONVERGED),
+    "bytes-int4": Method("dense, kruify's int4, as it is", None, "int8-own", dtype="int4", dense=CONVERGED),
     "bytes": Method("kruify compress, int8", None, "candidates", True, DEFAULT, dtype="int8", **BYTES),
     "bytes-low-rank": Method(
         "low rank, int8", None, "convert", True, DEFAULT, file_plan=low_rank_of_stack, dtype="int8", **BYTES
@@ -359,7 +360,11 @@ def by_bytes() -> list[Run]:
                     rivals = ()
                 if task == "kjv" and seed > 1:
                     continue
-                runs += [Run(task, CONVERGED, 1, seed), Run(task, "bytes", times, seed)]
+                runs += [
+                    Run(task, CONVERGED, 1, seed),
+                    Run(task, "bytes-int4", 1, seed),
+                    Run(task, "bytes", times, seed),
+                ]
                 runs += [Run(task, method, times, seed) for method in rivals]
                 runs += [Run(task, "converged-longer", 1, seed)] if rivals else []
                 if times == 16 and (seed == 0 or task == "g2p"):

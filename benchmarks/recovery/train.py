@@ -18,7 +18,7 @@ from torch import nn
 
 from kruify import convert, quantize, save
 from kruify.analysis.contender import int8_network
-from kruify.conversion import convert_module, plan_of, swap
+from kruify.conversion import plan_of, swap
 from kruify.conversion.locate import RecurrentLayer, locate
 from kruify.conversion.plan import Plan, make_plan
 from kruify.layers.matrix import KroneckerMatrix
@@ -63,11 +63,10 @@ def train(
             return {**same, **row, "run": run.key, "method": run.method, "same_run_as": twin.key}
         options.pop("share", None)
         options = {**options, "epochs": row.pop("epochs")}
-        model = convert_module(teacher, chosen.plan, moments=chosen.moments, seed=run.seed)[0]
-        model = quantize(model, chosen.dtype) if chosen.dtype else model
+        model = convert(teacher, plan=chosen.plan, moments=chosen.moments, dtype=chosen.dtype, seed=run.seed)[0]
     else:
         model, task = build(run, task, teacher)
-        if method.file_plan is not None:  # which the trained weights decided
+        if method.file_plan is not None or method.start == "int8-own":  # which the trained weights decided
             row["plan"] = plan_of(model).to_json()
     untrained = method.start.startswith("int8") or (setup.published and method.start == "scratch")
     if untrained:
@@ -163,7 +162,7 @@ def build(run: Run, task: Task, teacher: nn.Module | None) -> tuple[nn.Module, T
     if method.start == "int8":
         return torch.ao.quantization.quantize_dynamic(teacher, {nn.GRU, nn.LSTM, nn.RNN, nn.Linear}), task
     if method.start == "int8-own":
-        return quantize(teacher, "int8"), task
+        return convert(teacher, "dense", dtype=method.dtype or "int8", task=task)[0], task
     if method.start == "dense":
         model = task.model()
         model.load_state_dict(teacher.state_dict())
