@@ -103,6 +103,8 @@ def convert(
             out.show(f"Dry run: {found} written.")
         else:
             _advise(out, model, done, options["budget"])
+            if options["dtype"] == "int4" and options["task"] is None:
+                out.show("Rounded to the nearest of four bits: --task TASK makes less of an error (docs/int8.md).")
         out.result(done.to_json())
 
 

@@ -13,12 +13,12 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def test_every_block_stands_where_it_is_run() -> None:
-    """Two commands and the output of `make demo` at the top; all other blocks in the section that a new user copies."""
+    """Commands and the output of `make demo` at the top; all other blocks in the section that a new user copies."""
     text = README.read_text(encoding="utf-8")
     section = text[text.index("## Bring your own model") :].split("\n## ")[0]
     outside = re.findall(r"^```(\w+)\n(.*?)^```", text.replace(section, ""), re.MULTILINE | re.DOTALL)
     assert [language for language, _ in outside] == ["sh", "text"]
-    assert all(line.startswith("kruify compress ") for line in outside[0][1].splitlines())
+    assert all(line.startswith(("kruify compress ", "kruify convert ")) for line in outside[0][1].splitlines())
 
 
 def test_options_named_in_the_text_exist() -> None:

@@ -234,7 +234,8 @@ def quantize(model: nn.Module, dtype: str, keep: Sequence[str] = ()) -> nn.Modul
 
     Args:
         dtype: "int8" (symmetric, one bfloat16 scale per row; biases of recurrent layers float16, other
-            vectors float32), "int4" (the same in four bits), "float16", "bfloat16" or "float32".
+            vectors float32), "int4" (the same in four bits; `convert(model, "dense", dtype="int4", task=...)` loses far
+            less), "float16", "bfloat16" or "float32".
         keep: globs of weights or modules that stay float32.
 
     Raises:

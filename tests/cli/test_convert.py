@@ -162,6 +162,13 @@ def test_calibrated_by_a_task(folder, run, run_json):
     assert "of W h" in run("convert", "model.pt", "--factors", "2x2", "--task", "task.py:Echo").stdout
 
 
+def test_four_bits_without_a_task_are_told_of_one(folder, run):
+    four_bits = ("convert", "model.pt", "--factors", "dense", "--dtype", "int4")
+    assert "--task TASK makes less of an error" in run(*four_bits).stdout
+    known = run(*four_bits, "--task", "task.py:Echo")
+    assert known.exit_code == 0 and "makes less of an error" not in known.stdout
+
+
 def test_converting_twice_is_refused(folder, run):
     assert run("convert", "model.pt", "--factors", "2x2").exit_code == 0
     result = run("convert", "model.kru.safetensors", "--factors", "2x2")
