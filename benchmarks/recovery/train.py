@@ -78,7 +78,7 @@ def train(
             teacher=teacher if method.teacher else None,
             resume=cache / run.key,
             device="cpu",
-            evaluate_first=False,
+            evaluate_first=method.start == "candidates",  # as in compress
             progress=progress,
             **options,
         )
