@@ -144,10 +144,7 @@ def _in_one_step(module: KRUBase | KRUCellBase) -> float:
     """The largest difference of one step from the same arithmetic, relative to the largest number in a state, over all
     layers and directions."""
     generator, worst = torch.Generator().manual_seed(0), 0.0
-    found = (
-        [module.weights()] if isinstance(module, KRUCellBase) else [module.weights(*at) for at in module.directions()]
-    )
-    for weights in found:
+    for weights in module.weights_of_directions():
         features = cast(Any, weights["weight_ih"]).shape[1]
         x = torch.randn(BATCH, features, generator=generator)
         states = 2 if module.kind == "lstm" else 1
@@ -160,7 +157,7 @@ def _in_one_step(module: KRUBase | KRUCellBase) -> float:
 
 
 def _in_integers(module: nn.Module, x: Tensor) -> bool:
-    return isinstance(module, KRUBase | KRUCellBase) and int8.serves(module, x)
+    return isinstance(module, KRUBase | KRUCellBase) and int8.prepared(module, x) is not None
 
 
 def _input(layer: RecurrentLayer) -> Tensor:

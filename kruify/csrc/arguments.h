@@ -68,23 +68,45 @@ template <class... Sizes> Optional checked(const char* what, const Optional& t, 
   return t ? Optional(checked(what, *t, place, sizes...)) : std::nullopt;
 }
 
+// Of a contiguous tensor.
+struct Strides {
+  int64_t of[64];
+
+  Strides(const int64_t* shape, int64_t dims) {
+    STD_TORCH_CHECK(dims <= 64, "kruify: a tensor of ", dims, " dimensions");
+    for (int64_t d = dims, stride = 1; d-- > 0; stride = times(stride, std::max<int64_t>(shape[d], 1))) of[d] = stride;
+  }
+};
+
 // Uninitialised, contiguous, dtype and device of `like`; without the way through the dispatcher.
 inline Tensor empty(const Tensor& like, const int64_t* shape, int64_t dims) {
-  STD_TORCH_CHECK(dims <= 64, "kruify: a tensor of ", dims, " dimensions");
-  int64_t strides[64], stride = 1;
-  for (int64_t d = dims; d-- > 0; stride = times(stride, std::max<int64_t>(shape[d], 1))) strides[d] = stride;
+  const Strides strides(shape, dims);
   int32_t dtype, device, number;
   AtenTensorHandle result;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &number));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, shape, strides, dtype, device, number, &result));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, shape, strides.of, dtype, device, number, &result));
   return Tensor(result);
 }
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return empty(like, sizes.begin(), int64_t(sizes.size()));
 }
 inline Tensor empty(const Tensor& like) { return empty(like, like.sizes().data(), like.dim()); }
+
+// The numbers of `t`, contiguous, in another shape; without the way through the dispatcher.
+inline Tensor reshaped(const Tensor& given, std::initializer_list<int64_t> sizes) {
+  const Tensor t = as_contiguous(given);
+  const Strides strides(sizes.begin(), int64_t(sizes.size()));
+  int64_t numel = 1, offset;
+  for (const int64_t size : sizes) numel = times(numel, size);
+  STD_TORCH_CHECK(numel == t.numel(), "kruify: ", t.numel(), " numbers for ", numel);
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), int64_t(sizes.size()), sizes.begin(), strides.of, offset, &result));
+  return Tensor(result);
+}
 
 inline Precision precision_of(int64_t number) {
   STD_TORCH_CHECK(number >= 0 && number <= 2, "kruify: there is no precision ", number);

@@ -114,15 +114,17 @@ Tensor int8_linear(const Tensor& x_given, const Tensor& packed, const std::vecto
   return out;
 }
 
-// Of up to 64 elements of each tensor, spread over it: tells whether a packed copy may have grown stale.
+// Of where each tensor is and up to 64 of its elements, spread over it: tells whether a packed copy may have grown
+// stale. Of one that is not float32 on the CPU no elements count: it is none that was packed.
 int64_t fingerprint(const std::vector<Tensor>& tensors) {
   uint64_t hash = 0;
+  auto add = [&](uint64_t number) { hash = hash * 0x9e3779b97f4a7c15u + number + 1; };
   for (const Tensor& given : tensors) {
-    STD_TORCH_CHECK(
-        kFloats.holds(given) && given.scalar_type() == ScalarType::Float, "kruify::fingerprint takes float32");
+    const bool floats = kFloats.holds(given) && given.scalar_type() == ScalarType::Float;
+    add(reinterpret_cast<uintptr_t>(given.const_data_ptr()) + floats);
     const Tensor t = as_contiguous(given);
-    const int64_t n = t.numel(), step = std::max<int64_t>(1, n / 64);
-    for (int64_t i = 0; i < n; i += step) hash = hash * 0x9e3779b97f4a7c15u + data<uint32_t>(t)[i] + 1;
+    const int64_t n = floats ? t.numel() : 0, step = std::max<int64_t>(1, n / 64);
+    for (int64_t i = 0; i < n; i += step) add(data<uint32_t>(t)[i]);
   }
   return int64_t(hash);
 }

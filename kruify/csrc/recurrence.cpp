@@ -187,9 +187,17 @@ States forward(const ForwardTensors& given) {
   return typed(place, [&](auto zero) { return run<decltype(zero)>(given, place); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> int8_recurrence(const Tensor& x, const Optional& input,
+// batch_sizes of x (steps, batch, features).
+Tensor steps_of(const Tensor& x) {
+  Tensor sizes = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Long);
+  std::fill_n(writable<int64_t>(sizes), x.size(0), x.size(1));
+  return sizes;
+}
+
+// Without `batch_sizes` x is (steps, batch, features), and so is what comes out. States may be (1, batch, size).
+std::tuple<Tensor, Tensor, Tensor> int8_recurrence(const Tensor& x_given, const Optional& input,
     const std::vector<int64_t>& input_layout, const Optional& input_residual, const Optional& input_index,
-    const Optional& bias_ih, const Tensor& batch_sizes, const Tensor& h0, const Optional& c0, const Tensor& recurrent,
+    const Optional& bias_ih, const Optional& batch_sizes, const Tensor& h0, const Optional& c0, const Tensor& recurrent,
     const std::vector<int64_t>& recurrent_layout, const std::vector<Tensor>& stages, const Optional& diagonal,
     const Optional& residual, const Optional& index, const Optional& bias, const std::vector<int64_t>& layout,
     const std::string& kind_name, bool reverse) {
@@ -199,11 +207,23 @@ std::tuple<Tensor, Tensor, Tensor> int8_recurrence(const Tensor& x, const Option
   Int8Layer int8{CheckedInt8(recurrent, recurrent_layout)};
   if (input) int8.input.emplace(*input, input_layout, input_residual, input_index);
   const Optional none;
+  const bool whole = !batch_sizes;
+  const Tensor x = whole ? checked("x", x_given, place, -1, -1, -1) : x_given;
+  const Tensor rows = whole ? reshaped(x, {times(x.size(0), x.size(1)), x.size(2)}) : x;
+  const Tensor sizes = whole ? steps_of(x) : *batch_sizes;
+  const bool layered = h0.dim() == 3;
+  auto flat = [&](const Tensor& state) {
+    return layered && state.dim() == 3 ? reshaped(state, {state.size(1), state.size(2)}) : state;
+  };
+  auto as_given = [&](const Tensor& state) {
+    return layered && state.dim() == 2 ? reshaped(state, {1, state.size(0), state.size(1)}) : state;
+  };
+  const Optional flat_c0 = c0 ? Optional(flat(*c0)) : none;
   const auto [out, h, c, workspace] =
-      run<float>({x, none, bias_ih, batch_sizes, h0, c0, {stages, diagonal, residual, index, bias, layout}, kind,
+      run<float>({rows, none, bias_ih, sizes, flat(h0), flat_c0, {stages, diagonal, residual, index, bias, layout}, kind,
                      reverse, false, kFloat32},
           place, &int8);
-  return {out, h, c};
+  return {whole ? reshaped(out, {x.size(0), x.size(1), out.size(1)}) : out, as_given(h), as_given(c)};
 }
 
 // What the gradients of the gates are for: with W_ih those of x, W_ih and b_ih as far as they are needed, without it

@@ -69,6 +69,9 @@ class KRUCellBase(nn.Module):
         found: Weights = {n: getattr(self, n) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
         return {**found, "weight_hr": None}
 
+    def weights_of_directions(self) -> list[Weights]:
+        return [self.weights()]
+
     def recurrent_weights(self) -> list[KroneckerMatrix | Tensor]:
         return [self.weight_hh]
 
@@ -82,8 +85,9 @@ class KRUCellBase(nn.Module):
             if streamed is not None:
                 return streamed
         x, state = self.batched(input, state)
-        if int8.serves(self, x, state) and not transformed():
-            new = int8.run_step(self, x, state)
+        new = None if torch.compiler.is_compiling() or transformed() else int8.run_step(self, x, state)
+        if new is not None:
+            pass
         elif kernel.serves(self.weight_hh, x, projected=False) and (torch.compiler.is_compiling() or not transformed()):
             new = compiled.run_step(self, x, state)
         else:

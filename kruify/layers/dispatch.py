@@ -20,8 +20,7 @@ from kruify.ops.reference import State
 if TYPE_CHECKING:
     from kruify.layers.recurrent import RecurrentLayer
 
-BACKENDS: dict[str, Backend] = {  # by the name that users give, but for int8: of what is stored as integers
-    "int8": int8.Int8Backend(),
+BACKENDS: dict[str, Backend] = {  # by the name that users give
     "kernel": CompiledBackend(),
     "dense": dense.TorchBackend(),
     "reference": ReferenceBackend(),
@@ -38,7 +37,10 @@ def choose(layer: RecurrentLayer, input: Sequences, state: State) -> Backend:
     if x.numel() == 0 or x.is_meta or (not torch.compiler.is_compiling() and transformed()):
         name = "reference"
     elif name == "auto":
-        name = "int8" if int8.serves(layer, x, state) else pick(layer, input.steps, input.batch, x)
+        ready = int8.prepared(layer, x, state)
+        if ready is not None:
+            return int8.Int8Backend(ready)
+        name = pick(layer, input.steps, input.batch, x)
     elif name == "kernel" and not kernel_serves(layer, x):
         raise UsageError(
             "the compiled kernels need Kronecker recurrent matrices, no projection, and float32 or float64 on a"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from functools import partial
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from kruify.layers.backend import Sequences, Weights, run_each_direction
 from kruify.layers.computed import computes
 from kruify.layers.kernel import form_of, project
 from kruify.layers.matrix import KroneckerMatrix, KroneckerTerm
-from kruify.layers.storage import dense_stored_as
+from kruify.layers.storage import MARKS, dense_stored_as
 from kruify.ops import Layout, has_kernel, precision
 from kruify.ops.functions import traced
 from kruify.ops.reference import GATES, MODRELU, State
@@ -30,45 +30,69 @@ _DEPTH = 1 << 16  # columns whose products an int32 can add up: kInt8Depth in cs
 
 
 class Int8Backend:
-    """See the module."""
+    """See the module; `ready` is what `prepared` found of the layer."""
+
+    def __init__(self, ready: Prepared) -> None:
+        self.directions = ready.directions
 
     def run(self, layer: RecurrentLayer, input: Sequences, state: State) -> tuple[Tensor, State]:
-        one = partial(_run_direction, layer.kernel_kind, input.batch_sizes, dense_stored_as(layer, INTEGERS))
-        return run_each_direction(layer, input.packed(), state, one)
+        kind, sizes = layer.kernel_kind, input.packed_sizes
+        if len(self.directions) == 1:  # the same with less around it
+            return self.directions[0].run(kind, sizes, input.data, state, False)
+        directions = iter(self.directions)
+
+        def one(_: Weights, data: Tensor, own: State, reverse: bool) -> tuple[Tensor, State]:
+            return next(directions).run(kind, sizes, data, own, reverse)
+
+        return run_each_direction(layer, input.data, state, one)
 
 
-def run_step(cell: KRUCellBase, x: Tensor, state: State) -> State:
-    """One time step of a cell, x (batch, features)."""
-    return step(cell, cell.weights(), x, state)
+def run_step(cell: KRUCellBase, x: Tensor, state: State) -> State | None:
+    """One time step of a cell, x (batch, features); None where the kernels do not compute it (`prepared`)."""
+    ready = prepared(cell, x, state)
+    return None if ready is None else _step(cell, ready.directions[0], x, state)
 
 
 def step(layer: RecurrentLayer | KRUCellBase, weights: Weights, x: Tensor, state: State) -> State:
     """One time step of a cell, or with its weights of a layer and direction; x (batch, features)."""
-    sizes = torch.full((1,), x.shape[0], device="cpu")
-    return _run_direction(layer.kernel_kind, sizes, dense_stored_as(layer, INTEGERS), weights, x, state, False)[1]
+    return _step(layer, _Arguments(layer.kernel_kind, dense_stored_as(layer, INTEGERS), weights), x, state)
+
+
+def _step(layer: RecurrentLayer | KRUCellBase, arguments: _Arguments, x: Tensor, state: State) -> State:
+    return arguments.run(layer.kernel_kind, None, x.unsqueeze(0), state, False)[1]
 
 
 def names_in_integers(layer: RecurrentLayer | KRUCellBase, weights: Weights) -> list[str]:
-    """Of what the kernels serve (`serves`) the weights that they multiply with in integers: weight_hh, and weight_ih
-    where it is stored so and has no diagonal."""
+    """Of what the kernels compute (`prepared`) the weights that they multiply with in integers: weight_hh, and
+    weight_ih where it is stored so and has no diagonal."""
     return ["weight_hh", *["weight_ih"] * _input_in_integers(weights, dense_stored_as(layer, INTEGERS))]
 
 
-def serves(layer: RecurrentLayer | KRUCellBase, x: Tensor, state: State = ()) -> bool:
-    """Whether the eight-bit kernels compute the layer or cell: its recurrent matrices are stored as integers, dense
-    or of low rank (`_is_low_rank`; with a diagonal and a sparse residual, if any), all is float32 on the CPU, and
-    nobody asks for derivatives."""
+def prepared(layer: RecurrentLayer | KRUCellBase, x: Tensor, state: State = ()) -> Prepared | None:
+    """What the eight-bit kernels are given of a layer or cell; None where they do not compute it. They do where its
+    recurrent matrices are stored as integers, dense or of low rank (`_is_low_rank`; with a diagonal and a sparse
+    residual, if any), all is float32 on the CPU, and nobody asks for derivatives."""
     if traced() or torch.is_autocast_enabled("cpu"):
-        return False
+        return None
+    found = _kept.get(id(layer))
+    if found is not None and not found.holds():
+        found = None
+    if found is None and not _serves(layer):
+        return None
+    if x.dtype != torch.float32 or not x.is_cpu:
+        return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state, *layer.parameters())):
+        return None
+    return Prepared(layer) if found is None else found
+
+
+def _serves(layer: RecurrentLayer | KRUCellBase) -> bool:
     dense, recurrent = dense_stored_as(layer, INTEGERS), layer.recurrent_weights()
     if not all([_is_int8(weight, dense) for weight in recurrent]):
         return False
     if getattr(layer, "proj_size", 0) or layer.kernel_kind in MODRELU or not has_kernel("cpu"):
         return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state, *layer.parameters())):
-        return False
-    weights: list[Weight] = [x, *dense, *recurrent]
-    return all([w.dtype == torch.float32 and w.device.type == "cpu" for w in weights])
+    return all([w.dtype == torch.float32 and w.device.type == "cpu" for w in [*dense, *recurrent]])
 
 
 def _is_int8(weight: Weight | None, dense: list[Tensor]) -> bool:
@@ -141,99 +165,80 @@ def _outer_products(term: KroneckerTerm) -> tuple[Tensor, Tensor]:
     return spread.flatten(3).flatten(1, 2), wide.flatten(1, 2)
 
 
-def _run_direction(
-    kind: str,  # a key of kruify.ops.reference.GATES
-    batch_sizes: Tensor,  # (steps,) int64 on the CPU, descending
-    dense: list[Tensor],  # the dense weights that are stored as integers
-    weights: Weights,
-    data: Tensor,  # (sum of batch_sizes, features)
-    state: State,  # each (batch_sizes[0], size)
-    reverse: bool,
-) -> tuple[Tensor, State]:  # outputs (sum of batch_sizes, size), final state
-    w: Any = weights
-    arguments, weight_ih = _arguments(kind, dense, weights), w["weight_ih"]
-    if arguments.input[0] is None and isinstance(weight_ih, KroneckerMatrix):
-        data = project(weight_ih, data, None, kind, precision.FLOAT32)
-    elif arguments.input[0] is None:
-        data = F.linear(data, weight_ih)
-    out, h, c = _ops.int8_recurrence.default(
-        *(data, *arguments.input, w["bias_ih"], batch_sizes, state[0], state[1] if kind == "lstm" else None),
-        *(*arguments.recurrent, w["bias_hh"], arguments.layout, kind, reverse),
-    )
-    return out, (h, c) if kind == "lstm" else (h,)
-
-
 class _Arguments:
-    """What the operator is given of the weights of one layer and direction; it is put together once.
-
-    Attributes:
-        input: W_ih and its sparse residual; empty where the input's share of the gates is computed before.
-        recurrent: W_hh and what is added to its product.
-        layout: of what is added.
-        lasting: whether they can be kept: no parameter is computed from others, and all count their versions.
-    """
-
-    input: tuple[Any, ...] = (None, [], None, None)
+    """What the operator is given of the weights of one layer and direction."""
 
     def __init__(self, kind: str, dense: list[Tensor], weights: Weights) -> None:
         w: Any = weights
         weight_ih, weight_hh, gates = w["weight_ih"], w["weight_hh"], GATES[kind]
-        ours: dict[str, Weight] = {"weight_hh": weight_hh}
+        of_input: tuple[Any, ...] = (None, [], None, None)
+        self.weight_ih = weight_ih  # where the input's share of the gates is computed before; else None
         if _input_in_integers(weights, dense):
-            ours["weight_ih"] = weight_ih
-            self.input = (*packed(weight_ih, gates), *_beside(weight_ih)[1:])
+            self.weight_ih, of_input = None, (*packed(weight_ih, gates), *_beside(weight_ih)[1:])
         diagonal, *residual = _beside(weight_hh)
-        self.recurrent = (*packed(weight_hh, gates), [], diagonal, *residual)
         diagonal_gates = () if diagonal is None else weight_hh.diagonal_gates
         rows, cols = weight_hh.shape
-        self.layout = Layout(gates, rows // gates, cols, diagonal_gates, ()).encode()
+        layout = Layout(gates, rows // gates, cols, diagonal_gates, ()).encode()
+        self.input = (*of_input, w["bias_ih"])
+        self.recurrent = (*packed(weight_hh, gates), [], diagonal, *residual, w["bias_hh"], layout)
 
-        self.places: list[tuple[dict[str, Any], str, object]] = []  # of all parts of Kronecker matrices, and the parts
-        matrices = [m for m in ours.values() if isinstance(m, KroneckerMatrix)]
-        for matrix in matrices:
-            self.places.append((vars(matrix), "storage", matrix.storage))
-            for module in matrix.modules():
-                for place in (module._parameters, module._buffers, module._modules):
-                    self.places += [(place, name, part) for name, part in place.items()]
-        # Kept alive, so that no other takes their places in memory; but not W_hh, by which this is found, nor those of
-        # other directions, whose ends would wait for one another.
-        self.others = [weight for weight in w.values() if weight is not weight_hh]
-        self.factors = [part for _, _, part in self.places if isinstance(part, nn.Parameter)]
-        self.dense = [name for name, weight in ours.items() if isinstance(weight, Tensor)]
-        made_of = [*self.factors, *(w[name] for name in self.dense)]
-        self.end: object = None  # a weak reference to W_hh
-        self.lasting = not any(map(computes, matrices)) and not any(t.is_inference() for t in made_of)
-        if self.lasting:
-            self.stamp = self._stamp(dense, weights)
-
-    def _stamp(self, dense: list[Tensor], weights: Weights) -> object:
-        made_of: Any = [*self.factors, *[weights[name] for name in self.dense]]
-        weight_ih = weights["weight_ih"]
-        ids = [any([weight is weight_ih for weight in dense]), *[id(weight) for weight in weights.values()]]
-        return ids, [(t._version, t.data_ptr()) for t in made_of], _ops.fingerprint.default(made_of)
-
-    def hold(self, dense: list[Tensor], weights: Weights) -> bool:
-        """Whether the weights still are what these were made of."""
-        for place, name, part in self.places:
-            if place.get(name) is not part:
-                return False
-        return self.stamp == self._stamp(dense, weights)
+    def run(
+        self,
+        kind: str,  # a key of kruify.ops.reference.GATES
+        batch_sizes: Tensor | None,  # (steps,) int64 on the CPU, descending; None where all sequences have all steps
+        data: Tensor,  # (sum of batch_sizes, features), or without these (steps, batch, features)
+        state: State,  # each (batch, size) or (1, batch, size)
+        reverse: bool,
+    ) -> tuple[Tensor, State]:  # outputs and final state in the form of data and state
+        if self.weight_ih is not None:
+            rows = data.flatten(0, -2)
+            if isinstance(self.weight_ih, KroneckerMatrix):
+                gates = project(self.weight_ih, rows, None, kind, precision.FLOAT32)
+            else:
+                gates = F.linear(rows, self.weight_ih)
+            data = gates.view(*data.shape[:-1], -1)
+        h0, c0 = state if kind == "lstm" else (state[0], None)
+        run = _ops.int8_recurrence.default
+        out, h, c = run(data, *self.input, batch_sizes, h0, c0, *self.recurrent, kind, reverse)
+        return out, (h, c) if kind == "lstm" else (h,)
 
 
-_kept: dict[int, _Arguments] = {}  # by the identity of W_hh, which takes its entry with it
+class Prepared:
+    """What the operator is given of each direction of a layer, or of a cell. It is put together once and kept, unless
+    a weight is computed from others or does not count its versions."""
+
+    def __init__(self, layer: RecurrentLayer | KRUCellBase) -> None:
+        kind, dense, weights = layer.kernel_kind, dense_stored_as(layer, INTEGERS), layer.weights_of_directions()
+        self.directions = [_Arguments(kind, dense, own) for own in weights]
+        places: list[tuple[dict[str, Any], str, object]] = [(vars(layer), MARKS, vars(layer).get(MARKS))]
+        for module in layer.modules():
+            if isinstance(module, KroneckerMatrix):
+                places.append((vars(module), "storage", vars(module).get("storage")))
+            for place in (module._parameters, module._buffers, module._modules):
+                places += [(place, name, part) for name, part in place.items()]
+        self.places, self.names, self.parts = zip(*places, strict=True)  # where all parts of the layer are, and these
+        # Biases are given as they are.
+        self.made_of = [part for part in self.parts if isinstance(part, Tensor) and part.dim() > 1]
+        known = set(map(id, self.parts))
+        given = [weight for own in weights for weight in own.values() if weight is not None]
+        if any(id(weight) not in known or (isinstance(weight, nn.Module) and computes(weight)) for weight in given):
+            return
+        if any(t.is_inference() for t in self.made_of):
+            return
+        self.stamp, key, kept = self._stamp(), id(layer), _kept  # a name that is there when a process ends, too
+        self.end = weakref.ref(layer, lambda _: kept.pop(key, None))
+        kept[key] = self
+
+    def _stamp(self) -> object:
+        return [t._version for t in self.made_of], _ops.fingerprint.default(self.made_of)
+
+    def holds(self) -> bool:
+        """Whether the layer still is what this was made of. Changes that count no version (through `.data`) are seen
+        where they reach one of the elements, 64 or more, of a parameter that are looked at."""
+        return all(map(is_, map(dict.get, self.places, self.names), self.parts)) and self.stamp == self._stamp()
 
 
-def _arguments(kind: str, dense: list[Tensor], weights: Weights) -> _Arguments:
-    """Made anew when a parameter has changed. Changes that count no version (through `.data`) are seen where they reach
-    one of the elements, 64 or more, of a parameter that are looked at."""
-    place, kept = id(weights["weight_hh"]), _kept  # by a name that is there when a process ends, too
-    found = kept.get(place)
-    if found is None or not found.hold(dense, weights):
-        found = _Arguments(kind, dense, weights)
-        if found.lasting:
-            found.end = weakref.ref(weights["weight_hh"], lambda _: kept.pop(place, None))
-            kept[place] = found
-    return found
+_kept: dict[int, Prepared] = {}  # by the identity of the layer, which takes its entry with it
 
 
 def _beside(weight: Weight) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -61,6 +61,10 @@ class RecurrentLayer(nn.Module):
         """(layer, direction) pairs in torch's order."""
         return [(k, d) for k in range(self.num_layers) for d in range(self.num_directions)]
 
+    def weights_of_directions(self) -> list[Weights]:
+        """`weights` of every layer and direction."""
+        return [self.weights(k, d) for k, d in self.directions()]
+
     def recurrent_weights(self) -> list[KroneckerMatrix | Tensor]:
         """weight_hh of every layer and direction."""
         return [self._weight(f"weight_hh{weight_suffix(k, d)}") for k, d in self.directions()]  # type: ignore[misc]
@@ -75,7 +79,7 @@ class RecurrentLayer(nn.Module):
     @property
     def all_weights(self) -> list[list[KroneckerMatrix | Tensor]]:
         """The weights of each layer and direction, in torch's order."""
-        return [[w for w in self.weights(k, d).values() if w is not None] for k, d in self.directions()]
+        return [[w for w in weights.values() if w is not None] for weights in self.weights_of_directions()]
 
     @property
     def _flat_weights(self) -> None:  # torch.nn.LSTM computes with what is put there: that must not be lost silently

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kruify.layers.matrix import KroneckerMatrix
 
-_DENSE = "_kruify_storage"  # of a module: name of its parameter -> dtype
+MARKS = "_kruify_storage"  # of a module: name of its dense parameter -> dtype
 
 
 def storage_of(module: nn.Module, name: str) -> str:
@@ -17,20 +17,20 @@ def storage_of(module: nn.Module, name: str) -> str:
     matrix = module._modules.get(name)
     if isinstance(matrix, KroneckerMatrix):
         return matrix.storage
-    found: dict[str, str] = vars(module).get(_DENSE, {})
+    found: dict[str, str] = vars(module).get(MARKS, {})
     return found.get(name, "float32")
 
 
 def dense_stored_as(module: nn.Module, dtypes: Container[str]) -> list[Tensor]:
     """The dense parameters of a module that are marked with one of these dtypes. Asked in every call of a layer."""
-    found: dict[str, str] = vars(module).get(_DENSE, {})
+    found: dict[str, str] = vars(module).get(MARKS, {})
     return [p for n, p in module._parameters.items() if p is not None and found.get(n) in dtypes] if found else []
 
 
 def mark(model: nn.Module, storage: Mapping[str, str]) -> None:
     """Marks the weights of `storage`, full name of a dense parameter or a `KroneckerMatrix` -> dtype, and no others."""
     for module in model.modules():
-        vars(module).pop(_DENSE, None)
+        vars(module).pop(MARKS, None)
         if isinstance(module, KroneckerMatrix):
             module.storage = "float32"
     for full, dtype in storage.items():
@@ -40,7 +40,7 @@ def mark(model: nn.Module, storage: Mapping[str, str]) -> None:
         if isinstance(matrix, KroneckerMatrix):
             matrix.storage = dtype
         else:
-            vars(module).setdefault(_DENSE, {})[name] = dtype
+            vars(module).setdefault(MARKS, {})[name] = dtype
 
 
 def marks(model: nn.Module) -> dict[str, str]:
@@ -50,7 +50,7 @@ def marks(model: nn.Module) -> dict[str, str]:
         if isinstance(module, KroneckerMatrix) and module.storage != "float32":
             found[prefix] = module.storage
         dot = f"{prefix}." if prefix else ""
-        found |= {dot + name: dtype for name, dtype in vars(module).get(_DENSE, {}).items()}
+        found |= {dot + name: dtype for name, dtype in vars(module).get(MARKS, {}).items()}
     return found
 
 

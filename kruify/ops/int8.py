@@ -14,7 +14,7 @@ define("int8_linear", "(Tensor x, Tensor packed, int[] layout) -> Tensor")
 define(
     "int8_recurrence",
     "(Tensor x, Tensor? input, int[] input_layout, Tensor? input_residual, Tensor? input_index, Tensor? bias_ih,"
-    " Tensor batch_sizes, Tensor h0, Tensor? c0,"
+    " Tensor? batch_sizes, Tensor h0, Tensor? c0,"
     f" Tensor recurrent, int[] recurrent_layout, {MATRIX}, str kind, bool reverse)"
     " -> (Tensor out, Tensor hT, Tensor cT)",
 )
