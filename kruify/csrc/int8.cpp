@@ -123,8 +123,9 @@ int64_t fingerprint(const std::vector<Tensor>& tensors) {
     const bool floats = kFloats.holds(given) && given.scalar_type() == ScalarType::Float;
     add(reinterpret_cast<uintptr_t>(given.const_data_ptr()) + floats);
     const Tensor t = as_contiguous(given);
+    const uint32_t* bits = data<uint32_t>(t);
     const int64_t n = floats ? t.numel() : 0, step = std::max<int64_t>(1, n / 64);
-    for (int64_t i = 0; i < n; i += step) add(data<uint32_t>(t)[i]);
+    for (int64_t i = 0; i < n; i += step) add(bits[i]);
   }
   return int64_t(hash);
 }

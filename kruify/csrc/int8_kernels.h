@@ -93,11 +93,20 @@ KRUIFY_INLINE int64_t panels(const Int8Panels& w, int64_t panel, int64_t end, in
   return panel;
 }
 
+// The last panels of a single vector, up to P, all at once: each sum alone waits for every product before the next.
+template <bool Base, int P>
+KRUIFY_INLINE void last_panels(const Int8Panels& w, int64_t panel, int64_t end, const Vectors& v) {
+  if (end - panel == P) tile<Base, P, 1>(w, panel, v);
+  else if constexpr (P > 1) last_panels<Base, P - 1>(w, panel, end, v);
+}
+
 template <bool Base> inline void product(const Int8Panels& w, int64_t count, const Vectors& v) {
   const int64_t end = (w.rows + kLanes - 1) / kLanes;
-  int64_t done = 0;
-  if (count == 1) done = panels<Base, kTallPanels, 1>(w, done, end, count, v);
-  done = panels<Base, kPanelsTogether, kVectorsTogether>(w, done, end, count, v);
+  if (count == 1) {
+    const int64_t done = panels<Base, kTallPanels, 1>(w, 0, end, count, v);
+    return last_panels<Base, kTallPanels - 1>(w, done, end, v);
+  }
+  const int64_t done = panels<Base, kPanelsTogether, kVectorsTogether>(w, 0, end, count, v);
   panels<Base, 1, kVectorsTogether>(w, done, end, count, v);
 }
 

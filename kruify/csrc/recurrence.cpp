@@ -189,8 +189,12 @@ States forward(const ForwardTensors& given) {
 
 // batch_sizes of x (steps, batch, features).
 Tensor steps_of(const Tensor& x) {
-  Tensor sizes = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Long);
-  std::fill_n(writable<int64_t>(sizes), x.size(0), x.size(1));
+  const int64_t steps = x.size(0), stride = 1;
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, &steps, &stride, aoti_torch_dtype_int64(), aoti_torch_device_type_cpu(), 0, &result));
+  const Tensor sizes(result);
+  std::fill_n(writable<int64_t>(sizes), steps, x.size(1));
   return sizes;
 }
 
@@ -220,8 +224,8 @@ std::tuple<Tensor, Tensor, Tensor> int8_recurrence(const Tensor& x_given, const 
   };
   const Optional flat_c0 = c0 ? Optional(flat(*c0)) : none;
   const auto [out, h, c, workspace] =
-      run<float>({rows, none, bias_ih, sizes, flat(h0), flat_c0, {stages, diagonal, residual, index, bias, layout}, kind,
-                     reverse, false, kFloat32},
+      run<float>({rows, none, bias_ih, sizes, flat(h0), flat_c0, {stages, diagonal, residual, index, bias, layout},
+                     kind, reverse, false, kFloat32},
           place, &int8);
   return {whole ? reshaped(out, {x.size(0), x.size(1), out.size(1)}) : out, as_given(h), as_given(c)};
 }

@@ -112,6 +112,18 @@ class TestInt8:
             assert not torch.allclose(before, after)
             assert torch.equal(after, twin(x)[0])
 
+    def test_a_layer_that_leaves_float32_or_is_marked_anew_leaves_integers(self) -> None:
+        layer, x = self.layer("3*(16x1,1x16)"), torch.randn(5, 2, 4)
+        with torch.no_grad():
+            integers = layer(x)[0]
+            double = layer.double()(x.double())[0]
+            assert torch.equal(layer.float()(x)[0], integers)
+            mark(layer, {})
+            floats = layer(x)[0]
+            torch.testing.assert_close(double.float(), floats)
+            mark(layer, {"weight_ih_l0": "int8"})
+            assert torch.equal(layer(x)[0], floats) and not torch.equal(integers, floats)
+
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
     def test_copies_have_their_own(self, copied: Callable[[KRULSTM], KRULSTM]) -> None:
         layer, x = self.layer(None), torch.randn(5, 2, 4)

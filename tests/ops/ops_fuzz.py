@@ -146,6 +146,8 @@ def _int8_arguments(name: str, kind: str, arguments: list[Any], rng: Randomness)
         bias,
         [gates, hidden, hidden, *([1, gates - 1] if diagonal is not None else [0]), 0],
     ]
+    if rng.random() < 0.3:  # whole sequences
+        x, sizes, h0 = torch.randn(rng.randrange(4), len(h0), columns), None, rng.choice([h0, h0[None]])
     return [x, *packed_input, residual, index, bias_ih, sizes, h0, c0, *packed, [], *rest, kind, rng.random() < 0.5]
 
 

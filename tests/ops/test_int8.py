@@ -228,6 +228,25 @@ def test_linear_refuses(change: dict[str, Any], message: str) -> None:
         ops.int8_linear(*given.values())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_sequences_go_in_and_out_as_they_are(kind: str) -> None:
+    """Without batch_sizes x has its three dimensions, and states may have a first one."""
+    gates, random = GATES[kind], torch.Generator().manual_seed(4)
+    x, h, c = (torch.randn(*shape, generator=random) for shape in ((5, 3, 8 * gates), (3, 8), (3, 8)))
+    c0, layout = c if kind == "lstm" else None, Layout(gates, 8, 8, (), ()).encode()
+    rest = (*pack(draw(gates, 8, 8, "dense")), [], None, None, None, None, layout, kind, False)
+    no_input = (None, [], None, None, None)
+    packed = ops.int8_recurrence(x.flatten(0, 1), *no_input, torch.full((5,), 3), h, c0, *rest)
+    for first in ((), (1,)):
+        states = (h.view(*first, 3, 8), None if c0 is None else c0.view(*first, 3, 8))
+        found = ops.int8_recurrence(x.transpose(0, 1).contiguous().transpose(0, 1), *no_input, None, *states, *rest)
+        assert [t.shape for t in found[:2]] == [(5, 3, 8), (*first, 3, 8)]
+        assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(found, packed, strict=True))
+    for wrong, h0 in ((x[0], h), (x, h[:2]), (x, h.expand(2, 3, 8)), (x.double(), h), (x[:, :, 1:], h)):
+        with pytest.raises(RuntimeError):
+            ops.int8_recurrence(wrong, *no_input, None, h0, c0, *rest)
+
+
 def test_a_packed_matrix_between_other_bytes_is_refused() -> None:
     packed = ops.int8_pack(None, torch.zeros(5, 6), DENSE)
     with pytest.raises(RuntimeError, match="aligned"):
