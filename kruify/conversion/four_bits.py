@@ -20,7 +20,7 @@ def round_weight(weight: Tensor, second: Tensor) -> Tensor:
     rows are not for four bits as it is."""
     if not in_pairs(weight.shape, (1,)):
         return weight
-    return compensated(weight, second, quantize_rows(weight, (1,), "int4")[1]).to(weight.dtype)
+    return compensated(weight, second, quantize_rows(weight, (1,), "int4")[1]).to(weight)
 
 
 @torch.no_grad()
@@ -35,10 +35,10 @@ def round_matrix(matrix: KroneckerMatrix, dense: Tensor, second: Tensor) -> None
     alone = sum(len(term.gates) for term in terms) == matrix.gates  # one term a gate
     if matrix.diagonal is not None or matrix.overlay is not None or not alone:
         return
-    gates = dense.double().reshape(matrix.gates, matrix.rows, matrix.cols)
+    gates, second = dense.cpu().double().reshape(matrix.gates, matrix.rows, matrix.cols), second.cpu().double()
     for term in terms:
         if term.scale is None:
-            _round_term(term, gates[list(term.gates)], second.double())
+            _round_term(term, gates[list(term.gates)], second)
 
 
 def _round_term(term: KroneckerTerm, dense: Tensor, second: Tensor) -> None:
@@ -58,9 +58,9 @@ def _round_term(term: KroneckerTerm, dense: Tensor, second: Tensor) -> None:
     dims = row_dims(left.shape, factor=True, shared=shared)
     if shared:
         dense = dense.reshape(1, -1, cols)
-    before = left.transpose(1, 2).reshape(*dense.shape[:2], -1).double()  # (gates or 1, rows, rank)
+    before = left.cpu().double().transpose(1, 2).reshape(*dense.shape[:2], -1)  # (gates or 1, rows, rank)
     found = []
-    for target, start, below in zip(dense, before, right[:, :, 0].double(), strict=True):
+    for target, start, below in zip(dense, before, right[:, :, 0].cpu().double(), strict=True):
         moments = below @ second @ below.T  # of what the left factor is applied to
         ridge = RIDGE * moments.diagonal().mean().clamp_min(1e-30) * torch.eye(len(moments), dtype=moments.dtype)
         wrong = (target - start @ below) @ second @ below.T

@@ -123,7 +123,7 @@ def convert(
         only, skip, overrides: patterns (conversion.plan.make_plan).
         plan: a plan or its JSON file, instead of all options above.
         task: a task or its name: the dense model runs on its calibration batches first, and the fit, and the rounding
-            to four bits, minimise the error of what the matrices give on them. Only a size asks for its loss.
+            to four bits, minimise the error of what the matrices give on them. A size asks for its loss, if it has one.
         moments: what `kruify.conversion.calibration` finds of the matrices' inputs, by their names in `source`, instead
             of a task.
         subclasses: convert subclasses of torch's layers, too, taking them for what they derive from.
@@ -197,7 +197,7 @@ def convert(
         model = source if isinstance(source, nn.Module) else load_network(source, task)
         name_in = names_in(model, tensors)
         own = {name_in(name): name for name in tensors}
-        found_beside = layers_beside(model, task, seed) if of_file and whole is None else []
+        found_beside = layers_beside(model, task, seed) if of_file and whole is None and task.has_loss else []
         found_beside = [
             replace(layer, name=own[weight].removesuffix(".weight"))
             for layer in found_beside
@@ -209,7 +209,8 @@ def convert(
         observed = {*(name_in(layer.name) for layer in named), *(linear_layers(model) if dtype == "int4" else ())}
         seen = calibrate(model, task, seed=seed, beside=observed, progress=progress)
         moments = {own[name]: found for name, found in seen.items() if name in own}
-        planner = partial(plan_by_loss, dense=model, task=task)
+        if task.has_loss:
+            planner = partial(plan_by_loss, dense=model, task=task)
     elif moments is not None and moments.keys().isdisjoint(
         layer.full_name(w) for layer in layers for w in layer.weights
     ):

@@ -254,7 +254,8 @@ def plan_size(
         best = tried(form, _cheapest(form))
         if best is None or best[0] < 0:
             return None
-        low, allowed, high = 0.0, float(limit - size + whole), math.inf
+        low, high = float(sum(item.least for item in form.values())), math.inf
+        allowed = max(low, float(limit - size + whole))
         for _ in range(ROUNDS):  # header, and what the gates of a matrix have in common, depend on the plan
             table = Candidates(gates, pools, (max(allowed, 1.0), math.inf), file.cost)
             start = table.greedy(0.0)

@@ -24,9 +24,9 @@ def compensated(weight: Tensor, second: Tensor, scale: Tensor) -> Tensor:
     Returns:
         float32 (rows, cols), scales times integers of `rows.LEVELS`.
     """
-    weight, second = weight.detach().double(), second.to(weight.device, torch.float64)
+    weight, second, scale = weight.detach().cpu().double(), second.cpu().double(), scale.cpu()
     cols, mean = weight.shape[1], float(second.diagonal().mean())
-    damped = second + (DAMPING * mean if mean > 0 else 1.0) * torch.eye(cols, dtype=torch.float64, device=weight.device)
+    damped = second + (DAMPING * mean if mean > 0 else 1.0) * torch.eye(cols, dtype=torch.float64)
     order = damped.diagonal().argsort(descending=True)  # the columns that count most while all others are exact
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
     # Row i: how the columns after i take up an error of column i, once those before it are fixed.

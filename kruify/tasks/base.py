@@ -66,9 +66,18 @@ class Task(ABC):
     def forward(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the outputs (logits, predictions) of `model` for `batch`; both are on the model's device."""
 
-    @abstractmethod
     def loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        """Return the scalar training loss of `outputs` = forward(model, batch)."""
+        """Return the scalar training loss of `outputs` = forward(model, batch).
+
+        A task of inputs without labels has none: `convert` only runs the network on it.
+        """
+        where, hint = type(self).__name__, "Write def loss(self, outputs, batch)"
+        raise TaskError("it has no loss, which training and evaluation ask for", where=where, hint=hint)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether `loss` is written."""
+        return type(self).loss is not Task.loss
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """Return the metrics of `model` on `split`; `self.metric` is one of the keys.

@@ -36,9 +36,6 @@ class Hum(Task):
     def forward(self, model: nn.Module, batch: Tensor) -> Tensor:
         return model(batch)
 
-    def loss(self, output: Tensor, batch: Tensor) -> Tensor:
-        raise AssertionError("there are no labels")
-
 
 class Net(nn.Module):
     def __init__(self, cell: type[nn.RNNBase], bias: bool, **options: Any) -> None:
@@ -101,6 +98,15 @@ def test_the_bias_takes_up_the_mean_of_what_rounding_leaves() -> None:
         seen = torch.cat([dense.rnn(batch)[0].flatten(0, 1) for batch in task.batches("train")])
         wrong = small.fc(seen) - dense.fc(seen)
     assert float(wrong.mean(0).abs().max()) < 1e-5 < 1e-3 < float(wrong.abs().max())
+
+
+def test_a_task_of_inputs_alone_serves_a_size_and_is_refused_by_training() -> None:
+    task = Hum()
+    dense = task.model()
+    small, conversion = kruify.convert(dense, budget="size=2500B", dtype="int4", task=task)
+    assert conversion.matrices and conversion.bytes is not None and 2300 < conversion.bytes.file <= 2500
+    with pytest.raises(kruify.KruifyError, match="Hum: it has no loss, which training and evaluation ask for"):
+        kruify.finetune(small, task, epochs=1)
 
 
 def test_what_is_kept_is_as_it_was() -> None:

@@ -97,7 +97,7 @@ def test_task_class_constructs_nothing(file: Path) -> None:
         (":Meen", r'no class "Meen" in it\. Name one that is there: .*py:Mean'),
         (":NoTask", r'"NoTask" is not a Task\. Write `class NoTask\(Task\)`'),
         (":torch", r'"torch" is not a Task'),
-        (":Half", r'"Half" lacks batches\(\), forward\(\), loss\(\)'),
+        (":Half", r'"Half" lacks batches\(\), forward\(\)'),
         (":Mean:sise=3", r'no option "sise"\. It takes size, rate, shout, data'),
         (":Half:x=1", r'"Half" lacks'),
         (":Mean:size=three", r'size="three" is not of type int'),
