@@ -39,7 +39,7 @@ def choose(layer: RecurrentLayer, input: Sequences, state: State) -> Backend:
     elif name == "auto":
         ready = int8.prepared(layer, x, state)
         if ready is not None:
-            return int8.Int8Backend(ready)
+            return ready
         name = pick(layer, input.steps, input.batch, x)
     elif name == "kernel" and not kernel_serves(layer, x):
         raise UsageError(

@@ -29,24 +29,6 @@ Weight = KroneckerMatrix | Tensor
 _DEPTH = 1 << 16  # columns whose products an int32 can add up: kInt8Depth in csrc/int8.h
 
 
-class Int8Backend:
-    """See the module; `ready` is what `prepared` found of the layer."""
-
-    def __init__(self, ready: Prepared) -> None:
-        self.directions = ready.directions
-
-    def run(self, layer: RecurrentLayer, input: Sequences, state: State) -> tuple[Tensor, State]:
-        kind, sizes = layer.kernel_kind, input.packed_sizes
-        if len(self.directions) == 1:  # the same with less around it
-            return self.directions[0].run(kind, sizes, input.data, state, False)
-        directions = iter(self.directions)
-
-        def one(_: Weights, data: Tensor, own: State, reverse: bool) -> tuple[Tensor, State]:
-            return next(directions).run(kind, sizes, data, own, reverse)
-
-        return run_each_direction(layer, input.data, state, one)
-
-
 def run_step(cell: KRUCellBase, x: Tensor, state: State) -> State | None:
     """One time step of a cell, x (batch, features); None where the kernels do not compute it (`prepared`)."""
     ready = prepared(cell, x, state)
@@ -68,10 +50,10 @@ def names_in_integers(layer: RecurrentLayer | KRUCellBase, weights: Weights) -> 
     return ["weight_hh", *["weight_ih"] * _input_in_integers(weights, dense_stored_as(layer, INTEGERS))]
 
 
-def prepared(layer: RecurrentLayer | KRUCellBase, x: Tensor, state: State = ()) -> Prepared | None:
-    """What the eight-bit kernels are given of a layer or cell; None where they do not compute it. They do where its
-    recurrent matrices are stored as integers, dense or of low rank (`_is_low_rank`; with a diagonal and a sparse
-    residual, if any), all is float32 on the CPU, and nobody asks for derivatives."""
+def prepared(layer: RecurrentLayer | KRUCellBase, x: Tensor, state: State = ()) -> Int8Backend | None:
+    """What computes a layer or cell in eight bits; None where the kernels do not. They do where its recurrent matrices
+    are stored as integers, dense or of low rank (`_is_low_rank`; with a diagonal and a sparse residual, if any), all is
+    float32 on the CPU, and nobody asks for derivatives."""
     if traced() or torch.is_autocast_enabled("cpu"):
         return None
     found = _kept.get(id(layer))
@@ -83,7 +65,7 @@ def prepared(layer: RecurrentLayer | KRUCellBase, x: Tensor, state: State = ()) 
         return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state, *layer.parameters())):
         return None
-    return Prepared(layer) if found is None else found
+    return Int8Backend(layer) if found is None else found
 
 
 def _serves(layer: RecurrentLayer | KRUCellBase) -> bool:
@@ -203,9 +185,9 @@ class _Arguments:
         return out, (h, c) if kind == "lstm" else (h,)
 
 
-class Prepared:
-    """What the operator is given of each direction of a layer, or of a cell. It is put together once and kept, unless
-    a weight is computed from others or does not count its versions."""
+class Int8Backend:
+    """See the module: what the operator is given of each direction of one layer, or of a cell. It is put together once
+    and kept, unless a weight is computed from others or does not count its versions."""
 
     def __init__(self, layer: RecurrentLayer | KRUCellBase) -> None:
         kind, dense, weights = layer.kernel_kind, dense_stored_as(layer, INTEGERS), layer.weights_of_directions()
@@ -229,6 +211,17 @@ class Prepared:
         self.end = weakref.ref(layer, lambda _: kept.pop(key, None))
         kept[key] = self
 
+    def run(self, layer: RecurrentLayer, input: Sequences, state: State) -> tuple[Tensor, State]:
+        kind, sizes = layer.kernel_kind, input.packed_sizes
+        if len(self.directions) == 1:  # the same with less around it
+            return self.directions[0].run(kind, sizes, input.data, state, False)
+        directions = iter(self.directions)
+
+        def one(_: Weights, data: Tensor, own: State, reverse: bool) -> tuple[Tensor, State]:
+            return next(directions).run(kind, sizes, data, own, reverse)
+
+        return run_each_direction(layer, input.data, state, one)
+
     def _stamp(self) -> object:
         return [t._version for t in self.made_of], _ops.fingerprint.default(self.made_of)
 
@@ -238,7 +231,7 @@ class Prepared:
         return all(map(is_, map(dict.get, self.places, self.names), self.parts)) and self.stamp == self._stamp()
 
 
-_kept: dict[int, Prepared] = {}  # by the identity of the layer, which takes its entry with it
+_kept: dict[int, Int8Backend] = {}  # by the identity of the layer, which takes its entry with it
 
 
 def _beside(weight: Weight) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
