@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from kruify.checkpoint import make_folder
-from kruify.conversion.calibration import BATCHES
 from kruify.errors import UsageError
 from kruify.layers.storage import marks
 from kruify.progress import Progress
@@ -37,7 +35,7 @@ from kruify.training.randomness import isolated_generators, seed_all
 from kruify.training.recipe import Recipe
 from kruify.training.recurrent_conditioning import recurrent_conditioning
 from kruify.training.result import FinetuneResult, Validation
-from kruify.training.rounding import ROUNDED_FROM, round_to_four_bits, rounded_weights
+from kruify.training.rounding import ROUNDED_FROM, rounded_weights
 from kruify.training.schedule import lr_factor
 
 MAX_SKIPPED = 20  # steps in a row whose gradient is not finite, after which a run counts as diverged
@@ -100,8 +98,6 @@ class Trainer:
         self.epochs = [math.ceil(steps / self.steps_per_epoch) for steps in self.steps]
         self.state = resume.RunState()
         self.optimizer: torch.optim.Optimizer | None = None
-        self._four_bits = "int4" in marks(self.model).values()
-        self._inputs: list[Any] = []  # for the step at which rounding to four bits begins: no epoch is disturbed then
         # What may not differ between a run and its continuation. Of a sparse residual only the height of its blocks:
         # their number falls while it is pruned.
         self.identity = {
@@ -189,9 +185,6 @@ class Trainer:
         assert self.optimizer is not None
         state, first = self.state, self.state.step
         end = min((first // self.steps_per_epoch + 1) * self.steps_per_epoch, steps)
-        begins = phase is self.phases[-1] and (end - 1) / steps >= ROUNDED_FROM and not state.scales
-        if begins and self._four_bits and self.processes.is_main:
-            self._inputs = list(islice(self.task.batches("train", seed=self.recipe.seed), BATCHES))
         epoch = steps_of_epoch(
             self.task,
             self.recipe.seed,
@@ -247,11 +240,6 @@ class Trainer:
         for parameter in trained:
             parameter.grad = None
         rounding = phase is self.phases[-1] and progress >= ROUNDED_FROM
-        if rounding and self._four_bits and not state.scales:  # which are kept from the first such step on
-            if self._inputs:
-                round_to_four_bits(self.model, self.task, self._inputs)
-                self._inputs = []
-            self.processes.share(self.model)
         with rounded_weights(self.model, state.scales) if rounding else nullcontext():
             weight_sum, loss_sum = self._gradients(phase, batches, progress, trained)
         norm = torch.nn.utils.clip_grad_norm_(trained, self.recipe.clip or math.inf)

@@ -17,7 +17,7 @@ from kruify.errors import CorruptError, UsageError
 from kruify.layers.storage import marks
 from kruify.quantization import LEVELS
 from kruify.training import FinetuneResult, finetune, trainer
-from kruify.training.rounding import round_to_four_bits, rounded_weights
+from kruify.training.rounding import rounded_weights
 
 SPECS = ["2*(4x4,2x2)+sparse:6%:1", "stacked:2*(24x1,1x8)", "dense"]
 CALM: dict[str, Any] = {
@@ -112,18 +112,14 @@ def test_metrics_are_those_of_the_file(spec: str, tmp_path: Path) -> None:
     assert task.evaluate(again, "valid") == result.metrics
 
 
-@pytest.mark.parametrize(("spec", "dtype", "step"), [(0, "int8", 7), (0, "int4", 7), (1, "int4", 7), (1, "int4", 6)])
-def test_a_run_stopped_among_rounded_steps_goes_on_to_the_same_bits(
-    spec: int, dtype: str, step: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_run_stopped_among_rounded_steps_goes_on_to_the_same_bits(dtype: str, tmp_path: Path) -> None:
     def run(**options: Any) -> FinetuneResult:
         task = Recording()
-        return finetune(
-            task.small(SPECS[spec], dtype), task, epochs=2, lr=1e-2, device="cpu", save_seconds=0, **options
-        )
+        return finetune(task.small(SPECS[0], dtype), task, epochs=2, lr=1e-2, device="cpu", save_seconds=0, **options)
 
     def stop(done: float, total: float, text: str) -> None:
-        if done == step:
+        if done == 7:
             raise InterruptedError
 
     whole = run()
@@ -132,40 +128,6 @@ def test_a_run_stopped_among_rounded_steps_goes_on_to_the_same_bits(
     resumed = run(resume=tmp_path)
     assert same(state_of(resumed.model), state_of(whole.model))
     assert resumed.to_json()["history"] == whole.to_json()["history"]
-
-
-@pytest.mark.parametrize("spec", ["stacked:6*(24x1,1x8)", "dense"])
-def test_rounding_to_four_bits_begins_near_to_the_exact_network(spec: str) -> None:
-    task = Recording()
-    model = task.small(spec, "int4").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * parameter.abs().max() * torch.randn_like(parameter)
-    batches = list(task.batches("train"))
-
-    def outputs() -> Tensor:
-        with torch.no_grad():
-            return torch.cat([task.forward(model, batch).flatten() for batch in batches])
-
-    exact = outputs()
-    with rounded_weights(model):
-        nearest = outputs()
-    round_to_four_bits(model, task, batches)
-    begun, weights = outputs(), state_of(model)
-    with rounded_weights(model, {}):
-        kept = state_of(model)
-    four_bits = tuple(name for name, dtype in marks(model).items() if dtype == "int4")
-    assert all(torch.equal(kept[name], weights[name]) for name in kept if name.startswith(four_bits))
-    assert (begun - exact).norm() < 0.8 * (nearest - exact).norm()
-
-
-def test_a_network_that_does_not_call_its_layers_is_rounded_to_the_nearest() -> None:
-    task = Recording()
-    model = task.small("dense", "int4")
-    before = state_of(model)
-    task.forward = lambda model, batch: batch[0]  # type: ignore[method-assign]
-    round_to_four_bits(model, task, list(task.batches("train")))
-    assert same(state_of(model), before)
 
 
 def test_four_bits_keep_the_scales_that_they_are_given() -> None:
