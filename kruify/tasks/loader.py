@@ -107,7 +107,7 @@ def _builtin(builtin: str, name: str) -> type[Task]:
 
 def _from_file(file: Path, cls_name: str) -> type[Task]:
     found = getattr(_execute(file), cls_name, None)
-    if found is None:
+    if found is None or found is Task:  # which the file imports
         hint = _name_one(file, "Name one that is there")
         raise TaskError(f'there is no class "{cls_name}" in it', where=file, hint=hint)
     if not (isinstance(found, type) and issubclass(found, Task)):

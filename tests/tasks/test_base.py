@@ -95,6 +95,7 @@ def test_task_class_constructs_nothing(file: Path) -> None:
         ("", r"class is missing\. Say which one: .*py:Mean, .*py:Half"),
         (":", r"class is missing"),
         (":Meen", r'no class "Meen" in it\. Name one that is there: .*py:Mean'),
+        (":Task", r'no class "Task" in it\. Name one that is there: .*py:Mean'),
         (":NoTask", r'"NoTask" is not a Task\. Write `class NoTask\(Task\)`'),
         (":torch", r'"torch" is not a Task'),
         (":Half", r'"Half" lacks batches\(\), forward\(\)'),
