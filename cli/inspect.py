@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kruify.conversion.locate import RecurrentLayer
 
 
-STORED = {"sum": "in another bias", "sum+n": "in another bias, but for b_hn"}
+STORED = {"sum": "added up in the bias_ih beside them", "sum+n": "added up in the bias_ih beside them, but for b_hn"}
 OWN = ("torch.", "__torch__.torch.", "collections.", "builtins.")  # code of torch and Python, not the user's
 
 

@@ -291,7 +291,7 @@ def below_smallest(budget: str, limit: int, smallest: int) -> PlanError:
     return PlanError(
         f"the smallest file that was found takes {smallest:,} bytes, and {limit:,} are allowed",
         f"budget {budget}",
-        f"Allow size={smallest}, or store more of it in fewer bits",
+        f"Allow size={smallest}, or store more of it in fewer bits (--dtype, --keep)",
     )
 
 
