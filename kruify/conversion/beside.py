@@ -57,8 +57,8 @@ def layers_beside(model: nn.Module, task: Calibration, seed: int = 0) -> list[Re
 
 
 def linear_layers(model: nn.Module) -> list[str]:
-    """Those whose inputs the rounding to four bits wants to know (conversion.four_bits): whatever their rows are, and
-    whatever else their weights are used for."""
+    """Names of the linear layers whose inputs the rounding to four bits wants to know (conversion.four_bits), however
+    few their rows and columns are."""
     modules = model.named_modules(remove_duplicate=False)
     return [name for name, module in modules if name and type(module) is nn.Linear and module.in_features <= WIDE]
 

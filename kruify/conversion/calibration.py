@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from kruify.errors import TaskError
+from kruify.errors import TaskError, UsageError
 from kruify.progress import Progress
 from kruify.tasks.base import evaluating, to_device
 
 BATCHES = 16
 """Of "train", that calibration looks at."""
+NOISE = 1e-12
+"""Of E[h^2], times the columns: more than float64 leaves of a covariance of zero (2e-13 in 2,000 trials)."""
 
 
 class Calibration(Protocol):
@@ -33,6 +35,9 @@ class Calibration(Protocol):
 class Moments:
     """First and second moments of the vectors that one matrix was applied to, in float64.
 
+    Raises:
+        UsageError: the shapes do not fit each other.
+
     Attributes:
         count: number of vectors (sequence steps that are not padding).
         total: (n,), their sum.
@@ -42,6 +47,11 @@ class Moments:
     count: int
     total: Tensor
     outer: Tensor
+
+    def __post_init__(self) -> None:
+        if self.outer.shape != (*self.total.shape, *self.total.shape) or self.total.ndim != 1:
+            what = f"moments are a sum (n,) and products (n, n), got {[*self.total.shape]} and {[*self.outer.shape]}"
+            raise UsageError(what)
 
     @staticmethod
     def empty(n: int) -> Moments:
@@ -69,8 +79,10 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """E[(h - E h)(h - E h)^T], (n, n): the weight where the bias is corrected for the mean afterwards."""
-        return self.second - torch.outer(self.mean, self.mean)
+        """E[(h - E h)(h - E h)^T], (n, n): the weight where the bias is corrected for the mean afterwards. Its
+        diagonal is a little larger, by more than what rounding leaves where the vectors are all but alike."""
+        diagonal = NOISE * len(self.mean) * self.second.diagonal()
+        return self.second - torch.outer(self.mean, self.mean) + diagonal.diag()
 
     def weight(self, bias: bool) -> Tensor:
         """What weighs the error of a matrix, (n, n): a bias beside it takes up the mean."""
@@ -111,7 +123,7 @@ def calibrate(
 
     Returns:
         full weight name ("encoder.weight_hh_l0", "cell.weight_ih") -> moments of what it is applied to; layers that
-        the forward pass never runs are left out.
+        the forward pass never runs are left out, and those of `beside` that meet NaN or infinity, as in padding.
 
     Raises:
         TaskError: the task has no batch in that split, it runs none of the recurrent layers, or the model gives NaN or
@@ -143,6 +155,8 @@ def calibrate(
     if layers.keys() - {*beside} and not found.keys() - {f"{name}.weight" for name in beside}:
         what = "its forward pass calls none of the recurrent layers, so that their errors cannot be weighed"
         raise TaskError(what, type(task).__name__, "Let it run the model as a whole, or convert without a task")
+    others = {f"{name}.weight" for name in beside}
+    found = {n: moments for n, moments in found.items() if n not in others or bool(moments.outer.isfinite().all())}
     check_finite(found)
     return found
 

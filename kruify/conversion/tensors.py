@@ -19,7 +19,7 @@ from kruify.conversion.locate import AnyTensor, Located
 from kruify.conversion.plan import Plan, Structures
 from kruify.conversion.result import Conversion, GateResult, gates_of, summed_up
 from kruify.decomposition import Fit
-from kruify.decomposition.fitting import check, fit_with, metric_of
+from kruify.decomposition.fitting import check, checked_covariance, fit_with, metric_of
 from kruify.errors import PlanError, UnsupportedError
 from kruify.layers import KroneckerMatrix
 from kruify.layers.assign import assign
@@ -44,13 +44,16 @@ def convert_tensors(
 
     Args:
         moments: full weight name -> moments of what the matrix is applied to (conversion.calibration). With them the
-            fit minimises the error of the output, E||(W - K) h||^2, and the bias beside the matrix takes up
-            (W - K) E[h]; a layer without bias gets none. Matrices that are not named are fitted unweighted.
-        storage: weight -> dtype. With moments, four bits are rounded here (conversion.four_bits), dense ones, too.
+            fit minimises the error of the output, E||(W - K) h||^2, and the bias beside the matrix, where it is beside
+            no other, takes up (W - K) E[h]; a layer without bias gets none. Matrices that are not named are fitted
+            unweighted.
+        storage: weight -> dtype. With moments of all names of it, a weight of four bits is rounded here
+            (conversion.four_bits), a dense one, too.
 
     Raises:
         PlanError: a layer or a matrix of the plan is not in the tensors, or has another size.
         UnsupportedError: a matrix has entries that are NaN or infinite.
+        UsageError: moments are not those of vectors that a matrix can be applied to.
     """
     check_plan(plan, located)
     converted = dict(tensors)
@@ -67,44 +70,49 @@ def convert_tensors(
     def names_of(name: str) -> list[str]:
         return [n for n in tensors if first_of.get(n, n) == first_of.get(name, name)]
 
-    def correct_bias(name: str, dense: Tensor, after: Tensor, mean: Tensor) -> None:
+    def bias_beside(name: str) -> list[str]:
+        """All names of the bias that may take up what is left out; none where it is another matrix's, too."""
         names = names_of(_bias_of(name))
-        partners = {key_of(_weight_of(n)) for n in names}
-        if partners == {key_of(name)} and converted[names[0]] is tensors[names[0]]:  # else it is another matrix's, too
+        return names if {key_of(_weight_of(n)) for n in names} == {key_of(name)} else []
+
+    def weight_of_errors(name: str) -> Tensor:
+        return known[name].weight(all(bias_beside(n) for n in names_of(name)))
+
+    def correct_bias(name: str, dense: Tensor, after: Tensor) -> None:
+        names = bias_beside(name)
+        if names and converted[names[0]] is tensors[names[0]]:
             bias = loaded(tensors[names[0]])
-            correction = bias_correction(dense, after, mean)
+            correction = bias_correction(dense, after, known[name].mean)
             converted.update(dict.fromkeys(names, (bias.double() + correction.to(bias.device)).to(bias.dtype)))
 
-    moments = _joined(moments or {}, first_of)
+    known = _joined(moments or {}, first_of)
     for done, (layer, weight, structures) in enumerate(todo, 1):
         name = layer.full_name(weight)
         dense = loaded(converted.pop(name))
         _check_finite(dense, name)
-        known = moments.get(name)
         key = key_of(name)
         if key not in shared:
-            covariance = None if known is None else known.weight(layer.bias)
+            covariance = weight_of_errors(name) if name in known else None
             shared[key] = decompose_matrix(dense, structures, name, covariance=covariance, seed=seed)
             if covariance is not None and name in four_bits:
                 round_matrix(shared[key][0], dense, covariance)
         matrix, fits = shared[key]
-        if known is not None and layer.bias:
-            correct_bias(name, dense, matrix.to_dense(), known.mean)
+        if name in known:
+            correct_bias(name, dense, matrix.to_dense())
         for entry, value in matrix.state_dict().items():
             converted[f"{name}.{entry}"] = value
         results += gates_of(layer, weight, structures, fits)
         if progress:
             progress(done, len(todo), f"decomposing: {name}")
-    for name in [n for n in tensors if n in four_bits and n in moments and n not in first_of]:
+    for name in [n for n in tensors if n in four_bits and n in known and n not in first_of]:
         names = names_of(name)
-        if wanted.keys().isdisjoint(names):
-            dense, known = loaded(tensors[name]), moments[name]
+        if wanted.keys().isdisjoint(names) and known.keys() >= {*names}:  # else it has another use, as an embedding
+            dense = loaded(tensors[name])
             _check_finite(dense, name)
-            biased = _bias_of(name) in tensors
-            after = round_weight(dense, known.weight(biased))
+            after = round_weight(dense, checked_covariance(weight_of_errors(name), dense.shape[1]))
             converted |= dict.fromkeys(names, after)
-            if biased:
-                correct_bias(name, dense, after, known.mean)
+            for n in names:
+                correct_bias(n, dense, after)
     converted = {name: converted[name] for name in _in_order(tensors, converted)}
     return replace(summed_up(tensors, plan, results, located), tensors=converted)
 

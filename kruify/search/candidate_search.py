@@ -124,7 +124,8 @@ class CandidateSearch:
     @cached_property
     def moments(self) -> dict[str, Moments]:
         """Of what the dense network's matrices are applied to, on the task."""
-        names = {*(layer.name for layer in self.beside), *linear_layers(self.dense)}
+        linear = linear_layers(self.dense) if self.dtype in (None, "int4") else []
+        names = {*(layer.name for layer in self.beside), *linear}
         return calibrate(self.dense, self.task, seed=self.seed, beside=names, progress=self.progress)
 
     @cached_property

@@ -118,3 +118,24 @@ def test_what_cannot_be_calibrated_is_named():
         calibrate(nn.GRU(2, 2), Fixed(None, batches=0))
     with pytest.raises(TaskError, match="NaN"):
         calibrate(nn.GRU(2, 2), Fixed(lambda m, b: m(torch.full((3, 1, 2), float("nan")))[0]))
+
+
+@pytest.mark.parametrize("spread", [0, 1e-8])
+def test_the_covariance_of_vectors_that_are_all_but_alike_is_positive_definite(spread):
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        vector = 1e4 * torch.randn(24, generator=generator, dtype=torch.float64)
+        moments = Moments.empty(24)
+        moments.add(vector * (1 + spread * torch.randn(96, 24, generator=generator, dtype=torch.float64)))
+        torch.linalg.cholesky(moments.covariance)
+
+
+def test_a_linear_layer_that_meets_nan_in_padding_is_left_out():
+    model = nn.ModuleDict({"rnn": nn.GRU(2, 2), "fc": nn.Linear(2, 2)})
+
+    def forward(m, _):
+        hidden = m["rnn"](torch.ones(3, 1, 2))[0]
+        return m["fc"](torch.cat([hidden, torch.full_like(hidden, float("nan"))]))
+
+    found = calibrate(model, Fixed(forward), beside=["fc"])
+    assert found.keys() == {"rnn.weight_ih_l0", "rnn.weight_hh_l0"}

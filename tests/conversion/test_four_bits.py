@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import kruify
+from kruify.conversion.calibration import Moments, calibrate
+from kruify.errors import UsageError
 from kruify.quantization import dequantize, quantize_rows
 from kruify.tasks.base import Task
 
@@ -114,3 +116,75 @@ def test_what_is_kept_is_as_it_was() -> None:
     dense = task.model()
     small, _ = kruify.convert(dense, "dense", dtype="int4", keep=["fc"], task=task)
     assert torch.equal(small.fc.weight, dense.fc.weight) and torch.equal(small.fc.bias, dense.fc.bias)
+
+
+class Shared(nn.Module):
+    """What else may hold the weight of an output layer."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.a = nn.Linear(24, 16)
+        self.b = nn.Embedding(16, 24) if how == "embedding" else nn.Linear(24, 16)
+        self.rnn = nn.LSTM(16, 24, batch_first=True)
+        self.called = how != "embedding"
+        if how == "bias":
+            self.b.bias = self.a.bias
+        else:
+            self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.rnn(x)[0]
+        return torch.cat([self.a(hidden), self.b(hidden + 1)], -1) if self.called else self.a(hidden)
+
+
+class SharedHum(Hum):
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def model(self) -> nn.Module:
+        return Shared(self.how)
+
+
+def test_both_biases_beside_one_weight_take_up_the_mean() -> None:
+    task = SharedHum("weight")
+    dense = task.model().eval()
+    small, _ = kruify.convert(dense, "dense", dtype="int4", keep=["rnn"], task=task)
+    batches = [*task.batches("train")]
+    with torch.no_grad():
+        wrong = sum((small(x) - dense(x)).flatten(0, 1).mean(0) for x in batches) / len(batches)
+    both = wrong[:16] + wrong[16:]  # they know the mean of both inputs
+    assert float(both.abs().max()) < 1e-5 < 1e-3 < float(wrong.abs().max())
+
+
+def test_beside_a_bias_of_two_weights_nothing_counts_on_its_correction() -> None:
+    task = SharedHum("bias")
+    dense = task.model().eval()
+    small, _ = kruify.convert(dense, "dense", dtype="int4", keep=["rnn"], task=task)
+    nearest = kruify.quantize(dense, "int4", ["rnn"])
+    assert torch.equal(small.a.bias, dense.a.bias)
+    assert off(task, dense, small) < 0.75 * off(task, dense, nearest)
+
+
+def test_the_weight_of_an_embedding_is_rounded_to_the_nearest() -> None:
+    """What an embedding gives is its rows themselves, whatever the output layer is applied to."""
+    task = SharedHum("embedding")
+    dense = task.model()
+    small, _ = kruify.convert(dense, "dense", dtype="int4", task=task)
+    assert torch.equal(small.b.weight, dequantize(*quantize_rows(dense.b.weight, (1,), "int4")))
+    assert torch.equal(small.a.bias, dense.a.bias)
+
+
+@pytest.mark.parametrize("outer", [torch.eye(7), torch.ones(24, 24).triu(), -torch.eye(24)])
+def test_moments_that_no_inputs_have_are_refused(outer: Tensor) -> None:
+    task = Hum()
+    dense = task.model()
+    wrong = Moments(1, outer.new_zeros(len(outer), dtype=torch.float64), outer.double())
+    moments = {**calibrate(dense, task), "rnn.weight_hh_l0": wrong}
+    with pytest.raises(UsageError, match="covariance"):
+        kruify.convert(dense, "dense", dtype="int4", moments=moments)
+
+
+def test_moments_whose_mean_is_of_another_size_are_refused() -> None:
+    with pytest.raises(UsageError, match="moments are a sum"):
+        Moments(1, torch.zeros(3), torch.eye(4))

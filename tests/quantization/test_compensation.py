@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kruify.quantization import LEVELS, compensated, dequantize, quantize_rows
+from kruify.quantization.compensation import ROWS
 
 
 def matrices(seed: int, rows: int, cols: int) -> tuple[Tensor, Tensor]:
@@ -64,3 +65,10 @@ def test_where_no_input_tells_of_another_each_number_becomes_the_nearest() -> No
     values, scale = quantize_rows(weight, (1,), "int4")
     for second in (torch.eye(10), torch.zeros(10, 10)):
         assert torch.equal(compensated(weight, second, scale), dequantize(values, scale))
+
+
+def test_rows_do_not_depend_on_those_beside_them() -> None:
+    weight, second = matrices(0, ROWS + 3, 6)
+    scale = quantize_rows(weight, (1,), "int4")[1]
+    apart = [compensated(weight[rows], second, scale[rows]) for rows in (slice(ROWS - 2), slice(ROWS - 2, None))]
+    assert torch.equal(compensated(weight, second, scale), torch.cat(apart))
