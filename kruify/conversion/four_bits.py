@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kruify.layers import KroneckerMatrix, KroneckerTerm
-from kruify.quantization import compensated, dequantize, in_pairs, quantize_rows, row_dims
+from kruify.quantization import compensated, in_pairs, quantize_rows, round_to, row_dims
 
 RIDGE = 1e-4  # of the mean of the diagonal, towards the factor from before: products may all but coincide
 
@@ -52,8 +52,8 @@ def _round_term(term: KroneckerTerm, dense: Tensor, second: Tensor) -> None:
         return
     left, right = factors  # (gates, rank, rows, 1), (gates or 1, rank, 1, cols)
     right.copy_(round_weight(right.reshape(-1, cols), second).view_as(right))
-    if not in_pairs(right.shape, row_dims(right.shape, factor=True)):
-        right.copy_(dequantize(*quantize_rows(right, row_dims(right.shape, factor=True))))
+    if not in_pairs(right.shape, rows := row_dims(right.shape, factor=True)):
+        right.copy_(round_to(right, "int8", rows))
     shared = len(right) < len(left)
     dims = row_dims(left.shape, factor=True, shared=shared)
     if shared:
